@@ -1,0 +1,1 @@
+"""Speed and scale; each module runs alone and prints one table."""
