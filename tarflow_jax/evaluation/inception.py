@@ -1,0 +1,235 @@
+"""FID's InceptionV3 (the network of December 2015, "pt_inception-2015-12-05") in Flax.
+
+It differs from the InceptionV3 of the model zoos: 1,008 outputs, average pools that leave the border out of
+the mean, a max pool in the last block, and images resized by TensorFlow 1's bilinear rule. Batch
+normalisation is folded into the convolutions when weights are loaded (`interop/inception_weights.py`), so
+the network is convolutions with a bias, ReLU and pools. Module names are those of the PyTorch file.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from tarflow_jax.evaluation.features import FeatureNetwork, Features
+from tarflow_jax.interop.inception_weights import PUBLISHED_HASH_PREFIX, load_inception_weights
+
+Array = jax.Array
+
+IMAGE_SIZE = 299
+SPATIAL_CHANNELS = 7  # of mixed_6/conv:0, for sFID
+
+
+def resize_like_tensorflow1(images: Array, size: int = IMAGE_SIZE) -> Array:
+    """Bilinear resize of float images [B, H, W, K] to [B, size, size, K] by the rule of TensorFlow 1.
+
+    Output pixel i reads input coordinate i * H / size: pixel corners, not centres, are aligned, and nothing
+    is smoothed when the image shrinks. Every published FID was computed this way.
+    """
+    for axis in (2, 1):
+        length = images.shape[axis]
+        position = jnp.arange(size, dtype=jnp.float32) * jnp.float32(length / size)
+        low = position.astype(jnp.int32)
+        high = jnp.minimum(low + 1, length - 1)
+        weight = jnp.expand_dims(position - low.astype(jnp.float32), [a for a in range(4) if a != axis])
+        left, right = jnp.take(images, low, axis), jnp.take(images, high, axis)
+        images = left + (right - left) * weight
+    return images
+
+
+def _window(size: int, strides: int, padding: int) -> dict[str, Any]:
+    return {"window_shape": (size, size), "strides": (strides, strides), "padding": ((padding, padding),) * 2}
+
+
+def max_pool(x: Array, strides: int = 2, padding: int = 0) -> Array:
+    """3 x 3 max pool of [B, H, W, K]."""
+    return nn.max_pool(x, **_window(3, strides, padding))
+
+
+def average_pool(x: Array) -> Array:
+    """3 x 3 mean of [B, H, W, K] at stride 1, over the pixels inside the image only."""
+    return nn.avg_pool(x, **_window(3, 1, 1), count_include_pad=False)
+
+
+def _convolve_by_patches(x: Array, kernel: Array, strides: int) -> Array:
+    """A valid convolution of one image [H, W, I] as one matrix product with the matrix of its patches."""
+    rows, columns, inputs, outputs = kernel.shape
+    height = (x.shape[0] - rows) // strides + 1
+    width = (x.shape[1] - columns) // strides + 1
+    taps = [
+        x[i : i + strides * (height - 1) + 1 : strides, j : j + strides * (width - 1) + 1 : strides]
+        for i in range(rows)
+        for j in range(columns)
+    ]
+    patches = jnp.concatenate(taps, axis=-1).reshape(height * width, rows * columns * inputs)
+    return (patches @ kernel.reshape(-1, outputs)).reshape(height, width, outputs)
+
+
+def convolve(x: Array, kernel: Array, strides: int, padding: tuple[int, int]) -> Array:
+    """NHWC convolution. XLA's convolution on a CPU is slow for large images and for strides: there it is
+    done image by image, so that the patches stay in the cache, as a matrix product (2 to 4 times faster)."""
+    rows, columns = kernel.shape[:2]
+    pads = tuple((p, p) for p in padding)
+    if jax.default_backend() == "cpu" and rows == columns == 1:
+        return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0])
+    if jax.default_backend() == "cpu" and (x.shape[1] > 64 or strides > 1):
+        padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
+        return lax.map(lambda image: _convolve_by_patches(image, kernel, strides), padded)
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (strides, strides), pads, dimension_numbers=numbers)
+
+
+class Convolution(nn.Module):
+    """Convolution with the folded batch normalisation, then ReLU."""
+
+    features: int
+    size: tuple[int, int]
+    strides: int = 1
+    padding: tuple[int, int] = (0, 0)
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        kernel = self.param("kernel", nn.initializers.he_normal(), (*self.size, x.shape[-1], self.features))
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        return nn.relu(convolve(x, kernel, self.strides, self.padding) + bias[None, None, None])
+
+
+def conv(
+    name: str, features: int, rows: int = 1, columns: int | None = None, strides: int = 1, same: bool = True
+):
+    """A named convolution of rows x columns; `same` keeps the image's size at stride 1."""
+    columns = rows if columns is None else columns
+    padding = (rows // 2, columns // 2) if same and strides == 1 else (0, 0)
+    return Convolution(features, (rows, columns), strides, padding, name=name)
+
+
+class InceptionA(nn.Module):
+    """35 x 35 block."""
+
+    pool_features: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        narrow = conv("branch1x1", 64)(x)
+        wide = conv("branch5x5_2", 64, 5)(conv("branch5x5_1", 48)(x))
+        double = conv("branch3x3dbl_2", 96, 3)(conv("branch3x3dbl_1", 64)(x))
+        double = conv("branch3x3dbl_3", 96, 3)(double)
+        pooled = conv("branch_pool", self.pool_features)(average_pool(x))
+        return jnp.concatenate([narrow, wide, double, pooled], axis=-1)
+
+
+class InceptionB(nn.Module):
+    """35 x 35 to 17 x 17."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        single = conv("branch3x3", 384, 3, strides=2)(x)
+        double = conv("branch3x3dbl_2", 96, 3)(conv("branch3x3dbl_1", 64)(x))
+        double = conv("branch3x3dbl_3", 96, 3, strides=2)(double)
+        return jnp.concatenate([single, double, max_pool(x)], axis=-1)
+
+
+class InceptionC(nn.Module):
+    """17 x 17 block with factorised 7 x 7 convolutions."""
+
+    inner_features: int
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        inner = self.inner_features
+        narrow = conv("branch1x1", 192)(x)
+        single = conv("branch7x7_2", inner, 1, 7)(conv("branch7x7_1", inner)(x))
+        single = conv("branch7x7_3", 192, 7, 1)(single)
+        double = conv("branch7x7dbl_2", inner, 7, 1)(conv("branch7x7dbl_1", inner)(x))
+        double = conv("branch7x7dbl_4", inner, 7, 1)(conv("branch7x7dbl_3", inner, 1, 7)(double))
+        double = conv("branch7x7dbl_5", 192, 1, 7)(double)
+        pooled = conv("branch_pool", 192)(average_pool(x))
+        return jnp.concatenate([narrow, single, double, pooled], axis=-1)
+
+
+class InceptionD(nn.Module):
+    """17 x 17 to 8 x 8."""
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        single = conv("branch3x3_2", 320, 3, strides=2)(conv("branch3x3_1", 192)(x))
+        factored = conv("branch7x7x3_2", 192, 1, 7)(conv("branch7x7x3_1", 192)(x))
+        factored = conv("branch7x7x3_3", 192, 7, 1)(factored)
+        factored = conv("branch7x7x3_4", 192, 3, strides=2)(factored)
+        return jnp.concatenate([single, factored, max_pool(x)], axis=-1)
+
+
+class InceptionE(nn.Module):
+    """8 x 8 block; FID's network has a max pool in its last one: an old mistake, now the standard."""
+
+    max_pooled: bool
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        narrow = conv("branch1x1", 320)(x)
+        single = conv("branch3x3_1", 384)(x)
+        single = [conv("branch3x3_2a", 384, 1, 3)(single), conv("branch3x3_2b", 384, 3, 1)(single)]
+        double = conv("branch3x3dbl_2", 384, 3)(conv("branch3x3dbl_1", 448)(x))
+        double = [conv("branch3x3dbl_3a", 384, 1, 3)(double), conv("branch3x3dbl_3b", 384, 3, 1)(double)]
+        pooled = max_pool(x, strides=1, padding=1) if self.max_pooled else average_pool(x)
+        return jnp.concatenate([narrow, *single, *double, conv("branch_pool", 192)(pooled)], axis=-1)
+
+
+class InceptionV3(nn.Module):
+    """Images uint8 [B, H, W, 3] of any size to pool_3 [B, 2048], logits [B, 1008] and spatial [B, 17 * 17 *
+    7].
+
+    The spatial features are the first 7 channels of mixed_6/conv:0, flattened as rows, columns, channels.
+    """
+
+    @nn.compact
+    def __call__(self, images: Array) -> Features:
+        x = (resize_like_tensorflow1(images.astype(jnp.float32)) - 128.0) / 128.0  # [B, 299, 299, 3]
+        x = conv("Conv2d_1a_3x3", 32, 3, strides=2)(x)
+        x = conv("Conv2d_2a_3x3", 32, 3, same=False)(x)
+        x = max_pool(conv("Conv2d_2b_3x3", 64, 3)(x))  # [B, 73, 73, 64]
+        x = conv("Conv2d_4a_3x3", 192, 3, same=False)(conv("Conv2d_3b_1x1", 80)(x))
+        x = max_pool(x)  # [B, 35, 35, 192]
+        for name, pool_features in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
+            x = InceptionA(pool_features, name=name)(x)
+        x = InceptionB(name="Mixed_6a")(x)  # [B, 17, 17, 768]
+        for name, inner in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
+            x = InceptionC(inner, name=name)(x)
+            if name == "Mixed_6d":  # TensorFlow's mixed_6; its first branch, mixed_6/conv, comes first in x
+                spatial = x[..., :SPATIAL_CHANNELS].reshape(x.shape[0], -1)
+        x = InceptionD(name="Mixed_7a")(x)  # [B, 8, 8, 1280]
+        x = InceptionE(max_pooled=False, name="Mixed_7b")(x)
+        x = InceptionE(max_pooled=True, name="Mixed_7c")(x)
+        pooled = x.mean((1, 2))
+        logits = nn.Dense(1008, use_bias=False, name="fc")(pooled)
+        return Features(pooled, logits, spatial)
+
+
+def inception_network(path: str | Path) -> FeatureNetwork:
+    """FID's network with the weights of a local PyTorch file; grey images are repeated to three channels.
+
+    Raises FileNotFoundError, and ValueError for a file of anything else.
+    """
+    params, sha256 = load_inception_weights(path)
+    model = InceptionV3()
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8))["params"]
+    if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, shapes):
+        raise ValueError(f"{path} does not hold FID's InceptionV3: its layers or their shapes differ")
+    published = sha256.startswith(PUBLISHED_HASH_PREFIX)
+    note = (
+        "the published pt_inception-2015-12-05" if published else "NOT the published weights: no FID compares"
+    )
+
+    def apply(params: Any, images: Array) -> Features:
+        return model.apply({"params": params}, jnp.broadcast_to(images, (*images.shape[:-1], 3)))
+
+    return FeatureNetwork(
+        name="inception",
+        identity=f"sha256 {sha256} ({note})",
+        preprocessing="grey repeated to RGB, TensorFlow 1 bilinear resize to 299 x 299, (v - 128) / 128",
+        variables=jax.tree.map(jnp.asarray, params),
+        apply=apply,
+    )

@@ -1,0 +1,117 @@
+"""The files of the field: ADM's npz of samples, and npz of reference statistics."""
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tarflow_jax.evaluation.statistics import FeatureStatistics
+
+MAX_STATISTICS_BYTES = 64 * 2**20  # a covariance of 2048 float64 features takes 32 MiB
+MAX_IMAGES_BYTES = 64 * 2**30
+
+
+def write_npz(path: str | Path, **arrays: np.ndarray) -> None:
+    """Writes an npz under a temporary name first, so that a file that exists is a whole one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+    os.replace(temporary, path)
+
+
+def read_npz(path: str | Path, names: tuple[str, ...], max_bytes: int) -> dict[str, np.ndarray]:
+    """The arrays of an npz that are among `names`; never unpickles, and never unpacks more than `max_bytes`
+    of one.
+
+    Raises FileNotFoundError, and ValueError for a file that is no npz of plain arrays.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} not found; expected an npz file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sizes = {info.filename.removesuffix(".npy"): info.file_size for info in archive.infolist()}
+        wanted = [name for name in names if name in sizes]
+        large = [name for name in wanted if sizes[name] > max_bytes]
+        if large:
+            raise ValueError(f"array {large[0]} unpacks to {sizes[large[0]]} bytes, more than {max_bytes}")
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in wanted}
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not a readable npz file: {error}") from error
+
+
+def write_samples(path: str | Path, images: np.ndarray, labels: np.ndarray | None = None) -> None:
+    """ADM's sample file: `arr_0` uint8 [N, H, W, 3] (grey is repeated), and `arr_1` labels where there are
+    any.
+    """
+    arrays = {"arr_0": as_colour(images)}
+    if labels is not None:
+        arrays["arr_1"] = labels
+    write_npz(path, **arrays)
+
+
+def read_samples(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Images uint8 [N, H, W, K] and labels [N] or None of an ADM sample file.
+
+    Raises FileNotFoundError, and ValueError for anything but a whole sample file.
+    """
+    arrays = read_npz(path, ("arr_0", "arr_1"), MAX_IMAGES_BYTES)
+    images, labels = arrays.get("arr_0"), arrays.get("arr_1")
+    if images is None or images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
+        found = "nothing" if images is None else f"{images.dtype} {list(images.shape)}"
+        raise ValueError(f"{path}: expected arr_0 as uint8 [N, H, W, 1 or 3], found {found}")
+    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
+        raise ValueError(
+            f"{path}: expected arr_1 as {len(images)} integer labels, found {list(labels.shape)}"
+        )
+    return images, labels
+
+
+def as_colour(images: np.ndarray) -> np.ndarray:
+    """[N, H, W, 1 or 3] -> [N, H, W, 3], what Inception and ADM's files want."""
+    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+
+
+def write_reference(
+    path: str | Path,
+    pooled: FeatureStatistics,
+    spatial: FeatureStatistics | None,
+    protocol: Mapping[str, Any],
+) -> None:
+    """Reference statistics as ADM stores them (`mu`, `sigma`, `mu_s`, `sigma_s`), and `protocol`: JSON
+    saying of what.
+    """
+    arrays = {"mu": pooled.mean, "sigma": pooled.covariance}
+    if spatial is not None:
+        arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
+    write_npz(path, **arrays, protocol=np.array(json.dumps(dict(protocol))))
+
+
+def read_reference(
+    path: str | Path,
+) -> tuple[FeatureStatistics, FeatureStatistics | None, dict[str, Any] | None]:
+    """Statistics of pool_3, those of the spatial features (None if absent), and the protocol.
+
+    The protocol is None for a file of others, such as ADM's, which does not say how its images were prepared.
+    Raises FileNotFoundError, and ValueError for anything but a reference file.
+    """
+    arrays = read_npz(path, ("mu", "sigma", "mu_s", "sigma_s", "protocol"), MAX_STATISTICS_BYTES)
+
+    def statistics(mean: str, covariance: str) -> FeatureStatistics:
+        try:
+            return FeatureStatistics(arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64))
+        except ValueError as error:
+            raise ValueError(f"{path}: {mean} and {covariance}: {error}") from error
+
+    if not {"mu", "sigma"} <= arrays.keys():
+        raise ValueError(f"{path} holds no reference statistics: expected arrays mu and sigma")
+    spatial = statistics("mu_s", "sigma_s") if {"mu_s", "sigma_s"} <= arrays.keys() else None
+    protocol = json.loads(str(arrays["protocol"])) if "protocol" in arrays else None
+    return statistics("mu", "sigma"), spatial, protocol
