@@ -1,0 +1,216 @@
+"""A saved model: a folder of config.json, model.safetensors and README.md, all plain data.
+
+config.json holds the layout's version, the model's config, its training noise, and the size and SHA-256 of
+model.safetensors; a SHA-256 of its own fields makes any damage to either file an error, not another model.
+model.safetensors holds "params/…", "ema/…" (where an average of the parameters was kept) and, in VP mode,
+"prior/variance", by the names of `layout.variables_shapes`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from tarflow_jax.flow.config import TarFlowConfig
+from tarflow_jax.interop.files import one_line, replacing
+from tarflow_jax.interop.hub import local_folder
+from tarflow_jax.interop.layout import (
+    Shape,
+    check_tensors,
+    flatten,
+    params_shapes,
+    unflatten,
+    variables_shapes,
+)
+from tarflow_jax.interop.model_card import model_card
+from tarflow_jax.interop.safetensors_file import CODES, read_tensors, sha256, write_tensors
+from tarflow_jax.noise import Noise
+
+FORMAT = "tarflow_jax"
+VERSION = 1
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+_MAX_CONFIG_BYTES = 1 << 20
+_MAX_BLOCKS = 1 << 12
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedModel:
+    """What a model folder holds.
+
+    Attributes:
+      config: of the flow.
+      variables: {"params": …} and, in VP mode, {"prior": {"variance": [T, D]}}; float32 arrays.
+      noise: what it was trained with; None if unknown.
+      ema_params: the parameters' exponential moving average, like variables["params"]; None if none was kept.
+    """
+
+    config: TarFlowConfig
+    variables: dict[str, Any]
+    noise: Noise | None = None
+    ema_params: dict[str, Any] | None = None
+
+
+def save_model(
+    folder: str | os.PathLike[str],
+    *,
+    config: TarFlowConfig,
+    variables: Mapping[str, Any],
+    noise: Noise | None = None,
+    ema_params: Mapping[str, Any] | None = None,
+    dtype: str = "float32",
+    card: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a model folder; one tensor at a time, and nothing is replaced before all is written.
+
+    Args:
+      folder: made if it is missing. An earlier saved model in it is replaced.
+      config: of the flow.
+      variables: float32, as in `SavedModel`.
+      noise: what it was trained with.
+      ema_params: average of the parameters, kept beside the raw ones.
+      dtype: of the saved parameters, "float32" (exact) or "bfloat16" (half the size). A prior stays float32.
+      card: what the model card tells, see `model_card`.
+
+    Raises:
+      ValueError: variables that are not of `config`, an unknown dtype or card field, or a folder whose
+        config.json is something else.
+    """
+    folder = Path(folder)
+    if dtype not in CODES:
+        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(CODES)}")
+    if (folder / CONFIG).exists() and "format" not in _read_json(folder / CONFIG):
+        raise ValueError(
+            f"{folder / CONFIG} belongs to something else than a saved model; choose another folder"
+        )
+    tensors = flatten(variables) | flatten({"ema": ema_params} if ema_params else {})
+    shapes = _shapes(config, ema_params is not None)
+    check_tensors("the model", {name: array.shape for name, array in tensors.items()}, shapes)
+    text = model_card(config, noise, card or {})
+    with (
+        replacing(folder / WEIGHTS) as weights,
+        replacing(folder / CONFIG) as description,
+        replacing(folder / CARD) as readme,
+    ):
+        write_tensors(weights, {name: tensors[name] for name in shapes}, _dtypes(shapes, dtype))
+        fields = {
+            "format": FORMAT,
+            "format_version": VERSION,
+            "model": config.to_dict(),
+            "noise": noise.to_dict() if noise else None,
+            "weights": {
+                "dtype": dtype,
+                "ema": ema_params is not None,
+                "bytes": weights.stat().st_size,
+                "sha256": sha256(weights),
+            },
+        }
+        fields["sha256"] = _fingerprint(fields)
+        description.write_text(json.dumps(fields, indent=2) + "\n")
+        readme.write_text(text)
+
+
+def load_model(name: str | os.PathLike[str]) -> SavedModel:
+    """Reads a model folder, or one from the Hugging Face hub.
+
+    Args:
+      name: a folder that `save_model` wrote, or "owner/name" where no such folder exists.
+
+    Raises:
+      FileNotFoundError: neither a folder nor a hub model that can be reached, or a file of it is missing.
+      ImportError: a hub model, but huggingface_hub is not installed.
+      ValueError: an unknown layout version, a damaged file, or files that contradict each other.
+    """
+    folder = local_folder(name, (CONFIG, WEIGHTS, CARD))
+    fields = _read_fields(folder / CONFIG)
+    path = folder / CONFIG
+    try:
+        config = TarFlowConfig.from_dict(fields["model"])
+        noise = None if fields["noise"] is None else Noise.from_dict(fields["noise"])
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: {one_line(error)}") from error
+    stored = fields["weights"]
+    weights = folder / WEIGHTS
+    _check_weights_file(weights, stored)
+    shapes = _shapes(config, stored["ema"])
+    tensors = {}
+    for tensor_name, array in read_tensors(weights, shapes, _dtypes(shapes, stored["dtype"])):
+        tensors[tensor_name] = jnp.asarray(array.astype(jnp.float32, copy=False))
+    tree = unflatten(tensors)
+    return SavedModel(config=config, noise=noise, ema_params=tree.pop("ema", None), variables=tree)
+
+
+def _shapes(config: TarFlowConfig, ema: bool) -> dict[str, Shape]:
+    shapes = variables_shapes(config)
+    if ema:
+        shapes |= {f"ema/{name}": shape for name, shape in params_shapes(config).items()}
+    return shapes
+
+
+def _dtypes(shapes: Mapping[str, Shape], dtype: str) -> dict[str, str]:
+    return {name: "float32" if name.startswith("prior/") else dtype for name in shapes}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no {path.name} in {path.parent}; expected a folder that save_pretrained wrote"
+        )
+    if path.stat().st_size > _MAX_CONFIG_BYTES:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes, too many for a config")
+    try:
+        fields = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {one_line(error)}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} is not a JSON object; expected a folder that save_pretrained wrote")
+    return fields
+
+
+def _read_fields(path: Path) -> dict[str, Any]:
+    """config.json, with the types of everything but the model and the noise checked."""
+    fields = _read_json(path)
+    if fields.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a saved model's; expected a folder that save_pretrained wrote")
+    if fields.get("format_version") != VERSION:
+        raise ValueError(
+            f"{path} has layout version {fields.get('format_version')!r}; this release reads {VERSION}:"
+            " install the release that wrote it"
+        )
+    if fields.pop("sha256", None) != _fingerprint(fields):
+        raise ValueError(
+            f"{path} does not match its own checksum: it was damaged or edited; save the model again"
+        )
+    stored = fields.get("weights")
+    types = {"dtype": str, "ema": bool, "bytes": int, "sha256": str}
+    if (
+        fields.keys() != {"format", "format_version", "model", "noise", "weights"}
+        or not isinstance(stored, dict)
+        or {name: type(value) for name, value in stored.items()} != types
+        or stored["dtype"] not in CODES
+    ):
+        raise ValueError(
+            f"{path} lacks fields of layout version {VERSION}, or has others; save the model again"
+        )
+    # Before anything is as long as the number of blocks that the file claims.
+    blocks = fields["model"].get("num_blocks") if isinstance(fields["model"], dict) else None
+    if not isinstance(blocks, int) or blocks > _MAX_BLOCKS:
+        raise ValueError(f"{path} describes a model of {blocks!r} blocks; expected at most {_MAX_BLOCKS}")
+    return fields
+
+
+def _fingerprint(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _check_weights_file(path: Path, stored: Mapping[str, Any]) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name} in {path.parent}; copy the whole folder again")
+    if path.stat().st_size != stored["bytes"]:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; expected {stored['bytes']}; copy it again")
+    if sha256(path) != stored["sha256"]:
+        raise ValueError(f"{path} does not match its checksum in config.json: it is damaged; copy it again")
