@@ -1,13 +1,66 @@
 """The strict floor: every test runs on eight CPU devices, and promotion or a warning is an error."""
 
+import dataclasses
+import functools
+import json
 import os
+from pathlib import Path
+from typing import Any
 
 # Before JAX is imported for the first time: it reads both only once.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
+import numpy as np
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+DATA = Path(__file__).parent / "data"
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """A model of the reference and what the reference computed with it (see tests/data/README.md)."""
+
+    path: Path  # of the reference's weights
+    config: Any
+    variables: dict[str, Any]
+    arrays: dict[str, np.ndarray]  # as stored: images [B, K, H, W], tokens in the reference's order
+
+    def images(self, name: str) -> np.ndarray:
+        """Images [..., H, W, K] from those stored as [..., K, H, W]."""
+        return np.moveaxis(self.arrays[name], -3, -1)
+
+    def latents(self, name: str) -> np.ndarray:
+        """Latents [..., H, W, K] from tokens [..., T, D] in the reference's order."""
+        tokens, (height, width, channels) = self.arrays[name], self.config.image_shape
+        patch = self.config.patch_size
+        grid = (height // patch, width // patch)
+        tokens = tokens.reshape(*tokens.shape[:-2], *grid, channels, patch, patch)
+        tokens = np.moveaxis(tokens, -3, -1)  # [..., rows, columns, P, P, K]
+        return np.swapaxes(tokens, -4, -3).reshape(*tokens.shape[:-5], height, width, channels)
+
+    def labels(self, name: str) -> np.ndarray | None:
+        """Labels int32, None for an unconditional model."""
+        return self.arrays[name].astype(np.int32) if name in self.arrays else None
+
+
+@functools.cache
+def _load_golden(name: str) -> Golden:
+    from tarflow_jax.interop import load_torch
+
+    model = json.loads((DATA / f"{name}.json").read_text())["model"]
+    path = DATA / f"{name}.pth"
+    config, variables = load_torch(path, model["img_size"], model["in_channels"], model["patch_size"])
+    with np.load(DATA / f"{name}.npz") as arrays:
+        return Golden(path, config, variables, dict(arrays))
+
+
+@pytest.fixture(scope="session")
+def load_golden():
+    """A function: "cond", "vp" or "training" -> Golden, the same object every time."""
+    return _load_golden

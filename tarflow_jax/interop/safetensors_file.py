@@ -39,7 +39,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], dtypes: Mapping[str, s
         file.write(struct.pack("<Q", len(head)) + head)
         for name, array in tensors.items():
             data = np.ascontiguousarray(np.asarray(array).astype(jnp.dtype(dtypes[name])))
-            file.write(data.reshape(-1).view(np.uint8))
+            file.write(data.reshape(-1).view(np.uint8).data)
 
 
 def read_tensors(

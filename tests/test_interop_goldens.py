@@ -1,0 +1,95 @@
+"""The reference's weights through the converter compute what the reference computed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tarflow_jax.flow import TarFlow, to_images
+from tarflow_jax.likelihood import bits_per_dim, log_prob
+from tarflow_jax.sampling.decode import decode
+from tarflow_jax.sampling.denoise import denoise
+from tarflow_jax.sampling.guidance import Guidance
+
+CASES = ("cond", "vp")
+GUIDED = {
+    "sample_cfg1.5_ab": Guidance(1.5, "both", "constant"),
+    "sample_cfg1.5_a": Guidance(1.5, "log_scale", "constant"),
+    "sample_cfg1.5_b": Guidance(1.5, "shift", "constant"),
+    "sample_cfg2_annealed": Guidance(2.0, "both", "linear"),
+    "sample_temp0.7_w1_annealed": Guidance(1.0, "both", "linear", 0.7),
+    "sample_temp1.4_w0.5": Guidance(0.5, "both", "constant", 1.4),
+}
+
+
+def assert_close(ours, reference, tolerance=2e-4):
+    assert np.shape(ours) == np.shape(reference)
+    error = np.abs(np.asarray(ours) - reference) / np.maximum(np.abs(reference), 1)
+    assert error.max() <= tolerance
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_encode_and_likelihood(load_golden, name):
+    golden = load_golden(name)
+    flow, arrays = TarFlow(golden.config), golden.arrays
+    images, labels = golden.images("x"), golden.labels("y")
+    latents, log_det = jax.jit(flow.apply)(golden.variables, images, labels)
+    reference, reference_log_det = golden.latents("z"), arrays["logdet_per_dim"] * golden.config.num_dims
+    if golden.config.volume_preserving:  # the reference leaves the prior's variance to its sampler
+        variance = np.asarray(golden.variables["prior"]["variance"])
+        reference = reference / np.asarray(to_images(golden.config, jnp.sqrt(variance)[None]))
+        reference_log_det = reference_log_det - 0.5 * np.log(variance).sum()
+    assert_close(latents, reference)
+    assert_close(log_det, reference_log_det)
+    nats = jax.jit(functools.partial(log_prob, flow))(golden.variables, images, labels)
+    assert_close(nats, arrays["log_prob"])
+    assert_close(bits_per_dim(nats, golden.config.num_dims), arrays["bits_per_dim_8bit"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_denoise(load_golden, name):
+    golden = load_golden(name)
+    variables = dict(golden.variables)
+    if (
+        golden.config.volume_preserving
+    ):  # the reference's score leaves the prior's variance out; ours does not
+        variables["prior"] = jax.tree.map(jnp.ones_like, variables["prior"])
+    denoised = jax.jit(functools.partial(denoise, TarFlow(golden.config)))(
+        variables, golden.images("x"), golden.labels("y"), golden.arrays["sigma"]
+    )
+    assert_close(denoised, golden.images("denoised"))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6))
+def decode_compiled(config, variables, latents, labels, weights, temperature, target):
+    return decode(config, variables, latents, labels, weights, temperature, target)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_decode(load_golden, name):
+    golden = load_golden(name)
+    config, latents, labels = golden.config, golden.latents("noise"), golden.labels("sample_y")
+    images, trajectory = decode_compiled(config, golden.variables, latents, labels, None, 1.0, "both")
+    assert_close(images, golden.images("sample"))
+    assert_close(jnp.stack(trajectory), golden.images("sample_sequence"))
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("cond", mode) for mode in GUIDED] + [("vp", mode) for mode in GUIDED if "temp" in mode],
+)
+def test_guided_decode(load_golden, name, mode):
+    golden, guidance = load_golden(name), GUIDED[mode]
+    weights = guidance.weights(golden.config.num_tokens)
+    images, _ = decode_compiled(
+        golden.config,
+        golden.variables,
+        golden.latents("noise"),
+        golden.labels("sample_y"),
+        weights,
+        guidance.attention_temperature,
+        guidance.target,
+    )
+    assert_close(images, golden.images(mode))
