@@ -1,0 +1,98 @@
+"""Step -> batch. The global batch of a step is a function of (seed, step) alone, so that a run on any number of
+processes, begun anew or resumed anywhere, sees the same images in the same order with the same flips."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from tarflow_jax.data.source import NO_LABEL, ImageSource
+
+
+class Batch(NamedTuple):
+    """One process's part of a batch.
+
+    Attributes:
+      image: uint8 [B, H, W, K].
+      label: int32 [B]; -1 means no label.
+      mask: bool [B]; False marks the padding of an evaluation's last batch.
+    """
+
+    image: np.ndarray
+    label: np.ndarray
+    mask: np.ndarray
+
+
+def train_batches(
+    source: ImageSource,
+    *,
+    batch_size: int,
+    seed: int,
+    flip: bool = False,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_workers: int = 0,
+) -> Iterator[Batch]:
+    """Endless shuffled batches, from `start_step` on; every image comes once an epoch, and batches cross epochs.
+
+    Args:
+      source: where the images come from.
+      batch_size: the global one, B; this process gets rows [index * B / count, (index + 1) * B / count).
+      seed: of the order and the flips.
+      flip: mirror each image left to right with probability 1/2, drawn from (seed, step, row).
+      start_step: the step of the first batch.
+      process_index: which process this is.
+      process_count: how many there are.
+      num_workers: threads that read batches ahead; 0 reads in the caller's.
+
+    Raises:
+      ValueError: the batch does not divide by the processes.
+    """
+    rows = _process_rows(batch_size, process_index, process_count)
+    order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    order = grain.MapDataset.range(len(source)).shuffle(order_seed).repeat()
+
+    def batch_of(step: int) -> Batch:
+        images, labels = source.read([order[step * batch_size + row] for row in rows])
+        if flip:
+            flips = np.random.default_rng((seed, step)).random(batch_size) < 0.5  # of the global batch
+            images = np.where(flips[rows.start : rows.stop, None, None, None], images[:, :, ::-1], images)
+        return Batch(images, labels, np.ones(len(rows), bool))
+
+    steps = grain.MapDataset.range(start_step, np.iinfo(np.int64).max).map(batch_of)
+    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=num_workers, prefetch_buffer_size=2 * num_workers)))
+
+
+def eval_batches(
+    source: ImageSource, *, batch_size: int, process_index: int = 0, process_count: int = 1
+) -> Iterator[Batch]:
+    """Every image once, in order; the last batch is padded with zeros and label -1, marked by `mask`.
+
+    Every process yields the same number of batches of the same shape. Raises ValueError where the batch does not
+    divide by the processes.
+    """
+    rows = _process_rows(batch_size, process_index, process_count)
+    for start in range(0, len(source), batch_size):
+        wanted = range(start + rows.start, min(start + rows.stop, len(source)))
+        images, labels = source.read(np.array(wanted, np.int64))
+        missing = len(rows) - len(wanted)
+        yield Batch(
+            np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)]),
+            np.pad(labels, (0, missing), constant_values=NO_LABEL),
+            np.arange(len(rows)) < len(wanted),
+        )
+
+
+def _process_rows(batch_size: int, process_index: int, process_count: int) -> range:
+    """The rows of the global batch that belong to this process."""
+    if batch_size < 1 or batch_size % process_count:
+        raise ValueError(
+            f"batch size {batch_size} does not divide by {process_count} processes; "
+            "choose a positive multiple of the number of processes"
+        )
+    share = batch_size // process_count
+    return range(process_index * share, (process_index + 1) * share)

@@ -1,0 +1,83 @@
+"""scikit-learn's handwritten digits: 1,797 images of 8x8 in 17 grey levels, as a TFDS builder of our own.
+
+The builder yields PNG bytes, so that TFDS prepares it without TensorFlow. Splits, in scikit-learn's order: "train" the
+first 1,500 images, "test" the last 297. Grey level v of 0..16 becomes round(255 v / 16).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from tarflow_jax.data.source import ArraySource
+
+NUM_TRAIN = 1500
+
+
+class Digits(tfds.core.GeneratorBasedBuilder):
+    """TFDS builder `digits`, version 1.0.0; features image uint8 [8, 8, 1] and label of 10 classes."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    # Nothing is downloaded, so TFDS need not look beside the code for checksums (which takes importlib_resources).
+    code_path = None
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
+                "label": tfds.features.ClassLabel(num_classes=10),
+            }
+        )
+        description = "The 1,797 handwritten digits of scikit-learn's load_digits."
+        return tfds.core.DatasetInfo(
+            builder=self, description=description, features=features, disable_shuffling=True
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+        train, test = slice(NUM_TRAIN), slice(NUM_TRAIN, None)
+        return {
+            "train": self._generate_examples(images[train], digits.target[train]),
+            "test": self._generate_examples(images[test], digits.target[test]),
+        }
+
+    def _generate_examples(
+        self, images: np.ndarray, labels: np.ndarray
+    ) -> Iterator[tuple[int, dict[str, bytes | int]]]:
+        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, "png")
+            yield index, {"image": file.getvalue(), "label": int(label)}
+
+
+def open_digits(split: str, data_dir: Path) -> ArraySource:
+    """Prepares the digits under `data_dir` where that has not been done, and reads one split into memory."""
+    builder = Digits(data_dir=str(data_dir / "tfds"), file_format="array_record")
+    _prepare(builder)
+    records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    records = records.__getitems__(range(len(records)))
+    images = np.stack([np.asarray(Image.open(io.BytesIO(record["image"]))) for record in records])
+    labels = np.array([record["label"] for record in records])
+    return ArraySource("digits", images[..., None], labels, 10, [str(digit) for digit in range(10)])
+
+
+def _prepare(builder: tfds.core.DatasetBuilder) -> None:
+    """Quiet `download_and_prepare`; of processes that start together, the later take what the first one wrote."""
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
+    except OSError:
+        if not Path(builder.data_dir, "dataset_info.json").exists():
+            raise
+        builder.info.read_from_directory(builder.data_dir)
