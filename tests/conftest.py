@@ -64,3 +64,28 @@ def _load_golden(name: str) -> Golden:
 def load_golden():
     """A function: "cond", "vp" or "training" -> Golden, the same object every time."""
     return _load_golden
+
+
+@pytest.fixture
+def damage(tmp_path):
+    """A function: (file, count) yields it `count` times beside itself, each with another random damage.
+
+    A third is cut short, a third has a byte changed anywhere, and a third one near an end, where headers are.
+    """
+
+    def damaged(path: Path, count: int):
+        rng = np.random.default_rng(0)
+        content = path.read_bytes()
+        for i in range(count):
+            broken = bytearray(content)
+            if i % 3 == 0:
+                del broken[rng.integers(len(broken)) :]
+            else:
+                ends = np.r_[:2048, -2048:0] if len(content) > 4096 else np.arange(len(content))
+                place = rng.integers(len(content)) if i % 3 == 1 else rng.choice(ends)
+                broken[place] ^= rng.integers(1, 256)
+            path.write_bytes(broken)
+            yield path
+        path.write_bytes(content)
+
+    return damaged

@@ -16,6 +16,9 @@ from tarflow_jax.interop.layout import Shape, check_tensors, flatten, unflatten,
 from tarflow_jax.interop.torch_layout import constants, from_torch, to_torch, torch_names, torch_shapes
 
 HEAD_DIM = 64  # fixed in the reference, so no tensor tells it
+_DIRECTORY = (
+    0x10  # the bit of an entry's attributes by which PyTorch's reader takes it for one, and reads nothing
+)
 INSTALL_TORCH = "PyTorch checkpoints need PyTorch; install it with `pip install torch`"
 
 
@@ -73,8 +76,8 @@ def save_torch(path: str | os.PathLike[str], config: TarFlowConfig, variables: M
         parts = to_torch(config, name, np.asarray(flat[name], np.float32))
         arrays.update(zip(torch_names(config, name), parts, strict=True))
     state = {name: torch.from_numpy(np.array(array, order="C")) for name, array in arrays.items()}
-    with replacing(path) as temporary:
-        torch.save(state, temporary)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        torch.save(state, file)  # given a path, it would write the temporary name into the file
 
 
 def _import_torch() -> Any:
@@ -118,6 +121,8 @@ def _check_archive(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
+                if entry.is_dir() or entry.external_attr & _DIRECTORY:
+                    raise ValueError(f"entry {entry.filename} is a directory")
                 if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
                     raise ValueError(f"entry {entry.filename} is compressed")
             if damaged := archive.testzip():
