@@ -1,0 +1,44 @@
+"""Turns a PyTorch checkpoint of the reference (apple/ml-tarflow) into a model folder.
+
+    python -m launch.convert --from_torch=FILE --image_size=256 --image_channels=3 --patch_size=8 --out=DIR
+
+Width, blocks, layers, classes and VP/NVP are read off the tensors.
+"""
+
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+
+from tarflow_jax.interop import load_torch, save_model
+from tarflow_jax.noise import Noise
+
+FROM_TORCH = flags.DEFINE_string("from_torch", None, "PyTorch file of the reference's state dict.")
+IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "Side of the (square) images in pixels.")
+IMAGE_CHANNELS = flags.DEFINE_integer("image_channels", 3, "1 or 3.")
+PATCH_SIZE = flags.DEFINE_integer("patch_size", None, "Side of a patch in pixels.")
+NOISE_STD = flags.DEFINE_float("noise_std", None, "The training noise's σ in [-1, 1] units, if it is known.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the saved parameters.")
+OUT = flags.DEFINE_string("out", None, "Folder of the saved model; made if it is missing.")
+flags.mark_flags_as_required(["from_torch", "image_size", "patch_size", "out"])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Reads, converts and saves; returns the exit code."""
+    try:
+        if argv[1:]:
+            raise ValueError(f"unexpected argument {argv[1]!r}; see --help for the flags")
+        config, variables = load_torch(
+            FROM_TORCH.value, IMAGE_SIZE.value, IMAGE_CHANNELS.value, PATCH_SIZE.value
+        )
+        noise = None if NOISE_STD.value is None else Noise("gaussian", NOISE_STD.value)
+        save_model(OUT.value, config=config, variables=variables, noise=noise, dtype=DTYPE.value)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"saved {config} in {OUT.value}")
+    return 0
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,44 @@
+"""The command `python -m launch.convert`."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tarflow_jax.interop import load_model
+from tarflow_jax.interop.layout import flatten
+from tarflow_jax.noise import Noise
+
+
+def convert(*arguments):
+    command = [sys.executable, "-m", "launch.convert", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_converts(load_golden, tmp_path):
+    golden = load_golden("vp")
+    arguments = ["--image_size=8", "--image_channels=3", "--patch_size=2", "--noise_std=0.1"]
+    done = convert(f"--from_torch={golden.path}", f"--out={tmp_path}", *arguments)
+    assert (done.returncode, done.stderr) == (0, "")
+    saved = load_model(tmp_path)
+    assert (saved.config, saved.noise) == (golden.config, Noise("gaussian", 0.1))
+    for name, array in flatten(golden.variables).items():
+        np.testing.assert_array_equal(flatten(saved.variables)[name], array)
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [
+        ("vp.pth", "16 tokens, but 64 patches of 1 fill an image of 8x8"),
+        ("none.pth", "no PyTorch checkpoint at"),
+    ],
+)
+def test_errors_are_one_line(load_golden, tmp_path, file, message):
+    path = load_golden("vp").path.with_name(file)
+    done = convert(f"--from_torch={path}", f"--out={tmp_path / 'out'}", "--image_size=8", "--patch_size=1")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
