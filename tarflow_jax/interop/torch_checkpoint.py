@@ -71,11 +71,11 @@ def save_torch(path: str | os.PathLike[str], config: TarFlowConfig, variables: M
     flat = flatten(variables)
     shapes = variables_shapes(config)
     check_tensors("the model", {name: value.shape for name, value in flat.items()}, shapes)
-    arrays = constants(config)
+    state = {name: torch.from_numpy(array.copy()) for name, array in constants(config).items()}
     for name in shapes:
         parts = to_torch(config, name, np.asarray(flat[name], np.float32))
-        arrays.update(zip(torch_names(config, name), parts, strict=True))
-    state = {name: torch.from_numpy(np.array(array, order="C")) for name, array in arrays.items()}
+        for torch_name, part in zip(torch_names(config, name), parts, strict=True):
+            state[torch_name] = torch.from_numpy(np.array(part, order="C"))
     with replacing(path) as temporary, temporary.open("wb") as file:
         torch.save(state, file)  # given a path, it would write the temporary name into the file
 
