@@ -99,7 +99,7 @@ class Convolution(nn.Module):
 
 def conv(
     name: str, features: int, rows: int = 1, columns: int | None = None, strides: int = 1, same: bool = True
-):
+) -> Convolution:
     """A named convolution of rows x columns; `same` keeps the image's size at stride 1."""
     columns = rows if columns is None else columns
     padding = (rows // 2, columns // 2) if same and strides == 1 else (0, 0)

@@ -11,7 +11,7 @@ import numpy as np
 
 from tarflow_jax.evaluation.statistics import FeatureStatistics
 
-MAX_STATISTICS_BYTES = 64 * 2**20  # a covariance of 2048 float64 features takes 32 MiB
+MAX_STATISTICS_BYTES = 128 * 2**20  # 10,000 x 2048 float32 features take 79 MiB
 MAX_IMAGES_BYTES = 64 * 2**30
 
 
@@ -83,12 +83,15 @@ def write_reference(
     path: str | Path,
     pooled: FeatureStatistics,
     spatial: FeatureStatistics | None,
+    features: np.ndarray,
     protocol: Mapping[str, Any],
 ) -> None:
-    """Reference statistics as ADM stores them (`mu`, `sigma`, `mu_s`, `sigma_s`), and `protocol`: JSON
-    saying of what.
+    """Reference statistics as ADM stores them (`mu`, `sigma`, `mu_s`, `sigma_s`), and two arrays more.
+
+    `features` float32 [M, D] are those of some images, in place of ADM's images; `protocol` is JSON that
+    says what the statistics are of.
     """
-    arrays = {"mu": pooled.mean, "sigma": pooled.covariance}
+    arrays = {"mu": pooled.mean, "sigma": pooled.covariance, "features": features}
     if spatial is not None:
         arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
     write_npz(path, **arrays, protocol=np.array(json.dumps(dict(protocol))))
@@ -96,22 +99,32 @@ def write_reference(
 
 def read_reference(
     path: str | Path,
-) -> tuple[FeatureStatistics, FeatureStatistics | None, dict[str, Any] | None]:
-    """Statistics of pool_3, those of the spatial features (None if absent), and the protocol.
+) -> tuple[FeatureStatistics, FeatureStatistics | None, np.ndarray | None, dict[str, Any] | None]:
+    """Statistics of the pooled and of the spatial features, some features, and the protocol; None for what
+    is absent.
 
-    The protocol is None for a file of others, such as ADM's, which does not say how its images were prepared.
+    Files of others have no protocol: ADM's does not say how its images were prepared.
     Raises FileNotFoundError, and ValueError for anything but a reference file.
     """
-    arrays = read_npz(path, ("mu", "sigma", "mu_s", "sigma_s", "protocol"), MAX_STATISTICS_BYTES)
-
-    def statistics(mean: str, covariance: str) -> FeatureStatistics:
-        try:
-            return FeatureStatistics(arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64))
-        except ValueError as error:
-            raise ValueError(f"{path}: {mean} and {covariance}: {error}") from error
-
+    names = ("mu", "sigma", "mu_s", "sigma_s", "features", "protocol")
+    arrays = read_npz(path, names, MAX_STATISTICS_BYTES)
     if not {"mu", "sigma"} <= arrays.keys():
         raise ValueError(f"{path} holds no reference statistics: expected arrays mu and sigma")
-    spatial = statistics("mu_s", "sigma_s") if {"mu_s", "sigma_s"} <= arrays.keys() else None
-    protocol = json.loads(str(arrays["protocol"])) if "protocol" in arrays else None
-    return statistics("mu", "sigma"), spatial, protocol
+    try:
+        pooled = _statistics(arrays["mu"], arrays["sigma"])
+        spatial = (
+            _statistics(arrays["mu_s"], arrays["sigma_s"]) if {"mu_s", "sigma_s"} <= arrays.keys() else None
+        )
+        protocol = json.loads(str(arrays["protocol"])) if "protocol" in arrays else None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    features = arrays.get("features")
+    if features is not None and features.shape[1:] != pooled.mean.shape:
+        raise ValueError(
+            f"{path}: features of shape {list(features.shape)} do not fit mu {list(pooled.mean.shape)}"
+        )
+    return pooled, spatial, features, protocol
+
+
+def _statistics(mean: np.ndarray, covariance: np.ndarray) -> FeatureStatistics:
+    return FeatureStatistics(mean.astype(np.float64), covariance.astype(np.float64))

@@ -5,10 +5,6 @@ import dataclasses
 import numpy as np
 import scipy.linalg
 
-# Fewer samples than features of Inception's pool_3 leave its covariance singular, and the distance badly
-# biased.
-MIN_SAMPLES = 2048
-
 
 @dataclasses.dataclass(frozen=True)
 class FeatureStatistics:

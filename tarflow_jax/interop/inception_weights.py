@@ -67,5 +67,5 @@ def _fold_batch_norm(state: dict[str, np.ndarray], name: str, path: Path) -> dic
     scale = weight / np.sqrt(variance + BATCH_NORM_EPSILON)
     if kernel.ndim != 4 or scale.shape != kernel.shape[:1]:
         raise ValueError(f"{path} does not hold FID's InceptionV3: layer {name} has shape {kernel.shape}")
-    kernel = np.float32(kernel * scale[:, None, None, None]).transpose(2, 3, 1, 0)
-    return {"kernel": kernel, "bias": np.float32(bias - mean * scale)}
+    kernel = (kernel * scale[:, None, None, None]).transpose(2, 3, 1, 0)
+    return {"kernel": kernel.astype(np.float32), "bias": (bias - mean * scale).astype(np.float32)}

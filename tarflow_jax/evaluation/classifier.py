@@ -1,0 +1,132 @@
+"""A small convolutional classifier as feature network, for data sets where Inception makes no sense.
+
+Distances between its features say how two models of one data set compare. They are no FID, are not called
+so, and compare only under the same weights, which the identity printed with them tells.
+"""
+
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from tqdm import tqdm
+
+from tarflow_jax.data import ImageSource
+from tarflow_jax.evaluation.features import FeatureExtractor, FeatureNetwork, Features
+from tarflow_jax.interop.inception_weights import file_sha256
+
+RECIPE = (
+    "3 strided convolutions of 32, 64, 128; AdamW 2e-3, cosine, batch 256, 6 epochs, at least 1,000 steps"
+)
+BATCH_SIZE = 256
+MIN_STEPS = 1000
+PREPROCESSING = "none: 8-bit images of the data set's own size, v / 127.5 - 1"
+
+
+class Classifier(nn.Module):
+    """Images uint8 [B, H, W, K] to pooled [B, 128], the last hidden layer, and logits [B, num_classes]."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> Features:
+        x = images.astype(jnp.float32) / 127.5 - 1.0
+        for width in (32, 64, 128):
+            x = nn.relu(nn.Conv(width, (3, 3), strides=2)(x))
+        pooled = nn.relu(nn.Dense(128)(x.reshape(x.shape[0], -1)))
+        return Features(pooled, nn.Dense(self.num_classes)(pooled))
+
+
+def train_classifier(source: ImageSource) -> dict[str, Any]:
+    """Parameters of a `Classifier` trained on the whole of `source`, by `RECIPE`."""
+    steps = max(6 * len(source) // BATCH_SIZE, MIN_STEPS)
+    model = Classifier(source.num_classes)
+    optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, steps))
+    images, labels = source.read(np.arange(len(source)))
+    params = model.init(jax.random.key(0), jnp.asarray(images[:1]))["params"]
+    state = optimizer.init(params)
+
+    def loss(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        logits = model.apply({"params": params}, images).logits
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def update(params: Any, state: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
+        gradient = jax.grad(loss)(params, images, labels)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of its step counter
+            updates, state = optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), state
+
+    random = np.random.default_rng(0)
+    for _ in tqdm(range(steps), f"classifier of {source.name}", disable=None, leave=False):
+        batch = random.choice(len(images), BATCH_SIZE)
+        params, state = update(params, state, jnp.asarray(images[batch]), jnp.asarray(labels[batch]))
+    return params
+
+
+def classifier_network(train: ImageSource, test: ImageSource, cache_dir: str | Path) -> FeatureNetwork:
+    """The classifier of a data set: from `cache_dir` if it was trained before, else trained and kept there.
+
+    `identity` states its accuracy on `test`. Raises ValueError for unlabelled images, and for a cached file
+    of something else.
+    """
+    if train.num_classes < 2:
+        raise ValueError(
+            f"{train.name} has no classes to train a classifier on; name Inception weights, --inception=FILE"
+        )
+    shape = "x".join(map(str, train.image_shape))
+    path = Path(cache_dir) / f"classifier-{train.name.replace('/', '_')}-{shape}.safetensors"
+    if not path.is_file():
+        params = train_classifier(train)
+        _save(path, params, {"recipe": RECIPE, "accuracy": repr(accuracy(params, test))})
+    params, metadata = _load(path, train)
+    model = Classifier(train.num_classes)
+    return FeatureNetwork(
+        name="classifier",
+        identity=f"sha256 {file_sha256(path)} (test accuracy {float(metadata['accuracy']):.4f}; {RECIPE})",
+        preprocessing=PREPROCESSING,
+        variables=params,
+        apply=lambda params, images: model.apply({"params": params}, images),
+    )
+
+
+def accuracy(params: Any, source: ImageSource) -> float:
+    """Fraction of the images of `source` that a `Classifier` gets right."""
+    model = Classifier(source.num_classes)
+    network = FeatureNetwork(
+        "classifier", "", "", params, lambda p, images: model.apply({"params": p}, images)
+    )
+    images, labels = source.read(np.arange(len(source)))
+    return float((FeatureExtractor(network)(images).logits.argmax(-1) == labels).mean())
+
+
+def _save(path: Path, params: Any, metadata: dict[str, str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file({name: np.asarray(x) for name, x in flatten_dict(params, sep="/").items()}, temporary, metadata)
+    os.replace(temporary, path)
+
+
+def _load(path: Path, source: ImageSource) -> tuple[Any, dict[str, str]]:
+    try:
+        with safe_open(path, "numpy") as file:
+            metadata = file.metadata() or {}
+            params = unflatten_dict({name: file.get_tensor(name) for name in file.keys()}, sep="/")  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        reason = f"it is not a safetensors file ({error})"
+        raise ValueError(f"{path}: {reason}; delete it to train the classifier again") from error
+    image = jax.ShapeDtypeStruct((1, *source.image_shape), jnp.uint8)
+    expected = jax.eval_shape(Classifier(source.num_classes).init, jax.random.key(0), image)["params"]
+    if metadata.get("recipe") != RECIPE or jax.tree.map(jnp.shape, params) != jax.tree.map(
+        jnp.shape, expected
+    ):
+        raise ValueError(f"{path} holds another classifier; delete it to train this one")
+    return jax.tree.map(jnp.asarray, params), metadata

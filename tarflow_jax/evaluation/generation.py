@@ -1,0 +1,108 @@
+"""Samples for metrics, in chunks on disk: 50,000 images survive a kill, and several processes share the work.
+
+Chunk i comes from the key fold_in(key(seed), i) and nothing else, so it does not matter who draws it, or
+when.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from tarflow_jax.evaluation.sample_files import MAX_IMAGES_BYTES, read_npz, write_npz
+
+NOT_FINITE = 128  # the grey that stands for a pixel which is no number
+
+
+class Samples(NamedTuple):
+    """Images uint8 [N, H, W, K], labels int32 [N] (None if unconditional), and how many images held NaN or
+    infinity.
+
+    Such images stay in the set, their bad pixels grey: a model that makes them is judged by them.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray | None
+    num_not_finite: int
+
+
+def to_uint8(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Float images [B, H, W, K] in [-1, 1] to the nearest 8-bit values, and bool [B]: is it not finite?"""
+    finite = np.isfinite(images)
+    values = np.clip(np.round((np.where(finite, images, 0) + 1) * 127.5), 0, 255).astype(np.uint8)
+    return np.where(finite, values, np.uint8(NOT_FINITE)), ~finite.all((1, 2, 3))
+
+
+def chunk_folder(root: str | Path, protocol: Mapping[str, Any]) -> Path:
+    """The folder of one protocol's chunks; it names itself after the protocol, and says it in protocol.json.
+
+    `protocol` must hold all that the samples depend on: model, seed, guidance, denoising, chunk size. Two
+    protocols never share a folder, so a run with another guidance cannot continue this one by mistake.
+    """
+    text = json.dumps(dict(protocol), indent=2, sort_keys=True)
+    folder = Path(root) / hashlib.sha256(text.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".protocol.json.{os.getpid()}.tmp"
+    temporary.write_text(text)
+    os.replace(temporary, folder / "protocol.json")
+    return folder
+
+
+def balanced_labels(start: int, stop: int, num_classes: int) -> np.ndarray | None:
+    """Labels of samples start .. stop - 1: 0, 1, 2 … in turn, int32; None without classes."""
+    return np.arange(start, stop, dtype=np.int32) % np.int32(num_classes) if num_classes else None
+
+
+def generate(
+    sample: Callable[[jax.Array, int, jax.Array | None], jax.Array],
+    folder: Path,
+    num_images: int,
+    chunk_size: int,
+    num_classes: int,
+    seed: int,
+) -> None:
+    """Draws the chunks of `num_images` samples that are not in `folder` yet; of several processes each its
+    share.
+
+    `sample(key, number, labels)` returns float images [number, H, W, K] in [-1, 1]. Every chunk is drawn
+    whole, so the first images do not depend on how many are asked for. Nothing is drawn twice, NaN or not.
+    """
+    mine = range(jax.process_index(), -(-num_images // chunk_size), jax.process_count())
+    for index in tqdm(mine, f"samples, {chunk_size} at a time", disable=None, leave=False):
+        path = _chunk_path(folder, index)
+        if path.is_file():
+            continue
+        key = jax.random.fold_in(jax.random.key(seed), index)
+        labels = balanced_labels(index * chunk_size, (index + 1) * chunk_size, num_classes)
+        drawn = sample(key, chunk_size, None if labels is None else jnp.asarray(labels))
+        images, not_finite = to_uint8(np.asarray(drawn))
+        write_npz(path, images=images, not_finite=not_finite)
+
+
+def read_chunks(folder: Path, num_images: int, chunk_size: int, num_classes: int) -> Samples:
+    """The first `num_images` samples of a folder. Raises FileNotFoundError while a chunk is missing, and
+    ValueError for one that is damaged."""
+    images, not_finite = [], []
+    for index in range(-(-num_images // chunk_size)):
+        path = _chunk_path(folder, index)
+        chunk = read_npz(path, ("images", "not_finite"), MAX_IMAGES_BYTES)
+        if {"images", "not_finite"} - chunk.keys() or len(chunk["images"]) != chunk_size:
+            raise ValueError(f"{path} is not a chunk of {chunk_size} samples; delete it and run again")
+        images.append(chunk["images"])
+        not_finite.append(chunk["not_finite"])
+    return Samples(
+        np.concatenate(images)[:num_images],
+        balanced_labels(0, num_images, num_classes),
+        int(np.concatenate(not_finite)[:num_images].sum()),
+    )
+
+
+def _chunk_path(folder: Path, index: int) -> Path:
+    return folder / f"chunk_{index:05d}.npz"

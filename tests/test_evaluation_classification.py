@@ -1,0 +1,67 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from tarflow_jax.evaluation.classification import (
+    bayes_classification,
+    calibration_error,
+    class_log_probs,
+    outlier_scores,
+)
+
+
+def test_log_probs_and_accuracy_of_known_gaussians():
+    # p(x | y) = N(y, σ²): the Bayes classifier takes the nearest class, right for |noise| < 1/2.
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 3, 30000)
+    images = jnp.asarray(labels + 0.5 * random.normal(size=30000), jnp.float32).reshape(-1, 1, 1, 1)
+
+    def log_prob(images, labels):
+        return -2 * jnp.square(images[:, 0, 0, 0] - labels.astype(jnp.float32))
+
+    log_probs = class_log_probs(log_prob, images, 3)
+    assert log_probs.shape == (30000, 3)
+    result = bayes_classification(log_probs, labels)
+    expected = 1 - 4 / 3 * scipy.stats.norm.sf(1)  # the outer classes err on one side only
+    assert result["accuracy"] == pytest.approx(expected, abs=0.02)
+    # The posterior is the true one: it needs no temperature and is calibrated.
+    assert result["temperature"] == pytest.approx(1, abs=0.1)
+    assert result["calibration_error"] < 0.03
+
+
+def test_temperature_undoes_overconfidence():
+    random = np.random.default_rng(1)
+    logits = random.normal(size=(20000, 4))
+    labels = np.array(
+        [random.choice(4, p=row) for row in np.exp(logits) / np.exp(logits).sum(1, keepdims=True)]
+    )
+    result = bayes_classification(50 * logits, labels)
+    assert result["temperature"] == pytest.approx(50, rel=0.05)
+    assert result["raw_calibration_error"] > 0.3
+    assert result["calibration_error"] < 0.02
+    assert result["negative_log_likelihood"] < result["raw_negative_log_likelihood"]
+
+
+def test_calibration_error_by_hand():
+    # Two images of confidence 0.8, one right; error |0.5 - 0.8|.
+    logits = np.log([[0.8, 0.2], [0.8, 0.2]])
+    assert calibration_error(logits, np.array([0, 1])) == pytest.approx(0.3)
+
+
+def test_not_finite_and_misshapen_log_probs_are_refused():
+    with pytest.raises(ValueError, match="not finite"):
+        bayes_classification(np.array([[0, np.nan]]), np.array([0]))
+    with pytest.raises(ValueError, match="N labels"):
+        bayes_classification(np.zeros((3, 2)), np.zeros(2, int))
+
+
+def test_outlier_scores():
+    scores = outlier_scores(np.array([1.0, 2.0, 3.0]), np.array([0.0, 2.0]), num_dims=2)
+    # Pairs won: 1 > 0, 2 > 0, 3 > 0, 3 > 2, and the tie 2 = 2 for a half.
+    assert scores["auroc"] == pytest.approx(4.5 / 6)
+    assert scores["mean_inside"] == pytest.approx(1.0)
+    assert sum(scores["histogram_inside"]) == 3
+    assert sum(scores["histogram_outside"]) == 2
+    with pytest.raises(ValueError, match="not finite"):
+        outlier_scores(np.array([np.inf]), np.array([0.0]), num_dims=2)

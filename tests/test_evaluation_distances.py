@@ -1,0 +1,121 @@
+import numpy as np
+import pytest
+
+from tarflow_jax.data import ArraySource
+from tarflow_jax.evaluation import classifier, distances, sample_files
+from tarflow_jax.evaluation.features import FeatureExtractor, FeatureNetwork, Features
+from tarflow_jax.evaluation.statistics import FeatureStatistics
+
+
+def pixels(variables, images):
+    flat = images.reshape(images.shape[0], -1).astype("float32")
+    return Features(flat, flat[:, :2], flat[:, :3])
+
+
+PIXELS = FeatureNetwork("inception", "the pixels themselves", "none", {}, pixels)
+
+
+def random_images(number, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (number, 2, 2, 1), dtype=np.uint8)
+
+
+def test_extractor_pads_and_keeps_order():
+    images = random_images(1000)
+    features = FeatureExtractor(PIXELS)(images)
+    np.testing.assert_array_equal(features.pooled, images.reshape(1000, 4))
+    np.testing.assert_array_equal(features.spatial, images.reshape(1000, 4)[:, :3])
+
+
+def test_reference_is_computed_once_and_again_for_other_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(distances, "IMAGES_AT_A_TIME", 300)
+    monkeypatch.setattr(distances, "NUM_REAL_FEATURES", 100)
+    images = random_images(1000)
+    source = ArraySource("noise", images)
+    extractor = FeatureExtractor(PIXELS)
+    reference = distances.data_set_reference(extractor, source, "train", tmp_path)
+    flat = images.reshape(1000, 4).astype(np.float64)
+    np.testing.assert_allclose(reference.pooled.mean, flat.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(reference.spatial.covariance, np.cov(flat[:, :3], rowvar=False), rtol=1e-10)
+    np.testing.assert_array_equal(reference.features, flat[::10])
+    assert reference.protocol["preprocessing"] == "none"
+
+    broken = FeatureExtractor(PIXELS)
+    monkeypatch.setattr(broken, "batches", lambda images: pytest.fail("computed again"))
+    again = distances.data_set_reference(broken, source, "train", tmp_path)
+    np.testing.assert_array_equal(again.pooled.covariance, reference.pooled.covariance)
+    np.testing.assert_array_equal(again.features, reference.features)
+
+    other = ArraySource("noise", random_images(500, seed=1))
+    changed = distances.data_set_reference(extractor, other, "train", tmp_path)
+    assert changed.protocol["num_images"] == 500
+
+
+def test_metrics_of_a_set_against_itself():
+    images = random_images(1200)
+    features = FeatureExtractor(PIXELS)(images)
+    flat = features.pooled.astype(np.float64)
+    statistics = FeatureStatistics(flat.mean(0), np.cov(flat, rowvar=False))
+    spatial = FeatureStatistics(flat[:, :3].mean(0), np.cov(flat[:, :3], rowvar=False))
+    reference = distances.Reference(statistics, spatial, features.pooled, {})
+    results = distances.sample_metrics(list(distances.METRICS), "inception", features, reference)
+    assert results["FID"] == pytest.approx(0, abs=1e-6)
+    assert results["sFID"] == pytest.approx(0, abs=1e-6)
+    assert results["precision (Inception features)"] == 1
+    assert results["recall (Inception features)"] == 1
+    assert {"KID", "KID (std)", "inception score", "inception score (std)"} <= results.keys()
+
+
+def test_what_a_network_or_a_reference_lacks_is_refused():
+    features = FeatureExtractor(PIXELS)(random_images(3))
+    statistics = FeatureStatistics(np.zeros(4), np.eye(4))
+    bare = distances.Reference(statistics, None, None, {})
+    with pytest.raises(ValueError, match="at least 4 images"):
+        distances.sample_metrics(["fid"], "inception", features, bare)
+    with pytest.raises(ValueError, match="no spatial statistics"):
+        distances.sample_metrics(["sfid"], "inception", features, bare)
+    with pytest.raises(ValueError, match="no images"):
+        distances.sample_metrics(["precision_recall"], "inception", features, bare)
+    with pytest.raises(ValueError, match="--inception=FILE"):
+        distances.check_metrics(["sfid"], "classifier")
+    with pytest.raises(ValueError, match="unknown metric 'fdi'"):
+        distances.check_metrics(["fdi"], "inception")
+
+
+def test_distances_of_classifier_features_are_not_called_fid():
+    names = distances.NAMES["classifier"]
+    assert names["fid"] == "Fréchet distance (classifier features)"
+    assert not any("FID" in name or "KID" in name for name in names.values())
+
+
+def test_reference_file_of_adm(tmp_path):
+    images = np.repeat(random_images(40), 3, axis=-1)
+    statistics = {"mu": np.zeros(12), "sigma": np.eye(12)}
+    sample_files.write_npz(tmp_path / "adm.npz", arr_0=images, **statistics)
+    extractor = FeatureExtractor(PIXELS)
+    reference = distances.file_reference(extractor, tmp_path / "adm.npz", ["fid", "precision_recall"])
+    assert reference.features.shape == (40, 12)
+    assert reference.protocol == {"file": "adm.npz", "preprocessing": "not stated"}
+
+
+def test_classifier_learns_is_cached_and_states_its_accuracy(tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier, "MIN_STEPS", 40)
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 2, 400)
+    images = np.clip(
+        random.normal(80 + 100 * labels[:, None, None, None], 20, (400, 8, 8, 1)), 0, 255
+    ).astype(np.uint8)
+    train = ArraySource("bright", images[:300], labels[:300], 2)
+    test = ArraySource("bright", images[300:], labels[300:], 2)
+    network = classifier.classifier_network(train, test, tmp_path)
+    assert "test accuracy 1.0000" in network.identity
+    monkeypatch.setattr(classifier, "train_classifier", lambda source: pytest.fail("trained again"))
+    again = classifier.classifier_network(train, test, tmp_path)
+    assert again.identity == network.identity
+    assert FeatureExtractor(again)(images[:5]).pooled.shape == (5, 128)
+
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(b"rubbish")
+    with pytest.raises(ValueError, match="delete it"):
+        classifier.classifier_network(train, test, tmp_path)
+    with pytest.raises(ValueError, match="no classes"):
+        classifier.classifier_network(ArraySource("plain", images), test, tmp_path)

@@ -1,0 +1,92 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tarflow_jax.evaluation import generation
+
+PROTOCOL = {"seed": 3, "guidance": 1.0}
+
+
+class Model:
+    """Draws noise whose brightness follows the label, and remembers which chunks it was asked for."""
+
+    def __init__(self, fail_at=None, nan_at=None):
+        self.calls, self.fail_at, self.nan_at = 0, fail_at, nan_at
+
+    def sample(self, key, number, labels):
+        if self.calls == self.fail_at:
+            raise KeyboardInterrupt
+        images = 0.1 * jax.random.normal(key, (number, 2, 2, 1)) + labels.astype(jnp.float32).reshape(
+            -1, 1, 1, 1
+        )
+        if self.calls == self.nan_at:
+            images = images.at[1, 0, 0, 0].set(jnp.nan)
+        self.calls += 1
+        return images
+
+
+def test_generation_continues_after_a_kill(tmp_path):
+    whole = generation.chunk_folder(tmp_path / "whole", PROTOCOL)
+    generation.generate(Model().sample, whole, 10, 4, 2, seed=3)
+    expected = generation.read_chunks(whole, 10, 4, 2)
+    assert expected.images.shape == (10, 2, 2, 1)
+    assert expected.num_not_finite == 0
+    np.testing.assert_array_equal(expected.labels, np.arange(10) % 2)
+
+    folder = generation.chunk_folder(tmp_path / "killed", PROTOCOL)
+    with pytest.raises(KeyboardInterrupt):
+        generation.generate(Model(fail_at=2).sample, folder, 10, 4, 2, seed=3)
+    with pytest.raises(FileNotFoundError, match="chunk_00002"):
+        generation.read_chunks(folder, 10, 4, 2)
+    again = Model()
+    generation.generate(again.sample, folder, 10, 4, 2, seed=3)
+    assert again.calls == 1
+    np.testing.assert_array_equal(generation.read_chunks(folder, 10, 4, 2).images, expected.images)
+
+
+def test_first_samples_do_not_depend_on_the_number(tmp_path):
+    generation.generate(Model().sample, tmp_path, 12, 4, 2, seed=0)
+    np.testing.assert_array_equal(
+        generation.read_chunks(tmp_path, 5, 4, 2).images,
+        generation.read_chunks(tmp_path, 12, 4, 2).images[:5],
+    )
+
+
+def test_processes_share_the_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for process, count in ((1, 1), (0, 2)):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        model = Model()
+        generation.generate(model.sample, tmp_path, 12, 4, 2, seed=0)
+        assert model.calls == count
+    assert len(generation.read_chunks(tmp_path, 12, 4, 2).images) == 12
+
+
+def test_samples_that_are_not_finite_are_counted_and_kept(tmp_path):
+    model = Model(nan_at=1)
+    generation.generate(model.sample, tmp_path, 8, 4, 2, seed=0)
+    samples = generation.read_chunks(tmp_path, 8, 4, 2)
+    assert model.calls == 2
+    assert samples.num_not_finite == 1
+    assert samples.images[5, 0, 0, 0] == generation.NOT_FINITE
+
+
+def test_a_protocol_has_its_own_folder(tmp_path):
+    first = generation.chunk_folder(tmp_path, PROTOCOL)
+    assert generation.chunk_folder(tmp_path, dict(reversed(PROTOCOL.items()))) == first
+    assert generation.chunk_folder(tmp_path, PROTOCOL | {"guidance": 2.0}) != first
+
+
+def test_eight_bit_values_are_the_nearest():
+    images, not_finite = generation.to_uint8(
+        np.array([-2, -1, -0.999, 0, 1, 3], np.float32).reshape(1, 1, 6, 1)
+    )
+    np.testing.assert_array_equal(images.ravel(), [0, 0, 0, 128, 255, 255])
+    assert not not_finite.any()
+
+
+def test_a_damaged_chunk_is_refused(tmp_path):
+    generation.write_npz(tmp_path / "chunk_00000.npz", images=np.zeros((3, 2, 2, 1), np.uint8))
+    with pytest.raises(ValueError, match="delete it and run again"):
+        generation.read_chunks(tmp_path, 4, 4, 0)
