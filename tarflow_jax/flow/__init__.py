@@ -1,0 +1,20 @@
+"""The flow: images <-> latents, in pure Flax linen. Knows nothing of data, training, files or devices."""
+
+from tarflow_jax.flow.block import FlowBlock, unstack_layers
+from tarflow_jax.flow.config import TarFlowConfig
+from tarflow_jax.flow.patches import to_images, to_tokens
+from tarflow_jax.flow.permutation import permute
+from tarflow_jax.flow.tarflow import TarFlow, updated_prior
+from tarflow_jax.flow.transformer import KVCache
+
+__all__ = [
+    "FlowBlock",
+    "KVCache",
+    "TarFlow",
+    "TarFlowConfig",
+    "permute",
+    "to_images",
+    "to_tokens",
+    "unstack_layers",
+    "updated_prior",
+]

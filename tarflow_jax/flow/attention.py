@@ -1,0 +1,36 @@
+"""Causal attention, for whole sequences and for new tokens behind a cache."""
+
+import jax
+import jax.numpy as jnp
+
+# Finite, because a fully masked row must give 0 * finite, never NaN, in the backward pass.
+_MASKED = -1e30
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    start: jax.Array | int = 0,
+    temperature: jax.Array | None = None,
+) -> jax.Array:
+    """softmax(q k / (temperature sqrt(H))) v, where query s sees the keys at positions <= start + s.
+
+    Args:
+      query: [B, S, N, H], at positions start .. start + S - 1.
+      key, value: [B, R, N, H], at positions 0 .. R - 1.
+      start: position of the first query.
+      temperature: [B], divides the logits of each example (attention-temperature guidance), or None for 1.
+
+    Returns:
+      [B, S, N, H], in the dtype of `query`. Logits and softmax are float32.
+    """
+    scale = jnp.full((query.shape[0],), query.shape[-1] ** -0.5, jnp.float32)
+    if temperature is not None:
+        scale = scale / temperature
+    logits = jnp.einsum("BSNH,BRNH->BNSR", query, key, preferred_element_type=jnp.float32)
+    logits = logits * scale[:, None, None, None]
+    visible = jnp.arange(key.shape[1])[None, :] <= start + jnp.arange(query.shape[1])[:, None]  # [S, R]
+    logits = jnp.where(visible[None, None], logits, _MASKED)
+    weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+    return jnp.einsum("BNSR,BRNH->BSNH", weights, value)

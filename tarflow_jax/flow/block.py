@@ -1,0 +1,136 @@
+"""One autoregressive flow block: permute -> causal transformer -> affine map (section 3.1 of the paper)."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from tarflow_jax.flow.config import TarFlowConfig
+from tarflow_jax.flow.permutation import permute
+from tarflow_jax.flow.transformer import KVCache, TransformerLayer, kernel_init
+
+_embedding_init = nn.initializers.normal(0.01)
+_REMAT = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class FlowBlock(nn.Module):
+    """z_i = (x_i - shift_i) exp(-log_scale_i), shift and log_scale functions of the tokens before i.
+
+    Attributes:
+      config: of the whole flow.
+      index: the block's number; odd blocks read the tokens backwards.
+      unrolled: layers as separate modules `layers_0`, `layers_1`, … that take key/value caches, for decoding;
+        otherwise one `nn.scan` over stacked parameters. `unstack_layers` turns the latter's parameters into
+        the former's.
+    """
+
+    config: TarFlowConfig
+    index: int
+    unrolled: bool = False
+
+    def setup(self) -> None:
+        config, depth = self.config, self.config.depths[self.index]
+        outputs = config.token_dim * (1 if config.volume_preserving else 2)
+        self.project_in = nn.Dense(config.width, dtype=config.compute_dtype, kernel_init=kernel_init)
+        self.position_embedding = self.param(
+            "position_embedding", _embedding_init, (config.num_tokens, config.width)
+        )
+        if config.num_classes:
+            self.class_embedding = self.param(
+                "class_embedding", _embedding_init, (config.num_classes, config.width)
+            )
+        self.project_out = nn.Dense(
+            outputs, dtype=config.compute_dtype, kernel_init=nn.initializers.zeros
+        )  # zero: a new flow is the identity
+        if self.unrolled:
+            self.layers = [TransformerLayer(config) for _ in range(depth)]
+        else:
+            self.layers = _scanned_layers(config, depth)
+
+    def __call__(
+        self, tokens: jax.Array, labels: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Forward: tokens [B, T, D] in image order -> (z [B, T, D] in image order, log_det [B] in nats)."""
+        x = permute(tokens, self.index)
+        log_scale, shift = self.affine(x, labels)
+        z = (x - shift) * jnp.exp(-log_scale)
+        return permute(z, self.index), -log_scale.sum((1, 2))
+
+    def affine(
+        self, x: jax.Array, labels: jax.Array | None = None, temperature: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """(log_scale, shift), each float32 [B, T, D], of tokens x [B, T, D] in block order; zero for the first."""
+        following, _ = self.following_affine(x, labels, temperature)
+        return tuple(jnp.pad(a[:, :-1], ((0, 0), (1, 0), (0, 0))) for a in following)
+
+    def following_affine(
+        self,
+        x: jax.Array,
+        labels: jax.Array | None = None,
+        temperature: jax.Array | None = None,
+        caches: tuple[KVCache, ...] | None = None,
+        start: jax.Array | int = 0,
+    ) -> tuple[tuple[jax.Array, jax.Array], tuple[KVCache, ...] | None]:
+        """What the tokens at start .. start + S - 1 say of the ones that follow each of them.
+
+        Args:
+          x: tokens [B, S, D] in block order.
+          labels: int32 [B], -1 for no class, or None for no class anywhere.
+          temperature: [B], divides the attention logits, or None for 1.
+          caches: one a layer, holding the tokens before `start` (only when `unrolled`).
+          start: position of the first token, in block order.
+
+        Returns:
+          ((log_scale, shift), caches): float32 [B, S, D], belonging to tokens start + 1 .. start + S.
+        """
+        h = self.project_in(x.astype(self.config.compute_dtype)).astype(jnp.float32)
+        positions = permute(self.position_embedding, self.index, axis=0)
+        h = h + jax.lax.dynamic_slice_in_dim(positions, start, x.shape[1])[None]
+        if self.config.num_classes:
+            h = h + self._class_vectors(labels, x.shape[0])[:, None]
+        if self.unrolled:
+            layer_caches = caches or (None,) * len(self.layers)
+            written = []
+            for layer, cache in zip(self.layers, layer_caches, strict=True):
+                h, cache = layer(h, temperature, cache, start)
+                written.append(cache)
+            caches = tuple(written) if caches else None
+        else:
+            h, _ = self.layers(h, temperature)
+        out = self.project_out(h.astype(self.config.compute_dtype)).astype(jnp.float32)
+        if self.config.volume_preserving:
+            return (jnp.zeros_like(out), out), caches
+        log_scale, shift = jnp.split(out, 2, axis=-1)
+        return (log_scale, shift), caches
+
+    def _class_vectors(self, labels: jax.Array | None, batch_size: int) -> jax.Array:
+        """Class embeddings [B, C]; no class is the mean of them all."""
+        mean = self.class_embedding.mean(0, keepdims=True)
+        if labels is None:
+            return jnp.broadcast_to(mean, (batch_size, mean.shape[1]))
+        return jnp.where((labels < 0)[:, None], mean, self.class_embedding[jnp.maximum(labels, 0)])
+
+
+def _scanned_layers(config: TarFlowConfig, depth: int) -> nn.Module:
+    layer: Any = TransformerLayer
+    if config.remat != "none":
+        layer = nn.remat(layer, policy=_REMAT[config.remat], prevent_cse=False)
+    return nn.scan(
+        layer,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=depth,
+    )(config)
+
+
+def unstack_layers(block_params: dict[str, Any], depth: int) -> dict[str, Any]:
+    """A block's parameters with the stacked `layers` split into `layers_0`, `layers_1`, … (see FlowBlock.unrolled)."""
+    params = {name: value for name, value in block_params.items() if name != "layers"}
+    for i in range(depth):
+        params[f"layers_{i}"] = jax.tree.map(lambda p, i=i: p[i], block_params["layers"])
+    return params

@@ -1,0 +1,169 @@
+"""The shape of a flow, checked once where it is made."""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+REMAT_POLICIES = ("none", "dots", "full")
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class TarFlowConfig:
+    """Everything that determines a TarFlow's parameters and its arithmetic.
+
+    Attributes:
+      image_size: (height, width); a single int means a square.
+      image_channels: 1 or 3 (any positive number works).
+      patch_size: side of the square patches that become tokens.
+      width: dimension of the transformer's residual stream.
+      num_blocks: autoregressive flow blocks; their directions alternate.
+      layers_per_block: transformer layers in a block, one int or one per block.
+      num_classes: 0 for an unconditional model.
+      volume_preserving: VP flow (log_scale = 0, learned prior variance) instead of NVP.
+      head_dim: dimension of an attention head; divides `width`.
+      dtype: of the matrix products, "float32" or "bfloat16". Parameters, the residual stream,
+        softmax, norms, the affine map and log_det are always float32.
+      remat: what the backward pass recomputes in a layer: "none", "dots" (all but matrix products), "full".
+
+    Raises:
+      ValueError: one line naming the field, when the shape is impossible.
+    """
+
+    image_size: tuple[int, int]
+    image_channels: int
+    patch_size: int
+    width: int
+    num_blocks: int
+    layers_per_block: int | tuple[int, ...]
+    num_classes: int = 0
+    volume_preserving: bool = False
+    head_dim: int = 64
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.image_size, int):
+            object.__setattr__(self, "image_size", (self.image_size, self.image_size))
+        object.__setattr__(self, "image_size", tuple(self.image_size))
+        if not isinstance(self.layers_per_block, int):
+            object.__setattr__(self, "layers_per_block", tuple(self.layers_per_block))
+        self._check()
+
+    def _check(self) -> None:
+        if len(self.image_size) != 2:
+            raise ValueError(f"image_size is {self.image_size}; expected one int or (height, width)")
+        sizes = {
+            "image_size": min(self.image_size),
+            "image_channels": self.image_channels,
+            "patch_size": self.patch_size,
+            "width": self.width,
+            "num_blocks": self.num_blocks,
+            "layers_per_block": min(self.depths, default=0),
+            "head_dim": self.head_dim,
+            "num_classes": self.num_classes + 1,
+        }
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+        height, width = self.image_size
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"image_size {height}x{width} is not divisible by patch_size {self.patch_size}; "
+                "choose a patch that divides both sides"
+            )
+        if self.width % self.head_dim:
+            raise ValueError(
+                f"width {self.width} is not a multiple of head_dim {self.head_dim}; choose a width that is"
+            )
+        if len(self.depths) != self.num_blocks:
+            raise ValueError(
+                f"layers_per_block lists {len(self.depths)} blocks, but num_blocks is {self.num_blocks}"
+            )
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
+        if self.remat not in REMAT_POLICIES:
+            raise ValueError(f"remat is {self.remat!r}; expected one of {', '.join(REMAT_POLICIES)}")
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Layers of each block, [F]."""
+        if isinstance(self.layers_per_block, int):
+            return (self.layers_per_block,) * self.num_blocks
+        return self.layers_per_block
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, K)."""
+        return (*self.image_size, self.image_channels)
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the patches of an image."""
+        return (self.image_size[0] // self.patch_size) * (self.image_size[1] // self.patch_size)
+
+    @property
+    def token_dim(self) -> int:
+        """D, the numbers in a patch."""
+        return self.patch_size**2 * self.image_channels
+
+    @property
+    def num_dims(self) -> int:
+        """H W K = T D, the numbers in an image."""
+        return self.num_tokens * self.token_dim
+
+    @property
+    def num_heads(self) -> int:
+        """N."""
+        return self.width // self.head_dim
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dictionary; `from_dict` is its inverse."""
+        fields = dataclasses.asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "TarFlowConfig":
+        """Builds a config from a dictionary, as read from JSON.
+
+        Raises:
+          ValueError: for an unknown or missing field, a field of the wrong type, or an impossible shape.
+        """
+        known = {field.name: field for field in dataclasses.fields(cls)}
+        for name, value in fields.items():
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"unknown model field {name!r}{hint}")
+            _check_type(name, value)
+        required = {name for name, field in known.items() if field.default is dataclasses.MISSING}
+        if missing := sorted(required - set(fields)):
+            raise ValueError(f"model config lacks {', '.join(missing)}")
+        return cls(**fields)
+
+
+_STRINGS = ("dtype", "remat")
+_LISTS = ("image_size", "layers_per_block")
+
+
+def _check_type(name: str, value: Any) -> None:
+    def is_int(number: Any) -> bool:
+        return isinstance(number, int) and not isinstance(number, bool)
+
+    if name in _STRINGS:
+        valid, expected = isinstance(value, str), "a string"
+    elif name == "volume_preserving":
+        valid, expected = isinstance(value, bool), "true or false"
+    elif name in _LISTS and isinstance(value, list | tuple):
+        valid, expected = all(map(is_int, value)), "whole numbers"
+    else:
+        valid, expected = is_int(value), "a whole number"
+    if not valid:
+        raise ValueError(f"model field {name} is {value!r}; expected {expected}")

@@ -1,0 +1,103 @@
+"""The causal transformer inside a block: one layer, and its key/value cache."""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from tarflow_jax.flow.attention import attend
+from tarflow_jax.flow.config import TarFlowConfig
+
+MLP_EXPANSION = 4
+
+# U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as the reference has it. (DenseGeneral flattens kernels before it initialises.)
+kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens a layer has seen, by position: each [B, R, N, H]."""
+
+    key: jax.Array
+    value: jax.Array
+
+    @classmethod
+    def zeros(cls, config: TarFlowConfig, batch_size: int, length: int) -> "KVCache":
+        shape = (batch_size, length, config.num_heads, config.head_dim)
+        return cls(jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))
+
+    def write(self, key: jax.Array, value: jax.Array, start: jax.Array | int) -> "KVCache":
+        """Puts the keys and values [B, S, N, H] of new tokens at positions start .. start + S - 1."""
+
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
+
+        return KVCache(put(self.key, key), put(self.value, value))
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """x Φ(x), the exact (erf) GELU.
+
+    The forward pass keeps the derivative instead of x: the same memory, and XLA no longer recomputes erf inside
+    the fusions around the backward pass's matrix products.
+    """
+    return _gelu_fwd(x)[0]
+
+
+def _gelu_fwd(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x32 = x.astype(jnp.float32)
+    cdf = 0.5 * (1 + jax.lax.erf(x32 * 2**-0.5))
+    pdf = jnp.exp(-0.5 * x32 * x32) * (2 * jnp.pi) ** -0.5
+    return (x32 * cdf).astype(x.dtype), (cdf + x32 * pdf).astype(x.dtype)
+
+
+def _gelu_bwd(derivative: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    return (derivative * gradient,)
+
+
+gelu.defvjp(_gelu_fwd, _gelu_bwd)
+
+
+class TransformerLayer(nn.Module):
+    """x += Attention(LayerNorm(x)); x += MLP(LayerNorm(x)). The residual stream is float32."""
+
+    config: TarFlowConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        temperature: jax.Array | None = None,
+        cache: KVCache | None = None,
+        start: jax.Array | int = 0,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Runs S tokens [B, S, C] that begin at position `start`, behind those in `cache`.
+
+        Without a cache the tokens are the whole sequence. `temperature` is [B] or None (see `attend`).
+        """
+        config, dtype = self.config, self.config.compute_dtype
+        heads = (config.num_heads, config.head_dim)
+
+        h = self._norm("attention_norm")(x).astype(dtype)
+        qkv = nn.DenseGeneral((3, *heads), dtype=dtype, kernel_init=kernel_init, name="qkv")(h)
+        query, key, value = (qkv[:, :, i] for i in range(3))  # each [B, S, N, H]
+        if cache is not None:
+            cache = cache.write(key, value, start)
+            key, value = cache
+        h = attend(query, key, value, start, temperature)
+        h = nn.DenseGeneral(
+            config.width, axis=(-2, -1), dtype=dtype, kernel_init=kernel_init, name="attention_out"
+        )(h)
+        x = x + h.astype(jnp.float32)
+
+        h = self._norm("mlp_norm")(x).astype(dtype)
+        h = gelu(self._dense(MLP_EXPANSION * config.width, "mlp_in")(h))
+        h = self._dense(config.width, "mlp_out")(h)
+        return x + h.astype(jnp.float32), cache
+
+    def _norm(self, name: str) -> nn.Module:
+        return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32, name=name)
+
+    def _dense(self, features: int, name: str) -> nn.Module:
+        return nn.Dense(features, dtype=self.config.compute_dtype, kernel_init=kernel_init, name=name)

@@ -1,0 +1,36 @@
+"""Denoising by Tweedie's formula, the score by `jax.grad` of the log-likelihood (section 3.3 of the paper)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tarflow_jax.flow import TarFlow
+from tarflow_jax.likelihood import log_prob
+
+
+def denoise(
+    flow: TarFlow,
+    variables: dict[str, Any],
+    images: jax.Array,
+    labels: jax.Array | None,
+    noise_std: jax.Array | float,
+    multiplier: jax.Array | float = 1.0,
+) -> jax.Array:
+    """x̂ = y + s σ² ∇_y log p(y), the posterior mean of a clean image given a noisy one (equation 8 of the paper).
+
+    Args:
+      images: noisy images y, float32 [B, H, W, K]; labels: int32 [B], -1 for no class, or None.
+      noise_std: σ, in [-1, 1] units. multiplier: s; 1 is the theory.
+
+    In VP mode log p is the density that the blocks were trained on, with a unit prior, as in the reference: the
+    running variance is a statistic of their output that no gradient has seen.
+
+    Returns:
+      float32 [B, H, W, K].
+    """
+    if flow.config.volume_preserving:
+        variables = {**variables, "prior": jax.tree.map(jnp.ones_like, variables["prior"])}
+    # The examples are independent, so the gradient of the summed log-likelihood holds each one's own score.
+    score = jax.grad(lambda y: log_prob(flow, variables, y, labels).sum())(images)
+    return images + multiplier * noise_std**2 * score

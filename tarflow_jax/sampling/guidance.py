@@ -1,0 +1,117 @@
+"""Guidance: pushing a block's affine map away from an unguided one (section 3.4 of the paper)."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from tarflow_jax.flow import FlowBlock, KVCache
+
+TARGETS = ("both", "log_scale", "shift")
+SCHEDULES = ("linear", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class Guidance:
+    """a <- a + w_i (a - a°), for log_scale and shift a of every block and token.
+
+    The unguided a° comes from the same model without a label, and with attention logits divided by
+    `attention_temperature`; for an unconditional model the temperature alone makes the difference.
+
+    Attributes:
+      weight: w, 0 for none.
+      target: what is guided: "both", "log_scale" or "shift".
+      schedule: "linear" grows w_i to w along the tokens, w_i = w (i + 1) / (T - 1); "constant" is w_i = w.
+      attention_temperature: τ > 0; 1 leaves attention as it is.
+
+    Raises:
+      ValueError: one line naming the field.
+    """
+
+    weight: float = 0.0
+    target: str = "both"
+    schedule: str = "linear"
+    attention_temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.weight):
+            raise ValueError(f"guidance weight is {self.weight}; expected a finite number")
+        if self.target not in TARGETS:
+            raise ValueError(f"guidance target is {self.target!r}; expected one of {', '.join(TARGETS)}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"guidance schedule is {self.schedule!r}; expected one of {', '.join(SCHEDULES)}")
+        if not 0 < self.attention_temperature < math.inf:
+            raise ValueError(
+                f"attention temperature is {self.attention_temperature}; expected a positive number"
+            )
+
+    def weights(self, num_tokens: int) -> jax.Array:
+        """w_i of the step that makes token i + 1, float32 [T]; the last has no use."""
+        if self.schedule == "constant":
+            return jnp.full((num_tokens,), self.weight, jnp.float32)
+        return self.weight * jnp.arange(1, num_tokens + 1, dtype=jnp.float32) / max(num_tokens - 1, 1)
+
+
+class Affine(NamedTuple):
+    """log_scale and shift of tokens, each float32 [B, S, D]."""
+
+    log_scale: jax.Array
+    shift: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidedBlock:
+    """A block's map from tokens to the affine parameters of the tokens that follow, guidance included.
+
+    With guidance, the guided and the unguided pass run as one batch of 2B.
+
+    Attributes:
+      block: the unrolled block; params: its own parameters (see `unstack_layers`).
+      labels: int32 [B] or None.
+      weights: [T] as of `Guidance.weights`, or None for no guidance; temperature: float32 scalar.
+      target: what is guided.
+    """
+
+    block: FlowBlock
+    params: dict
+    labels: jax.Array | None
+    weights: jax.Array | None
+    temperature: jax.Array
+    target: str
+
+    def caches(self, batch_size: int, length: int) -> tuple[KVCache, ...]:
+        """Empty caches for `length` tokens, one a layer."""
+        passes = 1 if self.weights is None else 2
+        depth = self.block.config.depths[self.block.index]
+        return tuple(KVCache.zeros(self.block.config, passes * batch_size, length) for _ in range(depth))
+
+    def __call__(
+        self, x: jax.Array, caches: tuple[KVCache, ...] | None = None, start: jax.Array | int = 0
+    ) -> tuple[Affine, tuple[KVCache, ...] | None]:
+        """Affine parameters of tokens start + 1 .. start + S, from tokens x [B, S, D] at start .. start + S - 1."""
+        labels, temperature = self.labels, None
+        if self.weights is not None:
+            batch_size = x.shape[0]
+            x = jnp.concatenate([x, x])
+            if labels is not None:
+                labels = jnp.concatenate([labels, jnp.full_like(labels, -1)])
+            temperature = jnp.repeat(jnp.stack([jnp.ones_like(self.temperature), self.temperature]), batch_size)
+        following, caches = self.block.apply(
+            {"params": self.params}, x, labels, temperature, caches, start, method="following_affine"
+        )
+        affine = Affine(*following)
+        if self.weights is not None:
+            weights = jax.lax.dynamic_slice_in_dim(self.weights, start, x.shape[1])
+            affine = self._guide(affine, weights[None, :, None])
+        return affine, caches
+
+    def _guide(self, affine: Affine, weights: jax.Array) -> Affine:
+        def guide(name: str, both_passes: jax.Array) -> jax.Array:
+            guided, unguided = jnp.split(both_passes, 2)
+            if self.target not in ("both", name):
+                return guided
+            return guided + weights * (guided - unguided)
+
+        return Affine(guide("log_scale", affine.log_scale), guide("shift", affine.shift))
