@@ -56,7 +56,7 @@ def test_metrics_of_a_set_against_itself():
     flat = features.pooled.astype(np.float64)
     statistics = FeatureStatistics(flat.mean(0), np.cov(flat, rowvar=False))
     spatial = FeatureStatistics(flat[:, :3].mean(0), np.cov(flat[:, :3], rowvar=False))
-    reference = distances.Reference(statistics, spatial, features.pooled, {})
+    reference = sample_files.Reference(statistics, spatial, features.pooled, {})
     results = distances.sample_metrics(list(distances.METRICS), "inception", features, reference)
     assert results["FID"] == pytest.approx(0, abs=1e-6)
     assert results["sFID"] == pytest.approx(0, abs=1e-6)
@@ -68,7 +68,7 @@ def test_metrics_of_a_set_against_itself():
 def test_what_a_network_or_a_reference_lacks_is_refused():
     features = FeatureExtractor(PIXELS)(random_images(3))
     statistics = FeatureStatistics(np.zeros(4), np.eye(4))
-    bare = distances.Reference(statistics, None, None, {})
+    bare = sample_files.Reference(statistics, None, None, {})
     with pytest.raises(ValueError, match="at least 4 images"):
         distances.sample_metrics(["fid"], "inception", features, bare)
     with pytest.raises(ValueError, match="no spatial statistics"):
@@ -94,7 +94,7 @@ def test_reference_file_of_adm(tmp_path):
     extractor = FeatureExtractor(PIXELS)
     reference = distances.file_reference(extractor, tmp_path / "adm.npz", ["fid", "precision_recall"])
     assert reference.features.shape == (40, 12)
-    assert reference.protocol == {"file": "adm.npz", "preprocessing": "not stated"}
+    assert reference.protocol == {"file": "adm.npz"}
 
 
 def test_classifier_learns_is_cached_and_states_its_accuracy(tmp_path, monkeypatch):

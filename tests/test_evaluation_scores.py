@@ -128,20 +128,21 @@ def test_reference_file_round_trip_and_adm_layout(tmp_path):
     pooled = FeatureStatistics(np.ones(3), np.eye(3))
     spatial = FeatureStatistics(np.zeros(2), np.eye(2))
     features = np.ones((4, 3), np.float32)
-    sample_files.write_reference(tmp_path / "ours.npz", pooled, spatial, features, {"preprocessing": "none"})
-    back, back_spatial, back_features, protocol = sample_files.read_reference(tmp_path / "ours.npz")
-    assert protocol == {"preprocessing": "none"}
-    np.testing.assert_array_equal(back.covariance, np.eye(3))
-    np.testing.assert_array_equal(back_spatial.mean, np.zeros(2))
-    np.testing.assert_array_equal(back_features, features)
+    reference = sample_files.Reference(pooled, spatial, features, {"preprocessing": "none"})
+    sample_files.write_reference(tmp_path / "ours.npz", reference)
+    back = sample_files.read_reference(tmp_path / "ours.npz")
+    assert back.protocol == {"preprocessing": "none"}
+    np.testing.assert_array_equal(back.pooled.covariance, np.eye(3))
+    np.testing.assert_array_equal(back.spatial.mean, np.zeros(2))
+    np.testing.assert_array_equal(back.features, features)
 
     arrays = {"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "mu": np.ones(3, np.float32), "sigma": np.eye(3)}
     np.savez(tmp_path / "adm.npz", **arrays)
-    back, back_spatial, back_features, protocol = sample_files.read_reference(tmp_path / "adm.npz")
-    assert back.mean.dtype == np.float64
-    assert back_spatial is None
-    assert back_features is None
-    assert protocol is None
+    back = sample_files.read_reference(tmp_path / "adm.npz")
+    assert back.pooled.mean.dtype == np.float64
+    assert back.spatial is None
+    assert back.features is None
+    assert back.protocol == {}
 
 
 @pytest.mark.parametrize(

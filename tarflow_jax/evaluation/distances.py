@@ -1,6 +1,5 @@
 """Distances between generated images and a data set: which are asked for, under which name, against what."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,13 @@ import numpy as np
 
 from tarflow_jax.data import ImageSource
 from tarflow_jax.evaluation.features import FeatureExtractor, Features
-from tarflow_jax.evaluation.sample_files import as_colour, read_reference, read_samples, write_reference
+from tarflow_jax.evaluation.sample_files import (
+    Reference,
+    as_colour,
+    read_reference,
+    read_samples,
+    write_reference,
+)
 from tarflow_jax.evaluation.scores import inception_score, kernel_distance, precision_recall
 from tarflow_jax.evaluation.statistics import (
     FeatureStatistics,
@@ -38,18 +43,6 @@ NAMES = {
 METRICS = tuple(NAMES["inception"])
 
 
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """The real side: statistics of a whole split, some of its features (float32 [M, D]), and where they come
-    from.
-    """
-
-    pooled: FeatureStatistics
-    spatial: FeatureStatistics | None
-    features: np.ndarray | None
-    protocol: dict[str, Any]
-
-
 def check_metrics(metrics: list[str], network: str) -> None:
     """Raises ValueError for a metric that does not exist, or not under this network."""
     for metric in metrics:
@@ -77,9 +70,9 @@ def data_set_reference(
     }
     path = Path(cache_dir) / f"reference-{source.name.replace('/', '_')}-{split}-{network.name}.npz"
     if path.is_file():
-        *saved, known = read_reference(path)
-        if known == protocol:
-            return Reference(*saved, protocol=protocol)
+        reference = read_reference(path)
+        if reference.protocol == protocol:
+            return reference
     running, running_spatial, kept = RunningStatistics(), RunningStatistics(), []
     stride = -(-len(source) // NUM_REAL_FEATURES)
     for start in range(0, len(source), IMAGES_AT_A_TIME):
@@ -90,9 +83,9 @@ def data_set_reference(
         if features.spatial is not None:
             running_spatial.add(features.spatial)
     spatial = running_spatial.result() if running_spatial.count else None
-    pooled, real_features = running.result(), np.concatenate(kept)
-    write_reference(path, pooled, spatial, real_features, protocol)
-    return Reference(pooled, spatial, real_features, protocol)
+    reference = Reference(running.result(), spatial, np.concatenate(kept), protocol)
+    write_reference(path, reference)
+    return reference
 
 
 def file_reference(extractor: FeatureExtractor, path: str | Path, metrics: list[str]) -> Reference:
@@ -100,12 +93,11 @@ def file_reference(extractor: FeatureExtractor, path: str | Path, metrics: list[
 
     Raises FileNotFoundError, and ValueError for anything but a reference file of this network.
     """
-    pooled, spatial, features, protocol = read_reference(path)
+    reference = read_reference(path)
+    features, protocol = reference.features, {"file": Path(path).name} | reference.protocol
     if features is None and {"kid", "precision_recall"} & set(metrics):
         features = extractor(as_colour(read_samples(path)[0]), "features of the reference").pooled
-    return Reference(
-        pooled, spatial, features, protocol or {"file": Path(path).name, "preprocessing": "not stated"}
-    )
+    return Reference(reference.pooled, reference.spatial, features, protocol)
 
 
 def sample_metrics(

@@ -1,9 +1,9 @@
 """The files of the field: ADM's npz of samples, and npz of reference statistics."""
 
+import dataclasses
 import json
 import os
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -79,32 +79,37 @@ def as_colour(images: np.ndarray) -> np.ndarray:
     return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
 
 
-def write_reference(
-    path: str | Path,
-    pooled: FeatureStatistics,
-    spatial: FeatureStatistics | None,
-    features: np.ndarray,
-    protocol: Mapping[str, Any],
-) -> None:
-    """Reference statistics as ADM stores them (`mu`, `sigma`, `mu_s`, `sigma_s`), and two arrays more.
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """The real side of a distance.
 
-    `features` float32 [M, D] are those of some images, in place of ADM's images; `protocol` is JSON that
-    says what the statistics are of.
+    Attributes:
+      pooled: statistics of the pooled features of a whole split. spatial: those of the spatial features, for
+      sFID, or None. features: pooled features of some of its images, float32 [M, D], or None. protocol: what
+      the statistics are of; empty for files of others, which do not say how images were prepared.
     """
-    arrays = {"mu": pooled.mean, "sigma": pooled.covariance, "features": features}
-    if spatial is not None:
-        arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
-    write_npz(path, **arrays, protocol=np.array(json.dumps(dict(protocol))))
+
+    pooled: FeatureStatistics
+    spatial: FeatureStatistics | None
+    features: np.ndarray | None
+    protocol: dict[str, Any]
 
 
-def read_reference(
-    path: str | Path,
-) -> tuple[FeatureStatistics, FeatureStatistics | None, np.ndarray | None, dict[str, Any] | None]:
-    """Statistics of the pooled and of the spatial features, some features, and the protocol; None for what
-    is absent.
+def write_reference(path: str | Path, reference: Reference) -> None:
+    """Reference statistics as ADM stores them (`mu`, `sigma`, `mu_s`, `sigma_s`); `features` in place of
+    ADM's images, and `protocol` as JSON, are ours."""
+    arrays = {"mu": reference.pooled.mean, "sigma": reference.pooled.covariance}
+    if reference.spatial is not None:
+        arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
+    if reference.features is not None:
+        arrays["features"] = reference.features
+    write_npz(path, **arrays, protocol=np.array(json.dumps(reference.protocol)))
 
-    Files of others have no protocol: ADM's does not say how its images were prepared.
-    Raises FileNotFoundError, and ValueError for anything but a reference file.
+
+def read_reference(path: str | Path) -> Reference:
+    """A reference file, ours or ADM's.
+
+    Raises FileNotFoundError, and ValueError for anything else.
     """
     names = ("mu", "sigma", "mu_s", "sigma_s", "features", "protocol")
     arrays = read_npz(path, names, MAX_STATISTICS_BYTES)
@@ -115,15 +120,13 @@ def read_reference(
         spatial = (
             _statistics(arrays["mu_s"], arrays["sigma_s"]) if {"mu_s", "sigma_s"} <= arrays.keys() else None
         )
-        protocol = json.loads(str(arrays["protocol"])) if "protocol" in arrays else None
+        protocol = json.loads(str(arrays["protocol"])) if "protocol" in arrays else {}
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     features = arrays.get("features")
     if features is not None and features.shape[1:] != pooled.mean.shape:
-        raise ValueError(
-            f"{path}: features of shape {list(features.shape)} do not fit mu {list(pooled.mean.shape)}"
-        )
-    return pooled, spatial, features, protocol
+        raise ValueError(f"{path}: features {list(features.shape)} do not fit mu {list(pooled.mean.shape)}")
+    return Reference(pooled, spatial, features, protocol)
 
 
 def _statistics(mean: np.ndarray, covariance: np.ndarray) -> FeatureStatistics:
