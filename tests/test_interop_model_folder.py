@@ -12,7 +12,7 @@ import pytest
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.interop import load_model, save_model
 from tarflow_jax.interop.layout import flatten, unflatten, variables_shapes
-from tarflow_jax.interop.model_folder import _fingerprint
+from tarflow_jax.interop.model_folder import fingerprint
 from tarflow_jax.noise import Noise
 
 CONFIG = TarFlowConfig((4, 8), 3, 2, 64, 2, (1, 2), 3, volume_preserving=True, head_dim=32)
@@ -45,7 +45,7 @@ def rewrite_config(folder, **changes):
     fields = {**json.loads(path.read_text()), **changes}
     del fields["sha256"]
     fields = {name: value for name, value in fields.items() if value is not ...}
-    path.write_text(json.dumps({**fields, "sha256": _fingerprint(fields)}))
+    path.write_text(json.dumps({**fields, "sha256": fingerprint(fields)}))
 
 
 def rewrite_weights(folder, content):
@@ -249,6 +249,8 @@ def test_hub_names(folder, monkeypatch):
         load_model("owner/other")
     with pytest.raises(FileNotFoundError, match="no folder not/a/name"):
         load_model("not/a/name")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        load_model(folder / "config.json")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ImportError, match="pip install huggingface_hub"):
         load_model("owner/digits")

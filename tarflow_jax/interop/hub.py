@@ -20,7 +20,7 @@ def local_folder(name: str | os.PathLike[str], files: Sequence[str]) -> Path:
     folder = Path(name)
     if folder.is_dir():
         return folder
-    if not _HUB_NAME.fullmatch(str(name)):
+    if folder.exists() or not _HUB_NAME.fullmatch(str(name)):
         raise FileNotFoundError(f"no folder {name}; give a saved model's folder, or owner/name on the hub")
     try:
         import huggingface_hub

@@ -109,7 +109,7 @@ def save_model(
                 "sha256": sha256(weights),
             },
         }
-        fields["sha256"] = _fingerprint(fields)
+        fields["sha256"] = fingerprint(fields)
         description.write_text(json.dumps(fields, indent=2) + "\n")
         readme.write_text(text)
 
@@ -181,7 +181,7 @@ def _read_fields(path: Path) -> dict[str, Any]:
             f"{path} has layout version {fields.get('format_version')!r}; this release reads {VERSION}:"
             " install the release that wrote it"
         )
-    if fields.pop("sha256", None) != _fingerprint(fields):
+    if fields.pop("sha256", None) != fingerprint(fields):
         raise ValueError(
             f"{path} does not match its own checksum: it was damaged or edited; save the model again"
         )
@@ -203,7 +203,8 @@ def _read_fields(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _fingerprint(fields: Mapping[str, Any]) -> str:
+def fingerprint(fields: Mapping[str, Any]) -> str:
+    """SHA-256, in hexadecimal, of fields as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
