@@ -7,6 +7,7 @@ from tarflow_jax.evaluation.classification import (
     bayes_classification,
     calibration_error,
     class_log_probs,
+    fit_images,
     outlier_scores,
 )
 
@@ -65,3 +66,11 @@ def test_outlier_scores():
     assert sum(scores["histogram_outside"]) == 2
     with pytest.raises(ValueError, match="not finite"):
         outlier_scores(np.array([np.inf]), np.array([0.0]), num_dims=2)
+
+
+def test_outliers_take_the_shape_of_the_model():
+    images = np.full((2, 8, 8, 1), 77, np.uint8)
+    fitted = fit_images(images, (28, 32, 3))
+    np.testing.assert_array_equal(fitted, np.full((2, 28, 32, 3), 77, np.uint8))
+    with pytest.raises(ValueError, match="3 channels"):
+        fit_images(fitted, (8, 8, 1))

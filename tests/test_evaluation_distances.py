@@ -32,7 +32,7 @@ def test_reference_is_computed_once_and_again_for_other_data(tmp_path, monkeypat
     images = random_images(1000)
     source = ArraySource("noise", images)
     extractor = FeatureExtractor(PIXELS)
-    reference = distances.data_set_reference(extractor, source, "train", tmp_path)
+    reference = distances.data_set_reference(extractor, source, "train", "none", tmp_path)
     flat = images.reshape(1000, 4).astype(np.float64)
     np.testing.assert_allclose(reference.pooled.mean, flat.mean(0), rtol=1e-12)
     np.testing.assert_allclose(reference.spatial.covariance, np.cov(flat[:, :3], rowvar=False), rtol=1e-10)
@@ -41,12 +41,12 @@ def test_reference_is_computed_once_and_again_for_other_data(tmp_path, monkeypat
 
     broken = FeatureExtractor(PIXELS)
     monkeypatch.setattr(broken, "batches", lambda images: pytest.fail("computed again"))
-    again = distances.data_set_reference(broken, source, "train", tmp_path)
+    again = distances.data_set_reference(broken, source, "train", "none", tmp_path)
     np.testing.assert_array_equal(again.pooled.covariance, reference.pooled.covariance)
     np.testing.assert_array_equal(again.features, reference.features)
 
     other = ArraySource("noise", random_images(500, seed=1))
-    changed = distances.data_set_reference(extractor, other, "train", tmp_path)
+    changed = distances.data_set_reference(extractor, other, "train", "none", tmp_path)
     assert changed.protocol["num_images"] == 500
 
 

@@ -71,6 +71,21 @@ def calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(np.abs(gaps).sum() / len(labels))
 
 
+def fit_images(images: np.ndarray, image_shape: tuple[int, int, int]) -> np.ndarray:
+    """Another data set's uint8 images [N, h, w, k] in the model's shape (H, W, K), resized bilinearly.
+
+    Raises ValueError for colour images where the model takes grey ones.
+    """
+    height, width, channels = image_shape
+    if images.shape[-1] > channels:
+        raise ValueError(f"the outliers have {images.shape[-1]} channels and the model {channels}")
+    resized = jax.image.resize(
+        images.astype(np.float32), (len(images), height, width, images.shape[-1]), "bilinear"
+    )
+    rounded = np.clip(np.round(np.asarray(resized)), 0, 255).astype(np.uint8)
+    return np.repeat(rounded, channels // images.shape[-1], axis=-1)
+
+
 def outlier_scores(
     inside: np.ndarray, outside: np.ndarray, num_dims: int, bins: int = 50
 ) -> dict[str, object]:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from tarflow_jax.data import ImageSource
 from tarflow_jax.evaluation.features import FeatureExtractor, FeatureNetwork, Features
+from tarflow_jax.evaluation.sample_files import file_stem
 from tarflow_jax.interop.inception_weights import file_sha256
 
 RECIPE = (
@@ -83,10 +84,10 @@ def classifier_network(train: ImageSource, test: ImageSource, cache_dir: str | P
             f"{train.name} has no classes to train a classifier on; name Inception weights, --inception=FILE"
         )
     shape = "x".join(map(str, train.image_shape))
-    path = Path(cache_dir) / f"classifier-{train.name.replace('/', '_')}-{shape}.safetensors"
+    path = Path(cache_dir) / f"{file_stem('classifier', train.name, shape)}.safetensors"
     if not path.is_file():
         params = train_classifier(train)
-        _save(path, params, {"recipe": RECIPE, "accuracy": repr(accuracy(params, test))})
+        _save(path, params, _description(train) | {"accuracy": repr(accuracy(params, test))})
     params, metadata = _load(path, train)
     model = Classifier(train.num_classes)
     return FeatureNetwork(
@@ -108,6 +109,10 @@ def accuracy(params: Any, source: ImageSource) -> float:
     return float((FeatureExtractor(network)(images).logits.argmax(-1) == labels).mean())
 
 
+def _description(source: ImageSource) -> dict[str, str]:
+    return {"recipe": RECIPE, "data_set": source.name, "num_images": str(len(source))}
+
+
 def _save(path: Path, params: Any, metadata: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -125,8 +130,7 @@ def _load(path: Path, source: ImageSource) -> tuple[Any, dict[str, str]]:
         raise ValueError(f"{path}: {reason}; delete it to train the classifier again") from error
     image = jax.ShapeDtypeStruct((1, *source.image_shape), jnp.uint8)
     expected = jax.eval_shape(Classifier(source.num_classes).init, jax.random.key(0), image)["params"]
-    if metadata.get("recipe") != RECIPE or jax.tree.map(jnp.shape, params) != jax.tree.map(
-        jnp.shape, expected
-    ):
+    same_shapes = jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, expected)
+    if not same_shapes or not _description(source).items() <= metadata.items():
         raise ValueError(f"{path} holds another classifier; delete it to train this one")
     return jax.tree.map(jnp.asarray, params), metadata

@@ -10,6 +10,7 @@ from tarflow_jax.evaluation.features import FeatureExtractor, Features
 from tarflow_jax.evaluation.sample_files import (
     Reference,
     as_colour,
+    file_stem,
     read_reference,
     read_samples,
     write_reference,
@@ -55,9 +56,12 @@ def check_metrics(metrics: list[str], network: str) -> None:
 
 
 def data_set_reference(
-    extractor: FeatureExtractor, source: ImageSource, split: str, cache_dir: Path
+    extractor: FeatureExtractor, source: ImageSource, split: str, preprocessing: str, cache_dir: Path
 ) -> Reference:
-    """Statistics of all images of a split, computed once and kept in `cache_dir` with their protocol."""
+    """Statistics of all images of a split, computed once and kept in `cache_dir` with their protocol.
+
+    `preprocessing` is what the source did to its images, in words ("tarflow", "adm", "none").
+    """
     network = extractor.network
     protocol = {
         "data_set": source.name,
@@ -65,10 +69,12 @@ def data_set_reference(
         "num_images": len(source),
         "image_shape": list(source.image_shape),
         "flips": "none",
-        "preprocessing": network.preprocessing,
+        "preprocessing": preprocessing,
+        "network_preprocessing": network.preprocessing,
         "network": f"{network.name}, {network.identity}",
     }
-    path = Path(cache_dir) / f"reference-{source.name.replace('/', '_')}-{split}-{network.name}.npz"
+    shape = "x".join(map(str, source.image_shape))
+    path = Path(cache_dir) / f"{file_stem('reference', source.name, shape, split, network.name)}.npz"
     if path.is_file():
         reference = read_reference(path)
         if reference.protocol == protocol:

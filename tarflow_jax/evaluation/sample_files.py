@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,13 @@ from tarflow_jax.evaluation.statistics import FeatureStatistics
 
 MAX_STATISTICS_BYTES = 128 * 2**20  # 10,000 x 2048 float32 features take 79 MiB
 MAX_IMAGES_BYTES = 64 * 2**30
+
+
+def file_stem(*parts: str) -> str:
+    """A file name made of parts such as a data set's name, "folder:/data/cats": letters, digits, dots,
+    dashes.
+    """
+    return "-".join(re.sub(r"[^\w.]+", "_", part).strip("_") for part in parts)
 
 
 def write_npz(path: str | Path, **arrays: np.ndarray) -> None:
