@@ -1,15 +1,18 @@
 """Data: sources of images by name, and the function from the step to its batch."""
 
-from tarflow_jax.data.batches import Batch, eval_batches, train_batches
-from tarflow_jax.data.registry import default_data_dir, open_source
-from tarflow_jax.data.source import ArraySource, ImageSource
+from tarflow_jax.data.batches import Batch, eval_batches, prefetch_to_device, train_batches
+from tarflow_jax.data.registry import default_data_dir, open_source, prepare_source
+from tarflow_jax.data.source import ArraySource, CachedSource, ImageSource
 
 __all__ = [
     "ArraySource",
     "Batch",
+    "CachedSource",
     "ImageSource",
     "default_data_dir",
     "eval_batches",
     "open_source",
+    "prefetch_to_device",
+    "prepare_source",
     "train_batches",
 ]

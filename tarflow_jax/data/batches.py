@@ -1,15 +1,22 @@
-"""Step -> batch. The global batch of a step is a function of (seed, step) alone, so that a run on any number of
-processes, begun anew or resumed anywhere, sees the same images in the same order with the same flips."""
+"""Step -> batch.
+
+The global batch of a step is a function of (seed, step) alone, so that a run on any number of processes,
+begun anew or resumed anywhere, sees the same images in the same order with the same flips.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import NamedTuple, TypeVar
 
 import grain
 import numpy as np
 
 from tarflow_jax.data.source import NO_LABEL, ImageSource
+
+T = TypeVar("T")
 
 
 class Batch(NamedTuple):
@@ -37,7 +44,7 @@ def train_batches(
     process_count: int = 1,
     num_workers: int = 0,
 ) -> Iterator[Batch]:
-    """Endless shuffled batches, from `start_step` on; every image comes once an epoch, and batches cross epochs.
+    """Endless shuffled batches from `start_step` on; every image comes once an epoch, batches cross epochs.
 
     Args:
       source: where the images come from.
@@ -64,7 +71,8 @@ def train_batches(
         return Batch(images, labels, np.ones(len(rows), bool))
 
     steps = grain.MapDataset.range(start_step, np.iinfo(np.int64).max).map(batch_of)
-    return iter(steps.to_iter_dataset(grain.ReadOptions(num_threads=num_workers, prefetch_buffer_size=2 * num_workers)))
+    ahead = grain.ReadOptions(num_threads=num_workers, prefetch_buffer_size=2 * num_workers)
+    return iter(steps.to_iter_dataset(ahead))
 
 
 def eval_batches(
@@ -72,8 +80,8 @@ def eval_batches(
 ) -> Iterator[Batch]:
     """Every image once, in order; the last batch is padded with zeros and label -1, marked by `mask`.
 
-    Every process yields the same number of batches of the same shape. Raises ValueError where the batch does not
-    divide by the processes.
+    Every process yields the same number of batches of the same shape. Raises ValueError where the batch does
+    not divide by the processes.
     """
     rows = _process_rows(batch_size, process_index, process_count)
     for start in range(0, len(source), batch_size):
@@ -85,6 +93,17 @@ def eval_batches(
             np.pad(labels, (0, missing), constant_values=NO_LABEL),
             np.arange(len(rows)) < len(wanted),
         )
+
+
+def prefetch_to_device(batches: Iterator[Batch], put: Callable[[Batch], T], size: int = 2) -> Iterator[T]:
+    """Yields `put(batch)` of each batch, with the next `size - 1` already on their way.
+
+    `put` starts a copy and returns at once, as `jax.device_put` with the batch's sharding does.
+    """
+    ahead = deque(map(put, islice(batches, size)))
+    while ahead:
+        yield ahead.popleft()
+        ahead.extend(map(put, islice(batches, 1)))
 
 
 def _process_rows(batch_size: int, process_index: int, process_count: int) -> range:

@@ -1,12 +1,11 @@
 """scikit-learn's handwritten digits: 1,797 images of 8x8 in 17 grey levels, as a TFDS builder of our own.
 
-The builder yields PNG bytes, so that TFDS prepares it without TensorFlow. Splits, in scikit-learn's order: "train" the
-first 1,500 images, "test" the last 297. Grey level v of 0..16 becomes round(255 v / 16).
+The builder yields PNG bytes, so that TFDS prepares it without TensorFlow. Splits, in scikit-learn's order:
+"train" the first 1,500 images, "test" the last 297. Grey level v of 0..16 becomes round(255 v / 16).
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +16,7 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from tarflow_jax.data.source import ArraySource
+from tarflow_jax.data.tfds import prepare_quietly, tfds_folder
 
 NUM_TRAIN = 1500
 
@@ -25,7 +25,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     """TFDS builder `digits`, version 1.0.0; features image uint8 [8, 8, 1] and label of 10 classes."""
 
     VERSION = tfds.core.Version("1.0.0")
-    # Nothing is downloaded, so TFDS need not look beside the code for checksums (which takes importlib_resources).
+    # Nothing is downloaded, so TFDS need not look beside the code for checksums.
     code_path = None
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -62,22 +62,10 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 def open_digits(split: str, data_dir: Path) -> ArraySource:
     """Prepares the digits under `data_dir` where that has not been done, and reads one split into memory."""
-    builder = Digits(data_dir=str(data_dir / "tfds"), file_format="array_record")
-    _prepare(builder)
+    builder = Digits(data_dir=str(tfds_folder(data_dir)), file_format="array_record")
+    prepare_quietly(builder)
     records = builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
     records = records.__getitems__(range(len(records)))
     images = np.stack([np.asarray(Image.open(io.BytesIO(record["image"]))) for record in records])
     labels = np.array([record["label"] for record in records])
     return ArraySource("digits", images[..., None], labels, 10, [str(digit) for digit in range(10)])
-
-
-def _prepare(builder: tfds.core.DatasetBuilder) -> None:
-    """Quiet `download_and_prepare`; of processes that start together, the later take what the first one wrote."""
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare()
-    except OSError:
-        if not Path(builder.data_dir, "dataset_info.json").exists():
-            raise
-        builder.info.read_from_directory(builder.data_dir)

@@ -1,4 +1,4 @@
-"""Fashion-MNIST from its four gz IDX files: 60,000 training and 10,000 test images, 28x28, grey, 10 classes."""
+"""Fashion-MNIST from its four gz IDX files: 60,000 and 10,000 grey images of 28x28 in 10 classes."""
 
 from __future__ import annotations
 
@@ -27,9 +27,8 @@ def open_fashion_mnist(split: str, folder: Path | None = None) -> ArraySource:
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(
-                f"fashion_mnist: {path} not found; install Debian's dataset-fashion-mnist "
-                "(apt-get install dataset-fashion-mnist), or name the folder that holds the four gz IDX files: "
-                "fashion_mnist:PATH"
+                f"fashion_mnist: {path} not found; install Debian's package (apt-get install "
+                "dataset-fashion-mnist), or name the folder of the four gz IDX files: fashion_mnist:PATH"
             )
     images, labels = read_idx(paths[0], 3), read_idx(paths[1], 1)
     return ArraySource("fashion_mnist", images[..., None], labels, 10, LABEL_NAMES)
@@ -49,5 +48,7 @@ def read_idx(path: Path, num_dimensions: int) -> np.ndarray:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: {wanted}, got a damaged one ({error}); copy the file again") from None
     if len(body) != math.prod(shape):
-        raise ValueError(f"{path}: the header promises {shape}, but {len(body)} bytes follow; copy the file again")
+        raise ValueError(
+            f"{path}: the header promises {shape}, but {len(body)} bytes follow; copy the file again"
+        )
     return np.frombuffer(body, np.uint8).reshape(shape)

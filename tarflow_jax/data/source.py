@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+
+from tarflow_jax.data.images import check_preprocessing, decode_image, preprocess
 
 NO_LABEL = -1
 
@@ -13,20 +15,22 @@ NO_LABEL = -1
 class ImageSource:
     """A random-access list of images of one shape.
 
-    `source[i]` is `{"image": uint8 [H, W, K], "label": np.int32}`; the label lies in [0, num_classes), or is -1 where
-    the source has no labels.
+    `source[i]` is `{"image": uint8 [H, W, K], "label": np.int32}`; the label lies in [0, num_classes), or is
+    -1 where the source has no labels.
 
     Attributes:
       name: the name it was opened by, for messages.
       image_shape: (H, W, K).
       num_classes: the number of classes; 0 means unlabelled.
       label_names: one name a class, or () where there are none.
+      preprocessing: what brought the images to their shape; figures under different ones do not compare.
     """
 
     name: str
     image_shape: tuple[int, int, int]
     num_classes: int
     label_names: tuple[str, ...]
+    preprocessing: str = "none"
 
     def __init__(
         self, name: str, image_shape: Sequence[int], num_classes: int, label_names: Sequence[str] = ()
@@ -46,7 +50,9 @@ class ImageSource:
     def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images uint8 [N, H, W, K] and labels int32 [N] of the given indices."""
         items = [self[int(index)] for index in indices]
-        images = np.stack([item["image"] for item in items]) if items else np.empty((0, *self.image_shape), np.uint8)
+        images = np.empty((len(items), *self.image_shape), np.uint8)
+        for image, item in zip(images, items, strict=True):
+            image[:] = item["image"]
         return images, np.array([item["label"] for item in items], np.int32)
 
 
@@ -61,11 +67,10 @@ class ArraySource(ImageSource):
         num_classes: int = 0,
         label_names: Sequence[str] = (),
     ) -> None:
-        """Takes uint8 images [N, H, W, K] and integer labels [N], or None. Raises ValueError for anything else."""
+        """Takes uint8 images [N, H, W, K] and integer labels [N], or None. Raises ValueError otherwise."""
         if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
-            raise ValueError(
-                f"{name}: expected images as uint8 [N, H, W, K] with N > 0, got {images.dtype} {list(images.shape)}"
-            )
+            got = f"{images.dtype} {list(images.shape)}"
+            raise ValueError(f"{name}: expected images as uint8 [N, H, W, K] with N > 0, got {got}")
         super().__init__(name, images.shape[1:], num_classes, label_names)
         self.images = images
         self.labels = check_labels(name, labels, len(images), num_classes)
@@ -80,15 +85,80 @@ class ArraySource(ImageSource):
         return self.images[indices], self.labels[indices]
 
 
+class EncodedSource(ImageSource):
+    """A source of encoded images, each decoded and preprocessed when it is read."""
+
+    def __init__(
+        self,
+        name: str,
+        num_images: int,
+        read_encoded: Callable[[int], tuple[bytes, int]],
+        describe: Callable[[int], str],
+        *,
+        image_shape: tuple[int, int, int],
+        preprocessing: str,
+        num_classes: int,
+        label_names: Sequence[str] = (),
+    ) -> None:
+        """Takes functions of the index: the encoded image with its label, and what to call it in an error."""
+        super().__init__(name, image_shape, num_classes, label_names)
+        check_preprocessing(preprocessing)
+        if num_images == 0:
+            raise ValueError(f"{name}: no images")
+        self.preprocessing = self._preprocessing = preprocessing
+        self._num_images = num_images
+        self._read_encoded = read_encoded
+        self._describe = describe
+
+    def __len__(self) -> int:
+        return self._num_images
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            content, label = self._read_encoded(index)
+            if self.num_classes and not NO_LABEL <= label < self.num_classes:
+                raise ValueError(f"label {label} is out of range; {self.num_classes} classes are expected")
+            image = decode_image(content, self.image_shape[2])
+            array = preprocess(image, self._preprocessing, self.image_shape[:2])
+        except ValueError as error:
+            raise ValueError(f"{self._describe(index)}: {error}") from None
+        return {"image": array, "label": np.int32(label if self.num_classes else NO_LABEL)}
+
+
+class CachedSource(ImageSource):
+    """Another source whose decoded images stay in memory once read: as many as fit into `max_bytes`."""
+
+    def __init__(self, source: ImageSource, max_bytes: int) -> None:
+        super().__init__(source.name, source.image_shape, source.num_classes, source.label_names)
+        self.source = source
+        self.preprocessing = source.preprocessing
+        num_slots = min(len(source), max_bytes // int(np.prod(source.image_shape)))
+        self._images = np.empty((num_slots, *source.image_shape), np.uint8)  # memory is taken when written to
+        self._labels = np.empty(num_slots, np.int32)
+        self._filled = np.zeros(num_slots, bool)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]
+        if index >= len(self._filled):
+            return self.source[index]
+        if not self._filled[index]:
+            item = self.source[index]
+            self._images[index], self._labels[index] = item["image"], item["label"]
+            self._filled[index] = True  # last: other threads read the slot as soon as this is set
+        return {"image": self._images[index], "label": self._labels[index]}
+
+
 def check_labels(name: str, labels: np.ndarray | None, num_images: int, num_classes: int) -> np.ndarray:
-    """Labels as int32 [N], all -1 where there are none; ValueError unless there is one a picture, inside its range."""
+    """Labels as int32 [N], all -1 where there are none; ValueError unless each image has one in its range."""
     if labels is None or num_classes == 0:
         return np.full(num_images, NO_LABEL, np.int32)
     labels = np.asarray(labels)
     if labels.shape != (num_images,) or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(
-            f"{name}: expected {num_images} integer labels, one an image, got {labels.dtype} {list(labels.shape)}"
-        )
+        got = f"{labels.dtype} {list(labels.shape)}"
+        raise ValueError(f"{name}: expected {num_images} integer labels, one an image, got {got}")
     outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(outside):
         raise ValueError(

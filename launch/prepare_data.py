@@ -1,0 +1,82 @@
+"""Prepares a data set once, so that training only has to read it, and shows what is in it.
+
+    python -m launch.prepare_data --data=tfds:cifar10
+    python -m launch.prepare_data --data=folder:PATH --image_size=64 --preprocessing=tarflow
+    python -m launch.prepare_data --data=emoji64:emoji-datasource-google-16.0.0.tgz
+
+Downloads a TFDS set, or packs an image folder into array_record shards (in parallel; run again, it goes on where it
+stopped). Prints the images and classes of each split, and the name to train by; writes a preview of the training
+images.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from absl import app, flags
+from PIL import Image
+
+from tarflow_jax import data
+
+DATA = flags.DEFINE_string("data", None, "What to prepare; docs/data.md lists the names.")
+DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Where to; default $TARFLOW_DATA_DIR or ~/.cache/tarflow_jax."
+)
+IMAGE_SIZE = flags.DEFINE_list("image_size", None, "Of the packed images: one number, or height,width.")
+PREPROCESSING = flags.DEFINE_string("preprocessing", "none", "none, tarflow or adm; see docs/data.md.")
+SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "Leave out files that are no images instead of refusing.")
+PREVIEW = flags.DEFINE_string("preview", "preview.png", "The grid of training images to write.")
+flags.mark_flags_as_required(["data"])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prepares, counts and previews; returns the exit code."""
+    try:
+        if argv[1:]:
+            raise ValueError(f"unexpected argument {argv[1]!r}; see --help for the flags")
+        _prepare()
+    except (ImportError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _prepare() -> None:
+    options = {
+        "image_size": _parse_size(IMAGE_SIZE.value),
+        "preprocessing": PREPROCESSING.value,
+        "data_dir": DATA_DIR.value,
+        "skip_bad": SKIP_BAD.value,
+    }
+    name = data.prepare_source(DATA.value, **options)
+    for split in ("train", "test"):
+        source = data.open_source(name, split, **options)
+        shape = "x".join(map(str, source.image_shape))
+        classes = f"{source.num_classes} classes" if source.num_classes else "no labels"
+        print(f"{split:5} {len(source):9,} images {shape}, {classes}, preprocessing {source.preprocessing}")
+        if split == "train":
+            _save_preview(source, Path(PREVIEW.value))
+    print(f"train with --config.data.source={name}; a preview is in {PREVIEW.value}")
+
+
+def _parse_size(texts: list[str] | None) -> tuple[int, int] | None:
+    if texts is None:
+        return None
+    if len(texts) > 2 or not all(text.isdecimal() and int(text) > 0 for text in texts):
+        raise ValueError(f"image size {','.join(texts)!r} is not a positive number or height,width")
+    return int(texts[0]), int(texts[-1])
+
+
+def _save_preview(source: data.ImageSource, path: Path, side: int = 8) -> None:
+    """A grid of the first batch that training with seed 0 would see."""
+    images = next(data.train_batches(source, batch_size=side * side, seed=0)).image
+    _, height, width, channels = images.shape
+    grid = images.reshape(side, side, height, width, channels).swapaxes(1, 2)
+    grid = grid.reshape(side * height, side * width, channels)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.squeeze(grid, -1) if channels == 1 else grid).save(path)
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,81 @@
+"""The 3,786 64x64 emoji of npm's emoji-datasource-google in 10 categories.
+
+The drawings are Google's Noto Emoji (Apache License 2.0), the package around them is MIT. Skin-tone variants
+of one emoji lie on one side of the split, which is by a hash of the emoji's code points.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+import zlib
+from pathlib import Path
+
+from tarflow_jax.data.folder import Item
+from tarflow_jax.data.splits import SPLITS, split_of
+
+PACKAGE = "emoji-datasource-google"
+HOW = f"get it with: npm pack {PACKAGE}@16.0.0"
+IMAGES = "img/google/64/"
+MAX_MEMBER_BYTES = 16 * 2**20
+
+
+def read_package(path: Path) -> dict[str, bytes]:
+    """emoji.json and the 64x64 PNG files of the package, by path inside it, from the tarball or its folder.
+
+    Nothing is unpacked. Raises FileNotFoundError, or ValueError where the file is no such package.
+    """
+    if path.is_dir():
+        root = path / "package" if (path / "package").is_dir() else path
+        files = [root / "emoji.json", *sorted((root / IMAGES).glob("*.png"))]
+        return {file.relative_to(root).as_posix(): file.read_bytes() for file in files if file.is_file()}
+    if not path.is_file():
+        raise FileNotFoundError(f"emoji64: {path} not found; {HOW}")
+    content = {}
+    try:
+        with tarfile.open(path) as archive:
+            for member in archive:
+                name = member.name.removeprefix("package/")
+                wanted = name == "emoji.json" or (name.startswith(IMAGES) and name.endswith(".png"))
+                if wanted and member.isreg() and member.size <= MAX_MEMBER_BYTES:
+                    file = archive.extractfile(member)
+                    content[name] = file.read() if file else b""
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"emoji64: {path} is no whole tarball ({error}); {HOW}") from None
+    return content
+
+
+def list_emoji(path: Path) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
+    """The images of each split, and the names of the categories, from the package at `path`."""
+    content = read_package(path)
+    try:
+        entries = json.loads(content["emoji.json"])
+        label_names = tuple(sorted({entry["category"] for entry in entries}))
+        splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
+        for entry in entries:
+            label = label_names.index(entry["category"])
+            splits[split_of(entry["unified"])] += [
+                _item(content[IMAGES + variant["image"]], variant["image"], label)
+                for variant in (entry, *entry.get("skin_variations", {}).values())
+                if variant["has_img_google"]
+            ]
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"emoji64: {path} is not the package {PACKAGE} ({error!r}); {HOW}") from None
+    return splits, label_names
+
+
+def _item(content: bytes, name: str, label: int) -> Item:
+    return Item(name, label, lambda: content, str(zlib.crc32(content)))
+
+
+def emoji_folder(data_dir: Path) -> Path:
+    """Where the packed set lies."""
+    return data_dir / "emoji64"
+
+
+def not_prepared(data_dir: Path) -> FileNotFoundError:
+    """The error to raise where the set has not been packed."""
+    return FileNotFoundError(
+        f"emoji64: not found in {emoji_folder(data_dir)}; {HOW}, then "
+        f"python -m launch.prepare_data --data=emoji64:{PACKAGE}-16.0.0.tgz"
+    )

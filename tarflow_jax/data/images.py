@@ -1,0 +1,147 @@
+"""From a file to an array: reading, decoding and preprocessing of images that others have made.
+
+A file is hostile until it is decoded: whatever is wrong with it ends in one ValueError that says what.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageOps
+
+PREPROCESSINGS = ("none", "tarflow", "adm")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+BACKGROUND = 255  # transparent pixels lie over white
+MIN_SIDE = 8
+MAX_PIXELS = 80_000_000  # below Pillow's own limit, which only warns
+MAX_ASPECT = 32
+MAX_FILE_BYTES = 256 * 2**20
+
+
+def read_file(path: Path) -> bytes:
+    """The content of an image file; ValueError where it is no regular, readable file of a sane size."""
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise ValueError("broken link" if path.is_symlink() else str(error.strerror)) from None
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError("not a regular file")  # reading a pipe would wait for ever
+    if not status.st_mode & 0o444:
+        raise ValueError("no permission to read")  # root could, but others who train on this folder could not
+    if status.st_size == 0:
+        raise ValueError("empty file")
+    if status.st_size > MAX_FILE_BYTES:
+        raise ValueError(f"{status.st_size} bytes, more than the {MAX_FILE_BYTES} allowed")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(str(error.strerror)) from None
+
+
+def decode_image(content: bytes, channels: int = 3) -> Image.Image:
+    """Decodes a PNG, JPEG, WebP or GIF (its first frame) into a Pillow image, RGB, or L for one channel.
+
+    Turns it upright by its EXIF orientation and composites transparency over white. Raises ValueError for
+    anything that is no whole image of at least 8x8, at most 80 million pixels and at most 32 times as long as
+    wide.
+    """
+    try:
+        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
+            refusal = _refusal(image)
+            if refusal is None:
+                image.load()
+                return _flatten(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        refusal = f"more than the {MAX_PIXELS} pixels allowed"
+    except Image.UnidentifiedImageError:
+        refusal = f"not an image of {', '.join(FORMATS)}"
+    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
+        refusal = f"damaged image ({error})"
+    raise ValueError(refusal)
+
+
+def _refusal(image: Image.Image) -> str | None:
+    """Why an image that has been opened but not yet decoded is not to be."""
+    size = f"{image.width}x{image.height}"
+    if image.width * image.height > MAX_PIXELS:
+        return f"{size}, more than the {MAX_PIXELS} pixels allowed"
+    if min(image.size) < MIN_SIDE:
+        return f"{size}, smaller than {MIN_SIDE}x{MIN_SIDE}"
+    if max(image.size) > MAX_ASPECT * min(image.size):  # enlarging a thread to a square would fill the memory
+        return f"{size}, more than {MAX_ASPECT} times as long as wide"
+    return None
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """The image over the background, in eight bits a channel."""
+    if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip instead of scale
+        values = np.asarray(image).astype(np.int64)
+        return Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image
+    image = image.convert("RGBA")
+    background = Image.new("RGBA", image.size, (BACKGROUND,) * 4)
+    return Image.alpha_composite(background, image)
+
+
+def preprocess(image: Image.Image, preprocessing: str, image_size: tuple[int, int]) -> np.ndarray:
+    """Brings an image to (H, W).
+
+    Args:
+      image: of mode RGB or L.
+      preprocessing: "tarflow", bilinear to the smallest size that covers (H, W), then centre crop, as the
+        reference and torchvision's Resize + CenterCrop do; "adm", halved by box filter while at least twice
+        too large, then bicubic, then centre crop; "none", already of that size.
+      image_size: (H, W).
+
+    Returns:
+      uint8 [H, W, K].
+
+    Raises:
+      ValueError: the name is unknown, or "none" meets an image of another size.
+    """
+    height, width = image_size
+    if preprocessing == "tarflow":
+        image = _resize_tarflow(image, height, width)
+        top, left = round((image.height - height) / 2), round((image.width - width) / 2)
+    elif preprocessing == "adm":
+        image = _resize_adm(image, height, width)
+        top, left = (image.height - height) // 2, (image.width - width) // 2
+    else:
+        check_preprocessing(preprocessing)
+        if image.size != (width, height):
+            raise ValueError(
+                f"{image.height}x{image.width} (height x width), expected {height}x{width}; "
+                "choose preprocessing tarflow or adm to resize"
+            )
+        top = left = 0
+    array = np.asarray(image.crop((left, top, left + width, top + height)))
+    return array[..., None] if array.ndim == 2 else array
+
+
+def check_preprocessing(preprocessing: str) -> None:
+    """Raises ValueError unless the name is known."""
+    if preprocessing not in PREPROCESSINGS:
+        raise ValueError(
+            f"unknown preprocessing {preprocessing!r}; expected one of {', '.join(PREPROCESSINGS)}"
+        )
+
+
+def _resize_tarflow(image: Image.Image, height: int, width: int) -> Image.Image:
+    # torchvision rounds the longer side down; multiplying before dividing keeps the exact cases exact.
+    if height * image.width >= width * image.height:
+        size = (int(height * image.width / image.height), height)
+    else:
+        size = (width, int(width * image.height / image.width))
+    return image if size == image.size else image.resize(size, Image.Resampling.BILINEAR)
+
+
+def _resize_adm(image: Image.Image, height: int, width: int) -> Image.Image:
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = max(height / image.height, width / image.width)
+    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)

@@ -1,0 +1,270 @@
+"""Packed sets: preprocessed images as PNG in array_record shards, with a manifest.
+
+A record is the label (int32, little endian) followed by a PNG. The folder is complete once it has a
+manifest.json; until then each finished shard has a report beside it, and packing again takes up where it
+stopped.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import struct
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+from array_record.python.array_record_module import ArrayRecordWriter
+from PIL import Image
+from tqdm import tqdm
+
+from tarflow_jax.data.files import sha256_of, write_json
+from tarflow_jax.data.folder import Item, fingerprint, refuse_bad
+from tarflow_jax.data.images import BACKGROUND, check_preprocessing, decode_image, preprocess
+from tarflow_jax.data.source import EncodedSource
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+IMAGES_PER_SHARD = 2048
+LABEL = struct.Struct("<i")
+
+
+def pack(
+    name: str,
+    splits: Mapping[str, list[Item]],
+    label_names: tuple[str, ...],
+    folder: Path,
+    *,
+    image_size: tuple[int, int],
+    preprocessing: str,
+    skip_bad: bool = False,
+    num_workers: int | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Packs the images of every split into `folder`, or goes on where an earlier call stopped.
+
+    Args:
+      name: of the set, for messages and the manifest.
+      splits: split -> images.
+      label_names: one name a class; () for unlabelled images.
+      folder: where to; made if it is missing.
+      image_size: (H, W) of the packed images, which are RGB.
+      preprocessing: see `images.preprocess`.
+      skip_bad: leave bad files out instead of raising.
+      num_workers: threads; None means one a core.
+      progress: show a bar.
+
+    Returns:
+      The manifest: preprocessing, sizes, label names, and for each split the images, the images of each
+      class, and the shards with their SHA-256.
+
+    Raises:
+      ValueError: files are bad (all are listed), or the folder holds another set, or a packed shard has
+      changed.
+    """
+    check_preprocessing(preprocessing)
+    num_images = sum(map(len, splits.values()))
+    parts = [(split, fingerprint(items)) for split, items in splits.items()]
+    key = fingerprint([], FORMAT, parts, label_names, image_size, preprocessing)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / MANIFEST).exists():
+        return _check_packed(name, folder, key)
+
+    reports = {}
+    with (
+        tqdm(total=num_images, desc=f"packing {name}", disable=not progress) as bar,
+        ThreadPoolExecutor(num_workers or os.cpu_count()) as pool,
+    ):
+        recipe = _Recipe(key, image_size, preprocessing, bar, threading.Lock())
+        for split, items in splits.items():
+            starts = range(0, len(items), IMAGES_PER_SHARD)
+            shards = [items[start : start + IMAGES_PER_SHARD] for start in starts]
+            paths = [folder / f"{split}-{index:05d}.array_record" for index in range(len(shards))]
+            reports[split] = list(pool.map(recipe.pack_shard, paths, shards))
+    bad = {path: why for split in reports.values() for report in split for path, why in report["bad"]}
+    refuse_bad(name, bad, num_images, skip_bad)
+    manifest = {
+        "format": FORMAT,
+        "name": name,
+        "fingerprint": key,
+        "image_shape": [*image_size, 3],
+        "preprocessing": preprocessing,
+        "background": BACKGROUND,
+        "label_names": list(label_names),
+        "splits": {split: _summary(of_split, len(label_names)) for split, of_split in reports.items()},
+    }
+    write_json(folder / MANIFEST, manifest)
+    for report in [report for split in reports.values() for report in split]:
+        _report_of(folder / report["file"]).unlink()
+    return manifest
+
+
+def _report_of(shard: Path) -> Path:
+    return shard.with_suffix(".json")
+
+
+class _Recipe(NamedTuple):
+    """How to pack any shard of a set."""
+
+    key: str
+    image_size: tuple[int, int]
+    preprocessing: str
+    bar: tqdm
+    lock: threading.Lock
+
+    def pack_shard(self, path: Path, items: list[Item]) -> dict[str, Any]:
+        """Writes one shard, unless its report says that this was done; returns the report."""
+        try:
+            report = json.loads(_report_of(path).read_text())
+            if report["fingerprint"] == self.key and report["sha256"] == sha256_of(path):
+                self._advance(len(items))
+                return report
+        except (OSError, ValueError, TypeError, KeyError):
+            pass  # not packed yet, or not wholly
+        partial = path.with_name(f".{path.name}.partial")
+        report = {"fingerprint": self.key, "file": path.name, **self._write(partial, items)}
+        os.replace(partial, path)
+        write_json(_report_of(path), report)
+        return report
+
+    def _write(self, path: Path, items: list[Item]) -> dict[str, Any]:
+        """Writes the good ones of the items to a new array_record; says what was written."""
+        sizes: set[tuple[int, int]] = set()
+        labels: list[int] = []
+        bad: list[tuple[str, str]] = []
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        for item in items:
+            try:
+                image = decode_image(item.read())
+                array = preprocess(image, self.preprocessing, self.image_size)
+            except ValueError as error:
+                bad.append((item.name, str(error)))
+            else:
+                file = io.BytesIO()
+                # The fastest level: its files are a little larger and decode as fast.
+                Image.fromarray(array).save(file, "png", compress_level=1)
+                writer.write(LABEL.pack(item.label) + file.getvalue())
+                sizes.add((image.height, image.width))
+                labels.append(item.label)
+            self._advance(1)
+        writer.close()
+        return {
+            "images": len(labels),
+            "bytes": path.stat().st_size,
+            "sha256": sha256_of(path),
+            "class_counts": np.bincount(np.array(labels, np.int64) + 1, minlength=1)[1:].tolist(),
+            "smallest": min(sizes, key=math.prod, default=None),
+            "largest": max(sizes, key=math.prod, default=None),
+            "bad": bad,
+        }
+
+    def _advance(self, count: int) -> None:
+        with self.lock:
+            self.bar.update(count)
+
+
+def _summary(reports: list[dict[str, Any]], num_classes: int) -> dict[str, Any]:
+    """What the manifest says of one split."""
+    counts = np.zeros(num_classes, np.int64)
+    for report in reports:
+        counts[: len(report["class_counts"])] += report["class_counts"]
+    sizes = [report[which] for report in reports for which in ("smallest", "largest") if report[which]]
+    shard_keys = ("file", "images", "bytes", "sha256")
+    return {
+        "images": sum(report["images"] for report in reports),
+        "skipped": sum(len(report["bad"]) for report in reports),
+        "class_counts": counts.tolist(),
+        "smallest_original": min(sizes, key=math.prod, default=None),
+        "largest_original": max(sizes, key=math.prod, default=None),
+        "shards": [{key: report[key] for key in shard_keys} for report in reports if report["images"]],
+    }
+
+
+def _check_packed(name: str, folder: Path, key: str) -> dict[str, Any]:
+    """The manifest of a folder packed before, once its shards have been compared with it."""
+    manifest = read_manifest(folder)
+    if manifest["fingerprint"] != key:
+        raise ValueError(
+            f"{name}: {folder} holds another set, or this one with other files or preprocessing; "
+            "remove it or choose another output"
+        )
+    for split in manifest["splits"].values():
+        for shard in split["shards"]:
+            if sha256_of(folder / shard["file"]) != shard["sha256"]:
+                raise ValueError(f"{folder / shard['file']}: changed since it was packed; remove {folder}")
+    return manifest
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a packed set; FileNotFoundError without one, ValueError where it is damaged."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} is not a packed set, it has no {MANIFEST}; pack one with "
+            "python -m launch.prepare_data --data=folder:PATH"
+        )
+    try:
+        manifest = json.loads(path.read_text())
+        height, width, channels = manifest["image_shape"]
+        names, splits = manifest["label_names"], manifest["splits"]
+        files = [shard["file"] for split in splits.values() for shard in split["shards"]]
+        sizes = [shard["bytes"] for split in splits.values() for shard in split["shards"]]
+        whole = all(type(size) is int and size > 0 for size in (height, width, *sizes)) and channels == 3
+        plain = all(type(name) is str for name in names) and all(Path(file).name == file for file in files)
+        if manifest["format"] != FORMAT or not whole or not plain:
+            raise ValueError("unexpected values")
+        check_preprocessing(manifest["preprocessing"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path}: damaged or from another version ({error}); pack the set again") from None
+    return manifest
+
+
+def open_packed(name: str, folder: Path, split: str, preprocessing: str = "none") -> EncodedSource:
+    """Opens one split of a packed set.
+
+    Raises FileNotFoundError where there is none, and ValueError where shards are missing or cut short, or where
+    it was packed with another preprocessing than the one asked for; "none" takes the images as they are.
+    """
+    manifest = read_manifest(folder)
+    if preprocessing not in ("none", manifest["preprocessing"]):
+        raise ValueError(
+            f"{name}: packed with preprocessing {manifest['preprocessing']}, not {preprocessing}; "
+            "pack it again"
+        )
+    if split not in manifest["splits"]:
+        raise ValueError(f"{name}: has no {split} split")
+    shards = manifest["splits"][split]["shards"]
+    for shard in shards:
+        path = folder / shard["file"]
+        if not path.is_file() or path.stat().st_size != shard["bytes"]:
+            raise ValueError(f"{path}: missing or cut short; copy or pack the set again")
+    try:
+        records = ArrayRecordDataSource([str(folder / shard["file"]) for shard in shards])
+    except RuntimeError as error:
+        raise ValueError(f"{name}: damaged shards ({error}); pack the set again") from None
+
+    def read_encoded(index: int) -> tuple[bytes, int]:
+        try:
+            record = records[index]
+        except RuntimeError as error:
+            raise ValueError(f"damaged shard ({error}); pack the set again") from None
+        return record[LABEL.size :], LABEL.unpack_from(record)[0]
+
+    source = EncodedSource(
+        name,
+        len(records),
+        read_encoded,
+        lambda index: f"{name}: {split} image {index}",
+        image_shape=tuple(manifest["image_shape"]),
+        preprocessing="none",
+        num_classes=len(manifest["label_names"]),
+        label_names=manifest["label_names"],
+    )
+    source.preprocessing = manifest["preprocessing"]
+    return source

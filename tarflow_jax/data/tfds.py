@@ -1,0 +1,131 @@
+"""Any image set of TensorFlow Datasets, read from array_record without TensorFlow."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from tarflow_jax.data.source import NO_LABEL, EncodedSource
+
+# What stands in for "test" where a set has none, as ImageNet's published figures do.
+TEST_SPLITS = ("test", "validation")
+
+
+def tfds_folder(data_dir: Path) -> Path:
+    """Where prepared TFDS sets lie under the data folder."""
+    return data_dir / "tfds"
+
+
+def load_builder(argument: str, folder: Path) -> tfds.core.DatasetBuilder:
+    """The builder of NAME[/CONFIG][:VERSION]; ValueError where there is none, or its package is missing."""
+    try:
+        return tfds.builder(argument, data_dir=str(folder), try_gcs=False, file_format="array_record")
+    except tfds.core.registered.DatasetNotFoundError:
+        name = argument.split("/")[0].split(":")[0]
+        close = difflib.get_close_matches(name, tfds.list_builders(), n=1)
+        hint = f"; did you mean tfds:{close[0]}?" if close else "; see tfds.list_builders()"
+        raise ValueError(f"tfds:{argument}: unknown data set{hint}") from None
+    except ImportError as error:
+        raise ValueError(f"tfds:{argument}: needs a package that is missing ({error}); install it") from None
+    except (AssertionError, ValueError) as error:
+        raise ValueError(f"tfds:{argument}: {' '.join(str(error).split())}") from None
+
+
+def prepare_tfds(argument: str, data_dir: Path) -> None:
+    """Downloads and prepares a set as array_record under `data_dir`, unless that has been done.
+
+    Raises ValueError that names the package which is missing: most sets yield arrays, for which TFDS encodes
+    PNG with TensorFlow (`pip install tensorflow-cpu`); preparing is the only step that needs it.
+    """
+    builder = load_builder(argument, tfds_folder(data_dir))
+    with _naming_packages(argument):
+        builder.download_and_prepare()
+
+
+def prepare_quietly(builder: tfds.core.DatasetBuilder) -> None:
+    """Prepares without a word; of processes that start together, the later take what the first one wrote."""
+    tfds.disable_progress_bar()
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
+    except OSError:
+        if not Path(builder.data_dir, "dataset_info.json").exists():
+            raise
+        builder.info.read_from_directory(builder.data_dir)
+
+
+@contextlib.contextmanager
+def _naming_packages(argument: str) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        package = {"tensorflow": "tensorflow-cpu"}.get((error.name or "").split(".")[0], error.name)
+        raise ValueError(
+            f"tfds:{argument}: preparing it needs the optional package {package}; pip install {package}, "
+            "prepare once, and training will not need it"
+        ) from None
+
+
+def open_tfds(
+    argument: str,
+    split: str,
+    data_dir: Path,
+    *,
+    image_size: tuple[int, int] | None,
+    preprocessing: str,
+) -> EncodedSource:
+    """Opens one split of a prepared set; its features `image` and, if it has one, `label` are used.
+
+    "test" is the set's test split, or else its validation split. Looks under `data_dir`, then where TFDS
+    itself keeps its sets. Raises FileNotFoundError where it has not been prepared.
+    """
+    name = f"tfds:{argument}"
+    builder = _find_prepared(argument, data_dir)
+    feature = builder.info.features.get("image")
+    if not isinstance(feature, tfds.features.Image) or feature.dtype != np.uint8:
+        raise ValueError(f"{name}: has no uint8 feature `image`; only image sets can be trained on")
+    names = (split,) if split == "train" else TEST_SPLITS
+    chosen = next((known for known in names if known in builder.info.splits), None)
+    if chosen is None:
+        raise ValueError(f"{name}: has no {split} split, only {', '.join(builder.info.splits)}")
+    height, width, channels = feature.shape
+    size = image_size or (height, width)
+    if None in size:
+        raise ValueError(f"{name}: its images differ in size; an image size and a preprocessing are needed")
+    classes = builder.info.features.get("label")
+    if not isinstance(classes, tfds.features.ClassLabel):
+        classes = None
+    records = builder.as_data_source(chosen, decoders={"image": tfds.decode.SkipDecoding()})
+
+    def read_encoded(index: int) -> tuple[bytes, int]:
+        record = records[index]
+        return record["image"], int(record["label"]) if classes else NO_LABEL
+
+    return EncodedSource(
+        name,
+        len(records),
+        read_encoded,
+        lambda index: f"{name}: {chosen} image {index}",
+        image_shape=(*size, 1 if channels == 1 else 3),
+        preprocessing=preprocessing,
+        num_classes=classes.num_classes if classes else 0,
+        label_names=classes.names if classes else (),
+    )
+
+
+def _find_prepared(argument: str, data_dir: Path) -> tfds.core.DatasetBuilder:
+    folders = [tfds_folder(data_dir), Path(tfds.core.constants.DATA_DIR).expanduser()]
+    for folder in folders:
+        builder = load_builder(argument, folder)
+        if builder.is_prepared():
+            return builder
+    raise FileNotFoundError(
+        f"tfds:{argument}: not prepared as array_record under {' or '.join(map(str, folders))}; "
+        f"run python -m launch.prepare_data --data=tfds:{argument}"
+    )
