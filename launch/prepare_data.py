@@ -4,9 +4,9 @@
     python -m launch.prepare_data --data=folder:PATH --image_size=64 --preprocessing=tarflow
     python -m launch.prepare_data --data=emoji64:emoji-datasource-google-16.0.0.tgz
 
-Downloads a TFDS set, or packs an image folder into array_record shards (in parallel; run again, it goes on where it
-stopped). Prints the images and classes of each split, and the name to train by; writes a preview of the training
-images.
+Downloads a TFDS set, or packs an image folder into array_record shards (in parallel; run again, it goes on
+where it stopped). Prints the images and classes of each split, and the name to train by; writes a preview of
+the training images.
 """
 
 import sys
@@ -20,9 +20,7 @@ from PIL import Image
 from tarflow_jax import data
 
 DATA = flags.DEFINE_string("data", None, "What to prepare; docs/data.md lists the names.")
-DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "Where to; default $TARFLOW_DATA_DIR or ~/.cache/tarflow_jax."
-)
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Where to: $TARFLOW_DATA_DIR or ~/.cache/tarflow_jax.")
 IMAGE_SIZE = flags.DEFINE_list("image_size", None, "Of the packed images: one number, or height,width.")
 PREPROCESSING = flags.DEFINE_string("preprocessing", "none", "none, tarflow or adm; see docs/data.md.")
 SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "Leave out files that are no images instead of refusing.")

@@ -228,8 +228,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def open_packed(name: str, folder: Path, split: str, preprocessing: str = "none") -> EncodedSource:
     """Opens one split of a packed set.
 
-    Raises FileNotFoundError where there is none, and ValueError where shards are missing or cut short, or where
-    it was packed with another preprocessing than the one asked for; "none" takes the images as they are.
+    Raises FileNotFoundError where there is none, and ValueError where shards are missing or cut short, or
+    where it was packed with another preprocessing than the one asked for; "none" takes them as they are.
     """
     manifest = read_manifest(folder)
     if preprocessing not in ("none", manifest["preprocessing"]):

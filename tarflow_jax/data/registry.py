@@ -77,9 +77,9 @@ def _open_folder(argument: str, split: str, options: Options) -> ImageSource:
 
 def _prepare_folder(argument: str, options: Options) -> str:
     root = Path(argument).expanduser()
-    if options.image_size is None:
-        raise ValueError(f"folder:{root}: packing needs an image size")
     listings = {split: list_folder(root, split) for split in SPLITS}
+    if options.image_size is None:
+        raise ValueError(f"folder:{root}: packing needs an image size; give one")
     height, width = options.image_size
     output = options.data_dir / "packed" / f"{root.resolve().name}-{height}x{width}-{options.preprocessing}"
     items = {split: listing.items for split, listing in listings.items()}

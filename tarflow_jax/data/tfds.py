@@ -24,13 +24,14 @@ def tfds_folder(data_dir: Path) -> Path:
 
 def load_builder(argument: str, folder: Path) -> tfds.core.DatasetBuilder:
     """The builder of NAME[/CONFIG][:VERSION]; ValueError where there is none, or its package is missing."""
+    name = argument.split("/")[0].split(":")[0]
+    known = tfds.list_builders(with_community_datasets=False)  # a look-up of those needs TensorFlow
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean tfds:{close[0]}?" if close else "; see tfds.list_builders()"
+        raise ValueError(f"tfds:{argument}: unknown data set{hint}")
     try:
         return tfds.builder(argument, data_dir=str(folder), try_gcs=False, file_format="array_record")
-    except tfds.core.registered.DatasetNotFoundError:
-        name = argument.split("/")[0].split(":")[0]
-        close = difflib.get_close_matches(name, tfds.list_builders(), n=1)
-        hint = f"; did you mean tfds:{close[0]}?" if close else "; see tfds.list_builders()"
-        raise ValueError(f"tfds:{argument}: unknown data set{hint}") from None
     except ImportError as error:
         raise ValueError(f"tfds:{argument}: needs a package that is missing ({error}); install it") from None
     except (AssertionError, ValueError) as error:

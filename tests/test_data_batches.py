@@ -1,0 +1,173 @@
+"""Batches are a function of (seed, step): the same on any number of processes and after a resume."""
+
+from itertools import islice
+
+import jax
+import numpy as np
+import pytest
+
+from tarflow_jax import data
+
+NUM_IMAGES = 37
+BATCH_SIZE = 12
+
+
+@pytest.fixture(scope="module")
+def source() -> data.ArraySource:
+    """Images that are all different, also from their mirror images."""
+    images = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, 4, 6, 3), np.uint8)
+    return data.ArraySource("random", images, np.arange(NUM_IMAGES), NUM_IMAGES)
+
+
+def take(source, count, **options) -> data.Batch:
+    """The first batches, joined."""
+    options = {"batch_size": BATCH_SIZE, "seed": 3, "flip": True} | options
+    return data.Batch(
+        *map(np.concatenate, zip(*islice(data.train_batches(source, **options), count), strict=True))
+    )
+
+
+def assert_equal(ours: data.Batch, theirs: data.Batch) -> None:
+    for left, right in zip(ours, theirs, strict=True):
+        assert left.dtype == right.dtype
+        np.testing.assert_array_equal(left, right)
+
+
+def test_every_image_comes_once_an_epoch_in_another_order(source):
+    labels = take(source, NUM_IMAGES).label.reshape(BATCH_SIZE, NUM_IMAGES)  # a row an epoch
+    np.testing.assert_array_equal(np.sort(labels, 1), np.tile(np.arange(NUM_IMAGES), (BATCH_SIZE, 1)))
+    assert len({tuple(epoch) for epoch in labels}) == BATCH_SIZE
+    assert not np.array_equal(labels[0], take(source, NUM_IMAGES, seed=4).label[:NUM_IMAGES])
+
+
+def test_neighbouring_seeds_share_no_epoch(source):
+    orders = [take(source, 7, seed=seed).label for seed in (0, 1)]
+    epochs = {tuple(order[start:][:NUM_IMAGES]) for order in orders for start in (0, NUM_IMAGES)}
+    assert len(epochs) == 4
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_resume_gives_the_same_batches_across_epochs(source, num_workers):
+    whole = take(source, 9)
+    resumed = take(source, 5, start_step=4, num_workers=num_workers)
+    assert_equal(resumed, data.Batch(*(part[4 * BATCH_SIZE :] for part in whole)))
+
+
+def test_four_processes_see_what_one_does(source):
+    whole = take(source, 7)
+    parts = [take(source, 7, process_index=index, process_count=4) for index in range(4)]
+    rows = [np.stack([part[i].reshape(7, 3, *part[i].shape[1:]) for part in parts], 1) for i in range(3)]
+    assert_equal(data.Batch(*(part.reshape(whole[i].shape) for i, part in enumerate(rows))), whole)
+
+
+def test_flips_mirror_about_half_and_change_with_the_epoch(source):
+    plain, flipped = take(source, 40, flip=False), take(source, 40)
+    np.testing.assert_array_equal(plain.image, source.images[plain.label])
+    np.testing.assert_array_equal(plain.label, flipped.label)
+    mirrored = (flipped.image == plain.image[:, :, ::-1]).all((1, 2, 3))
+    same = (flipped.image == plain.image).all((1, 2, 3))
+    assert (mirrored ^ same).all()
+    assert 0.4 < mirrored.mean() < 0.6
+    of_image = [mirrored[plain.label == label] for label in range(NUM_IMAGES)]
+    assert sum(len(set(flips.tolist())) == 2 for flips in of_image) > 0.9 * NUM_IMAGES
+
+
+def test_batch_larger_than_the_set(source):
+    batch = next(data.train_batches(source, batch_size=100, seed=0))
+    assert batch.image.shape == (100, 4, 6, 3)
+    assert set(batch.label[:NUM_IMAGES]) == set(range(NUM_IMAGES))
+
+
+@pytest.mark.parametrize("batch_size", [37, 40, 16, 4])
+def test_evaluation_sees_every_image_once_in_order(source, batch_size):
+    count = 1 if batch_size % 4 else 4
+    parts = [
+        list(data.eval_batches(source, batch_size=batch_size, process_index=index, process_count=count))
+        for index in range(count)
+    ]
+    assert {len(part) for part in parts} == {-(-NUM_IMAGES // batch_size)}
+    batches = [
+        data.Batch(*map(np.concatenate, zip(*together, strict=True))) for together in zip(*parts, strict=True)
+    ]
+    assert {batch.image.shape for batch in batches} == {(batch_size, 4, 6, 3)}
+    mask = np.concatenate([batch.mask for batch in batches])
+    labels = np.concatenate([batch.label for batch in batches])
+    images = np.concatenate([batch.image for batch in batches])
+    np.testing.assert_array_equal(mask, np.arange(len(mask)) < NUM_IMAGES)
+    np.testing.assert_array_equal(labels[:NUM_IMAGES], np.arange(NUM_IMAGES))
+    np.testing.assert_array_equal(images[:NUM_IMAGES], source.images)
+    assert (labels[NUM_IMAGES:] == -1).all()
+    assert not images[NUM_IMAGES:].any()
+
+
+def test_batches_must_divide_by_the_processes(source):
+    with pytest.raises(ValueError, match="batch size 10 does not divide by 4 processes"):
+        data.train_batches(source, batch_size=10, seed=0, process_count=4)
+    with pytest.raises(ValueError, match="batch size 10 does not divide by 4 processes"):
+        next(data.eval_batches(source, batch_size=10, process_count=4))
+
+
+def test_prefetch_keeps_the_order_and_one_ahead(source):
+    started = []
+
+    def put(batch: data.Batch) -> jax.Array:
+        started.append(batch)
+        return jax.device_put(batch.label)
+
+    labels = take(source, 5).label.reshape(5, -1)
+    batches = islice(data.train_batches(source, batch_size=BATCH_SIZE, seed=3), 5)
+    for step, batch in enumerate(data.prefetch_to_device(batches, put)):
+        assert len(started) == min(step + 2, 5)
+        np.testing.assert_array_equal(batch, labels[step])
+    assert step == 4
+
+
+def test_cache_reads_once_and_stays_in_its_bound(source):
+    reads = []
+
+    class Counting(data.ImageSource):
+        def __len__(self):
+            return len(source)
+
+        def __getitem__(self, index):
+            reads.append(index)
+            return source[index]
+
+    counting = Counting("counting", source.image_shape, source.num_classes)
+    cached = data.CachedSource(counting, 20 * source.images[0].size + 5)
+    for num_workers in (0, 3):
+        assert_equal(take(cached, 20, num_workers=num_workers), take(source, 20))
+    counts = np.bincount(reads)
+    assert (counts[:20] == 1).all()
+    assert (counts[20:] > 5).all()
+
+
+def test_unlabelled_images_have_label_minus_one():
+    source = data.ArraySource("plain", np.zeros((3, 4, 4, 1), np.uint8))
+    assert source.num_classes == 0
+    assert source[0]["label"] == -1
+    assert next(data.train_batches(source, batch_size=2, seed=0)).label.tolist() == [-1, -1]
+
+
+def test_an_error_in_a_worker_reaches_the_caller(source):
+    class Broken(data.ImageSource):
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            raise ValueError("file 7 is damaged")
+
+    for num_workers in (0, 2):
+        with pytest.raises(ValueError, match="file 7 is damaged"):
+            next(data.train_batches(Broken("b", (4, 4, 1), 0), batch_size=2, seed=0, num_workers=num_workers))
+
+
+def test_bad_arrays_and_labels_are_refused():
+    images = np.zeros((3, 4, 4, 1), np.uint8)
+    message = "x: label 7 of image 1 is out of range; labels of 5 classes are 0 to 4"
+    with pytest.raises(ValueError, match=message):
+        data.ArraySource("x", images, np.array([0, 7, 1]), 5)
+    with pytest.raises(ValueError, match="x: expected 3 integer labels"):
+        data.ArraySource("x", images, np.array([0, 1]), 5)
+    with pytest.raises(ValueError, match="x: expected images as uint8"):
+        data.ArraySource("x", images.astype(np.float32))
