@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tarflow_jax.evaluation.sample_files import MAX_IMAGES_BYTES, read_npz, write_npz
+from tarflow_jax.figures import to_uint8
 
 NOT_FINITE = 128  # the grey that stands for a pixel which is no number
 
@@ -33,11 +34,20 @@ class Samples(NamedTuple):
     num_not_finite: int
 
 
-def to_uint8(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def quantise(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Float images [B, H, W, K] in [-1, 1] to the nearest 8-bit values, and bool [B]: is it not finite?"""
     finite = np.isfinite(images)
-    values = np.clip(np.round((np.where(finite, images, 0) + 1) * 127.5), 0, 255).astype(np.uint8)
+    values = to_uint8(np.where(finite, images, 0))
     return np.where(finite, values, np.uint8(NOT_FINITE)), ~finite.all((1, 2, 3))
+
+
+def fingerprint(variables: Any) -> str:
+    """A hash of a model's numbers, in hexadecimal: samples of another checkpoint are other samples."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:16]
 
 
 def chunk_folder(root: str | Path, protocol: Mapping[str, Any]) -> Path:
@@ -82,7 +92,7 @@ def generate(
         key = jax.random.fold_in(jax.random.key(seed), index)
         labels = balanced_labels(index * chunk_size, (index + 1) * chunk_size, num_classes)
         drawn = sample(key, chunk_size, None if labels is None else jnp.asarray(labels))
-        images, not_finite = to_uint8(np.asarray(drawn))
+        images, not_finite = quantise(np.asarray(drawn))
         write_npz(path, images=images, not_finite=not_finite)
 
 

@@ -70,12 +70,13 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """|m - m'|² + tr(C + C' - 2 (C C')^½), the squared 2-Wasserstein distance between Gaussians (Heusel et
-    al. 2017).
+    """|m - m'|² + tr(C + C' - 2 (C C')^½) between Gaussians (Heusel et al. 2017).
 
-    tr (C C')^½ is the sum of the singular values of Rᵀ R' with C = R Rᵀ, C' = R' R'ᵀ: it squares nothing and
-    needs no offset on the diagonal, so singular covariances lose no digits, where `scipy.linalg.sqrtm` of C
-    C' does. Raises ValueError when the two have different numbers of features.
+    tr (C C')^½ is the sum of the singular values of Rᵀ R' with C = R Rᵀ, C' = R' R'ᵀ: real by construction,
+    and without the offset on the diagonal that a matrix root needs when a covariance is singular.
+
+    Raises:
+      ValueError: the two have different numbers of features; they are of different networks.
     """
     if first.mean.shape != second.mean.shape:
         raise ValueError(
