@@ -46,14 +46,13 @@ class FlowBlock(nn.Module):
         self.project_out = nn.Dense(
             outputs, dtype=config.compute_dtype, kernel_init=nn.initializers.zeros
         )  # zero: a new flow is the identity
-        if self.unrolled:
-            self.layers = [TransformerLayer(config) for _ in range(depth)]
-        else:
-            self.layers = _scanned_layers(config, depth)
+        self.layers: Any = (
+            [TransformerLayer(config) for _ in range(depth)]
+            if self.unrolled
+            else _scanned_layers(config, depth)
+        )
 
-    def __call__(
-        self, tokens: jax.Array, labels: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, tokens: jax.Array, labels: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """Forward: tokens [B, T, D] in image order -> (z [B, T, D] in image order, log_det [B] in nats)."""
         x = permute(tokens, self.index)
         log_scale, shift = self.affine(x, labels)
@@ -64,8 +63,9 @@ class FlowBlock(nn.Module):
         self, x: jax.Array, labels: jax.Array | None = None, temperature: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
         """(log_scale, shift), each float32 [B, T, D], of tokens x [B, T, D] in block order; zero for the first."""
-        following, _ = self.following_affine(x, labels, temperature)
-        return tuple(jnp.pad(a[:, :-1], ((0, 0), (1, 0), (0, 0))) for a in following)
+        (log_scale, shift), _ = self.following_affine(x, labels, temperature)
+        first_is_zero = ((0, 0), (1, 0), (0, 0))
+        return jnp.pad(log_scale[:, :-1], first_is_zero), jnp.pad(shift[:, :-1], first_is_zero)
 
     def following_affine(
         self,

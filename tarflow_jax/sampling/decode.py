@@ -18,7 +18,8 @@ def decode(
     weights: jax.Array | None = None,
     temperature: jax.Array | float = 1.0,
     target: str = "both",
-) -> tuple[jax.Array, list[jax.Array]]:
+    trajectory: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
     """Inverts the flow.
 
     Args:
@@ -27,12 +28,14 @@ def decode(
       weights: `Guidance.weights`, float32 [T], or None for no guidance.
       temperature: τ of the unguided pass.
       target: what is guided: "both", "log_scale" or "shift".
+      trajectory: whether to return the images on the way.
 
     Returns:
-      (images, trajectory): float32 [B, H, W, K], and the images after 0, 1, … F inverted blocks.
+      (images, trajectory): float32 [B, H, W, K], and [B, F + 1, H, W, K], the images after 0, 1, … F inverted
+      blocks, or None.
     """
     tokens = to_tokens(config, latents)
-    trajectory = [latents]
+    images = [latents]
     if config.volume_preserving:
         tokens = tokens * jnp.sqrt(variables["prior"]["variance"])[None]
     for k in reversed(range(config.num_blocks)):
@@ -41,5 +44,5 @@ def decode(
             FlowBlock(config, k, unrolled=True), params, labels, weights, jnp.float32(temperature), target
         )
         tokens = permute(invert_sequentially(block, permute(tokens, k)), k)
-        trajectory.append(to_images(config, tokens))
-    return trajectory[-1], trajectory
+        images.append(to_images(config, tokens))
+    return images[-1], jnp.stack(images, axis=1) if trajectory else None

@@ -41,7 +41,9 @@ class Guidance:
         if self.target not in TARGETS:
             raise ValueError(f"guidance target is {self.target!r}; expected one of {', '.join(TARGETS)}")
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"guidance schedule is {self.schedule!r}; expected one of {', '.join(SCHEDULES)}")
+            raise ValueError(
+                f"guidance schedule is {self.schedule!r}; expected one of {', '.join(SCHEDULES)}"
+            )
         if not 0 < self.attention_temperature < math.inf:
             raise ValueError(
                 f"attention temperature is {self.attention_temperature}; expected a positive number"
@@ -97,7 +99,9 @@ class GuidedBlock:
             x = jnp.concatenate([x, x])
             if labels is not None:
                 labels = jnp.concatenate([labels, jnp.full_like(labels, -1)])
-            temperature = jnp.repeat(jnp.stack([jnp.ones_like(self.temperature), self.temperature]), batch_size)
+            temperature = jnp.repeat(
+                jnp.stack([jnp.ones_like(self.temperature), self.temperature]), batch_size
+            )
         following, caches = self.block.apply(
             {"params": self.params}, x, labels, temperature, caches, start, method="following_affine"
         )

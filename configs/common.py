@@ -1,0 +1,92 @@
+"""The fields that every recipe shares, with their defaults: the paper's optimizer, and no more than one needs."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """A recipe without a model's shape, a data set and a number of steps; those are the recipes' own."""
+    config = ConfigDict()
+    config.model = ConfigDict(
+        {
+            "image_size": (0, 0),  # height, width
+            "image_channels": 0,
+            "patch_size": 0,
+            "width": 0,
+            "num_blocks": 0,
+            "layers_per_block": 0,
+            "num_classes": 0,  # 0: unconditional
+            "volume_preserving": False,
+            "dtype": "float32",  # of matrix products; or bfloat16
+            "remat": "none",  # what the backward pass recomputes; or dots, full
+        }
+    )
+    config.data = ConfigDict(
+        {
+            "source": "",  # digits, fashion_mnist, tfds:NAME, folder:PATH, npz:FILE
+            "data_dir": "",  # where sets are kept; "" is the default folder
+            "preprocessing": "none",  # or tarflow, adm
+            "flip": False,  # mirror at random
+            "num_workers": 0,  # threads that read ahead
+        }
+    )
+    config.noise = ConfigDict({"kind": "gaussian", "std": 0.05})
+    config.optimizer = ConfigDict(
+        {
+            "learning_rate": 1e-4,
+            "final_learning_rate": 1e-6,
+            "warmup_steps": 0,
+            "beta1": 0.9,
+            "beta2": 0.95,
+            "weight_decay": 1e-4,
+            "clip_norm": 0.0,  # 0: no clipping
+            "ema_decay": 0.0,  # 0: no average
+        }
+    )
+    config.train = ConfigDict(
+        {
+            "num_steps": 0,
+            "batch_size": 0,
+            "accumulation": 1,  # microbatches a step
+            "drop_label": 0.0,  # probability of training an image without its label
+            "seed": 0,
+            "checkpoint_every": 1000,
+            "keep_checkpoints": 3,
+            "sample_every": 0,  # 0: no previews
+            "log_every": 50,
+        }
+    )
+    config.sample = ConfigDict(
+        {
+            "guidance": {"weight": 0.0, "target": "both", "schedule": "linear", "attention_temperature": 1.0},
+            "denoise_multiplier": 1.0,
+        }
+    )
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: whatever devices are left
+    return config
+
+
+def likelihood(config: ConfigDict) -> ConfigDict:
+    """The variant for bits per dimension: uniform dequantisation, no labels, float32."""
+    config.noise.update({"kind": "uniform", "std": 0.0})
+    config.model.update({"num_classes": 0, "dtype": "float32"})
+    config.train.drop_label = 0.0
+    config.sample.guidance.update({"weight": 0.3, "attention_temperature": 0.5})
+    return config
+
+
+def smoke(config: ConfigDict) -> ConfigDict:
+    """The variant of seconds: the recipe's code on a model that learns little."""
+    config.model.update({"width": 64, "num_blocks": 2, "layers_per_block": 1})
+    config.train.update(
+        {"num_steps": 20, "batch_size": 16, "checkpoint_every": 10, "sample_every": 10, "log_every": 5}
+    )
+    config.optimizer.warmup_steps = 5
+    return config
+
+
+def with_variant(config: ConfigDict, variant: str) -> ConfigDict:
+    """Applies `likelihood` or `smoke`; raises ValueError for another name."""
+    variants = {"": lambda same: same, "likelihood": likelihood, "smoke": smoke}
+    if variant not in variants:
+        raise ValueError(f"unknown variant {variant!r}; expected {', '.join(filter(None, variants))}")
+    return variants[variant](config)

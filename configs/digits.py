@@ -1,0 +1,38 @@
+"""Handwritten digits, 8x8, class-conditional: trains on any laptop.
+
+python -m launch.train --config=configs/digits.py --workdir=runs/digits
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The recipe; variants are "likelihood" (uniform dequantisation, no labels) and "smoke" (seconds)."""
+    config = common.get_config()
+    config.model.update(
+        {
+            "image_size": (8, 8),
+            "image_channels": 1,
+            "patch_size": 2,
+            "width": 128,
+            "num_blocks": 4,
+            "layers_per_block": 2,
+            "num_classes": 10,
+        }
+    )
+    config.data.source = "digits"
+    config.noise.std = 0.1
+    config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 120})
+    config.train.update(
+        {
+            "num_steps": 1200,
+            "batch_size": 128,
+            "drop_label": 0.1,
+            "checkpoint_every": 400,
+            "sample_every": 400,
+        }
+    )
+    config.sample.guidance.weight = 1.0
+    return common.with_variant(config, variant)

@@ -1,0 +1,38 @@
+"""Fashion-MNIST, 28x28, class-conditional: half an hour on a laptop.
+
+python -m launch.train --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The recipe; variants are "likelihood" (uniform dequantisation, no labels) and "smoke" (seconds)."""
+    config = common.get_config()
+    config.model.update(
+        {
+            "image_size": (28, 28),
+            "image_channels": 1,
+            "patch_size": 4,
+            "width": 128,
+            "num_blocks": 4,
+            "layers_per_block": 2,
+            "num_classes": 10,
+        }
+    )
+    config.data.source = "fashion_mnist"
+    config.noise.std = 0.1
+    config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 200})
+    config.train.update(
+        {
+            "num_steps": 2000,
+            "batch_size": 128,
+            "drop_label": 0.1,
+            "checkpoint_every": 500,
+            "sample_every": 1000,
+        }
+    )
+    config.sample.guidance.weight = 1.0
+    return common.with_variant(config, variant)

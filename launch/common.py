@@ -1,0 +1,92 @@
+"""What the commands share: one-line errors, the showcase figures."""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags
+
+from tarflow_jax.figures import grid, save_png, to_uint8
+from tarflow_jax.pipeline import TarFlowPipeline
+from tarflow_jax.sampling import Guidance
+from tarflow_jax.training.loop import NonFiniteError
+from tarflow_jax.training.preemption import Preempted
+
+EXIT_ERROR = 1
+EXIT_PREEMPTED = 75  # "try again later" (sysexits.h): the same command continues
+
+
+def run(main: Callable[[Sequence[str]], int | None]) -> None:
+    """app.run, with one line on stderr instead of a traceback for errors that the user can mend."""
+
+    def guarded(argv: Sequence[str]) -> int:
+        logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax and TFDS tell of every file
+        logging.getLogger("tarflow_jax").setLevel(logging.INFO)
+        try:
+            if argv[1:]:
+                raise ValueError(f"unexpected argument {argv[1]!r}; see --help for the flags")
+            return main(argv) or 0
+        except Preempted as stop:
+            print(f"stopped: {stop}", file=sys.stderr)
+            return EXIT_PREEMPTED
+        except (ValueError, OSError, ImportError, NonFiniteError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return EXIT_ERROR
+
+    app.run(guarded, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser; a config field that does not exist is an error of one line, with a suggestion."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        message = str(error)
+    except (AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
+        message = str(error.args[0] if error.args else error)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(EXIT_ERROR)
+
+
+def example_labels(num_classes: int, count: int) -> np.ndarray | None:
+    """0, 1, 2, … over and over; None for an unconditional model."""
+    return np.arange(count, dtype=np.int32) % num_classes if num_classes else None
+
+
+def showcase(
+    pipe: TarFlowPipeline,
+    folder: Path,
+    guidance: Guidance,
+    *,
+    denoise_multiplier: float,
+    num_images: int = 100,
+) -> list[Path]:
+    """Draws the same latents raw, denoised, guided and denoised, and on their way; returns the PNGs' paths."""
+    latents = pipe.latents(jax.random.key(0), num_images)
+    labels = example_labels(pipe.config.num_classes, num_images)
+    raw, trajectory = pipe.decode(latents, labels, return_trajectory=True)
+    sheets = {"samples_raw": grid(to_uint8(raw))}
+    guided = pipe.decode(latents, labels, guidance)
+    if pipe.noise_std is not None:
+        sheets["samples_denoised"] = grid(to_uint8(pipe.denoise(raw, labels, multiplier=denoise_multiplier)))
+        guided = pipe.denoise(guided, labels, multiplier=denoise_multiplier)
+    sheets["samples_guided"] = grid(to_uint8(guided))
+    # One row an image, from its latents to itself.
+    steps = np.moveaxis(np.asarray(trajectory[:, :8]), 0, 1)  # [8, F + 1, H, W, K]
+    sheets["trajectory"] = grid(to_uint8(steps.reshape(-1, *steps.shape[2:])), columns=steps.shape[1])
+    paths = []
+    for name, sheet in sheets.items():
+        paths.append(folder / f"{name}.png")
+        save_png(paths[-1], sheet)
+    return paths
+
+
+def whole_number(name: str, text: str) -> int:
+    """Parses a flag's item; raises ValueError naming the flag."""
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError(f"--{name} has {text!r}; expected whole numbers") from None

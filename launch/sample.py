@@ -1,0 +1,63 @@
+"""Draws images from a trained model: a PNG grid, the images as .npz, the way from noise as an animated GIF.
+
+python -m launch.sample --workdir=runs/digits --num_images=64 --guidance=1.5 --denoise
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+
+from launch import common
+from tarflow_jax.evaluation.sample_files import write_samples
+from tarflow_jax.figures import grid, save_gif, save_png, to_uint8
+from tarflow_jax.pipeline import TarFlowPipeline
+from tarflow_jax.sampling.guidance import SCHEDULES, TARGETS, Guidance
+
+WORKDIR = flags.DEFINE_string("workdir", None, "A training run's folder, a saved model's, or a hub name.")
+OUT = flags.DEFINE_string("out", None, "Folder for the results; WORKDIR/samples if not given.")
+NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "Images to draw.", lower_bound=1)
+LABELS = flags.DEFINE_list(
+    "labels", None, "Classes, repeated in turn; all of them if not given; -1 is no class."
+)
+SEED = flags.DEFINE_integer("seed", 0, "Of the latents.")
+GUIDANCE = flags.DEFINE_float("guidance", 0.0, "Guidance weight w.")
+TARGET = flags.DEFINE_enum("guidance_target", "both", TARGETS, "What is guided.")
+SCHEDULE = flags.DEFINE_enum(
+    "guidance_schedule", "linear", SCHEDULES, "How the weight grows along the tokens."
+)
+TEMPERATURE = flags.DEFINE_float("attention_temperature", 1.0, "τ of the unguided pass.")
+DENOISE = flags.DEFINE_bool("denoise", None, "Denoise; if not given, where the training noise was Gaussian.")
+MULTIPLIER = flags.DEFINE_float("denoise_multiplier", 1.0, "s, the factor of the score.")
+flags.mark_flags_as_required(["workdir"])
+
+
+def main(argv: Sequence[str]) -> None:
+    """Draws and writes."""
+    guidance = Guidance(GUIDANCE.value, TARGET.value, SCHEDULE.value, TEMPERATURE.value)
+    pipe = TarFlowPipeline.from_pretrained(WORKDIR.value)
+    count = NUM_IMAGES.value
+    labels = common.example_labels(pipe.config.num_classes, count)
+    if LABELS.value:
+        labels = np.resize(np.array([common.whole_number("labels", label) for label in LABELS.value]), count)
+    out = Path(OUT.value or Path(WORKDIR.value) / "samples")
+
+    latents = pipe.latents(jax.random.key(SEED.value), count)
+    images, trajectory = pipe.decode(latents, labels, guidance, return_trajectory=True)
+    denoise = pipe.noise_std is not None if DENOISE.value is None else DENOISE.value
+    frames = list(np.asarray(trajectory))
+    if denoise:
+        images = pipe.denoise(images, labels, multiplier=MULTIPLIER.value)
+        frames.append(np.asarray(images))
+    pixels = to_uint8(np.asarray(images))
+    save_png(out / "samples.png", grid(pixels))
+    save_gif(out / "trajectory.gif", [grid(to_uint8(frame)) for frame in frames])
+    write_samples(out / "samples.npz", pixels, labels)
+    for name in ("samples.png", "samples.npz", "trajectory.gif"):
+        print(out / name)
+
+
+if __name__ == "__main__":
+    common.run(main)

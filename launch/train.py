@@ -1,0 +1,61 @@
+"""Trains a TarFlow; to continue a run, run the same command again.
+
+python -m launch.train --config=configs/digits.py --workdir=runs/digits [--config.train.num_steps=…]
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from launch import common
+from tarflow_jax.figures import grid, save_png, to_uint8
+from tarflow_jax.pipeline import TarFlowPipeline
+from tarflow_jax.sampling import Guidance
+from tarflow_jax.training import Recipe, train
+from tarflow_jax.training.loop import evaluate_loss
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Recipe, as configs/digits.py or configs/digits.py:smoke."
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is missing.")
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains, draws the showcase figures and prints a table."""
+    begin = time.perf_counter()
+    config, workdir = CONFIG.value, Path(WORKDIR.value)
+    recipe = Recipe(config)
+    guidance = Guidance(**config.sample.guidance)
+    figures = workdir / "figures"
+
+    def preview(step: int, variables: dict[str, Any]) -> None:
+        pipe = TarFlowPipeline(recipe.model, variables, recipe.noise, mesh=recipe.mesh())
+        labels = common.example_labels(pipe.config.num_classes, 64)
+        images = pipe.sample(jax.random.key(0), 64, labels, guidance)
+        if jax.process_index() == 0:
+            save_png(figures / f"step_{step:07d}.png", grid(to_uint8(images)))
+
+    state = train(config, workdir, preview)
+    variables = state.sampling_variables
+    test_loss = evaluate_loss(recipe, variables)
+    pipe = TarFlowPipeline(recipe.model, variables, recipe.noise, mesh=recipe.mesh())
+    paths = common.showcase(pipe, figures, guidance, denoise_multiplier=config.sample.denoise_multiplier)
+    rows = {
+        "steps": int(state.step),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
+        "test loss (nats/dim)": f"{test_loss:.4f}",
+        "minutes": f"{(time.perf_counter() - begin) / 60:.1f}",
+        "metrics": workdir / "metrics.jsonl",
+        **{path.stem: path for path in paths},
+    }
+    print("\n".join(f"{name:<22} {value}" for name, value in rows.items()))
+
+
+if __name__ == "__main__":
+    common.run(main)

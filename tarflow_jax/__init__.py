@@ -1,0 +1,8 @@
+"""TarFlow, a normalizing flow of autoregressive transformers (arXiv 2412.06329), in JAX and Flax."""
+
+from tarflow_jax.flow import TarFlow, TarFlowConfig
+from tarflow_jax.noise import Noise
+from tarflow_jax.pipeline import TarFlowPipeline
+from tarflow_jax.sampling import Guidance
+
+__all__ = ["Guidance", "Noise", "TarFlow", "TarFlowConfig", "TarFlowPipeline"]

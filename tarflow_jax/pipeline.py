@@ -1,0 +1,361 @@
+"""The front door: a trained TarFlow to encode, decode, score, denoise and sample with."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
+
+from tarflow_jax import interop
+from tarflow_jax.distributed import batch_sharding, shardings
+from tarflow_jax.flow import TarFlow, TarFlowConfig
+from tarflow_jax.likelihood import bits_per_dim, log_prob
+from tarflow_jax.noise import Noise, dequantise
+from tarflow_jax.sampling import Guidance, decode, denoise
+from tarflow_jax.training import Checkpoints, Recipe
+from tarflow_jax.training.state import sharded_state
+
+DEFAULT_MEMORY_BOUND = 2 * 2**30
+
+
+class TarFlowPipeline:
+    """A trained flow. Every method is compiled once for each batch shape.
+
+    A batch too large for `memory_bound` is split into equal parts, the last one padded, so that a ragged batch
+    compiles nothing new. Likelihoods are float32 at full matmul precision; the rest runs in `config.dtype`.
+
+    Attributes:
+      config: the model's shape.
+      variables: its parameters (the averaged ones where an average was kept) and, in VP mode, its prior.
+      noise: what it was trained with; None if unknown.
+    """
+
+    def __init__(
+        self,
+        config: TarFlowConfig,
+        variables: Mapping[str, Any],
+        noise: Noise | None = None,
+        *,
+        mesh: Mesh | None = None,
+        memory_bound: int = DEFAULT_MEMORY_BOUND,
+    ) -> None:
+        """Wraps variables.
+
+        Args:
+          config: the model's shape. variables: of that shape. noise: of its training.
+          mesh: devices to spread over (`tarflow_jax.distributed.make_mesh`); None is the default device.
+          memory_bound: bytes that a batch's activations may take, on all devices together.
+        """
+        self.config, self.noise, self._mesh, self._memory_bound = config, noise, mesh, memory_bound
+        if mesh is None:
+            self._rows: jax.sharding.Sharding = SingleDeviceSharding(jax.devices()[0])
+            self.variables = jax.device_put(dict(variables), self._rows)
+        else:
+            self._rows = batch_sharding(mesh)
+            self.variables = jax.device_put(dict(variables), shardings(mesh, dict(variables)))
+        exact = TarFlow(dataclasses.replace(config, dtype="float32"))
+        remat = "full" if _backward_bytes(config) > self._memory_bound // 8 else config.remat
+        self._encode = jax.jit(_full_precision(config, TarFlow(config).apply))
+        self._log_prob = jax.jit(_full_precision(exact.config, functools.partial(log_prob, exact)))
+        self._decode = jax.jit(
+            _full_precision(config, functools.partial(decode, config)),
+            static_argnames=("target", "trajectory"),
+        )
+        self._denoise = jax.jit(
+            _full_precision(
+                config, functools.partial(denoise, TarFlow(dataclasses.replace(config, remat=remat)))
+            )
+        )
+
+    @property
+    def noise_std(self) -> float | None:
+        """σ of the Gaussian training noise; None for a model trained otherwise."""
+        return self.noise.std if self.noise and self.noise.kind == "gaussian" else None
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, **options: Any) -> "TarFlowPipeline":
+        """Opens a training workdir, a saved model's folder, or a model of the hub ("owner/name").
+
+        Args:
+          name: a workdir's last checkpoint is used. options: `mesh` and `memory_bound`, see the constructor.
+
+        Raises:
+          FileNotFoundError: nothing of the kind there. ValueError: what is there is damaged or of another kind.
+        """
+        workdir = Path(name)
+        if (workdir / "checkpoints").is_dir():
+            return cls(*_read_workdir(workdir, options.get("mesh")), **options)
+        saved = interop.load_model(name)
+        variables = saved.variables
+        if saved.ema_params is not None:
+            variables = {**variables, "params": saved.ema_params}
+        return cls(saved.config, variables, saved.noise, **options)
+
+    @classmethod
+    def from_torch(
+        cls,
+        path: str | Path,
+        image_size: int | tuple[int, int],
+        image_channels: int,
+        patch_size: int,
+        noise_std: float | None = None,
+        **options: Any,
+    ) -> "TarFlowPipeline":
+        """Reads a state dict of the PyTorch reference; see `interop.load_torch` for arguments and errors."""
+        config, variables = interop.load_torch(path, image_size, image_channels, patch_size)
+        return cls(config, variables, None if noise_std is None else Noise("gaussian", noise_std), **options)
+
+    def to_torch(self, path: str | Path) -> None:
+        """Writes a state dict that the PyTorch reference loads with strict=True; see `interop.save_torch`."""
+        interop.save_torch(path, self.config, self.variables)
+
+    def save_pretrained(
+        self, folder: str | Path, *, dtype: str = "float32", card: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes config.json, model.safetensors and a model card; see `interop.save_model`."""
+        interop.save_model(
+            folder, config=self.config, variables=self.variables, noise=self.noise, dtype=dtype, card=card
+        )
+
+    def encode(self, images: Any, labels: Any = None) -> tuple[jax.Array, jax.Array]:
+        """Images -> latents.
+
+        Args:
+          images: float [B, H, W, K] in [-1, 1].
+          labels: int [B], -1 for no class; None for no class anywhere.
+
+        Returns:
+          (latents, log_det): float32 [B, H, W, K], standard normal under the model, and float32 [B], nats.
+
+        Raises:
+          ValueError: a shape, dtype or label that does not fit the model.
+        """
+        images, labels = self._check_images(images), self._check_labels(labels, len(images))
+        return self._in_parts(self._encode, _forward_bytes(self.config), images, labels)
+
+    def decode(
+        self,
+        latents: Any,
+        labels: Any = None,
+        guidance: Guidance | None = None,
+        return_trajectory: bool = False,
+    ) -> Any:
+        """Latents -> images, the exact inverse of `encode` when there is no guidance.
+
+        Args:
+          latents: float [B, H, W, K], standard normal for samples.
+          labels: int [B], -1 for no class; None for no class anywhere.
+          guidance: see `Guidance`; None or weight 0 for none.
+          return_trajectory: also return the images after 0, 1, … F inverted blocks.
+
+        Returns:
+          float32 [B, H, W, K]; with `return_trajectory`, (images, trajectory [F + 1, B, H, W, K]).
+
+        Raises:
+          ValueError: a shape, dtype or label that does not fit the model, or class guidance of an unconditional one.
+        """
+        latents, labels = self._check_images(latents), self._check_labels(labels, len(latents))
+        weights, temperature, target = self._check_guidance(guidance)
+        run = functools.partial(self._decode, target=target, trajectory=return_trajectory)
+        images, trajectory = self._in_parts(
+            lambda variables, z, y: run(variables, z, y, weights, temperature),
+            _decode_bytes(self.config, guided=weights is not None),
+            latents,
+            labels,
+        )
+        return (images, jnp.moveaxis(trajectory, 1, 0)) if return_trajectory else images
+
+    def log_prob(self, images: Any, labels: Any = None) -> jax.Array:
+        """log p(x | label), float32 [B], nats; arguments and errors as of `encode`."""
+        images, labels = self._check_images(images), self._check_labels(labels, len(images))
+        return self._in_parts(self._log_prob, _forward_bytes(self.config), images, labels)
+
+    def bits_per_dim(self, key: jax.Array, images_uint8: Any, labels: Any = None) -> jax.Array:
+        """Bits per dimension of 8-bit images [B, H, W, K] under uniform dequantisation, float32 [B].
+
+        An upper bound in expectation over the noise that `key` draws. Raises ValueError as `encode` does.
+        """
+        images = np.asarray(images_uint8)
+        if images.dtype != np.uint8:
+            raise ValueError(f"images are {images.dtype}; expected uint8 in 0..255")
+        noisy = dequantise(key, jnp.asarray(images))
+        return bits_per_dim(self.log_prob(noisy, labels), self.config.num_dims)
+
+    def denoise(
+        self, images: Any, labels: Any = None, noise_std: float | None = None, multiplier: float = 1.0
+    ) -> jax.Array:
+        """Tweedie's formula, x + s σ² ∇ log p(x | label): float32 [B, H, W, K].
+
+        Args:
+          images: float [B, H, W, K]. labels: int [B], -1 for no class, or None.
+          noise_std: σ; None is the one the model was trained with. multiplier: s; 1 is the theory.
+
+        Raises:
+          ValueError: the model was not trained with Gaussian noise, or as `encode`.
+        """
+        std = self.noise_std if noise_std is None else noise_std
+        if std is None or (self.noise is not None and self.noise_std is None):
+            kind = self.noise.kind if self.noise else "unknown"
+            raise ValueError(
+                f"denoising needs a model trained with gaussian noise, this one's was {kind}; "
+                + ("pass noise_std if you know it" if self.noise is None else "sample without denoising")
+            )
+        images, labels = self._check_images(images), self._check_labels(labels, len(images))
+        return self._in_parts(
+            lambda variables, x, y: self._denoise(variables, x, y, jnp.float32(std), jnp.float32(multiplier)),
+            _denoise_bytes(self.config, self._memory_bound),
+            images,
+            labels,
+        )
+
+    def sample(
+        self,
+        key: jax.Array,
+        num_images: int,
+        labels: Any = None,
+        guidance: Guidance | None = None,
+        denoise: bool | None = None,
+        denoise_multiplier: float = 1.0,
+    ) -> jax.Array:
+        """Draws images.
+
+        Args:
+          key: of the latents; the same key gives the same images, however they are split into batches.
+          num_images: B.
+          labels: int [B], -1 for no class; None for no class anywhere.
+          guidance: see `Guidance`.
+          denoise: apply `denoise` to what was drawn; None does so for models trained with Gaussian noise.
+          denoise_multiplier: see `denoise`.
+
+        Returns:
+          float32 [B, H, W, K], around [-1, 1] but not clipped to it.
+
+        Raises:
+          ValueError: as `decode` and `denoise`.
+        """
+        if denoise is None:
+            denoise = self.noise_std is not None
+        if denoise and self.noise_std is None:
+            self.denoise(jnp.zeros((1, *self.config.image_shape)))  # says why not
+        images = self.decode(self.latents(key, num_images), labels, guidance)
+        return self.denoise(images, labels, multiplier=denoise_multiplier) if denoise else images
+
+    def latents(self, key: jax.Array, num_images: int) -> jax.Array:
+        """Standard normal latents [num_images, H, W, K], as `sample` draws them."""
+        return jax.random.normal(key, (num_images, *self.config.image_shape), jnp.float32)
+
+    def _in_parts(
+        self, function: Callable[..., Any], bytes_per_image: int, images: jax.Array, labels: jax.Array | None
+    ) -> Any:
+        """function(variables, images, labels), a bounded number of images at a time."""
+        total = len(images)
+        shards = 1 if self._mesh is None else self._mesh.shape["data"] * self._mesh.shape["fsdp"]
+        bound = max(self._memory_bound // bytes_per_image // shards, 1) * shards
+        size = min(bound, -(-total // shards) * shards)
+
+        def part(start: int) -> Any:
+            def rows(x: jax.Array) -> jax.Array:
+                x = x[start : start + size]
+                padding = [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1)
+                return jax.device_put(jnp.pad(x, padding), self._rows)
+
+            return function(self.variables, rows(images), None if labels is None else rows(labels))
+
+        parts = [part(start) for start in range(0, total, size)]
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:total], *parts)
+
+    def _check_images(self, images: Any) -> jax.Array:
+        images = jnp.asarray(images)
+        if not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(
+                f"images are {images.dtype}; expected floats in [-1, 1] (8-bit v is v / 127.5 - 1)"
+            )
+        if images.ndim != 4 or images.shape[1:] != self.config.image_shape or not len(images):
+            raise ValueError(
+                f"images have shape {images.shape}; expected [B, H, W, K] = [B, "
+                f"{', '.join(map(str, self.config.image_shape))}] with B >= 1"
+            )
+        return images.astype(jnp.float32)
+
+    def _check_labels(self, labels: Any, batch_size: int) -> jax.Array | None:
+        if labels is None:
+            return None
+        array, classes = np.asarray(labels), self.config.num_classes
+        if not np.issubdtype(array.dtype, np.integer) or array.shape != (batch_size,):
+            raise ValueError(
+                f"labels are {array.dtype} {array.shape}; expected whole numbers of shape ({batch_size},)"
+            )
+        wrong = array[(array < -1) | (array >= classes)]
+        if len(wrong):
+            valid = f"-1 (no class) to {classes - 1}" if classes else "-1 or None, the model has no classes"
+            raise ValueError(f"label {wrong[0]} is out of range; expected {valid}")
+        return jnp.asarray(array, jnp.int32) if classes else None
+
+    def _check_guidance(self, guidance: Guidance | None) -> tuple[jax.Array | None, jax.Array, str]:
+        if guidance is None or guidance.weight == 0:
+            return None, jnp.float32(1), "both"
+        if not self.config.num_classes and guidance.attention_temperature == 1:
+            raise ValueError(
+                "guidance by class needs a class-conditional model, this one has no classes; "
+                "set an attention temperature other than 1"
+            )
+        temperature = jnp.float32(guidance.attention_temperature)
+        return guidance.weights(self.config.num_tokens), temperature, guidance.target
+
+
+def _full_precision(config: TarFlowConfig, function: Callable[..., Any]) -> Callable[..., Any]:
+    """float32 means float32: TPUs and recent GPUs multiply it in fewer bits unless told."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with jax.default_matmul_precision("highest" if config.dtype == "float32" else "default"):
+            return function(*args, **kwargs)
+
+    return wrapped
+
+
+def _read_workdir(workdir: Path, mesh: Mesh | None) -> tuple[TarFlowConfig, dict[str, Any], Noise]:
+    recipe = Recipe.from_workdir(workdir)
+    ema = recipe.config.optimizer.ema_decay > 0
+    layout = mesh or jax.sharding.Mesh(
+        np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor")
+    )
+    state, _ = sharded_state(TarFlow(recipe.model), recipe.optimizer(), jax.random.key(0), layout, ema=ema)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    found = checkpoints.restore(shapes)
+    checkpoints.close()
+    if found is None:
+        raise FileNotFoundError(
+            f"{workdir} holds no checkpoint yet; train until train.checkpoint_every first"
+        )
+    return recipe.model, found[1].sampling_variables, recipe.noise
+
+
+# Bytes of activations an image takes: rough, for choosing batches that fit.
+
+
+def _forward_bytes(config: TarFlowConfig) -> int:
+    """One layer's live activations: the residual stream, qkv, the MLP's hidden layer, attention logits."""
+    return 4 * config.num_tokens * (16 * config.width + 2 * config.num_heads * config.num_tokens)
+
+
+def _backward_bytes(config: TarFlowConfig) -> int:
+    """Every layer's activations, kept for the gradient."""
+    return sum(config.depths) * _forward_bytes(config)
+
+
+def _denoise_bytes(config: TarFlowConfig, memory_bound: int) -> int:
+    """As the gradient needs them, or one residual stream a layer where layers are recomputed."""
+    if _backward_bytes(config) > memory_bound // 8:
+        return _forward_bytes(config) + 4 * sum(config.depths) * config.num_tokens * config.width
+    return _backward_bytes(config)
+
+
+def _decode_bytes(config: TarFlowConfig, *, guided: bool) -> int:
+    """A block's key/value caches."""
+    return (2 if guided else 1) * max(config.depths) * 2 * 4 * config.num_tokens * config.width * 2

@@ -1,0 +1,83 @@
+"""One optimizer step, compiled once."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tarflow_jax.flow import TarFlow, updated_prior
+from tarflow_jax.likelihood import training_loss
+from tarflow_jax.noise import Noise
+from tarflow_jax.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+StepFunction = Callable[[TrainState, jax.Array, jax.Array, jax.Array], tuple[TrainState, Metrics]]
+
+
+def make_train_step(
+    flow: TarFlow,
+    optimizer: optax.GradientTransformation,
+    noise: Noise,
+    *,
+    drop_label: float = 0.0,
+    ema_decay: float = 0.0,
+    accumulation: int = 1,
+) -> StepFunction:
+    """Returns step(state, images, labels, key) -> (state, metrics), to be jitted with the state donated.
+
+    images are uint8 [B, H, W, K], labels int32 [B]. All randomness is a function of (key, state.step), and of
+    the row in the global batch, so that it does not depend on the devices.
+    """
+
+    def step(
+        state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array
+    ) -> tuple[TrainState, Metrics]:
+        noise_key, drop_key = jax.random.split(jax.random.fold_in(key, state.step))
+        noisy = noise(noise_key, images)
+        labels = jnp.where(jax.random.bernoulli(drop_key, drop_label, labels.shape), -1, labels)
+        gradients, metrics, z = accumulated_gradients(flow, state.variables, noisy, labels, accumulation)
+
+        params = state.variables["params"]
+        updates, opt_state = optimizer.update(gradients, state.opt_state, params)
+        params = optax.apply_updates(params, updates)
+        variables = {**state.variables, "params": params}
+        if flow.config.volume_preserving:
+            variables["prior"] = {"variance": updated_prior(state.variables["prior"]["variance"], z)}
+        ema_params = state.ema_params
+        if ema_params is not None:
+            ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay)
+        metrics["grad_norm"] = optax.global_norm(gradients)
+        return TrainState(state.step + 1, variables, opt_state, ema_params), metrics
+
+    return step
+
+
+def accumulated_gradients(
+    flow: TarFlow, variables: dict[str, Any], images: jax.Array, labels: jax.Array, count: int
+) -> tuple[Any, Metrics, jax.Array]:
+    """Mean gradients and metrics of `count` microbatches, and the last blocks' outputs z [B, T, D]."""
+
+    def loss(params: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
+        return training_loss(flow, {**variables, "params": params}, images, labels)
+
+    gradient = jax.grad(loss, has_aux=True)
+    if count == 1:
+        gradients, (metrics, z) = gradient(variables["params"], images, labels)
+        return gradients, metrics, z
+
+    def split(x: jax.Array) -> jax.Array:
+        # Strided, so that each device keeps its own rows in every microbatch.
+        return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+
+    def accumulate(total: Any, microbatch: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+        gradients, (metrics, z) = gradient(variables["params"], *microbatch)
+        return jax.tree.map(jnp.add, total, (gradients, metrics)), z
+
+    shapes = jax.eval_shape(gradient, variables["params"], split(images)[0], split(labels)[0])
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[0], shapes[1][0]))
+    total, z = jax.lax.scan(accumulate, zeros, (split(images), split(labels)))
+    gradients, metrics = jax.tree.map(lambda leaf: leaf / count, total)
+    # Norms are means of microbatches' norms; z's order does not matter to its only use, a mean over rows.
+    return gradients, metrics, z.reshape(-1, *z.shape[2:])
