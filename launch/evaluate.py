@@ -1,52 +1,298 @@
-"""Measures a trained model.
+"""Measures a trained model: likelihood, distances of its samples to the data, and the flow as a classifier.
 
-python -m launch.evaluate --workdir=runs/fashion_mnist --metrics=bits_per_dim
+    python -m launch.evaluate --workdir=runs/fashion_mnist --metrics=bits_per_dim
+    python -m launch.evaluate --workdir=DIR --metrics=fid,precision_recall --guidance=0,1,2 --denoise=false,true
+
+What each metric is, and what it compares with: docs/evaluation.md. Prints tables and writes them with their protocol
+to DIR/evaluation/.
 """
 
-from collections.abc import Sequence
+import dataclasses
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import flags
+from jax.experimental import multihost_utils
 
 from launch import common
+from tarflow_jax.data import ImageSource, default_data_dir, open_source
 from tarflow_jax.distributed import make_mesh
 from tarflow_jax.evaluation.bits_per_dim import evaluate_bits_per_dim
+from tarflow_jax.evaluation.classification import (
+    bayes_classification,
+    class_log_probs,
+    fit_images,
+    outlier_scores,
+)
+from tarflow_jax.evaluation.classifier import classifier_network
+from tarflow_jax.evaluation.distances import (
+    METRICS as SAMPLE_METRICS,
+)
+from tarflow_jax.evaluation.distances import (
+    check_metrics,
+    data_set_reference,
+    file_reference,
+    sample_metrics,
+)
+from tarflow_jax.evaluation.features import FeatureExtractor
+from tarflow_jax.evaluation.generation import chunk_folder, fingerprint, generate, read_chunks
+from tarflow_jax.evaluation.inception import inception_network
+from tarflow_jax.evaluation.report import format_protocol, format_table, write_json
+from tarflow_jax.evaluation.sample_files import write_samples
+from tarflow_jax.evaluation.split import split_log_prob
 from tarflow_jax.flow import TarFlow
+from tarflow_jax.noise import to_float
 from tarflow_jax.pipeline import TarFlowPipeline
+from tarflow_jax.sampling.guidance import SCHEDULES, TARGETS, Guidance
 from tarflow_jax.training import Recipe
 
+ALL_METRICS = ("bits_per_dim", *SAMPLE_METRICS, "classification", "outliers")
+CHUNK_SIZE = 500
+BATCH_PER_DEVICE = 100
+
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
-METRICS = flags.DEFINE_list("metrics", ["bits_per_dim"], "What to measure: bits_per_dim.")
-SPLIT = flags.DEFINE_string("split", "test", "Of the data set the model was trained on.")
-ALLOW_NOISY = flags.DEFINE_bool(
-    "allow_noisy", False, "Score a model trained with Gaussian noise all the same."
+MODEL = flags.DEFINE_string("model", None, "Folder or hub name of a saved model, in place of --workdir.")
+DATA = flags.DEFINE_string("data", None, "Data set; the one the run was trained on if not given.")
+PREPROCESSING = flags.DEFINE_string("preprocessing", None, "How --data is prepared: none, tarflow or adm.")
+METRICS = flags.DEFINE_list("metrics", ["bits_per_dim"], f"What to measure: {', '.join(ALL_METRICS)}.")
+SPLIT = flags.DEFINE_string("split", "test", "Of the data, for likelihood, classification and outliers.")
+SEED = flags.DEFINE_integer("seed", 0, "Of noise and samples.")
+OUT = flags.DEFINE_string(
+    "out", None, "Folder of the results; WORKDIR/evaluation or ./evaluation if not given."
 )
-flags.mark_flags_as_required(["workdir"])
+ALLOW_NOISY = flags.DEFINE_bool(
+    "allow_noisy", False, "Report nats/dim of noisy data for Gaussian training noise."
+)
+DRAWS = flags.DEFINE_integer("dequantisation_draws", 1, "K of the importance-weighted bound.", lower_bound=1)
+OUTLIERS = flags.DEFINE_string("outliers", None, "Data set whose images are the outliers.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 50_000, "Samples drawn for each setting.", lower_bound=2)
+GUIDANCE = flags.DEFINE_list("guidance", ["0"], "Guidance weights, each a setting of its own.")
+TARGET = flags.DEFINE_enum("guidance_target", "both", TARGETS, "What is guided.")
+SCHEDULE = flags.DEFINE_enum(
+    "guidance_schedule", "linear", SCHEDULES, "How the weight grows along the tokens."
+)
+TEMPERATURE = flags.DEFINE_float("attention_temperature", 1.0, "τ of the unguided pass.")
+DENOISE = flags.DEFINE_list(
+    "denoise", None, "true, false or both; if not given, true for Gaussian training noise."
+)
+MULTIPLIER = flags.DEFINE_float("denoise_multiplier", 1.0, "s, the factor of the score.")
+INCEPTION = flags.DEFINE_string(
+    "inception", None, "PyTorch file of FID's weights; a classifier if not given."
+)
+REFERENCE = flags.DEFINE_string("reference", None, "npz of reference statistics, in place of a split's own.")
+REFERENCE_SPLIT = flags.DEFINE_string("reference_split", "train", "Split that samples are compared with.")
+SAVE_SAMPLES = flags.DEFINE_string(
+    "save_samples", None, "npz for the samples of the last setting, in ADM's format."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """The model, its data by split, and what to print about both."""
+
+    pipe: TarFlowPipeline
+    source: Callable[[str], ImageSource]
+    data_dir: Path
+    out: Path
+    protocol: dict[str, Any]
+
+
+def open_subject() -> Subject:
+    """What --workdir or --model, and --data, name. The pipeline runs on this process's devices."""
+    if (WORKDIR.value is None) == (MODEL.value is None):
+        raise ValueError("expected one of --workdir and --model")
+    name = WORKDIR.value or MODEL.value
+    recipe = Recipe.from_workdir(Path(WORKDIR.value)) if WORKDIR.value else None
+    if recipe is None and DATA.value is None:
+        raise ValueError("a saved model does not say what data it was trained on; name it, --data=NAME")
+    pipe = TarFlowPipeline.from_pretrained(name, mesh=make_mesh(devices=jax.local_devices()))
+    fields = recipe.config.data if recipe else None
+    data = DATA.value or fields.source
+    preprocessing = PREPROCESSING.value or (fields.preprocessing if fields else "none")
+    data_dir = fields.data_dir or None if fields else None
+
+    def source(split: str) -> ImageSource:
+        size = pipe.config.image_size
+        found = open_source(data, split, image_size=size, preprocessing=preprocessing, data_dir=data_dir)
+        if found.image_shape != pipe.config.image_shape:
+            raise ValueError(f"{data} has images {found.image_shape}, the model {pipe.config.image_shape}")
+        return found
+
+    protocol = {
+        "model": str(name),
+        "fingerprint": fingerprint(pipe.variables),
+        "training_noise": "unknown" if pipe.noise is None else f"{pipe.noise.kind} {pipe.noise.std:g}",
+        "data_set": data,
+        "preprocessing": preprocessing,
+        "compute": pipe.config.dtype,
+        "seed": SEED.value,
+    }
+    out = Path(OUT.value or (Path(WORKDIR.value) / "evaluation" if WORKDIR.value else "evaluation"))
+    return Subject(pipe, source, Path(data_dir) if data_dir else default_data_dir(), out, protocol)
+
+
+def measure_likelihood(subject: Subject) -> dict[str, Any]:
+    """Bits per dimension, or for Gaussian training noise what may be said in its place."""
+    pipe, mesh = subject.pipe, make_mesh()
+    arguments = {"batch_size": BATCH_PER_DEVICE * mesh.size, "mesh": mesh}
+    flow, source, key = TarFlow(pipe.config), subject.source(SPLIT.value), jax.random.key(SEED.value)
+    if pipe.noise_std is None:
+        bits = evaluate_bits_per_dim(flow, pipe.variables, source, key, num_samples=DRAWS.value, **arguments)
+        found = {"bits/dim": bits.mean, "standard error": bits.standard_error, "images": bits.num_images}
+        return found | {"dequantisation draws": DRAWS.value, "precision": "float32, full matmul"}
+    if not ALLOW_NOISY.value:
+        raise ValueError(
+            "bits/dim is defined for models trained with uniform noise, this one's was gaussian; "
+            "train with noise.kind=uniform, or pass --allow_noisy for nats/dim of noisy data"
+        )
+    exact = TarFlow(dataclasses.replace(pipe.config, dtype="float32"))
+    log_probs = split_log_prob(exact, pipe.variables, source, pipe.noise, key, **arguments)
+    nats = -log_probs.astype(np.float64) / pipe.config.num_dims
+    error = float(nats.std(ddof=1) / np.sqrt(len(nats)))
+    return {"nats/dim of noisy data": float(nats.mean()), "standard error": error, "images": len(nats)}
+
+
+def noisy_images(subject: Subject, images: np.ndarray, key: jax.Array) -> jax.Array:
+    """Images [N, H, W, K] as the model has seen them in training, float32."""
+    noise = subject.pipe.noise
+    return to_float(jnp.asarray(images)) if noise is None else noise(key, jnp.asarray(images))
+
+
+def measure_classification(subject: Subject) -> dict[str, Any]:
+    """Bayes' rule over the split."""
+    classes = subject.pipe.config.num_classes
+    if not classes:
+        raise ValueError("classification needs a class-conditional model, this one has no classes")
+    source = subject.source(SPLIT.value)
+    images, labels = source.read(np.arange(len(source)))
+    noisy = noisy_images(subject, images, jax.random.key(SEED.value))
+    return bayes_classification(class_log_probs(subject.pipe.log_prob, noisy, classes), labels)
+
+
+def measure_outliers(subject: Subject) -> dict[str, Any]:
+    """log p, without labels, of the split against the same split of --outliers."""
+    if OUTLIERS.value is None:
+        raise ValueError("outliers needs a second data set, --outliers=NAME")
+    inside, outside = subject.source(SPLIT.value), open_source(OUTLIERS.value, SPLIT.value)
+    log_probs = []
+    for source, key in zip((inside, outside), jax.random.split(jax.random.key(SEED.value)), strict=True):
+        images = fit_images(source.read(np.arange(len(source)))[0], subject.pipe.config.image_shape)
+        log_probs.append(np.asarray(subject.pipe.log_prob(noisy_images(subject, images, key))))
+    return outlier_scores(*log_probs, subject.pipe.config.num_dims)
+
+
+def measure_samples(subject: Subject, metrics: list[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Rows of a table, one a setting of guidance and denoising; and the protocol they share."""
+    train, test = subject.source("train"), subject.source("test")
+    check_metrics(metrics, "inception" if INCEPTION.value else "classifier")
+    settings = sample_settings(subject.pipe)
+    folders = [draw(subject, guidance, denoise) for guidance, denoise in settings]
+    if jax.process_index():
+        return [], {}
+    if INCEPTION.value:
+        network = inception_network(INCEPTION.value)
+    else:
+        network = classifier_network(train, test, subject.data_dir / "evaluation")
+    extractor = FeatureExtractor(network)
+    if REFERENCE.value:
+        reference = file_reference(extractor, REFERENCE.value, metrics)
+    else:
+        split, preprocessing = REFERENCE_SPLIT.value, subject.protocol["preprocessing"]
+        source = train if split == "train" else test
+        reference = data_set_reference(
+            extractor, source, split, preprocessing, subject.data_dir / "evaluation"
+        )
+    rows = []
+    for (guidance, denoise), folder in zip(settings, folders, strict=True):
+        samples = read_chunks(folder, NUM_SAMPLES.value, CHUNK_SIZE, subject.pipe.config.num_classes)
+        row = {"guidance": guidance.weight, "denoised": denoise, "not finite": samples.num_not_finite}
+        features = extractor(samples.images, f"features, guidance {guidance.weight:g}")
+        rows.append(row | sample_metrics(metrics, network.name, features, reference))
+    if SAVE_SAMPLES.value:
+        write_samples(SAVE_SAMPLES.value, samples.images, samples.labels)
+    protocol = {
+        "num_samples": NUM_SAMPLES.value,
+        "labels": "in turn" if subject.pipe.config.num_classes else "none",
+        "decoder": "sequential",
+        "guidance_target": TARGET.value,
+        "guidance_schedule": SCHEDULE.value,
+        "attention_temperature": TEMPERATURE.value,
+        "denoise_multiplier": MULTIPLIER.value,
+        "network": f"{network.name}, {network.identity}",
+        "reference": reference.protocol,
+    }
+    return rows, protocol
+
+
+def sample_settings(pipe: TarFlowPipeline) -> list[tuple[Guidance, bool]]:
+    """Every --guidance with every --denoise."""
+    words = DENOISE.value or ["true" if pipe.noise_std is not None else "false"]
+    if set(words) - {"true", "false"}:
+        raise ValueError(f"--denoise has {','.join(words)!r}; expected true, false, or false,true")
+    try:
+        weights = [float(weight) for weight in GUIDANCE.value]
+    except ValueError:
+        raise ValueError(f"--guidance has {','.join(GUIDANCE.value)!r}; expected numbers") from None
+    guidances = [Guidance(weight, TARGET.value, SCHEDULE.value, TEMPERATURE.value) for weight in weights]
+    return [(guidance, word == "true") for guidance, word in itertools.product(guidances, words)]
+
+
+def draw(subject: Subject, guidance: Guidance, denoise: bool) -> Path:
+    """Draws what is missing of a setting's samples; returns their folder when all processes are done."""
+    protocol = {
+        **{name: subject.protocol[name] for name in ("fingerprint", "seed", "compute")},
+        "guidance": dataclasses.asdict(guidance) if guidance.weight else None,
+        "denoise": MULTIPLIER.value if denoise else None,
+        "chunk_size": CHUNK_SIZE,
+    }
+    folder = chunk_folder(subject.out / "samples", protocol)
+
+    def sample(key: jax.Array, number: int, labels: jax.Array | None) -> jax.Array:
+        return subject.pipe.sample(key, number, labels, guidance, denoise, MULTIPLIER.value)
+
+    generate(sample, folder, NUM_SAMPLES.value, CHUNK_SIZE, subject.pipe.config.num_classes, SEED.value)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"samples in {folder}")
+    return folder
 
 
 def main(argv: Sequence[str]) -> None:
-    """Measures and prints."""
-    if unknown := set(METRICS.value) - {"bits_per_dim"}:
-        raise ValueError(f"unknown metric {min(unknown)!r}; expected bits_per_dim")
-    workdir = Path(WORKDIR.value)
-    recipe = Recipe.from_workdir(workdir)
-    if recipe.noise.kind != "uniform" and not ALLOW_NOISY.value:
-        raise ValueError(
-            "bits/dim is defined for models trained with uniform noise, this one's was gaussian; "
-            "train with noise.kind=uniform, or pass --allow_noisy"
-        )
-    mesh = make_mesh()
-    pipe = TarFlowPipeline.from_pretrained(workdir, mesh=mesh)
-    result = evaluate_bits_per_dim(
-        TarFlow(pipe.config),
-        pipe.variables,
-        recipe.source(SPLIT.value),
-        jax.random.key(0),
-        batch_size=100 * mesh.size,
-        mesh=mesh,
-    )
-    print(f"bits/dim {result.mean:.4f} ± {result.standard_error:.4f} on {result.num_images} images")
+    """Measures, prints, writes."""
+    metrics = list(dict.fromkeys(METRICS.value))
+    if unknown := [metric for metric in metrics if metric not in ALL_METRICS]:
+        raise ValueError(f"unknown metric {unknown[0]!r}; expected some of {', '.join(ALL_METRICS)}")
+    subject = open_subject()
+    results: dict[str, Any] = {}
+    protocol = subject.protocol | {"split": SPLIT.value}
+    measures = {
+        "bits_per_dim": measure_likelihood,
+        "classification": measure_classification,
+        "outliers": measure_outliers,
+    }
+    for metric in metrics:
+        if metric in measures:
+            results[metric] = measures[metric](subject)
+            print(
+                format_table([{k: v for k, v in results[metric].items() if not isinstance(v, list)}]),
+                flush=True,
+            )
+    if of_samples := [metric for metric in metrics if metric in SAMPLE_METRICS]:
+        results["samples"], more = measure_samples(subject, of_samples)
+        protocol |= more
+        print(format_table(results["samples"]))
+    if jax.process_index() == 0:
+        print(format_protocol(protocol))
+        name = hashlib.sha256(json.dumps([protocol, GUIDANCE.value, DENOISE.value]).encode()).hexdigest()[:8]
+        path = subject.out / f"{'+'.join(metrics)}-{SPLIT.value}-{name}.json"
+        write_json(path, {"protocol": protocol, "results": results})
+        print(path)
 
 
 if __name__ == "__main__":
