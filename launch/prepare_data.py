@@ -9,15 +9,14 @@ where it stopped). Prints the images and classes of each split, and the name to 
 the training images.
 """
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-from absl import app, flags
-from PIL import Image
+from absl import flags
 
+from launch import common
 from tarflow_jax import data
+from tarflow_jax.figures import grid, save_png
 
 DATA = flags.DEFINE_string("data", None, "What to prepare; docs/data.md lists the names.")
 DATA_DIR = flags.DEFINE_string("data_dir", None, "Where to: $TARFLOW_DATA_DIR or ~/.cache/tarflow_jax.")
@@ -28,19 +27,8 @@ PREVIEW = flags.DEFINE_string("preview", "preview.png", "The grid of training im
 flags.mark_flags_as_required(["data"])
 
 
-def main(argv: Sequence[str]) -> int:
-    """Prepares, counts and previews; returns the exit code."""
-    try:
-        if argv[1:]:
-            raise ValueError(f"unexpected argument {argv[1]!r}; see --help for the flags")
-        _prepare()
-    except (ImportError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def _prepare() -> None:
+def main(argv: Sequence[str]) -> None:
+    """Prepares, counts and previews."""
     options = {
         "image_size": _parse_size(IMAGE_SIZE.value),
         "preprocessing": PREPROCESSING.value,
@@ -54,7 +42,9 @@ def _prepare() -> None:
         classes = f"{source.num_classes} classes" if source.num_classes else "no labels"
         print(f"{split:5} {len(source):9,} images {shape}, {classes}, preprocessing {source.preprocessing}")
         if split == "train":
-            _save_preview(source, Path(PREVIEW.value))
+            # The images that training with seed 0 would see first.
+            batch = next(data.train_batches(source, batch_size=64, seed=0))
+            save_png(Path(PREVIEW.value), grid(batch.image))
     print(f"train with --config.data.source={name}; a preview is in {PREVIEW.value}")
 
 
@@ -66,15 +56,5 @@ def _parse_size(texts: list[str] | None) -> tuple[int, int] | None:
     return int(texts[0]), int(texts[-1])
 
 
-def _save_preview(source: data.ImageSource, path: Path, side: int = 8) -> None:
-    """A grid of the first batch that training with seed 0 would see."""
-    images = next(data.train_batches(source, batch_size=side * side, seed=0)).image
-    _, height, width, channels = images.shape
-    grid = images.reshape(side, side, height, width, channels).swapaxes(1, 2)
-    grid = grid.reshape(side * height, side * width, channels)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.squeeze(grid, -1) if channels == 1 else grid).save(path)
-
-
 if __name__ == "__main__":
-    app.run(main)
+    common.run(main)

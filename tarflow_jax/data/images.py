@@ -54,7 +54,10 @@ def decode_image(content: bytes, channels: int = 3) -> Image.Image:
             refusal = _refusal(image)
             if refusal is None:
                 image.load()
-                return _flatten(ImageOps.exif_transpose(image)).convert("L" if channels == 1 else "RGB")
+                ImageOps.exif_transpose(image, in_place=True)
+                mode = "L" if channels == 1 else "RGB"
+                flat = _flatten(image)
+                return flat if flat.mode == mode else flat.convert(mode)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         refusal = f"more than the {MAX_PIXELS} pixels allowed"
     except Image.UnidentifiedImageError:

@@ -21,7 +21,8 @@ def open_npz(path: Path, split: str) -> ArraySource:
     if not path.is_file():
         raise FileNotFoundError(f"{name}: no such file")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here, since np.load leaves a damaged file open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             images = archive["images" if "images" in archive else "arr_0"]
             labels = archive.get("labels" if "labels" in archive else "arr_1")
     except (ValueError, KeyError, OSError, EOFError, MemoryError, AttributeError) as error:

@@ -31,7 +31,7 @@ from tarflow_jax.data.source import EncodedSource
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-IMAGES_PER_SHARD = 2048
+IMAGES_PER_SHARD = 1024
 LABEL = struct.Struct("<i")
 
 

@@ -88,8 +88,9 @@ def open_tfds(
     """
     name = f"tfds:{argument}"
     builder = _find_prepared(argument, data_dir)
-    feature = builder.info.features.get("image")
-    if not isinstance(feature, tfds.features.Image) or feature.dtype != np.uint8:
+    features = dict(builder.info.features.items())
+    feature = features.get("image")
+    if not isinstance(feature, tfds.features.Image) or feature.np_dtype != np.uint8:
         raise ValueError(f"{name}: has no uint8 feature `image`; only image sets can be trained on")
     names = (split,) if split == "train" else TEST_SPLITS
     chosen = next((known for known in names if known in builder.info.splits), None)
@@ -99,7 +100,7 @@ def open_tfds(
     size = image_size or (height, width)
     if None in size:
         raise ValueError(f"{name}: its images differ in size; an image size and a preprocessing are needed")
-    classes = builder.info.features.get("label")
+    classes = features.get("label")
     if not isinstance(classes, tfds.features.ClassLabel):
         classes = None
     records = builder.as_data_source(chosen, decoders={"image": tfds.decode.SkipDecoding()})

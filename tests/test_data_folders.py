@@ -1,0 +1,291 @@
+"""Image folders and packed sets: layouts, bad files, packing that resumes and notices changes."""
+
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tarflow_jax import data
+from tarflow_jax.data import packed
+from tarflow_jax.data.folder import list_folder
+from tarflow_jax.data.registry import KINDS
+from tarflow_jax.data.splits import split_of
+
+KINDS_OF_FILES = ("png", "jpg", "webp", "gif", "JPEG")
+
+
+def write_image(path: Path, value: int, width: int = 20, height: int = 14) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ramp = np.linspace(0, 255, width, dtype=np.uint8) // 2 + np.uint8(value % 128)
+    Image.fromarray(np.tile(ramp[:, None], (height, 1, 3))).save(path)
+
+
+@pytest.fixture
+def classes(tmp_path) -> Path:
+    """60 images of all kinds in three class folders, one of them nested, beside files to be left alone."""
+    root = tmp_path / "images"
+    for index in range(60):
+        name = ("bird/a", "cat", "dog")[index % 3]
+        write_image(root / name / f"{index:03d}.{KINDS_OF_FILES[index % 5]}", index, 20 + index % 4)
+    (root / "README.txt").write_text("no image")
+    (root / "cat" / ".hidden.png").write_text("no image")
+    (root / "loop").symlink_to(root)
+    return root
+
+
+@pytest.fixture
+def options(tmp_path) -> dict:
+    return {"data_dir": tmp_path / "data", "image_size": (12, 12), "preprocessing": "tarflow"}
+
+
+def test_classes_are_subfolders_and_the_split_is_by_hash(classes, options):
+    sources = {split: data.open_source(f"folder:{classes}", split, **options) for split in ("train", "test")}
+    assert sum(map(len, sources.values())) == 60
+    assert 0 < len(sources["test"]) < 20
+    for split, source in sources.items():
+        assert source.label_names == ("bird", "cat", "dog")
+        items = list_folder(classes, split).items
+        assert [item.name for item in items] == sorted(item.name for item in items)
+        assert all(split_of(item.name) == split for item in items)
+        labels = [("bird", "cat", "dog").index(item.name.split("/")[0]) for item in items]
+        assert source.read(range(len(source)))[1].tolist() == labels
+
+
+def test_the_split_stays_when_files_come(classes):
+    before = {item.name for item in list_folder(classes, "test").items}
+    for index in range(60, 90):
+        write_image(classes / "cat" / f"{index:03d}.png", index)
+    after = {item.name for item in list_folder(classes, "test").items}
+    assert before == {name for name in after if int(Path(name).stem) < 60}
+
+
+def test_flat_folders_have_no_labels(tmp_path):
+    for index in range(30):
+        write_image(tmp_path / "flat" / f"{index}.png", index)
+    source = data.open_source(f"folder:{tmp_path}/flat", "train", data_dir=tmp_path / "data")
+    assert (source.image_shape, source.num_classes) == ((14, 20, 3), 0)
+    assert source[0]["label"] == -1
+
+
+def test_split_folders_are_taken_as_they_are(tmp_path):
+    for index in range(8):
+        write_image(tmp_path / "set" / "train" / "ab"[index % 2] / f"{index}.png", index)
+    write_image(tmp_path / "set" / "val" / "b" / "x.png", 1)
+    sources = [
+        data.open_source(f"folder:{tmp_path}/set", split, data_dir=tmp_path / "data")
+        for split in ("train", "test")
+    ]
+    assert [len(source) for source in sources] == [8, 1]
+    assert sources[1][0]["label"] == 1
+    write_image(tmp_path / "set" / "val" / "c" / "x.png", 1)
+    with pytest.raises(ValueError, match="class 'c' of c/x\\.png has no folder in the training split"):
+        data.open_source(f"folder:{tmp_path}/set", "test", data_dir=tmp_path / "data")
+
+
+def test_folders_that_make_no_sense(tmp_path, classes, options):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no \.png, .* files for the train split"):
+        data.open_source(f"folder:{tmp_path}/empty", "train", **options)
+    write_image(classes / "top.png", 1)
+    with pytest.raises(ValueError, match="both beside and inside class folders"):
+        data.open_source(f"folder:{classes}", "train", **options)
+
+
+BAD_FILES = ("empty", "truncated", "text", "tiny", "bomb", "closed", "link", "pipe")
+
+
+def add_bad_files(root: Path) -> set[str]:
+    """Twenty files that are no usable images, all of the training split."""
+    file = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(file, "png")
+    names = (f"cat/bad{index}.png" for index in range(1000))
+    names = [name for name in names if split_of(name) == "train"][:20]
+    bomb = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0N \0\0N \x08\x02\0\0\0\xfd\xc9\x8d\xf7"  # 20,000 x 20,000
+    for index, name in enumerate(names):
+        path, kind = root / name, BAD_FILES[index % len(BAD_FILES)]
+        if kind == "link":
+            path.symlink_to("nowhere.png")
+        elif kind == "pipe":
+            os.mkfifo(path)
+        elif kind == "tiny":
+            write_image(path, 0, 1, 1)
+        else:
+            path.write_bytes(
+                {"truncated": file.getvalue()[:2000], "text": b"text", "bomb": bomb}.get(kind, b"")
+            )
+        if kind == "closed":
+            write_image(path, 0)
+            path.chmod(0)
+    return set(names)
+
+
+def test_bad_files_are_listed_or_skipped(classes, options, caplog):
+    good = len(data.open_source(f"folder:{classes}", "train", **options))
+    names = add_bad_files(classes)
+    with pytest.raises(ValueError, match=f"20 of {good + 20} files cannot be used") as caught:
+        data.open_source(f"folder:{classes}", "train", **options)
+    assert all(name in str(caught.value) for name in names)
+    with caplog.at_level(logging.WARNING):
+        source = data.open_source(f"folder:{classes}", "train", skip_bad=True, **options)
+    assert f"skipping 20 of {good + 20} files as bad" in caplog.text
+    assert len(source) == good
+    assert source.read(range(good))[0].shape == (good, 12, 12, 3)
+
+
+def test_the_check_is_kept_until_a_file_changes(classes, options, monkeypatch):
+    from tarflow_jax.data import folder
+
+    checks = []
+    find_bad = folder.find_bad
+    monkeypatch.setattr(folder, "find_bad", lambda *arguments: checks.append(1) or find_bad(*arguments))
+    for _ in range(2):
+        data.open_source(f"folder:{classes}", "train", **options)
+    assert len(checks) == 1
+    item = list_folder(classes, "train").items[0]
+    (classes / item.name).write_text("no longer an image")
+    with pytest.raises(ValueError, match=f"{item.name} .not an image"):
+        data.open_source(f"folder:{classes}", "train", **options)
+
+
+def test_a_file_that_turns_bad_while_training_is_named(classes, options):
+    source = data.open_source(f"folder:{classes}", "train", **options)
+    item = list_folder(classes, "train").items[3]
+    (classes / item.name).unlink()
+    with pytest.raises(ValueError, match=f"{item.name}: No such file"):
+        source.read([2, 3])
+
+
+def test_packed_sets_hold_what_the_folder_does(classes, options):
+    name = data.prepare_source(f"folder:{classes}", **options)
+    for split in ("train", "test"):
+        folder = data.open_source(f"folder:{classes}", split, **options)
+        packed_set = data.open_source(name, split, **options)
+        assert packed_set.label_names == folder.label_names
+        assert packed_set.preprocessing == folder.preprocessing == "tarflow"
+        for ours, theirs in zip(
+            packed_set.read(range(len(packed_set))), folder.read(range(len(folder))), strict=True
+        ):
+            np.testing.assert_array_equal(ours, theirs)
+    manifest = json.loads((Path(name.removeprefix("packed:")) / "manifest.json").read_text())
+    train = manifest["splits"]["train"]
+    assert manifest["preprocessing"] == "tarflow"
+    assert manifest["image_shape"] == [12, 12, 3]
+    labels = data.open_source(name, "train").read(range(train["images"]))[1]
+    assert train["class_counts"] == np.bincount(labels).tolist()
+    assert (train["smallest_original"], train["largest_original"]) == ([14, 20], [14, 23])
+    with pytest.raises(ValueError, match="packed with preprocessing tarflow, not adm; pack it again"):
+        data.open_source(name, "train", preprocessing="adm")
+    with pytest.raises(ValueError, match="its images are 12x12, but 8x8 is asked for"):
+        data.open_source(name, "train", image_size=(8, 8))
+
+
+def shards_of(name: str) -> dict[str, tuple[int, bytes]]:
+    folder = Path(name.removeprefix("packed:"))
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*.array_record")}
+
+
+def test_packing_goes_on_where_it_stopped(classes, options, monkeypatch):
+    monkeypatch.setattr(packed, "IMAGES_PER_SHARD", 10)
+    whole = shards_of(data.prepare_source(f"folder:{classes}", **options))
+    assert len(whole) >= 6
+    options["data_dir"] = options["data_dir"] / "again"
+    write = packed._Recipe._write
+    written = []
+
+    def stop_after_three(self, path, items):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(path)
+        return write(self, path, items)
+
+    monkeypatch.setattr(packed._Recipe, "_write", stop_after_three)
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare_source(f"folder:{classes}", **options)
+    folder = next((options["data_dir"] / "packed").iterdir())
+    with pytest.raises(FileNotFoundError, match="not a packed set"):
+        data.open_source(f"packed:{folder}", "train")
+    before = shards_of(f"packed:{folder}")
+    assert len(before) == 3
+    monkeypatch.setattr(packed._Recipe, "_write", write)
+    after = shards_of(data.prepare_source(f"folder:{classes}", **options))
+    assert {name: content for name, (_, content) in after.items()} == {n: c for n, (_, c) in whole.items()}
+    assert all(after[name] == before[name] for name in before)
+    assert sorted(path.suffix for path in folder.iterdir()) == [".array_record"] * len(after) + [".json"]
+
+
+def test_packing_again_checks_and_another_set_is_not_written_over(classes, options):
+    name = data.prepare_source(f"folder:{classes}", **options)
+    before = shards_of(name)
+    assert data.prepare_source(f"folder:{classes}", **options) == name
+    assert shards_of(name) == before
+    write_image(classes / "cat" / "new.png", 3)
+    with pytest.raises(ValueError, match="holds another set, or this one with other files"):
+        data.prepare_source(f"folder:{classes}", **options)
+    assert shards_of(name) == before
+    (classes / "cat" / "new.png").unlink()
+    shard = Path(name.removeprefix("packed:")) / next(iter(before))
+    content = bytearray(shard.read_bytes())
+    content[500] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match="changed since it was packed"):
+        data.prepare_source(f"folder:{classes}", **options)
+
+
+def test_packing_lists_or_skips_bad_files(classes, options):
+    names = add_bad_files(classes)
+    with pytest.raises(ValueError, match="20 of 80 files cannot be used") as caught:
+        data.prepare_source(f"folder:{classes}", **options)
+    assert all(name in str(caught.value) for name in names)
+    name = data.prepare_source(f"folder:{classes}", skip_bad=True, **options)
+    assert sum(len(data.open_source(name, split)) for split in ("train", "test")) == 60
+    manifest = json.loads((Path(name.removeprefix("packed:")) / "manifest.json").read_text())
+    assert manifest["splits"]["train"]["skipped"] == 20
+
+
+def test_damaged_packed_sets_give_no_garbage(classes, options, damage):
+    name = data.prepare_source(f"folder:{classes}", **options)
+    folder = Path(name.removeprefix("packed:"))
+    whole = data.open_source(name, "test").read(range(len(data.open_source(name, "test"))))
+    refused = 0
+    for path in (folder / "manifest.json", next(folder.glob("test-*.array_record"))):
+        for _ in damage(path, 30):
+            try:
+                source = data.open_source(name, "test")
+                found = source.read(range(len(source)))
+            except ValueError:
+                refused += 1
+            else:
+                np.testing.assert_array_equal(found[0], whole[0])
+    assert refused > 20
+
+
+def test_prepare_data_command(classes, tmp_path):
+    def prepare(*flags: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "launch.prepare_data", f"--data_dir={tmp_path}/data", *flags]
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+
+    flags = ["--image_size=16", "--preprocessing=adm", f"--preview={tmp_path}/p.png"]
+    done = prepare(f"--data=folder:{classes}", *flags)
+    assert done.returncode == 0, done.stderr
+    assert "3 classes, preprocessing adm" in done.stdout
+    name = f"packed:{tmp_path}/data/packed/images-16x16-adm"
+    assert f"--config.data.source={name}" in done.stdout
+    assert len(data.open_source(name, "train")) > 40
+    with Image.open(tmp_path / "p.png") as preview:
+        assert preview.width > 8 * 16
+    refused = prepare("--data=fold:x")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: unknown data set 'fold:x'")
+    assert refused.stderr.count("\n") == 1
+
+
+def test_every_kind_is_documented():
+    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    assert all(f"`{kind.pattern}`" in text for kind in KINDS.values())

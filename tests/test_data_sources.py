@@ -1,0 +1,252 @@
+"""Sources by name: what they hold, and the one clear line where they cannot be opened."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from tarflow_jax import data
+from tarflow_jax.data.splits import split_of
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("data")
+
+
+class ColouredSquares(tfds.core.GeneratorBasedBuilder):
+    """A TFDS set as others write them: images of several sizes, a validation split, some labels missing."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    code_path = None
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(names=["red", "blue"]),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(9), "validation": self._generate_examples(4)}
+
+    def _generate_examples(self, count=0):
+        for index in range(count):
+            file = self._data_dir_root + f"/{index}.png"
+            Image.new("RGB", (20 + index, 30), ("red", "blue")[index % 2]).save(file)
+            yield index, {"image": file, "label": -1 if index == 3 else index % 2}
+
+
+def test_digits_are_scikit_learns(data_dir):
+    digits = load_digits()
+    for split, rows in {"train": slice(1500), "test": slice(1500, None)}.items():
+        source = data.open_source("digits", split, data_dir=data_dir)
+        assert source.image_shape == (8, 8, 1)
+        assert source.num_classes == len(source.label_names) == 10
+        np.testing.assert_array_equal(source.labels, digits.target[rows])
+        np.testing.assert_array_equal(source.images[..., 0], np.rint(digits.images[rows] * 255 / 16))
+    assert list(data_dir.glob("tfds/digits/*/*.array_record*"))
+
+
+def test_digits_prepare_without_tensorflow_in_processes_that_start_together(tmp_path):
+    code = (
+        "import sys; from tarflow_jax import data; "
+        "print(len(data.open_source('digits', 'train')), 'tensorflow' in sys.modules)"
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", "-c", code],
+            env={"TARFLOW_DATA_DIR": str(tmp_path), "PATH": "", "JAX_PLATFORMS": "cpu"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    assert [process.communicate()[0] for process in processes] == ["1500 False\n"] * 2
+
+
+def write_idx(path, array: np.ndarray) -> None:
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    path.write_bytes(gzip.compress(header + array.tobytes()))
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    rng = np.random.default_rng(0)
+    for prefix, count in {"train": 5, "t10k": 3}.items():
+        write_idx(
+            tmp_path / f"{prefix}-images-idx3-ubyte.gz", rng.integers(0, 256, (count, 28, 28), np.uint8)
+        )
+        write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", np.arange(count, dtype=np.uint8))
+    return tmp_path
+
+
+def test_fashion_mnist_reads_idx_files(fashion):
+    test = data.open_source(f"fashion_mnist:{fashion}", "test")
+    assert (len(test), test.image_shape, test.num_classes) == (3, (28, 28, 1), 10)
+    assert test[2]["label"] == 2
+    assert test.label_names[9] == "Ankle boot"
+    assert len(data.open_source(f"fashion_mnist:{fashion}", "train")) == 5
+
+
+def test_damaged_idx_files_are_refused(fashion, damage):
+    images = fashion / "t10k-images-idx3-ubyte.gz"
+    for broken in damage(images, 60):
+        try:
+            source = data.open_source(f"fashion_mnist:{fashion}", "test")
+        except ValueError as error:
+            assert str(images) in str(error)  # noqa: PT017
+        else:  # gzip does not check all of its header
+            assert broken.exists()
+            assert len(source) == 3
+    write_idx(fashion / "t10k-labels-idx1-ubyte.gz", np.array([0, 1, 77], np.uint8))
+    with pytest.raises(
+        ValueError, match="label 77 of image 2 is out of range; labels of 10 classes are 0 to 9"
+    ):
+        data.open_source(f"fashion_mnist:{fashion}", "test")
+
+
+def test_tfds_sets_by_name(data_dir):
+    name = "tfds:coloured_squares"
+    with pytest.raises(FileNotFoundError, match="prepare_data --data=tfds:coloured_squares"):
+        data.open_source(name, "train", data_dir=data_dir)
+    assert data.prepare_source(name, data_dir=data_dir) == name
+    options = {"data_dir": data_dir, "image_size": (16, 12), "preprocessing": "tarflow"}
+    train = data.open_source(name, "train", **options)
+    assert (len(train), train.image_shape, train.label_names) == (9, (16, 12, 3), ("red", "blue"))
+    assert [int(train[index]["label"]) for index in range(5)] == [0, 1, 0, -1, 0]
+    assert (train[1]["image"] == [0, 0, 255]).all()
+    assert len(data.open_source(f"{name}:1.0.0", "test", **options)) == 4
+    with pytest.raises(
+        ValueError, match="images differ in size; an image size and a preprocessing are needed"
+    ):
+        data.open_source(name, "train", data_dir=data_dir)
+
+
+def test_a_set_that_needs_tensorflow_to_prepare_says_so(data_dir, monkeypatch):
+    def missing(self, **options):
+        raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
+
+    monkeypatch.setattr(ColouredSquares, "download_and_prepare", missing)
+    with pytest.raises(ValueError, match="needs the optional package tensorflow-cpu"):
+        data.prepare_source("tfds:coloured_squares", data_dir=data_dir)
+
+
+@pytest.mark.parametrize("keys", [("images", "labels"), ("arr_0", "arr_1")])
+def test_npz_files(tmp_path, keys):
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "set.npz", **dict(zip(keys, (images, np.arange(60) % 4), strict=True)))
+    sources = [data.open_source(f"npz:{tmp_path}/set.npz", split) for split in ("train", "test")]
+    assert sum(map(len, sources)) == 60
+    assert [source.num_classes for source in sources] == [4, 4]
+    chosen = [index for index in range(60) if split_of(str(index)) == "test"]
+    np.testing.assert_array_equal(sources[1].images, images[chosen])
+    np.testing.assert_array_equal(sources[1].labels, np.array(chosen) % 4)
+
+
+def test_bad_npz_files_are_refused(tmp_path, damage):
+    path = tmp_path / "set.npz"
+    for arrays in (
+        {"other": np.zeros(3)},
+        {"images": np.zeros((2, 8, 8, 3))},
+        {"images": np.array([{}], object)},
+    ):
+        np.savez(path, allow_pickle=True, **arrays)
+        with pytest.raises(ValueError, match=r"npz:.*expected"):
+            data.open_source(f"npz:{path}", "train")
+    images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), np.uint8)
+    np.savez_compressed(path, images=images)
+    refused = 0
+    for broken in damage(path, 40):
+        try:
+            assert data.open_source(f"npz:{broken}", "train").image_shape == (8, 8, 3)
+        except ValueError:
+            refused += 1
+    assert refused > 20
+
+
+def test_unknown_names_splits_and_options():
+    message = "unknown data set 'digit'; known are digits, .*; did you mean digits?"
+    for arguments, options, expected in (
+        (("digit", "train"), {}, message),
+        (("digits", "validation"), {}, "unknown split 'validation' of digits; expected one of train, test"),
+        (("folder:", "train"), {}, "data set 'folder:' is incomplete; expected folder:PATH"),
+        (("digits", "train"), {"preprocessing": "adm"}, "digits: its images are taken as they are"),
+        (("digits", "train"), {"preprocessing": "crop"}, "unknown preprocessing 'crop'"),
+        (("digits", "train"), {"image_size": (8, 16)}, "digits: its images are 8x8, but 8x16 is asked for"),
+        (("tfds:cifar11", "train"), {}, "tfds:cifar11: unknown data set; did you mean tfds:cifar10"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            data.open_source(*arguments, **options)
+
+
+def test_missing_data_say_how_to_get_them(tmp_path):
+    for name, expected in {
+        f"fashion_mnist:{tmp_path}": "apt-get install dataset-fashion-mnist",
+        f"folder:{tmp_path}/none": "no such folder",
+        f"npz:{tmp_path}/none.npz": "no such file",
+        f"packed:{tmp_path}": "not a packed set",
+        "emoji64": "npm pack emoji-datasource-google",
+    }.items():
+        with pytest.raises(FileNotFoundError, match=expected):
+            data.open_source(name, "train", data_dir=tmp_path)
+
+
+def emoji_package(folder):
+    """A package like npm's: 40 emoji in two categories, every second one with two skin tones, in RGBA."""
+    images = folder / "package" / "img" / "google" / "64"
+    images.mkdir(parents=True)
+    entries = []
+    for index in range(40):
+        names = [f"{index:04x}.png"] + [f"{index:04x}-{tone}.png" for tone in ("a", "b") if index % 2]
+        for name in names:
+            Image.new("RGBA", (64, 64), (index, 0, 0, 255 if index else 0)).save(images / name)
+        variants = [{"image": name, "has_img_google": True} for name in names]
+        entry = {"unified": f"{index:04X}", "category": ("Objects", "Flags")[index % 2], **variants[0]}
+        if index % 2:
+            entry["skin_variations"] = {str(tone): variant for tone, variant in enumerate(variants[1:])}
+        entries.append(entry)
+    entries.append({"unified": "FFFF", "category": "Flags", "image": "ffff.png", "has_img_google": False})
+    (folder / "package" / "emoji.json").write_text(json.dumps(entries))
+
+
+def test_emoji64_from_folder_and_tarball(tmp_path):
+    import tarfile
+
+    emoji_package(tmp_path)
+    with tarfile.open(tmp_path / "emoji.tgz", "w:gz") as archive:
+        archive.add(tmp_path / "package", "package")
+    content = {}
+    for kind, path in {"folder": tmp_path / "package", "tarball": tmp_path / "emoji.tgz"}.items():
+        options = {"data_dir": tmp_path / kind}
+        assert data.prepare_source(f"emoji64:{path}", **options) == "emoji64"
+        sources = [data.open_source("emoji64", split, **options) for split in ("train", "test")]
+        assert [source.label_names for source in sources] == [("Flags", "Objects")] * 2
+        assert sum(map(len, sources)) == 20 + 20 * 3
+        content[kind] = [source.read(range(len(source))) for source in sources]
+    for ours, theirs in zip(content["folder"], content["tarball"], strict=True):
+        np.testing.assert_array_equal(ours[0], theirs[0])
+        np.testing.assert_array_equal(ours[1], theirs[1])
+    reds = [set(images[:, 0, 0, 0].tolist()) for images, _ in content["folder"]]
+    assert reds[0].isdisjoint(reds[1])  # an emoji's variants lie on one side
+    assert reds[0] | reds[1] == set(range(1, 40)) | {255}  # the transparent one is white
+    assert all(
+        (labels == 1 - images[:, 0, 0, 0] % 2)[images[:, 0, 0, 1] == 0].all()
+        for images, labels in content["folder"]
+    )
+
+
+def test_damaged_emoji_tarballs_are_refused(tmp_path):
+    for content in (b"", b"no tarball", gzip.compress(b"no tarball")):
+        (tmp_path / "x.tgz").write_bytes(content)
+        with pytest.raises(ValueError, match="npm pack emoji-datasource-google"):
+            data.prepare_source(f"emoji64:{tmp_path}/x.tgz", data_dir=tmp_path / "data")
+    assert not (tmp_path / "data").exists()
