@@ -24,25 +24,10 @@ from jax.experimental import multihost_utils
 from launch import common
 from tarflow_jax.data import ImageSource, default_data_dir, open_source
 from tarflow_jax.distributed import make_mesh
+from tarflow_jax.evaluation import classification, distances, generation
 from tarflow_jax.evaluation.bits_per_dim import evaluate_bits_per_dim
-from tarflow_jax.evaluation.classification import (
-    bayes_classification,
-    class_log_probs,
-    fit_images,
-    outlier_scores,
-)
 from tarflow_jax.evaluation.classifier import classifier_network
-from tarflow_jax.evaluation.distances import (
-    METRICS as SAMPLE_METRICS,
-)
-from tarflow_jax.evaluation.distances import (
-    check_metrics,
-    data_set_reference,
-    file_reference,
-    sample_metrics,
-)
 from tarflow_jax.evaluation.features import FeatureExtractor
-from tarflow_jax.evaluation.generation import chunk_folder, fingerprint, generate, read_chunks
 from tarflow_jax.evaluation.inception import inception_network
 from tarflow_jax.evaluation.report import format_protocol, format_table, write_json
 from tarflow_jax.evaluation.sample_files import write_samples
@@ -53,7 +38,7 @@ from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling.guidance import SCHEDULES, TARGETS, Guidance
 from tarflow_jax.training import Recipe
 
-ALL_METRICS = ("bits_per_dim", *SAMPLE_METRICS, "classification", "outliers")
+ALL_METRICS = ("bits_per_dim", *distances.METRICS, "classification", "outliers")
 CHUNK_SIZE = 500
 BATCH_PER_DEVICE = 100
 
@@ -105,7 +90,10 @@ class Subject:
 
 
 def open_subject() -> Subject:
-    """What --workdir or --model, and --data, name. The pipeline runs on this process's devices."""
+    """What --workdir or --model, and --data, name.
+
+    The pipeline runs on the devices of this process: processes share the samples, chunk by chunk.
+    """
     if (WORKDIR.value is None) == (MODEL.value is None):
         raise ValueError("expected one of --workdir and --model")
     name = WORKDIR.value or MODEL.value
@@ -127,7 +115,7 @@ def open_subject() -> Subject:
 
     protocol = {
         "model": str(name),
-        "fingerprint": fingerprint(pipe.variables),
+        "fingerprint": generation.fingerprint(pipe.variables),
         "training_noise": "unknown" if pipe.noise is None else f"{pipe.noise.kind} {pipe.noise.std:g}",
         "data_set": data,
         "preprocessing": preprocessing,
@@ -140,7 +128,8 @@ def open_subject() -> Subject:
 
 def measure_likelihood(subject: Subject) -> dict[str, Any]:
     """Bits per dimension, or for Gaussian training noise what may be said in its place."""
-    pipe, mesh = subject.pipe, make_mesh()
+    mesh = make_mesh()  # of all processes, which share the split
+    pipe = TarFlowPipeline.from_pretrained(subject.protocol["model"], mesh=mesh)
     arguments = {"batch_size": BATCH_PER_DEVICE * mesh.size, "mesh": mesh}
     flow, source, key = TarFlow(pipe.config), subject.source(SPLIT.value), jax.random.key(SEED.value)
     if pipe.noise_std is None:
@@ -173,7 +162,9 @@ def measure_classification(subject: Subject) -> dict[str, Any]:
     source = subject.source(SPLIT.value)
     images, labels = source.read(np.arange(len(source)))
     noisy = noisy_images(subject, images, jax.random.key(SEED.value))
-    return bayes_classification(class_log_probs(subject.pipe.log_prob, noisy, classes), labels)
+    return classification.bayes_classification(
+        classification.class_log_probs(subject.pipe.log_prob, noisy, classes), labels
+    )
 
 
 def measure_outliers(subject: Subject) -> dict[str, Any]:
@@ -183,15 +174,17 @@ def measure_outliers(subject: Subject) -> dict[str, Any]:
     inside, outside = subject.source(SPLIT.value), open_source(OUTLIERS.value, SPLIT.value)
     log_probs = []
     for source, key in zip((inside, outside), jax.random.split(jax.random.key(SEED.value)), strict=True):
-        images = fit_images(source.read(np.arange(len(source)))[0], subject.pipe.config.image_shape)
+        images = classification.fit_images(
+            source.read(np.arange(len(source)))[0], subject.pipe.config.image_shape
+        )
         log_probs.append(np.asarray(subject.pipe.log_prob(noisy_images(subject, images, key))))
-    return outlier_scores(*log_probs, subject.pipe.config.num_dims)
+    return classification.outlier_scores(*log_probs, subject.pipe.config.num_dims)
 
 
 def measure_samples(subject: Subject, metrics: list[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of a table, one a setting of guidance and denoising; and the protocol they share."""
     train, test = subject.source("train"), subject.source("test")
-    check_metrics(metrics, "inception" if INCEPTION.value else "classifier")
+    distances.check_metrics(metrics, "inception" if INCEPTION.value else "classifier")
     settings = sample_settings(subject.pipe)
     folders = [draw(subject, guidance, denoise) for guidance, denoise in settings]
     if jax.process_index():
@@ -202,19 +195,21 @@ def measure_samples(subject: Subject, metrics: list[str]) -> tuple[list[dict[str
         network = classifier_network(train, test, subject.data_dir / "evaluation")
     extractor = FeatureExtractor(network)
     if REFERENCE.value:
-        reference = file_reference(extractor, REFERENCE.value, metrics)
+        reference = distances.file_reference(extractor, REFERENCE.value, metrics)
     else:
         split, preprocessing = REFERENCE_SPLIT.value, subject.protocol["preprocessing"]
         source = train if split == "train" else test
-        reference = data_set_reference(
+        reference = distances.data_set_reference(
             extractor, source, split, preprocessing, subject.data_dir / "evaluation"
         )
     rows = []
     for (guidance, denoise), folder in zip(settings, folders, strict=True):
-        samples = read_chunks(folder, NUM_SAMPLES.value, CHUNK_SIZE, subject.pipe.config.num_classes)
+        samples = generation.read_chunks(
+            folder, NUM_SAMPLES.value, CHUNK_SIZE, subject.pipe.config.num_classes
+        )
         row = {"guidance": guidance.weight, "denoised": denoise, "not finite": samples.num_not_finite}
         features = extractor(samples.images, f"features, guidance {guidance.weight:g}")
-        rows.append(row | sample_metrics(metrics, network.name, features, reference))
+        rows.append(row | distances.sample_metrics(metrics, network.name, features, reference))
     if SAVE_SAMPLES.value:
         write_samples(SAVE_SAMPLES.value, samples.images, samples.labels)
     protocol = {
@@ -252,12 +247,14 @@ def draw(subject: Subject, guidance: Guidance, denoise: bool) -> Path:
         "denoise": MULTIPLIER.value if denoise else None,
         "chunk_size": CHUNK_SIZE,
     }
-    folder = chunk_folder(subject.out / "samples", protocol)
+    folder = generation.chunk_folder(subject.out / "samples", protocol)
 
     def sample(key: jax.Array, number: int, labels: jax.Array | None) -> jax.Array:
         return subject.pipe.sample(key, number, labels, guidance, denoise, MULTIPLIER.value)
 
-    generate(sample, folder, NUM_SAMPLES.value, CHUNK_SIZE, subject.pipe.config.num_classes, SEED.value)
+    generation.generate(
+        sample, folder, NUM_SAMPLES.value, CHUNK_SIZE, subject.pipe.config.num_classes, SEED.value
+    )
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"samples in {folder}")
     return folder
@@ -283,7 +280,7 @@ def main(argv: Sequence[str]) -> None:
                 format_table([{k: v for k, v in results[metric].items() if not isinstance(v, list)}]),
                 flush=True,
             )
-    if of_samples := [metric for metric in metrics if metric in SAMPLE_METRICS]:
+    if of_samples := [metric for metric in metrics if metric in distances.METRICS]:
         results["samples"], more = measure_samples(subject, of_samples)
         protocol |= more
         print(format_table(results["samples"]))
