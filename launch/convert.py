@@ -5,13 +5,12 @@
 Width, blocks, layers, classes and VP/NVP are read off the tensors.
 """
 
-import sys
 from collections.abc import Sequence
 
-from absl import app, flags
+from absl import flags
 
-from tarflow_jax.interop import load_torch, save_model
-from tarflow_jax.noise import Noise
+from launch import common
+from tarflow_jax.pipeline import TarFlowPipeline
 
 FROM_TORCH = flags.DEFINE_string("from_torch", None, "PyTorch file of the reference's state dict.")
 IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "Side of the (square) images in pixels.")
@@ -23,22 +22,14 @@ OUT = flags.DEFINE_string("out", None, "Folder of the saved model; made if it is
 flags.mark_flags_as_required(["from_torch", "image_size", "patch_size", "out"])
 
 
-def main(argv: Sequence[str]) -> int:
-    """Reads, converts and saves; returns the exit code."""
-    try:
-        if argv[1:]:
-            raise ValueError(f"unexpected argument {argv[1]!r}; see --help for the flags")
-        config, variables = load_torch(
-            FROM_TORCH.value, IMAGE_SIZE.value, IMAGE_CHANNELS.value, PATCH_SIZE.value
-        )
-        noise = None if NOISE_STD.value is None else Noise("gaussian", NOISE_STD.value)
-        save_model(OUT.value, config=config, variables=variables, noise=noise, dtype=DTYPE.value)
-    except (ImportError, OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"saved {config} in {OUT.value}")
-    return 0
+def main(argv: Sequence[str]) -> None:
+    """Reads, converts and saves."""
+    pipe = TarFlowPipeline.from_torch(
+        FROM_TORCH.value, IMAGE_SIZE.value, IMAGE_CHANNELS.value, PATCH_SIZE.value, NOISE_STD.value
+    )
+    pipe.save_pretrained(OUT.value, dtype=DTYPE.value)
+    print(f"saved {pipe.config} in {OUT.value}")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    common.run(main)

@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import numpy as np
-import pytest
 
 from tarflow_jax.interop import load_model
 from tarflow_jax.interop.layout import flatten
@@ -27,18 +26,11 @@ def test_converts(load_golden, tmp_path):
         np.testing.assert_array_equal(flatten(saved.variables)[name], array)
 
 
-@pytest.mark.parametrize(
-    ("file", "message"),
-    [
-        ("vp.pth", "16 tokens, but 64 patches of 1 fill an image of 8x8"),
-        ("none.pth", "no PyTorch checkpoint at"),
-    ],
-)
-def test_errors_are_one_line(load_golden, tmp_path, file, message):
-    path = load_golden("vp").path.with_name(file)
+def test_errors_are_one_line(load_golden, tmp_path):
+    path = load_golden("vp").path
     done = convert(f"--from_torch={path}", f"--out={tmp_path / 'out'}", "--image_size=8", "--patch_size=1")
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
-    assert message in done.stderr
+    assert "16 tokens, but 64 patches of 1 fill an image of 8x8" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
