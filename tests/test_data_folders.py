@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_data_images import bomb
 
 from tarflow_jax import data
 from tarflow_jax.data import packed
@@ -107,7 +108,6 @@ def add_bad_files(root: Path) -> set[str]:
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(file, "png")
     names = (f"cat/bad{index}.png" for index in range(1000))
     names = [name for name in names if split_of(name) == "train"][:20]
-    bomb = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0N \0\0N \x08\x02\0\0\0\xfd\xc9\x8d\xf7"  # 20,000 x 20,000
     for index, name in enumerate(names):
         path, kind = root / name, BAD_FILES[index % len(BAD_FILES)]
         if kind == "link":
@@ -118,7 +118,7 @@ def add_bad_files(root: Path) -> set[str]:
             write_image(path, 0, 1, 1)
         else:
             path.write_bytes(
-                {"truncated": file.getvalue()[:2000], "text": b"text", "bomb": bomb}.get(kind, b"")
+                {"truncated": file.getvalue()[:2000], "text": b"text", "bomb": bomb()}.get(kind, b"")
             )
         if kind == "closed":
             write_image(path, 0)
@@ -132,6 +132,7 @@ def test_bad_files_are_listed_or_skipped(classes, options, caplog):
     with pytest.raises(ValueError, match=f"20 of {good + 20} files cannot be used") as caught:
         data.open_source(f"folder:{classes}", "train", **options)
     assert all(name in str(caught.value) for name in names)
+    assert "pixels allowed" in str(caught.value)
     with caplog.at_level(logging.WARNING):
         source = data.open_source(f"folder:{classes}", "train", skip_bad=True, **options)
     assert f"skipping 20 of {good + 20} files as bad" in caplog.text
