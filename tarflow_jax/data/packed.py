@@ -192,7 +192,7 @@ def _check_packed(name: str, folder: Path, key: str) -> dict[str, Any]:
     if manifest["fingerprint"] != key:
         raise ValueError(
             f"{name}: {folder} holds another set, or this one with other files or preprocessing; "
-            "remove it or choose another output"
+            "remove it or choose another data_dir"
         )
     for split in manifest["splits"].values():
         for shard in split["shards"]:

@@ -71,6 +71,8 @@ def _naming_packages(argument: str) -> Iterator[None]:
             f"tfds:{argument}: preparing it needs the optional package {package}; pip install {package}, "
             "prepare once, and training will not need it"
         ) from None
+    except AssertionError as error:  # how TFDS asks for files that one has to fetch by hand
+        raise ValueError(f"tfds:{argument}: {' '.join(str(error).split())}") from None
 
 
 def open_tfds(
