@@ -12,6 +12,8 @@ def invert_sequentially(block: GuidedBlock, z: jax.Array) -> jax.Array:
     One compiled loop. The first token is its own inverse; the step at token i makes token i + 1.
     """
     batch_size, num_tokens, _ = z.shape
+    if num_tokens == 1:
+        return z
 
     def step(i: jax.Array, carry: tuple) -> tuple:
         x, caches = carry

@@ -1,0 +1,222 @@
+"""What must always hold of the flow: round trips, Jacobians, causality, the reference's figures."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import LABELS, TINY, VP, decode, encode, images_of, new_variables, random_variables
+
+from tarflow_jax import TarFlow, TarFlowConfig
+from tarflow_jax.flow import FlowBlock, permute, to_images, to_tokens, unstack_layers, updated_prior
+from tarflow_jax.flow.transformer import gelu
+from tarflow_jax.likelihood import bits_per_dim, log_prob, training_loss
+from tarflow_jax.sampling import denoise
+
+CASES = pytest.mark.parametrize("config", [TINY, VP], ids=["nvp-conditional", "vp"])
+
+
+def test_tokens_are_row_major_and_channels_last():
+    config = dataclasses.replace(TINY, image_channels=1)
+    image = jnp.arange(24.0).reshape(1, 4, 6, 1)
+    tokens = to_tokens(config, image)
+    np.testing.assert_array_equal(tokens[0, 0], [0, 1, 6, 7])
+    np.testing.assert_array_equal(tokens[0, 1], [2, 3, 8, 9])
+    np.testing.assert_array_equal(tokens[0, 3], [12, 13, 18, 19])
+    np.testing.assert_array_equal(to_images(config, tokens), image)
+
+
+def test_permutations_alternate_and_undo_themselves():
+    x = jnp.arange(6).reshape(1, 3, 2)
+    np.testing.assert_array_equal(permute(x, 0), x)
+    np.testing.assert_array_equal(permute(x, 1), x[:, ::-1])
+    np.testing.assert_array_equal(permute(permute(x, 1), 1), x)
+
+
+def test_gelu_and_its_gradient():
+    x = jnp.linspace(-5, 5, 101)
+    exact = lambda x: jax.nn.gelu(x, approximate=False)  # noqa: E731
+    np.testing.assert_allclose(gelu(x), exact(x), atol=1e-6)
+    np.testing.assert_allclose(jax.vmap(jax.grad(gelu))(x), jax.vmap(jax.grad(exact))(x), atol=1e-6)
+
+
+def test_a_new_flow_is_the_identity():
+    config = dataclasses.replace(TINY, num_classes=0)
+    images = images_of(config)
+    latents, log_det = encode(config, new_variables(config), images)
+    np.testing.assert_array_equal(latents, images)
+    np.testing.assert_array_equal(log_det, 0)
+
+
+def test_initial_values():
+    config = dataclasses.replace(TINY, width=128, head_dim=64, num_classes=50, layers_per_block=2)
+    params = new_variables(config)["params"]["block_1"]
+    assert abs(float(params["class_embedding"].std()) - 0.01) < 5e-4
+    bound = 128**-0.5  # U(-1/sqrt(fan_in), 1/sqrt(fan_in))
+    for name in ("qkv", "attention_out", "mlp_in"):
+        kernel = params["layers"][name]["kernel"]
+        assert kernel.shape[0] == 2
+        assert 0.99 * bound < float(jnp.abs(kernel).max()) <= bound
+    assert float(jnp.abs(params["project_out"]["kernel"]).max()) == 0
+
+
+@CASES
+def test_round_trip_and_log_det_of_the_inverse(config):
+    variables, images = random_variables(config), images_of(config)
+    labels = LABELS if config.num_classes else None
+    latents, log_det = encode(config, variables, images, labels)
+    assert float(jnp.abs(log_det).min()) > 0.1
+    decoded, trajectory = decode(config, variables, latents, labels, trajectory=True)
+    np.testing.assert_allclose(decoded, images, atol=2e-5)
+    chex.assert_shape(trajectory, (3, config.num_blocks + 1, *config.image_shape))
+    np.testing.assert_array_equal(trajectory[:, 0], latents)
+    np.testing.assert_array_equal(trajectory[:, -1], decoded)
+
+    def inverse(z):
+        return decode(config, variables, z[None], labels if labels is None else labels[:1])[0].ravel()
+
+    jacobian = jax.jit(jax.jacfwd(inverse))(latents[0]).reshape(config.num_dims, config.num_dims)
+    np.testing.assert_allclose(np.linalg.slogdet(jacobian)[1], -log_det[0], atol=1e-3)
+
+
+@CASES
+def test_log_det_is_that_of_the_full_jacobian(config):
+    variables, image = random_variables(config), images_of(config)[0]
+    labels = LABELS[2:] if config.num_classes else None
+
+    def forward(x):
+        return encode(config, variables, x[None], labels)[0].ravel()
+
+    jacobian = jax.jit(jax.jacfwd(forward))(image).reshape(config.num_dims, config.num_dims)
+    log_det = encode(config, variables, image[None], labels)[1][0]
+    np.testing.assert_allclose(np.linalg.slogdet(jacobian)[1], log_det, atol=1e-4)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_block_is_causal_in_its_own_order(index):
+    config = dataclasses.replace(TINY, num_classes=0)
+    params = random_variables(config)["params"][f"block_{index}"]
+    tokens = to_tokens(config, images_of(config)[:1])[0]
+
+    def forward(x):
+        z, _ = FlowBlock(config, index).apply({"params": params}, x[None])
+        return permute(z, index)[0]
+
+    in_order = jax.jit(jax.jacfwd(lambda x: forward(permute(x, index, axis=0))))
+    jacobian = in_order(permute(tokens, index, axis=0))
+    size = jnp.abs(jacobian).max((1, 3))  # [T, T]
+    assert float(jnp.triu(size, 1).max()) == 0
+    assert float(jnp.tril(size, -1)[1:, 0].min()) > 0
+
+
+def test_unstacked_layers_with_a_cache_equal_the_scanned_block():
+    params = random_variables(TINY)["params"]["block_1"]
+    x = to_tokens(TINY, images_of(TINY))
+    block = FlowBlock(TINY, 1)
+    expected, _ = block.apply({"params": params}, x, LABELS, method="following_affine")
+    unrolled = FlowBlock(TINY, 1, unrolled=True)
+    actual, caches = unrolled.apply(
+        {"params": unstack_layers(params, 2)}, x, LABELS, method="following_affine"
+    )
+    assert caches is None
+    chex.assert_trees_all_close(actual, expected, atol=1e-5)
+
+
+def test_no_class_is_the_mean_embedding():
+    variables, images = random_variables(TINY), images_of(TINY)
+    none = encode(TINY, variables, images, None)
+    chex.assert_trees_all_close(encode(TINY, variables, images, jnp.full(3, -1)), none, atol=1e-6)
+    merged = jax.tree.map(jnp.copy, variables)
+    for k in range(TINY.num_blocks):
+        embedding = merged["params"][f"block_{k}"]["class_embedding"]
+        merged["params"][f"block_{k}"]["class_embedding"] = jnp.broadcast_to(
+            embedding.mean(0), embedding.shape
+        )
+    chex.assert_trees_all_close(encode(TINY, merged, images, jnp.array([0, 1, 2])), none, atol=1e-5)
+    assert float(jnp.abs(encode(TINY, variables, images, LABELS)[0][0] - none[0][0]).max()) > 0.01
+
+
+def affine_flow(config, log_scale, shift):
+    """A flow that maps every token but the first of its one block by the same affine map."""
+    params = new_variables(config)["params"]
+    params["block_0"]["project_out"]["bias"] = jnp.concatenate([log_scale, shift])
+    return {"params": params}
+
+
+def test_an_affine_flow_of_a_gaussian_has_the_closed_form():
+    config = dataclasses.replace(TINY, num_blocks=1, layers_per_block=1, num_classes=0, image_channels=1)
+    log_scale, shift = jnp.linspace(-0.7, 0.4, 4), jnp.linspace(-1.0, 1.0, 4)
+    variables, flow = affine_flow(config, log_scale, shift), TarFlow(config)
+    scales = np.exp(np.concatenate([np.zeros((1, 4)), np.tile(log_scale, (5, 1))])).astype(np.float64)
+    means = np.concatenate([np.zeros((1, 4)), np.tile(shift, (5, 1))])
+    images = images_of(config)
+    tokens = np.asarray(to_tokens(config, images), np.float64)
+    expected = (-0.5 * ((tokens - means) / scales) ** 2 - np.log(scales) - 0.5 * np.log(2 * np.pi)).sum(
+        (1, 2)
+    )
+    actual = jax.jit(log_prob, static_argnums=0)(flow, variables, images)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+    bits = (-expected / config.num_dims + np.log(128)) / np.log(2)
+    np.testing.assert_allclose(bits_per_dim(actual, config.num_dims), bits, rtol=1e-6)
+    # Tweedie: the posterior mean of a Gaussian under Gaussian noise, with p(y) of variance scale².
+    sigma = 0.3
+    posterior = tokens - sigma**2 * (tokens - means) / scales**2
+    denoised = jax.jit(denoise, static_argnums=0)(flow, variables, images, None, sigma)
+    np.testing.assert_allclose(to_tokens(config, denoised), posterior, atol=1e-5)
+
+
+def test_vp_prior_is_a_running_mean_of_squares():
+    variance, z = jnp.array([[1.0, 2.0]]), jnp.array([[[3.0, 0.0]], [[1.0, 2.0]]])
+    np.testing.assert_allclose(
+        updated_prior(variance, z), [[1 + 0.1 * (5 - 1), 2 + 0.1 * (2 - 2)]], rtol=1e-6
+    )
+
+
+def test_bfloat16_keeps_log_det_and_loss_in_float32():
+    config = dataclasses.replace(TINY, dtype="bfloat16")
+    variables, images = random_variables(config), images_of(config)
+    latents, log_det = encode(config, variables, images, LABELS)
+    exact, exact_log_det = encode(TINY, variables, images, LABELS)
+    loss = jax.eval_shape(lambda: training_loss(TarFlow(config), variables, images, LABELS)[0])
+    assert latents.dtype == log_det.dtype == loss.dtype == jnp.float32
+    assert 0 < float(jnp.abs(latents - exact).max()) < 0.3
+    np.testing.assert_allclose(log_det, exact_log_det, atol=0.2)  # of 72 terms
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_changes_no_gradient(remat):
+    variables, images = random_variables(TINY), images_of(TINY)
+
+    def gradient(config):
+        return jax.jit(jax.grad(lambda v: training_loss(TarFlow(config), v, images, LABELS)[0]))(variables)
+
+    chex.assert_trees_all_close(gradient(dataclasses.replace(TINY, remat=remat)), gradient(TINY), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("patch_size", 5, "not divisible by patch_size 5"),
+        ("width", 20, "not a multiple of head_dim 8"),
+        ("layers_per_block", (1, 2), "lists 2 blocks"),
+        ("num_blocks", 0, "num_blocks is 0"),
+        ("num_classes", -1, "num_classes is -1"),
+        ("dtype", "float16", "dtype is 'float16'"),
+        ("remat", "some", "remat is 'some'"),
+    ],
+)
+def test_impossible_shapes_are_refused(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **{field: value})
+
+
+def test_config_survives_json_and_refuses_what_it_does_not_know():
+    assert TarFlowConfig.from_dict(TINY.to_dict()) == TINY
+    with pytest.raises(ValueError, match="unknown model field 'widht'; did you mean 'width'"):
+        TarFlowConfig.from_dict({**TINY.to_dict(), "widht": 1})
+    with pytest.raises(ValueError, match="width is '16'; expected a whole number"):
+        TarFlowConfig.from_dict({**TINY.to_dict(), "width": "16"})
+    with pytest.raises(ValueError, match="lacks width"):
+        TarFlowConfig.from_dict({name: value for name, value in TINY.to_dict().items() if name != "width"})

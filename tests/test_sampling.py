@@ -1,0 +1,117 @@
+"""The inverse, guidance and noise."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import LABELS, TINY, decode, images_of, random_variables
+
+from tarflow_jax import Guidance, Noise
+from tarflow_jax.flow import FlowBlock, TarFlowConfig, permute, to_images, to_tokens
+from tarflow_jax.noise import dequantise, to_float
+
+UNCONDITIONAL = dataclasses.replace(TINY, num_classes=0)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def decode_by_recomputing(config, variables, latents, labels, guidance, temperature):
+    """The inverse as the equations say it: no cache, the whole sequence again for every token."""
+    tokens = to_tokens(config, latents)
+    batch_size, weights = latents.shape[0], guidance.weights(config.num_tokens)
+    for k in reversed(range(config.num_blocks)):
+
+        def affine(x, labels, temperature, k=k):
+            params = {"params": variables["params"][f"block_{k}"]}
+            scale = None if temperature is None else jnp.full(batch_size, temperature)
+            return FlowBlock(config, k).apply(params, x, labels, scale, method="affine")
+
+        z = permute(tokens, k)
+        x = z
+        for i in range(1, config.num_tokens):
+            guided, unguided = affine(x, labels, None), affine(x, None, temperature)
+            log_scale, shift = (a + weights[i - 1] * (a - u) for a, u in zip(guided, unguided, strict=True))
+            x = x.at[:, i].set(z[:, i] * jnp.exp(log_scale[:, i]) + shift[:, i])
+        tokens = permute(x, k)
+    return to_images(config, tokens)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
+def test_the_cached_inverse_equals_the_one_that_recomputes(schedule, temperature):
+    variables, latents = random_variables(TINY), images_of(TINY)
+    guidance = Guidance(0.7, "both", schedule, temperature)
+    expected = decode_by_recomputing(TINY, variables, latents, LABELS, guidance, temperature)
+    weights = guidance.weights(TINY.num_tokens)
+    actual, _ = decode(TINY, variables, latents, LABELS, weights, temperature)
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+def test_guidance_weights():
+    np.testing.assert_allclose(Guidance(2.0, schedule="linear").weights(5)[:4], [0.5, 1.0, 1.5, 2.0])
+    np.testing.assert_allclose(Guidance(2.0, schedule="constant").weights(3), [2, 2, 2])
+
+
+@pytest.mark.parametrize(
+    ("config", "weight", "temperature"),
+    [(TINY, 0.0, 0.5), (UNCONDITIONAL, 3.0, 1.0)],
+    ids=["weight-0", "unconditional-temperature-1"],
+)
+def test_guidance_that_changes_nothing(config, weight, temperature):
+    variables, latents = random_variables(config), images_of(config)
+    labels = LABELS if config.num_classes else None
+    plain, _ = decode(config, variables, latents, labels)
+    weights = Guidance(weight).weights(config.num_tokens)
+    guided, _ = decode(config, variables, latents, labels, weights, temperature)
+    np.testing.assert_allclose(guided, plain, atol=2e-5)
+
+
+def test_targets_differ_and_unlabelled_images_are_not_guided_by_class():
+    variables, latents = random_variables(TINY), images_of(TINY)
+    weights = Guidance(1.0).weights(TINY.num_tokens)
+    plain, _ = decode(TINY, variables, latents, LABELS)
+    drawn = {
+        t: decode(TINY, variables, latents, LABELS, weights, 1.0, t)[0]
+        for t in ("both", "log_scale", "shift")
+    }
+    for images in drawn.values():
+        np.testing.assert_allclose(images[1], plain[1], atol=2e-5)  # label -1
+        assert float(jnp.abs(images[0] - plain[0]).max()) > 0.01
+    assert float(jnp.abs(drawn["log_scale"] - drawn["shift"]).max()) > 0.01
+
+
+def test_single_token_images():
+    config = TarFlowConfig(2, 1, 2, 8, 2, 1, head_dim=8)
+    variables, latents = random_variables(config), images_of(config)
+    np.testing.assert_array_equal(decode(config, variables, latents)[0], latents)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"weight": float("nan")}, "weight is nan"),
+        ({"target": "scale"}, "target is 'scale'"),
+        ({"schedule": "cosine"}, "schedule is 'cosine'"),
+        ({"attention_temperature": 0.0}, "temperature is 0.0"),
+    ],
+)
+def test_impossible_guidance_is_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Guidance(**fields)
+
+
+def test_noise():
+    images = jnp.full((2, 64, 64, 1), 255, jnp.uint8)
+    key = jax.random.key(0)
+    np.testing.assert_array_equal(to_float(images), 1)
+    noisy = Noise("gaussian", 0.2)(key, images)
+    assert abs(float(noisy.mean()) - 1) < 0.01
+    assert abs(float(noisy.std()) - 0.2) < 0.01
+    uniform = Noise("uniform")(key, images)
+    np.testing.assert_array_equal(uniform, dequantise(key, images))
+    assert 1 - 2 / 256 <= float(uniform.min()) < float(uniform.max()) <= 1
+    for fields in (("gaussian", 0.0), ("uniform", 0.1), ("laplace", 0.1)):
+        with pytest.raises(ValueError, match="noise"):
+            Noise(*fields)

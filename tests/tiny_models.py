@@ -1,0 +1,53 @@
+"""Tiny flows with random weights, shared by the tests."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from tarflow_jax import TarFlow, TarFlowConfig, sampling
+
+TINY = TarFlowConfig(
+    image_size=(4, 6), image_channels=3, patch_size=2, width=16, num_blocks=3, layers_per_block=(1, 2, 1),
+    num_classes=3, head_dim=8,
+)  # fmt: skip
+VP = dataclasses.replace(TINY, volume_preserving=True, num_classes=0, image_channels=1)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def new_variables(config, seed=0):
+    """Variables as training begins with."""
+    variables = TarFlow(config).init(jax.random.key(seed), jnp.zeros((1, *config.image_shape)))
+    return {name: variables[name] for name in ("params", "prior") if name in variables}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def random_variables(config, seed=0, scale=0.1):
+    """Variables of a flow that is far from the identity."""
+    variables = new_variables(config, seed)
+    leaves, structure = jax.tree.flatten(variables)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    moved = [
+        leaf + scale * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)
+    ]
+    variables = jax.tree.unflatten(structure, moved)
+    if config.volume_preserving:
+        variables["prior"] = jax.tree.map(jnp.exp, variables["prior"])
+    return variables
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode(config, variables, images, labels=None):
+    """(latents, log_det)."""
+    return TarFlow(config).apply(variables, images, labels)
+
+
+decode = jax.jit(sampling.decode, static_argnums=(0, 6, 7), static_argnames=("target", "trajectory"))
+
+
+def images_of(config, batch_size=3, seed=7):
+    return 0.5 * jax.random.normal(jax.random.key(seed), (batch_size, *config.image_shape))
+
+
+LABELS = jnp.array([0, -1, 2], jnp.int32)
