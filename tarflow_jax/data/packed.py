@@ -12,7 +12,6 @@ import json
 import math
 import os
 import struct
-import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -81,12 +80,12 @@ def pack(
         tqdm(total=num_images, desc=f"packing {name}", disable=not progress) as bar,
         ThreadPoolExecutor(num_workers or os.cpu_count()) as pool,
     ):
-        recipe = _Recipe(key, image_size, preprocessing, bar, threading.Lock())
+        recipe = _Recipe(key, image_size, preprocessing, pool, bar)
         for split, items in splits.items():
             starts = range(0, len(items), IMAGES_PER_SHARD)
             shards = [items[start : start + IMAGES_PER_SHARD] for start in starts]
             paths = [folder / f"{split}-{index:05d}.array_record" for index in range(len(shards))]
-            reports[split] = list(pool.map(recipe.pack_shard, paths, shards))
+            reports[split] = list(map(recipe.pack_shard, paths, shards))
     bad = {path: why for split in reports.values() for report in split for path, why in report["bad"]}
     refuse_bad(name, bad, num_images, skip_bad)
     manifest = {
@@ -115,15 +114,15 @@ class _Recipe(NamedTuple):
     key: str
     image_size: tuple[int, int]
     preprocessing: str
+    pool: ThreadPoolExecutor
     bar: tqdm
-    lock: threading.Lock
 
     def pack_shard(self, path: Path, items: list[Item]) -> dict[str, Any]:
         """Writes one shard, unless its report says that this was done; returns the report."""
         try:
             report = json.loads(_report_of(path).read_text())
             if report["fingerprint"] == self.key and report["sha256"] == sha256_of(path):
-                self._advance(len(items))
+                self.bar.update(len(items))
                 return report
         except (OSError, ValueError, TypeError, KeyError):
             pass  # not packed yet, or not wholly
@@ -135,24 +134,18 @@ class _Recipe(NamedTuple):
 
     def _write(self, path: Path, items: list[Item]) -> dict[str, Any]:
         """Writes the good ones of the items to a new array_record; says what was written."""
-        sizes: set[tuple[int, int]] = set()
+        sizes: set[tuple[int, int]] = set()  # (H, W)
         labels: list[int] = []
         bad: list[tuple[str, str]] = []
         writer = ArrayRecordWriter(str(path), "group_size:1")
-        for item in items:
-            try:
-                image = decode_image(item.read())
-                array = preprocess(image, self.preprocessing, self.image_size)
-            except ValueError as error:
-                bad.append((item.name, str(error)))
+        for item, (outcome, size) in zip(items, self.pool.map(self._encode, items), strict=True):
+            if isinstance(outcome, ValueError):
+                bad.append((item.name, str(outcome)))
             else:
-                file = io.BytesIO()
-                # The fastest level: its files are a little larger and decode as fast.
-                Image.fromarray(array).save(file, "png", compress_level=1)
-                writer.write(LABEL.pack(item.label) + file.getvalue())
-                sizes.add((image.height, image.width))
+                writer.write(LABEL.pack(item.label) + outcome)
+                sizes.add(size)
                 labels.append(item.label)
-            self._advance(1)
+            self.bar.update()
         writer.close()
         return {
             "images": len(labels),
@@ -164,9 +157,17 @@ class _Recipe(NamedTuple):
             "bad": bad,
         }
 
-    def _advance(self, count: int) -> None:
-        with self.lock:
-            self.bar.update(count)
+    def _encode(self, item: Item) -> tuple[bytes | ValueError, tuple[int, int]]:
+        """The preprocessed image as PNG, or what is wrong with it, and its original (H, W)."""
+        try:
+            image = decode_image(item.read())
+            array = preprocess(image, self.preprocessing, self.image_size)
+        except ValueError as error:
+            return error, (0, 0)
+        file = io.BytesIO()
+        # The fastest level: its files are a little larger and decode as fast.
+        Image.fromarray(array).save(file, "png", compress_level=1)
+        return file.getvalue(), (image.height, image.width)
 
 
 def _summary(reports: list[dict[str, Any]], num_classes: int) -> dict[str, Any]:
