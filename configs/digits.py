@@ -24,14 +24,14 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     config.data.source = "digits"
     config.noise.std = 0.1
-    config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 120})
+    config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 100})
     config.train.update(
         {
-            "num_steps": 1200,
+            "num_steps": 1000,
             "batch_size": 128,
             "drop_label": 0.1,
-            "checkpoint_every": 400,
-            "sample_every": 400,
+            "checkpoint_every": 500,
+            "sample_every": 500,
         }
     )
     config.sample.guidance.weight = 1.0
