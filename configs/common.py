@@ -27,6 +27,8 @@ def get_config() -> ConfigDict:
             "preprocessing": "none",  # or tarflow, adm
             "flip": False,  # mirror at random
             "num_workers": 0,  # threads that read ahead
+            "skip_bad": False,  # leave out a folder's damaged images instead of refusing it
+            "cache_bytes": 0,  # keep decoded images in memory up to this size
         }
     )
     config.noise = ConfigDict({"kind": "gaussian", "std": 0.05})

@@ -111,6 +111,8 @@ class Recipe:
             data_dir=fields.data_dir or None,
             image_size=model.image_size,
             preprocessing=fields.preprocessing,
+            skip_bad=fields.skip_bad,
+            cache_bytes=fields.cache_bytes,
         )
         if tuple(source.image_shape) != model.image_shape:
             raise ValueError(

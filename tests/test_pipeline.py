@@ -1,0 +1,110 @@
+"""The front door."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import LABELS, TINY, VP, encode, images_of, random_variables
+
+from tarflow_jax import Guidance, Noise, TarFlowPipeline
+from tarflow_jax.distributed import make_mesh
+from tarflow_jax.likelihood import bits_per_dim
+
+GAUSSIAN = Noise("gaussian", 0.1)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return TarFlowPipeline(TINY, random_variables(TINY), GAUSSIAN)
+
+
+@pytest.mark.parametrize("config", [TINY, VP], ids=["nvp", "vp"])
+def test_encode_decode_and_log_prob(config):
+    pipe = TarFlowPipeline(config, random_variables(config), GAUSSIAN)
+    labels = np.array([0, -1, 2]) if config.num_classes else None
+    images = np.asarray(images_of(config))
+    latents, log_det = pipe.encode(images, labels)
+    decoded, trajectory = pipe.decode(latents, labels, return_trajectory=True)
+    np.testing.assert_allclose(decoded, images, atol=2e-5)
+    chex.assert_shape(trajectory, (config.num_blocks + 1, 3, *config.image_shape))
+    np.testing.assert_array_equal(trajectory[-1], decoded)
+    gaussian = -0.5 * (np.square(latents) + np.log(2 * np.pi)).sum((1, 2, 3))
+    np.testing.assert_allclose(pipe.log_prob(images, labels), gaussian + log_det, rtol=1e-5)
+
+
+def test_split_batches_change_nothing_and_compile_once(pipe):
+    images = np.asarray(images_of(TINY, 7))
+    labels = np.array([0, 1, 2, -1, 0, 1, 2])
+    small = TarFlowPipeline(TINY, pipe.variables, GAUSSIAN, memory_bound=1)
+    chex.clear_trace_counter()
+    small._encode = jax.jit(chex.assert_max_traces(small._encode, 1))
+    sharded = TarFlowPipeline(TINY, pipe.variables, GAUSSIAN, mesh=make_mesh())
+    whole = pipe.encode(images, labels)
+    chex.assert_trees_all_close(small.encode(images, labels), whole, atol=1e-5)
+    chex.assert_trees_all_close(sharded.encode(images, labels), whole, atol=1e-5)
+
+
+def test_samples_do_not_depend_on_batches_and_are_denoised(pipe):
+    key, labels = jax.random.key(3), np.array([0, 1, 2, -1, 0])
+    guidance = Guidance(0.5, attention_temperature=0.8)
+    images = pipe.sample(key, 5, labels, guidance)
+    raw = pipe.sample(key, 5, labels, guidance, denoise=False)
+    np.testing.assert_allclose(images, pipe.denoise(raw, labels), atol=1e-5)
+    sharded = TarFlowPipeline(TINY, pipe.variables, GAUSSIAN, mesh=make_mesh())
+    np.testing.assert_allclose(sharded.sample(key, 5, labels, guidance), images, atol=1e-4)
+
+
+def test_denoise_follows_the_score(pipe):
+    image = images_of(TINY, 1)
+    step = 1e-3
+    denoised = pipe.denoise(image, noise_std=0.1, multiplier=2.0)
+    direction = jax.random.normal(jax.random.key(5), image.shape)
+    plus, minus = (pipe.log_prob(image + sign * step * direction)[0] for sign in (1, -1))
+    slope = float((plus - minus) / (2 * step))
+    assert float(((denoised - image) * direction).sum() / (2 * 0.1**2)) == pytest.approx(slope, rel=0.02)
+
+
+def test_bits_per_dim_is_that_of_dequantised_images(pipe):
+    images = np.random.default_rng(0).integers(0, 256, (3, *TINY.image_shape), np.uint8)
+    key = jax.random.key(0)
+    uniform = jax.random.uniform(key, images.shape)
+    latents, log_det = encode(TINY, pipe.variables, 2 * (images + uniform) / 256 - 1, LABELS)
+    log_prob = log_det - 0.5 * (jnp.square(latents) + jnp.log(2 * jnp.pi)).sum((1, 2, 3))
+    expected = bits_per_dim(log_prob, TINY.num_dims)
+    np.testing.assert_allclose(pipe.bits_per_dim(key, images, LABELS), expected, rtol=1e-4)
+
+
+def test_a_saved_model_draws_the_same_samples(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "model")
+    again = TarFlowPipeline.from_pretrained(tmp_path / "model")
+    assert (again.config, again.noise, again.noise_std) == (TINY, GAUSSIAN, 0.1)
+    key = jax.random.key(0)
+    np.testing.assert_array_equal(again.sample(key, 2, [0, 1]), pipe.sample(key, 2, [0, 1]))
+
+
+def test_what_does_not_fit_is_refused(pipe):
+    images = np.asarray(images_of(TINY))
+    with pytest.raises(ValueError, match="label 3 is out of range; expected -1"):
+        pipe.encode(images, [0, 1, 3])
+    with pytest.raises(ValueError, match="labels are float64"):
+        pipe.encode(images, [0.0, 1.0, 2.0])
+    with pytest.raises(ValueError, match="images are uint8; expected floats"):
+        pipe.log_prob(images.astype(np.uint8))
+    with pytest.raises(ValueError, match="expected uint8"):
+        pipe.bits_per_dim(jax.random.key(0), images)
+    with pytest.raises(ValueError, match=r"images have shape \(3, 4, 4, 3\)"):
+        pipe.encode(images[:, :, :4])
+    uniform = TarFlowPipeline(dataclasses.replace(TINY, num_classes=0), pipe.variables, Noise("uniform"))
+    with pytest.raises(ValueError, match="guidance by class needs a class-conditional model"):
+        uniform.decode(images, guidance=Guidance(1.0))
+    for refused in (
+        lambda: uniform.denoise(images),
+        lambda: uniform.sample(jax.random.key(0), 1, denoise=True),
+    ):
+        with pytest.raises(ValueError, match="denoising needs a model trained with gaussian noise"):
+            refused()
+    with pytest.raises(ValueError, match="the model has no classes"):
+        uniform.encode(images, [0, 0, 0])
