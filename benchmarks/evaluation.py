@@ -1,7 +1,7 @@
 """Inception in JAX against torch-fidelity: the same weights, the same images, one machine.
 
     python -m benchmarks.evaluation              # images/s through the network, both
-    python -m benchmarks.evaluation agreement    # FID and its family, by both (half an hour)
+    python -m benchmarks.evaluation agreement    # FID and its family, by both (half an hour of 2 cores)
 
 The weights are random, written to a file that both read. Needs requirements-dev.txt.
 """
@@ -164,7 +164,9 @@ def agreement(path: str) -> None:
         ours = sample_metrics(
             list(METRICS), "inception", extractor(generated), Reference(*statistics, real.pooled, {})
         )
-        theirs = metrics_of_theirs(path, generated, images[NUM_IMAGES:])
+        # In a process of its own: their loader forks, which a process with JAX's threads must not.
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+            theirs = pool.submit(metrics_of_theirs, path, generated, images[NUM_IMAGES:]).result()
         print(f"{name}: {NUM_IMAGES} + {NUM_IMAGES} images")
         print(f"  {'':32}{'tarflow_jax':>14}{'torch-fidelity':>16}{'relative':>10}")
         for metric, value in theirs.items():
