@@ -122,19 +122,12 @@ def metrics_of_theirs(path: str, generated: np.ndarray, real: np.ndarray) -> dic
     import torch
     import torch_fidelity
 
-    class Images(torch.utils.data.Dataset):
-        def __init__(self, images: np.ndarray) -> None:
-            self.images = torch.tensor(images.transpose(0, 3, 1, 2))
-
-        def __len__(self) -> int:
-            return len(self.images)
-
-        def __getitem__(self, index: int) -> torch.Tensor:
-            return self.images[index]
+    def as_dataset(images: np.ndarray) -> torch.utils.data.Dataset:
+        return torch.utils.data.ConcatDataset([torch.tensor(images.transpose(0, 3, 1, 2))])
 
     found = torch_fidelity.calculate_metrics(
-        input1=Images(generated),
-        input2=Images(real),
+        input1=as_dataset(generated),
+        input2=as_dataset(real),
         cuda=False,
         fid=True,
         isc=True,
@@ -164,7 +157,7 @@ def agreement(path: str) -> None:
         ours = sample_metrics(
             list(METRICS), "inception", extractor(generated), Reference(*statistics, real.pooled, {})
         )
-        # In a process of its own: their loader forks, which a process with JAX's threads must not.
+        # In a process of its own: their loader starts more, which a process with JAX's threads should not.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             theirs = pool.submit(metrics_of_theirs, path, generated, images[NUM_IMAGES:]).result()
         print(f"{name}: {NUM_IMAGES} + {NUM_IMAGES} images")
