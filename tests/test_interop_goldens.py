@@ -64,7 +64,7 @@ def test_denoise(load_golden, name):
 
 @functools.partial(jax.jit, static_argnums=(0, 6))
 def decode_compiled(config, variables, latents, labels, weights, temperature, target):
-    return decode(config, variables, latents, labels, weights, temperature, target)
+    return decode(config, variables, latents, labels, weights, temperature, target, trajectory=True)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -73,7 +73,7 @@ def test_decode(load_golden, name):
     config, latents, labels = golden.config, golden.latents("noise"), golden.labels("sample_y")
     images, trajectory = decode_compiled(config, golden.variables, latents, labels, None, 1.0, "both")
     assert_close(images, golden.images("sample"))
-    assert_close(jnp.stack(trajectory), golden.images("sample_sequence"))
+    assert_close(jnp.moveaxis(trajectory, 1, 0), golden.images("sample_sequence"))
 
 
 @pytest.mark.parametrize(
