@@ -74,7 +74,7 @@ def test_sample_writes_grid_images_and_animation(workdir, tmp_path):
     )
     assert code == 0, err
     samples = np.load(tmp_path / "samples.npz", allow_pickle=False)
-    assert samples["arr_0"].shape == (6, 8, 8, 1)
+    assert samples["arr_0"].shape == (6, 8, 8, 3)  # the format has three channels
     assert samples["arr_0"].dtype == np.uint8
     np.testing.assert_array_equal(samples["arr_1"], np.arange(6))
     assert Image.open(tmp_path / "trajectory.gif").n_frames == 4  # latents, two blocks, denoised

@@ -30,7 +30,8 @@ def test_the_reference_s_training_run(load_golden):
             return training_loss(flow, {"params": params}, images, labels)[0]
 
         value, gradients = jax.value_and_grad(loss)(params)
-        updates, opt_state = optimizer.update(gradients, opt_state, params)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = optimizer.update(gradients, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, value
 
     params = golden.variables["params"]
@@ -38,16 +39,18 @@ def test_the_reference_s_training_run(load_golden):
     for images, labels in zip(golden.images("x"), golden.labels("y"), strict=True):
         params, opt_state, loss = step(params, opt_state, images, labels)
         losses.append(float(loss))
-    np.testing.assert_allclose(losses, golden.arrays["loss"], rtol=1e-4)
+    # Each loss is a difference of two float32 numbers near 1, and some are near 0.
+    np.testing.assert_allclose(losses, golden.arrays["loss"], rtol=1e-4, atol=4 * np.finfo(np.float32).eps)
 
 
 def run_steps(config, mesh, count, *, accumulation=1, ema_decay=0.0):
     """The losses and the last state of `count` steps on fixed random 8-bit images."""
-    flow, optimizer = TarFlow(config), optax.adamw(1e-3)
+    flow, optimizer = TarFlow(config), optax.adamw(1e-4)  # no loss comes near 0
     state, layout = sharded_state(flow, optimizer, jax.random.key(0), mesh, ema=ema_decay > 0)
     function = make_train_step(
         flow, optimizer, Noise("gaussian", 0.1), drop_label=0.2, ema_decay=ema_decay, accumulation=accumulation
     )  # fmt: skip
+    chex.clear_trace_counter()
     step = jax.jit(chex.assert_max_traces(function, 1), donate_argnums=0, out_shardings=(layout, None))
     rng, losses = np.random.default_rng(0), []
     rows = batch_sharding(mesh)
@@ -174,9 +177,9 @@ def test_schedule_and_workdir(tmp_path):
     config = digits.get_config()
     recipe = Recipe(config)
     schedule = recipe.schedule()
-    assert float(schedule(0)) == pytest.approx(1e-6)
+    assert float(schedule(0)) == pytest.approx(1e-6, rel=1e-4)
     assert float(schedule(config.optimizer.warmup_steps)) == pytest.approx(1e-3)
-    assert float(schedule(config.train.num_steps)) == pytest.approx(1e-6)
+    assert float(schedule(config.train.num_steps)) == pytest.approx(1e-6, rel=1e-4)
     recipe.claim(tmp_path)
     config.train.log_every = 7  # free
     Recipe(config).claim(tmp_path)

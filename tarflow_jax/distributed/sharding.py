@@ -41,7 +41,7 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
       ValueError: a leaf matches no rule or several, or a mesh axis does not divide its dimension.
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, _spec(mesh, _name(path), leaf.shape)), tree
+        lambda path, leaf: NamedSharding(mesh, _spec(mesh, leaf_name(path), leaf.shape)), tree
     )
 
 
@@ -49,8 +49,8 @@ def summary(mesh: Mesh, tree: Any) -> str:
     """One line a group of like-named, like-sharded leaves: count, numbers, where they lie."""
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = re.sub(r"block_\d+", "block_*", _name(path))
-        spec = _spec(mesh, _name(path), leaf.shape)
+        name = re.sub(r"block_\d+", "block_*", leaf_name(path))
+        spec = _spec(mesh, leaf_name(path), leaf.shape)
         axes = ", ".join("·" if axis is None else str(axis) for axis in spec) or "replicated"
         groups[name, axes].append(math.prod(leaf.shape))
     shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
@@ -72,5 +72,6 @@ def _spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
     return matches[0]
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """A leaf's path in its tree, as "variables/params/block_0/…"."""
     return "/".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path)

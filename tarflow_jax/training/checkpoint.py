@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from tarflow_jax.distributed import leaf_name
+
 logger = logging.getLogger(__name__)
 
 
@@ -26,7 +28,9 @@ class Checkpoints:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._seals = self._folder.parent / "checksums"
         self._manager = ocp.CheckpointManager(
-            self._folder, options=ocp.CheckpointManagerOptions(max_to_keep=keep)
+            self._folder,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep),
+            item_handlers=ocp.StandardCheckpointHandler(),  # without it, metadata cannot be read before restoring
         )
         self._sealing: threading.Thread | None = None
 
@@ -72,13 +76,11 @@ class Checkpoints:
             problem = self._problem(step)
             if problem is None:
                 try:
+                    self._check_shapes(step, abstract_state)
                     return step, self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+                except _AnotherStateError:
+                    raise
                 except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-                    if self._seal_of(step).exists():
-                        raise ValueError(
-                            f"checkpoint {self._folder / str(step)} holds another state than this "
-                            f"configuration's: {_first_line(error)}"
-                        ) from error
                     problem = _first_line(error)
             logger.warning("skipping checkpoint %s: %s", self._folder / str(step), problem)
         if steps:
@@ -91,6 +93,16 @@ class Checkpoints:
         """Waits for the last checkpoint and lets go of the folder."""
         self.wait()
         self._manager.close()
+
+    def _check_shapes(self, step: int, abstract_state: Any) -> None:
+        stored = _shapes(self._manager.item_metadata(step))
+        expected = _shapes(abstract_state)
+        for name in sorted(stored.keys() | expected.keys()):
+            if stored.get(name) != expected.get(name):
+                raise _AnotherStateError(
+                    f"checkpoint {self._folder / str(step)} holds another state than this configuration's: "
+                    f"{name} is {stored.get(name, 'missing')} there and {expected.get(name, 'missing')} here"
+                )
 
     def _seal_of(self, step: int) -> Path:
         return self._seals / f"{step}.json"
@@ -122,6 +134,14 @@ class Checkpoints:
             name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
         )
         return f"{wrong[0]} is missing or damaged" if wrong else None
+
+
+class _AnotherStateError(ValueError):
+    pass
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {leaf_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def _checksums(folder: Path) -> dict[str, str]:

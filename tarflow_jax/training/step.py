@@ -40,7 +40,8 @@ def make_train_step(
         gradients, metrics, z = accumulated_gradients(flow, state.variables, noisy, labels, accumulation)
 
         params = state.variables["params"]
-        updates, opt_state = optimizer.update(gradients, state.opt_state, params)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+            updates, opt_state = optimizer.update(gradients, state.opt_state, params)
         params = optax.apply_updates(params, updates)
         variables = {**state.variables, "params": params}
         if flow.config.volume_preserving:
@@ -48,7 +49,7 @@ def make_train_step(
         ema_params = state.ema_params
         if ema_params is not None:
             ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay)
-        metrics["grad_norm"] = optax.global_norm(gradients)
+        metrics["grad_norm"] = optax.tree.norm(gradients)
         return TrainState(state.step + 1, variables, opt_state, ema_params), metrics
 
     return step
