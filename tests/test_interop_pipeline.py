@@ -1,9 +1,12 @@
-"""The front door's way in and out: what goes out comes back, bit for bit."""
+"""The front door's way in and out: what is saved samples as what was trained, bit for bit."""
 
+import jax
 import numpy as np
 
+from configs import digits
 from tarflow_jax import Noise, TarFlowPipeline
 from tarflow_jax.interop.layout import flatten
+from tarflow_jax.training import train
 
 
 def assert_same(pipe, other):
@@ -12,6 +15,19 @@ def assert_same(pipe, other):
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_array_equal(theirs[name], ours[name])
+
+
+def test_trained_run_saved_and_opened_samples_the_same(tmp_path):
+    config = digits.get_config("smoke")
+    config.train.num_steps = 2
+    config.data.data_dir = str(tmp_path / "data")
+    train(config, tmp_path / "run", lambda step, variables: None)
+    pipe = TarFlowPipeline.from_pretrained(tmp_path / "run")
+    pipe.save_pretrained(tmp_path / "saved")
+    other = TarFlowPipeline.from_pretrained(tmp_path / "saved")
+    assert_same(pipe, other)
+    images, again = (p.sample(jax.random.key(0), 4, np.arange(4)) for p in (pipe, other))
+    np.testing.assert_array_equal(again, images)
 
 
 def test_to_torch_and_back(load_golden, tmp_path):
