@@ -1,6 +1,9 @@
 """Handwritten digits, 8x8, class-conditional: trains on any laptop.
 
 python -m launch.train --config=configs/digits.py --workdir=runs/digits
+
+Measured 2026-11-24 on 2 cores of an AMD EPYC, float32, jax 0.10.2, seed 0: 5.8 minutes, figures included;
+test loss -1.040 (with 1,200 steps -1.049).
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,9 @@
-"""Fashion-MNIST, 28x28, class-conditional: half an hour on a laptop.
+"""Fashion-MNIST, 28x28, class-conditional.
 
 python -m launch.train --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
+
+About 1 step a second on 2 cores of an AMD EPYC (float32, jax 0.10.2, 2026-11-24), so half an hour.
+Bits/dim of the likelihood variant: not measured yet; the PyTorch reference reaches 4.13 with the same recipe.
 """
 
 from ml_collections import ConfigDict

@@ -18,6 +18,7 @@ from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance
 from tarflow_jax.training import Recipe, train
 from tarflow_jax.training.loop import evaluate_loss
+from tarflow_jax.training.workdir import write_results
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Recipe, as configs/digits.py or configs/digits.py:smoke."
@@ -44,6 +45,8 @@ def main(argv: Sequence[str]) -> None:
     state = train(config, workdir, preview)
     variables = state.sampling_variables
     test_loss = evaluate_loss(recipe, variables)
+    if jax.process_index() == 0:
+        write_results(workdir, {"test loss (nats/dim, less ½ log 2π)": test_loss})
     pipe = TarFlowPipeline(recipe.model, variables, recipe.noise, mesh=recipe.mesh())
     paths = common.showcase(pipe, figures, guidance, denoise_multiplier=config.sample.denoise_multiplier)
     rows = {

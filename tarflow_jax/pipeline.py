@@ -17,8 +17,8 @@ from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.likelihood import bits_per_dim, log_prob
 from tarflow_jax.noise import Noise, dequantise
 from tarflow_jax.sampling import Guidance, decode, denoise
-from tarflow_jax.training import Checkpoints, Recipe
-from tarflow_jax.training.state import sharded_state
+from tarflow_jax.sampling.memory import backward_bytes, decode_bytes, forward_bytes
+from tarflow_jax.training.workdir import read_workdir
 
 DEFAULT_MEMORY_BOUND = 2 * 2**30
 
@@ -31,7 +31,7 @@ class TarFlowPipeline:
 
     Attributes:
       config: the model's shape.
-      variables: its parameters (the averaged ones where an average was kept) and, in VP mode, its prior.
+      variables: the parameters in use (the averaged ones where an average was kept) and, in VP mode, the prior.
       noise: what it was trained with; None if unknown.
     """
 
@@ -41,6 +41,8 @@ class TarFlowPipeline:
         variables: Mapping[str, Any],
         noise: Noise | None = None,
         *,
+        ema_params: Mapping[str, Any] | None = None,
+        card: Mapping[str, Any] | None = None,
         mesh: Mesh | None = None,
         memory_bound: int = DEFAULT_MEMORY_BOUND,
     ) -> None:
@@ -48,10 +50,16 @@ class TarFlowPipeline:
 
         Args:
           config: the model's shape. variables: of that shape. noise: of its training.
+          ema_params: the parameters' average, used instead of the raw ones, which are kept to be saved beside it.
+          card: what a saved model's card tells, see `interop.save_model`.
           mesh: devices to spread over (`tarflow_jax.distributed.make_mesh`); None is the default device.
           memory_bound: bytes that a batch's activations may take, on all devices together.
         """
         self.config, self.noise, self._mesh, self._memory_bound = config, noise, mesh, memory_bound
+        self._card, self._raw_params = card, None
+        if ema_params is not None:
+            self._raw_params = variables["params"]
+            variables = {**variables, "params": ema_params}
         if mesh is None:
             self._rows: jax.sharding.Sharding = SingleDeviceSharding(jax.devices()[0])
             self.variables = jax.device_put(dict(variables), self._rows)
@@ -59,18 +67,15 @@ class TarFlowPipeline:
             self._rows = batch_sharding(mesh)
             self.variables = jax.device_put(dict(variables), shardings(mesh, dict(variables)))
         exact = TarFlow(dataclasses.replace(config, dtype="float32"))
-        remat = "full" if _backward_bytes(config) > self._memory_bound // 8 else config.remat
+        remat = "full" if backward_bytes(config) > self._memory_bound // 8 else config.remat
+        self._denoiser = dataclasses.replace(config, remat=remat)
         self._encode = jax.jit(_full_precision(config, TarFlow(config).apply))
         self._log_prob = jax.jit(_full_precision(exact.config, functools.partial(log_prob, exact)))
         self._decode = jax.jit(
             _full_precision(config, functools.partial(decode, config)),
             static_argnames=("target", "trajectory"),
         )
-        self._denoise = jax.jit(
-            _full_precision(
-                config, functools.partial(denoise, TarFlow(dataclasses.replace(config, remat=remat)))
-            )
-        )
+        self._denoise = jax.jit(_full_precision(config, functools.partial(denoise, TarFlow(self._denoiser))))
 
     @property
     def noise_std(self) -> float | None:
@@ -89,12 +94,12 @@ class TarFlowPipeline:
         """
         workdir = Path(name)
         if (workdir / "checkpoints").is_dir():
-            return cls(*_read_workdir(workdir, options.get("mesh")), **options)
+            run = read_workdir(workdir, options.get("mesh"))
+            return cls(
+                run.config, run.variables, run.noise, ema_params=run.ema_params, card=run.card, **options
+            )
         saved = interop.load_model(name)
-        variables = saved.variables
-        if saved.ema_params is not None:
-            variables = {**variables, "params": saved.ema_params}
-        return cls(saved.config, variables, saved.noise, **options)
+        return cls(saved.config, saved.variables, saved.noise, ema_params=saved.ema_params, **options)
 
     @classmethod
     def from_torch(
@@ -117,9 +122,21 @@ class TarFlowPipeline:
     def save_pretrained(
         self, folder: str | Path, *, dtype: str = "float32", card: Mapping[str, Any] | None = None
     ) -> None:
-        """Writes config.json, model.safetensors and a model card; see `interop.save_model`."""
+        """Writes config.json, model.safetensors and a model card; see `interop.save_model`.
+
+        `card` is added to what is known of the run. The average and the raw parameters are both kept.
+        """
+        variables, ema_params = self.variables, None
+        if self._raw_params is not None:
+            variables, ema_params = {**variables, "params": self._raw_params}, variables["params"]
         interop.save_model(
-            folder, config=self.config, variables=self.variables, noise=self.noise, dtype=dtype, card=card
+            folder,
+            config=self.config,
+            variables=variables,
+            noise=self.noise,
+            ema_params=ema_params,
+            dtype=dtype,
+            card={**(self._card or {}), **(card or {})},
         )
 
     def encode(self, images: Any, labels: Any = None) -> tuple[jax.Array, jax.Array]:
@@ -136,7 +153,7 @@ class TarFlowPipeline:
           ValueError: a shape, dtype or label that does not fit the model.
         """
         images, labels = self._check_images(images), self._check_labels(labels, len(images))
-        return self._in_parts(self._encode, _forward_bytes(self.config), images, labels)
+        return self._in_parts(self._encode, forward_bytes(self.config), images, labels)
 
     def decode(
         self,
@@ -164,7 +181,7 @@ class TarFlowPipeline:
         run = functools.partial(self._decode, target=target, trajectory=return_trajectory)
         images, trajectory = self._in_parts(
             lambda variables, z, y: run(variables, z, y, weights, temperature),
-            _decode_bytes(self.config, guided=weights is not None),
+            decode_bytes(self.config, guided=weights is not None),
             latents,
             labels,
         )
@@ -173,7 +190,7 @@ class TarFlowPipeline:
     def log_prob(self, images: Any, labels: Any = None) -> jax.Array:
         """log p(x | label), float32 [B], nats; arguments and errors as of `encode`."""
         images, labels = self._check_images(images), self._check_labels(labels, len(images))
-        return self._in_parts(self._log_prob, _forward_bytes(self.config), images, labels)
+        return self._in_parts(self._log_prob, forward_bytes(self.config), images, labels)
 
     def bits_per_dim(self, key: jax.Array, images_uint8: Any, labels: Any = None) -> jax.Array:
         """Bits per dimension of 8-bit images [B, H, W, K] under uniform dequantisation, float32 [B].
@@ -208,7 +225,7 @@ class TarFlowPipeline:
         images, labels = self._check_images(images), self._check_labels(labels, len(images))
         return self._in_parts(
             lambda variables, x, y: self._denoise(variables, x, y, jnp.float32(std), jnp.float32(multiplier)),
-            _denoise_bytes(self.config, self._memory_bound),
+            backward_bytes(self._denoiser),
             images,
             labels,
         )
@@ -316,46 +333,3 @@ def _full_precision(config: TarFlowConfig, function: Callable[..., Any]) -> Call
             return function(*args, **kwargs)
 
     return wrapped
-
-
-def _read_workdir(workdir: Path, mesh: Mesh | None) -> tuple[TarFlowConfig, dict[str, Any], Noise]:
-    recipe = Recipe.from_workdir(workdir)
-    ema = recipe.config.optimizer.ema_decay > 0
-    layout = mesh or jax.sharding.Mesh(
-        np.array(jax.devices()[:1]).reshape(1, 1, 1), ("data", "fsdp", "tensor")
-    )
-    state, _ = sharded_state(TarFlow(recipe.model), recipe.optimizer(), jax.random.key(0), layout, ema=ema)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    found = checkpoints.restore(shapes)
-    checkpoints.close()
-    if found is None:
-        raise FileNotFoundError(
-            f"{workdir} holds no checkpoint yet; train until train.checkpoint_every first"
-        )
-    return recipe.model, found[1].sampling_variables, recipe.noise
-
-
-# Bytes of activations an image takes: rough, for choosing batches that fit.
-
-
-def _forward_bytes(config: TarFlowConfig) -> int:
-    """One layer's live activations: the residual stream, qkv, the MLP's hidden layer, attention logits."""
-    return 4 * config.num_tokens * (16 * config.width + 2 * config.num_heads * config.num_tokens)
-
-
-def _backward_bytes(config: TarFlowConfig) -> int:
-    """Every layer's activations, kept for the gradient."""
-    return sum(config.depths) * _forward_bytes(config)
-
-
-def _denoise_bytes(config: TarFlowConfig, memory_bound: int) -> int:
-    """As the gradient needs them, or one residual stream a layer where layers are recomputed."""
-    if _backward_bytes(config) > memory_bound // 8:
-        return _forward_bytes(config) + 4 * sum(config.depths) * config.num_tokens * config.width
-    return _backward_bytes(config)
-
-
-def _decode_bytes(config: TarFlowConfig, *, guided: bool) -> int:
-    """A block's key/value caches."""
-    return (2 if guided else 1) * max(config.depths) * 2 * 4 * config.num_tokens * config.width * 2

@@ -5,6 +5,7 @@ import numpy as np
 
 from configs import digits
 from tarflow_jax import Noise, TarFlowPipeline
+from tarflow_jax.interop import load_model
 from tarflow_jax.interop.layout import flatten
 from tarflow_jax.training import train
 
@@ -20,12 +21,22 @@ def assert_same(pipe, other):
 def test_trained_run_saved_and_opened_samples_the_same(tmp_path):
     config = digits.get_config("smoke")
     config.train.num_steps = 2
+    config.optimizer.ema_decay = 0.5
     config.data.data_dir = str(tmp_path / "data")
     train(config, tmp_path / "run", lambda step, variables: None)
     pipe = TarFlowPipeline.from_pretrained(tmp_path / "run")
     pipe.save_pretrained(tmp_path / "saved")
     other = TarFlowPipeline.from_pretrained(tmp_path / "saved")
     assert_same(pipe, other)
+    saved = load_model(tmp_path / "saved")
+    raw, average = flatten(saved.variables["params"]), flatten(saved.ema_params)
+    assert any(not np.array_equal(raw[name], average[name]) for name in raw)
+    np.testing.assert_array_equal(
+        other.variables["params"]["block_0"]["project_out"]["bias"], average["block_0/project_out/bias"]
+    )
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert 'datasets: ["digits"]' in card
+    assert "| steps | 2 |" in card
     images, again = (p.sample(jax.random.key(0), 4, np.arange(4)) for p in (pipe, other))
     np.testing.assert_array_equal(again, images)
 

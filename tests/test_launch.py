@@ -59,8 +59,8 @@ def test_train_leaves_metrics_and_figures_that_differ(workdir):
     assert steps == sorted(set(steps))
     assert steps[-1] == 20
     assert all(np.isfinite(line["loss"]) for line in lines)
-    pictures = [np.asarray(Image.open(workdir / "figures" / f"{name}.png")) for name in FIGURES]
-    assert len({picture.tobytes() for picture in pictures}) == len(FIGURES)
+    pictures = {(workdir / "figures" / f"{name}.png").read_bytes() for name in FIGURES}
+    assert len(pictures) == len(FIGURES)
 
 
 def test_sample_writes_grid_images_and_animation(workdir, tmp_path):
@@ -73,12 +73,14 @@ def test_sample_writes_grid_images_and_animation(workdir, tmp_path):
         "--denoise",
     )
     assert code == 0, err
-    samples = np.load(tmp_path / "samples.npz", allow_pickle=False)
-    assert samples["arr_0"].shape == (6, 8, 8, 3)  # the format has three channels
-    assert samples["arr_0"].dtype == np.uint8
-    np.testing.assert_array_equal(samples["arr_1"], np.arange(6))
-    assert Image.open(tmp_path / "trajectory.gif").n_frames == 4  # latents, two blocks, denoised
-    assert Image.open(tmp_path / "samples.png").size == (3 * 34 - 2, 2 * 34 - 2)
+    with np.load(tmp_path / "samples.npz", allow_pickle=False) as samples:
+        assert samples["arr_0"].shape == (6, 8, 8, 3)  # the format has three channels
+        assert samples["arr_0"].dtype == np.uint8
+        np.testing.assert_array_equal(samples["arr_1"], np.arange(6))
+    with Image.open(tmp_path / "trajectory.gif") as animation:
+        assert animation.n_frames == 4  # latents, two blocks, denoised
+    with Image.open(tmp_path / "samples.png") as picture:
+        assert picture.size == (3 * 34 - 2, 2 * 34 - 2)
 
 
 @pytest.mark.parametrize(

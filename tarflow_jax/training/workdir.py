@@ -1,0 +1,82 @@
+"""A training run's folder, read back."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from tarflow_jax.distributed import make_mesh
+from tarflow_jax.flow import TarFlow, TarFlowConfig
+from tarflow_jax.noise import Noise
+from tarflow_jax.training.checkpoint import Checkpoints
+from tarflow_jax.training.recipe import Recipe
+from tarflow_jax.training.state import sharded_state
+
+RESULTS = "results.json"
+
+
+class TrainedRun(NamedTuple):
+    """What a run's last checkpoint holds, and what a model card tells of the run.
+
+    Attributes:
+      config, noise: of the recipe.
+      variables: {"params": …} and, in VP mode, {"prior": …}.
+      ema_params: the parameters' average, or None.
+      card: see `interop.save_model`.
+    """
+
+    config: TarFlowConfig
+    noise: Noise
+    variables: dict[str, Any]
+    ema_params: dict[str, Any] | None
+    card: dict[str, Any]
+
+
+def read_workdir(workdir: Path, mesh: Mesh | None = None) -> TrainedRun:
+    """Reads the last whole checkpoint, onto `mesh` or the default device.
+
+    Raises:
+      FileNotFoundError: no config or no checkpoint there. ValueError: they are damaged.
+    """
+    recipe = Recipe.from_workdir(workdir)
+    state, _ = sharded_state(
+        TarFlow(recipe.model),
+        recipe.optimizer(),
+        jax.random.key(0),
+        mesh or make_mesh(devices=jax.devices()[:1]),
+        ema=recipe.config.optimizer.ema_decay > 0,
+    )
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    found = checkpoints.restore(
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+    )
+    checkpoints.close()
+    if found is None:
+        raise FileNotFoundError(
+            f"{workdir} holds no checkpoint yet; train until train.checkpoint_every first"
+        )
+    step, state = found
+    return TrainedRun(
+        recipe.model, recipe.noise, state.variables, state.ema_params, _card(recipe, workdir, step)
+    )
+
+
+def write_results(workdir: Path, results: dict[str, float]) -> None:
+    """Keeps a finished run's figures, for its model card."""
+    temporary = workdir / (RESULTS + ".tmp")
+    temporary.write_text(json.dumps(results) + "\n")
+    temporary.replace(workdir / RESULTS)
+
+
+def _card(recipe: Recipe, workdir: Path, step: int) -> dict[str, Any]:
+    fields = recipe.config.train
+    results = json.loads((workdir / RESULTS).read_text()) if (workdir / RESULTS).exists() else {}
+    return {
+        "name": workdir.resolve().name,
+        "datasets": [recipe.config.data.source],
+        "training": {"steps": step, "batch size": fields.batch_size, "seed": fields.seed},
+        "metrics": {name: float(np.round(value, 4)) for name, value in results.items()},
+    }
