@@ -22,6 +22,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "num_blocks": 4,
             "layers_per_block": 2,
             "num_classes": 10,
+            "remat": "full",  # on a CPU computing again is faster than keeping (docs/performance.md)
         }
     )
     # No flips: letters, flags and arrows would come out mirrored.

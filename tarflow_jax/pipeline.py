@@ -21,6 +21,8 @@ from tarflow_jax.sampling.memory import backward_bytes, decode_bytes, forward_by
 from tarflow_jax.training.workdir import read_workdir
 
 DEFAULT_MEMORY_BOUND = 2 * 2**30
+# On a CPU a gradient is fastest with few activations, computed again where they can be (docs/performance.md).
+_CPU_BACKWARD_BOUND = 44 * 2**20
 
 
 class TarFlowPipeline:
@@ -67,7 +69,11 @@ class TarFlowPipeline:
             self._rows = batch_sharding(mesh)
             self.variables = jax.device_put(dict(variables), shardings(mesh, dict(variables)))
         exact = TarFlow(dataclasses.replace(config, dtype="float32"))
-        remat = "full" if backward_bytes(config) > self._memory_bound // 8 else config.remat
+        self._backward_bound = memory_bound
+        if next(iter(self._rows.device_set)).platform == "cpu":
+            self._backward_bound = min(memory_bound, _CPU_BACKWARD_BOUND)
+        keep_all = dataclasses.replace(config, remat="none")
+        remat = "full" if backward_bytes(keep_all) > self._backward_bound // 8 else "none"
         self._denoiser = dataclasses.replace(config, remat=remat)
         self._encode = jax.jit(_full_precision(config, TarFlow(config).apply))
         self._log_prob = jax.jit(_full_precision(exact.config, functools.partial(log_prob, exact)))
@@ -228,6 +234,7 @@ class TarFlowPipeline:
             backward_bytes(self._denoiser),
             images,
             labels,
+            self._backward_bound,
         )
 
     def sample(
@@ -267,12 +274,17 @@ class TarFlowPipeline:
         return jax.random.normal(key, (num_images, *self.config.image_shape), jnp.float32)
 
     def _in_parts(
-        self, function: Callable[..., Any], bytes_per_image: int, images: jax.Array, labels: jax.Array | None
+        self,
+        function: Callable[..., Any],
+        bytes_per_image: int,
+        images: jax.Array,
+        labels: jax.Array | None,
+        memory_bound: int | None = None,
     ) -> Any:
         """function(variables, images, labels), a bounded number of images at a time."""
         total = len(images)
         shards = 1 if self._mesh is None else self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        bound = max(self._memory_bound // bytes_per_image // shards, 1) * shards
+        bound = max((memory_bound or self._memory_bound) // bytes_per_image // shards, 1) * shards
         size = min(bound, -(-total // shards) * shards)
 
         def part(start: int) -> Any:

@@ -77,7 +77,7 @@ def test_round_trip_and_log_det_of_the_inverse(config):
     def inverse(z):
         return decode(config, variables, z[None], labels if labels is None else labels[:1])[0].ravel()
 
-    jacobian = jax.jit(jax.jacfwd(inverse))(latents[0]).reshape(config.num_dims, config.num_dims)
+    jacobian = jax.jit(jax.jacrev(inverse))(latents[0]).reshape(config.num_dims, config.num_dims)
     np.testing.assert_allclose(np.linalg.slogdet(jacobian)[1], -log_det[0], atol=1e-3)
 
 
@@ -89,7 +89,7 @@ def test_log_det_is_that_of_the_full_jacobian(config):
     def forward(x):
         return encode(config, variables, x[None], labels)[0].ravel()
 
-    jacobian = jax.jit(jax.jacfwd(forward))(image).reshape(config.num_dims, config.num_dims)
+    jacobian = jax.jit(jax.jacrev(forward))(image).reshape(config.num_dims, config.num_dims)
     log_det = encode(config, variables, image[None], labels)[1][0]
     np.testing.assert_allclose(np.linalg.slogdet(jacobian)[1], log_det, atol=1e-4)
 
@@ -104,7 +104,7 @@ def test_a_block_is_causal_in_its_own_order(index):
         z, _ = FlowBlock(config, index).apply({"params": params}, x[None])
         return permute(z, index)[0]
 
-    in_order = jax.jit(jax.jacfwd(lambda x: forward(permute(x, index, axis=0))))
+    in_order = jax.jit(jax.jacrev(lambda x: forward(permute(x, index, axis=0))))
     jacobian = in_order(permute(tokens, index, axis=0))
     size = jnp.abs(jacobian).max((1, 3))  # [T, T]
     assert float(jnp.triu(size, 1).max()) == 0

@@ -17,20 +17,20 @@ def attend(
     """softmax(q k / (temperature sqrt(H))) v, where query s sees the keys at positions <= start + s.
 
     Args:
-      query: [B, S, N, H], at positions start .. start + S - 1.
-      key, value: [B, R, N, H], at positions 0 .. R - 1.
+      query: [B, N, S, H], at positions start .. start + S - 1.
+      key, value: [B, N, R, H], at positions 0 .. R - 1.
       start: position of the first query.
       temperature: [B], divides the logits of each example (attention-temperature guidance), or None for 1.
 
     Returns:
-      [B, S, N, H], in the dtype of `query`. Logits and softmax are float32.
+      [B, N, S, H], in the dtype of `query`. Logits and softmax are float32.
     """
     scale = jnp.full((query.shape[0],), query.shape[-1] ** -0.5, jnp.float32)
     if temperature is not None:
         scale = scale / temperature
-    logits = jnp.einsum("BSNH,BRNH->BNSR", query, key, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("BNSH,BNRH->BNSR", query, key, preferred_element_type=jnp.float32)
     logits = logits * scale[:, None, None, None]
-    visible = jnp.arange(key.shape[1])[None, :] <= start + jnp.arange(query.shape[1])[:, None]  # [S, R]
+    visible = jnp.arange(key.shape[2])[None, :] <= start + jnp.arange(query.shape[2])[:, None]  # [S, R]
     logits = jnp.where(visible[None, None], logits, _MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
-    return jnp.einsum("BNSR,BRNH->BSNH", weights, value)
+    return jnp.einsum("BNSR,BNRH->BNSH", weights, value)

@@ -1,5 +1,6 @@
 """One autoregressive flow block: permute -> causal transformer -> affine map (section 3.1 of the paper)."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.flow.permutation import permute
+from tarflow_jax.flow.product import dense_product
 from tarflow_jax.flow.transformer import KVCache, TransformerLayer, kernel_init
 
 _embedding_init = nn.initializers.normal(0.01)
@@ -35,7 +37,8 @@ class FlowBlock(nn.Module):
     def setup(self) -> None:
         config, depth = self.config, self.config.depths[self.index]
         outputs = config.token_dim * (1 if config.volume_preserving else 2)
-        self.project_in = nn.Dense(config.width, dtype=config.compute_dtype, kernel_init=kernel_init)
+        dense = functools.partial(nn.Dense, dtype=config.compute_dtype, dot_general=dense_product)
+        self.project_in = dense(config.width, kernel_init=kernel_init)
         self.position_embedding = self.param(
             "position_embedding", _embedding_init, (config.num_tokens, config.width)
         )
@@ -43,9 +46,7 @@ class FlowBlock(nn.Module):
             self.class_embedding = self.param(
                 "class_embedding", _embedding_init, (config.num_classes, config.width)
             )
-        self.project_out = nn.Dense(
-            outputs, dtype=config.compute_dtype, kernel_init=nn.initializers.zeros
-        )  # zero: a new flow is the identity
+        self.project_out = dense(outputs, kernel_init=nn.initializers.zeros)  # a new flow is the identity
         self.layers: Any = (
             [TransformerLayer(config) for _ in range(depth)]
             if self.unrolled

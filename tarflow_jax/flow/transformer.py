@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from tarflow_jax.flow.attention import attend
 from tarflow_jax.flow.config import TarFlowConfig
+from tarflow_jax.flow.product import dense_product
 
 MLP_EXPANSION = 4
 
@@ -16,21 +17,24 @@ kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens a layer has seen, by position: each [B, R, N, H]."""
+    """Keys and values of the tokens a layer has seen, by position: each [B, N, R, H].
+
+    Positions come next to the head dimension, so that attending reads a head's cache as it lies in memory.
+    """
 
     key: jax.Array
     value: jax.Array
 
     @classmethod
     def zeros(cls, config: TarFlowConfig, batch_size: int, length: int) -> "KVCache":
-        shape = (batch_size, length, config.num_heads, config.head_dim)
+        shape = (batch_size, config.num_heads, length, config.head_dim)
         return cls(jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))
 
     def write(self, key: jax.Array, value: jax.Array, start: jax.Array | int) -> "KVCache":
-        """Puts the keys and values [B, S, N, H] of new tokens at positions start .. start + S - 1."""
+        """Puts the keys and values [B, N, S, H] of new tokens at positions start .. start + S - 1."""
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=1)
+            return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=2)
 
         return KVCache(put(self.key, key), put(self.value, value))
 
@@ -79,15 +83,13 @@ class TransformerLayer(nn.Module):
         heads = (config.num_heads, config.head_dim)
 
         h = self._norm("attention_norm")(x).astype(dtype)
-        qkv = nn.DenseGeneral((3, *heads), dtype=dtype, kernel_init=kernel_init, name="qkv")(h)
-        query, key, value = (qkv[:, :, i] for i in range(3))  # each [B, S, N, H]
+        qkv = self._dense((3, *heads), "qkv")(h)
+        query, key, value = qkv.transpose(2, 0, 3, 1, 4)  # each [B, N, S, H]
         if cache is not None:
             cache = cache.write(key, value, start)
             key, value = cache
         h = attend(query, key, value, start, temperature)
-        h = nn.DenseGeneral(
-            config.width, axis=(-2, -1), dtype=dtype, kernel_init=kernel_init, name="attention_out"
-        )(h)
+        h = self._dense(config.width, "attention_out", axis=(-2, -1))(h.swapaxes(1, 2))
         x = x + h.astype(jnp.float32)
 
         h = self._norm("mlp_norm")(x).astype(dtype)
@@ -98,5 +100,14 @@ class TransformerLayer(nn.Module):
     def _norm(self, name: str) -> nn.Module:
         return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32, name=name)
 
-    def _dense(self, features: int, name: str) -> nn.Module:
-        return nn.Dense(features, dtype=self.config.compute_dtype, kernel_init=kernel_init, name=name)
+    def _dense(
+        self, features: int | tuple[int, ...], name: str, axis: int | tuple[int, ...] = -1
+    ) -> nn.Module:
+        return nn.DenseGeneral(
+            features,
+            axis,
+            dtype=self.config.compute_dtype,
+            kernel_init=kernel_init,
+            dot_general=dense_product,
+            name=name,
+        )
