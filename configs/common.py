@@ -18,6 +18,7 @@ def get_config() -> ConfigDict:
             "volume_preserving": False,
             "dtype": "float32",  # of matrix products; or bfloat16
             "remat": "none",  # what the backward pass recomputes; or dots, full
+            "attention": "auto",  # kernel for whole sequences; or plain, cudnn, splash
         }
     )
     config.data = ConfigDict(

@@ -1,6 +1,7 @@
 """What must always hold of the flow: round trips, Jacobians, causality, the reference's figures."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -10,7 +11,10 @@ import pytest
 from tiny_models import LABELS, TINY, VP, decode, encode, images_of, new_variables, random_variables
 
 from tarflow_jax import TarFlow, TarFlowConfig
+from tarflow_jax.distributed import make_mesh
 from tarflow_jax.flow import FlowBlock, permute, to_images, to_tokens, unstack_layers, updated_prior
+from tarflow_jax.flow.attention import attend, choose_kernel, splash
+from tarflow_jax.flow.product import dense_product
 from tarflow_jax.flow.transformer import gelu
 from tarflow_jax.likelihood import bits_per_dim, log_prob, training_loss
 from tarflow_jax.sampling import denoise
@@ -220,3 +224,41 @@ def test_config_survives_json_and_refuses_what_it_does_not_know():
         TarFlowConfig.from_dict({**TINY.to_dict(), "width": "16"})
     with pytest.raises(ValueError, match="lacks width"):
         TarFlowConfig.from_dict({name: value for name, value in TINY.to_dict().items() if name != "width"})
+
+
+def test_splash_attention_is_attention_forwards_and_backwards():
+    query, key, value = jax.random.normal(jax.random.key(0), (3, 8, 2, 128, 64))
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+
+    def gradients(attention):
+        def loss(*inputs):
+            return jnp.sin(attention(*inputs)).sum()
+
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))(query, key, value)
+
+    expected = gradients(attend)
+    splash_interpreted = functools.partial(splash, interpret=True)
+    chex.assert_trees_all_close(gradients(splash_interpreted), expected, atol=2e-4, rtol=2e-4)
+    with jax.set_mesh(mesh):
+        chex.assert_trees_all_close(gradients(splash_interpreted), expected, atol=2e-4, rtol=2e-4)
+
+
+def test_the_attention_kernel_is_chosen_in_one_place():
+    assert choose_kernel("auto", 4096, jnp.dtype("bfloat16")) == "plain"  # on a CPU
+    assert choose_kernel("splash", 128, jnp.dtype("float32")) == "splash"
+    with pytest.raises(ValueError, match="attention is 'flash'; expected one of auto"):
+        dataclasses.replace(TINY, attention="flash")
+
+
+def test_the_dense_product_has_the_gradients_of_a_plain_product():
+    x = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
+    dimensions = (((2, 3), (0, 1)), ((), ()))
+    for features in (6, 40):  # narrower and wider than x
+        kernel = jax.random.normal(jax.random.key(1), (4, 5, features))
+
+        def loss(product, x, kernel):
+            return jnp.sin(product(x, kernel, dimensions)).sum()
+
+        gradients = jax.grad(loss, argnums=(1, 2))
+        expected = gradients(jax.lax.dot_general, x, kernel)
+        chex.assert_trees_all_close(gradients(dense_product, x, kernel), expected, rtol=1e-5, atol=1e-6)

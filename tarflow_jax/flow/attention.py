@@ -1,7 +1,13 @@
-"""Causal attention, for whole sequences and for new tokens behind a cache."""
+"""Causal attention: the plain one, and the kernels that platforms have for whole sequences."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+KERNELS = ("auto", "plain", "cudnn", "splash")
+SPLASH_MIN_TOKENS = 1024
 
 # Finite, because a fully masked row must give 0 * finite, never NaN, in the backward pass.
 _MASKED = -1e30
@@ -34,3 +40,64 @@ def attend(
     logits = jnp.where(visible[None, None], logits, _MASKED)
     weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
     return jnp.einsum("BNSR,BNRH->BNSH", weights, value)
+
+
+def choose_kernel(kernel: str, num_tokens: int, dtype: jnp.dtype) -> str:
+    """ "auto" made definite: cuDNN's on NVIDIA in bfloat16, splash on a TPU from 1,024 tokens, else the plain one."""
+    if kernel != "auto":
+        return kernel
+    device = jax.devices()[0]
+    if device.device_kind.startswith("NVIDIA") and dtype == jnp.bfloat16:
+        return "cudnn"
+    if device.platform == "tpu" and num_tokens >= SPLASH_MIN_TOKENS and num_tokens % 128 == 0:
+        return "splash"
+    return "plain"
+
+
+def attend_whole(query: jax.Array, key: jax.Array, value: jax.Array, kernel: str = "auto") -> jax.Array:
+    """`attend` for a whole sequence, T queries and T keys [B, N, T, H], by one of `KERNELS`."""
+    chosen = choose_kernel(kernel, query.shape[2], query.dtype)
+    if chosen == "cudnn":
+        heads_last = (x.swapaxes(1, 2) for x in (query, key, value))
+        out = jax.nn.dot_product_attention(*heads_last, is_causal=True, implementation="cudnn")
+        return out.swapaxes(1, 2)
+    if chosen == "splash":
+        return splash(query, key, value)
+    return attend(query, key, value)
+
+
+def splash(query: jax.Array, key: jax.Array, value: jax.Array, *, interpret: bool = False) -> jax.Array:
+    """Pallas's blockwise attention for TPUs, which keeps no [T, T] in memory; T is a multiple of 128.
+
+    XLA cannot partition a Pallas call, so under a mesh (`jax.set_mesh`) each device runs its own examples and heads.
+    `interpret` runs it on a CPU, for tests.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    run = functools.partial(_splash, interpret=interpret)
+    if not mesh.empty and mesh.size > 1:
+        spec = PartitionSpec(("data", "fsdp"), "tensor")
+        run = jax.shard_map(run, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+    return run(query * query.shape[-1] ** -0.5, key, value)
+
+
+def _splash(query: jax.Array, key: jax.Array, value: jax.Array, *, interpret: bool) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    _, num_heads, num_tokens, _ = query.shape
+    mask = splash_attention.CausalMask((num_tokens, num_tokens))
+    block = next(size for size in (512, 256, 128) if num_tokens % size == 0)
+    kernel = splash_attention.make_splash_mha(
+        splash_attention.MultiHeadMask([mask] * num_heads),
+        block_sizes=splash_attention.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    return jax.vmap(kernel)(query, key, value)

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from tarflow_jax.flow.attention import KERNELS
+
 REMAT_POLICIES = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
 
@@ -28,6 +30,7 @@ class TarFlowConfig:
       dtype: of the matrix products, "float32" or "bfloat16". Parameters, the residual stream,
         softmax, norms, the affine map and log_det are always float32.
       remat: what the backward pass recomputes in a layer: "none", "dots" (all but matrix products), "full".
+      attention: the kernel for whole sequences: "auto" (the platform's best), "plain", "cudnn" or "splash".
 
     Raises:
       ValueError: one line naming the field, when the shape is impossible.
@@ -44,6 +47,7 @@ class TarFlowConfig:
     head_dim: int = 64
     dtype: str = "float32"
     remat: str = "none"
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
         if isinstance(self.image_size, int):
@@ -83,10 +87,10 @@ class TarFlowConfig:
             raise ValueError(
                 f"layers_per_block lists {len(self.depths)} blocks, but num_blocks is {self.num_blocks}"
             )
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
-        if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat is {self.remat!r}; expected one of {', '.join(REMAT_POLICIES)}")
+        choices = {"dtype": DTYPES, "remat": REMAT_POLICIES, "attention": KERNELS}
+        for name, valid in choices.items():
+            if (value := getattr(self, name)) not in valid:
+                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(valid)}")
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -149,7 +153,7 @@ class TarFlowConfig:
         return cls(**fields)
 
 
-_STRINGS = ("dtype", "remat")
+_STRINGS = ("dtype", "remat", "attention")
 _LISTS = ("image_size", "layers_per_block")
 
 

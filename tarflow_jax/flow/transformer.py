@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tarflow_jax.flow.attention import attend
+from tarflow_jax.flow.attention import attend, attend_whole
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.flow.product import dense_product
 
@@ -88,7 +88,10 @@ class TransformerLayer(nn.Module):
         if cache is not None:
             cache = cache.write(key, value, start)
             key, value = cache
-        h = attend(query, key, value, start, temperature)
+        if cache is None and temperature is None:
+            h = attend_whole(query, key, value, config.attention)
+        else:
+            h = attend(query, key, value, start, temperature)
         h = self._dense(config.width, "attention_out", axis=(-2, -1))(h.swapaxes(1, 2))
         x = x + h.astype(jnp.float32)
 

@@ -74,7 +74,7 @@ class _Run:
     ) -> None:
         fields = recipe.config.train
         self.recipe, self.fields, self.source, self.preview = recipe, fields, source, preview
-        self.guard = guard
+        self.guard, self.mesh = guard, mesh
         self.key = jax.random.key(fields.seed)
         self.schedule = recipe.schedule()
         flow, optimizer = TarFlow(recipe.model), recipe.optimizer()
@@ -135,7 +135,8 @@ class _Run:
         for step, (images, labels) in enumerate(prefetch_to_device(batches, self._put), self.start + 1):
             if step > fields.num_steps:
                 break
-            self.state, metrics = self.step(self.state, images, labels, self.key)
+            with jax.set_mesh(self.mesh):  # attention kernels that XLA cannot partition ask for it
+                self.state, metrics = self.step(self.state, images, labels, self.key)
             if running is not None:
                 # One step behind, so that the host never keeps the device waiting.
                 self._check(step - 1, running)

@@ -1,0 +1,137 @@
+"""What the speed benchmarks share: shapes, floating-point work, timing in turns, the table and its JSON."""
+
+import argparse
+import dataclasses
+import json
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tarflow_jax.flow import TarFlowConfig
+
+# Named patch-width-blocks-layers. "remat" as the recipes have it: on a CPU, computing again is faster than keeping.
+SHAPES = {
+    "fashion_mnist": (TarFlowConfig(28, 1, 4, 128, 4, 4, num_classes=10, remat="full"), 128),
+    "colour64": (TarFlowConfig(64, 3, 8, 256, 4, 4, remat="full"), 32),
+    "deep": (TarFlowConfig(28, 1, 4, 128, 8, 8, num_classes=10, remat="full"), 32),
+    "imagenet64": (TarFlowConfig(64, 3, 2, 768, 8, 8, num_classes=1000, dtype="bfloat16"), 64),
+}
+# Peak dense bfloat16 FLOP/s of a chip, from its data sheet.
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+Run = Callable[[], object]
+
+
+def parse(documentation: str | None, **extra: dict) -> argparse.Namespace:
+    """The command line that both benchmarks share, and options of their own."""
+    parser = argparse.ArgumentParser(
+        description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="fashion_mnist", help="model and batch")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the products; else the shape's")
+    parser.add_argument(
+        "--reference", metavar="DIR", help="a checkout of apple/ml-tarflow to time beside ours"
+    )
+    parser.add_argument("--peer", choices=["transformer-flows"], help="a package to time beside ours")
+    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each")
+    parser.add_argument("--json", metavar="FILE", help="where to write the figures")
+    for name, options in extra.items():
+        parser.add_argument(f"--{name}", **options)
+    return parser.parse_args()
+
+
+def shape(args: argparse.Namespace, **changes: str | None) -> tuple[TarFlowConfig, int]:
+    """(model, batch size) that the command line names; `changes` that are None change nothing."""
+    config, batch = SHAPES[args.shape]
+    changes |= {"dtype": args.dtype or changes.get("dtype")}
+    given = {name: value for name, value in changes.items() if value}
+    return dataclasses.replace(config, **given), batch
+
+
+def forward_flops(config: TarFlowConfig) -> float:
+    """Multiplications and additions of one image's matrix products, encoded; attention counted whole."""
+    tokens, width = config.num_tokens, config.width
+    outputs = config.token_dim * (1 if config.volume_preserving else 2)
+    ends = config.num_blocks * width * (config.token_dim + outputs)
+    layers = sum(config.depths) * (12 * width**2 + 2 * tokens * width)
+    return 2.0 * tokens * (ends + layers)
+
+
+def matmul_flops(dtype: str, size: int = 2048) -> float:
+    """FLOP/s of one large square product, the best of ten, in this process."""
+    a = jnp.ones((size, size), dtype)
+    product = jax.jit(lambda a: a @ a)
+    jax.block_until_ready(product(a))
+    return 2.0 * size**3 / min(seconds(lambda: product(a)) for _ in range(10))
+
+
+def peak_flops(dtype: str) -> tuple[float, str]:
+    """(FLOP/s, what they are): the chip's peak where it is known, else the measured rate of a product."""
+    kind = jax.devices()[0].device_kind
+    for name, flops in sorted(PEAK_FLOPS.items(), key=lambda item: -len(item[0])):
+        if kind.startswith(name) and dtype == "bfloat16":
+            return flops * jax.device_count(), f"{jax.device_count()} x {kind}'s peak"
+    return matmul_flops(dtype), "measured matrix product"
+
+
+def seconds(run: Run) -> float:
+    """Of one run, its results on the device included."""
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+def time_in_turns(runs: dict[str, Run], repeats: int) -> dict[str, dict[str, float]]:
+    """First call, then medians and quartiles of `repeats` calls; the runs alternate, so that a slow minute hits all."""
+    first = {name: seconds(run) for name, run in runs.items()}
+    for run in runs.values():
+        seconds(run)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name].append(seconds(run))
+    figures = {}
+    for name, values in times.items():
+        low, median, high = np.percentile(values, [25, 50, 75])
+        figures[name] = {"first_s": first[name], "median_s": median, "low_s": low, "high_s": high}
+    return figures
+
+
+def table(title: str, figures: dict[str, dict[str, float]], units: int, rival: str | None) -> str:
+    """One line a run: images/s, seconds with their quartiles, first call, and how many times the rival's speed."""
+    lines = [title]
+    for name, row in figures.items():
+        line = (
+            f"  {name:24} {units / row['median_s']:9.1f} images/s  {row['median_s']:8.4f} s "
+            f"[{row['low_s']:.4f}, {row['high_s']:.4f}]  first {row['first_s']:6.1f} s"
+        )
+        if rival in figures:
+            line += f"  {figures[rival]['median_s'] / row['median_s']:6.2f} x"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def write_json(path: str, results: dict) -> None:
+    """The results, with what they were measured on."""
+    device = jax.devices()[0]
+    about = {
+        "date": time.strftime("%Y-%m-%d"),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "device": f"{jax.device_count()} x {device.device_kind}",
+        "machine": platform.machine(),
+    }
+    Path(path).write_text(json.dumps({**about, "results": results}, indent=2) + "\n")

@@ -1,0 +1,82 @@
+"""Training speed: our step, the reference's and a peer's, in turns in one process.
+
+    python -m benchmarks.training --shape=fashion_mnist --reference=../ml-tarflow [--peer=transformer-flows]
+
+Prints images/s, quartiles of the step's seconds, time to the first step (compiling included), the share of the
+machine's matrix-product rate, and the step's memory. Data are random.
+"""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import optax
+
+from benchmarks import common, rivals
+from tarflow_jax.flow import TarFlow, TarFlowConfig
+from tarflow_jax.noise import Noise
+from tarflow_jax.training import make_train_step
+from tarflow_jax.training.state import initial_state
+
+
+def our_step(
+    config: TarFlowConfig, images: np.ndarray, labels: np.ndarray
+) -> tuple[common.Run, Callable[[], int]]:
+    """(the step that launch.train takes, a function that tells the bytes it needs)."""
+    flow, optimizer = TarFlow(config), optax.adamw(1e-3, b1=0.9, b2=0.95, weight_decay=1e-4)
+    step = jax.jit(make_train_step(flow, optimizer, Noise("gaussian", 0.1), drop_label=0.1), donate_argnums=0)
+    key = jax.random.key(0)
+    state = [initial_state(flow, optimizer, key, ema=False)]
+
+    def run() -> object:
+        state[0], metrics = step(state[0], images, labels, key)
+        return state[0], metrics
+
+    return run, lambda: _bytes(step.lower(state[0], images, labels, key).compile())
+
+
+def _bytes(compiled: jax.stages.Compiled) -> int:
+    memory = compiled.memory_analysis()
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+
+
+def main() -> None:
+    """Measures and prints."""
+    args = common.parse(
+        __doc__,
+        batch={"type": int, "help": "images a step; else the shape's"},
+        remat={"choices": ["none", "dots", "full"], "help": "else the shape's"},
+        compile_reference={"action": "store_true", "help": "also the reference under torch.compile"},
+    )
+    config, batch = common.shape(args, remat=args.remat)
+    batch = args.batch or batch
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (batch, *config.image_shape), np.uint8)
+    labels = rng.integers(0, max(config.num_classes, 1), batch).astype(np.int32)
+    floats = images.astype(np.float32) / 127.5 - 1
+
+    ours, step_bytes = our_step(config, images, labels)
+    runs = {"tarflow_jax": ours}
+    if args.reference:
+        runs["reference"] = rivals.Reference(args.reference, config).training(floats, labels)
+    if args.reference and args.compile_reference:
+        compiled = rivals.Reference(args.reference, config, compiled=True)
+        runs["reference, torch.compile"] = compiled.training(floats, labels)
+    if args.peer:
+        runs[args.peer] = rivals.Peer(config).training(floats)
+
+    figures = common.time_in_turns(runs, args.repeats)
+    peak, peak_name = common.peak_flops(config.dtype)
+    flops = 3 * batch * common.forward_flops(config) / figures["tarflow_jax"]["median_s"]
+    figures["tarflow_jax"] |= {"flops": flops, "of_peak": flops / peak, "bytes": step_bytes()}
+    print(common.table(f"training {args.shape}, batch {batch}, {config.dtype}", figures, batch, "reference"))
+    print(
+        f"  {flops / 1e9:,.0f} GFLOP/s, {flops / peak:.0%} of {peak / 1e9:,.0f} ({peak_name}); "
+        f"{figures['tarflow_jax']['bytes'] / 2**20:,.0f} MiB"
+    )
+    if args.json:
+        common.write_json(args.json, {args.shape: figures})
+
+
+if __name__ == "__main__":
+    main()
