@@ -11,12 +11,19 @@ from absl import app, flags
 
 from tarflow_jax.figures import grid, save_png, to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
-from tarflow_jax.sampling import Guidance
+from tarflow_jax.sampling import GaussSeidelJacobi, Guidance, Jacobi, Sequential
 from tarflow_jax.training.loop import NonFiniteError
 from tarflow_jax.training.preemption import Preempted
 
 EXIT_ERROR = 1
 EXIT_PREEMPTED = 75  # "try again later" (sysexits.h): the same command continues
+
+DECODERS = {
+    "sequential": Sequential(),
+    "jacobi": Jacobi(),
+    "gs_jacobi": GaussSeidelJacobi(num_segments=8),
+    "auto": "auto",
+}
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:

@@ -31,6 +31,12 @@ SCHEDULE = flags.DEFINE_enum(
 TEMPERATURE = flags.DEFINE_float("attention_temperature", 1.0, "τ of the unguided pass.")
 DENOISE = flags.DEFINE_bool("denoise", None, "Denoise; if not given, where the training noise was Gaussian.")
 MULTIPLIER = flags.DEFINE_float("denoise_multiplier", 1.0, "s, the factor of the score.")
+DECODER = flags.DEFINE_enum(
+    "decoder",
+    "sequential",
+    list(common.DECODERS),
+    "How blocks are inverted; auto is what tune_decoder found.",
+)
 flags.mark_flags_as_required(["workdir"])
 
 
@@ -45,7 +51,9 @@ def main(argv: Sequence[str]) -> None:
     out = Path(OUT.value or Path(WORKDIR.value) / "samples")
 
     latents = pipe.latents(jax.random.key(SEED.value), count)
-    images, trajectory = pipe.decode(latents, labels, guidance, return_trajectory=True)
+    images, trajectory = pipe.decode(
+        latents, labels, guidance, return_trajectory=True, decoder=common.DECODERS[DECODER.value]
+    )
     denoise = pipe.noise_std is not None if DENOISE.value is None else DENOISE.value
     frames = list(np.asarray(trajectory))
     if denoise:

@@ -12,11 +12,18 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from tarflow_jax import interop
+from tarflow_jax.arguments import (
+    DecoderChoice,
+    check_decoder,
+    check_guidance,
+    check_images,
+    check_labels,
+)
 from tarflow_jax.distributed import batch_sharding, shardings
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.likelihood import bits_per_dim, log_prob
 from tarflow_jax.noise import Noise, dequantise
-from tarflow_jax.sampling import Guidance, decode, denoise
+from tarflow_jax.sampling import Guidance, Schedule, decode, denoise
 from tarflow_jax.sampling.memory import backward_bytes, decode_bytes, forward_bytes
 from tarflow_jax.training.workdir import read_workdir
 
@@ -45,6 +52,7 @@ class TarFlowPipeline:
         *,
         ema_params: Mapping[str, Any] | None = None,
         card: Mapping[str, Any] | None = None,
+        schedule: Schedule | None = None,
         mesh: Mesh | None = None,
         memory_bound: int = DEFAULT_MEMORY_BOUND,
     ) -> None:
@@ -54,11 +62,12 @@ class TarFlowPipeline:
           config: the model's shape. variables: of that shape. noise: of its training.
           ema_params: the parameters' average, used instead of the raw ones, which are kept to be saved beside it.
           card: what a saved model's card tells, see `interop.save_model`.
+          schedule: what `decoder="auto"` uses.
           mesh: devices to spread over (`tarflow_jax.distributed.make_mesh`); None is the default device.
           memory_bound: bytes that a batch's activations may take, on all devices together.
         """
         self.config, self.noise, self._mesh, self._memory_bound = config, noise, mesh, memory_bound
-        self._card, self._raw_params = card, None
+        self.schedule, self._card, self._raw_params = schedule, card, None
         if ema_params is not None:
             self._raw_params = variables["params"]
             variables = {**variables, "params": ema_params}
@@ -70,7 +79,8 @@ class TarFlowPipeline:
             self.variables = jax.device_put(dict(variables), shardings(mesh, dict(variables)))
         exact = TarFlow(dataclasses.replace(config, dtype="float32"))
         self._backward_bound = memory_bound
-        if next(iter(self._rows.device_set)).platform == "cpu":
+        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+        if device.platform == "cpu":
             self._backward_bound = min(memory_bound, _CPU_BACKWARD_BOUND)
         keep_all = dataclasses.replace(config, remat="none")
         remat = "full" if backward_bytes(keep_all) > self._backward_bound // 8 else "none"
@@ -79,7 +89,7 @@ class TarFlowPipeline:
         self._log_prob = jax.jit(_full_precision(exact.config, functools.partial(log_prob, exact)))
         self._decode = jax.jit(
             _full_precision(config, functools.partial(decode, config)),
-            static_argnames=("target", "trajectory"),
+            static_argnames=("target", "trajectory", "decoders"),
         )
         self._denoise = jax.jit(_full_precision(config, functools.partial(denoise, TarFlow(self._denoiser))))
 
@@ -101,11 +111,26 @@ class TarFlowPipeline:
         workdir = Path(name)
         if (workdir / "checkpoints").is_dir():
             run = read_workdir(workdir, options.get("mesh"))
+            schedule = Schedule.read(workdir, run.config.num_blocks)
             return cls(
-                run.config, run.variables, run.noise, ema_params=run.ema_params, card=run.card, **options
+                run.config,
+                run.variables,
+                run.noise,
+                ema_params=run.ema_params,
+                card=run.card,
+                schedule=schedule,
+                **options,
             )
         saved = interop.load_model(name)
-        return cls(saved.config, saved.variables, saved.noise, ema_params=saved.ema_params, **options)
+        schedule = Schedule.read(Path(name), saved.config.num_blocks)
+        return cls(
+            saved.config,
+            saved.variables,
+            saved.noise,
+            ema_params=saved.ema_params,
+            schedule=schedule,
+            **options,
+        )
 
     @classmethod
     def from_torch(
@@ -144,6 +169,8 @@ class TarFlowPipeline:
             dtype=dtype,
             card={**(self._card or {}), **(card or {})},
         )
+        if self.schedule:
+            self.schedule.write(Path(folder))
 
     def encode(self, images: Any, labels: Any = None) -> tuple[jax.Array, jax.Array]:
         """Images -> latents.
@@ -158,7 +185,7 @@ class TarFlowPipeline:
         Raises:
           ValueError: a shape, dtype or label that does not fit the model.
         """
-        images, labels = self._check_images(images), self._check_labels(labels, len(images))
+        images, labels = check_images(self.config, images), check_labels(self.config, labels, len(images))
         return self._in_parts(self._encode, forward_bytes(self.config), images, labels)
 
     def decode(
@@ -167,6 +194,8 @@ class TarFlowPipeline:
         labels: Any = None,
         guidance: Guidance | None = None,
         return_trajectory: bool = False,
+        decoder: DecoderChoice = None,
+        return_statistics: bool = False,
     ) -> Any:
         """Latents -> images, the exact inverse of `encode` when there is no guidance.
 
@@ -175,27 +204,38 @@ class TarFlowPipeline:
           labels: int [B], -1 for no class; None for no class anywhere.
           guidance: see `Guidance`; None or weight 0 for none.
           return_trajectory: also return the images after 0, 1, … F inverted blocks.
+          decoder: `Sequential()` (None; exact), `Jacobi()`, `GaussSeidelJacobi(…)`, a sequence of them by block
+            number, or "auto": what launch.tune_decoder found, `Sequential()` where it did not look.
+          return_statistics: also return each block's updates and last change.
 
         Returns:
-          float32 [B, H, W, K]; with `return_trajectory`, (images, trajectory [F + 1, B, H, W, K]).
+          float32 images [B, H, W, K]; if more is asked for, a tuple with the trajectory [F + 1, B, H, W, K] and
+          (iterations, residual), int32 and float32 [F, B] by block number, behind it.
 
         Raises:
-          ValueError: a shape, dtype or label that does not fit the model, or class guidance of an unconditional one.
+          ValueError: a shape, dtype or label that does not fit the model, class guidance of an unconditional one, or
+            as many decoders as it has no blocks.
         """
-        latents, labels = self._check_images(latents), self._check_labels(labels, len(latents))
-        weights, temperature, target = self._check_guidance(guidance)
-        run = functools.partial(self._decode, target=target, trajectory=return_trajectory)
-        images, trajectory = self._in_parts(
+        latents, labels = check_images(self.config, latents), check_labels(self.config, labels, len(latents))
+        weights, temperature, target = check_guidance(self.config, guidance)
+        decoders = check_decoder(self.config, self.schedule, decoder, len(latents))
+        run = functools.partial(self._decode, target=target, trajectory=return_trajectory, decoders=decoders)
+        decoded = self._in_parts(
             lambda variables, z, y: run(variables, z, y, weights, temperature),
-            decode_bytes(self.config, guided=weights is not None),
+            decode_bytes(self.config, guided=weights is not None, parallel=decoders is not None),
             latents,
             labels,
         )
-        return (images, jnp.moveaxis(trajectory, 1, 0)) if return_trajectory else images
+        results = [decoded.images]
+        if return_trajectory:
+            results.append(jnp.moveaxis(decoded.trajectory, 1, 0))
+        if return_statistics:
+            results.append((decoded.iterations.T, decoded.residual.T))
+        return tuple(results) if results[1:] else decoded.images
 
     def log_prob(self, images: Any, labels: Any = None) -> jax.Array:
         """log p(x | label), float32 [B], nats; arguments and errors as of `encode`."""
-        images, labels = self._check_images(images), self._check_labels(labels, len(images))
+        images, labels = check_images(self.config, images), check_labels(self.config, labels, len(images))
         return self._in_parts(self._log_prob, forward_bytes(self.config), images, labels)
 
     def bits_per_dim(self, key: jax.Array, images_uint8: Any, labels: Any = None) -> jax.Array:
@@ -228,7 +268,7 @@ class TarFlowPipeline:
                 f"denoising needs a model trained with gaussian noise, this one's was {kind}; "
                 + ("pass noise_std if you know it" if self.noise is None else "sample without denoising")
             )
-        images, labels = self._check_images(images), self._check_labels(labels, len(images))
+        images, labels = check_images(self.config, images), check_labels(self.config, labels, len(images))
         return self._in_parts(
             lambda variables, x, y: self._denoise(variables, x, y, jnp.float32(std), jnp.float32(multiplier)),
             backward_bytes(self._denoiser),
@@ -245,6 +285,7 @@ class TarFlowPipeline:
         guidance: Guidance | None = None,
         denoise: bool | None = None,
         denoise_multiplier: float = 1.0,
+        decoder: DecoderChoice = None,
     ) -> jax.Array:
         """Draws images.
 
@@ -255,6 +296,7 @@ class TarFlowPipeline:
           guidance: see `Guidance`.
           denoise: apply `denoise` to what was drawn; None does so for models trained with Gaussian noise.
           denoise_multiplier: see `denoise`.
+          decoder: see `decode`.
 
         Returns:
           float32 [B, H, W, K], around [-1, 1] but not clipped to it.
@@ -266,7 +308,7 @@ class TarFlowPipeline:
             denoise = self.noise_std is not None
         if denoise and self.noise_std is None:
             self.denoise(jnp.zeros((1, *self.config.image_shape)))  # says why not
-        images = self.decode(self.latents(key, num_images), labels, guidance)
+        images = self.decode(self.latents(key, num_images), labels, guidance, decoder=decoder)
         return self.denoise(images, labels, multiplier=denoise_multiplier) if denoise else images
 
     def latents(self, key: jax.Array, num_images: int) -> jax.Array:
@@ -297,44 +339,6 @@ class TarFlowPipeline:
 
         parts = [part(start) for start in range(0, total, size)]
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:total], *parts)
-
-    def _check_images(self, images: Any) -> jax.Array:
-        images = jnp.asarray(images)
-        if not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(
-                f"images are {images.dtype}; expected floats in [-1, 1] (8-bit v is v / 127.5 - 1)"
-            )
-        if images.ndim != 4 or images.shape[1:] != self.config.image_shape or not len(images):
-            raise ValueError(
-                f"images have shape {images.shape}; expected [B, H, W, K] = [B, "
-                f"{', '.join(map(str, self.config.image_shape))}] with B >= 1"
-            )
-        return images.astype(jnp.float32)
-
-    def _check_labels(self, labels: Any, batch_size: int) -> jax.Array | None:
-        if labels is None:
-            return None
-        array, classes = np.asarray(labels), self.config.num_classes
-        if not np.issubdtype(array.dtype, np.integer) or array.shape != (batch_size,):
-            raise ValueError(
-                f"labels are {array.dtype} {array.shape}; expected whole numbers of shape ({batch_size},)"
-            )
-        wrong = array[(array < -1) | (array >= classes)]
-        if len(wrong):
-            valid = f"-1 (no class) to {classes - 1}" if classes else "-1 or None, the model has no classes"
-            raise ValueError(f"label {wrong[0]} is out of range; expected {valid}")
-        return jnp.asarray(array, jnp.int32) if classes else None
-
-    def _check_guidance(self, guidance: Guidance | None) -> tuple[jax.Array | None, jax.Array, str]:
-        if guidance is None or guidance.weight == 0:
-            return None, jnp.float32(1), "both"
-        if not self.config.num_classes and guidance.attention_temperature == 1:
-            raise ValueError(
-                "guidance by class needs a class-conditional model, this one has no classes; "
-                "set an attention temperature other than 1"
-            )
-        temperature = jnp.float32(guidance.attention_temperature)
-        return guidance.weights(self.config.num_tokens), temperature, guidance.target
 
 
 def _full_precision(config: TarFlowConfig, function: Callable[..., Any]) -> Callable[..., Any]:

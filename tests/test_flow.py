@@ -72,7 +72,7 @@ def test_round_trip_and_log_det_of_the_inverse(config):
     labels = LABELS if config.num_classes else None
     latents, log_det = encode(config, variables, images, labels)
     assert float(jnp.abs(log_det).min()) > 0.1
-    decoded, trajectory = decode(config, variables, latents, labels, trajectory=True)
+    decoded, trajectory, *_ = decode(config, variables, latents, labels, trajectory=True)
     np.testing.assert_allclose(decoded, images, atol=2e-5)
     chex.assert_shape(trajectory, (3, config.num_blocks + 1, *config.image_shape))
     np.testing.assert_array_equal(trajectory[:, 0], latents)

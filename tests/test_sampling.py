@@ -45,7 +45,7 @@ def test_the_cached_inverse_equals_the_one_that_recomputes(schedule, temperature
     guidance = Guidance(0.7, "both", schedule, temperature)
     expected = decode_by_recomputing(TINY, variables, latents, LABELS, guidance, temperature)
     weights = guidance.weights(TINY.num_tokens)
-    actual, _ = decode(TINY, variables, latents, LABELS, weights, temperature)
+    actual, *_ = decode(TINY, variables, latents, LABELS, weights, temperature)
     np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
@@ -62,16 +62,16 @@ def test_guidance_weights():
 def test_guidance_that_changes_nothing(config, weight, temperature):
     variables, latents = random_variables(config), images_of(config)
     labels = LABELS if config.num_classes else None
-    plain, _ = decode(config, variables, latents, labels)
+    plain, *_ = decode(config, variables, latents, labels)
     weights = Guidance(weight).weights(config.num_tokens)
-    guided, _ = decode(config, variables, latents, labels, weights, temperature)
+    guided, *_ = decode(config, variables, latents, labels, weights, temperature)
     np.testing.assert_allclose(guided, plain, atol=2e-5)
 
 
 def test_targets_differ_and_unlabelled_images_are_not_guided_by_class():
     variables, latents = random_variables(TINY), images_of(TINY)
     weights = Guidance(1.0).weights(TINY.num_tokens)
-    plain, _ = decode(TINY, variables, latents, LABELS)
+    plain, *_ = decode(TINY, variables, latents, LABELS)
     drawn = {
         t: decode(TINY, variables, latents, LABELS, weights, 1.0, t)[0]
         for t in ("both", "log_scale", "shift")

@@ -30,6 +30,11 @@ class KVCache(NamedTuple):
         shape = (batch_size, config.num_heads, length, config.head_dim)
         return cls(jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))
 
+    def grow(self, length: int) -> "KVCache":
+        """The same with room for `length` tokens."""
+        room = ((0, 0), (0, 0), (0, length - self.key.shape[2]), (0, 0))
+        return KVCache(jnp.pad(self.key, room), jnp.pad(self.value, room))
+
     def write(self, key: jax.Array, value: jax.Array, start: jax.Array | int) -> "KVCache":
         """Puts the keys and values [B, N, S, H] of new tokens at positions start .. start + S - 1."""
 

@@ -1,7 +1,20 @@
-"""z -> x: the inverse of the flow, guidance, and denoising."""
+"""z -> x: the inverses of the flow, guidance, and denoising."""
 
-from tarflow_jax.sampling.decode import decode
+from tarflow_jax.sampling.decode import Decoded, Decoder, decode
 from tarflow_jax.sampling.denoise import denoise
+from tarflow_jax.sampling.fixed_point import GaussSeidelJacobi, Jacobi
 from tarflow_jax.sampling.guidance import Guidance
+from tarflow_jax.sampling.inverse import Sequential
+from tarflow_jax.sampling.schedule import Schedule
 
-__all__ = ["Guidance", "decode", "denoise"]
+__all__ = [
+    "Decoded",
+    "Decoder",
+    "GaussSeidelJacobi",
+    "Guidance",
+    "Jacobi",
+    "Schedule",
+    "Sequential",
+    "decode",
+    "denoise",
+]

@@ -1,13 +1,32 @@
 """latents -> images: the blocks inverted, last to first."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from tarflow_jax.flow import FlowBlock, TarFlowConfig, permute, to_images, to_tokens, unstack_layers
+from tarflow_jax.sampling.fixed_point import GaussSeidelJacobi, Jacobi
 from tarflow_jax.sampling.guidance import GuidedBlock
-from tarflow_jax.sampling.inverse import invert_sequentially
+from tarflow_jax.sampling.inverse import Sequential
+
+Decoder = Sequential | Jacobi | GaussSeidelJacobi
+
+
+class Decoded(NamedTuple):
+    """What `decode` returns.
+
+    Attributes:
+      images: float32 [B, H, W, K].
+      trajectory: the images after 0, 1, … F inverted blocks, [B, F + 1, H, W, K], or None.
+      iterations: updates that each block took, int32 [B, F], by block number.
+      residual: each block's last change, float32 [B, F]; 0 where it was sequential.
+    """
+
+    images: jax.Array
+    trajectory: jax.Array | None
+    iterations: jax.Array
+    residual: jax.Array
 
 
 def decode(
@@ -19,7 +38,8 @@ def decode(
     temperature: jax.Array | float = 1.0,
     target: str = "both",
     trajectory: bool = False,
-) -> tuple[jax.Array, jax.Array | None]:
+    decoders: tuple[Decoder, ...] | None = None,
+) -> Decoded:
     """Inverts the flow.
 
     Args:
@@ -29,20 +49,37 @@ def decode(
       temperature: τ of the unguided pass.
       target: what is guided: "both", "log_scale" or "shift".
       trajectory: whether to return the images on the way.
-
-    Returns:
-      (images, trajectory): float32 [B, H, W, K], and [B, F + 1, H, W, K], the images after 0, 1, … F inverted
-      blocks, or None.
+      decoders: how each block is inverted, by block number; None is `Sequential` for all.
     """
     tokens = to_tokens(config, latents)
-    images = [latents]
+    images, found = [latents], []
     if config.volume_preserving:
         tokens = tokens * jnp.sqrt(variables["prior"]["variance"])[None]
     for k in reversed(range(config.num_blocks)):
-        params = unstack_layers(variables["params"][f"block_{k}"], config.depths[k])
-        block = GuidedBlock(
-            FlowBlock(config, k, unrolled=True), params, labels, weights, jnp.float32(temperature), target
-        )
-        tokens = permute(invert_sequentially(block, permute(tokens, k)), k)
+        block = guided_block(config, variables["params"], k, labels, weights, temperature, target)
+        inverted = (decoders[k] if decoders else Sequential()).invert(block, permute(tokens, k))
+        tokens = permute(inverted.x, k)
         images.append(to_images(config, tokens))
-    return images[-1], jnp.stack(images, axis=1) if trajectory else None
+        found.append(inverted)
+    found.reverse()
+    return Decoded(
+        images[-1],
+        jnp.stack(images, axis=1) if trajectory else None,
+        jnp.stack([inverted.iterations for inverted in found], axis=1),
+        jnp.stack([inverted.residual for inverted in found], axis=1),
+    )
+
+
+def guided_block(
+    config: TarFlowConfig,
+    params: dict[str, Any],
+    k: int,
+    labels: jax.Array | None,
+    weights: jax.Array | None,
+    temperature: jax.Array | float,
+    target: str,
+) -> GuidedBlock:
+    """Block number k with its own parameters, ready to be inverted; arguments as of `decode`."""
+    own = unstack_layers(params[f"block_{k}"], config.depths[k])
+    block = FlowBlock(config, k, unrolled=True)
+    return GuidedBlock(block, own, labels, weights, jnp.float32(temperature), target)

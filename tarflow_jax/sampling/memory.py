@@ -15,7 +15,8 @@ def backward_bytes(config: TarFlowConfig) -> int:
     return sum(config.depths) * forward_bytes(config)
 
 
-def decode_bytes(config: TarFlowConfig, *, guided: bool) -> int:
-    """A block's key/value caches, and as much again for their copies."""
+def decode_bytes(config: TarFlowConfig, *, guided: bool, parallel: bool) -> int:
+    """A block's key/value caches, as much again for their copies, and what parallel updates of all tokens need."""
     passes = 2 if guided else 1
-    return passes * max(config.depths) * 2 * 4 * config.num_tokens * config.width * 2
+    caches = max(config.depths) * 2 * 4 * config.num_tokens * config.width * 2
+    return passes * (caches + (forward_bytes(config) if parallel else 0))

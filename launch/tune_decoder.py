@@ -1,0 +1,87 @@
+"""Finds the fastest decoder of each block of a trained model, and keeps it beside the weights for --decoder=auto.
+
+python -m launch.tune_decoder --workdir=runs/fashion_mnist --num_images=100,16,1
+
+Every candidate runs on the model's own latents; one is chosen only where it keeps every pixel within half an 8-bit
+level of the sequential result. The answer is this machine's and these batch sizes'.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from launch import common
+from tarflow_jax.pipeline import TarFlowPipeline
+from tarflow_jax.sampling import Decoder, Guidance, Schedule
+from tarflow_jax.sampling.fixed_point import DEFAULT_TOLERANCE
+from tarflow_jax.sampling.tuning import Tuning, tune
+
+WORKDIR = flags.DEFINE_string("workdir", None, "A training run's folder, or a saved model's.")
+NUM_IMAGES = flags.DEFINE_list("num_images", ["100", "16", "1"], "Batch sizes to tune for.")
+GUIDANCE = flags.DEFINE_float("guidance", 0.0, "Guidance weight to tune for.")
+TEMPERATURE = flags.DEFINE_float("attention_temperature", 1.0, "τ of the unguided pass.")
+TOLERANCE = flags.DEFINE_float("tolerance", DEFAULT_TOLERANCE, "Of the parallel decoders.", lower_bound=0.0)
+MAX_ERROR = flags.DEFINE_float(
+    "max_error", 1 / 255, "Largest error of a pixel in [-1, 1] units.", lower_bound=0.0
+)
+SEED = flags.DEFINE_integer("seed", 0, "Of the latents.")
+flags.mark_flags_as_required(["workdir"])
+
+
+def main(argv: Sequence[str]) -> None:
+    """Measures, prints a table for each batch size, writes decoder.json."""
+    pipe = TarFlowPipeline.from_pretrained(WORKDIR.value)
+    guidance = Guidance(GUIDANCE.value, attention_temperature=TEMPERATURE.value)
+    weights = guidance.weights(pipe.config.num_tokens) if guidance.weight else None
+    decoders: dict[int, tuple[Decoder, ...]] = {}
+    for count in (common.whole_number("num_images", text) for text in NUM_IMAGES.value):
+        if count < 1:
+            raise ValueError(f"num_images is {count}; expected positive numbers")
+        labels = common.example_labels(pipe.config.num_classes, count)
+        tuning = tune(
+            pipe.config,
+            pipe.variables,
+            pipe.latents(jax.random.key(SEED.value), count),
+            None if labels is None else jax.numpy.asarray(labels),
+            weights,
+            guidance.attention_temperature,
+            tolerance=TOLERANCE.value,
+            max_error=MAX_ERROR.value,
+        )
+        decoders[count] = tuning.decoders
+        print(table(count, tuning))
+    Schedule(decoders).write(Path(WORKDIR.value))
+    print(Path(WORKDIR.value) / "decoder.json")
+
+
+def table(count: int, tuning: Tuning) -> str:
+    """A line a block: what was chosen, and what the sequential decoder took."""
+    lines = [
+        f"{count} images",
+        "block     CRM  decoder                       updates  seconds  sequential    error",
+    ]
+    for report in tuning.reports:
+        chosen = report.chosen
+        lines.append(
+            f"{report.block:5} {report.crm:7.2f}  {describe(chosen.decoder):28} {chosen.iterations:8.1f} "
+            f"{chosen.seconds:8.4f} {report.trials[0].seconds:11.4f} {chosen.error:8.1e}"
+        )
+    lines.append(
+        f"together: {tuning.seconds:.4f} s, sequential {tuning.sequential_seconds:.4f} s, "
+        f"{tuning.sequential_seconds / tuning.seconds:.2f} x; largest error of a pixel {tuning.error:.1e}"
+    )
+    return "\n".join(lines)
+
+
+def describe(decoder: Decoder) -> str:
+    """Its name and what sets it apart."""
+    fields = dataclasses.asdict(decoder)
+    shown = [str(fields[name]) for name in ("num_segments", "init") if name in fields]
+    return f"{type(decoder).__name__}({', '.join(shown)})"
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,76 @@
+"""What callers hand to the pipeline, checked: arrays of the right shape, or one clear line."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tarflow_jax.flow import TarFlowConfig
+from tarflow_jax.sampling import Decoder, GaussSeidelJacobi, Guidance, Jacobi, Schedule, Sequential
+
+DecoderChoice = Decoder | Sequence[Decoder] | str | None
+
+
+def check_images(config: TarFlowConfig, images: Any) -> jax.Array:
+    """float32 [B, H, W, K]; ValueError for another shape, or for whole numbers."""
+    images = jnp.asarray(images)
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise ValueError(f"images are {images.dtype}; expected floats in [-1, 1] (8-bit v is v / 127.5 - 1)")
+    if images.ndim != 4 or images.shape[1:] != config.image_shape or not len(images):
+        raise ValueError(
+            f"images have shape {images.shape}; expected [B, H, W, K] = [B, "
+            f"{', '.join(map(str, config.image_shape))}] with B >= 1"
+        )
+    return images.astype(jnp.float32)
+
+
+def check_labels(config: TarFlowConfig, labels: Any, batch_size: int) -> jax.Array | None:
+    """int32 [B], None where none are given or the model has no classes; ValueError for what is no class."""
+    if labels is None:
+        return None
+    array, classes = np.asarray(labels), config.num_classes
+    if not np.issubdtype(array.dtype, np.integer) or array.shape != (batch_size,):
+        raise ValueError(
+            f"labels are {array.dtype} {array.shape}; expected whole numbers of shape ({batch_size},)"
+        )
+    wrong = array[(array < -1) | (array >= classes)]
+    if len(wrong):
+        valid = f"-1 (no class) to {classes - 1}" if classes else "-1 or None, the model has no classes"
+        raise ValueError(f"label {wrong[0]} is out of range; expected {valid}")
+    return jnp.asarray(array, jnp.int32) if classes else None
+
+
+def check_decoder(
+    config: TarFlowConfig, schedule: Schedule | None, decoder: DecoderChoice, batch_size: int
+) -> tuple[Decoder, ...] | None:
+    """One decoder a block, or None for sequential ones; ValueError for anything else."""
+    if isinstance(decoder, str):
+        if decoder != "auto":
+            raise ValueError(f'decoder is {decoder!r}; expected a decoder, one for each block, or "auto"')
+        return schedule.of(batch_size) if schedule else None
+    if decoder is None or decoder == Sequential():
+        return None
+    if isinstance(decoder, Sequential | Jacobi | GaussSeidelJacobi):
+        return (decoder,) * config.num_blocks
+    if len(decoder) != config.num_blocks:
+        raise ValueError(
+            f"{len(decoder)} decoders are given; expected one for each of {config.num_blocks} blocks"
+        )
+    return tuple(decoder)
+
+
+def check_guidance(
+    config: TarFlowConfig, guidance: Guidance | None
+) -> tuple[jax.Array | None, jax.Array, str]:
+    """(weights [T] or None, temperature, target); ValueError for guidance that the model cannot give."""
+    if guidance is None or guidance.weight == 0:
+        return None, jnp.float32(1), "both"
+    if not config.num_classes and guidance.attention_temperature == 1:
+        raise ValueError(
+            "guidance by class needs a class-conditional model, this one has no classes; "
+            "set an attention temperature other than 1"
+        )
+    temperature = jnp.float32(guidance.attention_temperature)
+    return guidance.weights(config.num_tokens), temperature, guidance.target

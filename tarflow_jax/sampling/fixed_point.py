@@ -1,0 +1,149 @@
+"""Parallel inverses of a block: the fixed point of x <- z exp(log_scale(x)) + shift(x).
+
+The map is causal: token i + 1 of its value depends on tokens 0 .. i alone, and token 0 is known. So each update makes
+at least one more token exact, whatever the others hold, and T - 1 updates give the sequential result; a trained
+model's tokens settle much sooner (arXiv 2505.12849, 2505.24791).
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tarflow_jax.sampling.guidance import GuidedBlock
+from tarflow_jax.sampling.inverse import Inverted, unchanged
+
+INITS = ("latents", "zeros")
+DEFAULT_TOLERANCE = 1e-4
+
+# (tokens, anything) -> (tokens, anything)
+_Update = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Jacobi:
+    """All tokens of a block at once, until none changes by more than the tolerance.
+
+    Attributes:
+      tolerance: the largest change of a token's numbers, in the images' [-1, 1] units, at which an image is done; 0
+        runs until nothing changes, which is the sequential result up to rounding.
+      max_iterations: updates at most; None is T - 1, after which every token is exact.
+      init: tokens to begin with: the block's own input ("latents") or "zeros".
+
+    Raises:
+      ValueError: one line naming the field.
+    """
+
+    tolerance: float = DEFAULT_TOLERANCE
+    max_iterations: int | None = None
+    init: str = "latents"
+
+    def __post_init__(self) -> None:
+        _check(self.tolerance, self.max_iterations, self.init)
+
+    def invert(self, block: GuidedBlock, z: jax.Array) -> Inverted:
+        """Inverts a block for z [B, T, D] in block order."""
+        if z.shape[1] == 1:
+            return unchanged(z)
+        first, following = z[:, :1], z[:, 1:]
+
+        def update(x: jax.Array, caches: None) -> tuple[jax.Array, None]:
+            affine, _ = block(jnp.concatenate([first, x[:, :-1]], axis=1))
+            return following * jnp.exp(affine.log_scale) + affine.shift, caches
+
+        settled, _ = _settle(update, _begin(self.init, following), None, self.tolerance, self.max_iterations)
+        return settled._replace(x=jnp.concatenate([first, settled.x], axis=1))
+
+
+@dataclasses.dataclass(frozen=True)
+class GaussSeidelJacobi:
+    """Segments of a block in order, each by `Jacobi` updates behind the cached keys and values of those before it.
+
+    Attributes:
+      num_segments: of about equal length; more segments mean fewer updates of fewer tokens, and more of them in turn.
+      tolerance, max_iterations, init: as `Jacobi` has them, for each segment.
+
+    Raises:
+      ValueError: one line naming the field.
+    """
+
+    num_segments: int
+    tolerance: float = DEFAULT_TOLERANCE
+    max_iterations: int | None = None
+    init: str = "latents"
+
+    def __post_init__(self) -> None:
+        _check(self.tolerance, self.max_iterations, self.init)
+        if self.num_segments < 1:
+            raise ValueError(f"num_segments is {self.num_segments}; expected a positive number")
+
+    def invert(self, block: GuidedBlock, z: jax.Array) -> Inverted:
+        """Inverts a block for z [B, T, D] in block order; iterations are summed over the segments."""
+        batch_size, num_tokens, _ = z.shape
+        if num_tokens == 1:
+            return unchanged(z)
+        count = min(self.num_segments, num_tokens - 1)
+        bounds = [round(i * (num_tokens - 1) / count) for i in range(count + 1)]
+        caches, parts = block.caches(batch_size, 0), [z[:, :1]]
+        iterations = jnp.zeros((batch_size,), jnp.int32)
+        residual = jnp.zeros((batch_size,), jnp.float32)
+        for start, stop in itertools.pairwise(bounds):
+            before, segment = parts[-1][:, -1:], z[:, start + 1 : stop + 1]
+
+            def update(
+                x: jax.Array, caches: Any, before: Any = before, z: Any = segment, i: int = start
+            ) -> Any:
+                affine, caches = block(jnp.concatenate([before, x[:, :-1]], axis=1), caches, i)
+                return z * jnp.exp(affine.log_scale) + affine.shift, caches
+
+            caches = tuple(cache.grow(stop) for cache in caches)
+            settled, caches = _settle(
+                update, _begin(self.init, segment), caches, self.tolerance, self.max_iterations
+            )
+            parts.append(settled.x)
+            iterations += settled.iterations
+            residual = jnp.maximum(residual, settled.residual)
+        return Inverted(jnp.concatenate(parts, axis=1), iterations, residual)
+
+
+def _begin(init: str, z: jax.Array) -> jax.Array:
+    return z if init == "latents" else jnp.zeros_like(z)
+
+
+def _settle(
+    update: _Update, x: jax.Array, state: Any, tolerance: float, max_iterations: int | None
+) -> tuple[Inverted, Any]:
+    """Updates x [B, S, D] until each example's largest change is at most `tolerance`; then it changes no more."""
+    batch_size, length, _ = x.shape
+    limit = length if max_iterations is None else min(max_iterations, length)
+
+    def unsettled(carry: tuple) -> jax.Array:
+        (_, iterations, residual), _ = carry
+        return (iterations.max() < limit) & (residual > tolerance).any()
+
+    def body(carry: tuple) -> tuple:
+        (x, iterations, residual), state = carry
+        new, state = update(x, state)
+        active = residual > tolerance
+        change = jnp.abs(new - x).max((1, 2))
+        # A NaN is an infinite change: its example goes on to the limit instead of passing for settled.
+        change = jnp.where(jnp.isnan(change), jnp.inf, change)
+        x = jnp.where(active[:, None, None], new, x)
+        residual = jnp.where(active, change, residual)
+        return Inverted(x, iterations + active.astype(jnp.int32), residual), state
+
+    begin = Inverted(x, jnp.zeros((batch_size,), jnp.int32), jnp.full((batch_size,), jnp.inf, jnp.float32))
+    return jax.lax.while_loop(unsettled, body, (begin, state))
+
+
+def _check(tolerance: float, max_iterations: int | None, init: str) -> None:
+    if not (math.isfinite(tolerance) and tolerance >= 0):
+        raise ValueError(f"tolerance is {tolerance}; expected a number from 0")
+    if max_iterations is not None and max_iterations < 1:
+        raise ValueError(f"max_iterations is {max_iterations}; expected a positive number or None")
+    if init not in INITS:
+        raise ValueError(f"init is {init!r}; expected one of {', '.join(INITS)}")

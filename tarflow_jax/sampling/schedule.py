@@ -1,0 +1,82 @@
+"""Which decoder inverts which block, as `launch.tune_decoder` found it fastest, kept beside the weights."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tarflow_jax.sampling.decode import Decoder
+from tarflow_jax.sampling.fixed_point import GaussSeidelJacobi, Jacobi
+from tarflow_jax.sampling.inverse import Sequential
+
+FILE = "decoder.json"
+VERSION = 1
+_KINDS: dict[str, type[Decoder]] = {
+    "sequential": Sequential,
+    "jacobi": Jacobi,
+    "gs_jacobi": GaussSeidelJacobi,
+}
+_MAX_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Decoders by block number, for each batch size that was measured.
+
+    Attributes:
+      decoders: {batch size: one decoder a block}.
+    """
+
+    decoders: Mapping[int, tuple[Decoder, ...]]
+
+    def of(self, batch_size: int) -> tuple[Decoder, ...]:
+        """The decoders of the largest measured batch that is no larger, or of the smallest of all."""
+        fitting = [size for size in self.decoders if size <= batch_size]
+        return self.decoders[max(fitting) if fitting else min(self.decoders)]
+
+    def write(self, folder: Path) -> None:
+        """Writes folder/decoder.json."""
+        kinds = {kind: name for name, kind in _KINDS.items()}
+        fields = {
+            "version": VERSION,
+            "decoders": {
+                str(size): [
+                    {"kind": kinds[type(decoder)], **dataclasses.asdict(decoder)} for decoder in decoders
+                ]
+                for size, decoders in self.decoders.items()
+            },
+        }
+        temporary = folder / (FILE + ".tmp")
+        temporary.write_text(json.dumps(fields, indent=2) + "\n")
+        temporary.replace(folder / FILE)
+
+    @classmethod
+    def read(cls, folder: Path, num_blocks: int) -> "Schedule | None":
+        """The schedule in a folder; None where there is none.
+
+        Raises:
+          ValueError: the file is not a schedule for `num_blocks` blocks.
+        """
+        path = folder / FILE
+        if not path.is_file():
+            return None
+        try:
+            if path.stat().st_size > _MAX_BYTES:
+                raise ValueError("it is too large")
+            fields = json.loads(path.read_text())
+            if fields["version"] != VERSION:
+                raise ValueError(f"its version is {fields['version']!r}, expected {VERSION}")
+            decoders = {int(size): tuple(map(_decoder, row)) for size, row in fields["decoders"].items()}
+            if not decoders or any(len(row) != num_blocks for row in decoders.values()):
+                raise ValueError(f"it does not name {num_blocks} decoders, one a block")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is no decoder schedule of this model: {error}; run launch.tune_decoder again"
+            ) from error
+        return cls(decoders)
+
+
+def _decoder(fields: dict[str, Any]) -> Decoder:
+    options = dict(fields)
+    return _KINDS[options.pop("kind")](**options)

@@ -1,0 +1,157 @@
+"""Finds the fastest decoder of each block of a trained model, by running them."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tarflow_jax.flow import TarFlowConfig, permute, to_tokens
+from tarflow_jax.sampling.decode import Decoder, decode, guided_block
+from tarflow_jax.sampling.fixed_point import GaussSeidelJacobi, Jacobi
+from tarflow_jax.sampling.guidance import GuidedBlock
+from tarflow_jax.sampling.inverse import Sequential
+
+_SEGMENT_LENGTHS = (2, 4, 8, 16, 32)
+_REPEATS = 3
+
+
+class Trial(NamedTuple):
+    """What a decoder did on a block: the mean of its updates, seconds, and the largest error of a token."""
+
+    decoder: Decoder
+    iterations: float
+    seconds: float
+    error: float
+
+
+class BlockReport(NamedTuple):
+    """A block's convergence ranking (CRM, arXiv 2505.12849), its better init, its trials, and the chosen one."""
+
+    block: int
+    crm: float
+    init: str
+    trials: list[Trial]
+    chosen: Trial
+
+
+class Tuning(NamedTuple):
+    """Reports by block number; seconds of the sequential decoder and of the chosen ones; their error in pixels."""
+
+    reports: list[BlockReport]
+    sequential_seconds: float
+    seconds: float
+    error: float
+
+    @property
+    def decoders(self) -> tuple[Decoder, ...]:
+        return tuple(report.chosen.decoder for report in self.reports)
+
+
+def tune(
+    config: TarFlowConfig,
+    variables: dict[str, Any],
+    latents: jax.Array,
+    labels: jax.Array | None,
+    weights: jax.Array | None = None,
+    temperature: float = 1.0,
+    target: str = "both",
+    *,
+    tolerance: float,
+    max_error: float,
+) -> Tuning:
+    """Measures the candidates of every block on the blocks' own inputs, and picks the fastest that is close enough.
+
+    Args:
+      latents .. target: as of `decode`; the batch size is the one that is tuned for.
+      tolerance: of the candidates.
+      max_error: of any pixel of the images, against `Sequential`, in [-1, 1] units. Blocks whose errors exceed it,
+        alone or together, stay sequential.
+    """
+    reports = []
+    tokens = to_tokens(config, latents)
+    if config.volume_preserving:
+        tokens = tokens * jnp.sqrt(variables["prior"]["variance"])[None]
+    for k in reversed(range(config.num_blocks)):
+        block = guided_block(config, variables["params"], k, labels, weights, temperature, target)
+        z = permute(tokens, k)
+        exact, seconds = _timed(Sequential(), block, z)
+        trials = [Trial(Sequential(), config.num_tokens - 1, seconds, 0.0)]
+        init = _better_init(block, z, exact.x)
+        for decoder in _candidates(config.num_tokens, tolerance, init):
+            found, seconds = _timed(decoder, block, z)
+            error = float(jnp.abs(found.x - exact.x).max())
+            trials.append(Trial(decoder, float(found.iterations.mean()), seconds, error))
+        close = [trial for trial in trials if trial.error <= max_error]
+        chosen = min(close, key=lambda trial: trial.seconds)
+        reports.append(BlockReport(k, _crm(block, exact.x), init, trials, chosen))
+        tokens = permute(exact.x, k)
+    reports.reverse()
+
+    def whole(decoders: tuple[Decoder, ...] | None) -> tuple[jax.Array, float]:
+        run = jax.jit(
+            lambda variables, z: (
+                decode(config, variables, z, labels, weights, temperature, target, decoders=decoders).images
+            )
+        )
+        return run(variables, latents), _seconds(run, variables, latents)
+
+    exact, sequential_seconds = whole(None)
+    while True:
+        images, seconds = whole(tuple(report.chosen.decoder for report in reports))
+        error = float(jnp.abs(images - exact).max())
+        if error <= max_error and seconds <= sequential_seconds:
+            return Tuning(reports, sequential_seconds, seconds, error)
+        # The block that gains least for its error goes back; when all have, the two are the same program.
+        parallel = [i for i, report in enumerate(reports) if report.chosen.decoder != Sequential()]
+        if not parallel:
+            return Tuning(reports, sequential_seconds, sequential_seconds, 0.0)
+        worst = max(parallel, key=lambda i: reports[i].chosen.error)
+        reports[worst] = reports[worst]._replace(chosen=reports[worst].trials[0])
+
+
+def _candidates(num_tokens: int, tolerance: float, init: str) -> Iterator[Decoder]:
+    yield Jacobi(tolerance, init=init)
+    for length in _SEGMENT_LENGTHS:
+        if length < num_tokens - 1:
+            yield GaussSeidelJacobi(-(-(num_tokens - 1) // length), tolerance, init=init)
+
+
+def _timed(decoder: Decoder, block: GuidedBlock, z: jax.Array) -> tuple[Any, float]:
+    def invert(params: Any, z: jax.Array) -> Any:
+        return decoder.invert(dataclasses.replace(block, params=params), z)
+
+    run = jax.jit(invert)
+    return run(block.params, z), _seconds(run, block.params, z)
+
+
+def _seconds(run: Any, *args: Any) -> float:
+    times = []
+    for _ in range(_REPEATS):
+        start = time.perf_counter()
+        jax.block_until_ready(run(*args))
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def _better_init(block: GuidedBlock, z: jax.Array, exact: jax.Array) -> str:
+    """The init that one update brings nearer to the inverse (IGM, arXiv 2505.12849)."""
+    distances = {}
+    for init in ("latents", "zeros"):
+        found = Jacobi(0.0, max_iterations=1, init=init).invert(block, z)
+        distances[init] = float(jnp.linalg.norm(found.x - exact))
+    return min(distances, key=lambda init: distances[init])
+
+
+def _crm(block: GuidedBlock, x: jax.Array) -> float:
+    """|mean(exp(-log_scale) x)| |W_s| + |W_u|, W_s and W_u the halves of the output projection (Frobenius norms)."""
+    affine, _ = block(x[:, :-1])
+    kernel = block.params["project_out"]["kernel"]
+    if block.block.config.volume_preserving:
+        return float(jnp.linalg.norm(kernel))
+    scale_half, shift_half = jnp.split(kernel, 2, axis=1)
+    mean = jnp.abs((jnp.exp(-affine.log_scale) * x[:, 1:]).mean())
+    return float(mean * jnp.linalg.norm(scale_half) + jnp.linalg.norm(shift_half))

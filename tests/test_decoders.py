@@ -1,0 +1,171 @@
+"""The parallel inverses: exact when asked, close when not, whatever the guidance."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_models import LABELS, TINY, VP, decode, images_of, random_variables
+
+from tarflow_jax import Guidance, Noise, TarFlowConfig, TarFlowPipeline
+from tarflow_jax.distributed import make_mesh
+from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Schedule, Sequential
+from tarflow_jax.sampling.tuning import tune
+
+EXACT = [Jacobi(tolerance=0), GaussSeidelJacobi(3, tolerance=0, init="zeros")]
+LONGER = dataclasses.replace(TINY, image_size=(8, 10))  # 20 tokens
+NOISE = Noise("gaussian", 0.1)
+
+
+def run(config, variables, decoder, guidance=None, temperature=1.0, target="both", trajectory=False):
+    latents = jax.random.normal(jax.random.key(3), (3, *config.image_shape))
+    labels = LABELS if config.num_classes else None
+    weights = guidance.weights(config.num_tokens) if guidance else None
+    decoders = (decoder,) * config.num_blocks
+    return decode(config, variables, latents, labels, weights, temperature, target, trajectory, decoders)
+
+
+@pytest.mark.parametrize(
+    ("config", "guidance", "temperature", "target"),
+    [
+        (LONGER, None, 1.0, "both"),
+        (LONGER, Guidance(0.7), 0.6, "both"),
+        (LONGER, Guidance(0.7, schedule="constant"), 1.0, "shift"),
+        (VP, Guidance(0.7), 0.6, "both"),
+    ],
+    ids=["plain", "both", "shift", "vp"],
+)
+def test_tolerance_0_is_the_sequential_inverse_in_every_mode(config, guidance, temperature, target):
+    variables = random_variables(config, scale=0.05)
+    expected = run(config, variables, Sequential(), guidance, temperature, target, True)
+    assert np.isfinite(expected.images).all()
+    for decoder in EXACT:
+        actual = run(config, variables, decoder, guidance, temperature, target, True)
+        np.testing.assert_allclose(actual.images, expected.images, atol=1e-5)
+        np.testing.assert_allclose(actual.trajectory, expected.trajectory, atol=1e-5)
+        assert int(actual.iterations.max()) <= config.num_tokens
+        assert actual.iterations.shape == actual.residual.shape == (3, config.num_blocks)
+
+
+def test_slow_convergence_is_exact_in_at_most_t_updates():
+    variables = random_variables(LONGER, scale=0.25)
+    expected = run(LONGER, variables, Sequential())
+    actual = run(LONGER, variables, Jacobi(tolerance=0))
+    assert int(actual.iterations.max()) > 10
+    assert int(actual.iterations.max()) <= LONGER.num_tokens - 1
+    np.testing.assert_allclose(actual.images, expected.images, rtol=1e-4, atol=1e-4)
+
+
+def test_a_settled_image_changes_no_more():
+    variables, key = random_variables(LONGER), jax.random.key(3)
+    latents = (
+        jax.random.normal(key, (3, *LONGER.image_shape)) * jnp.array([0.01, 1.0, 1.0])[:, None, None, None]
+    )
+    decoders = (Jacobi(tolerance=1e-2),) * LONGER.num_blocks
+    together = decode(LONGER, variables, latents, LABELS, decoders=decoders)
+    alone = decode(LONGER, variables, latents[:1], LABELS[:1], decoders=decoders)
+    assert int(alone.iterations.sum()) < int(together.iterations[1:].sum(1).max())
+    np.testing.assert_array_equal(together.iterations[0], alone.iterations[0])
+    np.testing.assert_allclose(together.images[0], alone.images[0], atol=1e-6)
+
+
+def test_max_iterations_bounds_the_updates_and_the_residual_tells_of_it():
+    found = run(LONGER, random_variables(LONGER), Jacobi(tolerance=0, max_iterations=2))
+    np.testing.assert_array_equal(found.iterations, 2)
+    assert float(found.residual.min()) > 0
+
+
+def test_nan_runs_to_the_limit_and_is_not_taken_for_settled():
+    variables = jax.tree.map(lambda x: x * jnp.nan, random_variables(LONGER))
+    found = run(LONGER, variables, Jacobi(tolerance=1e-3))
+    assert not np.isfinite(found.residual).any()
+    np.testing.assert_array_equal(found.iterations, LONGER.num_tokens - 1)
+
+
+def test_decoders_of_the_pipeline(tmp_path):
+    variables = random_variables(LONGER)
+    latents = images_of(LONGER, 5)
+    labels = [0, 1, 2, -1, 0]
+    mixed = (Sequential(), Jacobi(1e-3), GaussSeidelJacobi(4, 1e-3))
+    schedule = Schedule({1: (Sequential(),) * 3, 4: mixed})
+    pipe = TarFlowPipeline(LONGER, variables, NOISE, schedule=schedule)
+    expected = pipe.decode(latents, labels)
+    guidance = Guidance(0.5)
+    for decoder in (Jacobi(tolerance=0), mixed, "auto", GaussSeidelJacobi(3)):
+        images, (iterations, residual) = pipe.decode(latents, labels, decoder=decoder, return_statistics=True)
+        np.testing.assert_allclose(images, expected, atol=1e-2)
+        assert iterations.shape == residual.shape == (3, 5)
+        pipe.sample(jax.random.key(0), 2, [0, 1], guidance, decoder=decoder)
+    sharded = TarFlowPipeline(LONGER, variables, NOISE, mesh=make_mesh(data=4, fsdp=2), memory_bound=1)
+    images = sharded.decode(latents, labels, guidance, decoder=GaussSeidelJacobi(3, tolerance=0))
+    np.testing.assert_allclose(images, pipe.decode(latents, labels, guidance), atol=1e-4)
+
+    pipe.save_pretrained(tmp_path)
+    assert TarFlowPipeline.from_pretrained(tmp_path).schedule == schedule
+    assert schedule.of(3) == schedule.decoders[1]
+    assert schedule.of(100) == mixed
+    with pytest.raises(ValueError, match="2 decoders are given; expected one for each of 3 blocks"):
+        pipe.decode(latents, labels, decoder=mixed[:2])
+    with pytest.raises(ValueError, match="decoder is 'fast'"):
+        pipe.decode(latents, labels, decoder="fast")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda fields: fields | {"version": 9},
+        lambda fields: fields | {"decoders": {}},
+        lambda fields: fields | {"decoders": {"1": [{"kind": "magic"}] * 3}},
+        lambda fields: fields | {"decoders": {"1": [{"kind": "jacobi", "tolerance": -1}] * 3}},
+        lambda fields: fields | {"decoders": {"1": [{"kind": "sequential"}]}},
+        lambda fields: [],
+    ],
+)
+def test_a_damaged_schedule_is_refused(tmp_path, damage):
+    Schedule({1: (Sequential(),) * 3}).write(tmp_path)
+    assert Schedule.read(tmp_path, 3) == Schedule({1: (Sequential(),) * 3})
+    path = tmp_path / "decoder.json"
+    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
+    with pytest.raises(ValueError, match="is no decoder schedule of this model"):
+        Schedule.read(tmp_path, 3)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Jacobi(tolerance=-1.0), "tolerance is -1.0"),
+        (lambda: Jacobi(max_iterations=0), "max_iterations is 0"),
+        (lambda: Jacobi(init="ones"), "init is 'ones'"),
+        (lambda: GaussSeidelJacobi(0), "num_segments is 0"),
+    ],
+)
+def test_impossible_decoders_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_long_sequence_is_inverted_in_segments_of_cache():
+    config = TarFlowConfig((2, 140), 1, 1, 8, 2, 1, head_dim=8)  # 280 tokens
+    variables = random_variables(config, scale=0.02)
+    latents = jax.random.normal(jax.random.key(0), (2, *config.image_shape))
+    decoders = (Jacobi(tolerance=0),) * 2
+    np.testing.assert_allclose(
+        decode(config, variables, latents).images,
+        decode(config, variables, latents, decoders=decoders).images,
+        atol=1e-4,
+    )
+
+
+def test_tuning_keeps_within_its_error_and_is_never_slower_than_sequential():
+    variables = random_variables(TINY, scale=0.05)
+    latents = jax.random.normal(jax.random.key(0), (2, *TINY.image_shape))
+    tuning = tune(TINY, variables, latents, LABELS[:2], tolerance=1e-4, max_error=1 / 255)
+    assert len(tuning.decoders) == TINY.num_blocks
+    assert tuning.seconds <= tuning.sequential_seconds
+    exact = decode(TINY, variables, latents, LABELS[:2]).images
+    images = decode(TINY, variables, latents, LABELS[:2], decoders=tuning.decoders).images
+    assert float(jnp.abs(images - exact).max()) <= 1 / 255
+    strict = tune(TINY, variables, latents, LABELS[:2], tolerance=1e-4, max_error=0.0)
+    assert strict.error == 0
