@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,9 @@ from tarflow_jax.sampling.memory import backward_bytes, decode_bytes, forward_by
 from tarflow_jax.training.workdir import read_workdir
 
 DEFAULT_MEMORY_BOUND = 2 * 2**30
-# On a CPU a gradient is fastest with few activations, computed again where they can be (docs/performance.md).
-_CPU_BACKWARD_BOUND = 44 * 2**20
+# Images of a part on a CPU. XLA gives a product of few rows to one core, so the others take parts of their own, and
+# a part's activations stay in its caches (docs/performance.md).
+CPU_PART = 25
 
 
 class TarFlowPipeline:
@@ -78,12 +81,13 @@ class TarFlowPipeline:
             self._rows = batch_sharding(mesh)
             self.variables = jax.device_put(dict(variables), shardings(mesh, dict(variables)))
         exact = TarFlow(dataclasses.replace(config, dtype="float32"))
-        self._backward_bound = memory_bound
         device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-        if device.platform == "cpu":
-            self._backward_bound = min(memory_bound, _CPU_BACKWARD_BOUND)
+        self._on_threads = device.platform == "cpu" and mesh is None
+        self._compiled: set[Any] = set()
+        # There, computing activations again is faster than keeping them.
         keep_all = dataclasses.replace(config, remat="none")
-        remat = "full" if backward_bytes(keep_all) > self._backward_bound // 8 else "none"
+        recompute = self._on_threads or backward_bytes(keep_all) > memory_bound // 8
+        remat = "full" if recompute else "none"
         self._denoiser = dataclasses.replace(config, remat=remat)
         self._encode = jax.jit(_full_precision(config, TarFlow(config).apply))
         self._log_prob = jax.jit(_full_precision(exact.config, functools.partial(log_prob, exact)))
@@ -219,12 +223,18 @@ class TarFlowPipeline:
         latents, labels = check_images(self.config, latents), check_labels(self.config, labels, len(latents))
         weights, temperature, target = check_guidance(self.config, guidance)
         decoders = check_decoder(self.config, self.schedule, decoder, len(latents))
-        run = functools.partial(self._decode, target=target, trajectory=return_trajectory, decoders=decoders)
         decoded = self._in_parts(
-            lambda variables, z, y: run(variables, z, y, weights, temperature),
+            self._decode,
             decode_bytes(self.config, guided=weights is not None, parallel=decoders is not None),
             latents,
             labels,
+            weights,
+            temperature,
+            # For one image XLA's CPU code copies the caches at every token; for two it does not.
+            smallest=2 if self._on_threads else 1,
+            target=target,
+            trajectory=return_trajectory,
+            decoders=decoders,
         )
         results = [decoded.images]
         if return_trajectory:
@@ -270,11 +280,12 @@ class TarFlowPipeline:
             )
         images, labels = check_images(self.config, images), check_labels(self.config, labels, len(images))
         return self._in_parts(
-            lambda variables, x, y: self._denoise(variables, x, y, jnp.float32(std), jnp.float32(multiplier)),
+            self._denoise,
             backward_bytes(self._denoiser),
             images,
             labels,
-            self._backward_bound,
+            jnp.float32(std),
+            jnp.float32(multiplier),
         )
 
     def sample(
@@ -321,13 +332,20 @@ class TarFlowPipeline:
         bytes_per_image: int,
         images: jax.Array,
         labels: jax.Array | None,
-        memory_bound: int | None = None,
+        *args: Any,
+        smallest: int = 1,
+        **static: Any,
     ) -> Any:
-        """function(variables, images, labels), a bounded number of images at a time."""
+        """function(variables, images, labels, *args, **static), a bounded number of images at a time.
+
+        On a CPU each core takes parts of its own.
+        """
         total = len(images)
         shards = 1 if self._mesh is None else self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        bound = max((memory_bound or self._memory_bound) // bytes_per_image // shards, 1) * shards
-        size = min(bound, -(-total // shards) * shards)
+        bound = max(self._memory_bound // bytes_per_image // shards, 1)
+        if self._on_threads:
+            bound = min(bound, CPU_PART)
+        size = max(min(bound, -(-total // shards)), smallest) * shards
 
         def part(start: int) -> Any:
             def rows(x: jax.Array) -> jax.Array:
@@ -335,9 +353,16 @@ class TarFlowPipeline:
                 padding = [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1)
                 return jax.device_put(jnp.pad(x, padding), self._rows)
 
-            return function(self.variables, rows(images), None if labels is None else rows(labels))
+            given = None if labels is None else rows(labels)
+            return jax.block_until_ready(function(self.variables, rows(images), given, *args, **static))
 
-        parts = [part(start) for start in range(0, total, size)]
+        starts, parts = list(range(0, total, size)), []
+        program = (function, size, labels is None, *(x is None for x in args), *static.items())
+        if program not in self._compiled:
+            parts.append(part(starts.pop(0)))  # so that threads do not compile it each
+            self._compiled.add(program)
+        with ThreadPoolExecutor((os.cpu_count() if self._on_threads else None) or 1) as threads:
+            parts += threads.map(part, starts)
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:total], *parts)
 
 
