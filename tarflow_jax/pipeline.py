@@ -2,16 +2,14 @@
 
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, SingleDeviceSharding
+from jax.sharding import Mesh
 
 from tarflow_jax import interop
 from tarflow_jax.arguments import (
@@ -21,7 +19,7 @@ from tarflow_jax.arguments import (
     check_images,
     check_labels,
 )
-from tarflow_jax.distributed import batch_sharding, shardings
+from tarflow_jax.distributed import Parts
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.likelihood import bits_per_dim, log_prob
 from tarflow_jax.noise import Noise, dequantise
@@ -30,9 +28,6 @@ from tarflow_jax.sampling.memory import backward_bytes, decode_bytes, forward_by
 from tarflow_jax.training.workdir import read_workdir
 
 DEFAULT_MEMORY_BOUND = 2 * 2**30
-# Images of a part on a CPU. XLA gives a product of few rows to one core, so the others take parts of their own, and
-# a part's activations stay in its caches (docs/performance.md).
-CPU_PART = 25
 
 
 class TarFlowPipeline:
@@ -69,24 +64,17 @@ class TarFlowPipeline:
           mesh: devices to spread over (`tarflow_jax.distributed.make_mesh`); None is the default device.
           memory_bound: bytes that a batch's activations may take, on all devices together.
         """
-        self.config, self.noise, self._mesh, self._memory_bound = config, noise, mesh, memory_bound
+        self.config, self.noise = config, noise
         self.schedule, self._card, self._raw_params = schedule, card, None
         if ema_params is not None:
             self._raw_params = variables["params"]
             variables = {**variables, "params": ema_params}
-        if mesh is None:
-            self._rows: jax.sharding.Sharding = SingleDeviceSharding(jax.devices()[0])
-            self.variables = jax.device_put(dict(variables), self._rows)
-        else:
-            self._rows = batch_sharding(mesh)
-            self.variables = jax.device_put(dict(variables), shardings(mesh, dict(variables)))
+        self._parts = Parts(mesh, memory_bound)
+        self.variables = self._parts.place(dict(variables))
         exact = TarFlow(dataclasses.replace(config, dtype="float32"))
-        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-        self._on_threads = device.platform == "cpu" and mesh is None
-        self._compiled: set[Any] = set()
-        # There, computing activations again is faster than keeping them.
+        # On a CPU computing activations again is faster than keeping them.
         keep_all = dataclasses.replace(config, remat="none")
-        recompute = self._on_threads or backward_bytes(keep_all) > memory_bound // 8
+        recompute = self._parts.on_cores or backward_bytes(keep_all) > memory_bound // 8
         remat = "full" if recompute else "none"
         self._denoiser = dataclasses.replace(config, remat=remat)
         self._encode = jax.jit(_full_precision(config, TarFlow(config).apply))
@@ -190,7 +178,9 @@ class TarFlowPipeline:
           ValueError: a shape, dtype or label that does not fit the model.
         """
         images, labels = check_images(self.config, images), check_labels(self.config, labels, len(images))
-        return self._in_parts(self._encode, forward_bytes(self.config), images, labels)
+        return self._parts.run(
+            self._encode, self.variables, images, labels, bytes_per_image=forward_bytes(self.config)
+        )
 
     def decode(
         self,
@@ -223,15 +213,18 @@ class TarFlowPipeline:
         latents, labels = check_images(self.config, latents), check_labels(self.config, labels, len(latents))
         weights, temperature, target = check_guidance(self.config, guidance)
         decoders = check_decoder(self.config, self.schedule, decoder, len(latents))
-        decoded = self._in_parts(
+        decoded = self._parts.run(
             self._decode,
-            decode_bytes(self.config, guided=weights is not None, parallel=decoders is not None),
+            self.variables,
             latents,
             labels,
             weights,
             temperature,
+            bytes_per_image=decode_bytes(
+                self.config, guided=weights is not None, parallel=decoders is not None
+            ),
             # For one image XLA's CPU code copies the caches at every token; for two it does not.
-            smallest=2 if self._on_threads else 1,
+            smallest=2 if self._parts.on_cores else 1,
             target=target,
             trajectory=return_trajectory,
             decoders=decoders,
@@ -246,7 +239,9 @@ class TarFlowPipeline:
     def log_prob(self, images: Any, labels: Any = None) -> jax.Array:
         """log p(x | label), float32 [B], nats; arguments and errors as of `encode`."""
         images, labels = check_images(self.config, images), check_labels(self.config, labels, len(images))
-        return self._in_parts(self._log_prob, forward_bytes(self.config), images, labels)
+        return self._parts.run(
+            self._log_prob, self.variables, images, labels, bytes_per_image=forward_bytes(self.config)
+        )
 
     def bits_per_dim(self, key: jax.Array, images_uint8: Any, labels: Any = None) -> jax.Array:
         """Bits per dimension of 8-bit images [B, H, W, K] under uniform dequantisation, float32 [B].
@@ -279,13 +274,14 @@ class TarFlowPipeline:
                 + ("pass noise_std if you know it" if self.noise is None else "sample without denoising")
             )
         images, labels = check_images(self.config, images), check_labels(self.config, labels, len(images))
-        return self._in_parts(
+        return self._parts.run(
             self._denoise,
-            backward_bytes(self._denoiser),
+            self.variables,
             images,
             labels,
             jnp.float32(std),
             jnp.float32(multiplier),
+            bytes_per_image=backward_bytes(self._denoiser),
         )
 
     def sample(
@@ -325,45 +321,6 @@ class TarFlowPipeline:
     def latents(self, key: jax.Array, num_images: int) -> jax.Array:
         """Standard normal latents [num_images, H, W, K], as `sample` draws them."""
         return jax.random.normal(key, (num_images, *self.config.image_shape), jnp.float32)
-
-    def _in_parts(
-        self,
-        function: Callable[..., Any],
-        bytes_per_image: int,
-        images: jax.Array,
-        labels: jax.Array | None,
-        *args: Any,
-        smallest: int = 1,
-        **static: Any,
-    ) -> Any:
-        """function(variables, images, labels, *args, **static), a bounded number of images at a time.
-
-        On a CPU each core takes parts of its own.
-        """
-        total = len(images)
-        shards = 1 if self._mesh is None else self._mesh.shape["data"] * self._mesh.shape["fsdp"]
-        bound = max(self._memory_bound // bytes_per_image // shards, 1)
-        if self._on_threads:
-            bound = min(bound, CPU_PART)
-        size = max(min(bound, -(-total // shards)), smallest) * shards
-
-        def part(start: int) -> Any:
-            def rows(x: jax.Array) -> jax.Array:
-                x = x[start : start + size]
-                padding = [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1)
-                return jax.device_put(jnp.pad(x, padding), self._rows)
-
-            given = None if labels is None else rows(labels)
-            return jax.block_until_ready(function(self.variables, rows(images), given, *args, **static))
-
-        starts, parts = list(range(0, total, size)), []
-        program = (function, size, labels is None, *(x is None for x in args), *static.items())
-        if program not in self._compiled:
-            parts.append(part(starts.pop(0)))  # so that threads do not compile it each
-            self._compiled.add(program)
-        with ThreadPoolExecutor((os.cpu_count() if self._on_threads else None) or 1) as threads:
-            parts += threads.map(part, starts)
-        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:total], *parts)
 
 
 def _full_precision(config: TarFlowConfig, function: Callable[..., Any]) -> Callable[..., Any]:

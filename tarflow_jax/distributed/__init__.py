@@ -1,10 +1,12 @@
-"""Many devices: the mesh, and what is sharded over which of its axes."""
+"""Many devices: the mesh, what is sharded over which of its axes, and how batches are cut to fit."""
 
 from tarflow_jax.distributed.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated
+from tarflow_jax.distributed.parts import Parts
 from tarflow_jax.distributed.sharding import leaf_name, shardings, summary
 
 __all__ = [
     "BATCH_AXES",
+    "Parts",
     "batch_sharding",
     "leaf_name",
     "make_mesh",
