@@ -1,5 +1,7 @@
 """What the commands share: one-line errors, the showcase figures."""
 
+import ast
+import contextlib
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -30,7 +32,8 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     """app.run, with one line on stderr instead of a traceback for errors that the user can mend."""
 
     def guarded(argv: Sequence[str]) -> int:
-        logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax and TFDS tell of every file
+        for chatty in ("absl", "jax"):  # Orbax and TFDS tell of every file, JAX of every absent platform
+            logging.getLogger(chatty).setLevel(logging.WARNING)
         logging.getLogger("tarflow_jax").setLevel(logging.INFO)
         try:
             if argv[1:]:
@@ -50,12 +53,21 @@ def _parse_flags(argv: list[str]) -> list[str]:
     """absl's parser; a config field that does not exist is an error of one line, with a suggestion."""
     try:
         return flags.FLAGS(argv)
-    except flags.Error as error:
-        message = str(error)
-    except (AttributeError, KeyError, TypeError, ValueError, OSError, ImportError) as error:
-        message = str(error.args[0] if error.args else error)
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    except (AttributeError, KeyError) as error:
+        message = _unknown_field(error)
+    except (flags.Error, TypeError, ValueError, OSError, ImportError) as error:
+        message = " ".join(str(error).split())
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(EXIT_ERROR)
+
+
+def _unknown_field(error: Exception) -> str:
+    """ml_collections wraps the name, and its suggestion on a second line, in one or two layers of quotes."""
+    text = str(error.args[0] if error.args else error)
+    with contextlib.suppress(SyntaxError):
+        text = str(ast.literal_eval(text))
+    name, _, suggestion = text.replace("'", "").partition("\n")
+    return f"unknown config field {name!r}" + (f". {suggestion}" if suggestion else "")
 
 
 def example_labels(num_classes: int, count: int) -> np.ndarray | None:

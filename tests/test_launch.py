@@ -86,7 +86,7 @@ def test_sample_writes_grid_images_and_animation(workdir, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--config.model.widht=3"], "widht"),
+        (["--config.model.widht=3"], "unknown config field 'widht'. Did you mean \"width\""),
         (["--config.model.patch_size=3"], "image_size 8x8 is not divisible by patch_size 3"),
         (["--config.data.source=digit"], "digits"),
         (["--config.noise.std=0.3"], "holds another configuration: noise.std"),
