@@ -13,10 +13,11 @@ import numpy as np
 import optax
 
 from benchmarks import common, rivals
+from tarflow_jax.distributed import batch_sharding, make_mesh, split_cpu
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.noise import Noise
 from tarflow_jax.training import make_train_step
-from tarflow_jax.training.state import initial_state
+from tarflow_jax.training.state import sharded_state
 
 
 def our_step(
@@ -24,9 +25,15 @@ def our_step(
 ) -> tuple[common.Run, Callable[[], int]]:
     """(the step that launch.train takes, a function that tells the bytes it needs)."""
     flow, optimizer = TarFlow(config), optax.adamw(1e-3, b1=0.9, b2=0.95, weight_decay=1e-4)
-    step = jax.jit(make_train_step(flow, optimizer, Noise("gaussian", 0.1), drop_label=0.1), donate_argnums=0)
-    key = jax.random.key(0)
-    state = [initial_state(flow, optimizer, key, ema=False)]
+    mesh, key = make_mesh(), jax.random.key(0)
+    first, layout = sharded_state(flow, optimizer, key, mesh, ema=False)
+    step = jax.jit(
+        make_train_step(flow, optimizer, Noise("gaussian", 0.1), drop_label=0.1),
+        donate_argnums=0,
+        out_shardings=(layout, None),
+    )
+    images, labels = jax.device_put((images, labels), batch_sharding(mesh))
+    state = [first]
 
     def run() -> object:
         state[0], metrics = step(state[0], images, labels, key)
@@ -50,6 +57,7 @@ def main() -> None:
     )
     config, batch = common.shape(args, remat=args.remat)
     batch = args.batch or batch
+    split_cpu(batch)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch, *config.image_shape), np.uint8)
     labels = rng.integers(0, max(config.num_classes, 1), batch).astype(np.int32)

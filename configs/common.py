@@ -64,7 +64,9 @@ def get_config() -> ConfigDict:
             "denoise_multiplier": 1.0,
         }
     )
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})  # -1: whatever devices are left
+    config.mesh = ConfigDict(
+        {"data": -1, "fsdp": 1, "tensor": 1}
+    )  # -1: whatever devices are left, and on a CPU its cores
     return config
 
 

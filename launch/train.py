@@ -13,6 +13,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import common
+from tarflow_jax.distributed import split_cpu
 from tarflow_jax.figures import grid, save_png, to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance
@@ -31,6 +32,8 @@ def main(argv: Sequence[str]) -> None:
     """Trains, draws the showcase figures and prints a table."""
     begin = time.perf_counter()
     config, workdir = CONFIG.value, Path(WORKDIR.value)
+    if config.mesh.data == -1:
+        split_cpu(config.train.batch_size // config.train.accumulation)
     recipe = Recipe(config)
     guidance = Guidance(**config.sample.guidance)
     figures = workdir / "figures"

@@ -1,6 +1,6 @@
 """Many devices: the mesh, what is sharded over which of its axes, and how batches are cut to fit."""
 
-from tarflow_jax.distributed.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated
+from tarflow_jax.distributed.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated, split_cpu
 from tarflow_jax.distributed.parts import Parts
 from tarflow_jax.distributed.sharding import leaf_name, shardings, summary
 
@@ -12,5 +12,6 @@ __all__ = [
     "make_mesh",
     "replicated",
     "shardings",
+    "split_cpu",
     "summary",
 ]

@@ -89,7 +89,10 @@ class TransformerLayer(nn.Module):
 
         h = self._norm("attention_norm")(x).astype(dtype)
         qkv = self._dense((3, *heads), "qkv")(h)
-        query, key, value = qkv.transpose(2, 0, 3, 1, 4)  # each [B, N, S, H]
+        # `split`'s gradient is one concatenation; indexing's would be a sum of three padded arrays.
+        query, key, value = (
+            x.squeeze(2).swapaxes(1, 2) for x in jax.lax.split(qkv, (1, 1, 1), axis=2)
+        )  # each [B, N, S, H]
         if cache is not None:
             cache = cache.write(key, value, start)
             key, value = cache
