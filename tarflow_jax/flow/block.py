@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.flow.permutation import permute
-from tarflow_jax.flow.product import dense_product
+from tarflow_jax.flow.product import PRODUCT, dense_product
 from tarflow_jax.flow.transformer import KVCache, TransformerLayer, kernel_init
 
 _embedding_init = nn.initializers.normal(0.01)
 _REMAT = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

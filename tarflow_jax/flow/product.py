@@ -4,7 +4,9 @@ import functools
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
+PRODUCT = "dense_product"
 _Dimensions = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
 
 
@@ -17,7 +19,8 @@ def dense_product(
     memory. JAX always takes g, even where x is four times narrower; this takes the narrower. On a CPU that is a
     tenth to a quarter of a training step (docs/performance.md). Reverse mode only.
     """
-    return _product(x, kernel, len(dimensions[0][1]), precision)
+    product = _product(x, kernel, len(dimensions[0][1]), precision)
+    return checkpoint_name(product, PRODUCT)  # a policy does not see the dot_general inside a custom_vjp
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
