@@ -3,6 +3,11 @@
 The map is causal: token i + 1 of its value depends on tokens 0 .. i alone, and token 0 is known. So each update makes
 at least one more token exact, whatever the others hold, and T - 1 updates give the sequential result; a trained
 model's tokens settle much sooner (arXiv 2505.12849, 2505.24791).
+
+Two cases need care. Far from the fixed point exp(log_scale) can overflow, and one NaN token would spoil all others,
+because attention gives it weight 0 and 0 NaN is NaN: so updates are clipped to numbers beyond any image, which moves no
+fixed point within them. And where `max_iterations` comes first, or a result is still clipped, the images that are
+not settled are inverted again by `Sequential`.
 """
 
 import dataclasses
@@ -15,10 +20,11 @@ import jax
 import jax.numpy as jnp
 
 from tarflow_jax.sampling.guidance import GuidedBlock
-from tarflow_jax.sampling.inverse import Inverted, unchanged
+from tarflow_jax.sampling.inverse import Inverted, Sequential, unchanged
 
 INITS = ("latents", "zeros")
 DEFAULT_TOLERANCE = 1e-4
+_LARGEST = 1e4  # of a token's numbers between updates
 
 # (tokens, anything) -> (tokens, anything)
 _Update = Callable[[jax.Array, Any], tuple[jax.Array, Any]]
@@ -31,7 +37,7 @@ class Jacobi:
     Attributes:
       tolerance: the largest change of a token's numbers, in the images' [-1, 1] units, at which an image is done; 0
         runs until nothing changes, which is the sequential result up to rounding.
-      max_iterations: updates at most; None is T - 1, after which every token is exact.
+      max_iterations: updates at most, then `Sequential` takes over; None is T - 1, after which every token is exact.
       init: tokens to begin with: the block's own input ("latents") or "zeros".
 
     Raises:
@@ -55,8 +61,10 @@ class Jacobi:
             affine, _ = block(jnp.concatenate([first, x[:, :-1]], axis=1))
             return following * jnp.exp(affine.log_scale) + affine.shift, caches
 
-        settled, _ = _settle(update, _begin(self.init, following), None, self.tolerance, self.max_iterations)
-        return settled._replace(x=jnp.concatenate([first, settled.x], axis=1))
+        begin = _begin(self.init, following)
+        settled, done, _ = _settle(update, begin, None, self.tolerance, self.max_iterations)
+        settled = settled._replace(x=jnp.concatenate([first, settled.x], axis=1))
+        return _finish(settled, done, block, z)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +99,7 @@ class GaussSeidelJacobi:
         caches, parts = block.caches(batch_size, 0), [z[:, :1]]
         iterations = jnp.zeros((batch_size,), jnp.int32)
         residual = jnp.zeros((batch_size,), jnp.float32)
+        all_done = jnp.ones((batch_size,), bool)
         for start, stop in itertools.pairwise(bounds):
             before, segment = parts[-1][:, -1:], z[:, start + 1 : stop + 1]
 
@@ -101,13 +110,14 @@ class GaussSeidelJacobi:
                 return z * jnp.exp(affine.log_scale) + affine.shift, caches
 
             caches = tuple(cache.grow(stop) for cache in caches)
-            settled, caches = _settle(
+            settled, done, caches = _settle(
                 update, _begin(self.init, segment), caches, self.tolerance, self.max_iterations
             )
+            all_done &= done
             parts.append(settled.x)
             iterations += settled.iterations
             residual = jnp.maximum(residual, settled.residual)
-        return Inverted(jnp.concatenate(parts, axis=1), iterations, residual)
+        return _finish(Inverted(jnp.concatenate(parts, axis=1), iterations, residual), all_done, block, z)
 
 
 def _begin(init: str, z: jax.Array) -> jax.Array:
@@ -116,8 +126,12 @@ def _begin(init: str, z: jax.Array) -> jax.Array:
 
 def _settle(
     update: _Update, x: jax.Array, state: Any, tolerance: float, max_iterations: int | None
-) -> tuple[Inverted, Any]:
-    """Updates x [B, S, D] until each example's largest change is at most `tolerance`; then it changes no more."""
+) -> tuple[Inverted, jax.Array, Any]:
+    """Updates x [B, S, D] until each example's largest change is at most `tolerance`; then it changes no more.
+
+    Returns:
+      What was found, whether it is the inverse (bool [B]), and the state.
+    """
     batch_size, length, _ = x.shape
     limit = length if max_iterations is None else min(max_iterations, length)
 
@@ -128,16 +142,25 @@ def _settle(
     def body(carry: tuple) -> tuple:
         (x, iterations, residual), state = carry
         new, state = update(x, state)
+        # A clipped number is an infinite change: its example goes on instead of passing for settled.
+        change = jnp.where(jnp.abs(new) <= _LARGEST, jnp.abs(new - x), jnp.inf).max((1, 2))
+        new = jnp.clip(jnp.nan_to_num(new), -_LARGEST, _LARGEST)
         active = residual > tolerance
-        change = jnp.abs(new - x).max((1, 2))
-        # A NaN is an infinite change: its example goes on to the limit instead of passing for settled.
-        change = jnp.where(jnp.isnan(change), jnp.inf, change)
         x = jnp.where(active[:, None, None], new, x)
         residual = jnp.where(active, change, residual)
         return Inverted(x, iterations + active.astype(jnp.int32), residual), state
 
     begin = Inverted(x, jnp.zeros((batch_size,), jnp.int32), jnp.full((batch_size,), jnp.inf, jnp.float32))
-    return jax.lax.while_loop(unsettled, body, (begin, state))
+    found, state = jax.lax.while_loop(unsettled, body, (begin, state))
+    done = (found.residual <= tolerance) | ((found.iterations == length) & jnp.isfinite(found.residual))
+    return found, done, state
+
+
+def _finish(found: Inverted, done: jax.Array, block: GuidedBlock, z: jax.Array) -> Inverted:
+    """`Sequential`'s result for the images that are not done; iterations and residual stay those of the updates."""
+    sequential = lambda: Sequential().invert(block, z).x  # noqa: E731
+    x = jax.lax.cond(done.all(), lambda: found.x, sequential)
+    return found._replace(x=jnp.where(done[:, None, None], found.x, x))
 
 
 def _check(tolerance: float, max_iterations: int | None, init: str) -> None:
