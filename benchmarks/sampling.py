@@ -4,6 +4,10 @@
 
 For each batch size: seconds of drawing without guidance and with it (by class, or by attention temperature where there
 are no classes), and of denoising. Weights are those of a new model, whose arithmetic is a trained one's.
+
+    python -m benchmarks.sampling --decoders --workdir=DIR --batches 1 16 100 --reference=../ml-tarflow --frechet
+
+Decoders of a trained model side by side; `auto` is what launch.tune_decoder found for it.
 """
 
 import argparse
@@ -12,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import common, rivals
+from benchmarks import common, decoders, rivals
 from tarflow_jax import Guidance, Noise, TarFlow, TarFlowConfig, TarFlowPipeline
 
 NOISE_STD = 0.1
@@ -51,7 +55,18 @@ def works(args: argparse.Namespace, config: TarFlowConfig, batch: int) -> dict[s
 def main() -> None:
     """Measures and prints."""
     batches = {"type": int, "nargs": "+", "default": [100, 1], "help": "images drawn together"}
-    args = common.parse(__doc__, batches=batches)
+    flag = {"action": "store_true"}
+    args = common.parse(
+        __doc__,
+        batches=batches,
+        decoders=flag | {"help": "compare the decoders of a trained model"},
+        workdir={"help": "its folder"},
+        figure={"metavar": "PNG", "help": "where to draw error against updates"},
+        frechet=flag | {"help": "also the distance of their samples"},
+    )
+    if args.decoders:
+        decoders.compare(args)
+        return
     config, _ = common.shape(args, remat="none")
     results = {}
     for batch in args.batches:

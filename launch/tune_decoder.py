@@ -7,6 +7,7 @@ level of the sequential result. The answer is this machine's and these batch siz
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,11 +41,13 @@ def main(argv: Sequence[str]) -> None:
     for count in (common.whole_number("num_images", text) for text in NUM_IMAGES.value):
         if count < 1:
             raise ValueError(f"num_images is {count}; expected positive numbers")
+        latents = pipe.latents(jax.random.key(SEED.value), count)
         labels = common.example_labels(pipe.config.num_classes, count)
         tuning = tune(
+            functools.partial(pipe.decode, latents, labels, guidance, False),
             pipe.config,
             pipe.variables,
-            pipe.latents(jax.random.key(SEED.value), count),
+            latents,
             None if labels is None else jax.numpy.asarray(labels),
             weights,
             guidance.attention_temperature,

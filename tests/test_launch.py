@@ -100,6 +100,24 @@ def test_sample_writes_grid_images_and_animation(workdir, tmp_path):
         assert picture.size == (3 * 34 - 2, 2 * 34 - 2)
 
 
+def test_tune_decoder_prints_its_choices_and_auto_uses_them(workdir, tmp_path):
+    code, out, err = run("launch.tune_decoder", f"--workdir={workdir}", "--num_images=2")
+    assert code == 0, err
+    assert "2 images" in out
+    assert "sequential" in out
+    schedule = json.loads((workdir / "decoder.json").read_text())
+    assert [len(row) for row in schedule["decoders"].values()] == [2]  # a decoder for each block
+    code, _, err = run(
+        "launch.sample",
+        f"--workdir={workdir}",
+        f"--out={tmp_path}",
+        "--num_images=2",
+        "--decoder=auto",
+    )
+    assert code == 0, err
+    assert (tmp_path / "samples.png").is_file()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tarflow_jax.flow import TarFlowConfig, permute, to_tokens
-from tarflow_jax.sampling.decode import Decoder, decode, guided_block
+from tarflow_jax.sampling.decode import Decoder, guided_block
 from tarflow_jax.sampling.fixed_point import GaussSeidelJacobi, Jacobi
 from tarflow_jax.sampling.guidance import GuidedBlock
 from tarflow_jax.sampling.inverse import Sequential
@@ -52,6 +52,7 @@ class Tuning(NamedTuple):
 
 
 def tune(
+    whole: Callable[[tuple[Decoder, ...] | None], jax.Array],
     config: TarFlowConfig,
     variables: dict[str, Any],
     latents: jax.Array,
@@ -66,6 +67,7 @@ def tune(
     """Measures the candidates of every block on the blocks' own inputs, and picks the fastest that is close enough.
 
     Args:
+      whole: decoders -> images of `latents`, as they will be drawn; it times and checks them together.
       latents .. target: as of `decode`; the batch size is the one that is tuned for.
       tolerance: of the candidates.
       max_error: of any pixel of the images, against `Sequential`, in [-1, 1] units. Blocks whose errors exceed it,
@@ -91,17 +93,10 @@ def tune(
         tokens = permute(exact.x, k)
     reports.reverse()
 
-    def whole(decoders: tuple[Decoder, ...] | None) -> tuple[jax.Array, float]:
-        run = jax.jit(
-            lambda variables, z: (
-                decode(config, variables, z, labels, weights, temperature, target, decoders=decoders).images
-            )
-        )
-        return run(variables, latents), _seconds(run, variables, latents)
-
-    exact, sequential_seconds = whole(None)
+    exact, sequential_seconds = whole(None), _seconds(whole, None)
     while True:
-        images, seconds = whole(tuple(report.chosen.decoder for report in reports))
+        decoders = tuple(report.chosen.decoder for report in reports)
+        images, seconds = whole(decoders), _seconds(whole, decoders)
         error = float(jnp.abs(images - exact).max())
         if error <= max_error and seconds <= sequential_seconds:
             return Tuning(reports, sequential_seconds, seconds, error)

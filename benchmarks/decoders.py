@@ -1,0 +1,126 @@
+"""Decoders of a trained model side by side: time, updates, error, and distance of what they draw."""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+import jax
+import numpy as np
+from matplotlib import pyplot
+
+from benchmarks import common, rivals
+from tarflow_jax import TarFlowPipeline
+from tarflow_jax.data import open_source
+from tarflow_jax.evaluation.classifier import classifier_network
+from tarflow_jax.evaluation.features import FeatureExtractor
+from tarflow_jax.evaluation.statistics import FeatureStatistics, feature_statistics, frechet_distance
+from tarflow_jax.figures import to_uint8
+from tarflow_jax.flow import FlowBlock, permute, to_tokens
+from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Sequential
+from tarflow_jax.training import Recipe
+
+NUM_FRECHET = 2000
+DECODERS = {
+    "sequential": Sequential(),
+    "jacobi": Jacobi(),
+    "gs_jacobi": GaussSeidelJacobi(8),
+    "auto": "auto",
+}
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Prints a table for each batch size, and writes the figures."""
+    pipe = TarFlowPipeline.from_pretrained(args.workdir)
+    reference = rivals.Reference(args.reference, pipe.config) if args.reference else None
+    results, rows = {}, []
+    for batch in args.batches:
+        latents, labels = pipe.latents(jax.random.key(1), batch), _labels(pipe, batch)
+        runs: dict[str, common.Run] = {
+            name: lambda decoder=decoder, z=latents, y=labels: pipe.decode(z, y, decoder=decoder)
+            for name, decoder in DECODERS.items()
+        }
+        if reference:
+            runs["reference"] = reference.sampling(np.asarray(latents), np.arange(batch) % 10, 0)
+        figures = common.time_in_turns(runs, args.repeats)
+        exact = pipe.decode(latents, labels)
+        for name, decoder in DECODERS.items():
+            images, (updates, _) = pipe.decode(latents, labels, decoder=decoder, return_statistics=True)
+            figures[name]["updates"] = [round(float(block.mean()), 1) for block in updates]
+            figures[name]["error"] = float(abs(images - exact).max())
+            rows.append(_row(name, batch, figures))
+        results[f"{batch} images"] = figures
+    print("\n".join(rows))
+    if args.frechet:
+        results["frechet"] = _distances(pipe, args.workdir)
+        print(f"Fréchet distance (classifier features) of {NUM_FRECHET:,} samples to the sequential ones'")
+        print("\n".join(f"  {name:12} {distance:.2g}" for name, distance in results["frechet"].items()))
+    if args.figure:
+        plot_convergence(pipe, Path(args.figure))
+    if args.json:
+        common.write_json(args.json, results)
+
+
+def plot_convergence(pipe: TarFlowPipeline, path: Path, count: int = 16) -> None:
+    """Draws the largest error of a block's tokens after each Jacobi update, from its input ("latents")."""
+    labels = _labels(pipe, count)
+    _, trajectory = pipe.decode(pipe.latents(jax.random.key(1), count), labels, return_trajectory=True)
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for k in range(pipe.config.num_blocks):
+        z, x = (
+            permute(to_tokens(pipe.config, trajectory[pipe.config.num_blocks - 1 - k + i]), k) for i in (0, 1)
+        )
+        errors = _errors(FlowBlock(pipe.config, k), pipe.variables["params"][f"block_{k}"], labels, z, x)
+        axes.semilogy(errors, label=f"block {k}")
+    axes.axhline(1 / 255, color="grey", linewidth=0.8, linestyle="--")
+    axes.set(xlabel="updates", ylabel="largest error, [-1, 1] units", ylim=(1e-7, None))
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _errors(
+    block: FlowBlock, params: dict, labels: np.ndarray | None, z: jax.Array, exact: jax.Array
+) -> list[float]:
+    @jax.jit
+    def update(x: jax.Array) -> jax.Array:
+        log_scale, shift = block.apply({"params": params}, x, labels, method="affine")
+        return z * jax.numpy.exp(log_scale) + shift
+
+    x, errors = z, [float(abs(z - exact).max())]
+    for _ in range(z.shape[1] - 1):
+        x = update(x)
+        errors.append(float(abs(x - exact).max()))
+    return errors
+
+
+def _row(name: str, batch: int, figures: dict) -> str:
+    row = figures[name]
+    ratio = figures["sequential"]["median_s"] / row["median_s"]
+    line = f"{batch:4} images  {name:12} {row['median_s']:8.4f} s  {ratio:6.2f} x sequential"
+    if "reference" in figures:
+        line += f"  {figures['reference']['median_s'] / row['median_s']:6.2f} x reference"
+    return f"{line}  error {row['error']:.1e}  updates {row['updates']}"
+
+
+def _labels(pipe: TarFlowPipeline, count: int) -> np.ndarray | None:
+    return np.arange(count, dtype=np.int32) % pipe.config.num_classes if pipe.config.num_classes else None
+
+
+def _distances(pipe: TarFlowPipeline, workdir: str) -> dict[str, float]:
+    """Of each decoder's samples to the sequential ones', from other latents as well: what chance alone makes."""
+    fields = Recipe.from_workdir(Path(workdir)).config.data
+    train, test = (open_source(fields.source, split) for split in ("train", "test"))
+    with tempfile.TemporaryDirectory() as cache:
+        extractor = FeatureExtractor(classifier_network(train, test, cache))
+
+    def statistics(decoder: object, seed: int) -> FeatureStatistics:
+        latents, labels = pipe.latents(jax.random.key(seed), NUM_FRECHET), _labels(pipe, NUM_FRECHET)
+        images = to_uint8(pipe.decode(latents, labels, decoder=decoder))
+        return feature_statistics(extractor(images).pooled)
+
+    sequential = statistics(Sequential(), 0)
+    found = {
+        name: frechet_distance(statistics(decoder, 0), sequential)
+        for name, decoder in DECODERS.items()
+        if name != "sequential"
+    }
+    return found | {"other seed": frechet_distance(statistics(Sequential(), 2), sequential)}
