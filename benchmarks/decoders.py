@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import pyplot
 
 from benchmarks import common, rivals
-from tarflow_jax import TarFlowPipeline
+from tarflow_jax import Guidance, TarFlowPipeline
 from tarflow_jax.data import open_source
 from tarflow_jax.evaluation.classifier import classifier_network
 from tarflow_jax.evaluation.features import FeatureExtractor
@@ -22,6 +22,7 @@ from tarflow_jax.training import Recipe
 NUM_FRECHET = 2000
 DECODERS = {
     "sequential": Sequential(),
+    "jacobi, tolerance 0": Jacobi(tolerance=0),
     "jacobi": Jacobi(),
     "gs_jacobi": GaussSeidelJacobi(8),
     "auto": "auto",
@@ -32,19 +33,24 @@ def compare(args: argparse.Namespace) -> None:
     """Prints a table for each batch size, and writes the figures."""
     pipe = TarFlowPipeline.from_pretrained(args.workdir)
     reference = rivals.Reference(args.reference, pipe.config) if args.reference else None
+    guidance = Guidance(args.guidance)
     results, rows = {}, []
     for batch in args.batches:
         latents, labels = pipe.latents(jax.random.key(1), batch), _labels(pipe, batch)
         runs: dict[str, common.Run] = {
-            name: lambda decoder=decoder, z=latents, y=labels: pipe.decode(z, y, decoder=decoder)
+            name: lambda decoder=decoder, z=latents, y=labels: pipe.decode(z, y, guidance, decoder=decoder)
             for name, decoder in DECODERS.items()
         }
         if reference:
-            runs["reference"] = reference.sampling(np.asarray(latents), np.arange(batch) % 10, 0)
+            runs["reference"] = reference.sampling(
+                np.asarray(latents), np.arange(batch) % max(pipe.config.num_classes, 1), args.guidance
+            )
         figures = common.time_in_turns(runs, args.repeats)
-        exact = pipe.decode(latents, labels)
+        exact = pipe.decode(latents, labels, guidance)
         for name, decoder in DECODERS.items():
-            images, (updates, _) = pipe.decode(latents, labels, decoder=decoder, return_statistics=True)
+            images, (updates, _) = pipe.decode(
+                latents, labels, guidance, decoder=decoder, return_statistics=True
+            )
             figures[name]["updates"] = [round(float(block.mean()), 1) for block in updates]
             figures[name]["error"] = float(abs(images - exact).max())
             rows.append(_row(name, batch, figures))
@@ -53,7 +59,7 @@ def compare(args: argparse.Namespace) -> None:
     if args.frechet:
         results["frechet"] = _distances(pipe, args.workdir)
         print(f"Fréchet distance (classifier features) of {NUM_FRECHET:,} samples to the sequential ones'")
-        print("\n".join(f"  {name:12} {distance:.2g}" for name, distance in results["frechet"].items()))
+        print("\n".join(f"  {name:19} {distance:.2g}" for name, distance in results["frechet"].items()))
     if args.figure:
         plot_convergence(pipe, Path(args.figure))
     if args.json:
@@ -95,7 +101,7 @@ def _errors(
 def _row(name: str, batch: int, figures: dict) -> str:
     row = figures[name]
     ratio = figures["sequential"]["median_s"] / row["median_s"]
-    line = f"{batch:4} images  {name:12} {row['median_s']:8.4f} s  {ratio:6.2f} x sequential"
+    line = f"{batch:4} images  {name:19} {row['median_s']:8.4f} s  {ratio:6.2f} x sequential"
     if "reference" in figures:
         line += f"  {figures['reference']['median_s'] / row['median_s']:6.2f} x reference"
     return f"{line}  error {row['error']:.1e}  updates {row['updates']}"

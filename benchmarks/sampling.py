@@ -61,6 +61,7 @@ def main() -> None:
         batches=batches,
         decoders=flag | {"help": "compare the decoders of a trained model"},
         workdir={"help": "its folder"},
+        guidance={"type": float, "default": 0.0, "help": "weight that the decoders are compared at"},
         figure={"metavar": "PNG", "help": "where to draw error against updates"},
         frechet=flag | {"help": "also the distance of their samples"},
     )
