@@ -23,7 +23,7 @@ from jax.experimental import multihost_utils
 
 from launch import common
 from tarflow_jax.data import ImageSource, default_data_dir, open_source
-from tarflow_jax.distributed import make_mesh, split_cpu
+from tarflow_jax.distributed import make_mesh
 from tarflow_jax.evaluation import classification, distances, generation
 from tarflow_jax.evaluation.bits_per_dim import evaluate_bits_per_dim
 from tarflow_jax.evaluation.classifier import classifier_network
@@ -265,7 +265,6 @@ def main(argv: Sequence[str]) -> None:
     metrics = list(dict.fromkeys(METRICS.value))
     if unknown := [metric for metric in metrics if metric not in ALL_METRICS]:
         raise ValueError(f"unknown metric {unknown[0]!r}; expected some of {', '.join(ALL_METRICS)}")
-    split_cpu(BATCH_PER_DEVICE)
     subject = open_subject()
     results: dict[str, Any] = {}
     protocol = subject.protocol | {"split": SPLIT.value}

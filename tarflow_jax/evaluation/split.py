@@ -51,8 +51,9 @@ def split_log_prob(
     for start, batch in zip(range(0, total, batch_size), batches, strict=False):
         index = np.arange(start + first, start + first + per_process, dtype=np.int32)
         put = functools.partial(jax.make_array_from_process_local_data, layout)
-        results.append(score(variables, put(batch.image), put(batch.label), put(index), key))
-    return np.concatenate([np.asarray(result) for result in results])[:total]
+        # Read at once: programs with collectives that are under way together can block each other on CPU devices.
+        results.append(np.asarray(score(variables, put(batch.image), put(batch.label), put(index), key)))
+    return np.concatenate(results)[:total]
 
 
 @functools.cache
