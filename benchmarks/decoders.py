@@ -9,6 +9,8 @@ import numpy as np
 from matplotlib import pyplot
 
 from benchmarks import common, rivals
+from launch.common import DECODERS as LAUNCH_DECODERS
+from launch.common import example_labels
 from tarflow_jax import Guidance, TarFlowPipeline
 from tarflow_jax.data import open_source
 from tarflow_jax.evaluation.classifier import classifier_network
@@ -16,17 +18,11 @@ from tarflow_jax.evaluation.features import FeatureExtractor
 from tarflow_jax.evaluation.statistics import FeatureStatistics, feature_statistics, frechet_distance
 from tarflow_jax.figures import to_uint8
 from tarflow_jax.flow import FlowBlock, permute, to_tokens
-from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Sequential
+from tarflow_jax.sampling import Jacobi, Sequential
 from tarflow_jax.training import Recipe
 
 NUM_FRECHET = 2000
-DECODERS = {
-    "sequential": Sequential(),
-    "jacobi, tolerance 0": Jacobi(tolerance=0),
-    "jacobi": Jacobi(),
-    "gs_jacobi": GaussSeidelJacobi(8),
-    "auto": "auto",
-}
+DECODERS = {**LAUNCH_DECODERS, "jacobi, tolerance 0": Jacobi(tolerance=0)}
 
 
 def compare(args: argparse.Namespace) -> None:
@@ -36,7 +32,8 @@ def compare(args: argparse.Namespace) -> None:
     guidance = Guidance(args.guidance)
     results, rows = {}, []
     for batch in args.batches:
-        latents, labels = pipe.latents(jax.random.key(1), batch), _labels(pipe, batch)
+        latents = pipe.latents(jax.random.key(1), batch)
+        labels = example_labels(pipe.config.num_classes, batch)
         runs: dict[str, common.Run] = {
             name: lambda decoder=decoder, z=latents, y=labels: pipe.decode(z, y, guidance, decoder=decoder)
             for name, decoder in DECODERS.items()
@@ -68,7 +65,7 @@ def compare(args: argparse.Namespace) -> None:
 
 def plot_convergence(pipe: TarFlowPipeline, path: Path, count: int = 16) -> None:
     """Draws the largest error of a block's tokens after each Jacobi update, from its input ("latents")."""
-    labels = _labels(pipe, count)
+    labels = example_labels(pipe.config.num_classes, count)
     _, trajectory = pipe.decode(pipe.latents(jax.random.key(1), count), labels, return_trajectory=True)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for k in range(pipe.config.num_blocks):
@@ -107,10 +104,6 @@ def _row(name: str, batch: int, figures: dict) -> str:
     return f"{line}  error {row['error']:.1e}  updates {row['updates']}"
 
 
-def _labels(pipe: TarFlowPipeline, count: int) -> np.ndarray | None:
-    return np.arange(count, dtype=np.int32) % pipe.config.num_classes if pipe.config.num_classes else None
-
-
 def _distances(pipe: TarFlowPipeline, workdir: str) -> dict[str, float]:
     """Of each decoder's samples to the sequential ones', from other latents as well: what chance alone makes."""
     fields = Recipe.from_workdir(Path(workdir)).config.data
@@ -119,7 +112,8 @@ def _distances(pipe: TarFlowPipeline, workdir: str) -> dict[str, float]:
         extractor = FeatureExtractor(classifier_network(train, test, cache))
 
     def statistics(decoder: object, seed: int) -> FeatureStatistics:
-        latents, labels = pipe.latents(jax.random.key(seed), NUM_FRECHET), _labels(pipe, NUM_FRECHET)
+        latents = pipe.latents(jax.random.key(seed), NUM_FRECHET)
+        labels = example_labels(pipe.config.num_classes, NUM_FRECHET)
         images = to_uint8(pipe.decode(latents, labels, decoder=decoder))
         return feature_statistics(extractor(images).pooled)
 

@@ -64,9 +64,8 @@ def get_config() -> ConfigDict:
             "denoise_multiplier": 1.0,
         }
     )
-    config.mesh = ConfigDict(
-        {"data": -1, "fsdp": 1, "tensor": 1}
-    )  # -1: whatever devices are left, and on a CPU its cores
+    # -1: whatever devices are left, and on a CPU its cores.
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     return config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from tarflow_jax.data.images import check_preprocessing, decode_image, preproces
 NO_LABEL = -1
 
 
-class ImageSource:
+class ImageSource(abc.ABC):
     """A random-access list of images of one shape.
 
     `source[i]` is `{"image": uint8 [H, W, K], "label": np.int32}`; the label lies in [0, num_classes), or is
@@ -41,11 +42,11 @@ class ImageSource:
         self.num_classes = int(num_classes)
         self.label_names = tuple(label_names)
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
 
     def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images uint8 [N, H, W, K] and labels int32 [N] of the given indices."""
