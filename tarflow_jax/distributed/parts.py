@@ -27,8 +27,8 @@ class Parts:
     def __init__(self, mesh: Mesh | None, memory_bound: int) -> None:
         """mesh: None is the default device. memory_bound: bytes of activations, on all devices together."""
         self._mesh, self._memory_bound = mesh, memory_bound
-        device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
-        self.on_cores = mesh is None and device.platform == "cpu"
+        device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
+        self.on_cores = device.platform == "cpu" and (mesh is None or mesh.size == 1)
         self._rows = SingleDeviceSharding(device) if mesh is None else batch_sharding(mesh)
         self._shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         self._compiled: set[Any] = set()

@@ -11,16 +11,16 @@ not settled are inverted again by `Sequential`.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from tarflow_jax.flow import KVCache
 from tarflow_jax.sampling.guidance import GuidedBlock
-from tarflow_jax.sampling.inverse import Inverted, Sequential, unchanged
+from tarflow_jax.sampling.inverse import CACHE_GROWTH, Inverted, Sequential, unchanged
 
 INITS = ("latents", "zeros")
 DEFAULT_TOLERANCE = 1e-4
@@ -72,7 +72,8 @@ class GaussSeidelJacobi:
     """Segments of a block in order, each by `Jacobi` updates behind the cached keys and values of those before it.
 
     Attributes:
-      num_segments: of about equal length; more segments mean fewer updates of fewer tokens, and more of them in turn.
+      num_segments: at most, of equal length but for the first; more of them mean fewer updates of fewer tokens, but in
+        turn.
       tolerance, max_iterations, init: as `Jacobi` has them, for each segment.
 
     Raises:
@@ -91,33 +92,53 @@ class GaussSeidelJacobi:
 
     def invert(self, block: GuidedBlock, z: jax.Array) -> Inverted:
         """Inverts a block for z [B, T, D] in block order; iterations are summed over the segments."""
-        batch_size, num_tokens, _ = z.shape
-        if num_tokens == 1:
+        batch_size, following = z.shape[0], z.shape[1] - 1
+        if following == 0:
             return unchanged(z)
-        count = min(self.num_segments, num_tokens - 1)
-        bounds = [round(i * (num_tokens - 1) / count) for i in range(count + 1)]
-        caches, parts = block.caches(batch_size, 0), [z[:, :1]]
-        iterations = jnp.zeros((batch_size,), jnp.int32)
-        residual = jnp.zeros((batch_size,), jnp.float32)
-        all_done = jnp.ones((batch_size,), bool)
-        for start, stop in itertools.pairwise(bounds):
-            before, segment = parts[-1][:, -1:], z[:, start + 1 : stop + 1]
+        length = -(-following // self.num_segments)
 
-            def update(
-                x: jax.Array, caches: Any, before: Any = before, z: Any = segment, i: int = start
-            ) -> Any:
-                affine, caches = block(jnp.concatenate([before, x[:, :-1]], axis=1), caches, i)
-                return z * jnp.exp(affine.log_scale) + affine.shift, caches
+        def invert_segment(start: jax.Array | int, size: int, carry: _Progress) -> _Progress:
+            """Finds tokens start + 1 .. start + size."""
+            inverted, done, caches = carry
+            before = jax.lax.dynamic_slice_in_dim(inverted.x, start, 1, axis=1)
+            own = jax.lax.dynamic_slice_in_dim(z, start + 1, size, axis=1)
 
-            caches = tuple(cache.grow(stop) for cache in caches)
-            settled, done, caches = _settle(
-                update, _begin(self.init, segment), caches, self.tolerance, self.max_iterations
+            def update(x: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
+                affine, caches = block(jnp.concatenate([before, x[:, :-1]], axis=1), caches, start)
+                return own * jnp.exp(affine.log_scale) + affine.shift, caches
+
+            settled, settled_done, caches = _settle(
+                update, _begin(self.init, own), caches, self.tolerance, self.max_iterations
             )
-            all_done &= done
-            parts.append(settled.x)
-            iterations += settled.iterations
-            residual = jnp.maximum(residual, settled.residual)
-        return _finish(Inverted(jnp.concatenate(parts, axis=1), iterations, residual), all_done, block, z)
+            x = jax.lax.dynamic_update_slice_in_dim(inverted.x, settled.x, start + 1, axis=1)
+            iterations = inverted.iterations + settled.iterations
+            residual = jnp.maximum(inverted.residual, settled.residual)
+            return _Progress(Inverted(x, iterations, residual), done & settled_done, caches)
+
+        # The first segment is what is left over. The others share one compiled loop for each size of the cache.
+        start = (following - 1) % length + 1
+        caches = tuple(cache.grow(start) for cache in block.caches(batch_size, 0))
+        progress = _Progress(unchanged(z), jnp.ones((batch_size,), bool), caches)
+        progress = invert_segment(0, start, progress)
+        while start < following:
+            count = min(max(CACHE_GROWTH // length, 1), (following - start) // length)
+            caches = tuple(cache.grow(start + count * length) for cache in progress.caches)
+            progress = jax.lax.fori_loop(
+                0,
+                count,
+                lambda i, progress, start=start: invert_segment(start + i * length, length, progress),
+                progress._replace(caches=caches),
+            )
+            start += count * length
+        return _finish(progress.inverted, progress.done, block, z)
+
+
+class _Progress(NamedTuple):
+    """What is inverted so far, whether each example's is the inverse (bool [B]), and the caches."""
+
+    inverted: Inverted
+    done: jax.Array
+    caches: tuple[KVCache, ...]
 
 
 def _begin(init: str, z: jax.Array) -> jax.Array:

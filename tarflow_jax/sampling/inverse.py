@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from tarflow_jax.sampling.guidance import GuidedBlock
 
 # The cache grows by this many tokens at a time, so that early tokens do not attend to room for late ones.
-_SEGMENT = 64
+CACHE_GROWTH = 64
 
 
 class Inverted(NamedTuple):
@@ -44,8 +44,8 @@ class Sequential:
             return jax.lax.dynamic_update_slice_in_dim(x, x_next, i + 1, axis=1), caches
 
         x, caches = z, block.caches(batch_size, 0)
-        for start in range(0, num_tokens - 1, _SEGMENT):
-            stop = min(start + _SEGMENT, num_tokens - 1)
+        for start in range(0, num_tokens - 1, CACHE_GROWTH):
+            stop = min(start + CACHE_GROWTH, num_tokens - 1)
             caches = tuple(cache.grow(stop) for cache in caches)
             x, caches = jax.lax.fori_loop(start, stop, step, (x, caches))
         return unchanged(x)._replace(iterations=jnp.full((batch_size,), num_tokens - 1, jnp.int32))
