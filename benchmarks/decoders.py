@@ -120,7 +120,7 @@ def _distances(pipe: TarFlowPipeline, workdir: str) -> dict[str, float]:
     sequential = statistics(Sequential(), 0)
     found = {
         name: frechet_distance(statistics(decoder, 0), sequential)
-        for name, decoder in DECODERS.items()
+        for name, decoder in LAUNCH_DECODERS.items()
         if name != "sequential"
     }
     return found | {"other seed": frechet_distance(statistics(Sequential(), 2), sequential)}

@@ -23,7 +23,7 @@ from tarflow_jax.distributed import Parts
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.likelihood import bits_per_dim, log_prob
 from tarflow_jax.noise import Noise, dequantise
-from tarflow_jax.sampling import Guidance, Schedule, decode, denoise
+from tarflow_jax.sampling import Guidance, Schedule, Sequential, decode, denoise
 from tarflow_jax.sampling.memory import backward_bytes, decode_bytes, forward_bytes
 from tarflow_jax.training.workdir import read_workdir
 
@@ -213,6 +213,7 @@ class TarFlowPipeline:
         latents, labels = check_images(self.config, latents), check_labels(self.config, labels, len(latents))
         weights, temperature, target = check_guidance(self.config, guidance)
         decoders = check_decoder(self.config, self.schedule, decoder, len(latents))
+        one_by_one = decoders is None or Sequential() in decoders
         decoded = self._parts.run(
             self._decode,
             self.variables,
@@ -224,7 +225,7 @@ class TarFlowPipeline:
                 self.config, guided=weights is not None, parallel=decoders is not None
             ),
             # For one image XLA's CPU code copies the caches at every token; for two it does not.
-            smallest=2 if self._parts.on_cores else 1,
+            smallest=2 if self._parts.on_cores and one_by_one else 1,
             target=target,
             trajectory=return_trajectory,
             decoders=decoders,

@@ -12,8 +12,8 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from tarflow_jax.distributed.mesh import batch_sharding
 from tarflow_jax.distributed.sharding import shardings
 
-# Images of a part on a CPU. XLA gives a product of few rows to one core, so the others take parts of their own, and
-# a part's activations stay in its caches (docs/performance.md).
+# Most images of a part on a CPU. XLA gives a product of few rows to one core, so the others take parts of their own,
+# and a part's activations stay in its caches (docs/performance.md).
 CPU_PART = 25
 
 
@@ -60,8 +60,9 @@ class Parts:
         """
         total = len(images)
         bound = max(self._memory_bound // bytes_per_image // self._shards, 1)
+        cores = os.cpu_count() or 1
         if self.on_cores:
-            bound = min(bound, CPU_PART)
+            bound = min(bound, CPU_PART, -(-total // cores))
         size = max(min(bound, -(-total // self._shards)), smallest) * self._shards
 
         def part(start: int) -> Any:
@@ -78,6 +79,6 @@ class Parts:
         if program not in self._compiled:
             parts.append(part(starts.pop(0)))  # so that threads do not compile it each
             self._compiled.add(program)
-        with ThreadPoolExecutor((os.cpu_count() if self.on_cores else None) or 1) as threads:
+        with ThreadPoolExecutor(cores if self.on_cores else 1) as threads:
             parts += threads.map(part, starts)
         return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[:total], *parts)
