@@ -32,14 +32,15 @@ def get_config(variant: str = "") -> ConfigDict:
     # No flips: letters, flags and arrows would come out mirrored.
     config.data.update({"source": "emoji64", "num_workers": 1})
     config.noise.std = 0.1
-    config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 100, "clip_norm": 1.0})
+    config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 200, "clip_norm": 1.0})
     config.train.update(
         {
-            "num_steps": 1500,
-            "batch_size": 32,
+            # Small batches: to heed the row above takes many steps more than many images.
+            "num_steps": 5000,
+            "batch_size": 16,
             "drop_label": 0.1,
-            "checkpoint_every": 250,
-            "sample_every": 250,
+            "checkpoint_every": 500,
+            "sample_every": 1000,
         }
     )
     config.sample.guidance.weight = 1.0
