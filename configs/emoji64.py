@@ -37,7 +37,7 @@ def get_config(variant: str = "") -> ConfigDict:
         {
             # Small batches: to heed the row above takes many steps more than many images.
             "num_steps": 5000,
-            "batch_size": 16,
+            "batch_size": 8,
             "drop_label": 0.1,
             "checkpoint_every": 500,
             "sample_every": 1000,
