@@ -102,19 +102,16 @@ class LocalRunner:
         job.folder.mkdir(parents=True, exist_ok=True)
         with (job.folder / "run.lock").open("a+") as lock, (job.folder / LOG).open("ab") as log:
             self._take(lock, job)
-            if not (steps := job.to_do()):
-                _say(job, "is done")
-                return 0
             code: int | None = 0
-            for step in steps:
-                _say(job, f"{step.arguments[0]} starts")
-                code = self._run_step(step, lock, log)
+            for step in job.to_do():
+                code = self._run_step(job, step, lock, log)
                 if code != 0:
                     break
-            _say(job, "was stopped" if self.stopping else "is done" if code == 0 else f"failed: {code}")
+            if code is not None:
+                _say(job, "is done" if code == 0 else "has stopped" if self.stopping else f"failed: {code}")
             return code
 
-    def _run_step(self, step: Step, lock: IO[str], log: IO[bytes]) -> int | None:
+    def _run_step(self, job: Job, step: Step, lock: IO[str], log: IO[bytes]) -> int | None:
         _write(lock, "")
         with self._guard:  # so that no process starts behind the back of _stop
             if self.stopping:
@@ -129,6 +126,7 @@ class LocalRunner:
             )
             self._live.add(process.pid)
         _write(lock, process.pid)
+        _say(job, f"{step.arguments[0]} runs, process {process.pid}")
         code = process.wait()
         with self._guard:
             self._live.discard(process.pid)

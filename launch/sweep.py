@@ -129,13 +129,16 @@ def plan(config: ConfigDict, source: str, shared: Mapping[str, Any], workdir: Pa
 
 def run_name(overrides: Mapping[str, Any]) -> str:
     """`noise.std=0.1,train.seed=2`, safe for file names: a hash stands for what had to be replaced or cut."""
-    plain = ",".join(f"{name}={_short(value)}" for name, value in overrides.items())
+    plain = _plain(overrides)
     safe = re.sub(r"[^A-Za-z0-9._=,+-]", "_", plain)[:_LONGEST_NAME]
     return safe if safe == plain else f"{safe}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
 
 
-def _short(value: Any) -> str:
-    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+def _plain(overrides: Mapping[str, Any]) -> str:
+    return ",".join(
+        f"{name}={str(value).removesuffix('.0') if isinstance(value, float) else value}"
+        for name, value in overrides.items()
+    )
 
 
 def _recipe(config: ConfigDict, overrides: Mapping[str, Any]) -> Recipe:
@@ -145,7 +148,7 @@ def _recipe(config: ConfigDict, overrides: Mapping[str, Any]) -> Recipe:
         return Recipe(config)
     except (KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error.args[0]).split())
-        raise ValueError(f"the sweep's {run_name(overrides)}: {reason}") from error
+        raise ValueError(f"the sweep's {_plain(overrides)}: {reason}") from error
 
 
 def _steps(

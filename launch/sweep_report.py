@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import json
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from numbers import Number
@@ -81,6 +82,7 @@ def write_plot(rows: Sequence[Row], metric: str, path: Path) -> None:
     """Draws the metric over the first setting that varies, a line for each combination of the others."""
     from matplotlib.figure import Figure
 
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of its cache of fonts
     first, lines = plot_lines(rows, metric)
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot(xlabel=first, ylabel=metric)
