@@ -86,7 +86,7 @@ run() {
   local command
   command="$(printf ' %q' "$@")"
   # `kill -0` finds out whether the process of an earlier run still lives.
-  on_all "if kill -0 \$(cat tarflow.pid) 2>/dev/null; then echo 'error: a run goes on; stop it first' >&2; exit 1; fi;\
+  on_all "if { kill -0 \$(cat tarflow.pid); } 2>/dev/null; then echo 'error: a run goes on; stop it first' >&2; exit 1; fi;\
  cd tarflow_jax && { nohup ~/tarflow_venv/bin/python -m$command --distributed >> ~/tarflow.log 2>&1 < /dev/null &\
  echo \$! > ~/tarflow.pid; }"
 }

@@ -195,7 +195,7 @@ def command(folder, *arguments):
 
 
 def test_six_runs_killed_in_the_middle_and_started_again(tmp_path):
-    recipe_file(tmp_path, "grid({'noise.std': [0.1, 0.2], 'train.seed': [0, 1, 2]})", TINY)
+    recipe_file(tmp_path, "grid({'train.seed': range(6)})", TINY)  # seeds share compiled programs
     runs = tmp_path / "runs"
     first = command(tmp_path)
     deadline = time.monotonic() + 240
@@ -209,9 +209,9 @@ def test_six_runs_killed_in_the_middle_and_started_again(tmp_path):
     out, err = second.communicate(timeout=240)
     assert second.returncode == 0, err
     with (runs / "sweep.csv").open(encoding="utf-8") as file:
-        found = [(float(row["noise.std"]), int(row["train.seed"]), row[LOSS]) for row in csv.DictReader(file)]
-    assert [row[:2] for row in found] == [(std, seed) for std in (0.1, 0.2) for seed in (0, 1, 2)]
-    assert len({loss for *_, loss in found}) == 6
+        found = {int(row["train.seed"]): row[LOSS] for row in csv.DictReader(file)}
+    assert list(found) == [0, 1, 2, 3, 4, 5]
+    assert len(set(found.values())) == 6
     # Each training ends its log with one table, so none ran twice.
     logs = [path.read_text() for path in runs.glob("*/log.txt")]
     assert [log.count("\nsteps ") for log in logs] == [1] * 6
