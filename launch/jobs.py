@@ -165,7 +165,8 @@ def submit(jobs: Sequence[Job]) -> None:
             options = ["--parsable", f"--job-name={name}", f"--output={job.folder / LOG}"]
             if before:
                 options += [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"]
-            before = _slurm("sbatch", *options, str(SLURM_SCRIPT), *step.arguments).strip()
+            answer = _slurm("sbatch", *options, str(SLURM_SCRIPT), *step.arguments)
+            before = answer.strip().partition(";")[0]  # a cluster's name may follow
             _say(job, f"{step.arguments[0]} is Slurm job {before}")
 
 
@@ -179,7 +180,8 @@ def _slurm(command: str, *arguments: str) -> str:
 
 
 def _say(job: Job, what: str) -> None:
-    print(f"{job.folder.name}: {what}\n", end="", flush=True)  # one write, for it comes from several threads
+    with contextlib.suppress(OSError):  # a closed terminal is no reason to leave a child unwatched
+        print(f"{job.folder.name}: {what}\n", end="", flush=True)  # one write, for threads share it
 
 
 def _send(process: int, number: int) -> None:

@@ -16,7 +16,15 @@ from PIL import Image
 from configs import digits
 from configs.sweeping import grid, log_uniform, sampled, zipped
 from launch.sweep import plan, run_name
-from launch.sweep_report import Row, choose_metric, plot_lines, read_rows, write_plot, write_table
+from launch.sweep_report import (
+    Row,
+    choose_metric,
+    plot_lines,
+    read_rows,
+    require_matplotlib,
+    write_plot,
+    write_table,
+)  # fmt: skip
 
 ROOT = Path(__file__).parent.parent
 LOSS = "test loss (nats/dim, less ½ log 2π)"
@@ -175,6 +183,13 @@ def test_table_and_plot_are_files(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.csv", "sweep.md", "sweep.png"]
 
 
+def test_a_missing_plot_library_is_told_before_the_first_run(monkeypatch):
+    require_matplotlib()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="needs matplotlib; pip install"):
+        require_matplotlib()
+
+
 TINY = """
 from configs import digits
 def get_config():
@@ -185,27 +200,48 @@ def get_config():
 """
 
 
-def command(folder, *arguments):
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache"), "XLA_FLAGS": ""}
+@pytest.fixture
+def command(tmp_path):
+    """A function: flags -> a launch.sweep of tmp_path/recipe.py. SIGTERM ends what a failed test leaves."""
+    # The runs share their compiled programs.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "XLA_FLAGS": ""}
     cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    return subprocess.Popen(
-        [sys.executable, "-m", "launch.sweep", f"--config={folder}/recipe.py", f"--workdir={folder}/runs", *arguments],
-        cwd=ROOT, env=os.environ | cache, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    module = [
+        sys.executable,
+        "-m",
+        "launch.sweep",
+        f"--config={tmp_path}/recipe.py",
+        f"--workdir={tmp_path}/runs",
+    ]
+    started = []
+
+    def command(*arguments):
+        started.append(
+            subprocess.Popen(
+                [*module, *arguments], cwd=ROOT, env=os.environ | cache, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+        )  # fmt: skip
+        return started[-1]
+
+    yield command
+    for process in started:
+        process.terminate()
+        process.communicate()
 
 
-def test_six_runs_killed_in_the_middle_and_started_again(tmp_path):
-    recipe_file(tmp_path, "grid({'train.seed': range(6)})", TINY)  # seeds share compiled programs
+def test_six_runs_killed_in_the_middle_and_started_again(command, tmp_path):
+    recipe_file(tmp_path, "grid({'train.seed': range(6)})", TINY)
     runs = tmp_path / "runs"
-    first = command(tmp_path)
+    first = command()
     deadline = time.monotonic() + 240
     while len(list(runs.glob("*/results.json"))) < 2:
         assert first.poll() is None, first.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.05)
     first.kill()
-    first.communicate()
-    second = command(tmp_path, "--metric=loss")
+    first.wait()
+    second = command("--metric=loss")
     out, err = second.communicate(timeout=240)
     assert second.returncode == 0, err
     with (runs / "sweep.csv").open(encoding="utf-8") as file:
@@ -219,9 +255,9 @@ def test_six_runs_killed_in_the_middle_and_started_again(tmp_path):
     assert (runs / "sweep.png").is_file()
 
 
-def test_print_shows_the_commands_and_makes_nothing(tmp_path):
+def test_print_shows_the_commands_and_makes_nothing(command, tmp_path):
     recipe_file(tmp_path, "grid({'model.image_size': [(8, 8)], 'train.seed': [3]})", TINY)
-    process = command(tmp_path, "--executor=print", "--config.train.num_steps=4")
+    process = command("--executor=print", "--config.train.num_steps=4")
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err
     assert f"-m launch.train --config={tmp_path}/recipe.py" in out
