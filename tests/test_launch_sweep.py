@@ -1,0 +1,267 @@
+"""Sweeps: the points, the runs' names, the report, and the command itself on six runs of digits."""
+
+import csv
+import importlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from configs import digits
+from configs.sweeping import grid, log_uniform, sampled, zipped
+from launch.sweep import plan, run_name
+from launch.sweep_report import (
+    Row,
+    choose_metric,
+    plot_lines,
+    read_rows,
+    require_matplotlib,
+    write_plot,
+    write_table,
+)  # fmt: skip
+
+ROOT = Path(__file__).parent.parent
+LOSS = "test loss (nats/dim, less ½ log 2π)"
+
+
+def test_points():
+    assert grid({"a": [1, 2], "b": [3, 4]}) == [
+        {"a": 1, "b": 3},
+        {"a": 1, "b": 4},
+        {"a": 2, "b": 3},
+        {"a": 2, "b": 4},
+    ]
+    assert zipped({"a": [1, 2], "b": [3, 4]}) == [{"a": 1, "b": 3}, {"a": 2, "b": 4}]
+    with pytest.raises(ValueError, match="shorter"):
+        zipped({"a": [1, 2], "b": [3]})
+    fields = {"a": log_uniform(1e-4, 1e-2), "b": random.Random.random}
+    points = sampled(20, fields, seed=1)
+    assert points[:3] == sampled(3, fields, seed=1)
+    assert points != sampled(20, fields, seed=2)
+    assert all(1e-4 <= point["a"] <= 1e-2 and len(f"{point['a']:g}") <= 8 for point in points)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ({"noise.std": 0.1, "sample.guidance.weight": 2.0}, "noise.std=0.1,sample.guidance.weight=2"),
+        ({"optimizer.learning_rate": 1e-5}, "optimizer.learning_rate=1e-05"),
+        ({"data.source": "folder:/a b"}, "data.source=folder__a_b-2ac4adfd"),
+        ({"data.source": "folder:/a/b"}, "data.source=folder__a_b-fa639602"),
+        ({"data.source": "../.."}, "data.source=.._..-07bcc2dd"),
+    ],
+)
+def test_runs_are_named_by_their_overrides_safely(overrides, name):
+    assert run_name(overrides) == name
+
+
+def test_long_names_are_cut_and_stay_different():
+    names = {run_name({"data.source": f"{'x' * 300}{i}"}) for i in range(3)}
+    assert len(names) == 3
+    assert max(map(len, names)) < 200
+
+
+def recipe_file(folder, sweep, more=""):
+    path = folder / "recipe.py"
+    path.write_text(f"from configs.sweeping import *\n{more}\ndef sweep():\n    return {sweep}\n")
+    return str(path)
+
+
+def config():
+    config = digits.get_config("smoke")
+    config.lock()
+    return config
+
+
+def test_a_plan_holds_each_run_s_commands_and_settings(tmp_path):
+    source = recipe_file(
+        tmp_path, "[{'noise.std': 1}, {'train.seed': 2}]", "EVALUATE = ['--metrics=fid', '--guidance=0,1']"
+    )
+    first, second = plan(config(), f"{source}:smoke", {"train.num_steps": 3}, tmp_path)
+    # What a point leaves alone has the recipe's value.
+    assert first.settings == {"noise.std": 1.0, "train.seed": 0}
+    assert second.settings == {"noise.std": 0.1, "train.seed": 2}
+    train, evaluate = first.job.steps
+    folder = tmp_path / "noise.std=1"
+    assert train.arguments == (
+        "launch.train",
+        f"--config={source}:smoke",
+        f"--workdir={folder}",
+        "--config.train.num_steps=3",
+        "--config.noise.std=1",
+    )
+    module, workdir, out, *evaluation_flags = evaluate.arguments
+    assert (module, workdir) == ("launch.evaluate", f"--workdir={folder}")
+    assert evaluation_flags == ["--metrics=fid", "--guidance=0,1"]
+    assert evaluate.result == f"{out.removeprefix(f'--out={folder}/')}/*.json"
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ("[]", r"has no sweep\(\) that gives overrides"),
+        ("[{}]", r"has no sweep\(\) that gives overrides"),
+        ("[{'noise.stdd': 1}]", 'noise.stdd=1: .*Did you mean "std"'),
+        ("[{'train.num_steps': 1.5}]", "train.num_steps=1.5: .*cannot be casted"),
+        ("[{'train.seed': 1}, {'model.patch_size': 3}]", "model.patch_size=3: .*not divisible by patch_size"),
+        ("[{'noise.std': 1}, {'noise.std': 1.0}]", "has the run noise.std=1 twice"),
+        ("[{'train.log_every': 1}]", r"--config\.train\.log_every was given, but the sweep sets it"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_before_anything_runs(tmp_path, sweep, message):
+    with pytest.raises(ValueError, match=message):
+        plan(config(), recipe_file(tmp_path, sweep), {"train.log_every": 5}, tmp_path)
+
+
+@pytest.mark.parametrize(("name", "runs", "steps"), [("depth", 4, 1), ("noise_and_guidance", 4, 2)])
+def test_the_paper_s_ablations_can_be_planned(tmp_path, name, runs, steps):
+    module = importlib.import_module(f"configs.sweeps.{name}")
+    found = plan(module.get_config(), module.__file__, {}, tmp_path)
+    assert [len(run.job.steps) for run in found] == [steps] * runs
+    if name == "depth":
+        assert {run.recipe.model.num_blocks * run.recipe.model.layers_per_block for run in found} == {8}
+
+
+def test_rows_of_a_training_and_of_its_samples(tmp_path):
+    results, evaluation = tmp_path / "results.json", tmp_path / "evaluation.json"
+    results.write_text(json.dumps({LOSS: -1.5}))
+    assert read_rows({"noise.std": 0.1}, results) == [Row({"noise.std": 0.1}, {LOSS: -1.5})]
+    # As launch.evaluate writes it.
+    samples = [
+        {"guidance": weight, "denoised": True, "not finite": 0, "Fréchet distance": 9.0 - weight}
+        for weight in (0.0, 1.0)
+    ]
+    found = {"classification": {"accuracy": 0.5, "histogram": [1, 2]}, "samples": samples}
+    evaluation.write_text(json.dumps({"protocol": {}, "results": found}))
+    rows = read_rows({"noise.std": 0.1}, results, evaluation)
+    assert rows[1] == Row(
+        {"noise.std": 0.1, "guidance": 1.0, "denoised": True},
+        {LOSS: -1.5, "accuracy": 0.5, "not finite": 0, "Fréchet distance": 8.0},
+    )
+    assert [choose_metric(rows, wanted) for wanted in (None, "loss", "Fréchet")] == [
+        "Fréchet distance",
+        LOSS,
+        "Fréchet distance",
+    ]
+    with pytest.raises(ValueError, match="--metric=fid fits 0 metrics; expected a part of one of"):
+        choose_metric(rows, "fid")
+
+
+def rows_of(points, field="loss"):
+    return [Row(point, {field: float(i)}) for i, point in enumerate(points)]
+
+
+def test_a_plot_has_a_line_for_each_of_the_other_settings():
+    assert plot_lines(rows_of(grid({"a": [2, 1], "b": ["x", "y"], "c": [5]})), "loss") == (
+        "a",
+        {"b x": [(1, 2.0), (2, 0.0)], "b y": [(1, 3.0), (2, 1.0)]},
+    )
+    assert plot_lines(rows_of(zipped({"a": [1, 2], "b": [2, 1]})), "loss") == (
+        "a",
+        {"": [(1, 0.0), (2, 1.0)]},
+    )
+    assert plot_lines(rows_of([{"a": True}, {"a": "x"}]), "loss") == ("a", {"": [("True", 0.0), ("x", 1.0)]})
+    assert plot_lines(rows_of([{"a": 1}]), "loss") == ("a", {"": [(1, 0.0)]})
+
+
+def test_table_and_plot_are_files(tmp_path):
+    rows = rows_of(grid({"a": [1e-4, 1.0], "b": [1, 2]}), LOSS)
+    table = write_table(rows, tmp_path)
+    assert (tmp_path / "sweep.md").read_text().rstrip("\n") == table
+    with (tmp_path / "sweep.csv").open(encoding="utf-8") as file:
+        found = list(csv.DictReader(file))
+    assert found[1] == {"a": "0.0001", "b": "2", LOSS: "1.0"}
+    write_plot(rows, LOSS, tmp_path / "sweep.png")
+    with Image.open(tmp_path / "sweep.png") as picture:
+        assert len(picture.convert("L").getcolors()) > 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.csv", "sweep.md", "sweep.png"]
+
+
+def test_a_missing_plot_library_is_told_before_the_first_run(monkeypatch):
+    require_matplotlib()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="needs matplotlib; pip install"):
+        require_matplotlib()
+
+
+TINY = """
+from configs import digits
+def get_config():
+    config = digits.get_config("smoke")
+    config.model.update({"patch_size": 4, "num_blocks": 1})
+    config.train.update({"num_steps": 2, "sample_every": 0})
+    return config
+"""
+
+
+@pytest.fixture
+def command(tmp_path):
+    """A function: flags -> a launch.sweep of tmp_path/recipe.py. SIGTERM ends what a failed test leaves."""
+    # The runs share their compiled programs.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "XLA_FLAGS": ""}
+    cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    module = [
+        sys.executable,
+        "-m",
+        "launch.sweep",
+        f"--config={tmp_path}/recipe.py",
+        f"--workdir={tmp_path}/runs",
+    ]
+    started = []
+
+    def command(*arguments):
+        started.append(
+            subprocess.Popen(
+                [*module, *arguments], cwd=ROOT, env=os.environ | cache, text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            )
+        )  # fmt: skip
+        return started[-1]
+
+    yield command
+    for process in started:
+        process.terminate()
+        process.communicate()
+
+
+def test_six_runs_killed_in_the_middle_and_started_again(command, tmp_path):
+    recipe_file(tmp_path, "grid({'train.seed': range(6)})", TINY)
+    runs = tmp_path / "runs"
+    first = command()
+    deadline = time.monotonic() + 600
+    while len(list(runs.glob("*/results.json"))) < 2:
+        assert first.poll() is None, first.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    second = command("--metric=loss")
+    out, err = second.communicate(timeout=600)
+    assert second.returncode == 0, err
+    with (runs / "sweep.csv").open(encoding="utf-8") as file:
+        found = {int(row["train.seed"]): row[LOSS] for row in csv.DictReader(file)}
+    assert list(found) == [0, 1, 2, 3, 4, 5]
+    assert len(set(found.values())) == 6
+    # Each training ends its log with one table, so none ran twice.
+    logs = [path.read_text() for path in runs.glob("*/log.txt")]
+    assert [log.count("\nsteps ") for log in logs] == [1] * 6
+    assert (runs / "sweep.md").read_text() in out
+    assert (runs / "sweep.png").is_file()
+
+
+def test_print_shows_the_commands_and_makes_nothing(command, tmp_path):
+    recipe_file(tmp_path, "grid({'model.image_size': [(8, 8)], 'train.seed': [3]})", TINY)
+    process = command("--executor=print", "--config.train.num_steps=4")
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    assert f"-m launch.train --config={tmp_path}/recipe.py" in out
+    assert out.endswith(
+        "--config.train.num_steps=4 '--config.model.image_size=(8, 8)' --config.train.seed=3\n"
+    )
+    assert not (tmp_path / "runs").exists()
