@@ -5,6 +5,7 @@ import os
 from collections.abc import Sequence
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("data", "fsdp", "tensor")
@@ -17,8 +18,10 @@ def make_mesh(
 ) -> Mesh:
     """A mesh over all devices; at most one size may be -1, meaning whatever is left.
 
+    TPU slices, joined by the slow network between hosts, share `data` alone.
+
     Raises:
-      ValueError: the sizes do not multiply to the number of devices.
+      ValueError: the sizes do not multiply to the number of devices, or `data` not to a number of slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
@@ -31,10 +34,19 @@ def make_mesh(
         )
     for axis in free:
         sizes[axis] = len(devices) // given
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    if sizes["data"] % slices:
+        raise ValueError(f"mesh data={sizes['data']} does not divide by the {slices} slices; choose a multiple")
+    inside = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+    # An axis of 8 on a torus of 4 x 4 x 4 takes half of a physical axis.
+    if slices > 1:
+        grid = mesh_utils.create_hybrid_device_mesh(
+            inside, (slices, 1, 1), devices, allow_split_physical_axes=True
+        )
+    else:
+        grid = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
     # linen's modules are written for automatic propagation, which is not make_mesh's default.
-    return jax.make_mesh(
-        tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def split_cpu(batch_size: int) -> None:

@@ -1,5 +1,6 @@
 """A batch of any size through a compiled function: in parts that fit memory, on every device, on every core."""
 
+import contextlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,10 @@ class Parts:
             variables, self._rows if self._mesh is None else shardings(self._mesh, variables)
         )
 
+    def _in_force(self) -> contextlib.AbstractContextManager[Any]:
+        """Makes the mesh known to attention kernels that XLA cannot partition."""
+        return contextlib.nullcontext() if self._mesh is None else jax.set_mesh(self._mesh)
+
     def run(
         self,
         function: Callable[..., Any],
@@ -72,7 +77,8 @@ class Parts:
                 return jax.device_put(jnp.pad(x, padding), self._rows)
 
             given = None if labels is None else rows(labels)
-            return jax.block_until_ready(function(variables, rows(images), given, *args, **static))
+            with self._in_force():
+                return jax.block_until_ready(function(variables, rows(images), given, *args, **static))
 
         starts, parts = list(range(0, total, size)), []
         program = (function, size, labels is None, *(x is None for x in args), *static.items())

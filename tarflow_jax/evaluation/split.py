@@ -52,7 +52,8 @@ def split_log_prob(
         index = np.arange(start + first, start + first + per_process, dtype=np.int32)
         put = functools.partial(jax.make_array_from_process_local_data, layout)
         # Read at once: programs with collectives that are under way together can block each other on CPU devices.
-        results.append(np.asarray(score(variables, put(batch.image), put(batch.label), put(index), key)))
+        with jax.set_mesh(mesh):  # as in training
+            results.append(np.asarray(score(variables, put(batch.image), put(batch.label), put(index), key)))
     return np.concatenate(results)[:total]
 
 

@@ -43,13 +43,18 @@ def attend(
 
 
 def choose_kernel(kernel: str, num_tokens: int, dtype: jnp.dtype) -> str:
-    """ "auto" made definite: cuDNN's on NVIDIA in bfloat16, splash on a TPU from 1,024 tokens, else the plain one."""
+    """ "auto" made definite: cuDNN's on NVIDIA in bfloat16, splash on a TPU from 1,024 tokens, else the plain one.
+
+    The device is the mesh's in force (`jax.set_mesh`), which need not be of this machine (launch.plan), else the
+    default one.
+    """
     if kernel != "auto":
         return kernel
-    device = jax.devices()[0]
-    if device.device_kind.startswith("NVIDIA") and dtype == jnp.bfloat16:
+    mesh = jax.sharding.get_abstract_mesh()
+    kind = jax.devices()[0].device_kind if mesh.empty else mesh.abstract_device.device_kind
+    if kind.startswith("NVIDIA") and dtype == jnp.bfloat16:
         return "cudnn"
-    if device.platform == "tpu" and num_tokens >= SPLASH_MIN_TOKENS and num_tokens % 128 == 0:
+    if kind.startswith("TPU") and num_tokens >= SPLASH_MIN_TOKENS and num_tokens % 128 == 0:
         return "splash"
     return "plain"
 

@@ -2,9 +2,11 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import ml_collections
 import optax
 from jax.sharding import Mesh
@@ -88,8 +90,13 @@ class Recipe:
             return adamw
         return optax.chain(optax.clip_by_global_norm(fields.clip_norm), adamw)
 
-    def mesh(self) -> Mesh:
-        mesh = make_mesh(**self.config.mesh)
+    def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The config's mesh over `devices`; None is all that there are.
+
+        Raises:
+          ValueError: it does not cover them, or the batch cannot be cut over it.
+        """
+        mesh = make_mesh(**self.config.mesh, devices=devices)
         shards = mesh.shape["data"] * mesh.shape["fsdp"] * self.config.train.accumulation
         if self.config.train.batch_size % shards:
             raise ValueError(

@@ -1,5 +1,6 @@
 """What a training step reads and writes."""
 
+import dataclasses
 from typing import Any
 
 import flax.struct
@@ -39,6 +40,8 @@ def initial_state(
     flow: TarFlow, optimizer: optax.GradientTransformation, key: jax.Array, *, ema: bool
 ) -> TrainState:
     """A new run's state, from the key alone."""
+    # Parameters do not depend on the attention kernel, and the one image cannot be cut over a mesh as splash wants.
+    flow = TarFlow(dataclasses.replace(flow.config, attention="plain"))
     variables = flow.init(key, jnp.zeros((1, *flow.config.image_shape)))
     variables = {name: variables[name] for name in ("params", "prior") if name in variables}
     params = variables["params"]
@@ -48,6 +51,18 @@ def initial_state(
         opt_state=optimizer.init(params),
         # A copy: the state is donated, and a buffer cannot be donated twice.
         ema_params=jax.tree.map(jnp.copy, params) if ema else None,
+    )
+
+
+def abstract_state(
+    flow: TarFlow, optimizer: optax.GradientTransformation, mesh: Mesh, *, ema: bool
+) -> TrainState:
+    """The shapes, dtypes and shardings (`jax.ShapeDtypeStruct`) of `sharded_state`'s state, with no array made."""
+    shapes = jax.eval_shape(lambda: initial_state(flow, optimizer, jax.random.key(0), ema=ema))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings(mesh, shapes),
     )
 
 

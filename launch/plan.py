@@ -1,0 +1,99 @@
+"""Compiles a recipe for chips that need not be here, and tells what a step needs of them and takes at least.
+
+python -m launch.plan --config=configs/imagenet64_cond.py --topology=v5e:16x16 --mesh=32,1,8
+python -m launch.plan --config=configs/imagenet64_uncond.py --topology=v5e:16x16 --num_slices=2 --mesh=256,1,2
+python -m launch.plan --config=configs/digits.py --topology=cpu:8
+
+A TPU topology needs no TPU, but its compiler: pip install -r requirements-plan.txt. Exit code 2 when the program
+does not fit; then changes are tried, the smallest first, until one does. docs/scaling.md tells how to read it.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+import jax
+from absl import flags
+from ml_collections import config_flags
+
+from launch import common
+from tarflow_jax.planning import Plan, Topology, compile_program, open_topology, sample_program, train_program
+from tarflow_jax.planning.changes import as_flags, changed, changes, fitting_options
+from tarflow_jax.training import Recipe
+
+EXIT_DOES_NOT_FIT = 2
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, as configs/imagenet64_cond.py.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v5p:4x4x4, v6e:16x16, …; cpu:8; gpu:1 where one is.")
+NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "TPU slices of that topology.", lower_bound=1)
+MESH = flags.DEFINE_list("mesh", None, "data,fsdp,tensor, as --config.mesh; one may be -1.")
+SAMPLER = flags.DEFINE_bool("sampler", False, "The sampler, for a training batch of images, not the training step.")
+MFU = flags.DEFINE_float("mfu", 0.4, "Model-FLOPs utilisation to tell hours for.", lower_bound=0.01, upper_bound=1.0)
+JSON = flags.DEFINE_string("json", None, "File that the figures are appended to, a line a run.")
+flags.mark_flags_as_required(["config", "topology"])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Compiles, prints a table, and searches if it must."""
+    topology = _open(TOPOLOGY.value, NUM_SLICES.value)
+    config = CONFIG.value
+    if MESH.value:
+        sizes = [common.whole_number("mesh", size) for size in MESH.value]
+        if len(sizes) != 3:
+            raise ValueError(f"--mesh has {len(sizes)} sizes; expected data,fsdp,tensor")
+        config.mesh.update(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+    recipe = Recipe(config)
+    plan = make_plan(recipe, topology)
+    print(plan.table(MFU.value))
+    if JSON.value:
+        with open(JSON.value, "a") as file:
+            file.write(json.dumps({"command": sys.argv[1:], **plan.figures()}) + "\n")
+    return 0 if plan.fits else search(recipe, plan)
+
+
+def make_plan(recipe: Recipe, topology: Topology) -> Plan:
+    """Compiles the program that the flags name.
+
+    Raises:
+      ValueError: the batch cannot be cut over the mesh; names what can.
+    """
+    try:
+        mesh = recipe.mesh(topology.devices)
+    except ValueError as error:
+        options = fitting_options(recipe, len(topology.devices))
+        raise ValueError(f"{error}; here: {' or '.join(map(as_flags, options))}") from error
+    program = (sample_program if SAMPLER.value else train_program)(recipe, mesh)
+    return compile_program(program, recipe, topology, mesh)
+
+
+def search(recipe: Recipe, plan: Plan) -> int:
+    """Tries changes until one fits, and names it."""
+    for change in changes(recipe, plan):
+        tried = make_plan(changed(recipe, change), plan.topology)
+        print(f"{as_flags(change)}: {'fits' if tried.fits else tried.problem or 'does not fit'}", flush=True)
+        if tried.fits:
+            print(f"smallest change that fits: {as_flags(change)}\n{tried.table(MFU.value)}")
+            return EXIT_DOES_NOT_FIT
+    print("no change of remat, accumulation, fsdp or batch fits; choose a larger topology or a smaller model")
+    return EXIT_DOES_NOT_FIT
+
+
+def _open(name: str, num_slices: int) -> Topology:
+    platform, _, size = name.partition(":")
+    if platform == "gpu":
+        return open_topology(name, num_slices)
+    jax.config.update("jax_platforms", "cpu")
+    if platform == "cpu" and size.isdigit():
+        with contextlib.suppress(RuntimeError):  # JAX has its devices already
+            jax.config.update("jax_num_cpu_devices", int(size))
+    # libtpu otherwise asks the network which TPU this is, and lets one process in at a time.
+    quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
+    for variable, value in {**quiet, "TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3"}.items():
+        os.environ.setdefault(variable, value)
+    return open_topology(name, num_slices)
+
+
+if __name__ == "__main__":
+    common.run(main)

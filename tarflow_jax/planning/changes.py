@@ -1,0 +1,71 @@
+"""What to change when a recipe does not fit: the smallest change first."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from tarflow_jax.planning.plan import Plan
+from tarflow_jax.training import Recipe
+
+Change = dict[str, Any]  # config fields, "train.batch_size", to new values
+
+
+def changes(recipe: Recipe, plan: Plan) -> Iterator[Change]:
+    """Changes to try in turn, until one fits.
+
+    First those that leave the result alone, each with less speed than the one before: recomputing, accumulating,
+    cutting the parameters over `fsdp`, both; then a smaller batch. What cannot help, because parameters and
+    optimizer alone do not fit, is left out.
+    """
+    config, sizes = recipe.config, plan.mesh
+    shards = sizes["data"] * sizes["fsdp"]
+    state_fits = sum(plan.state_bytes.values()) < plan.topology.chip.memory
+    remat = [{"model.remat": "full"}] if config.model.remat != "full" else []
+    rows = config.train.batch_size // shards // config.train.accumulation
+    accumulations = [n * config.train.accumulation for n in _doublings(rows) if rows % n == 0]
+    cuts = [
+        {"mesh.data": sizes["data"] // n, "mesh.fsdp": sizes["fsdp"] * n}
+        for n in _doublings(sizes["data"] // plan.topology.slices)
+        if sizes["data"] % n == 0 and recipe.model.width % (sizes["fsdp"] * n) == 0
+    ]
+    if state_fits:
+        yield from remat
+        yield from ({**_first(remat), "train.accumulation": n} for n in accumulations)
+    yield from ({**_first(remat), **cut} for cut in cuts)
+    if accumulations and cuts:
+        yield {**_first(remat), **cuts[-1], "train.accumulation": accumulations[-1]}
+    for n in _doublings(rows):
+        smaller = {"train.batch_size": config.train.batch_size // n}
+        if rows % n == 0:
+            yield {**_first(remat), **(cuts[-1] if cuts and not state_fits else {}), **smaller}
+
+
+def changed(recipe: Recipe, change: Change) -> Recipe:
+    """The recipe with other values in some fields."""
+    config = recipe.config.copy_and_resolve_references()
+    config.update_from_flattened_dict(change)
+    return Recipe(config)
+
+
+def as_flags(change: Change) -> str:
+    """The change as the commands take it."""
+    return " ".join(f"--config.{name}={value}" for name, value in change.items())
+
+
+def _doublings(limit: int) -> list[int]:
+    """2, 4, 8, … up to the limit."""
+    return [2**k for k in range(1, max(limit, 1).bit_length())]
+
+
+def _first(options: list[Change]) -> Change:
+    return options[0] if options else {}
+
+
+def fitting_options(recipe: Recipe, num_devices: int) -> list[Change]:
+    """Meshes and batches that divide, for a batch that does not divide by the devices."""
+    batch, heads = recipe.config.train.batch_size // recipe.config.train.accumulation, recipe.model.num_heads
+    options: list[Change] = []
+    for tensor in (n for n in range(1, num_devices + 1) if num_devices % n == 0 and heads % n == 0):
+        if batch % (num_devices // tensor) == 0:
+            options.append({"mesh.data": num_devices // tensor, "mesh.tensor": tensor})
+            break
+    return [*options, {"train.batch_size": -(-batch // num_devices) * num_devices}]

@@ -1,0 +1,111 @@
+"""The chips that a program can be compiled for, and what their makers say of them."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import topologies
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """Data-sheet figures of one device. A rate of 0 is unknown: no times are derived from it.
+
+    Attributes:
+      memory: bytes.
+      flops: dense bfloat16 FLOP/s; float32 products run as bfloat16 ones on a TPU unless told otherwise.
+      memory_rate: bytes/s of its memory.
+      link_rate: bytes/s that it sends to chips of its slice, all links together, one way.
+      network_rate: bytes/s that it sends to other slices; 0 where there are none.
+    """
+
+    memory: int
+    flops: float = 0.0
+    memory_rate: float = 0.0
+    link_rate: float = 0.0
+    network_rate: float = 0.0
+
+
+# By device kind. TPU: cloud.google.com/tpu/docs (its interconnect figures are for both ways together, and a pod's
+# network is divided by its chips); NVIDIA: data sheets.
+CHIPS = {
+    "TPU v4": Chip(32 * GIB, 275e12, 1228e9, 300e9, 3.1e9),
+    "TPU v5 lite": Chip(16 * GIB, 197e12, 819e9, 200e9, 3.1e9),
+    "TPU v5": Chip(95 * GIB, 459e12, 2765e9, 600e9, 6.2e9),
+    "TPU v6 lite": Chip(32 * GIB, 918e12, 1640e9, 400e9, 12.5e9),
+    "NVIDIA A100": Chip(80 * GIB, 312e12, 2039e9, 300e9),
+    "NVIDIA H100": Chip(80 * GIB, 989e12, 3350e9, 450e9),
+    "NVIDIA H200": Chip(141 * GIB, 989e12, 4800e9, 450e9),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """Devices to compile for; a TPU's need not exist here.
+
+    Attributes:
+      name: as given, "v5e:16x16", "cpu:8".
+      slices: of TPUs, joined by the network between hosts.
+    """
+
+    name: str
+    devices: Sequence[jax.Device]
+    chip: Chip
+    slices: int = 1
+
+
+def known_chip(kind: str) -> Chip | None:
+    """The data sheet of a device kind, as "NVIDIA H100 80GB HBM3" or "TPU v5 lite"; None if it is not in the table."""
+    names = [name for name in CHIPS if kind.startswith(name)]
+    return CHIPS[max(names, key=len)] if names else None
+
+
+def open_topology(name: str, num_slices: int = 1) -> Topology:
+    """The devices of "v5e:16x16" and other TPU topologies (libtpu is needed, a TPU is not), of "cpu:8" or "gpu:1".
+
+    Raises:
+      ValueError: there is no such topology, or fewer devices. ImportError: libtpu is not installed.
+    """
+    platform, _, size = name.partition(":")
+    if platform not in ("cpu", "gpu"):
+        return _tpu(name, num_slices)
+    if num_slices != 1:
+        raise ValueError(f"num_slices is {num_slices}; only TPU topologies have slices")
+    count = int(size) if size.isdigit() else 0
+    try:
+        devices = jax.devices(platform)
+    except RuntimeError:
+        devices = []
+    if not 1 <= count <= len(devices):
+        raise ValueError(f"topology is {name!r}, but there are {len(devices)} {platform} devices here")
+    if platform == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // count
+        return Topology(name, devices[:count], Chip(memory))
+    chip = known_chip(devices[0].device_kind)
+    if chip is None:
+        raise ValueError(f"{devices[0].device_kind} is not one of the known chips: {', '.join(CHIPS)}")
+    return Topology(name, devices[:count], chip)
+
+
+def _tpu(name: str, num_slices: int) -> Topology:
+    try:
+        import libtpu  # noqa: F401
+    except ImportError:
+        raise ImportError(
+            f"compiling for {name} needs libtpu: pip install -r requirements-plan.txt"
+        ) from None
+    options = {"num_slices": num_slices} if num_slices != 1 else {}
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"no TPU topology {name!r} of {num_slices} slice(s) ({reason}); expected one as v5e:16x16"
+        ) from error
+    chip = known_chip(devices[0].device_kind)
+    if chip is None:
+        raise ValueError(f"{devices[0].device_kind} is not one of the known chips: {', '.join(CHIPS)}")
+    return Topology(name, devices, chip, num_slices)

@@ -1,0 +1,56 @@
+"""Floating-point work of matrix products: of a model in arithmetic, of a program by reading its jaxpr.
+
+XLA's own count (`cost_analysis`) takes the body of a loop once, and the layers run in a loop.
+"""
+
+import math
+from typing import Any
+
+from tarflow_jax.flow import TarFlowConfig
+
+
+def forward_flops(config: TarFlowConfig) -> float:
+    """Multiplications and additions of one image's matrix products, encoded; attention counted whole."""
+    tokens, width = config.num_tokens, config.width
+    outputs = config.token_dim * (1 if config.volume_preserving else 2)
+    ends = config.num_blocks * width * (config.token_dim + outputs)
+    layers = sum(config.depths) * (12 * width**2 + 2 * tokens * width)
+    return 2.0 * tokens * (ends + layers)
+
+
+def program_flops(jaxpr: Any) -> float:
+    """FLOPs of all products that a jaxpr runs on all devices together, loops by their lengths.
+
+    What the backward pass computes again is counted. Elementwise work is not.
+
+    Raises:
+      ValueError: products in a loop whose length the jaxpr does not say.
+    """
+    return sum(_flops(equation) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
+
+
+def _flops(equation: Any) -> float:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        summed = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+        return 2.0 * summed * math.prod(equation.outvars[0].aval.shape)
+    if name == "cond":
+        return max(program_flops(branch) for branch in params["branches"])
+    inner = sum(program_flops(jaxpr) for jaxpr in _inner(params))
+    if name == "while" and inner:
+        raise ValueError("a program's loop of unknown length holds matrix products; its FLOPs cannot be counted")
+    if name == "scan":
+        return inner * params["length"]
+    if name == "shard_map":  # the shapes inside are one device's
+        return inner * params["mesh"].size
+    if name == "pallas_call":
+        # The only kernel is flow.attention.splash: causal, so that of n x n blocks n (n + 1) / 2 run.
+        grid = params["grid_mapping"].grid
+        return inner * math.prod(grid) * (grid[-1] + 1) / (2 * grid[-1])
+    return inner
+
+
+def _inner(params: dict[str, Any]) -> list[Any]:
+    values = [v for value in params.values() for v in (value if isinstance(value, tuple | list) else [value])]
+    return [value for value in values if hasattr(value, "eqns") or hasattr(value, "jaxpr")]

@@ -1,0 +1,134 @@
+"""What a compiled program needs of each device, and how fast it can be at most."""
+
+import dataclasses
+import functools
+from typing import Any
+
+from tarflow_jax.planning.chips import GIB, Topology
+from tarflow_jax.planning.traffic import Traffic
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A program on a topology. Bytes, FLOPs and traffic are one device's; NaN where it did not compile.
+
+    Attributes:
+      mesh: its axes and their sizes.
+      batch_size: images of a step, on all devices together.
+      num_steps: of the recipe.
+      problem: why XLA gave up: too little memory; "" if it did not.
+      state_bytes: of parameters, optimizer, average and batch.
+      temporary_bytes: what the program takes besides them while it runs, and its results.
+      code_bytes: the program itself.
+      flops: products of one step, with what is computed again.
+      model_flops: the same on all devices together, nothing computed twice.
+      traffic: of one step.
+      compile_seconds: tracing and lowering included.
+    """
+
+    topology: Topology
+    mesh: dict[str, int]
+    batch_size: int
+    num_steps: int
+    problem: str
+    state_bytes: dict[str, int]
+    temporary_bytes: float
+    code_bytes: float
+    flops: float
+    model_flops: float
+    traffic: Traffic
+    compile_seconds: float
+
+    @property
+    def num_devices(self) -> int:
+        return len(self.topology.devices)
+
+    @property
+    def total_bytes(self) -> float:
+        return sum(self.state_bytes.values()) + self.temporary_bytes + self.code_bytes
+
+    @property
+    def fits(self) -> bool:
+        return not self.problem and self.total_bytes <= self.topology.chip.memory
+
+    @functools.cached_property
+    def limits(self) -> dict[str, float]:
+        """Seconds a step that each resource takes at its data-sheet rate; empty where the chip's rates are unknown."""
+        chip, collectives = self.topology.chip, self.traffic.collectives.values()
+        if self.problem or not chip.flops:
+            return {}
+        limits = {
+            "products": self.flops / chip.flops,
+            "memory": self.traffic.memory_bytes / chip.memory_rate,
+            "links": sum(collective.bytes for collective in collectives) / chip.link_rate,
+        }
+        if self.topology.slices > 1:
+            sent = sum(collective.network_bytes for collective in collectives)
+            limits["network"] = sent / chip.network_rate
+        return limits
+
+    def step_seconds(self, mfu: float) -> float:
+        """At a model-FLOPs utilisation, or at the roofline where that is slower."""
+        peak = self.topology.chip.flops * self.num_devices
+        return max(self.model_flops / peak / mfu, *self.limits.values())
+
+    def figures(self) -> dict[str, Any]:
+        """Everything, ready for JSON."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        collectives = {kind: dataclasses.asdict(c) for kind, c in self.traffic.collectives.items()}
+        fields |= {
+            "topology": self.topology.name,
+            "slices": self.topology.slices,
+            "devices": self.num_devices,
+            "device_memory": self.topology.chip.memory,
+            "traffic": {"memory_bytes": self.traffic.memory_bytes, "collectives": collectives},
+            "total_bytes": self.total_bytes,
+            "fits": self.fits,
+            "limits": self.limits,
+        }
+        return fields
+
+    def table(self, mfu: float) -> str:
+        """For people: a line a figure. `mfu` is the model-FLOPs utilisation that times are told for."""
+        mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items())
+        rows = {"devices": f"{self.num_devices} as {mesh}", "images a step": f"{self.batch_size}"}
+        rows |= {name: _gib(size) for name, size in self.state_bytes.items()}
+        if self.problem:
+            rows["does not fit"] = self.problem
+            return _lines(rows)
+        rows |= {
+            "temporaries": _gib(self.temporary_bytes),
+            "program": _gib(self.code_bytes),
+            "together": f"{_gib(self.total_bytes)} of {_gib(self.topology.chip.memory)}"
+            + ("" if self.fits else ": does not fit"),
+            "products": f"{self.flops / 1e12:,.3f} TFLOP a step",
+            "bytes moved": f"{self.traffic.memory_bytes / 1e9:,.2f} GB a step",
+        }
+        for kind, collective in sorted(self.traffic.collectives.items()):
+            network = f", {collective.network_bytes / 1e6:,.1f} to other slices" if self.topology.slices > 1 else ""
+            rows[kind] = f"{collective.count:,} a step, {collective.bytes / 1e6:,.1f} MB sent{network}"
+        rows["compiled in"] = f"{self.compile_seconds:.1f} s"
+        return _lines(rows | self._times(mfu))
+
+    def _times(self, mfu: float) -> dict[str, str]:
+        if not self.limits:
+            return {"times": "not told: this device's peak rates are not in tarflow_jax/planning/chips.py"}
+        bound, slowest = max((seconds, name) for name, seconds in self.limits.items())
+        shares = ", ".join(f"{name} {seconds * 1e3:,.1f}" for name, seconds in self.limits.items())
+        seconds = self.step_seconds(mfu)
+        hours = seconds * self.num_steps / 3600
+        held = "" if seconds > bound else f", which {slowest} do not allow: at the bound"
+        return {
+            "ms a step at least": f"{bound * 1e3:,.1f}, by {slowest} ({shares})",
+            "images/s at most": f"{self.batch_size / bound:,.0f}",
+            f"at {mfu:.0%} MFU": f"{self.batch_size / seconds:,.0f} images/s{held}",
+            "the whole recipe": f"{self.num_steps:,} steps, {hours:,.1f} hours, {hours * self.num_devices:,.0f} chip-hours",
+        }
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.3f} GiB"
+
+
+def _lines(rows: dict[str, str]) -> str:
+    return "\n".join(f"{name:<20} {value}" for name, value in rows.items())

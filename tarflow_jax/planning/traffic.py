@@ -1,0 +1,179 @@
+"""What a compiled program moves on each device: bytes from and to memory, and collectives by kind."""
+
+import dataclasses
+import math
+import re
+from collections import defaultdict
+
+from tarflow_jax.planning.hlo import Computation, Instruction, Program, arrays, executed, parse
+
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_NETWORK_KINDS = {"ONE_TO_ONE": "collective-permute"}  # the others are named as the collectives are
+_MOVE_NOTHING = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
+    "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "recv",
+}  # fmt: skip
+_SLICES = {"dynamic-slice", "slice", "gather", "slice-start", "dynamic-slice-start"}
+
+
+@dataclasses.dataclass
+class Collective:
+    """All of a step's collectives of one kind.
+
+    Attributes:
+      count: how many run.
+      bytes: that each device sends to others of its slice, by the algorithm that sends least.
+      network_bytes: that each device sends to other slices.
+    """
+
+    count: int = 0
+    bytes: float = 0.0
+    network_bytes: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Of one run of a program, on each device; loops are counted by their lengths.
+
+    Attributes:
+      memory_bytes: read and written, but not what XLA placed in on-chip memory; of a slice, the slice.
+      collectives: by kind.
+    """
+
+    memory_bytes: float
+    collectives: dict[str, Collective]
+
+
+def traffic(text: str, num_devices: int, slices: int = 1) -> Traffic:
+    """Reads `compiled.as_text()`.
+
+    Raises:
+      ValueError: a loop whose length, or groups of devices whose size the text does not tell.
+    """
+    program, entry = parse(text)
+    memory, collectives = 0.0, defaultdict(Collective)
+    for instruction, siblings, times, fused in executed(program, entry):
+        kind = instruction.opcode.removesuffix("-start")
+        if kind in _COLLECTIVES:
+            size = sum(_size(siblings, name) for name in instruction.operands)
+            group = _group_size(instruction.attributes, num_devices // slices)
+            collectives[kind].count += times
+            collectives[kind].bytes += times * _sent(kind, size, group)
+        elif kind == "send":
+            _add_send(collectives, instruction, _size(siblings, instruction.operands[0]), times, slices)
+        if not fused:
+            memory += times * _moved(program, siblings, instruction)
+    return Traffic(memory, dict(collectives))
+
+
+def _add_send(
+    collectives: dict[str, Collective], send: Instruction, size: float, times: int, slices: int
+) -> None:
+    """Between slices XLA has its runtime do the collective, and the text shows a send that names it."""
+    named = re.search(r'megascale_transfer_type="(\w+)"', send.attributes)
+    if named is None:
+        raise ValueError(f"send {send.name} does not name its collective; expected those between TPU slices only")
+    kind = _NETWORK_KINDS.get(named[1], named[1].lower().replace("_", "-"))
+    collectives[kind].count += times
+    collectives[kind].network_bytes += times * _sent(kind, size, slices)
+
+
+def _sent(kind: str, size: float, group: int) -> float:
+    """Bytes that each of a group's devices must send, of operands of `size` bytes a device."""
+    if kind == "collective-permute":
+        return size
+    factor = {"all-reduce": 2 / group, "all-gather": 1, "reduce-scatter": 1 / group, "all-to-all": 1 / group}
+    return size * (group - 1) * factor[kind]
+
+
+def _group_size(attributes: str, devices: int) -> int:
+    if "source_target_pairs=" in attributes:
+        return devices
+    groups = re.search(r"replica_groups=(.*)", attributes)
+    text = groups[1] if groups else ""
+    if listed := re.match(r"\{\{([\d,]+)\}", text):
+        return listed[1].count(",") + 1
+    if text.startswith("{}"):
+        return devices
+    if counted := re.match(r"\[\d+,(\d+)\]<=", text):
+        return int(counted[1])
+    # mesh['a'=32,'b'=8], device_ids=(…) {'a','b':(1)4}: named axes, or parts of them.
+    if named := re.match(r"mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in parts)
+    raise ValueError(f"cannot read the groups of devices in {attributes[:120]!r}")
+
+
+def _size(siblings: Computation, name: str) -> float:
+    return sum(size for size, _ in arrays(siblings[name].type))
+
+
+def _in_memory(type_: str) -> float:
+    return sum(size for size, in_memory in arrays(type_) if in_memory)
+
+
+def _moved(program: Program, siblings: Computation, instruction: Instruction) -> float:
+    opcode = instruction.opcode
+    if opcode in _MOVE_NOTHING or opcode.endswith("-done"):
+        return 0.0
+    operands = [siblings[name] for name in instruction.operands]
+    if opcode == "fusion":
+        body = program[instruction.called]
+        reads = sum(_read(program, body, i, operand.type) for i, operand in enumerate(operands))
+        return reads + _written(body, instruction.type)
+    if opcode in _SLICES:
+        return _slice(instruction) if _in_memory(operands[0].type) else _in_memory(instruction.type)
+    if opcode == "dynamic-update-slice":
+        update = _in_memory(operands[1].type)
+        return update + (_size(siblings, operands[1].name) if _in_memory(instruction.type) else 0.0)
+    if opcode.endswith("-start"):
+        return _in_memory(instruction.type)  # a tuple of operands and results
+    return sum(_in_memory(operand.type) for operand in operands) + _in_memory(instruction.type)
+
+
+def _slice(instruction: Instruction) -> float:
+    """Bytes read by a slice of a buffer in memory, and written where its result is there too."""
+    results = arrays(instruction.type)
+    size, in_memory = results[-2] if instruction.opcode.endswith("-start") else results[0]
+    return size * (2 if in_memory else 1)
+
+
+def _read(program: Program, body: Computation, index: int, type_: str) -> float:
+    """Bytes that a fusion reads of its operand number `index`."""
+    whole = _in_memory(type_)
+    parameter = next(i.name for i in body.values() if i.opcode == "parameter" and i.operands == (str(index),))
+    return min(whole, _used(program, body, parameter, whole)) if whole else 0.0
+
+
+def _used(program: Program, body: Computation, name: str, whole: float) -> float:
+    total = 0.0
+    for user in body.values():
+        if user.opcode in ("parameter", "constant") or name not in user.operands:
+            continue
+        if user.opcode in ("dynamic-slice", "slice", "gather"):
+            total += _size(body, user.name)
+        elif user.opcode == "bitcast":
+            total += _used(program, body, user.name, whole)
+        elif user.opcode == "fusion":
+            inner, index = program[user.called], user.operands.index(name)
+            parameter = next(
+                i.name for i in inner.values() if i.opcode == "parameter" and i.operands == (str(index),)
+            )
+            total += _used(program, inner, parameter, whole)
+        elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
+            return whole
+    return total
+
+
+def _written(body: Computation, type_: str) -> float:
+    """Bytes that a fusion writes: an update in place writes the update."""
+    root = next(instruction for instruction in body.values() if instruction.root)
+    roots = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
+    total = 0.0
+    for (size, in_memory), result in zip(arrays(type_), roots, strict=False):
+        while result.opcode == "bitcast":
+            result = body[result.operands[0]]
+        update = result.opcode == "dynamic-update-slice"
+        total += (_size(body, result.operands[1]) if update else size) if in_memory else 0.0
+    return total
