@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tarflow_jax.flow import TarFlowConfig
+from tarflow_jax.planning import known_chip
 
 # Named patch-width-blocks-layers. "remat" as the recipes have it: on a CPU, computing again is faster than keeping.
 SHAPES = {
@@ -21,17 +22,6 @@ SHAPES = {
     "deep": (TarFlowConfig(28, 1, 4, 128, 8, 8, num_classes=10, remat="full"), 32),
     "imagenet64": (TarFlowConfig(64, 3, 2, 768, 8, 8, num_classes=1000, dtype="bfloat16"), 64),
 }
-# Peak dense bfloat16 FLOP/s of a chip, from its data sheet.
-PEAK_FLOPS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-}
-
 Run = Callable[[], object]
 
 
@@ -61,15 +51,6 @@ def shape(args: argparse.Namespace, **changes: str | None) -> tuple[TarFlowConfi
     return dataclasses.replace(config, **given), batch
 
 
-def forward_flops(config: TarFlowConfig) -> float:
-    """Multiplications and additions of one image's matrix products, encoded; attention counted whole."""
-    tokens, width = config.num_tokens, config.width
-    outputs = config.token_dim * (1 if config.volume_preserving else 2)
-    ends = config.num_blocks * width * (config.token_dim + outputs)
-    layers = sum(config.depths) * (12 * width**2 + 2 * tokens * width)
-    return 2.0 * tokens * (ends + layers)
-
-
 def matmul_flops(dtype: str, size: int = 2048) -> float:
     """FLOP/s of one large square product, the best of ten, in this process."""
     a = jnp.ones((size, size), dtype)
@@ -80,10 +61,10 @@ def matmul_flops(dtype: str, size: int = 2048) -> float:
 
 def peak_flops(dtype: str) -> tuple[float, str]:
     """(FLOP/s, what they are): the chip's peak where it is known, else the measured rate of a product."""
-    kind = jax.devices()[0].device_kind
-    for name, flops in sorted(PEAK_FLOPS.items(), key=lambda item: -len(item[0])):
-        if kind.startswith(name) and dtype == "bfloat16":
-            return flops * jax.device_count(), f"{jax.device_count()} x {kind}'s peak"
+    kind, count = jax.devices()[0].device_kind, jax.device_count()
+    chip = known_chip(kind)
+    if chip and dtype == "bfloat16":
+        return chip.flops * count, f"{count} x {kind}'s peak"
     return matmul_flops(dtype), "measured matrix product"
 
 

@@ -16,6 +16,7 @@ from benchmarks import common, rivals
 from tarflow_jax.distributed import batch_sharding, make_mesh, split_cpu
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.noise import Noise
+from tarflow_jax.planning import forward_flops
 from tarflow_jax.training import make_train_step
 from tarflow_jax.training.state import sharded_state
 
@@ -75,7 +76,7 @@ def main() -> None:
 
     figures = common.time_in_turns(runs, args.repeats)
     peak, peak_name = common.peak_flops(config.dtype)
-    flops = 3 * batch * common.forward_flops(config) / figures["tarflow_jax"]["median_s"]
+    flops = 3 * batch * forward_flops(config) / figures["tarflow_jax"]["median_s"]
     figures["tarflow_jax"] |= {"flops": flops, "of_peak": flops / peak, "bytes": step_bytes()}
     print(common.table(f"training {args.shape}, batch {batch}, {config.dtype}", figures, batch, "reference"))
     print(

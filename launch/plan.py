@@ -8,7 +8,7 @@ A TPU topology needs no TPU, but its compiler: pip install -r requirements-plan.
 does not fit; then changes are tried, the smallest first, until one does. docs/scaling.md tells how to read it.
 """
 
-import contextlib
+import functools
 import json
 import os
 import sys
@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 from launch import common
 from tarflow_jax.planning import Plan, Topology, compile_program, open_topology, sample_program, train_program
-from tarflow_jax.planning.changes import as_flags, changed, changes, fitting_options
+from tarflow_jax.planning.changes import as_flags, dividing_options, smallest_change
 from tarflow_jax.training import Recipe
 
 EXIT_DOES_NOT_FIT = 2
@@ -43,17 +43,25 @@ def main(argv: Sequence[str]) -> int:
         sizes = [common.whole_number("mesh", size) for size in MESH.value]
         if len(sizes) != 3:
             raise ValueError(f"--mesh has {len(sizes)} sizes; expected data,fsdp,tensor")
-        config.mesh.update(zip(("data", "fsdp", "tensor"), sizes, strict=True))
+        config.mesh.update(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
     recipe = Recipe(config)
-    plan = make_plan(recipe, topology)
+    make = functools.partial(make_plan, topology)
+    plan = make(recipe)
     print(plan.table(MFU.value))
     if JSON.value:
         with open(JSON.value, "a") as file:
             file.write(json.dumps({"command": sys.argv[1:], **plan.figures()}) + "\n")
-    return 0 if plan.fits else search(recipe, plan)
+    if plan.fits:
+        return 0
+    found = smallest_change(recipe, plan, make)
+    if found is None:
+        print("no change of remat, accumulation, fsdp or batch fits; choose more chips or a smaller model")
+    else:
+        print(f"\nthe smallest change that fits: {as_flags(found.change)}\n{found.plan.table(MFU.value)}")
+    return EXIT_DOES_NOT_FIT
 
 
-def make_plan(recipe: Recipe, topology: Topology) -> Plan:
+def make_plan(topology: Topology, recipe: Recipe) -> Plan:
     """Compiles the program that the flags name.
 
     Raises:
@@ -62,22 +70,10 @@ def make_plan(recipe: Recipe, topology: Topology) -> Plan:
     try:
         mesh = recipe.mesh(topology.devices)
     except ValueError as error:
-        options = fitting_options(recipe, len(topology.devices))
+        options = dividing_options(recipe, len(topology.devices))
         raise ValueError(f"{error}; here: {' or '.join(map(as_flags, options))}") from error
     program = (sample_program if SAMPLER.value else train_program)(recipe, mesh)
     return compile_program(program, recipe, topology, mesh)
-
-
-def search(recipe: Recipe, plan: Plan) -> int:
-    """Tries changes until one fits, and names it."""
-    for change in changes(recipe, plan):
-        tried = make_plan(changed(recipe, change), plan.topology)
-        print(f"{as_flags(change)}: {'fits' if tried.fits else tried.problem or 'does not fit'}", flush=True)
-        if tried.fits:
-            print(f"smallest change that fits: {as_flags(change)}\n{tried.table(MFU.value)}")
-            return EXIT_DOES_NOT_FIT
-    print("no change of remat, accumulation, fsdp or batch fits; choose a larger topology or a smaller model")
-    return EXIT_DOES_NOT_FIT
 
 
 def _open(name: str, num_slices: int) -> Topology:
@@ -85,9 +81,9 @@ def _open(name: str, num_slices: int) -> Topology:
     if platform == "gpu":
         return open_topology(name, num_slices)
     jax.config.update("jax_platforms", "cpu")
-    if platform == "cpu" and size.isdigit():
-        with contextlib.suppress(RuntimeError):  # JAX has its devices already
-            jax.config.update("jax_num_cpu_devices", int(size))
+    forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if platform == "cpu" and size.isdigit() and not forced:
+        jax.config.update("jax_num_cpu_devices", int(size))
     # libtpu otherwise asks the network which TPU this is, and lets one process in at a time.
     quiet = {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-16"}
     for variable, value in {**quiet, "TPU_WORKER_HOSTNAMES": "localhost", "TPU_MIN_LOG_LEVEL": "3"}.items():

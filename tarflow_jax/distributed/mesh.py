@@ -8,8 +8,9 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from tarflow_jax.flow.attention import BATCH_AXES
+
 AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
 CPU_ROWS = 8  # a CPU device's least share of a batch
 
 

@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec
 
 KERNELS = ("auto", "plain", "cudnn", "splash")
 SPLASH_MIN_TOKENS = 1024
+BATCH_AXES = ("data", "fsdp")  # of the mesh, over which rows lie
 
 # Finite, because a fully masked row must give 0 * finite, never NaN, in the backward pass.
 _MASKED = -1e30
@@ -71,6 +72,17 @@ def attend_whole(query: jax.Array, key: jax.Array, value: jax.Array, kernel: str
     return attend(query, key, value)
 
 
+def keep_rows(x: jax.Array) -> jax.Array:
+    """x [B, …], told to lie by rows over the mesh in force and by nothing else; without a mesh, x.
+
+    XLA otherwise answers parameters cut over `fsdp` by gathering the batch, which is larger, instead of them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
 def splash(query: jax.Array, key: jax.Array, value: jax.Array, *, interpret: bool = False) -> jax.Array:
     """Pallas's blockwise attention for TPUs, which keeps no [T, T] in memory; T is a multiple of 128.
 
@@ -80,7 +92,7 @@ def splash(query: jax.Array, key: jax.Array, value: jax.Array, *, interpret: boo
     mesh = jax.sharding.get_abstract_mesh()
     run = functools.partial(_splash, interpret=interpret)
     if not mesh.empty and mesh.size > 1:
-        spec = PartitionSpec(("data", "fsdp"), "tensor")
+        spec = PartitionSpec(BATCH_AXES, "tensor")
         run = jax.shard_map(run, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
     return run(query * query.shape[-1] ** -0.5, key, value)
 

@@ -1,12 +1,35 @@
 """What to change when a recipe does not fit: the smallest change first."""
 
-from collections.abc import Iterator
-from typing import Any
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 from tarflow_jax.planning.plan import Plan
 from tarflow_jax.training import Recipe
 
+logger = logging.getLogger(__name__)
 Change = dict[str, Any]  # config fields, "train.batch_size", to new values
+
+
+class Fitting(NamedTuple):
+    """A change with which a recipe fits, and its plan."""
+
+    change: Change
+    plan: Plan
+
+
+def smallest_change(recipe: Recipe, plan: Plan, make_plan: Callable[[Recipe], Plan]) -> Fitting | None:
+    """Compiles one changed recipe after another, the smallest change first, until one fits.
+
+    Args:
+      recipe: what does not fit. plan: of it. make_plan: compiles a changed recipe for the same topology.
+    """
+    for change in changes(recipe, plan):
+        logger.info("does not fit: trying %s", as_flags(change))
+        tried = make_plan(changed(recipe, change))
+        if tried.fits:
+            return Fitting(change, tried)
+    return None
 
 
 def changes(recipe: Recipe, plan: Plan) -> Iterator[Change]:
@@ -51,16 +74,7 @@ def as_flags(change: Change) -> str:
     return " ".join(f"--config.{name}={value}" for name, value in change.items())
 
 
-def _doublings(limit: int) -> list[int]:
-    """2, 4, 8, … up to the limit."""
-    return [2**k for k in range(1, max(limit, 1).bit_length())]
-
-
-def _first(options: list[Change]) -> Change:
-    return options[0] if options else {}
-
-
-def fitting_options(recipe: Recipe, num_devices: int) -> list[Change]:
+def dividing_options(recipe: Recipe, num_devices: int) -> list[Change]:
     """Meshes and batches that divide, for a batch that does not divide by the devices."""
     batch, heads = recipe.config.train.batch_size // recipe.config.train.accumulation, recipe.model.num_heads
     options: list[Change] = []
@@ -69,3 +83,12 @@ def fitting_options(recipe: Recipe, num_devices: int) -> list[Change]:
             options.append({"mesh.data": num_devices // tensor, "mesh.tensor": tensor})
             break
     return [*options, {"train.batch_size": -(-batch // num_devices) * num_devices}]
+
+
+def _doublings(limit: int) -> list[int]:
+    """2, 4, 8, … up to the limit."""
+    return [2**k for k in range(1, max(limit, 1).bit_length())]
+
+
+def _first(options: list[Change]) -> Change:
+    return options[0] if options else {}

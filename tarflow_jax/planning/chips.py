@@ -12,7 +12,7 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Data-sheet figures of one device. A rate of 0 is unknown: no times are derived from it.
+    """Data-sheet figures of one device. A rate of 0 is unknown, and sets no limit.
 
     Attributes:
       memory: bytes.
@@ -32,7 +32,7 @@ class Chip:
 # By device kind. TPU: cloud.google.com/tpu/docs (its interconnect figures are for both ways together, and a pod's
 # network is divided by its chips); NVIDIA: data sheets.
 CHIPS = {
-    "TPU v4": Chip(32 * GIB, 275e12, 1228e9, 300e9, 3.1e9),
+    "TPU v4": Chip(32 * GIB, 275e12, 1228e9),
     "TPU v5 lite": Chip(16 * GIB, 197e12, 819e9, 200e9, 3.1e9),
     "TPU v5": Chip(95 * GIB, 459e12, 2765e9, 600e9, 6.2e9),
     "TPU v6 lite": Chip(32 * GIB, 918e12, 1640e9, 400e9, 12.5e9),

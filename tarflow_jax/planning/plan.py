@@ -15,7 +15,7 @@ class Plan:
     Attributes:
       mesh: its axes and their sizes.
       batch_size: images of a step, on all devices together.
-      num_steps: of the recipe.
+      num_steps: of the whole recipe; 0 for a sampler.
       problem: why XLA gave up: too little memory; "" if it did not.
       state_bytes: of parameters, optimizer, average and batch.
       temporary_bytes: what the program takes besides them while it runs, and its results.
@@ -23,7 +23,7 @@ class Plan:
       flops: products of one step, with what is computed again.
       model_flops: the same on all devices together, nothing computed twice.
       traffic: of one step.
-      compile_seconds: tracing and lowering included.
+      compile_seconds: of processor time, all cores together; tracing and lowering included.
     """
 
     topology: Topology
@@ -55,17 +55,15 @@ class Plan:
     def limits(self) -> dict[str, float]:
         """Seconds a step that each resource takes at its data-sheet rate; empty where the chip's rates are unknown."""
         chip, collectives = self.topology.chip, self.traffic.collectives.values()
-        if self.problem or not chip.flops:
+        if self.problem:
             return {}
-        limits = {
-            "products": self.flops / chip.flops,
-            "memory": self.traffic.memory_bytes / chip.memory_rate,
-            "links": sum(collective.bytes for collective in collectives) / chip.link_rate,
+        amounts = {
+            "products": (self.flops, chip.flops),
+            "memory": (self.traffic.memory_bytes, chip.memory_rate),
+            "links": (sum(collective.bytes for collective in collectives), chip.link_rate),
+            "network": (sum(collective.network_bytes for collective in collectives), chip.network_rate),
         }
-        if self.topology.slices > 1:
-            sent = sum(collective.network_bytes for collective in collectives)
-            limits["network"] = sent / chip.network_rate
-        return limits
+        return {name: amount / rate for name, (amount, rate) in amounts.items() if rate and amount}
 
     def step_seconds(self, mfu: float) -> float:
         """At a model-FLOPs utilisation, or at the roofline where that is slower."""
@@ -107,23 +105,26 @@ class Plan:
         for kind, collective in sorted(self.traffic.collectives.items()):
             network = f", {collective.network_bytes / 1e6:,.1f} to other slices" if self.topology.slices > 1 else ""
             rows[kind] = f"{collective.count:,} a step, {collective.bytes / 1e6:,.1f} MB sent{network}"
-        rows["compiled in"] = f"{self.compile_seconds:.1f} s"
+        rows["compiled in"] = f"{self.compile_seconds:.0f} s of processor time"
         return _lines(rows | self._times(mfu))
 
     def _times(self, mfu: float) -> dict[str, str]:
         if not self.limits:
             return {"times": "not told: this device's peak rates are not in tarflow_jax/planning/chips.py"}
         bound, slowest = max((seconds, name) for name, seconds in self.limits.items())
-        shares = ", ".join(f"{name} {seconds * 1e3:,.1f}" for name, seconds in self.limits.items())
+        shares = ", ".join(f"{name} {seconds * 1e3:.3g}" for name, seconds in self.limits.items())
         seconds = self.step_seconds(mfu)
         hours = seconds * self.num_steps / 3600
         held = "" if seconds > bound else f", which {slowest} do not allow: at the bound"
-        return {
-            "ms a step at least": f"{bound * 1e3:,.1f}, by {slowest} ({shares})",
+        rows = {
+            "ms a step at least": f"{bound * 1e3:.4g}, by {slowest} ({shares})",
             "images/s at most": f"{self.batch_size / bound:,.0f}",
             f"at {mfu:.0%} MFU": f"{self.batch_size / seconds:,.0f} images/s{held}",
-            "the whole recipe": f"{self.num_steps:,} steps, {hours:,.1f} hours, {hours * self.num_devices:,.0f} chip-hours",
         }
+        if self.num_steps:
+            chip_hours = f"{hours * self.num_devices:,.0f} chip-hours"
+            rows["the whole recipe"] = f"{self.num_steps:,} steps, {hours:,.1f} hours, {chip_hours}"
+        return rows
 
 
 def _gib(size: float) -> str:
