@@ -35,9 +35,13 @@ def make_mesh(
         )
     for axis in free:
         sizes[axis] = len(devices) // given
-    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    slices = (
+        len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
+    )
     if sizes["data"] % slices:
-        raise ValueError(f"mesh data={sizes['data']} does not divide by the {slices} slices; choose a multiple")
+        raise ValueError(
+            f"mesh data={sizes['data']} does not divide by the {slices} slices; choose a multiple"
+        )
     inside = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
     # An axis of 8 on a torus of 4 x 4 x 4 takes half of a physical axis.
     if slices > 1:

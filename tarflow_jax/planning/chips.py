@@ -1,13 +1,23 @@
 """The chips that a program can be compiled for, and what their makers say of them."""
 
 import dataclasses
+import importlib.util
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.experimental import topologies
 
 GIB = 2**30
+# libtpu otherwise asks the network which TPU this is, and lets one process in at a time.
+_NO_TPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
+    "TPU_MIN_LOG_LEVEL": "3",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,28 +94,28 @@ def open_topology(name: str, num_slices: int = 1) -> Topology:
     if platform == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // count
         return Topology(name, devices[:count], Chip(memory))
-    chip = known_chip(devices[0].device_kind)
-    if chip is None:
-        raise ValueError(f"{devices[0].device_kind} is not one of the known chips: {', '.join(CHIPS)}")
-    return Topology(name, devices[:count], chip)
+    return Topology(name, devices[:count], _chip_of(devices[0]))
 
 
 def _tpu(name: str, num_slices: int) -> Topology:
-    try:
-        import libtpu  # noqa: F401
-    except ImportError:
-        raise ImportError(
-            f"compiling for {name} needs libtpu: pip install -r requirements-plan.txt"
-        ) from None
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError(f"compiling for {name} needs libtpu: pip install -r requirements-plan.txt")
+    for variable, value in _NO_TPU.items():
+        os.environ.setdefault(variable, value)
     options = {"num_slices": num_slices} if num_slices != 1 else {}
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
+        devices: list[Any] = topology.devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"no TPU topology {name!r} of {num_slices} slice(s) ({reason}); expected one as v5e:16x16"
         ) from error
-    chip = known_chip(devices[0].device_kind)
+    return Topology(name, devices, _chip_of(devices[0]), num_slices)
+
+
+def _chip_of(device: Any) -> Chip:
+    chip = known_chip(device.device_kind)
     if chip is None:
-        raise ValueError(f"{devices[0].device_kind} is not one of the known chips: {', '.join(CHIPS)}")
-    return Topology(name, devices, chip, num_slices)
+        raise ValueError(f"{device.device_kind} is not one of the known chips: {', '.join(CHIPS)}")
+    return chip

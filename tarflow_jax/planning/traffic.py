@@ -51,7 +51,8 @@ def traffic(text: str, num_devices: int, slices: int = 1) -> Traffic:
       ValueError: a loop whose length, or groups of devices whose size the text does not tell.
     """
     program, entry = parse(text)
-    memory, collectives = 0.0, defaultdict(Collective)
+    memory = 0.0
+    collectives: dict[str, Collective] = defaultdict(Collective)
     for instruction, siblings, times, fused in executed(program, entry):
         kind = instruction.opcode.removesuffix("-start")
         if kind in _COLLECTIVES:
@@ -72,7 +73,9 @@ def _add_send(
     """Between slices XLA has its runtime do the collective, and the text shows a send that names it."""
     named = re.search(r'megascale_transfer_type="(\w+)"', send.attributes)
     if named is None:
-        raise ValueError(f"send {send.name} does not name its collective; expected those between TPU slices only")
+        raise ValueError(
+            f"send {send.name} does not name its collective; expected those between TPU slices only"
+        )
     kind = _NETWORK_KINDS.get(named[1], named[1].lower().replace("_", "-"))
     collectives[kind].count += times
     collectives[kind].network_bytes += times * _sent(kind, size, slices)

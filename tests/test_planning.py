@@ -1,0 +1,223 @@
+"""Plans: what is read off a compiled program, against counts by hand; and recipes compiled for TPUs."""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import digits
+from tarflow_jax.distributed import make_mesh
+from tarflow_jax.flow.attention import choose_kernel
+from tarflow_jax.planning import compile_program, known_chip, open_topology, sample_program, train_program
+from tarflow_jax.planning.changes import as_flags, changes, dividing_options, smallest_change
+from tarflow_jax.planning.chips import Chip
+from tarflow_jax.planning.flops import forward_flops, program_flops
+from tarflow_jax.planning.traffic import Collective, traffic
+from tarflow_jax.training import Recipe
+
+ROOT = Path(__file__).parent.parent
+
+# A loop of 3 rounds: a 4 x 8 slice of a 3 x 4 x 8 buffer is read by a fusion, all-reduced over pairs and kept on chip.
+PROGRAM = """\
+HloModule jit_step, is_scheduled=true
+
+%fused_slice (param_0.1: f32[3,4,8], param_1.1: s32[]) -> f32[4,8] {
+  %param_0.1 = f32[3,4,8]{2,1,0:T(8,128)} parameter(0)
+  %param_1.1 = s32[]{:T(128)S(1)} parameter(1)
+  %constant.1 = s32[]{:T(128)} constant(0)
+  %dynamic-slice.1 = f32[1,4,8]{2,1,0:T(8,128)} dynamic-slice(%param_0.1, %param_1.1, %constant.1, %constant.1), dynamic_slice_sizes={1,4,8}
+  ROOT %bitcast.1 = f32[4,8]{1,0:T(8,128)S(1)} bitcast(%dynamic-slice.1)
+}
+
+%body (param.2: (s32[], f32[3,4,8])) -> (s32[], f32[3,4,8]) {
+  %param.2 = (s32[]{:T(128)S(1)}, /*index=1*/f32[3,4,8]{2,1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)S(1)} get-tuple-element(%param.2), index=0
+  %stack = f32[3,4,8]{2,1,0:T(8,128)} get-tuple-element(%param.2), index=1
+  %fusion.1 = f32[4,8]{1,0:T(8,128)S(1)} fusion(%stack, %i), kind=kLoop, calls=%fused_slice
+  %all-reduce.1 = f32[4,8]{1,0:T(8,128)S(1)} all-reduce(%fusion.1), channel_id=1, replica_groups={{0,1},{2,3}}, to_apply=%add
+  ROOT %tuple.1 = (s32[]{:T(128)S(1)}, f32[3,4,8]{2,1,0:T(8,128)}) tuple(%i, %stack)
+}
+
+%condition (param.3: (s32[], f32[3,4,8])) -> pred[] {
+  %param.3 = (s32[]{:T(128)S(1)}, f32[3,4,8]{2,1,0:T(8,128)}) parameter(0)
+  %j = s32[]{:T(128)S(1)} get-tuple-element(%param.3), index=0
+  %bound = s32[]{:T(128)} constant(3)
+  ROOT %less = pred[]{:T(512)} compare(%j, %bound), direction=LT
+}
+
+ENTRY %main (x: f32[3,4,8], y: bf16[16]) -> bf16[64] {
+  %x = f32[3,4,8]{2,1,0:T(8,128)} parameter(0)
+  %y = bf16[16]{0:T(256)} parameter(1)
+  %zero = s32[]{:T(128)S(1)} constant(0)
+  %tuple.2 = (s32[]{:T(128)S(1)}, f32[3,4,8]{2,1,0:T(8,128)}) tuple(%zero, %x)
+  %while.1 = (s32[]{:T(128)S(1)}, f32[3,4,8]{2,1,0:T(8,128)}) while(%tuple.2), condition=%condition, body=%body
+  %token = token[] after-all()
+  %send.1 = (bf16[16]{0:T(256)}, u32[], token[]) send(%y, %token), channel_id=7, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  ROOT %all-gather.1 = bf16[64]{0:T(256)} all-gather(%y), channel_id=2, replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}, dimensions={0}
+}
+"""  # noqa: E501
+
+
+def tiny_recipe(**fields):
+    config = digits.get_config("smoke")
+    config.update_from_flattened_dict({"model.remat": "none", **fields})
+    return Recipe(config)
+
+
+def plan_of(recipe, topology):
+    mesh = recipe.mesh(topology.devices)
+    return compile_program(train_program(recipe, mesh), recipe, topology, mesh)
+
+
+def test_bytes_and_collectives_of_a_programs_text():
+    found = traffic(PROGRAM, num_devices=8, slices=2)
+    # The loop's slice; the send's buffer and the gather's, read; what the gather writes.
+    assert found.memory_bytes == 3 * (4 * 8 * 4) + 2 * 16 + 2 * 16 + 2 * 64
+    assert found.collectives == {
+        # Of S bytes an all-reduce of n sends 2 S (n - 1) / n.
+        "all-reduce": Collective(count=3 + 1, bytes=3 * 128, network_bytes=32),
+        "all-gather": Collective(count=1, bytes=3 * 32),
+    }
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("ENTRY ", "", "no ENTRY"),
+        ("direction=LT", "direction=GT", "length of loop while.1"),
+        ("{{0,1},{2,3}}", "surprise", "groups of devices"),
+        ("_xla_megascale_transfer_type", "unknown", "send.1"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_an_error(old, new, message):
+    with pytest.raises(ValueError, match=message):
+        traffic(PROGRAM.replace(old, new), num_devices=8, slices=2)
+
+
+def test_flops_count_loops_by_length_and_a_shard_map_by_devices():
+    mesh = make_mesh(4, devices=jax.devices()[:4])
+    rows = jax.sharding.PartitionSpec("data")
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(rows, None), out_specs=rows)
+    def product(x, kernel):
+        return x @ kernel
+
+    def loop(x, kernel):
+        return jax.lax.scan(lambda carry, _: (product(carry, kernel), None), x, None, length=5)[0]
+
+    jaxpr = jax.make_jaxpr(loop)(jnp.ones((8, 3)), jnp.ones((3, 3)))
+    assert program_flops(jaxpr) == 5 * 2 * 8 * 3 * 3
+
+
+def test_the_plan_of_a_training_step_on_eight_cpu_devices():
+    recipe, topology = tiny_recipe(), open_topology("cpu:8")
+    plan = plan_of(recipe, topology)
+    model, batch = recipe.model, recipe.config.train.batch_size
+    parameters = jax.eval_shape(
+        lambda: recipe.optimizer().init({"w": jnp.ones(())})
+    )  # two moments, two counters
+    assert len(jax.tree.leaves(parameters)) == 4
+    assert plan.state_bytes["optimizer"] == 2 * plan.state_bytes["parameters"] + 3 * 4
+    assert plan.state_bytes["batch"] == batch // 8 * (model.num_dims + 4)
+    # Backwards is twice forwards, but the first block's input needs no gradient.
+    unneeded = 2 * model.num_tokens * model.token_dim * model.width
+    assert plan.flops * 8 == batch * (3 * forward_flops(model) - unneeded)
+    # Every parameter's gradient is summed once; so are a few numbers for the metrics.
+    gradients = 2 * 7 / 8 * plan.state_bytes["parameters"]
+    assert gradients <= plan.traffic.collectives["all-reduce"].bytes < gradients + 2000
+    assert plan.fits
+    assert plan.limits == {}  # this processor's peak is in no table
+    assert json.loads(json.dumps(plan.figures()))["topology"] == "cpu:8"
+
+
+def test_the_smallest_change_that_fits_is_found_by_trying():
+    recipe = tiny_recipe(**{"train.batch_size": 64, "mesh.data": 8})
+    topology = open_topology("cpu:8")
+    whole = plan_of(recipe, topology)
+    small = dataclasses.replace(topology, chip=Chip(int(whole.total_bytes) - 1))
+    found = smallest_change(recipe, dataclasses.replace(whole, topology=small), lambda r: plan_of(r, small))
+    assert found.plan.fits
+    assert found.change == {"model.remat": "full"}
+    # Where the state alone is too large, only cutting it can help.
+    full = dataclasses.replace(whole, topology=dataclasses.replace(topology, chip=Chip(1)))
+    tried = [as_flags(change) for change in changes(recipe, full)]
+    assert tried[0] == "--config.model.remat=full --config.mesh.data=4 --config.mesh.fsdp=2"
+    assert all("fsdp" in change for change in tried)
+
+
+def test_meshes_that_divide_the_batch_are_named():
+    recipe = tiny_recipe(**{"model.width": 1024, "train.batch_size": 480})
+    assert [as_flags(option) for option in dividing_options(recipe, 256)] == [
+        "--config.mesh.data=32 --config.mesh.tensor=8",
+        "--config.train.batch_size=512",
+    ]
+
+
+def test_chips_are_known_by_the_longest_name():
+    assert known_chip("TPU v5 lite").flops == 197e12
+    assert known_chip("TPU v5").flops == 459e12
+    assert known_chip("NVIDIA H100 80GB HBM3").memory_rate == 3350e9
+    assert known_chip("abacus") is None
+    with pytest.raises(ValueError, match="there are 8 cpu devices"):
+        open_topology("cpu:9")
+
+
+def test_the_command_exits_with_2_and_names_a_change(tmp_path):
+    program = (
+        "import os, runpy; pages = os.sysconf; "
+        "os.sysconf = lambda name: 2400 if name == 'SC_PHYS_PAGES' else pages(name); "
+        "runpy.run_module('launch.plan', run_name='__main__', alter_sys=True)"
+    )
+    flags = ["--config=configs/digits.py:smoke", "--topology=cpu:2", f"--json={tmp_path / 'plans.jsonl'}"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *flags], cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "the smallest change that fits: --config." in done.stdout
+    assert not json.loads((tmp_path / "plans.jsonl").read_text())["fits"]
+
+
+def test_a_step_with_splash_compiles_for_tpus_that_are_not_here():
+    pytest.importorskip("libtpu")
+    topology = open_topology("v5e:2x2")
+    recipe = tiny_recipe(**{"model.image_size": (32, 32), "model.patch_size": 1, "mesh.fsdp": 2})
+    mesh = recipe.mesh(topology.devices)
+    program = train_program(recipe, mesh)
+    plan = compile_program(program, recipe, topology, mesh)
+    assert plan.fits
+    assert plan.mesh == {"data": 2, "fsdp": 2, "tensor": 1}
+    assert plan.traffic.collectives["all-reduce"].bytes > 0
+    assert 0 < plan.step_seconds(mfu=0.4) < 1
+    with jax.set_mesh(mesh):
+        assert "tpu_custom_call" in program.jitted.lower(*program.arguments).as_text()
+    with pytest.raises(ValueError, match="no TPU topology 'v5e:3x5'"):
+        open_topology("v5e:3x5")
+
+
+def test_a_sampler_compiles_for_tpus_that_are_not_here():
+    pytest.importorskip("libtpu")
+    recipe, topology = tiny_recipe(), open_topology("v5e:2x2")
+    mesh = recipe.mesh(topology.devices)
+    plan = compile_program(sample_program(recipe, mesh), recipe, topology, mesh)
+    assert plan.fits
+    assert set(plan.state_bytes) == {"parameters", "batch"}
+    assert "the whole recipe" not in plan.table(mfu=0.4)
+
+
+def test_meshes_of_tpus_and_the_kernel_for_them():
+    pytest.importorskip("libtpu")
+    slices = make_mesh(4, 2, 1, devices=open_topology("v5e:2x2", num_slices=2).devices)
+    assert [device.slice_index for device in slices.devices.flat] == [0] * 4 + [1] * 4
+    with jax.set_mesh(slices):
+        assert choose_kernel("auto", 1024, jnp.dtype("bfloat16")) == "splash"
+    with pytest.raises(ValueError, match="2 slices"):
+        make_mesh(1, 8, 1, devices=slices.devices.flatten())
+    make_mesh(8, 1, 8, devices=open_topology("v5p:4x4x4").devices)  # 8 is no product of 4 x 4 x 4's axes
