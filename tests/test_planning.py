@@ -15,11 +15,18 @@ import pytest
 from configs import digits
 from tarflow_jax.distributed import make_mesh
 from tarflow_jax.flow.attention import choose_kernel
-from tarflow_jax.planning import compile_program, known_chip, open_topology, sample_program, train_program
+from tarflow_jax.planning import (
+    Plan,
+    compile_program,
+    known_chip,
+    open_topology,
+    sample_program,
+    train_program,
+)
 from tarflow_jax.planning.changes import as_flags, changes, dividing_options, smallest_change
 from tarflow_jax.planning.chips import Chip
 from tarflow_jax.planning.flops import forward_flops, program_flops
-from tarflow_jax.planning.traffic import Collective, traffic
+from tarflow_jax.planning.traffic import Collective, Traffic, traffic
 from tarflow_jax.training import Recipe
 
 ROOT = Path(__file__).parent.parent
@@ -67,7 +74,7 @@ ENTRY %main (x: f32[3,4,8], y: bf16[16]) -> bf16[64] {
 
 def tiny_recipe(**fields):
     config = digits.get_config("smoke")
-    config.update_from_flattened_dict({"model.remat": "none", **fields})
+    config.update_from_flattened_dict({"model.remat": "none", "model.num_blocks": 1, **fields})
     return Recipe(config)
 
 
@@ -126,9 +133,11 @@ def test_the_plan_of_a_training_step_on_eight_cpu_devices():
     assert len(jax.tree.leaves(parameters)) == 4
     assert plan.state_bytes["optimizer"] == 2 * plan.state_bytes["parameters"] + 3 * 4
     assert plan.state_bytes["batch"] == batch // 8 * (model.num_dims + 4)
-    # Backwards is twice forwards, but the first block's input needs no gradient.
-    unneeded = 2 * model.num_tokens * model.token_dim * model.width
-    assert plan.flops * 8 == batch * (3 * forward_flops(model) - unneeded)
+    tokens, width, heads_width = 16, 64, 64
+    layer = 12 * width**2 + 2 * tokens * heads_width  # qkv, out, MLP; the two products of attention
+    ends = width * (4 + 2 * 4)  # from tokens of 4 numbers, to a scale and a shift of each
+    assert forward_flops(model) == 2 * tokens * (layer + ends)
+    assert plan.flops * 8 == batch * 3 * forward_flops(model)  # backwards is twice forwards
     # Every parameter's gradient is summed once; so are a few numbers for the metrics.
     gradients = 2 * 7 / 8 * plan.state_bytes["parameters"]
     assert gradients <= plan.traffic.collectives["all-reduce"].bytes < gradients + 2000
@@ -137,19 +146,26 @@ def test_the_plan_of_a_training_step_on_eight_cpu_devices():
     assert json.loads(json.dumps(plan.figures()))["topology"] == "cpu:8"
 
 
-def test_the_smallest_change_that_fits_is_found_by_trying():
+def test_changes_are_tried_from_the_smallest_to_the_largest():
     recipe = tiny_recipe(**{"train.batch_size": 64, "mesh.data": 8})
-    topology = open_topology("cpu:8")
-    whole = plan_of(recipe, topology)
-    small = dataclasses.replace(topology, chip=Chip(int(whole.total_bytes) - 1))
-    found = smallest_change(recipe, dataclasses.replace(whole, topology=small), lambda r: plan_of(r, small))
-    assert found.plan.fits
-    assert found.change == {"model.remat": "full"}
+    topology = dataclasses.replace(open_topology("cpu:8"), chip=Chip(1000))
+    whole = Plan(topology, {"data": 8, "fsdp": 1, "tensor": 1}, 64, 20, "", {"parameters": 500}, 900, 0, 1, 1,
+                 Traffic(0, {}), 1)  # fmt: skip
+
+    def compiled(changed):
+        tried.append(changed.config.train.accumulation)
+        return dataclasses.replace(whole, temporary_bytes=1600 / tried[-1])
+
+    tried = []
+    found = smallest_change(recipe, whole, compiled)
+    assert as_flags(found.change) == "--config.model.remat=full --config.train.accumulation=4"
+    assert tried == [1, 2, 4]
     # Where the state alone is too large, only cutting it can help.
-    full = dataclasses.replace(whole, topology=dataclasses.replace(topology, chip=Chip(1)))
-    tried = [as_flags(change) for change in changes(recipe, full)]
-    assert tried[0] == "--config.model.remat=full --config.mesh.data=4 --config.mesh.fsdp=2"
-    assert all("fsdp" in change for change in tried)
+    state = dataclasses.replace(whole, state_bytes={"parameters": 2000})
+    names = [as_flags(change) for change in changes(recipe, state)]
+    assert names[0] == "--config.model.remat=full --config.mesh.data=4 --config.mesh.fsdp=2"
+    assert all("fsdp" in name for name in names)
+    assert smallest_change(recipe, state, lambda changed: state) is None
 
 
 def test_meshes_that_divide_the_batch_are_named():
@@ -170,19 +186,21 @@ def test_chips_are_known_by_the_longest_name():
 
 
 def test_the_command_exits_with_2_and_names_a_change(tmp_path):
+    # 3.2 million parameters and their moments are 38 MB: too much for a device of 34 MB, not cut in two.
     program = (
-        "import os, runpy; pages = os.sysconf; "
-        "os.sysconf = lambda name: 2400 if name == 'SC_PHYS_PAGES' else pages(name); "
+        "import os, runpy; real = os.sysconf; "
+        "os.sysconf = lambda name: 68_000_000 // real('SC_PAGE_SIZE') if name == 'SC_PHYS_PAGES' else real(name); "
         "runpy.run_module('launch.plan', run_name='__main__', alter_sys=True)"
     )
-    flags = ["--config=configs/digits.py:smoke", "--topology=cpu:2", f"--json={tmp_path / 'plans.jsonl'}"]
+    flags = ["--config=configs/digits.py:smoke", "--config.model.width=512", "--config.model.num_blocks=1"]
+    written = tmp_path / "plans.jsonl"
     done = subprocess.run(
-        [sys.executable, "-c", program, *flags], cwd=ROOT, env=os.environ | {"XLA_FLAGS": ""}, text=True,
-        capture_output=True, check=False,
+        [sys.executable, "-c", program, *flags, "--topology=cpu:2", f"--json={written}"], cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": ""}, text=True, capture_output=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
-    assert "the smallest change that fits: --config." in done.stdout
-    assert not json.loads((tmp_path / "plans.jsonl").read_text())["fits"]
+    assert "the smallest change that fits: --config.mesh.data=1 --config.mesh.fsdp=2" in done.stdout
+    assert not json.loads(written.read_text())["fits"]
 
 
 def test_a_step_with_splash_compiles_for_tpus_that_are_not_here():

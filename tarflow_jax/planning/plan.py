@@ -90,14 +90,14 @@ class Plan:
         """For people: a line a figure. `mfu` is the model-FLOPs utilisation that times are told for."""
         mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items())
         rows = {"devices": f"{self.num_devices} as {mesh}", "images a step": f"{self.batch_size}"}
-        rows |= {name: _gib(size) for name, size in self.state_bytes.items()}
+        rows |= {name: _size(size) for name, size in self.state_bytes.items()}
         if self.problem:
             rows["does not fit"] = self.problem
             return _lines(rows)
         rows |= {
-            "temporaries": _gib(self.temporary_bytes),
-            "program": _gib(self.code_bytes),
-            "together": f"{_gib(self.total_bytes)} of {_gib(self.topology.chip.memory)}"
+            "temporaries": _size(self.temporary_bytes),
+            "program": _size(self.code_bytes),
+            "together": f"{_size(self.total_bytes)} of {_size(self.topology.chip.memory)}"
             + ("" if self.fits else ": does not fit"),
             "products": f"{self.flops / 1e12:,.3f} TFLOP a step",
             "bytes moved": f"{self.traffic.memory_bytes / 1e9:,.2f} GB a step",
@@ -129,8 +129,8 @@ class Plan:
         return rows
 
 
-def _gib(size: float) -> str:
-    return f"{size / GIB:.3f} GiB"
+def _size(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"
 
 
 def _lines(rows: dict[str, str]) -> str:

@@ -121,6 +121,8 @@ def _moved(program: Program, siblings: Computation, instruction: Instruction) ->
     if opcode in _MOVE_NOTHING or opcode.endswith("-done"):
         return 0.0
     operands = [siblings[name] for name in instruction.operands]
+    if opcode == "send":  # its result is its operand
+        return _in_memory(operands[0].type)
     if opcode == "fusion":
         body = program[instruction.called]
         reads = sum(_read(program, body, i, operand.type) for i, operand in enumerate(operands))
