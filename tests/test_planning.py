@@ -43,6 +43,13 @@ HloModule jit_step, is_scheduled=true
   ROOT %bitcast.1 = f32[4,8]{1,0:T(8,128)S(1)} bitcast(%dynamic-slice.1)
 }
 
+%all-reduce-scatter.1 (param_0.4: bf16[16]) -> bf16[4] {
+  %param_0.4 = bf16[16]{0:T(256)} parameter(0)
+  %all-reduce.2 = bf16[16]{0:T(256)} all-reduce(%param_0.4), channel_id=3, replica_groups=[2,4]<=[8], to_apply=%add
+  %index = s32[]{:T(128)} constant(0)
+  ROOT %dynamic-slice.2 = bf16[4]{0:T(256)} dynamic-slice(%all-reduce.2, %index), dynamic_slice_sizes={4}
+}
+
 %body (param.2: (s32[], f32[3,4,8])) -> (s32[], f32[3,4,8]) {
   %param.2 = (s32[]{:T(128)S(1)}, /*index=1*/f32[3,4,8]{2,1,0:T(8,128)}) parameter(0)
   %i = s32[]{:T(128)S(1)} get-tuple-element(%param.2), index=0
@@ -67,6 +74,7 @@ ENTRY %main (x: f32[3,4,8], y: bf16[16]) -> bf16[64] {
   %while.1 = (s32[]{:T(128)S(1)}, f32[3,4,8]{2,1,0:T(8,128)}) while(%tuple.2), condition=%condition, body=%body
   %token = token[] after-all()
   %send.1 = (bf16[16]{0:T(256)}, u32[], token[]) send(%y, %token), channel_id=7, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %fusion.2 = bf16[4]{0:T(256)S(1)} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
   ROOT %all-gather.1 = bf16[64]{0:T(256)} all-gather(%y), channel_id=2, replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}, dimensions={0}
 }
 """  # noqa: E501
@@ -85,12 +93,13 @@ def plan_of(recipe, topology):
 
 def test_bytes_and_collectives_of_a_programs_text():
     found = traffic(PROGRAM, num_devices=8, slices=2)
-    # The loop's slice; the send's buffer and the gather's, read; what the gather writes.
-    assert found.memory_bytes == 3 * (4 * 8 * 4) + 2 * 16 + 2 * 16 + 2 * 64
+    # The loop's slice; the buffer that the send, the scatter and the gather read; what the gather writes.
+    assert found.memory_bytes == 3 * (4 * 8 * 4) + 3 * (2 * 16) + 2 * 64
     assert found.collectives == {
         # Of S bytes an all-reduce of n sends 2 S (n - 1) / n.
         "all-reduce": Collective(count=3 + 1, bytes=3 * 128, network_bytes=32),
         "all-gather": Collective(count=1, bytes=3 * 32),
+        "reduce-scatter": Collective(count=1, bytes=32 * 3 / 4),
     }
 
 
@@ -206,7 +215,9 @@ def test_the_command_exits_with_2_and_names_a_change(tmp_path):
 def test_a_step_with_splash_compiles_for_tpus_that_are_not_here():
     pytest.importorskip("libtpu")
     topology = open_topology("v5e:2x2")
-    recipe = tiny_recipe(**{"model.image_size": (32, 32), "model.patch_size": 1, "mesh.fsdp": 2})
+    recipe = tiny_recipe(
+        **{"model.image_size": (16, 8), "model.patch_size": 1, "model.attention": "splash", "mesh.fsdp": 2}
+    )
     mesh = recipe.mesh(topology.devices)
     program = train_program(recipe, mesh)
     plan = compile_program(program, recipe, topology, mesh)

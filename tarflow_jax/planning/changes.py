@@ -76,13 +76,14 @@ def as_flags(change: Change) -> str:
 
 def dividing_options(recipe: Recipe, num_devices: int) -> list[Change]:
     """Meshes and batches that divide, for a batch that does not divide by the devices."""
-    batch, heads = recipe.config.train.batch_size // recipe.config.train.accumulation, recipe.model.num_heads
+    fields, heads = recipe.config.train, recipe.model.num_heads
+    batch = fields.batch_size // fields.accumulation
     options: list[Change] = []
     for tensor in (n for n in range(1, num_devices + 1) if num_devices % n == 0 and heads % n == 0):
         if batch % (num_devices // tensor) == 0:
             options.append({"mesh.data": num_devices // tensor, "mesh.tensor": tensor})
             break
-    return [*options, {"train.batch_size": -(-batch // num_devices) * num_devices}]
+    return [*options, {"train.batch_size": -(-batch // num_devices) * num_devices * fields.accumulation}]
 
 
 def _doublings(limit: int) -> list[int]:

@@ -64,14 +64,14 @@ def parse(text: str) -> tuple[Program, str]:
 
 def executed(
     program: Program, name: str, times: int = 1, fused: bool = False
-) -> Iterator[tuple[Instruction, Computation, int, bool]]:
-    """(instruction, its computation, how often it runs, whether inside a fusion) of all that runs.
+) -> Iterator[tuple[Instruction, str, int, bool]]:
+    """(instruction, its computation's name, how often it runs, whether inside a fusion) of all that runs.
 
     Raises:
       ValueError: a loop whose length the text does not tell.
     """
     for instruction in program[name].values():
-        yield instruction, program[name], times, fused
+        yield instruction, name, times, fused
         if instruction.opcode == "while":
             trips = times * _trips(program, instruction)
             yield from executed(program, instruction.attribute("body"), trips, fused)

@@ -53,8 +53,10 @@ def traffic(text: str, num_devices: int, slices: int = 1) -> Traffic:
     program, entry = parse(text)
     memory = 0.0
     collectives: dict[str, Collective] = defaultdict(Collective)
-    for instruction, siblings, times, fused in executed(program, entry):
-        kind = instruction.opcode.removesuffix("-start")
+    for instruction, computation, times, fused in executed(program, entry):
+        siblings, kind = program[computation], instruction.opcode.removesuffix("-start")
+        if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"  # as XLA writes it for TPUs: a fusion of an all-reduce and a slice
         if kind in _COLLECTIVES:
             size = sum(_size(siblings, name) for name in instruction.operands)
             group = _group_size(instruction.attributes, num_devices // slices)
