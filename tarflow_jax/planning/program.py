@@ -161,6 +161,6 @@ def _device_bytes(tree: Any) -> int:
 
 
 def _shortage(message: str) -> str:
-    """XLA's "Used 20.1G of 15.75G hbm" out of its pages."""
+    """XLA's "Used 20.1G of 15.75G hbm" out of its pages, or their first line."""
     used = re.search(r"Used \S+ of \S+ \w+", message)
-    return used[0] if used else message.splitlines()[0]
+    return used[0] if used else message.splitlines()[0].removeprefix("RESOURCE_EXHAUSTED: ")
