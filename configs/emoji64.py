@@ -26,13 +26,14 @@ def get_config(variant: str = "") -> ConfigDict:
             "num_blocks": 4,
             "layers_per_block": 2,
             "num_classes": 10,
+            "position_init": "grid",
             "remat": "full",  # on a CPU computing again is faster than keeping (docs/performance.md)
         }
     )
     # No flips: letters, flags and arrows would come out mirrored.
     config.data.update({"source": "emoji64", "num_workers": 1})
     config.noise.std = 0.1
-    config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 200, "clip_norm": 1.0})
+    config.optimizer.update({"learning_rate": 3e-3, "warmup_steps": 200, "clip_norm": 1.0})
     config.train.update(
         {
             # Small batches: to heed the row above takes many steps more than many images.

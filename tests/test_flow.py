@@ -66,6 +66,21 @@ def test_initial_values():
     assert float(jnp.abs(params["project_out"]["kernel"]).max()) == 0
 
 
+def test_position_embeddings_that_begin_as_waves_tell_rows_and_columns_apart():
+    config = dataclasses.replace(TINY, width=64, head_dim=64, position_init="grid")
+    rows, columns = (side // config.patch_size for side in config.image_size)
+    table = np.asarray(new_variables(config)["params"]["block_1"]["position_embedding"])
+    by_row, by_column = np.split(table.reshape(rows, columns, 64), 2, axis=-1)
+    np.testing.assert_array_equal(by_row, np.broadcast_to(by_row[:, :1], by_row.shape))
+    np.testing.assert_array_equal(by_column, np.broadcast_to(by_column[:1], by_column.shape))
+    # The same step apart, the same inner product: where a patch is matters less than how far away another one is.
+    products = by_column[0] @ by_column[0].T
+    np.testing.assert_allclose(np.diag(products, 1), products[0, 1], rtol=1e-5)
+    assert products[0, 1] < products[0, 0]
+    with pytest.raises(ValueError, match="not a multiple of 4"):
+        dataclasses.replace(config, width=66, head_dim=2)
+
+
 @CASES
 def test_round_trip_and_log_det_of_the_inverse(config):
     variables, images = random_variables(config), images_of(config)

@@ -13,6 +13,8 @@ from tarflow_jax.flow.product import PRODUCT, dense_product
 from tarflow_jax.flow.transformer import KVCache, TransformerLayer, kernel_init
 
 _embedding_init = nn.initializers.normal(0.01)
+_WAVE_AMPLITUDE = 0.5  # as large as the projected patches
+_LONGEST_WAVE = 100.0  # times 2 π, in patches
 _REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -39,9 +41,7 @@ class FlowBlock(nn.Module):
         outputs = config.token_dim * (1 if config.volume_preserving else 2)
         dense = functools.partial(nn.Dense, dtype=config.compute_dtype, dot_general=dense_product)
         self.project_in = dense(config.width, kernel_init=kernel_init)
-        self.position_embedding = self.param(
-            "position_embedding", _embedding_init, (config.num_tokens, config.width)
-        )
+        self.position_embedding = self.param("position_embedding", _position_init, config)
         if config.num_classes:
             self.class_embedding = self.param(
                 "class_embedding", _embedding_init, (config.num_classes, config.width)
@@ -114,6 +114,21 @@ class FlowBlock(nn.Module):
         if labels is None:
             return jnp.broadcast_to(mean, (batch_size, mean.shape[1]))
         return jnp.where((labels < 0)[:, None], mean, self.class_embedding[jnp.maximum(labels, 0)])
+
+
+def _position_init(key: jax.Array, config: TarFlowConfig) -> jax.Array:
+    """Position embeddings [T, C] of a new model, see `TarFlowConfig.position_init`."""
+    if config.position_init == "normal":
+        return _embedding_init(key, (config.num_tokens, config.width))
+    rows, columns = (side // config.patch_size for side in config.image_size)
+    frequencies = _LONGEST_WAVE ** -jnp.linspace(0, 1, config.width // 4, endpoint=False)
+
+    def waves(length: int) -> jax.Array:
+        angles = jnp.outer(jnp.arange(length, dtype=jnp.float32), frequencies)
+        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1)  # [length, C / 2]
+
+    halves = jnp.repeat(waves(rows), columns, axis=0), jnp.tile(waves(columns), (rows, 1))
+    return _WAVE_AMPLITUDE * jnp.concatenate(halves, axis=1)
 
 
 def _scanned_layers(config: TarFlowConfig, depth: int) -> nn.Module:

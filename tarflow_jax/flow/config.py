@@ -11,6 +11,7 @@ from tarflow_jax.flow.attention import KERNELS
 
 REMAT_POLICIES = ("none", "dots", "full")
 DTYPES = ("float32", "bfloat16")
+POSITION_INITS = ("normal", "grid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,8 @@ class TarFlowConfig:
       dtype: of the matrix products, "float32" or "bfloat16". Parameters, the residual stream,
         softmax, norms, the affine map and log_det are always float32.
       remat: what the backward pass recomputes in a layer: "none", "dots" (all but matrix products), "full".
+      position_init: how a new model's position embeddings begin: "normal", as the reference's, or "grid", sines and
+        cosines of a patch's row and column, from which attention learns in fewer steps to look at the row above.
       attention: the kernel for whole sequences: "auto" (the platform's best), "plain", "cudnn" or "splash".
 
     Raises:
@@ -48,6 +51,7 @@ class TarFlowConfig:
     dtype: str = "float32"
     remat: str = "none"
     attention: str = "auto"
+    position_init: str = "normal"
 
     def __post_init__(self) -> None:
         if isinstance(self.image_size, int):
@@ -87,10 +91,17 @@ class TarFlowConfig:
             raise ValueError(
                 f"layers_per_block lists {len(self.depths)} blocks, but num_blocks is {self.num_blocks}"
             )
-        choices = {"dtype": DTYPES, "remat": REMAT_POLICIES, "attention": KERNELS}
+        choices = {
+            "dtype": DTYPES,
+            "remat": REMAT_POLICIES,
+            "attention": KERNELS,
+            "position_init": POSITION_INITS,
+        }
         for name, valid in choices.items():
             if (value := getattr(self, name)) not in valid:
                 raise ValueError(f"{name} is {value!r}; expected one of {', '.join(valid)}")
+        if self.position_init == "grid" and self.width % 4:
+            raise ValueError(f"width {self.width} is not a multiple of 4, as position_init 'grid' needs")
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -153,7 +164,7 @@ class TarFlowConfig:
         return cls(**fields)
 
 
-_STRINGS = ("dtype", "remat", "attention")
+_STRINGS = ("dtype", "remat", "attention", "position_init")
 _LISTS = ("image_size", "layers_per_block")
 
 
