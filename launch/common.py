@@ -1,4 +1,4 @@
-"""What the commands share: one-line errors, the showcase figures."""
+"""What the commands share: one-line errors, start-up of several processes, the showcase figures."""
 
 import ast
 import contextlib
@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
+from tarflow_jax.distributed import start_processes
 from tarflow_jax.figures import grid, save_png, to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import GaussSeidelJacobi, Guidance, Jacobi, Sequential
@@ -49,6 +50,39 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     app.run(guarded, flags_parser=_parse_flags)
 
 
+def define_process_flags() -> None:
+    """--distributed and its companions, for the commands that several processes run together."""
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "One of several processes, each started by this command; Cloud TPU, SLURM (srun), GKE and Open MPI say who "
+        "takes part, elsewhere the next three flags do.",
+    )
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
+    flags.DEFINE_integer("num_processes", None, "Of the run.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "This one's, from 0 on.", lower_bound=0)
+
+
+def join_processes() -> bool:
+    """Meets the other processes if --distributed; to be called before anything asks for devices.
+
+    Returns:
+      Whether --distributed was given.
+
+    Raises:
+      ValueError, TimeoutError: as `start_processes`.
+    """
+    values = flags.FLAGS
+    explicit = (values.coordinator_address, values.num_processes, values.process_id)
+    if values.distributed:
+        start_processes(*explicit)
+    elif any(value is not None for value in explicit):
+        raise ValueError(
+            "--coordinator_address, --num_processes and --process_id mean nothing without --distributed"
+        )
+    return values.distributed
+
+
 def _parse_flags(argv: list[str]) -> list[str]:
     """absl's parser; a config field that does not exist is an error of one line, with a suggestion."""
     try:
@@ -83,7 +117,10 @@ def showcase(
     denoise_multiplier: float,
     num_images: int = 100,
 ) -> list[Path]:
-    """Draws the same latents raw, denoised, guided and denoised, and on their way; returns the PNGs' paths."""
+    """Draws the same latents raw, denoised, guided and denoised, and on their way; returns the PNGs' paths.
+
+    Every process draws, the first one writes.
+    """
     latents = pipe.latents(jax.random.key(0), num_images)
     labels = example_labels(pipe.config.num_classes, num_images)
     raw, trajectory = pipe.decode(latents, labels, return_trajectory=True)
@@ -99,7 +136,8 @@ def showcase(
     paths = []
     for name, sheet in sheets.items():
         paths.append(folder / f"{name}.png")
-        save_png(paths[-1], sheet)
+        if jax.process_index() == 0:
+            save_png(paths[-1], sheet)
     return paths
 
 

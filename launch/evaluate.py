@@ -76,6 +76,7 @@ REFERENCE_SPLIT = flags.DEFINE_string("reference_split", "train", "Split that sa
 SAVE_SAMPLES = flags.DEFINE_string(
     "save_samples", None, "npz for the samples of the last setting, in ADM's format."
 )
+common.define_process_flags()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,6 +266,7 @@ def main(argv: Sequence[str]) -> None:
     metrics = list(dict.fromkeys(METRICS.value))
     if unknown := [metric for metric in metrics if metric not in ALL_METRICS]:
         raise ValueError(f"unknown metric {unknown[0]!r}; expected some of {', '.join(ALL_METRICS)}")
+    common.join_processes()
     subject = open_subject()
     results: dict[str, Any] = {}
     protocol = subject.protocol | {"split": SPLIT.value}
@@ -276,15 +278,15 @@ def main(argv: Sequence[str]) -> None:
     for metric in metrics:
         if metric in measures:
             results[metric] = measures[metric](subject)
-            print(
-                format_table([{k: v for k, v in results[metric].items() if not isinstance(v, list)}]),
-                flush=True,
-            )
+            row = {k: v for k, v in results[metric].items() if not isinstance(v, list)}
+            if jax.process_index() == 0:
+                print(format_table([row]), flush=True)
     if of_samples := [metric for metric in metrics if metric in distances.METRICS]:
         results["samples"], more = measure_samples(subject, of_samples)
         protocol |= more
-        print(format_table(results["samples"]))
     if jax.process_index() == 0:
+        if of_samples:
+            print(format_table(results["samples"]))
         print(format_protocol(protocol))
         name = hashlib.sha256(json.dumps([protocol, GUIDANCE.value, DENOISE.value]).encode()).hexdigest()[:8]
         path = subject.out / f"{'+'.join(metrics)}-{SPLIT.value}-{name}.json"

@@ -11,6 +11,7 @@ import numpy as np
 from absl import flags
 
 from launch import common
+from tarflow_jax.distributed import make_mesh
 from tarflow_jax.evaluation.sample_files import write_samples
 from tarflow_jax.figures import grid, save_gif, save_png, to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
@@ -37,13 +38,15 @@ DECODER = flags.DEFINE_enum(
     list(common.DECODERS),
     "How blocks are inverted; auto is what tune_decoder found.",
 )
+common.define_process_flags()
 flags.mark_flags_as_required(["workdir"])
 
 
 def main(argv: Sequence[str]) -> None:
     """Draws and writes."""
     guidance = Guidance(GUIDANCE.value, TARGET.value, SCHEDULE.value, TEMPERATURE.value)
-    pipe = TarFlowPipeline.from_pretrained(WORKDIR.value)
+    distributed = common.join_processes()
+    pipe = TarFlowPipeline.from_pretrained(WORKDIR.value, mesh=make_mesh() if distributed else None)
     count = NUM_IMAGES.value
     labels = common.example_labels(pipe.config.num_classes, count)
     if LABELS.value:
@@ -59,6 +62,8 @@ def main(argv: Sequence[str]) -> None:
     if denoise:
         images = pipe.denoise(images, labels, multiplier=MULTIPLIER.value)
         frames.append(np.asarray(images))
+    if jax.process_index():
+        return
     pixels = to_uint8(np.asarray(images))
     save_png(out / "samples.png", grid(pixels))
     save_gif(out / "trajectory.gif", [grid(to_uint8(frame)) for frame in frames])

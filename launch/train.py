@@ -1,6 +1,8 @@
 """Trains a TarFlow; to continue a run, run the same command again.
 
 python -m launch.train --config=configs/digits.py --workdir=runs/digits [--config.train.num_steps=…]
+
+On several hosts, or as several processes: the same command with --distributed in each.
 """
 
 import time
@@ -25,6 +27,7 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Recipe, as configs/digits.py or configs/digits.py:smoke."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is missing.")
+common.define_process_flags()
 flags.mark_flags_as_required(["config", "workdir"])
 
 
@@ -32,7 +35,8 @@ def main(argv: Sequence[str]) -> None:
     """Trains, draws the showcase figures and prints a table."""
     begin = time.perf_counter()
     config, workdir = CONFIG.value, Path(WORKDIR.value)
-    if config.mesh.data == -1:
+    distributed = common.join_processes()
+    if config.mesh.data == -1 and not distributed:
         split_cpu(config.train.batch_size // config.train.accumulation)
     recipe = Recipe(config)
     guidance = Guidance(**config.sample.guidance)
@@ -52,6 +56,8 @@ def main(argv: Sequence[str]) -> None:
         write_results(workdir, {"test loss (nats/dim, less ½ log 2π)": test_loss})
     pipe = TarFlowPipeline(recipe.model, variables, recipe.noise, mesh=recipe.mesh())
     paths = common.showcase(pipe, figures, guidance, denoise_multiplier=config.sample.denoise_multiplier)
+    if jax.process_index():
+        return
     rows = {
         "steps": int(state.step),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),

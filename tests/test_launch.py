@@ -139,3 +139,18 @@ def test_bad_input_is_one_line_and_exit_code_1(workdir, arguments, message):
     assert message in last
     assert "Traceback" not in err
     assert (workdir / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--num_processes=2"], "mean nothing without --distributed"),
+        (["--distributed", "--num_processes=2"], "go together"),
+        (["--distributed"], "the cluster does not say which processes take part"),
+    ],
+    ids=["alone", "partial", "no cluster"],
+)
+def test_processes_that_cannot_be_joined(tmp_path, arguments, message):
+    code, out, err = run("launch.sample", f"--workdir={tmp_path}", *arguments)
+    assert (code, out) == (1, "")
+    assert message in err.strip().splitlines()[-1]

@@ -1,8 +1,9 @@
-"""Many devices: the mesh, what is sharded over which of its axes, and how batches are cut to fit."""
+"""Many devices: processes, the mesh, what is sharded over which of its axes, how batches are cut to fit."""
 
 from tarflow_jax.distributed.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated, split_cpu
 from tarflow_jax.distributed.parts import Parts
 from tarflow_jax.distributed.sharding import leaf_name, shardings, summary
+from tarflow_jax.distributed.start import start_processes
 
 __all__ = [
     "BATCH_AXES",
@@ -13,5 +14,6 @@ __all__ = [
     "replicated",
     "shardings",
     "split_cpu",
+    "start_processes",
     "summary",
 ]

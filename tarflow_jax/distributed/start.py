@@ -1,0 +1,75 @@
+"""Several processes become one program: to be called before anything asks JAX for its devices."""
+
+import re
+import threading
+
+import jax
+
+TIMEOUT_S = 300  # nodes of a cluster come up minutes apart
+
+
+def start_processes(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    timeout_s: float = TIMEOUT_S,
+) -> None:
+    """Waits for all processes of the run. On CPUs they talk through gloo.
+
+    Without arguments the cluster says who takes part: Cloud TPU, SLURM (in srun), GKE and Open MPI do.
+
+    Args:
+      coordinator_address: HOST:PORT of process 0, which all can reach; the port is free there.
+      num_processes: of the run.
+      process_id: this one's, from 0 on.
+      timeout_s: seconds to wait.
+
+    Raises:
+      ValueError: no cluster that JAX knows, or only some of the arguments, or an impossible one.
+      TimeoutError: not all processes came.
+    """
+    given = (coordinator_address, num_processes, process_id)
+    if any(value is not None for value in given):
+        _check(*given)
+    failure: list[Exception] = []
+
+    def join() -> None:
+        try:
+            # Past its own time-out JAX aborts the process, so ours comes first.
+            jax.distributed.initialize(*given, initialization_timeout=int(timeout_s) + 60)
+        except Exception as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=join, daemon=True)
+    thread.start()
+    thread.join(timeout_s)
+    if thread.is_alive():
+        who = "process 0" if not process_id else f"process {process_id}"
+        raise TimeoutError(
+            f"not all of {num_processes or 'the'} processes met at {coordinator_address or 'the coordinator'} within "
+            f"{timeout_s:g} s (this is {who}); start them all, with the same address, which all can reach"
+        )
+    if failure:
+        raise ValueError(_reason(failure[0], coordinator_address)) from failure[0]
+
+
+def _check(address: str | None, count: int | None, index: int | None) -> None:
+    if address is None or count is None or index is None:
+        raise ValueError(
+            "coordinator_address, num_processes and process_id go together; give all three or none"
+        )
+    if not re.fullmatch(r"\S+:\d+", address):
+        raise ValueError(f"coordinator_address is {address!r}; expected HOST:PORT of process 0")
+    if not 0 <= index < count:
+        raise ValueError(f"process_id is {index}; expected 0 to num_processes - 1, which is {count - 1}")
+
+
+def _reason(error: Exception, address: str | None) -> str:
+    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if address is None:
+        return (
+            f"the cluster does not say which processes take part ({text}); on Cloud TPU, SLURM (in srun), GKE and Open "
+            "MPI it does, elsewhere give coordinator_address, num_processes and process_id"
+        )
+    return f"could not start at {address}: {text}"
