@@ -55,6 +55,7 @@ def get_config() -> ConfigDict:
             "seed": 0,
             "checkpoint_every": 1000,
             "keep_checkpoints": 3,
+            "evaluate_every": 0,  # steps between test losses, for the best checkpoint to be kept; 0: only at the end
             "sample_every": 0,  # 0: no previews
             "log_every": 50,
         }
@@ -83,7 +84,14 @@ def smoke(config: ConfigDict) -> ConfigDict:
     """The variant of seconds: the recipe's code on a model that learns little."""
     config.model.update({"width": 64, "num_blocks": 2, "layers_per_block": 1})
     config.train.update(
-        {"num_steps": 20, "batch_size": 16, "checkpoint_every": 10, "sample_every": 10, "log_every": 5}
+        {
+            "num_steps": 20,
+            "batch_size": 16,
+            "checkpoint_every": 10,
+            "evaluate_every": 10,
+            "sample_every": 10,
+            "log_every": 5,
+        }
     )
     config.optimizer.warmup_steps = 5
     return config

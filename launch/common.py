@@ -3,20 +3,21 @@
 import ast
 import contextlib
 import logging
+import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from types import FrameType
 
 import jax
 import numpy as np
 from absl import app, flags
+from etils import epath
 
-from tarflow_jax.distributed import start_processes
+from tarflow_jax.distributed import Preempted, start_processes
 from tarflow_jax.figures import grid, save_png, to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import GaussSeidelJacobi, Guidance, Jacobi, Sequential
 from tarflow_jax.training.loop import NonFiniteError
-from tarflow_jax.training.preemption import Preempted
 
 EXIT_ERROR = 1
 EXIT_PREEMPTED = 75  # "try again later" (sysexits.h): the same command continues
@@ -36,6 +37,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         for chatty in ("absl", "jax"):  # Orbax and TFDS tell of every file, JAX of every absent platform
             logging.getLogger(chatty).setLevel(logging.WARNING)
         logging.getLogger("tarflow_jax").setLevel(logging.INFO)
+        stop_at_sigterm()
         try:
             if argv[1:]:
                 raise ValueError(f"unexpected argument {argv[1]!r}; see --help for the flags")
@@ -48,6 +50,28 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             return EXIT_ERROR
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def stop_at_sigterm() -> None:
+    """SIGTERM ends the command at once, by `Preempted`: files are written whole or not at all.
+
+    To be called again after `join_processes`, with which JAX takes the signal for itself.
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Preempted("asked to stop; run the same command again")
+
+    signal.signal(signal.SIGTERM, stop)
+
+
+def define_checkpoint_flag() -> None:
+    """--checkpoint, for the commands that open a workdir."""
+    flags.DEFINE_enum(
+        "checkpoint",
+        "last",
+        ["last", "best"],
+        "Of a workdir; best is of the lowest test loss (train.evaluate_every).",
+    )
 
 
 def define_process_flags() -> None:
@@ -111,12 +135,12 @@ def example_labels(num_classes: int, count: int) -> np.ndarray | None:
 
 def showcase(
     pipe: TarFlowPipeline,
-    folder: Path,
+    folder: epath.Path,
     guidance: Guidance,
     *,
     denoise_multiplier: float,
     num_images: int = 100,
-) -> list[Path]:
+) -> list[epath.Path]:
     """Draws the same latents raw, denoised, guided and denoised, and on their way; returns the PNGs' paths.
 
     Every process draws, the first one writes.

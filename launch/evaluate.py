@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from etils import epath
 from jax.experimental import multihost_utils
 
 from launch import common
@@ -76,6 +77,7 @@ REFERENCE_SPLIT = flags.DEFINE_string("reference_split", "train", "Split that sa
 SAVE_SAMPLES = flags.DEFINE_string(
     "save_samples", None, "npz for the samples of the last setting, in ADM's format."
 )
+common.define_checkpoint_flag()
 common.define_process_flags()
 
 
@@ -86,7 +88,7 @@ class Subject:
     pipe: TarFlowPipeline
     source: Callable[[str], ImageSource]
     data_dir: Path
-    out: Path
+    out: epath.Path
     protocol: dict[str, Any]
 
 
@@ -98,10 +100,10 @@ def open_subject() -> Subject:
     if (WORKDIR.value is None) == (MODEL.value is None):
         raise ValueError("expected one of --workdir and --model")
     name = WORKDIR.value or MODEL.value
-    recipe = Recipe.from_workdir(Path(WORKDIR.value)) if WORKDIR.value else None
+    recipe = Recipe.from_workdir(WORKDIR.value) if WORKDIR.value else None
     if recipe is None and DATA.value is None:
         raise ValueError("a saved model does not say what data it was trained on; name it, --data=NAME")
-    pipe = TarFlowPipeline.from_pretrained(name, mesh=make_mesh(devices=jax.local_devices()))
+    pipe = open_pipeline(name, make_mesh(devices=jax.local_devices()))
     fields = recipe.config.data if recipe else None
     data = DATA.value or fields.source
     preprocessing = PREPROCESSING.value or (fields.preprocessing if fields else "none")
@@ -123,14 +125,21 @@ def open_subject() -> Subject:
         "compute": pipe.config.dtype,
         "seed": SEED.value,
     }
-    out = Path(OUT.value or (Path(WORKDIR.value) / "evaluation" if WORKDIR.value else "evaluation"))
+    out = epath.Path(
+        OUT.value or (epath.Path(WORKDIR.value) / "evaluation" if WORKDIR.value else "evaluation")
+    )
     return Subject(pipe, source, Path(data_dir) if data_dir else default_data_dir(), out, protocol)
+
+
+def open_pipeline(name: str, mesh: jax.sharding.Mesh) -> TarFlowPipeline:
+    """The model, of the checkpoint that --checkpoint names."""
+    return TarFlowPipeline.from_pretrained(name, best=flags.FLAGS.checkpoint == "best", mesh=mesh)
 
 
 def measure_likelihood(subject: Subject) -> dict[str, Any]:
     """Bits per dimension, or for Gaussian training noise what may be said in its place."""
     mesh = make_mesh()  # of all processes, which share the split
-    pipe = TarFlowPipeline.from_pretrained(subject.protocol["model"], mesh=mesh)
+    pipe = open_pipeline(subject.protocol["model"], mesh)
     arguments = {"batch_size": BATCH_PER_DEVICE * mesh.size, "mesh": mesh}
     flow, source, key = TarFlow(pipe.config), subject.source(SPLIT.value), jax.random.key(SEED.value)
     if pipe.noise_std is None:
@@ -240,7 +249,7 @@ def sample_settings(pipe: TarFlowPipeline) -> list[tuple[Guidance, bool]]:
     return [(guidance, word == "true") for guidance, word in itertools.product(guidances, words)]
 
 
-def draw(subject: Subject, guidance: Guidance, denoise: bool) -> Path:
+def draw(subject: Subject, guidance: Guidance, denoise: bool) -> epath.Path:
     """Draws what is missing of a setting's samples; returns their folder when all processes are done."""
     protocol = {
         **{name: subject.protocol[name] for name in ("fingerprint", "seed", "compute")},
@@ -267,6 +276,7 @@ def main(argv: Sequence[str]) -> None:
     if unknown := [metric for metric in metrics if metric not in ALL_METRICS]:
         raise ValueError(f"unknown metric {unknown[0]!r}; expected some of {', '.join(ALL_METRICS)}")
     common.join_processes()
+    common.stop_at_sigterm()
     subject = open_subject()
     results: dict[str, Any] = {}
     protocol = subject.protocol | {"split": SPLIT.value}

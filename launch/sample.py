@@ -4,11 +4,11 @@ python -m launch.sample --workdir=runs/digits --num_images=64 --guidance=1.5 --d
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import numpy as np
 from absl import flags
+from etils import epath
 
 from launch import common
 from tarflow_jax.distributed import make_mesh
@@ -38,6 +38,7 @@ DECODER = flags.DEFINE_enum(
     list(common.DECODERS),
     "How blocks are inverted; auto is what tune_decoder found.",
 )
+common.define_checkpoint_flag()
 common.define_process_flags()
 flags.mark_flags_as_required(["workdir"])
 
@@ -46,12 +47,17 @@ def main(argv: Sequence[str]) -> None:
     """Draws and writes."""
     guidance = Guidance(GUIDANCE.value, TARGET.value, SCHEDULE.value, TEMPERATURE.value)
     distributed = common.join_processes()
-    pipe = TarFlowPipeline.from_pretrained(WORKDIR.value, mesh=make_mesh() if distributed else None)
+    common.stop_at_sigterm()
+    pipe = TarFlowPipeline.from_pretrained(
+        WORKDIR.value,
+        best=flags.FLAGS.checkpoint == "best",
+        mesh=make_mesh() if distributed else None,
+    )
     count = NUM_IMAGES.value
     labels = common.example_labels(pipe.config.num_classes, count)
     if LABELS.value:
         labels = np.resize(np.array([common.whole_number("labels", label) for label in LABELS.value]), count)
-    out = Path(OUT.value or Path(WORKDIR.value) / "samples")
+    out = epath.Path(OUT.value or epath.Path(WORKDIR.value) / "samples")
 
     latents = pipe.latents(jax.random.key(SEED.value), count)
     images, trajectory = pipe.decode(

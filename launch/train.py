@@ -7,15 +7,15 @@ On several hosts, or as several processes: the same command with --distributed i
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 from absl import flags
+from etils import epath
 from ml_collections import config_flags
 
 from launch import common
-from tarflow_jax.distributed import split_cpu
+from tarflow_jax.distributed import PreemptionGuard, split_cpu
 from tarflow_jax.figures import grid, save_png, to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance
@@ -26,7 +26,7 @@ from tarflow_jax.training.workdir import write_results
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Recipe, as configs/digits.py or configs/digits.py:smoke."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; made if it is missing.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, or gs://; made if it is missing.")
 common.define_process_flags()
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -34,7 +34,7 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv: Sequence[str]) -> None:
     """Trains, draws the showcase figures and prints a table."""
     begin = time.perf_counter()
-    config, workdir = CONFIG.value, Path(WORKDIR.value)
+    config, workdir = CONFIG.value, epath.Path(WORKDIR.value)
     distributed = common.join_processes()
     if config.mesh.data == -1 and not distributed:
         split_cpu(config.train.batch_size // config.train.accumulation)
@@ -51,11 +51,12 @@ def main(argv: Sequence[str]) -> None:
 
     state = train(config, workdir, preview)
     variables = state.sampling_variables
-    test_loss = evaluate_loss(recipe, variables)
-    if jax.process_index() == 0:
-        write_results(workdir, {"test loss (nats/dim, less ½ log 2π)": test_loss})
-    pipe = TarFlowPipeline(recipe.model, variables, recipe.noise, mesh=recipe.mesh())
-    paths = common.showcase(pipe, figures, guidance, denoise_multiplier=config.sample.denoise_multiplier)
+    with PreemptionGuard():
+        test_loss = evaluate_loss(recipe, variables)
+        if jax.process_index() == 0:
+            write_results(workdir, {"test loss (nats/dim, less ½ log 2π)": test_loss})
+        pipe = TarFlowPipeline(recipe.model, variables, recipe.noise, mesh=recipe.mesh())
+        paths = common.showcase(pipe, figures, guidance, denoise_multiplier=config.sample.denoise_multiplier)
     if jax.process_index():
         return
     rows = {

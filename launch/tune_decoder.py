@@ -9,10 +9,10 @@ level of the sequential result. The answer is this machine's and these batch siz
 import dataclasses
 import functools
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 from absl import flags
+from etils import epath
 
 from launch import common
 from tarflow_jax.pipeline import TarFlowPipeline
@@ -56,8 +56,8 @@ def main(argv: Sequence[str]) -> None:
         )
         decoders[count] = tuning.decoders
         print(table(count, tuning))
-    Schedule(decoders).write(Path(WORKDIR.value))
-    print(Path(WORKDIR.value) / "decoder.json")
+    Schedule(decoders).write(WORKDIR.value)
+    print(epath.Path(WORKDIR.value) / "decoder.json")
 
 
 def table(count: int, tuning: Tuning) -> str:

@@ -1,10 +1,12 @@
 """Pictures of images: grids, and the path from noise to image."""
 
 import math
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 from PIL import Image
+
+from tarflow_jax.files import replacing
 
 _MIN_SIDE = 32  # smaller images are enlarged, in whole steps, to be seen
 
@@ -28,23 +30,18 @@ def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
     return sheet.reshape(rows * cell.shape[1], columns * cell.shape[2], channels)[:-2, :-2]
 
 
-def save_png(path: Path, sheet: np.ndarray) -> None:
+def save_png(path: epath.PathLike, sheet: np.ndarray) -> None:
     """Writes a uint8 sheet [H, W, 1 or 3], whole or not at all."""
     _save(path, [sheet], "PNG")
 
 
-def save_gif(path: Path, frames: list[np.ndarray], milliseconds: int = 400) -> None:
+def save_gif(path: epath.PathLike, frames: list[np.ndarray], milliseconds: int = 400) -> None:
     """Writes uint8 frames [H, W, 1 or 3] as an endless animation."""
     _save(path, frames, "GIF", duration=milliseconds, loop=0)
 
 
-def _save(path: Path, frames: list[np.ndarray], kind: str, **options: int) -> None:
+def _save(path: epath.PathLike, frames: list[np.ndarray], kind: str, **options: int) -> None:
     first, *rest = [Image.fromarray(frame[..., 0] if frame.shape[-1] == 1 else frame) for frame in frames]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    if rest:
-        options_with_frames = {"save_all": True, "append_images": rest, **options}
-        first.save(temporary, kind, **options_with_frames)
-    else:
-        first.save(temporary, kind)
-    temporary.replace(path)
+    animation = {"save_all": True, "append_images": rest, **options} if rest else {}
+    with replacing(path) as file:
+        first.save(file, kind, **animation)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from tarflow_jax import interop
@@ -91,18 +92,22 @@ class TarFlowPipeline:
         return self.noise.std if self.noise and self.noise.kind == "gaussian" else None
 
     @classmethod
-    def from_pretrained(cls, name: str | Path, **options: Any) -> "TarFlowPipeline":
+    def from_pretrained(
+        cls, name: epath.PathLike, *, best: bool = False, **options: Any
+    ) -> "TarFlowPipeline":
         """Opens a training workdir, a saved model's folder, or a model of the hub ("owner/name").
 
         Args:
-          name: a workdir's last checkpoint is used. options: `mesh` and `memory_bound`, see the constructor.
+          name: a workdir may be in an object store (gs://).
+          best: of a workdir, the checkpoint of the lowest test loss instead of the last.
+          options: `mesh` and `memory_bound`, see the constructor.
 
         Raises:
           FileNotFoundError: nothing of the kind there. ValueError: what is there is damaged or of another kind.
         """
-        workdir = Path(name)
+        workdir = epath.Path(name)
         if (workdir / "checkpoints").is_dir():
-            run = read_workdir(workdir, options.get("mesh"))
+            run = read_workdir(workdir, options.get("mesh"), best=best)
             schedule = Schedule.read(workdir, run.config.num_blocks)
             return cls(
                 run.config,
@@ -113,8 +118,10 @@ class TarFlowPipeline:
                 schedule=schedule,
                 **options,
             )
+        if best:
+            raise ValueError(f"{name} is no training workdir; only these have a best checkpoint")
         saved = interop.load_model(name)
-        schedule = Schedule.read(Path(name), saved.config.num_blocks)
+        schedule = Schedule.read(name, saved.config.num_blocks)
         return cls(
             saved.config,
             saved.variables,

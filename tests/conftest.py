@@ -14,6 +14,7 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -64,6 +65,20 @@ def _load_golden(name: str) -> Golden:
 def load_golden():
     """A function: "cond", "vp" or "training" -> Golden, the same object every time."""
     return _load_golden
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """A folder of compiled programs, for tests that train the same model again and again, as after a restart."""
+    folder = tmp_path_factory.mktemp("compiled")
+    settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in settings}
+    for values in (settings, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is settings:
+            yield folder
 
 
 @pytest.fixture

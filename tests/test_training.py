@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 
 import chex
 import jax
@@ -9,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
 from tiny_models import TINY, VP
 
 from configs import digits
 from tarflow_jax import Noise, TarFlow
-from tarflow_jax.distributed import batch_sharding, make_mesh, shardings
+from tarflow_jax.distributed import make_mesh, shardings
 from tarflow_jax.likelihood import training_loss
-from tarflow_jax.training import Checkpoints, Recipe, make_train_step
+from tarflow_jax.training import Checkpoints, Recipe
 from tarflow_jax.training.metrics import MetricsWriter
-from tarflow_jax.training.state import initial_state, sharded_state
+from tarflow_jax.training.state import initial_state
 
 
 def test_the_reference_s_training_run(load_golden):
@@ -43,49 +45,32 @@ def test_the_reference_s_training_run(load_golden):
     np.testing.assert_allclose(losses, golden.arrays["loss"], rtol=1e-4, atol=4 * np.finfo(np.float32).eps)
 
 
-def run_steps(config, mesh, count, *, accumulation=1, ema_decay=0.0):
-    """The losses and the last state of `count` steps on fixed random 8-bit images."""
-    flow, optimizer = TarFlow(config), optax.adamw(1e-4)  # no loss comes near 0
-    state, layout = sharded_state(flow, optimizer, jax.random.key(0), mesh, ema=ema_decay > 0)
-    function = make_train_step(
-        flow, optimizer, Noise("gaussian", 0.1), drop_label=0.2, ema_decay=ema_decay, accumulation=accumulation
-    )  # fmt: skip
-    chex.clear_trace_counter()
-    step = jax.jit(chex.assert_max_traces(function, 1), donate_argnums=0, out_shardings=(layout, None))
-    rng, losses = np.random.default_rng(0), []
-    rows = batch_sharding(mesh)
-    for _ in range(count):
-        images = jax.device_put(rng.integers(0, 256, (16, *config.image_shape), np.uint8), rows)
-        labels = jax.device_put(rng.integers(0, max(config.num_classes, 1), 16).astype(np.int32), rows)
-        state, metrics = step(state, images, labels, jax.random.key(1))
-        losses.append(float(metrics["loss"]))
-    assert int(state.step) == count
-    assert set(metrics) == {"loss", "half_mean_z2", "log_det_per_dim", "block_norms", "grad_norm"}
-    return losses, state
-
-
 @functools.cache
-def losses_on_one_device():
-    return run_steps(TINY, make_mesh(devices=jax.devices()[:1]), 20)[0]
+def on_one_device():
+    return runs.figures(make_mesh(devices=jax.devices()[:1]))
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)], ids=["data", "fsdp", "mixed"])
-def test_losses_do_not_depend_on_the_mesh(sizes):
-    losses, state = run_steps(TINY, make_mesh(*sizes), 20)
-    np.testing.assert_allclose(losses, losses_on_one_device(), rtol=1e-5)
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 4, 2)], ids=["data", "fsdp", "fsdp and tensor"])
+def test_figures_do_not_depend_on_the_mesh(sizes):
+    runs.assert_same(runs.figures(make_mesh(*sizes)), on_one_device())
+
+
+def test_optimizer_state_lies_where_its_parameters_lie():
+    state = jax.eval_shape(small_state)
+    layout = shardings(make_mesh(2, 2, 2), state)
     kernel = state.variables["params"]["block_0"]["layers"]["mlp_in"]["kernel"]
-    moment = state.opt_state[0].mu["block_0"]["layers"]["mlp_in"]["kernel"]
-    assert kernel.addressable_shards[0].data.size == kernel.size // (sizes[1] * sizes[2])
-    assert moment.sharding == kernel.sharding
+    sharding = layout.variables["params"]["block_0"]["layers"]["mlp_in"]["kernel"]
+    assert math.prod(sharding.shard_shape(kernel.shape)) == kernel.size // 4
+    assert layout.opt_state[0].mu["block_0"]["layers"]["mlp_in"]["kernel"] == sharding
 
 
 def test_accumulation_changes_no_loss():
-    losses, _ = run_steps(TINY, make_mesh(devices=jax.devices()[:1]), 5, accumulation=4)
-    np.testing.assert_allclose(losses, losses_on_one_device()[:5], rtol=1e-5)
+    losses, _ = runs.run_steps(runs.SMALL, make_mesh(devices=jax.devices()[:1]), 5, accumulation=4)
+    np.testing.assert_allclose(losses, on_one_device()["losses"][:5], rtol=1e-5)
 
 
 def test_vp_prior_and_average_move():
-    _, state = run_steps(VP, make_mesh(devices=jax.devices()[:1]), 3, ema_decay=0.9)
+    _, state = runs.run_steps(VP, make_mesh(devices=jax.devices()[:1]), 3, ema_decay=0.9)
     variance = state.variables["prior"]["variance"]
     assert float(jnp.abs(variance - 1).max()) > 0.01
     bias = ("block_0", "project_out", "bias")
@@ -104,6 +89,9 @@ def test_mesh_and_rules_refuse_what_does_not_fit():
         shardings(make_mesh(1, 1, 8), {"layers": {"qkv": {"bias": jnp.zeros((1, 3, 2, 8))}}})
 
 
+CONFIG = {"train": {"num_steps": 2}}
+
+
 def small_state():
     return initial_state(TarFlow(TINY), optax.adam(1e-3), jax.random.key(0), ema=False)
 
@@ -114,7 +102,7 @@ def saved(tmp_path):
     state = jax.jit(small_state)()
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     for step in (1, 2):
-        checkpoints.save(step, state.replace(step=jnp.int32(step)))
+        checkpoints.save(step, state.replace(step=jnp.int32(step)), CONFIG, 1 / step)
     checkpoints.close()
     return tmp_path / "checkpoints", state
 

@@ -5,6 +5,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tarflow_jax import TarFlow, TarFlowConfig, sampling
 
@@ -52,4 +53,4 @@ def images_of(config, batch_size=3, seed=7):
     return 0.5 * jax.random.normal(jax.random.key(seed), (batch_size, *config.image_shape))
 
 
-LABELS = jnp.array([0, -1, 2], jnp.int32)
+LABELS = np.array([0, -1, 2], np.int32)

@@ -7,7 +7,7 @@ begun anew or resumed anywhere, sees the same images in the same order with the 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple, TypeVar
 
@@ -40,34 +40,29 @@ def train_batches(
     seed: int,
     flip: bool = False,
     start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | np.ndarray | None = None,
     num_workers: int = 0,
 ) -> Iterator[Batch]:
     """Endless shuffled batches from `start_step` on; every image comes once an epoch, batches cross epochs.
 
     Args:
       source: where the images come from.
-      batch_size: the global one, B; this process gets rows [index * B / count, (index + 1) * B / count).
+      batch_size: the global one, B.
       seed: of the order and the flips.
       flip: mirror each image left to right with probability 1/2, drawn from (seed, step, row).
       start_step: the step of the first batch.
-      process_index: which process this is.
-      process_count: how many there are.
+      rows: those of each batch to read (`distributed.Rows.local`); None is all of them.
       num_workers: threads that read batches ahead; 0 reads in the caller's.
-
-    Raises:
-      ValueError: the batch does not divide by the processes.
     """
-    rows = _process_rows(batch_size, process_index, process_count)
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     order = grain.MapDataset.range(len(source)).shuffle(order_seed).repeat()
 
     def batch_of(step: int) -> Batch:
-        images, labels = source.read([order[step * batch_size + row] for row in rows])
+        images, labels = source.read([order[step * batch_size + row] for row in rows.tolist()])
         if flip:
             flips = np.random.default_rng((seed, step)).random(batch_size) < 0.5  # of the global batch
-            images = np.where(flips[rows.start : rows.stop, None, None, None], images[:, :, ::-1], images)
+            images = np.where(flips[rows, None, None, None], images[:, :, ::-1], images)
         return Batch(images, labels, np.ones(len(rows), bool))
 
     steps = grain.MapDataset.range(start_step, np.iinfo(np.int64).max).map(batch_of)
@@ -76,17 +71,16 @@ def train_batches(
 
 
 def eval_batches(
-    source: ImageSource, *, batch_size: int, process_index: int = 0, process_count: int = 1
+    source: ImageSource, *, batch_size: int, rows: Sequence[int] | np.ndarray | None = None
 ) -> Iterator[Batch]:
     """Every image once, in order; the last batch is padded with zeros and label -1, marked by `mask`.
 
-    Every process yields the same number of batches of the same shape. Raises ValueError where the batch does
-    not divide by the processes.
+    Every process yields the same number of batches, of its `rows`, ascending (None is all of them).
     """
-    rows = _process_rows(batch_size, process_index, process_count)
+    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     for start in range(0, len(source), batch_size):
-        wanted = range(start + rows.start, min(start + rows.stop, len(source)))
-        images, labels = source.read(np.array(wanted, np.int64))
+        wanted = start + rows[start + rows < len(source)]
+        images, labels = source.read(wanted)
         missing = len(rows) - len(wanted)
         yield Batch(
             np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)]),
@@ -104,14 +98,3 @@ def prefetch_to_device(batches: Iterator[Batch], put: Callable[[Batch], T], size
     while ahead:
         yield ahead.popleft()
         ahead.extend(map(put, islice(batches, 1)))
-
-
-def _process_rows(batch_size: int, process_index: int, process_count: int) -> range:
-    """The rows of the global batch that belong to this process."""
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(
-            f"batch size {batch_size} does not divide by {process_count} processes; "
-            "choose a positive multiple of the number of processes"
-        )
-    share = batch_size // process_count
-    return range(process_index * share, (process_index + 1) * share)

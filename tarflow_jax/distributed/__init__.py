@@ -2,12 +2,17 @@
 
 from tarflow_jax.distributed.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated, split_cpu
 from tarflow_jax.distributed.parts import Parts
+from tarflow_jax.distributed.preemption import Preempted, PreemptionGuard, stop_if_requested
+from tarflow_jax.distributed.rows import Rows
 from tarflow_jax.distributed.sharding import leaf_name, shardings, summary
 from tarflow_jax.distributed.start import start_processes
 
 __all__ = [
     "BATCH_AXES",
     "Parts",
+    "Preempted",
+    "PreemptionGuard",
+    "Rows",
     "batch_sharding",
     "leaf_name",
     "make_mesh",
@@ -15,5 +20,6 @@ __all__ = [
     "shardings",
     "split_cpu",
     "start_processes",
+    "stop_if_requested",
     "summary",
 ]

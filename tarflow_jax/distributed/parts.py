@@ -8,9 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from tarflow_jax.distributed.mesh import batch_sharding
+from tarflow_jax.distributed.preemption import stop_if_requested
 from tarflow_jax.distributed.sharding import shardings
 
 # Most images of a part on a CPU. XLA gives a product of few rows to one core, so the others take parts of their own,
@@ -31,6 +34,7 @@ class Parts:
         device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
         self.on_cores = device.platform == "cpu" and (mesh is None or mesh.size == 1)
         self._rows = SingleDeviceSharding(device) if mesh is None else batch_sharding(mesh)
+        self._many_processes = mesh is not None and mesh.is_multi_process
         self._shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
         self._compiled: set[Any] = set()
 
@@ -57,6 +61,8 @@ class Parts:
     ) -> Any:
         """function(variables, images, labels, *args, **static), some images at a time.
 
+        Where the mesh spans processes, all call this with the same arguments, and each gets the whole result.
+
         Args:
           function: jit-compiled; what it returns has the batch first.
           images: [B, …]. labels: [B].
@@ -71,14 +77,19 @@ class Parts:
         size = max(min(bound, -(-total // self._shards)), smallest) * self._shards
 
         def part(start: int) -> Any:
+            stop_if_requested()
+
             def rows(x: jax.Array) -> jax.Array:
                 x = x[start : start + size]
-                padding = [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1)
-                return jax.device_put(jnp.pad(x, padding), self._rows)
+                x = jnp.pad(x, [(0, size - len(x))] + [(0, 0)] * (x.ndim - 1))
+                if self._many_processes:
+                    return jax.make_array_from_callback(x.shape, self._rows, np.asarray(x).__getitem__)
+                return jax.device_put(x, self._rows)
 
             given = None if labels is None else rows(labels)
             with self._in_force():
-                return jax.block_until_ready(function(variables, rows(images), given, *args, **static))
+                result = jax.block_until_ready(function(variables, rows(images), given, *args, **static))
+            return multihost_utils.process_allgather(result, tiled=True) if self._many_processes else result
 
         starts, parts = list(range(0, total, size)), []
         program = (function, size, labels is None, *(x is None for x in args), *static.items())

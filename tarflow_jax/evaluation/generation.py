@@ -6,18 +6,18 @@ when.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from tarflow_jax.evaluation.sample_files import MAX_IMAGES_BYTES, read_npz, write_npz
 from tarflow_jax.figures import to_uint8
+from tarflow_jax.files import write_text
 
 NOT_FINITE = 128  # the grey that stands for a pixel which is no number
 
@@ -50,18 +50,15 @@ def fingerprint(variables: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def chunk_folder(root: str | Path, protocol: Mapping[str, Any]) -> Path:
+def chunk_folder(root: epath.PathLike, protocol: Mapping[str, Any]) -> epath.Path:
     """The folder of one protocol's chunks; it names itself after the protocol, and says it in protocol.json.
 
     `protocol` must hold all that the samples depend on: model, seed, guidance, denoising, chunk size. Two
     protocols never share a folder, so a run with another guidance cannot continue this one by mistake.
     """
     text = json.dumps(dict(protocol), indent=2, sort_keys=True)
-    folder = Path(root) / hashlib.sha256(text.encode()).hexdigest()[:16]
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".protocol.json.{os.getpid()}.tmp"
-    temporary.write_text(text)
-    os.replace(temporary, folder / "protocol.json")
+    folder = epath.Path(root) / hashlib.sha256(text.encode()).hexdigest()[:16]
+    write_text(folder / "protocol.json", text)
     return folder
 
 
@@ -72,7 +69,7 @@ def balanced_labels(start: int, stop: int, num_classes: int) -> np.ndarray | Non
 
 def generate(
     sample: Callable[[jax.Array, int, jax.Array | None], jax.Array],
-    folder: Path,
+    folder: epath.PathLike,
     num_images: int,
     chunk_size: int,
     num_classes: int,
@@ -87,7 +84,7 @@ def generate(
     mine = range(jax.process_index(), -(-num_images // chunk_size), jax.process_count())
     for index in tqdm(mine, f"samples, {chunk_size} at a time", disable=None, leave=False):
         path = _chunk_path(folder, index)
-        if path.is_file():
+        if path.exists():
             continue
         key = jax.random.fold_in(jax.random.key(seed), index)
         labels = balanced_labels(index * chunk_size, (index + 1) * chunk_size, num_classes)
@@ -96,7 +93,7 @@ def generate(
         write_npz(path, images=images, not_finite=not_finite)
 
 
-def read_chunks(folder: Path, num_images: int, chunk_size: int, num_classes: int) -> Samples:
+def read_chunks(folder: epath.PathLike, num_images: int, chunk_size: int, num_classes: int) -> Samples:
     """The first `num_images` samples of a folder. Raises FileNotFoundError while a chunk is missing, and
     ValueError for one that is damaged."""
     images, not_finite = [], []
@@ -114,5 +111,5 @@ def read_chunks(folder: Path, num_images: int, chunk_size: int, num_classes: int
     )
 
 
-def _chunk_path(folder: Path, index: int) -> Path:
-    return folder / f"chunk_{index:05d}.npz"
+def _chunk_path(folder: epath.PathLike, index: int) -> epath.Path:
+    return epath.Path(folder) / f"chunk_{index:05d}.npz"

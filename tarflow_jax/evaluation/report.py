@@ -1,10 +1,12 @@
 """Results as a table to read and a file to keep, both with the protocol that makes them comparable."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
+
+from etils import epath
+
+from tarflow_jax.files import write_text
 
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -30,14 +32,9 @@ def format_protocol(protocol: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """Writes JSON under a temporary name first; raises ValueError for NaN, which JSON does not have."""
-    path = Path(path)
-    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+def write_json(path: epath.PathLike, content: Mapping[str, Any]) -> None:
+    """Writes JSON, whole or not at all; raises ValueError for NaN, which JSON does not have."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _cell(value: Any) -> str:

@@ -2,15 +2,15 @@
 
 import dataclasses
 import json
-import os
 import re
 import zipfile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from tarflow_jax.evaluation.statistics import FeatureStatistics
+from tarflow_jax.files import replacing
 
 MAX_STATISTICS_BYTES = 128 * 2**20  # 10,000 x 2048 float32 features take 79 MiB
 MAX_IMAGES_BYTES = 64 * 2**30
@@ -23,39 +23,35 @@ def file_stem(*parts: str) -> str:
     return "-".join(re.sub(r"[^\w.]+", "_", part).strip("_") for part in parts)
 
 
-def write_npz(path: str | Path, **arrays: np.ndarray) -> None:
-    """Writes an npz under a temporary name first, so that a file that exists is a whole one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
+def write_npz(path: epath.PathLike, **arrays: np.ndarray) -> None:
+    """Writes an npz, so that a file that exists is a whole one."""
+    with replacing(path) as file:
         np.savez(file, allow_pickle=False, **arrays)
-    os.replace(temporary, path)
 
 
-def read_npz(path: str | Path, names: tuple[str, ...], max_bytes: int) -> dict[str, np.ndarray]:
+def read_npz(path: epath.PathLike, names: tuple[str, ...], max_bytes: int) -> dict[str, np.ndarray]:
     """The arrays of an npz that are among `names`; never unpickles, and never unpacks more than `max_bytes`
     of one.
 
     Raises FileNotFoundError, and ValueError for a file that is no npz of plain arrays.
     """
-    path = Path(path)
-    if not path.is_file():
+    path = epath.Path(path)
+    if not path.exists():
         raise FileNotFoundError(f"{path} not found; expected an npz file")
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             sizes = {info.filename.removesuffix(".npy"): info.file_size for info in archive.infolist()}
         wanted = [name for name in names if name in sizes]
         large = [name for name in wanted if sizes[name] > max_bytes]
         if large:
             raise ValueError(f"array {large[0]} unpacks to {sizes[large[0]]} bytes, more than {max_bytes}")
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in wanted}
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not a readable npz file: {error}") from error
 
 
-def write_samples(path: str | Path, images: np.ndarray, labels: np.ndarray | None = None) -> None:
+def write_samples(path: epath.PathLike, images: np.ndarray, labels: np.ndarray | None = None) -> None:
     """ADM's sample file: `arr_0` uint8 [N, H, W, 3] (grey is repeated), and `arr_1` labels where there are
     any.
     """
@@ -65,7 +61,7 @@ def write_samples(path: str | Path, images: np.ndarray, labels: np.ndarray | Non
     write_npz(path, **arrays)
 
 
-def read_samples(path: str | Path) -> tuple[np.ndarray, np.ndarray | None]:
+def read_samples(path: epath.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
     """Images uint8 [N, H, W, K] and labels [N] or None of an ADM sample file.
 
     Raises FileNotFoundError, and ValueError for anything but a whole sample file.
@@ -103,7 +99,7 @@ class Reference:
     protocol: dict[str, Any]
 
 
-def write_reference(path: str | Path, reference: Reference) -> None:
+def write_reference(path: epath.PathLike, reference: Reference) -> None:
     """Reference statistics as ADM stores them (`mu`, `sigma`, `mu_s`, `sigma_s`); `features` in place of
     ADM's images, and `protocol` as JSON, are ours."""
     arrays = {"mu": reference.pooled.mean, "sigma": reference.pooled.covariance}
@@ -114,7 +110,7 @@ def write_reference(path: str | Path, reference: Reference) -> None:
     write_npz(path, **arrays, protocol=np.array(json.dumps(reference.protocol)))
 
 
-def read_reference(path: str | Path) -> Reference:
+def read_reference(path: epath.PathLike) -> Reference:
     """A reference file, ours or ADM's.
 
     Raises FileNotFoundError, and ValueError for anything else.

@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tarflow_jax.data import ImageSource, eval_batches
-from tarflow_jax.distributed import batch_sharding, replicated
+from tarflow_jax.distributed import Rows, replicated, stop_if_requested
 from tarflow_jax.flow import TarFlow
 from tarflow_jax.likelihood import log_prob
 from tarflow_jax.noise import Noise
@@ -39,21 +39,21 @@ def split_log_prob(
       batch_size: the global one; a multiple of the devices that batches are cut over.
       mesh: what the batches are cut over.
       num_images: only the first ones.
+
+    Raises:
+      Preempted: see `distributed.PreemptionGuard`.
     """
-    layout, per_process = batch_sharding(mesh), batch_size // jax.process_count()
-    first = jax.process_index() * per_process
+    rows = Rows(mesh, batch_size)
     total = len(source) if num_images is None else min(num_images, len(source))
     score = _compiled(flow, noise, replicated(mesh))
     results = []
-    batches = eval_batches(
-        source, batch_size=batch_size, process_index=jax.process_index(), process_count=jax.process_count()
-    )
+    batches = eval_batches(source, batch_size=batch_size, rows=rows.local)
     for start, batch in zip(range(0, total, batch_size), batches, strict=False):
-        index = np.arange(start + first, start + first + per_process, dtype=np.int32)
-        put = functools.partial(jax.make_array_from_process_local_data, layout)
+        stop_if_requested()
+        given = map(rows.put, (batch.image, batch.label, (start + rows.local).astype(np.int32)))
         # Read at once: programs with collectives that are under way together can block each other on CPU devices.
         with jax.set_mesh(mesh):  # as in training
-            results.append(np.asarray(score(variables, put(batch.image), put(batch.label), put(index), key)))
+            results.append(np.asarray(score(variables, *given, key)))
     return np.concatenate(results)[:total]
 
 

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from etils import epath
+
+from tarflow_jax.files import write_text
 from tarflow_jax.sampling.decode import Decoder
 from tarflow_jax.sampling.fixed_point import GaussSeidelJacobi, Jacobi
 from tarflow_jax.sampling.inverse import Sequential
@@ -35,7 +37,7 @@ class Schedule:
         fitting = [size for size in self.decoders if size <= batch_size]
         return self.decoders[max(fitting) if fitting else min(self.decoders)]
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: epath.PathLike) -> None:
         """Writes folder/decoder.json."""
         kinds = {kind: name for name, kind in _KINDS.items()}
         fields = {
@@ -47,22 +49,20 @@ class Schedule:
                 for size, decoders in self.decoders.items()
             },
         }
-        temporary = folder / (FILE + ".tmp")
-        temporary.write_text(json.dumps(fields, indent=2) + "\n")
-        temporary.replace(folder / FILE)
+        write_text(epath.Path(folder) / FILE, json.dumps(fields, indent=2) + "\n")
 
     @classmethod
-    def read(cls, folder: Path, num_blocks: int) -> "Schedule | None":
+    def read(cls, folder: epath.PathLike, num_blocks: int) -> "Schedule | None":
         """The schedule in a folder; None where there is none.
 
         Raises:
           ValueError: the file is not a schedule for `num_blocks` blocks.
         """
-        path = folder / FILE
-        if not path.is_file():
+        path = epath.Path(folder) / FILE
+        if not path.exists():
             return None
         try:
-            if path.stat().st_size > _MAX_BYTES:
+            if path.stat().length > _MAX_BYTES:
                 raise ValueError("it is too large")
             fields = json.loads(path.read_text())
             if fields["version"] != VERSION:

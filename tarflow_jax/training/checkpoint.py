@@ -1,47 +1,72 @@
 """Checkpoints of a run: asynchronous, atomic, verified when they are read. The one file that knows Orbax."""
 
+import contextlib
 import hashlib
 import json
 import logging
+import math
 import threading
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
+from jax.experimental import multihost_utils
 
 from tarflow_jax.distributed import leaf_name
+from tarflow_jax.files import is_remote, write_text
 
 logger = logging.getLogger(__name__)
+STATE, CONFIG, LOSS = "default", "config", "test_loss"
 
 
 class Checkpoints:
     """The checkpoints of a workdir, by step.
 
     A checkpoint appears under its final name only when it is complete. Its files' SHA-256 are then written
-    beside it, and one whose files no longer match is passed over for the one before.
+    beside it, and one whose files no longer match is passed over for the one before. All processes of a run
+    call every method together.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 3) -> None:
-        """Opens or makes the folder; `keep` is how many of the newest checkpoints stay."""
-        self._folder = folder.absolute()
+    def __init__(self, folder: epath.PathLike, *, keep: int = 3) -> None:
+        """Opens or makes the folder; the `keep` newest checkpoints stay, and the one of the lowest test loss."""
+        folder = epath.Path(folder)
+        self._folder = folder if is_remote(folder) else folder.resolve()
         self._folder.mkdir(parents=True, exist_ok=True)
         self._seals = self._folder.parent / "checksums"
+        policies = ocp.checkpoint_managers
         self._manager = ocp.CheckpointManager(
             self._folder,
-            options=ocp.CheckpointManagerOptions(max_to_keep=keep),
-            item_handlers=ocp.StandardCheckpointHandler(),  # without it, metadata cannot be read before restoring
+            options=ocp.CheckpointManagerOptions(
+                best_fn=_loss,
+                best_mode="min",
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [policies.LatestN(keep), policies.BestN(get_metric_fn=_loss, reverse=True, n=1)]
+                ),
+            ),
+            # Without them, metadata cannot be read before restoring.
+            item_handlers={STATE: ocp.StandardCheckpointHandler(), CONFIG: ocp.JsonCheckpointHandler()},
         )
         self._sealing: threading.Thread | None = None
 
-    def save(self, step: int, state: Any) -> None:
+    def save(self, step: int, state: Any, config: Mapping[str, Any], test_loss: float | None = None) -> None:
         """Starts writing; returns once `state` is copied, so that it may be donated.
 
+        Args:
+          step: of the run. state: its arrays. config: its config, as JSON has it.
+          test_loss: by which the best checkpoint is known; None if it was not measured.
+
         Raises:
-          OSError: the checkpoint before this one could not be written (disk full).
+          OSError: this checkpoint, or the one before it, could not be written (disk full).
         """
         self.wait()
-        self._manager.save(step, args=ocp.args.StandardSave(state))
+        items = ocp.args.Composite(
+            **{STATE: ocp.args.StandardSave(state), CONFIG: ocp.args.JsonSave(dict(config))}
+        )
+        with self._plain_errors():
+            self._manager.save(step, args=items, metrics={} if test_loss is None else {LOSS: test_loss})
         self._sealing = threading.Thread(target=self._seal_when_complete, args=(step,), daemon=True)
         self._sealing.start()
 
@@ -51,42 +76,51 @@ class Checkpoints:
         Raises:
           OSError: it could not be written.
         """
-        try:
+        with self._plain_errors():
             self._manager.wait_until_finished()
-        except Exception as error:
-            raise OSError(
-                f"could not write a checkpoint in {self._folder}: {_first_line(error)}; free some space or choose "
-                "another workdir, then run the same command again"
-            ) from error
         if self._sealing is not None:
             self._sealing.join()
             self._sealing = None
 
-    def restore(self, abstract_state: Any) -> tuple[int, Any] | None:
+    def restore(self, abstract_state: Any, *, best: bool = False) -> tuple[int, Any] | None:
         """(step, state) of the newest checkpoint that is whole, or None in a folder without any.
 
         Args:
-          abstract_state: shapes, dtypes and shardings (`jax.ShapeDtypeStruct`) of what to restore.
+          abstract_state: shapes, dtypes and shardings (`jax.ShapeDtypeStruct`) of what to restore; any mesh will do.
+          best: of those with a test loss, the one of the lowest.
 
         Raises:
           ValueError: there are checkpoints, but none is whole, or they hold another model's state.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = self._steps(best=best)
         for step in steps:
             problem = self._problem(step)
             if problem is None:
                 try:
                     self._check_shapes(step, abstract_state)
-                    return step, self._manager.restore(step, args=ocp.args.StandardRestore(abstract_state))
+                    restored = self._manager.restore(
+                        step, args=ocp.args.Composite(**{STATE: ocp.args.StandardRestore(abstract_state)})
+                    )
+                    return step, restored[STATE]
                 except _AnotherStateError:
                     raise
                 except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
                     problem = _first_line(error)
-            logger.warning("skipping checkpoint %s: %s", self._folder / str(step), problem)
+            if jax.process_index() == 0:
+                logger.warning("skipping checkpoint %s: %s", self._folder / str(step), problem)
         if steps:
             raise ValueError(
                 f"no checkpoint in {self._folder} is whole; restore one from a backup, or start in another workdir"
             )
+        return None
+
+    def config(self) -> dict[str, Any] | None:
+        """The config in the newest whole checkpoint; None if there is none."""
+        for step in self._steps():
+            if self._problem(step) is None:
+                return self._manager.restore(
+                    step, args=ocp.args.Composite(**{CONFIG: ocp.args.JsonRestore()})
+                )[CONFIG]
         return None
 
     def close(self) -> None:
@@ -94,8 +128,30 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
+    def _steps(self, *, best: bool = False) -> list[int]:
+        """The checkpoints' steps, in the order in which to try them."""
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if not best:
+            return steps
+        losses = {step: _loss(self._manager.metrics(step)) for step in steps}
+        if steps and all(map(math.isinf, losses.values())):
+            raise ValueError(
+                f"no checkpoint in {self._folder} has a test loss; set train.evaluate_every, or use the last"
+            )
+        return sorted(filter(lambda step: math.isfinite(losses[step]), steps), key=losses.__getitem__)
+
+    @contextlib.contextmanager
+    def _plain_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # Orbax and TensorStore raise many kinds
+            raise OSError(
+                f"could not write a checkpoint in {self._folder}: {_first_line(error)}; earlier ones are whole. Free "
+                "some space, or choose another workdir, then run the same command again"
+            ) from error
+
     def _check_shapes(self, step: int, abstract_state: Any) -> None:
-        stored = _shapes(self._manager.item_metadata(step))
+        stored = _shapes(self._manager.item_metadata(step)[STATE])
         expected = _shapes(abstract_state)
         for name in sorted(stored.keys() | expected.keys()):
             if stored.get(name) != expected.get(name):
@@ -104,7 +160,7 @@ class Checkpoints:
                     f"{name} is {stored.get(name, 'missing')} there and {expected.get(name, 'missing')} here"
                 )
 
-    def _seal_of(self, step: int) -> Path:
+    def _seal_of(self, step: int) -> epath.Path:
         return self._seals / f"{step}.json"
 
     def _seal_when_complete(self, step: int) -> None:
@@ -113,16 +169,21 @@ class Checkpoints:
         except Exception:  # reported by wait(), in the thread that can stop the run
             return
         if jax.process_index() == 0 and (self._folder / str(step)).exists():
-            self._seals.mkdir(exist_ok=True)
-            temporary = self._seal_of(step).with_suffix(".tmp")
-            temporary.write_text(json.dumps(_checksums(self._folder / str(step))))
-            temporary.replace(self._seal_of(step))
+            write_text(self._seal_of(step), json.dumps(_checksums(self._folder / str(step))))
             for seal in self._seals.glob("*.json"):
                 if not (self._folder / seal.stem).exists():
                     seal.unlink()
 
     def _problem(self, step: int) -> str | None:
-        """Why the checkpoint cannot be trusted, or None. One without a seal was complete, but not yet sealed."""
+        """Why the checkpoint cannot be trusted, or None; the same answer on all processes."""
+        if jax.process_count() == 1:
+            return self._damage(step)
+        found = self._damage(step) if jax.process_index() == 0 else None
+        damaged = multihost_utils.broadcast_one_to_all(np.int32(found is not None))
+        return (found or "the first process says why") if damaged else None
+
+    def _damage(self, step: int) -> str | None:
+        """What differs from the seal. A checkpoint without a seal was complete, but not yet sealed."""
         try:
             expected = json.loads(self._seal_of(step).read_text())
         except FileNotFoundError:
@@ -144,9 +205,21 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {leaf_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _checksums(folder: Path) -> dict[str, str]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+def _loss(metrics: Mapping[str, Any] | None) -> float:
+    return (metrics or {}).get(LOSS, math.inf)
+
+
+def _checksums(folder: epath.Path) -> dict[str, str]:
+    paths = sorted(parent / name for parent, _, names in folder.walk() for name in names)
+    return {str(path.relative_to(folder)): _sha256(path) for path in paths}
+
+
+def _sha256(path: epath.Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def _first_line(error: BaseException) -> str:

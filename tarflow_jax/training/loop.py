@@ -1,24 +1,22 @@
 """A run: state, data, steps, checkpoints, metrics. To continue it, run the same command again."""
 
-import functools
+import json
 import logging
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from etils import epath
 from tqdm import tqdm
 
 from tarflow_jax.data import Batch, ImageSource, prefetch_to_device, train_batches
-from tarflow_jax.distributed import batch_sharding, summary
+from tarflow_jax.distributed import Preempted, PreemptionGuard, Rows, summary
 from tarflow_jax.evaluation.split import loss_of, split_log_prob
 from tarflow_jax.flow import TarFlow
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.metrics import MetricsWriter
-from tarflow_jax.training.preemption import Preempted, PreemptionGuard
 from tarflow_jax.training.recipe import Recipe
 from tarflow_jax.training.state import TrainState, sharded_state
 from tarflow_jax.training.step import Metrics, make_train_step
@@ -31,12 +29,15 @@ class NonFiniteError(ArithmeticError):
     """A metric of a step is not a finite number; the run has stopped, its last checkpoint stays."""
 
 
-def train(config: ml_collections.ConfigDict, workdir: Path, preview: Preview | None = None) -> TrainState:
+def train(
+    config: ml_collections.ConfigDict, workdir: epath.PathLike, preview: Preview | None = None
+) -> TrainState:
     """Trains until `config.train.num_steps`, from the workdir's last checkpoint on.
 
     Args:
       config: see configs/common.py.
-      workdir: holds one run: config.json, checkpoints/, metrics.jsonl, tensorboard/.
+      workdir: holds one run: config.json, checkpoints/, metrics.jsonl, tensorboard/. A local folder, which all
+        processes see, or gs://.
       preview: called as preview(step, variables) every `train.sample_every` steps, on every process.
 
     Returns:
@@ -45,15 +46,15 @@ def train(config: ml_collections.ConfigDict, workdir: Path, preview: Preview | N
     Raises:
       ValueError: an impossible config, or a workdir that holds another one.
       NonFiniteError: a loss or gradient norm is not finite.
-      Preempted: SIGTERM came; the state is saved.
+      Preempted: SIGTERM came, at any time; the state is saved.
+      OSError: a checkpoint could not be written.
     """
     recipe = Recipe(config)
     mesh = recipe.mesh()
     source = recipe.source("train")
-    if jax.process_index() == 0:
-        recipe.claim(workdir)
+    recipe.claim(workdir, write=jax.process_index() == 0)
     with PreemptionGuard() as guard:
-        run = _Run(recipe, mesh, source, workdir, guard, preview)
+        run = _Run(recipe, mesh, source, epath.Path(workdir), guard, preview)
         try:
             return run.to_the_end()
         finally:
@@ -68,7 +69,7 @@ class _Run:
         recipe: Recipe,
         mesh: jax.sharding.Mesh,
         source: ImageSource,
-        workdir: Path,
+        workdir: epath.Path,
         guard: PreemptionGuard,
         preview: Preview | None,
     ) -> None:
@@ -86,7 +87,7 @@ class _Run:
         if jax.process_index() == 0:
             logger.info("%s", summary(mesh, self.state.variables))
         self.metrics = MetricsWriter(workdir, self.start) if jax.process_index() == 0 else None
-        self.rows = batch_sharding(mesh)
+        self.rows = Rows(mesh, fields.batch_size)
         step = make_train_step(
             flow,
             optimizer,
@@ -109,8 +110,7 @@ class _Run:
         return step
 
     def _put(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        put = functools.partial(jax.make_array_from_process_local_data, self.rows)
-        return put(batch.image), put(batch.label)
+        return self.rows.put(batch.image), self.rows.put(batch.label)
 
     def to_the_end(self) -> TrainState:
         fields, data = self.fields, self.recipe.config.data
@@ -120,8 +120,7 @@ class _Run:
             seed=fields.seed,
             flip=data.flip,
             start_step=self.start,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            rows=self.rows.local,
             num_workers=data.num_workers,
         )
         bar = tqdm(
@@ -166,27 +165,34 @@ class _Run:
             self.metrics.write(step, {**metrics, **rates})
 
     def _after(self, step: int, metrics: Metrics) -> None:
-        """Saves and previews where it is time to."""
-        fields, last = self.fields, step == self.fields.num_steps
-        stop = self._stop_requested()
-        if step % fields.checkpoint_every == 0 or last or stop:
+        """Evaluates, previews and saves where it is time to; a signal to stop cuts the first two short."""
+        fields, test_loss = self.fields, None
+        due = step == fields.num_steps or not step % fields.checkpoint_every
+        try:
+            if fields.evaluate_every and not step % fields.evaluate_every:
+                test_loss = self._evaluate(step, metrics)
+            if self.preview and fields.sample_every and not step % fields.sample_every:
+                self.preview(step, self.state.sampling_variables)
+            stop = self.guard.requested()
+        except Preempted:
+            stop = True
+        if due or stop or test_loss is not None:
             self._check(step, metrics)
-            self.checkpoints.save(step, self.state)
-        if self.preview and fields.sample_every and step % fields.sample_every == 0 and not stop:
-            self.preview(step, self.state.sampling_variables)
-        if stop and not last:
+            self.checkpoints.save(step, self.state, json.loads(self.recipe.to_json()), test_loss)
+            if self.metrics:
+                self.metrics.flush()
+        if stop:
             self.checkpoints.wait()
             raise Preempted(
                 f"asked to stop at step {step}; its state is saved, run the same command to continue"
             )
 
-    def _stop_requested(self) -> bool:
-        """Whether any process was asked to stop; all must agree, for a checkpoint is written by all."""
-        if jax.process_count() == 1:
-            return self.guard.requested
-        from jax.experimental import multihost_utils
-
-        return bool(multihost_utils.process_allgather(jnp.int32(self.guard.requested)).any())
+    def _evaluate(self, step: int, metrics: Metrics) -> float:
+        self._check(step, metrics)
+        test_loss = evaluate_loss(self.recipe, self.state.sampling_variables)
+        if self.metrics:
+            self.metrics.write(step, {"test_loss": test_loss})
+        return test_loss
 
     def close(self) -> None:
         self.checkpoints.close()

@@ -3,24 +3,27 @@
 import dataclasses
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import ml_collections
 import optax
+from etils import epath
 from jax.sharding import Mesh
 
 from tarflow_jax.data import ImageSource, open_source
 from tarflow_jax.distributed import make_mesh
+from tarflow_jax.files import write_text
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.noise import Noise
+from tarflow_jax.training.checkpoint import Checkpoints
 
 # What may differ between the runs that share a workdir: where it runs and what it prints, never what it computes.
 _FREE_FIELDS = (
     "mesh",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.evaluate_every",
     "train.sample_every",
     "train.log_every",
 )
@@ -133,13 +136,17 @@ class Recipe:
             )
         return source
 
-    def claim(self, workdir: Path) -> None:
-        """Writes workdir/config.json, or checks the one that is there.
+    def claim(self, workdir: epath.PathLike, *, write: bool = True) -> None:
+        """Checks workdir/config.json if there is one, and writes it.
+
+        Args:
+          workdir: of the run.
+          write: False on all processes but one.
 
         Raises:
           ValueError: the workdir holds another configuration; names the fields.
         """
-        path = workdir / "config.json"
+        path = epath.Path(workdir) / "config.json"
         if path.exists():
             try:
                 stored = _flatten(json.loads(path.read_text()))
@@ -155,26 +162,29 @@ class Recipe:
                 raise ValueError(
                     f"{workdir} holds another configuration: {', '.join(differing)}; choose another workdir"
                 )
-        workdir.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(self.to_json())
-        temporary.replace(path)
+        if write:
+            write_text(path, self.to_json())
 
     def to_json(self) -> str:
         return self.config.to_json(indent=2) + "\n"
 
     @classmethod
-    def from_workdir(cls, workdir: Path) -> "Recipe":
-        """The recipe that a workdir was trained by.
+    def from_workdir(cls, workdir: epath.PathLike) -> "Recipe":
+        """The recipe that a workdir was trained by: its config.json, or if that is lost the last checkpoint's.
 
         Raises:
-          FileNotFoundError: no config.json there. ValueError: it is no training config.
+          FileNotFoundError: neither is there. ValueError: it is no training config.
         """
-        path = Path(workdir) / "config.json"
-        if not path.exists():
+        path, folder = epath.Path(workdir) / "config.json", epath.Path(workdir) / "checkpoints"
+        stored = None
+        if not path.exists() and folder.exists():
+            checkpoints = Checkpoints(folder)
+            stored = checkpoints.config()
+            checkpoints.close()
+        if not path.exists() and stored is None:
             raise FileNotFoundError(f"{path} not found; expected the workdir of a training run")
         try:
-            return cls(ml_collections.ConfigDict(json.loads(path.read_text())))
+            return cls(ml_collections.ConfigDict(stored or json.loads(path.read_text())))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is not a training config: {error}") from error
 

@@ -1,14 +1,15 @@
 """A training run's folder, read back."""
 
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh
 
 from tarflow_jax.distributed import make_mesh
+from tarflow_jax.files import write_text
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.noise import Noise
 from tarflow_jax.training.checkpoint import Checkpoints
@@ -19,7 +20,7 @@ RESULTS = "results.json"
 
 
 class TrainedRun(NamedTuple):
-    """What a run's last checkpoint holds, and what a model card tells of the run.
+    """What a run's checkpoint holds, and what a model card tells of the run.
 
     Attributes:
       config, noise: of the recipe.
@@ -35,23 +36,24 @@ class TrainedRun(NamedTuple):
     card: dict[str, Any]
 
 
-def read_workdir(workdir: Path, mesh: Mesh | None = None) -> TrainedRun:
-    """Reads the last whole checkpoint, onto `mesh` or the default device.
+def read_workdir(workdir: epath.PathLike, mesh: Mesh | None = None, *, best: bool = False) -> TrainedRun:
+    """Reads the last whole checkpoint, or that of the lowest test loss, onto `mesh` or the default device.
 
     Raises:
-      FileNotFoundError: no config or no checkpoint there. ValueError: they are damaged.
+      FileNotFoundError: no config or no checkpoint there. ValueError: they are damaged, or none has a test loss.
     """
+    workdir = epath.Path(workdir)
     recipe = Recipe.from_workdir(workdir)
     state, _ = sharded_state(
         TarFlow(recipe.model),
         recipe.optimizer(),
         jax.random.key(0),
-        mesh or make_mesh(devices=jax.devices()[:1]),
+        mesh or make_mesh(devices=jax.local_devices()[:1]),
         ema=recipe.config.optimizer.ema_decay > 0,
     )
     checkpoints = Checkpoints(workdir / "checkpoints")
     found = checkpoints.restore(
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state), best=best
     )
     checkpoints.close()
     if found is None:
@@ -64,14 +66,12 @@ def read_workdir(workdir: Path, mesh: Mesh | None = None) -> TrainedRun:
     )
 
 
-def write_results(workdir: Path, results: dict[str, float]) -> None:
+def write_results(workdir: epath.PathLike, results: dict[str, float]) -> None:
     """Keeps a finished run's figures, for its model card."""
-    temporary = workdir / (RESULTS + ".tmp")
-    temporary.write_text(json.dumps(results) + "\n")
-    temporary.replace(workdir / RESULTS)
+    write_text(epath.Path(workdir) / RESULTS, json.dumps(results) + "\n")
 
 
-def _card(recipe: Recipe, workdir: Path, step: int) -> dict[str, Any]:
+def _card(recipe: Recipe, workdir: epath.Path, step: int) -> dict[str, Any]:
     fields = recipe.config.train
     results = json.loads((workdir / RESULTS).read_text()) if (workdir / RESULTS).exists() else {}
     return {

@@ -1,0 +1,34 @@
+"""Files of a run, on a local disk or in an object store (gs://): written whole or not at all."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import IO
+
+from etils import epath
+
+
+@contextlib.contextmanager
+def replacing(path: epath.PathLike) -> Iterator[IO[bytes]]:
+    """Yields a file to write bytes to; it gets its name, and its folder, if the body succeeds, else it vanishes."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            yield file
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+    """Writes a text file in UTF-8, whole or not at all."""
+    with replacing(path) as file:
+        file.write(text.encode())
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path is in an object store, where a file cannot be appended to."""
+    return "://" in os.fspath(path)

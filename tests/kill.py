@@ -1,0 +1,107 @@
+"""Kills a training run -9 at random moments, and checks that it ends with the parameters of an undisturbed one.
+
+python tests/kill.py FOLDER NUM_KILLS [SEED]
+
+Each attempt is forked from one process that has imported everything, and programs are compiled once.
+"""
+
+import contextlib
+import hashlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+# Before JAX is imported for the first time.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+
+import jax
+import numpy as np
+
+from configs import digits
+from tarflow_jax.training import train
+
+STEPS_A_KILL = 6
+
+
+def attempt(workdir, num_steps):
+    """A forked process that trains to the end and writes a digest of every number in the final state."""
+    if child := os.fork():
+        return child
+    code = 1
+    try:
+        config = digits.get_config("smoke")
+        config.model.num_blocks = 1
+        config.train.update(
+            {"num_steps": num_steps, "checkpoint_every": 2, "evaluate_every": 0, "log_every": 1}
+        )
+        state = train(config, workdir)
+        digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)))
+        (workdir / "digest").write_text(digest.hexdigest())
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def ended(child):
+    """The exit status of a process, None while it runs."""
+    found, status = os.waitpid(child, os.WNOHANG)
+    return status if found else None
+
+
+def wait_for(child, condition):
+    """Polls until the condition holds; raises if the process ends before."""
+    while not condition():
+        status = ended(child)
+        assert status is None, f"the run ended with status {status} before it was killed"
+        time.sleep(0.001)
+
+
+def unfinished(workdir):
+    """Checkpoints under their temporary names, each with the number that tells it from an earlier one's."""
+    found = set()
+    for path in (workdir / "checkpoints").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            if "tmp" in path.name:
+                found.add((path.name, path.stat().st_ino))
+    return found
+
+
+def kill(workdir, child, rng, in_save):
+    """Kills a run some steps after it began; returns whether it was saving then."""
+    file = workdir / "metrics.jsonl"
+    before = file.stat().st_mtime_ns if file.exists() else 0
+    wait_for(child, lambda: file.exists() and file.stat().st_mtime_ns > before)
+    lines = len(file.read_text().splitlines()) + int(rng.integers(1, STEPS_A_KILL - 2))
+    wait_for(child, lambda: len(file.read_text().splitlines()) >= lines)
+    left = unfinished(workdir)
+    if in_save:
+        wait_for(child, lambda: unfinished(workdir) - left)
+    time.sleep(rng.uniform(0, 0.02))
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return bool(unfinished(workdir) - left)
+
+
+def main(folder, num_kills, seed=0):
+    """Runs, kills, compares, prints."""
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    num_steps, rng = STEPS_A_KILL * (num_kills + 1), np.random.default_rng(seed)
+    workdirs = folder / "whole", folder / "killed"
+    saving = 0
+    for kills, workdir in zip((0, num_kills), workdirs, strict=True):
+        for i in range(kills):
+            saving += kill(workdir, attempt(workdir, num_steps), rng, i % 3 == 0)
+        _, status = os.waitpid(attempt(workdir, num_steps), 0)
+        assert status == 0, f"the run ended with status {status}"
+    whole, killed = ((workdir / "digest").read_text() for workdir in workdirs)
+    assert saving, "no kill came while it was saving"
+    assert killed == whole, "the parameters differ"
+    print(f"{num_kills} kills, {saving} of them while saving; the same parameters, bit for bit")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

@@ -1,0 +1,161 @@
+"""Two real processes that talk through gloo, as SLURM and GKE start them."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import runs
+
+from configs import digits
+from tarflow_jax.distributed import make_mesh
+from tarflow_jax.training import Recipe, train
+from tarflow_jax.training.workdir import read_workdir
+
+ROOT = Path(__file__).parent.parent
+FLAGS = {"num_steps": 8, "checkpoint_every": 4, "evaluate_every": 0, "sample_every": 0, "log_every": 1}
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def start_two(arguments, devices, variables):
+    """Two processes of `devices` CPU devices each; `variables(index)` are added to their environment."""
+    own = {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DEFAULT_MATMUL_PRECISION": "highest",
+        # Programs run for seconds: it does not pay to optimise them.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "PYTHONPATH": str(ROOT),
+    }
+    return [
+        subprocess.Popen(
+            [sys.executable, *map(str, arguments(index))], cwd=ROOT, env=os.environ | own | variables(index),
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for index in range(2)
+    ]  # fmt: skip
+
+
+def finish(processes):
+    """Exit codes, and the lines that each printed, without gloo's own; stderr tells of a failure."""
+    results = [process.communicate(timeout=240) for process in processes]
+    codes = [process.returncode for process in processes]
+    assert set(codes) <= {0, 75}, "\n".join(err[-2000:] for _, err in results)
+    return codes, [[line for line in out.splitlines() if "[Gloo]" not in line] for out, _ in results]
+
+
+def slurm():
+    """What srun sets for each of two tasks on this host, for JAX to find them by."""
+    port = str(free_port())
+    return lambda index: {
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "127.0.0.1",
+        "SLURM_NTASKS": "2",
+        "SLURM_PROCID": str(index),
+        "SLURM_LOCALID": str(index),
+        "JAX_COORDINATOR_PORT": port,
+    }
+
+
+def train_command(workdir, *arguments):
+    return [
+        "-m", "launch.train", "--distributed", "--config=configs/digits.py:smoke", f"--workdir={workdir}",
+        "--config.model.num_blocks=1", *(f"--config.train.{name}={value}" for name, value in FLAGS.items()), *arguments,
+    ]  # fmt: skip
+
+
+def train_here(workdir, devices, monkeypatch):
+    """The same run on some devices of this process."""
+    config = digits.get_config("smoke")
+    config.model.num_blocks = 1
+    config.train.update(FLAGS)
+    monkeypatch.setattr(Recipe, "mesh", lambda self: make_mesh(devices=jax.devices()[:devices]))
+    return train(config, workdir)
+
+
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+
+def assert_ends_as(state, expected):
+    """Every parameter within 1e-5 of the largest one of its array."""
+    for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(expected), strict=True):
+        theirs = np.asarray(theirs)
+        np.testing.assert_allclose(np.asarray(ours), theirs, rtol=0, atol=1e-5 * max(np.abs(theirs).max(), 1))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, compiled_once):
+    """(workdir, final variables) of an uninterrupted run on eight devices of this process; steps 4 and 8 are saved."""
+    workdir = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        state = train_here(workdir, 8, patch)
+    return workdir, jax.tree.map(np.asarray, state.variables)
+
+
+def cut_back(whole, workdir, step=4):
+    """A copy of a run as it was at `step`."""
+    shutil.copytree(whole, workdir)
+    for path in (workdir / "checkpoints").iterdir():
+        if path.name != str(step):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return workdir
+
+
+def test_figures_are_those_of_one_device(tmp_path):
+    codes, _ = finish(start_two(lambda index: ["tests/runs.py", tmp_path / "found.json"], 4, slurm()))
+    assert codes == [0, 0]
+    expected = runs.figures(make_mesh(devices=jax.devices()[:1]))
+    runs.assert_same(json.loads((tmp_path / "found.json").read_text()), expected)
+
+
+def test_the_command_continues_on_two_processes_what_one_began(whole, tmp_path):
+    workdir = cut_back(whole[0], tmp_path / "run")
+    codes, (out, silent) = finish(start_two(lambda index: train_command(workdir), 2, slurm()))
+    assert codes == [0, 0]
+    assert any(line.startswith("test loss") for line in out)
+    assert silent == []
+    assert len(list((workdir / "figures").glob("*.png"))) == 4
+    run = read_workdir(workdir)
+    assert run.card["training"]["steps"] == 8
+    assert_ends_as(run.variables, whole[1])
+    expected = losses(whole[0])
+    assert losses(workdir).keys() == expected.keys()
+    np.testing.assert_allclose(list(losses(workdir).values()), list(expected.values()), rtol=1e-5)
+
+
+def test_sigterm_to_one_process_stops_both_and_one_process_continues(whole, tmp_path, monkeypatch):
+    workdir, address = tmp_path / "run", f"--coordinator_address=127.0.0.1:{free_port()}"
+    processes = start_two(
+        lambda index: train_command(workdir, address, "--num_processes=2", f"--process_id={index}"),
+        2,
+        lambda index: {},
+    )
+    while not (workdir / "config.json").exists():  # by then JAX listens for the signal
+        assert processes[0].poll() is None, processes[0].communicate()[1]
+        time.sleep(0.01)
+    processes[1].send_signal(signal.SIGTERM)
+    codes, _ = finish(processes)
+    assert codes == [75, 75]
+    (step,) = (int(path.name) for path in (workdir / "checkpoints").iterdir() if path.is_dir())
+    assert step < 8
+    state = train_here(workdir, 8, monkeypatch)
+    assert_ends_as(state.variables, whole[1])
+
+
+def test_a_run_of_eight_devices_continues_on_four(whole, tmp_path, monkeypatch):
+    state = train_here(cut_back(whole[0], tmp_path / "run"), 4, monkeypatch)
+    assert_ends_as(state.variables, whole[1])

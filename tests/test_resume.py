@@ -1,0 +1,320 @@
+"""What a run survives: signals, bad numbers, full disks, kills. One process; several are in test_processes.py."""
+
+import contextlib
+import itertools
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import pytest
+from absl import app
+from etils import epath
+
+from configs import digits
+from launch import common
+from tarflow_jax import TarFlowPipeline, figures
+from tarflow_jax.data import ArraySource, train_batches
+from tarflow_jax.distributed import Preempted, make_mesh
+from tarflow_jax.evaluation import generation
+from tarflow_jax.files import replacing
+from tarflow_jax.sampling import Schedule, Sequential
+from tarflow_jax.training import Checkpoints, Recipe, metrics, train
+from tarflow_jax.training.loop import NonFiniteError
+from tarflow_jax.training.workdir import read_workdir, write_results
+
+ROOT = Path(__file__).parent.parent
+
+
+def small_config(**fields):
+    config = digits.get_config("smoke")
+    config.model.num_blocks = 1
+    config.train.update({"num_steps": 6, "checkpoint_every": 2, "evaluate_every": 0, "log_every": 1} | fields)
+    return config
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(Recipe, "mesh", lambda self: make_mesh(devices=jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, compiled_once):
+    """The final state of an uninterrupted run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recipe, "mesh", lambda self: make_mesh(devices=jax.devices()[:1]))
+        return jax.tree.map(np.asarray, train(small_config(), tmp_path_factory.mktemp("whole")))
+
+
+def steps_in(workdir):
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.is_dir())
+
+
+def ask_to_stop(*_):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class StopsWhenRead(ArraySource):
+    """A split in whose evaluation the signal comes, and which must not be read to its end."""
+
+    reads = 0
+
+    def read(self, indices):
+        StopsWhenRead.reads += 1
+        ask_to_stop()
+        return super().read(indices)
+
+
+def test_sigterm_in_a_preview_or_an_evaluation(whole, tmp_path, monkeypatch):
+    def preview(step, variables):
+        ask_to_stop()
+        pipe = TarFlowPipeline(recipe.model, variables, mesh=recipe.mesh())
+        pipe.decode(pipe.latents(jax.random.key(0), 2))
+        pytest.fail("drawn to the end")
+
+    recipe = Recipe(small_config(sample_every=3))
+    with pytest.raises(Preempted, match="stop at step 3; its state is saved"):
+        train(recipe.config, tmp_path, preview)
+    assert steps_in(tmp_path) == [2, 3]
+
+    source = Recipe.source
+    images = np.zeros((40, 8, 8, 1), np.uint8)
+    test = StopsWhenRead("stops", images, np.zeros(40, np.int32), 10)
+    monkeypatch.setattr(
+        Recipe, "source", lambda self, split: test if split == "test" else source(self, split)
+    )
+    with pytest.raises(Preempted, match="stop at step 5; its state is saved"):
+        train(small_config(evaluate_every=5), tmp_path)
+    assert StopsWhenRead.reads == 1  # of three batches
+    assert steps_in(tmp_path) == [3, 4, 5]
+
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, train(small_config(), tmp_path)), whole)
+
+
+def test_sigterm_ends_a_command_with_code_75_and_leaves_no_half_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["command"])
+
+    def in_a_file(argv):
+        with replacing(tmp_path / "grid.png") as file:
+            file.write(b"half")
+            ask_to_stop()
+
+    def in_a_chunk(argv):
+        def sample(key, number, labels):
+            if (tmp_path / "chunk_00000.npz").exists():
+                ask_to_stop()
+            return jax.numpy.zeros((number, 2, 2, 1))
+
+        generation.generate(sample, tmp_path, 12, 4, 0, seed=0)
+
+    for main, left in ((in_a_file, []), (in_a_chunk, ["chunk_00000.npz"])):
+        monkeypatch.setattr(app, "run", lambda guarded, flags_parser: sys.exit(guarded(sys.argv)))
+        previous = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as stop:
+                common.run(main)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+        assert stop.value.code == common.EXIT_PREEMPTED
+        assert "run the same command again" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == left
+
+
+class Poisoned(ArraySource):
+    """Images of which one, `bad`, is not a number."""
+
+    bad = 0
+
+    def read(self, indices):
+        images, labels = super().read(indices)
+        images = images.astype(np.float32)
+        images[np.asarray(indices) == self.bad] = np.nan
+        return images, labels
+
+
+def test_a_nan_in_a_batch_stops_the_run_and_reaches_no_checkpoint(tmp_path, monkeypatch, compiled_once):
+    config = small_config(checkpoint_every=1)
+    images = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 1), np.uint8)
+    numbered = ArraySource("numbered", images, np.arange(100), 100)
+    *_, third = itertools.islice(train_batches(numbered, batch_size=16, seed=config.train.seed), 3)
+    source = Poisoned("poisoned", images, np.zeros(100, np.int32), 10)
+    source.bad = third.label[0]
+    monkeypatch.setattr(Recipe, "source", lambda self, split: source)
+    with pytest.raises(NonFiniteError, match="loss is nan at step 3;"):
+        train(config, tmp_path)
+    assert steps_in(tmp_path) == [1, 2]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(read_workdir(tmp_path).variables))
+
+
+@contextlib.contextmanager
+def full_tmpfs(folder):
+    """A file system of which 64 KiB are left."""
+    filler = folder / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(folder).free - (64 << 10)))
+    yield
+    filler.unlink()
+
+
+@contextlib.contextmanager
+def limited_files(folder):
+    """No file may grow over 4 KiB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture
+def tmpfs(tmp_path):
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", tmp_path], check=False).returncode:
+        pytest.skip("a tmpfs may not be mounted here; limited_files is tested in its place")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", tmp_path], check=True)
+
+
+@pytest.mark.parametrize(("disk", "full"), [("tmpfs", full_tmpfs), ("tmp_path", limited_files)])
+def test_a_full_disk_is_a_clear_error_and_earlier_checkpoints_stay(request, disk, full):
+    folder = request.getfixturevalue(disk)
+    state = {"kernel": jax.random.normal(jax.random.key(0), (1 << 16,))}  # 256 KiB, which do not compress
+    checkpoints = Checkpoints(folder / "checkpoints")
+
+    def save(step):
+        checkpoints.save(step, state, {})
+        checkpoints.wait()
+
+    save(1)
+    with full(folder):
+        with pytest.raises(
+            OSError, match=r"could not write a checkpoint in .*; earlier ones are whole. Free some"
+        ):
+            save(2)
+        with contextlib.suppress(OSError):
+            checkpoints.close()
+    checkpoints = Checkpoints(folder / "checkpoints")
+    step, found = checkpoints.restore(jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state))
+    assert step == 1
+    chex.assert_trees_all_equal(found, state)
+    save(2)
+    checkpoints.close()
+
+
+def test_the_best_checkpoint_stays_beside_the_last_ones(tmp_path):
+    state, losses = {"step": jax.numpy.int32(0)}, {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: 2.5, 6: None}
+    shapes = jax.eval_shape(lambda: state)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    for step, loss in losses.items():
+        checkpoints.save(step, {"step": jax.numpy.int32(step)}, {"name": "run"}, loss)
+        if step == 4:  # as when a run is resumed
+            checkpoints.close()
+            checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
+    checkpoints.wait()
+    assert steps_in(tmp_path) == [2, 5, 6]
+    assert checkpoints.restore(shapes)[0] == 6
+    step, found = checkpoints.restore(shapes, best=True)
+    assert (step, int(found["step"])) == (2, 2)
+    assert checkpoints.config() == {"name": "run"}
+    checkpoints.close()
+    other = Checkpoints(tmp_path / "other" / "checkpoints")
+    other.save(1, state, {})
+    other.wait()
+    with pytest.raises(ValueError, match=r"has a test loss; set train.evaluate_every"):
+        other.restore(shapes, best=True)
+    other.close()
+
+
+def test_a_workdir_is_read_by_its_best_checkpoint_and_without_its_config_file(tmp_path, compiled_once):
+    config = small_config(num_steps=4, checkpoint_every=1, evaluate_every=1)
+    train(config, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["test_loss"] for line in lines if "test_loss" in line}
+    assert losses.keys() == {1, 2, 3, 4}
+    (tmp_path / "config.json").unlink()
+    assert read_workdir(tmp_path, best=True).card["training"]["steps"] == min(losses, key=losses.get)
+    assert read_workdir(tmp_path).card["training"]["steps"] == 4
+
+
+@pytest.fixture
+def bucket(tmp_path):
+    """gs://bucket, played by a folder that, as the real one, does not append."""
+
+    def local(path):
+        return os.fspath(path).replace("gs://", f"{tmp_path}/", 1)
+
+    def open_(original, path, mode):
+        assert "a" not in mode, "an object store does not append"
+        Path(local(path)).parent.mkdir(parents=True, exist_ok=True)
+        return original(local(path), mode)
+
+    def two(original, path, target):
+        return original(local(path), local(target))
+
+    def one(original, path, **options):
+        return original(local(path), **options)
+
+    names = ("exists", "isdir", "listdir", "makedirs", "mkdir", "remove", "stat")
+    with epath.testing.mock_epath(open=open_, rename=two, replace=two, **dict.fromkeys(names, one)):
+        yield epath.Path("gs://bucket/run")
+
+
+def test_all_of_a_workdir_but_orbax_s_part_goes_through_epath(bucket, monkeypatch, tmp_path):
+    folders = []
+    monkeypatch.setattr(metrics, "SummaryWriter", lambda folder, **options: folders.append(folder) or Quiet())
+    recipe = Recipe(small_config())
+    recipe.claim(bucket)
+    assert Recipe.from_workdir(bucket).to_json() == recipe.to_json()
+    write_results(bucket, {"loss": 1.0})
+    for start in (0, 2):
+        writer = metrics.MetricsWriter(bucket, start)
+        for step in range(start + 1, start + 4):
+            writer.write(step, {"loss": float(start)})
+        writer.close()
+    found = [json.loads(line) for line in (bucket / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in found] == [(1, 0), (2, 0), (3, 2), (4, 2), (5, 2)]
+    assert folders == ["gs://bucket/run/tensorboard"] * 2
+    figures.save_gif(bucket / "figures" / "way.gif", [np.zeros((4, 4, 1), np.uint8)] * 2)
+    chunks = generation.chunk_folder(bucket / "evaluation", {"seed": 0})
+    generation.generate(
+        lambda key, number, labels: jax.numpy.zeros((number, 2, 2, 1)), chunks, 4, 4, 0, seed=0
+    )
+    assert len(generation.read_chunks(chunks, 4, 4, 0).images) == 4
+    Schedule({1: (Sequential(),)}).write(bucket)
+    assert Schedule.read(bucket, 1).decoders == {1: (Sequential(),)}
+    written = {str(path.relative_to(tmp_path / "bucket" / "run").parts[0]) for path in tmp_path.rglob("*.*")}
+    assert written == {
+        "config.json",
+        "results.json",
+        "metrics.jsonl",
+        "figures",
+        "evaluation",
+        "decoder.json",
+    }
+
+
+class Quiet:
+    """A TensorBoard writer that writes nothing."""
+
+    def add_scalar(self, tag, value, step):
+        pass
+
+    def close(self):
+        pass
+
+
+def test_killed_at_random_moments_a_run_ends_bit_for_bit_the_same(tmp_path):
+    finished = subprocess.run(
+        [sys.executable, "tests/kill.py", str(tmp_path), "3"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert "while saving; the same parameters, bit for bit" in finished.stdout
