@@ -21,8 +21,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from launch import common, jobs, sweep_report
+from tarflow_jax.distributed import Preempted
 from tarflow_jax.training import Recipe
-from tarflow_jax.training.preemption import Preempted
 from tarflow_jax.training.workdir import RESULTS
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe whose file defines sweep().")

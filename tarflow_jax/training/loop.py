@@ -18,7 +18,7 @@ from tarflow_jax.flow import TarFlow
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.metrics import MetricsWriter
 from tarflow_jax.training.recipe import Recipe
-from tarflow_jax.training.state import TrainState, sharded_state
+from tarflow_jax.training.state import TrainState, abstract_state, sharded_state
 from tarflow_jax.training.step import Metrics, make_train_step
 
 logger = logging.getLogger(__name__)
@@ -80,12 +80,17 @@ class _Run:
         self.schedule = recipe.schedule()
         flow, optimizer = TarFlow(recipe.model), recipe.optimizer()
         self.checkpoints = Checkpoints(workdir / "checkpoints", keep=fields.keep_checkpoints)
-        self.state, layout = sharded_state(
-            flow, optimizer, self.key, mesh, ema=recipe.config.optimizer.ema_decay > 0
-        )
-        self.start = self._resume()
+        ema_decay = recipe.config.optimizer.ema_decay
+        shapes = abstract_state(flow, optimizer, mesh, ema=ema_decay > 0)
+        found = self.checkpoints.restore(shapes)
+        if found is None:
+            self.start, (self.state, _) = 0, sharded_state(flow, optimizer, self.key, mesh, ema=ema_decay > 0)
+        else:
+            self.start, self.state = found
         if jax.process_index() == 0:
-            logger.info("%s", summary(mesh, self.state.variables))
+            logger.info("%s", summary(mesh, shapes.variables))
+            if self.start:
+                logger.info("continuing from step %d", self.start)
         self.metrics = MetricsWriter(workdir, self.start) if jax.process_index() == 0 else None
         self.rows = Rows(mesh, fields.batch_size)
         step = make_train_step(
@@ -93,21 +98,11 @@ class _Run:
             optimizer,
             recipe.noise,
             drop_label=fields.drop_label,
-            ema_decay=recipe.config.optimizer.ema_decay,
+            ema_decay=ema_decay,
             accumulation=fields.accumulation,
         )
+        layout = jax.tree.map(lambda leaf: leaf.sharding, shapes)
         self.step = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
-
-    def _resume(self) -> int:
-        shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), self.state
-        )
-        found = self.checkpoints.restore(shapes)
-        if found is None:
-            return 0
-        step, self.state = found
-        logger.info("continuing from step %d", step)
-        return step
 
     def _put(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         return self.rows.put(batch.image), self.rows.put(batch.label)

@@ -14,7 +14,7 @@ from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.noise import Noise
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.recipe import Recipe
-from tarflow_jax.training.state import sharded_state
+from tarflow_jax.training.state import abstract_state
 
 RESULTS = "results.json"
 
@@ -44,17 +44,14 @@ def read_workdir(workdir: epath.PathLike, mesh: Mesh | None = None, *, best: boo
     """
     workdir = epath.Path(workdir)
     recipe = Recipe.from_workdir(workdir)
-    state, _ = sharded_state(
+    shapes = abstract_state(
         TarFlow(recipe.model),
         recipe.optimizer(),
-        jax.random.key(0),
         mesh or make_mesh(devices=jax.local_devices()[:1]),
         ema=recipe.config.optimizer.ema_decay > 0,
     )
     checkpoints = Checkpoints(workdir / "checkpoints")
-    found = checkpoints.restore(
-        jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state), best=best
-    )
+    found = checkpoints.restore(shapes, best=best)
     checkpoints.close()
     if found is None:
         raise FileNotFoundError(
