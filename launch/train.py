@@ -53,12 +53,11 @@ def main(argv: Sequence[str]) -> None:
     variables = state.sampling_variables
     with PreemptionGuard():
         test_loss = evaluate_loss(recipe, variables)
-        if jax.process_index() == 0:
-            write_results(workdir, {"test loss (nats/dim, less ½ log 2π)": test_loss})
         pipe = TarFlowPipeline(recipe.model, variables, recipe.noise, mesh=recipe.mesh())
         paths = common.showcase(pipe, figures, guidance, denoise_multiplier=config.sample.denoise_multiplier)
     if jax.process_index():
         return
+    write_results(workdir, {"test loss (nats/dim, less ½ log 2π)": test_loss})  # last: the run is complete
     rows = {
         "steps": int(state.step),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
