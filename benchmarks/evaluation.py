@@ -128,6 +128,7 @@ def metrics_of_theirs(path: str, generated: np.ndarray, real: np.ndarray) -> dic
     found = torch_fidelity.calculate_metrics(
         input1=as_dataset(generated),
         input2=as_dataset(real),
+        feature_extractor="inception-v3-compat",  # for precision and recall too
         cuda=False,
         fid=True,
         isc=True,
