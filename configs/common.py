@@ -88,7 +88,6 @@ def smoke(config: ConfigDict) -> ConfigDict:
             "num_steps": 20,
             "batch_size": 16,
             "checkpoint_every": 10,
-            "evaluate_every": 10,
             "sample_every": 10,
             "log_every": 5,
         }
