@@ -74,6 +74,11 @@ def define_checkpoint_flag() -> None:
     )
 
 
+def open_pipeline(name: str, mesh: jax.sharding.Mesh | None) -> TarFlowPipeline:
+    """The model of a workdir, by the checkpoint that --checkpoint names, or a saved one."""
+    return TarFlowPipeline.from_pretrained(name, best=flags.FLAGS.checkpoint == "best", mesh=mesh)
+
+
 def define_process_flags() -> None:
     """--distributed and its companions, for the commands that several processes run together."""
     flags.DEFINE_bool(

@@ -103,7 +103,7 @@ def open_subject() -> Subject:
     recipe = Recipe.from_workdir(WORKDIR.value) if WORKDIR.value else None
     if recipe is None and DATA.value is None:
         raise ValueError("a saved model does not say what data it was trained on; name it, --data=NAME")
-    pipe = open_pipeline(name, make_mesh(devices=jax.local_devices()))
+    pipe = common.open_pipeline(name, make_mesh(devices=jax.local_devices()))
     fields = recipe.config.data if recipe else None
     data = DATA.value or fields.source
     preprocessing = PREPROCESSING.value or (fields.preprocessing if fields else "none")
@@ -125,21 +125,15 @@ def open_subject() -> Subject:
         "compute": pipe.config.dtype,
         "seed": SEED.value,
     }
-    out = epath.Path(
-        OUT.value or (epath.Path(WORKDIR.value) / "evaluation" if WORKDIR.value else "evaluation")
-    )
-    return Subject(pipe, source, Path(data_dir) if data_dir else default_data_dir(), out, protocol)
-
-
-def open_pipeline(name: str, mesh: jax.sharding.Mesh) -> TarFlowPipeline:
-    """The model, of the checkpoint that --checkpoint names."""
-    return TarFlowPipeline.from_pretrained(name, best=flags.FLAGS.checkpoint == "best", mesh=mesh)
+    out = OUT.value or (f"{WORKDIR.value}/evaluation" if WORKDIR.value else "evaluation")
+    data_dir = Path(data_dir) if data_dir else default_data_dir()
+    return Subject(pipe, source, data_dir, epath.Path(out), protocol)
 
 
 def measure_likelihood(subject: Subject) -> dict[str, Any]:
     """Bits per dimension, or for Gaussian training noise what may be said in its place."""
     mesh = make_mesh()  # of all processes, which share the split
-    pipe = open_pipeline(subject.protocol["model"], mesh)
+    pipe = common.open_pipeline(subject.protocol["model"], mesh)
     arguments = {"batch_size": BATCH_PER_DEVICE * mesh.size, "mesh": mesh}
     flow, source, key = TarFlow(pipe.config), subject.source(SPLIT.value), jax.random.key(SEED.value)
     if pipe.noise_std is None:

@@ -14,7 +14,6 @@ from launch import common
 from tarflow_jax.distributed import make_mesh
 from tarflow_jax.evaluation.sample_files import write_samples
 from tarflow_jax.figures import grid, save_gif, save_png, to_uint8
-from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling.guidance import SCHEDULES, TARGETS, Guidance
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A training run's folder, a saved model's, or a hub name.")
@@ -48,11 +47,7 @@ def main(argv: Sequence[str]) -> None:
     guidance = Guidance(GUIDANCE.value, TARGET.value, SCHEDULE.value, TEMPERATURE.value)
     distributed = common.join_processes()
     common.stop_at_sigterm()
-    pipe = TarFlowPipeline.from_pretrained(
-        WORKDIR.value,
-        best=flags.FLAGS.checkpoint == "best",
-        mesh=make_mesh() if distributed else None,
-    )
+    pipe = common.open_pipeline(WORKDIR.value, make_mesh() if distributed else None)
     count = NUM_IMAGES.value
     labels = common.example_labels(pipe.config.num_classes, count)
     if LABELS.value:

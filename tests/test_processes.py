@@ -50,7 +50,11 @@ def start_two(arguments, devices, variables):
 
 def finish(processes):
     """Exit codes, and the lines that each printed, without gloo's own; stderr tells of a failure."""
-    results = [process.communicate(timeout=240) for process in processes]
+    try:
+        results = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     codes = [process.returncode for process in processes]
     assert set(codes) <= {0, 75}, "\n".join(err[-2000:] for _, err in results)
     return codes, [[line for line in out.splitlines() if "[Gloo]" not in line] for out, _ in results]
