@@ -20,9 +20,8 @@ import numpy as np
 from benchmarks import common
 from tarflow_jax.data import Batch, prefetch_to_device, train_batches
 from tarflow_jax.distributed import Rows, split_cpu
-from tarflow_jax.flow import TarFlow
-from tarflow_jax.training import Checkpoints, Recipe, make_train_step
-from tarflow_jax.training.state import sharded_state
+from tarflow_jax.training import Checkpoints, Recipe
+from tarflow_jax.training.step import recipe_state, recipe_step
 
 
 class Trainer:
@@ -30,19 +29,9 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         fields, data = recipe.config.train, recipe.config.data
-        flow, optimizer, mesh = TarFlow(recipe.model), recipe.optimizer(), recipe.mesh()
-        ema_decay = recipe.config.optimizer.ema_decay
-        self.key = jax.random.key(0)
-        self.state, layout = sharded_state(flow, optimizer, self.key, mesh, ema=ema_decay > 0)
-        step = make_train_step(
-            flow,
-            optimizer,
-            recipe.noise,
-            drop_label=fields.drop_label,
-            ema_decay=ema_decay,
-            accumulation=fields.accumulation,
-        )
-        self.step = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
+        mesh, self.key = recipe.mesh(), jax.random.key(0)
+        self.step, _ = recipe_step(recipe, mesh)
+        self.state = recipe_state(recipe, mesh, self.key)
         rows = Rows(mesh, fields.batch_size)
 
         def put(batch: Batch) -> tuple[jax.Array, jax.Array]:

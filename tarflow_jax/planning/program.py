@@ -18,8 +18,9 @@ from tarflow_jax.planning.flops import forward_flops, program_flops
 from tarflow_jax.planning.plan import Plan
 from tarflow_jax.planning.traffic import Traffic, traffic
 from tarflow_jax.sampling import Guidance, decode
-from tarflow_jax.training import Recipe, make_train_step
+from tarflow_jax.training import Recipe
 from tarflow_jax.training.state import abstract_state
+from tarflow_jax.training.step import recipe_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,21 +40,10 @@ def train_program(recipe: Recipe, mesh: Mesh) -> Program:
     Raises:
       ValueError: the batch or a parameter cannot be cut over the mesh.
     """
-    fields, optimizer = recipe.config.train, recipe.config.optimizer
-    flow, adamw = TarFlow(recipe.model), recipe.optimizer()
-    state = abstract_state(flow, adamw, mesh, ema=optimizer.ema_decay > 0)
-    batch = _images(recipe, mesh, jnp.uint8)
-    step = make_train_step(
-        flow,
-        adamw,
-        recipe.noise,
-        drop_label=fields.drop_label,
-        ema_decay=optimizer.ema_decay,
-        accumulation=fields.accumulation,
-    )
-    layout = jax.tree.map(lambda leaf: leaf.sharding, state)
+    fields, batch = recipe.config.train, _images(recipe, mesh, jnp.uint8)
+    step, state = recipe_step(recipe, mesh)
     return Program(
-        jax.jit(step, donate_argnums=0, out_shardings=(layout, None)),
+        step,
         (state, *batch, _replicated(mesh, jax.eval_shape(lambda: jax.random.key(0)))),
         {
             "parameters": state.variables,

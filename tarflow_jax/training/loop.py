@@ -18,8 +18,8 @@ from tarflow_jax.flow import TarFlow
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.metrics import MetricsWriter
 from tarflow_jax.training.recipe import Recipe
-from tarflow_jax.training.state import TrainState, abstract_state, sharded_state
-from tarflow_jax.training.step import Metrics, make_train_step
+from tarflow_jax.training.state import TrainState
+from tarflow_jax.training.step import Metrics, recipe_state, recipe_step
 
 logger = logging.getLogger(__name__)
 Preview = Callable[[int, dict[str, Any]], None]
@@ -78,13 +78,11 @@ class _Run:
         self.guard, self.mesh = guard, mesh
         self.key = jax.random.key(fields.seed)
         self.schedule = recipe.schedule()
-        flow, optimizer = TarFlow(recipe.model), recipe.optimizer()
         self.checkpoints = Checkpoints(workdir / "checkpoints", keep=fields.keep_checkpoints)
-        ema_decay = recipe.config.optimizer.ema_decay
-        shapes = abstract_state(flow, optimizer, mesh, ema=ema_decay > 0)
+        self.step, shapes = recipe_step(recipe, mesh)
         found = self.checkpoints.restore(shapes)
         if found is None:
-            self.start, (self.state, _) = 0, sharded_state(flow, optimizer, self.key, mesh, ema=ema_decay > 0)
+            self.start, self.state = 0, recipe_state(recipe, mesh, self.key)
         else:
             self.start, self.state = found
         if jax.process_index() == 0:
@@ -93,16 +91,6 @@ class _Run:
                 logger.info("continuing from step %d", self.start)
         self.metrics = MetricsWriter(workdir, self.start) if jax.process_index() == 0 else None
         self.rows = Rows(mesh, fields.batch_size)
-        step = make_train_step(
-            flow,
-            optimizer,
-            recipe.noise,
-            drop_label=fields.drop_label,
-            ema_decay=ema_decay,
-            accumulation=fields.accumulation,
-        )
-        layout = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-        self.step = jax.jit(step, donate_argnums=0, out_shardings=(layout, None))
 
     def _put(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
         return self.rows.put(batch.image), self.rows.put(batch.label)

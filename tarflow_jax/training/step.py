@@ -6,14 +6,43 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from tarflow_jax.flow import TarFlow, updated_prior
 from tarflow_jax.likelihood import training_loss
 from tarflow_jax.noise import Noise
-from tarflow_jax.training.state import TrainState
+from tarflow_jax.training.recipe import Recipe
+from tarflow_jax.training.state import TrainState, abstract_state, sharded_state
 
 Metrics = dict[str, jax.Array]
 StepFunction = Callable[[TrainState, jax.Array, jax.Array, jax.Array], tuple[TrainState, Metrics]]
+
+
+def recipe_step(recipe: Recipe, mesh: Mesh) -> tuple[Any, TrainState]:
+    """The step that a recipe's training runs, jitted for the mesh, the state donated; and the state's shapes.
+
+    Returns:
+      `make_train_step`'s function, and `abstract_state`'s shapes, dtypes and shardings.
+    """
+    flow, optimizer = TarFlow(recipe.model), recipe.optimizer()
+    ema_decay = recipe.config.optimizer.ema_decay
+    state = abstract_state(flow, optimizer, mesh, ema=ema_decay > 0)
+    step = make_train_step(
+        flow,
+        optimizer,
+        recipe.noise,
+        drop_label=recipe.config.train.drop_label,
+        ema_decay=ema_decay,
+        accumulation=recipe.config.train.accumulation,
+    )
+    layout = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None)), state
+
+
+def recipe_state(recipe: Recipe, mesh: Mesh, key: jax.Array) -> TrainState:
+    """The state of a new run of a recipe, sharded over the mesh."""
+    flow, ema = TarFlow(recipe.model), recipe.config.optimizer.ema_decay > 0
+    return sharded_state(flow, recipe.optimizer(), key, mesh, ema=ema)[0]
 
 
 def make_train_step(
