@@ -149,8 +149,11 @@ def _slice(instruction: Instruction) -> float:
 def _read(program: Program, body: Computation, index: int, type_: str) -> float:
     """Bytes that a fusion reads of its operand number `index`."""
     whole = _in_memory(type_)
-    parameter = next(i.name for i in body.values() if i.opcode == "parameter" and i.operands == (str(index),))
-    return min(whole, _used(program, body, parameter, whole)) if whole else 0.0
+    return min(whole, _used(program, body, _parameter(body, index), whole)) if whole else 0.0
+
+
+def _parameter(body: Computation, index: int) -> str:
+    return next(i.name for i in body.values() if i.opcode == "parameter" and i.operands == (str(index),))
 
 
 def _used(program: Program, body: Computation, name: str, whole: float) -> float:
@@ -164,10 +167,7 @@ def _used(program: Program, body: Computation, name: str, whole: float) -> float
             total += _used(program, body, user.name, whole)
         elif user.opcode == "fusion":
             inner, index = program[user.called], user.operands.index(name)
-            parameter = next(
-                i.name for i in inner.values() if i.opcode == "parameter" and i.operands == (str(index),)
-            )
-            total += _used(program, inner, parameter, whole)
+            total += _used(program, inner, _parameter(inner, index), whole)
         elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
             return whole
     return total
