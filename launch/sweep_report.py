@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tarflow_jax.evaluation.report import format_table
+from tarflow_jax.files import replacing, write_text
 
 # What launch.evaluate varies by itself: settings of a row, not metrics.
 _EVALUATION_SETTINGS = ("guidance", "denoised")
@@ -47,15 +49,13 @@ def read_rows(settings: Mapping[str, Any], results: Path, evaluation: Path | Non
 def write_table(rows: Sequence[Row], folder: Path) -> str:
     """Writes sweep.csv and sweep.md, whole or not at all; returns the latter's text."""
     lines = [row.settings | row.metrics for row in rows]
-    temporary = folder / "sweep.tmp"
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for line in lines for name in line)))
-        writer.writeheader()
-        writer.writerows(lines)
-    temporary.replace(folder / "sweep.csv")
+    rows_of_text = io.StringIO(newline="")
+    writer = csv.DictWriter(rows_of_text, list(dict.fromkeys(name for line in lines for name in line)))
+    writer.writeheader()
+    writer.writerows(lines)
+    write_text(folder / "sweep.csv", rows_of_text.getvalue())
     table = format_table(lines)
-    temporary.write_text(table + "\n", encoding="utf-8")
-    temporary.replace(folder / "sweep.md")
+    write_text(folder / "sweep.md", table + "\n")
     return table
 
 
@@ -94,9 +94,8 @@ def write_plot(rows: Sequence[Row], metric: str, path: Path) -> None:
     axes.grid(alpha=0.3)
     if len(lines) > 1:
         axes.legend(fontsize="small")
-    temporary = path.with_suffix(".tmp")
-    figure.savefig(temporary, format="png", dpi=150)
-    temporary.replace(path)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=150)
 
 
 def plot_lines(rows: Sequence[Row], metric: str) -> tuple[str, dict[str, list[tuple[Any, float]]]]:

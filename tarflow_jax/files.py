@@ -1,6 +1,7 @@
-"""Files of a run, on a local disk or in an object store (gs://): written whole or not at all."""
+"""Files on a local disk or in an object store (gs://): written whole or not at all, and their hashes."""
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from typing import IO
@@ -27,6 +28,15 @@ def write_text(path: epath.PathLike, text: str) -> None:
     """Writes a text file in UTF-8, whole or not at all."""
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def sha256(path: epath.PathLike) -> str:
+    """A file's SHA-256, in hexadecimal; read a part at a time."""
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def is_remote(path: epath.PathLike) -> bool:

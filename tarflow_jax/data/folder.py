@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
-from tarflow_jax.data.files import write_json
 from tarflow_jax.data.images import decode_image, preprocess, read_file
 from tarflow_jax.data.source import NO_LABEL, EncodedSource
 from tarflow_jax.data.splits import split_of
+from tarflow_jax.files import write_text
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 TEST_FOLDERS = ("test", "val", "validation")
@@ -126,7 +126,7 @@ def open_folder(
         bad = dict(json.loads(report.read_text()))
     except (OSError, ValueError, TypeError):
         bad = find_bad(items, preprocessing, size)
-        write_json(report, bad)
+        write_text(report, json.dumps(bad, indent=1) + "\n")
     refuse_bad(name, bad, len(items), skip_bad)
     items = [item for item in items if item.name not in bad]
     return EncodedSource(

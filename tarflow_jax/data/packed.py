@@ -23,10 +23,10 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from tqdm import tqdm
 
-from tarflow_jax.data.files import sha256_of, write_json
 from tarflow_jax.data.folder import Item, fingerprint, refuse_bad
 from tarflow_jax.data.images import BACKGROUND, check_preprocessing, decode_image, preprocess
 from tarflow_jax.data.source import EncodedSource
+from tarflow_jax.files import sha256, write_text
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -98,7 +98,7 @@ def pack(
         "label_names": list(label_names),
         "splits": {split: _summary(of_split, len(label_names)) for split, of_split in reports.items()},
     }
-    write_json(folder / MANIFEST, manifest)
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     for report in [report for split in reports.values() for report in split]:
         _report_of(folder / report["file"]).unlink()
     return manifest
@@ -121,7 +121,7 @@ class _Recipe(NamedTuple):
         """Writes one shard, unless its report says that this was done; returns the report."""
         try:
             report = json.loads(_report_of(path).read_text())
-            if report["fingerprint"] == self.key and report["sha256"] == sha256_of(path):
+            if report["fingerprint"] == self.key and report["sha256"] == sha256(path):
                 self.bar.update(len(items))
                 return report
         except (OSError, ValueError, TypeError, KeyError):
@@ -129,7 +129,7 @@ class _Recipe(NamedTuple):
         partial = path.with_name(f".{path.name}.partial")
         report = {"fingerprint": self.key, "file": path.name, **self._write(partial, items)}
         os.replace(partial, path)
-        write_json(_report_of(path), report)
+        write_text(_report_of(path), json.dumps(report, indent=1) + "\n")
         return report
 
     def _write(self, path: Path, items: list[Item]) -> dict[str, Any]:
@@ -150,7 +150,7 @@ class _Recipe(NamedTuple):
         return {
             "images": len(labels),
             "bytes": path.stat().st_size,
-            "sha256": sha256_of(path),
+            "sha256": sha256(path),
             "class_counts": np.bincount(np.array(labels, np.int64) + 1, minlength=1)[1:].tolist(),
             "smallest": min(sizes, key=math.prod, default=None),
             "largest": max(sizes, key=math.prod, default=None),
@@ -197,7 +197,7 @@ def _check_packed(name: str, folder: Path, key: str) -> dict[str, Any]:
         )
     for split in manifest["splits"].values():
         for shard in split["shards"]:
-            if sha256_of(folder / shard["file"]) != shard["sha256"]:
+            if sha256(folder / shard["file"]) != shard["sha256"]:
                 raise ValueError(f"{folder / shard['file']}: changed since it was packed; remove {folder}")
     return manifest
 

@@ -4,7 +4,6 @@ Distances between its features say how two models of one data set compare. They 
 so, and compare only under the same weights, which the identity printed with them tells.
 """
 
-import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,13 @@ import numpy as np
 import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 from tqdm import tqdm
 
 from tarflow_jax.data import ImageSource
 from tarflow_jax.evaluation.features import FeatureExtractor, FeatureNetwork, Features
 from tarflow_jax.evaluation.sample_files import file_stem
-from tarflow_jax.interop.inception_weights import file_sha256
+from tarflow_jax.files import replacing, sha256
 
 RECIPE = (
     "3 strided convolutions of 32, 64, 128; AdamW 2e-3, cosine, batch 256, 6 epochs, at least 1,000 steps"
@@ -92,7 +91,7 @@ def classifier_network(train: ImageSource, test: ImageSource, cache_dir: str | P
     model = Classifier(train.num_classes)
     return FeatureNetwork(
         name="classifier",
-        identity=f"sha256 {file_sha256(path)} (test accuracy {float(metadata['accuracy']):.4f}; {RECIPE})",
+        identity=f"sha256 {sha256(path)} (test accuracy {float(metadata['accuracy']):.4f}; {RECIPE})",
         preprocessing=PREPROCESSING,
         variables=params,
         apply=lambda params, images: model.apply({"params": params}, images),
@@ -114,10 +113,9 @@ def _description(source: ImageSource) -> dict[str, str]:
 
 
 def _save(path: Path, params: Any, metadata: dict[str, str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file({name: np.asarray(x) for name, x in flatten_dict(params, sep="/").items()}, temporary, metadata)
-    os.replace(temporary, path)
+    arrays = {name: np.asarray(x) for name, x in flatten_dict(params, sep="/").items()}
+    with replacing(path) as file:
+        file.write(save(arrays, metadata))
 
 
 def _load(path: Path, source: ImageSource) -> tuple[Any, dict[str, str]]:

@@ -1,20 +1,15 @@
 """The PyTorch file of FID's InceptionV3, read safely and folded into Flax parameters."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tarflow_jax.files import sha256
+
 # The published file, pt_inception-2015-12-05, carries the start of its own hash in its name.
 PUBLISHED_HASH_PREFIX = "6726825d"
 BATCH_NORM_EPSILON = 1e-3
-
-
-def file_sha256(path: str | Path) -> str:
-    """The SHA-256 of a file, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def load_inception_weights(path: str | Path) -> tuple[dict[str, Any], str]:
@@ -38,7 +33,7 @@ def load_inception_weights(path: str | Path) -> tuple[dict[str, Any], str]:
         for part in name.split("."):
             node = node.setdefault(part, {})
         node.update(_fold_batch_norm(state, name, path))
-    return params, file_sha256(path)
+    return params, sha256(path)
 
 
 def _read_state(path: Path) -> dict[str, np.ndarray]:

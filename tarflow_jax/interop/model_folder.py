@@ -16,6 +16,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from tarflow_jax.files import sha256
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.interop.files import one_line, replacing
 from tarflow_jax.interop.hub import local_folder
@@ -28,7 +29,7 @@ from tarflow_jax.interop.layout import (
     variables_shapes,
 )
 from tarflow_jax.interop.model_card import model_card
-from tarflow_jax.interop.safetensors_file import CODES, read_tensors, sha256, write_tensors
+from tarflow_jax.interop.safetensors_file import CODES, read_tensors, write_tensors
 from tarflow_jax.noise import Noise
 
 FORMAT = "tarflow_jax"

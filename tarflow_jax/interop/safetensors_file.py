@@ -1,6 +1,5 @@
 """Named tensors in one safetensors file, written and read one tensor at a time."""
 
-import hashlib
 import json
 import math
 import struct
@@ -70,9 +69,3 @@ def _opened(path: Path) -> Any:
         return safetensors.safe_open(path, framework="np")
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a sound safetensors file: {one_line(error)}") from error
-
-
-def sha256(path: Path) -> str:
-    """The file's SHA-256, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,7 +1,6 @@
 """Checkpoints of a run: asynchronous, atomic, verified when they are read. The one file that knows Orbax."""
 
 import contextlib
-import hashlib
 import json
 import logging
 import math
@@ -16,7 +15,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from tarflow_jax.distributed import leaf_name
-from tarflow_jax.files import is_remote, write_text
+from tarflow_jax.files import is_remote, sha256, write_text
 
 logger = logging.getLogger(__name__)
 STATE, CONFIG, LOSS = "default", "config", "test_loss"
@@ -211,15 +210,7 @@ def _loss(metrics: Mapping[str, Any] | None) -> float:
 
 def _checksums(folder: epath.Path) -> dict[str, str]:
     paths = sorted(parent / name for parent, _, names in folder.walk() for name in names)
-    return {str(path.relative_to(folder)): _sha256(path) for path in paths}
-
-
-def _sha256(path: epath.Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+    return {str(path.relative_to(folder)): sha256(path) for path in paths}
 
 
 def _first_line(error: BaseException) -> str:
