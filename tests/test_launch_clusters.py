@@ -142,6 +142,18 @@ def test_slurm_runs_the_command_and_queues_it_again_when_it_was_stopped(
     assert (tmp_path / "scontrol").read_text() == requeued
 
 
+@pytest.mark.parametrize(("tasks_per_node", "devices"), [(1, "0,1,2,3"), (4, "")])
+def test_slurm_gives_a_node_s_only_process_all_of_its_gpus(stand_in, tmp_path, tasks_per_node, devices):
+    stand_in("srun", f'echo "${{JAX_LOCAL_DEVICE_IDS-}}" > {tmp_path}/devices')
+    environment = os.environ | {
+        "SLURM_NTASKS": str(2 * tasks_per_node),
+        "SLURM_NTASKS_PER_NODE": str(tasks_per_node),
+        "SLURM_GPUS_ON_NODE": "4",
+    }
+    subprocess.run(["bash", LAUNCH / "slurm.sbatch", *TRAIN], env=environment, check=True)
+    assert (tmp_path / "devices").read_text().strip() == devices
+
+
 def test_slurm_s_options_ask_for_time_to_save_and_for_the_queue():
     lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
     options = [line.split()[1] for line in lines if line.startswith("#SBATCH")]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,7 +17,10 @@ import pytest
 import runs
 
 from configs import digits
+from tarflow_jax import TarFlowPipeline
 from tarflow_jax.distributed import make_mesh
+from tarflow_jax.evaluation.sample_files import read_samples
+from tarflow_jax.figures import to_uint8
 from tarflow_jax.training import Recipe, train
 from tarflow_jax.training.workdir import read_workdir
 
@@ -30,8 +34,8 @@ def free_port():
         return server.getsockname()[1]
 
 
-def start_two(arguments, devices, variables):
-    """Two processes of `devices` CPU devices each; `variables(index)` are added to their environment."""
+def start(count, arguments, devices, variables):
+    """Processes of `devices` CPU devices each; `variables(index)` are added to their environment."""
     own = {
         "JAX_PLATFORMS": "cpu",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
@@ -44,7 +48,7 @@ def start_two(arguments, devices, variables):
             [sys.executable, *map(str, arguments(index))], cwd=ROOT, env=os.environ | own | variables(index),
             text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )
-        for index in range(2)
+        for index in range(count)
     ]  # fmt: skip
 
 
@@ -57,7 +61,11 @@ def finish(processes):
             process.kill()
     codes = [process.returncode for process in processes]
     assert set(codes) <= {0, 75}, "\n".join(err[-2000:] for _, err in results)
-    return codes, [[line for line in out.splitlines() if "[Gloo]" not in line] for out, _ in results]
+    # Gloo's threads write into each other's lines.
+    gloo = re.compile(r"\[Gloo\]|connected to \d+ peer ranks")
+    return codes, [
+        [line for line in out.splitlines() if line and not gloo.search(line)] for out, _ in results
+    ]
 
 
 def slurm():
@@ -87,6 +95,26 @@ def train_here(workdir, devices, monkeypatch):
     config.train.update(FLAGS)
     monkeypatch.setattr(Recipe, "mesh", lambda self: make_mesh(devices=jax.devices()[:devices]))
     return train(config, workdir)
+
+
+def evaluate_command(workdir, out):
+    """launch.evaluate, with a classifier that learns in seconds."""
+    command = "import tarflow_jax.evaluation.classifier as c; c.MIN_STEPS = 20; import runpy; " + (
+        "runpy.run_module('launch.evaluate', run_name='__main__', alter_sys=True)"
+    )
+    chosen = ("--metrics=bits_per_dim,classification,fid", "--allow_noisy", "--num_samples=600")
+    return ["-c", command, f"--workdir={workdir}", f"--out={out}", *chosen]
+
+
+def measured(out):
+    """What launch.evaluate found, as one list of numbers."""
+    (path,) = out.glob("*.json")
+    results = json.loads(path.read_text())["results"]
+    return [
+        *results["bits_per_dim"].values(),
+        results["classification"]["accuracy"],
+        *results["samples"][0].values(),
+    ]
 
 
 def losses(workdir):
@@ -120,7 +148,7 @@ def cut_back(whole, workdir, step=4):
 
 
 def test_figures_are_those_of_one_device(tmp_path):
-    codes, _ = finish(start_two(lambda index: ["tests/runs.py", tmp_path / "found.json"], 4, slurm()))
+    codes, _ = finish(start(2, lambda index: ["tests/runs.py", tmp_path / "found.json"], 4, slurm()))
     assert codes == [0, 0]
     expected = runs.figures(make_mesh(devices=jax.devices()[:1]))
     runs.assert_same(json.loads((tmp_path / "found.json").read_text()), expected)
@@ -128,7 +156,7 @@ def test_figures_are_those_of_one_device(tmp_path):
 
 def test_the_command_continues_on_two_processes_what_one_began(whole, tmp_path):
     workdir = cut_back(whole[0], tmp_path / "run")
-    codes, (out, silent) = finish(start_two(lambda index: train_command(workdir), 2, slurm()))
+    codes, (out, silent) = finish(start(2, lambda index: train_command(workdir), 2, slurm()))
     assert codes == [0, 0]
     assert any(line.startswith("test loss") for line in out)
     assert silent == []
@@ -143,7 +171,8 @@ def test_the_command_continues_on_two_processes_what_one_began(whole, tmp_path):
 
 def test_sigterm_to_one_process_stops_both_and_one_process_continues(whole, tmp_path, monkeypatch):
     workdir, address = tmp_path / "run", f"--coordinator_address=127.0.0.1:{free_port()}"
-    processes = start_two(
+    processes = start(
+        2,
         lambda index: train_command(workdir, address, "--num_processes=2", f"--process_id={index}"),
         2,
         lambda index: {},
@@ -158,6 +187,32 @@ def test_sigterm_to_one_process_stops_both_and_one_process_continues(whole, tmp_
     assert step < 8
     state = train_here(workdir, 8, monkeypatch)
     assert_ends_as(state.variables, whole[1])
+
+
+def test_two_processes_measure_what_one_does(whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("TARFLOW_DATA_DIR", str(tmp_path / "data"))
+    command = evaluate_command(whole[0], tmp_path / "two")
+    codes, (_, silent) = finish(start(2, lambda index: [*command, "--distributed"], 2, slurm()))
+    assert (codes, silent) == ([0, 0], [])
+    finish(start(1, lambda index: evaluate_command(whole[0], tmp_path / "one"), 1, lambda index: {}))
+    np.testing.assert_allclose(measured(tmp_path / "two"), measured(tmp_path / "one"), rtol=1e-5)
+
+
+def test_two_processes_draw_what_one_does(whole, tmp_path):
+    command = [
+        "-m",
+        "launch.sample",
+        "--distributed",
+        f"--workdir={whole[0]}",
+        f"--out={tmp_path}",
+        "--num_images=10",
+    ]
+    codes, (_, silent) = finish(start(2, lambda index: command, 2, slurm()))
+    assert (codes, silent) == ([0, 0], [])
+    pipe = TarFlowPipeline.from_pretrained(whole[0])
+    expected = to_uint8(np.asarray(pipe.sample(jax.random.key(0), 10, np.arange(10))))
+    found, _ = read_samples(tmp_path / "samples.npz")
+    np.testing.assert_allclose(found[..., : expected.shape[-1]], expected, atol=1)
 
 
 def test_a_run_of_eight_devices_continues_on_four(whole, tmp_path, monkeypatch):
