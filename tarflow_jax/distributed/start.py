@@ -5,6 +5,8 @@ import threading
 
 import jax
 
+from tarflow_jax.errors import one_line
+
 TIMEOUT_S = 300  # nodes of a cluster come up minutes apart
 
 
@@ -66,7 +68,7 @@ def _check(address: str | None, count: int | None, index: int | None) -> None:
 
 
 def _reason(error: Exception, address: str | None) -> str:
-    text = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = one_line(error)
     if address is None:
         return (
             f"the cluster does not say which processes take part ({text}); on Cloud TPU, SLURM (in srun), GKE and Open "

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from tarflow_jax.interop.files import one_line
+from tarflow_jax.errors import one_line
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -16,9 +16,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from tarflow_jax.files import sha256
+from tarflow_jax.errors import one_line
+from tarflow_jax.files import replacing, sha256
 from tarflow_jax.flow.config import TarFlowConfig
-from tarflow_jax.interop.files import one_line, replacing
 from tarflow_jax.interop.hub import local_folder
 from tarflow_jax.interop.layout import (
     Shape,
@@ -98,6 +98,7 @@ def save_model(
         replacing(folder / CARD) as readme,
     ):
         write_tensors(weights, {name: tensors[name] for name in shapes}, _dtypes(shapes, dtype))
+        weights.flush()
         fields = {
             "format": FORMAT,
             "format_version": VERSION,
@@ -106,13 +107,13 @@ def save_model(
             "weights": {
                 "dtype": dtype,
                 "ema": ema_params is not None,
-                "bytes": weights.stat().st_size,
-                "sha256": sha256(weights),
+                "bytes": weights.tell(),
+                "sha256": sha256(weights.name),
             },
         }
         fields["sha256"] = fingerprint(fields)
-        description.write_text(json.dumps(fields, indent=2) + "\n")
-        readme.write_text(text)
+        description.write((json.dumps(fields, indent=2) + "\n").encode())
+        readme.write(text.encode())
 
 
 def load_model(name: str | os.PathLike[str]) -> SavedModel:

@@ -5,19 +5,19 @@ import math
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from tarflow_jax.interop.files import one_line
+from tarflow_jax.errors import one_line
 from tarflow_jax.interop.layout import Shape, check_tensors
 
 CODES = {"float32": "F32", "bfloat16": "BF16"}  # dtype -> the format's name for it
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Any], dtypes: Mapping[str, str]) -> None:
+def write_tensors(file: IO[bytes], tensors: Mapping[str, Any], dtypes: Mapping[str, str]) -> None:
     """Writes arrays, each cast to its dtype of `CODES`.
 
     The library's own writer wants all tensors as bytes first, which doubles the memory; this one takes one at
@@ -34,11 +34,10 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], dtypes: Mapping[str, s
         offset = end
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # the format aligns the data to eight bytes
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(head)) + head)
-        for name, array in tensors.items():
-            data = np.ascontiguousarray(np.asarray(array).astype(jnp.dtype(dtypes[name])))
-            file.write(data.reshape(-1).view(np.uint8).data)
+    file.write(struct.pack("<Q", len(head)) + head)
+    for name, array in tensors.items():
+        data = np.ascontiguousarray(np.asarray(array).astype(jnp.dtype(dtypes[name])))
+        file.write(data.reshape(-1).view(np.uint8).data)
 
 
 def read_tensors(

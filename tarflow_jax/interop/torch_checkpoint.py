@@ -10,8 +10,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from tarflow_jax.errors import one_line
+from tarflow_jax.files import replacing
 from tarflow_jax.flow.config import TarFlowConfig
-from tarflow_jax.interop.files import one_line, replacing
 from tarflow_jax.interop.layout import Shape, check_tensors, flatten, unflatten, variables_shapes
 from tarflow_jax.interop.torch_layout import constants, from_torch, to_torch, torch_names, torch_shapes
 
@@ -76,7 +77,7 @@ def save_torch(path: str | os.PathLike[str], config: TarFlowConfig, variables: M
         parts = to_torch(config, name, np.asarray(flat[name], np.float32))
         for torch_name, part in zip(torch_names(config, name), parts, strict=True):
             state[torch_name] = torch.from_numpy(np.array(part, order="C"))
-    with replacing(path) as temporary, temporary.open("wb") as file:
+    with replacing(path) as file:
         torch.save(state, file)  # given a path, it would write the temporary name into the file
 
 

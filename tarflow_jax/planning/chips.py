@@ -9,6 +9,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from tarflow_jax.errors import one_line
+
 GIB = 2**30
 # libtpu otherwise asks the network which TPU this is, and lets one process in at a time.
 _NO_TPU = {
@@ -107,9 +109,8 @@ def _tpu(name: str, num_slices: int) -> Topology:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
         devices: list[Any] = topology.devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
         raise ValueError(
-            f"no TPU topology {name!r} of {num_slices} slice(s) ({reason}); expected one as v5e:16x16"
+            f"no TPU topology {name!r} of {num_slices} slice(s) ({one_line(error)}); expected one as v5e:16x16"
         ) from error
     return Topology(name, devices, _chip_of(devices[0]), num_slices)
 

@@ -15,6 +15,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from tarflow_jax.distributed import leaf_name
+from tarflow_jax.errors import one_line
 from tarflow_jax.files import is_remote, sha256, write_text
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ class Checkpoints:
                 except _AnotherStateError:
                     raise
                 except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-                    problem = _first_line(error)
+                    problem = one_line(error)
             if jax.process_index() == 0:
                 logger.warning("skipping checkpoint %s: %s", self._folder / str(step), problem)
         if steps:
@@ -145,7 +146,7 @@ class Checkpoints:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds
             raise OSError(
-                f"could not write a checkpoint in {self._folder}: {_first_line(error)}; earlier ones are whole. Free "
+                f"could not write a checkpoint in {self._folder}: {one_line(error)}; earlier ones are whole. Free "
                 "some space, or choose another workdir, then run the same command again"
             ) from error
 
@@ -211,7 +212,3 @@ def _loss(metrics: Mapping[str, Any] | None) -> float:
 def _checksums(folder: epath.Path) -> dict[str, str]:
     paths = sorted(parent / name for parent, _, names in folder.walk() for name in names)
     return {str(path.relative_to(folder)): sha256(path) for path in paths}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
