@@ -3,10 +3,12 @@
 import ast
 import contextlib
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
 from types import FrameType
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -14,6 +16,7 @@ from absl import app, flags
 from etils import epath
 
 from tarflow_jax.distributed import Preempted, start_processes
+from tarflow_jax.errors import one_line
 from tarflow_jax.figures import grid, save_png, to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import GaussSeidelJacobi, Guidance, Jacobi, Sequential
@@ -48,8 +51,23 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         except (ValueError, OSError, ImportError, NonFiniteError) as error:
             print(f"error: {error}", file=sys.stderr)
             return EXIT_ERROR
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            _leave_the_others(error)
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def _leave_the_others(error: jax.errors.JaxRuntimeError) -> NoReturn:
+    """Ends one of several processes; an ordinary exit would wait a minute for those that may be dead."""
+    print(
+        f"error: process {jax.process_index()} of {jax.process_count()}: {one_line(error)}; if another stopped before, "
+        "its log says why. Start all again with the same command",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(EXIT_ERROR)
 
 
 def stop_at_sigterm() -> None:

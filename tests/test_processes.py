@@ -189,6 +189,26 @@ def test_sigterm_to_one_process_stops_both_and_one_process_continues(whole, tmp_
     assert_ends_as(state.variables, whole[1])
 
 
+def test_when_one_process_dies_the_other_says_so_and_ends(tmp_path):
+    workdir = tmp_path / "run"
+    # No checkpoint: one under way would wait for the dead until JAX gives them up, after 100 s.
+    command = train_command(
+        workdir, "--config.train.num_steps=100000", "--config.train.checkpoint_every=100000"
+    )
+    processes = start(2, lambda index: command, 1, slurm())
+    try:
+        while not (workdir / "metrics.jsonl").exists() or len(losses(workdir)) < 3:
+            assert processes[0].poll() is None, processes[0].communicate()[1]
+            time.sleep(0.01)
+        processes[1].kill()
+        (_, said), _ = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert processes[0].returncode == 1, said
+    assert re.fullmatch(r"error: process 0 of 2: .+; if another stopped before, .+", said.splitlines()[-1])
+
+
 def test_two_processes_measure_what_one_does(whole, tmp_path, monkeypatch):
     monkeypatch.setenv("TARFLOW_DATA_DIR", str(tmp_path / "data"))
     command = evaluate_command(whole[0], tmp_path / "two")

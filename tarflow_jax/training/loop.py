@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -106,15 +106,20 @@ class _Run:
             rows=self.rows.local,
             num_workers=data.num_workers,
         )
-        bar = tqdm(
+        with tqdm(
             total=fields.num_steps,
             initial=self.start,
             unit="step",
             disable=jax.process_index() != 0,
             smoothing=0.05,
-        )
+        ) as bar:
+            self._take_steps(prefetch_to_device(batches, self._put), bar)
+        return self.state
+
+    def _take_steps(self, batches: Iterator[tuple[jax.Array, jax.Array]], bar: tqdm) -> None:
+        fields = self.fields
         running: Metrics | None = None
-        for step, (images, labels) in enumerate(prefetch_to_device(batches, self._put), self.start + 1):
+        for step, (images, labels) in enumerate(batches, self.start + 1):
             if step > fields.num_steps:
                 break
             with jax.set_mesh(self.mesh):  # attention kernels that XLA cannot partition ask for it
@@ -127,8 +132,6 @@ class _Run:
             if step % fields.log_every == 0 or step == fields.num_steps:
                 self._log(step, metrics, bar)
             self._after(step, metrics)
-        bar.close()
-        return self.state
 
     def _check(self, step: int, metrics: Metrics) -> None:
         for name in ("loss", "grad_norm"):
