@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import os
 from collections.abc import Iterator
 from typing import IO
@@ -13,6 +14,11 @@ from etils import epath
 def replacing(path: epath.PathLike) -> Iterator[IO[bytes]]:
     """Yields a file to write bytes to; it gets its name, and its folder, if the body succeeds, else it vanishes."""
     path = epath.Path(path)
+    if is_remote(path):  # an object appears when all of it is there
+        buffer = io.BytesIO()
+        yield buffer
+        path.write_bytes(buffer.getvalue())
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
@@ -37,6 +43,17 @@ def sha256(path: epath.PathLike) -> str:
         while part := file.read(1 << 20):
             digest.update(part)
     return digest.hexdigest()
+
+
+def checksums(folder: epath.Path) -> dict[str, str]:
+    """SHA-256 of all files, by their path in the folder. (epath's walk names objects of a store as files of no store.)"""
+    found: dict[str, str] = {}
+    for path in folder.iterdir():
+        if path.is_dir():
+            found |= {f"{path.name}/{name}": digest for name, digest in checksums(path).items()}
+        else:
+            found[path.name] = sha256(path)
+    return found
 
 
 def is_remote(path: epath.PathLike) -> bool:

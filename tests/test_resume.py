@@ -238,6 +238,20 @@ def test_a_workdir_is_read_by_its_best_checkpoint_and_without_its_config_file(tm
     assert read_workdir(tmp_path).card["training"]["steps"] == 4
 
 
+def test_a_run_takes_damaged_steps_again_and_saves_them(whole, tmp_path, compiled_once, caplog):
+    train(small_config(), tmp_path)
+    for step in (4, 6):
+        path = max((tmp_path / "checkpoints" / str(step)).rglob("d/*"), key=lambda path: path.stat().st_size)
+        os.truncate(path, path.stat().st_size // 2)
+    train(small_config(), tmp_path)
+    assert "skipping checkpoint" in caplog.text
+    caplog.clear()
+    run = read_workdir(tmp_path)
+    assert "skipping checkpoint" not in caplog.text
+    assert (steps_in(tmp_path), run.card["training"]["steps"]) == ([2, 4, 6], 6)
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, run.variables), whole.variables)
+
+
 def test_killed_at_random_moments_a_run_ends_bit_for_bit_the_same(tmp_path):
     finished = subprocess.run(
         [sys.executable, "tests/kill.py", str(tmp_path), "3"],

@@ -4,8 +4,8 @@ import contextlib
 import json
 import logging
 import math
-import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 
 from tarflow_jax.distributed import leaf_name
 from tarflow_jax.errors import one_line
-from tarflow_jax.files import is_remote, sha256, write_text
+from tarflow_jax.files import checksums, is_remote, write_text
 
 logger = logging.getLogger(__name__)
 STATE, CONFIG, LOSS = "default", "config", "test_loss"
@@ -49,7 +49,8 @@ class Checkpoints:
             # Without them, metadata cannot be read before restoring.
             item_handlers={STATE: ocp.StandardCheckpointHandler(), CONFIG: ocp.JsonCheckpointHandler()},
         )
-        self._sealing: threading.Thread | None = None
+        self._sealer = ThreadPoolExecutor(1, thread_name_prefix="seal")
+        self._sealing: Future[None] | None = None
 
     def save(self, step: int, state: Any, config: Mapping[str, Any], test_loss: float | None = None) -> None:
         """Starts writing; returns once `state` is copied, so that it may be donated.
@@ -66,9 +67,11 @@ class Checkpoints:
             **{STATE: ocp.args.StandardSave(state), CONFIG: ocp.args.JsonSave(dict(config))}
         )
         with self._plain_errors():
-            self._manager.save(step, args=items, metrics={} if test_loss is None else {LOSS: test_loss})
-        self._sealing = threading.Thread(target=self._seal_when_complete, args=(step,), daemon=True)
-        self._sealing.start()
+            # Forced: Orbax otherwise does nothing, in silence, about a step before its latest.
+            self._manager.save(
+                step, args=items, metrics={} if test_loss is None else {LOSS: test_loss}, force=True
+            )
+        self._sealing = self._sealer.submit(self._seal_when_complete, step)
 
     def wait(self) -> None:
         """Returns when the checkpoint being written is complete and sealed.
@@ -77,10 +80,10 @@ class Checkpoints:
           OSError: it could not be written.
         """
         with self._plain_errors():
+            sealing, self._sealing = self._sealing, None
+            if sealing is not None:
+                sealing.result()
             self._manager.wait_until_finished()
-        if self._sealing is not None:
-            self._sealing.join()
-            self._sealing = None
 
     def restore(self, abstract_state: Any, *, best: bool = False) -> tuple[int, Any] | None:
         """(step, state) of the newest checkpoint that is whole, or None in a folder without any.
@@ -114,6 +117,14 @@ class Checkpoints:
             )
         return None
 
+    def discard_after(self, step: int) -> None:
+        """Deletes the checkpoints later than `step`, which was restored: damaged ones, which the run will save anew."""
+        for later in self._steps():
+            if later > step:
+                self._manager.delete(later)
+                if jax.process_index() == 0:
+                    self._seal_of(later).unlink(missing_ok=True)
+
     def config(self) -> dict[str, Any] | None:
         """The config in the newest whole checkpoint; None if there is none."""
         for step in self._steps():
@@ -126,6 +137,7 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the last checkpoint and lets go of the folder."""
         self.wait()
+        self._sealer.shutdown()
         self._manager.close()
 
     def _steps(self, *, best: bool = False) -> list[int]:
@@ -164,12 +176,9 @@ class Checkpoints:
         return self._seals / f"{step}.json"
 
     def _seal_when_complete(self, step: int) -> None:
-        try:
-            self._manager.wait_until_finished()
-        except Exception:  # reported by wait(), in the thread that can stop the run
-            return
+        self._manager.wait_until_finished()
         if jax.process_index() == 0 and (self._folder / str(step)).exists():
-            write_text(self._seal_of(step), json.dumps(_checksums(self._folder / str(step))))
+            write_text(self._seal_of(step), json.dumps(checksums(self._folder / str(step))))
             for seal in self._seals.glob("*.json"):
                 if not (self._folder / seal.stem).exists():
                     seal.unlink()
@@ -190,7 +199,7 @@ class Checkpoints:
             return None
         except ValueError:
             return f"{self._seal_of(step)} is damaged"
-        found = _checksums(self._folder / str(step))
+        found = checksums(self._folder / str(step))
         wrong = sorted(
             name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
         )
@@ -207,8 +216,3 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 def _loss(metrics: Mapping[str, Any] | None) -> float:
     return (metrics or {}).get(LOSS, math.inf)
-
-
-def _checksums(folder: epath.Path) -> dict[str, str]:
-    paths = sorted(parent / name for parent, _, names in folder.walk() for name in names)
-    return {str(path.relative_to(folder)): sha256(path) for path in paths}
