@@ -46,7 +46,7 @@ def sha256(path: epath.PathLike) -> str:
 
 
 def checksums(folder: epath.Path) -> dict[str, str]:
-    """SHA-256 of all files, by their path in the folder. (epath's walk names objects of a store as files of no store.)"""
+    """SHA-256 of all files, by their path in the folder. (In an object store epath's walk drops the scheme.)"""
     found: dict[str, str] = {}
     for path in folder.iterdir():
         if path.is_dir():
