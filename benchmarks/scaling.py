@@ -32,12 +32,12 @@ def main() -> None:
 
 def row(plan: dict[str, Any]) -> list[str]:
     """A plan's figures, by `COLUMNS`; bytes, FLOPs and seconds are of one chip and one step."""
-    flags = dict(flag.removeprefix("--").split("=", 1) for flag in plan["command"])
-    known = {"config", "topology", "num_slices", "json"}
-    options = " ".join(f"`--{name}={value}`" for name, value in flags.items() if name not in known)
+    known = ("--config=", "--topology=", "--num_slices=", "--json=")
+    options = " ".join(f"`{flag}`" for flag in plan["command"] if not flag.startswith(known))
+    (recipe,) = (Path(flag).stem for flag in plan["command"] if flag.startswith("--config="))
     slices = f"{plan['slices']} x " if plan["slices"] > 1 else ""
     state, memory = sum(plan["state_bytes"].values()), plan["device_memory"]
-    head = [Path(flags["config"]).stem, f"{slices}{plan['topology']}", options, f"{plan['batch_size']}"]
+    head = [recipe, f"{slices}{plan['topology']}", options, f"{plan['batch_size']}"]
     if not plan["fits"]:
         return [*head, f"{state / GIB:.2f}", plan["problem"] or "does not fit", *[""] * (len(COLUMNS) - 6)]
     limits, devices, traffic = plan["limits"], plan["devices"], plan["traffic"]

@@ -22,14 +22,14 @@ from tarflow_jax.training.state import sharded_state
 
 
 def our_step(
-    config: TarFlowConfig, images: np.ndarray, labels: np.ndarray
+    config: TarFlowConfig, images: np.ndarray, labels: np.ndarray, accumulation: int
 ) -> tuple[common.Run, Callable[[], int]]:
     """(the step that launch.train takes, a function that tells the bytes it needs)."""
     flow, optimizer = TarFlow(config), optax.adamw(1e-3, b1=0.9, b2=0.95, weight_decay=1e-4)
     mesh, key = make_mesh(), jax.random.key(0)
     first, layout = sharded_state(flow, optimizer, key, mesh, ema=False)
     step = jax.jit(
-        make_train_step(flow, optimizer, Noise("gaussian", 0.1), drop_label=0.1),
+        make_train_step(flow, optimizer, Noise("gaussian", 0.1), drop_label=0.1, accumulation=accumulation),
         donate_argnums=0,
         out_shardings=(layout, None),
     )
@@ -54,17 +54,18 @@ def main() -> None:
         __doc__,
         batch={"type": int, "help": "images a step; else the shape's"},
         remat={"choices": ["none", "dots", "full"], "help": "else the shape's"},
+        accumulation={"type": int, "default": 1, "help": "microbatches a step, of ours"},
         compile_reference={"action": "store_true", "help": "also the reference under torch.compile"},
     )
     config, batch = common.shape(args, remat=args.remat)
     batch = args.batch or batch
-    split_cpu(batch)
+    split_cpu(batch // args.accumulation)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch, *config.image_shape), np.uint8)
     labels = rng.integers(0, max(config.num_classes, 1), batch).astype(np.int32)
     floats = images.astype(np.float32) / 127.5 - 1
 
-    ours, step_bytes = our_step(config, images, labels)
+    ours, step_bytes = our_step(config, images, labels, args.accumulation)
     runs = {"tarflow_jax": ours}
     if args.reference:
         runs["reference"] = rivals.Reference(args.reference, config).training(floats, labels)

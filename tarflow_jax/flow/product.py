@@ -47,7 +47,10 @@ def _backward(
     contract_rows = ((rows, rows), ((), ()))
     if x.size <= g.size:
         return x_grad, jax.lax.dot_general(x, g, contract_rows, precision)
-    kernel_grad = jax.lax.dot_general(g, x, contract_rows, precision)  # [*M, *K]
+    # The barrier: XLA would fold the transposition into a product for which its fast library has no kernel.
+    kernel_grad = jax.lax.optimization_barrier(
+        jax.lax.dot_general(g, x, contract_rows, precision)
+    )  # [*M, *K]
     order = (*range(num_features, kernel.ndim), *range(num_features))
     return x_grad, kernel_grad.transpose(order)
 
