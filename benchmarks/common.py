@@ -18,7 +18,7 @@ from tarflow_jax.planning import known_chip
 # Named patch-width-blocks-layers. "remat" as the recipes have it: on a CPU, computing again is faster than keeping.
 SHAPES = {
     "fashion_mnist": (TarFlowConfig(28, 1, 4, 128, 4, 4, num_classes=10, remat="full"), 128),
-    "colour64": (TarFlowConfig(64, 3, 8, 256, 4, 4, remat="full"), 32),
+    "colour64": (TarFlowConfig(64, 3, 8, 256, 4, 4, remat="dots"), 32),
     "deep": (TarFlowConfig(28, 1, 4, 128, 8, 8, num_classes=10, remat="full"), 32),
     "imagenet64": (TarFlowConfig(64, 3, 2, 768, 8, 8, num_classes=1000, dtype="bfloat16"), 64),
 }

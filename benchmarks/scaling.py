@@ -58,8 +58,8 @@ def row(plan: dict[str, Any]) -> list[str]:
         f"{limits[slowest] * 1e3:.1f}",
         slowest,
         f"{plan['batch_size'] / limits[slowest]:,.0f}",
-        f"{hours:,.1f}",
-        f"{hours * devices:,.0f}",
+        f"{hours:,.1f}" if plan["num_steps"] else "",
+        f"{hours * devices:,.0f}" if plan["num_steps"] else "",
         f"{plan['compile_seconds']:.0f}",
     ]
 

@@ -49,19 +49,6 @@ def test_the_cached_inverse_equals_the_one_that_recomputes(schedule, temperature
     np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
-def test_bfloat16_kernels_are_rounded_before_the_loop_over_tokens():
-    """The loop reads all of them at every token: from float32 twice the bytes."""
-    config = dataclasses.replace(UNCONDITIONAL, dtype="bfloat16")
-    program = jax.make_jaxpr(functools.partial(decode, config))(random_variables(config), images_of(config))
-    (call,) = program.eqns
-    loops = [equation for equation in call.params["jaxpr"].eqns if equation.primitive.name == "scan"]
-    kernels = [
-        v.aval for loop in loops for v in loop.invars if v.aval.shape == (config.width, 4 * config.width)
-    ]
-    assert len(kernels) == sum(config.depths)
-    assert {kernel.dtype for kernel in kernels} == {jnp.dtype("bfloat16")}
-
-
 def test_guidance_weights():
     np.testing.assert_allclose(Guidance(2.0, schedule="linear").weights(5)[:4], [0.5, 1.0, 1.5, 2.0])
     np.testing.assert_allclose(Guidance(2.0, schedule="constant").weights(3), [2, 2, 2])

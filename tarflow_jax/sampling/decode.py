@@ -80,15 +80,6 @@ def guided_block(
     target: str,
 ) -> GuidedBlock:
     """Block number k with its own parameters, ready to be inverted; arguments as of `decode`."""
-    own = _kernels_as(config.compute_dtype, unstack_layers(params[f"block_{k}"], config.depths[k]))
+    own = unstack_layers(params[f"block_{k}"], config.depths[k])
     block = FlowBlock(config, k, unrolled=True)
     return GuidedBlock(block, own, labels, weights, jnp.float32(temperature), target)
-
-
-def _kernels_as(dtype: jnp.dtype, params: dict[str, Any]) -> dict[str, Any]:
-    """Kernels as the layers would round them, once for all tokens: a step of one token is bound by reading them."""
-
-    def rounded(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        return leaf.astype(dtype) if path[-1].key == "kernel" else leaf
-
-    return jax.tree_util.tree_map_with_path(rounded, params)
