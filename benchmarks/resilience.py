@@ -1,9 +1,10 @@
 """What a checkpoint every hundred steps costs, and the input pipeline: shares of a training step, in one run.
 
-    python -m benchmarks.resilience --recipe=fashion_mnist [--steps=100] [--repeats=7]
+    python -m benchmarks.resilience --recipe=fashion_mnist [--steps=20] [--repeats=7]
 
 Three runs of the recipe's own step take turns: on one batch that stays on the device, on batches from the data, and
-the same with a checkpoint at the first step, written and sealed while the others are taken.
+the same with a checkpoint at the first step, written and sealed while the others are taken. What the checkpoint adds
+to such a run is told as a share of a hundred steps: a machine's noise over a hundred would hide it.
 """
 
 import argparse
@@ -22,6 +23,8 @@ from tarflow_jax.data import Batch, prefetch_to_device, train_batches
 from tarflow_jax.distributed import Rows, split_cpu
 from tarflow_jax.training import Checkpoints, Recipe
 from tarflow_jax.training.step import recipe_state, recipe_step
+
+CHECKPOINT_EVERY = 100
 
 
 class Trainer:
@@ -78,7 +81,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--recipe", default="fashion_mnist", help="a file of configs/")
-    parser.add_argument("--steps", type=int, default=100, help="of a run, and between checkpoints")
+    parser.add_argument("--steps", type=int, default=20, help="of a run")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each")
     parser.add_argument("--json", metavar="FILE", help="where to write the figures")
     args = parser.parse_args()
@@ -97,7 +100,10 @@ def main() -> None:
     print(common.table(f"{args.recipe}, runs of {args.steps} steps", figures, images, None))
     one, read, saved = (row["median_s"] for row in figures.values())
     print(f"  input pipeline: {read / one - 1:+.1%} of a step (goal: under 2 %)")
-    print(f"  a checkpoint every {args.steps} steps: {saved / read - 1:+.1%} (goal: under 3 %)")
+    share = (saved - read) / (read * CHECKPOINT_EVERY / args.steps)
+    print(
+        f"  a checkpoint every {CHECKPOINT_EVERY} steps: {share:+.1%}, {saved - read:+.2f} s each (goal: under 3 %)"
+    )
     if args.json:
         common.write_json(args.json, {args.recipe: figures})
 
