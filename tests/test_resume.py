@@ -249,6 +249,7 @@ def test_a_run_takes_damaged_steps_again_and_saves_them(whole, tmp_path, compile
     run = read_workdir(tmp_path)
     assert "skipping checkpoint" not in caplog.text
     assert (steps_in(tmp_path), run.card["training"]["steps"]) == ([2, 4, 6], 6)
+    assert {path.name for path in (tmp_path / "damaged").iterdir()} == {"4", "6"}
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, run.variables), whole.variables)
 
 

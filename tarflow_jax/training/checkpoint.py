@@ -117,13 +117,24 @@ class Checkpoints:
             )
         return None
 
-    def discard_after(self, step: int) -> None:
-        """Deletes the checkpoints later than `step`, which was restored: damaged ones, which the run will save anew."""
-        for later in self._steps():
-            if later > step:
-                self._manager.delete(later)
-                if jax.process_index() == 0:
-                    self._seal_of(later).unlink(missing_ok=True)
+    def set_aside_after(self, step: int) -> None:
+        """Moves the checkpoints later than `step`, which was restored, to damaged/: the run will save theirs anew.
+
+        They are kept, because what looked like damage may have been a disk or a network that failed for a moment.
+        """
+        later = [other for other in self._steps() if other > step]
+        if later and jax.process_index() == 0:
+            aside = self._folder.parent / "damaged"
+            aside.mkdir(exist_ok=True)
+            for other in later:
+                if (aside / str(other)).exists():
+                    (aside / str(other)).rmtree()
+                (self._folder / str(other)).rename(aside / str(other))
+                self._seal_of(other).unlink(missing_ok=True)
+                logger.warning("checkpoint %d is now in %s", other, aside)
+        if later and jax.process_count() > 1:
+            multihost_utils.sync_global_devices("checkpoints set aside")
+        self._manager.reload()
 
     def config(self) -> dict[str, Any] | None:
         """The config in the newest whole checkpoint; None if there is none."""

@@ -85,7 +85,7 @@ class _Run:
             self.start, self.state = 0, recipe_state(recipe, mesh, self.key)
         else:
             self.start, self.state = found
-            self.checkpoints.discard_after(self.start)
+            self.checkpoints.set_aside_after(self.start)
         if jax.process_index() == 0:
             logger.info("%s", summary(mesh, shapes.variables))
             if self.start:
