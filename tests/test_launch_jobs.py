@@ -35,9 +35,10 @@ if "fail" in how:
 (folder / "result").touch()
 """
 DRIVER = """
-import sys
+import signal, sys
 from pathlib import Path
 from launch.jobs import Job, LocalRunner, Step
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has background processes ignore it
 runner = LocalRunner(parallel=2)
 jobs = [Job(Path(name), (Step(("stub", name, *how.split()), "result"),))
         for name, _, how in (argument.partition(":") for argument in sys.argv[1:])]
