@@ -3,7 +3,6 @@
 import functools
 import json
 import math
-import os
 
 import chex
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 import runs
+from damage import cut_short, flip_a_bit, largest_file
 from tiny_models import TINY, VP
 
 from configs import digits
@@ -118,27 +118,13 @@ def restored(folder, state):
         checkpoints.close()
 
 
-def largest_file(folder):
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
-
-
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def cut_short(path):
-    os.truncate(path, path.stat().st_size // 2)
-
-
 @pytest.mark.parametrize("damage", [flip_a_bit, cut_short])
 def test_checkpoints_restore_bit_for_bit_and_pass_over_damaged_ones(saved, caplog, damage):
     folder, state = saved
     step, found = restored(folder, state)
     assert step == 2
     chex.assert_trees_all_equal(found, state.replace(step=jnp.int32(2)))
-    damage(largest_file(folder / "2"))
+    damage(folder / "2")
     step, found = restored(folder, state)
     assert step == 1
     assert "skipping checkpoint" in caplog.text

@@ -123,7 +123,9 @@ class Checkpoints:
         They are kept, because what looked like damage may have been a disk or a network that failed for a moment.
         """
         later = [other for other in self._steps() if other > step]
-        if later and jax.process_index() == 0:
+        if not later:
+            return
+        if jax.process_index() == 0:
             aside = self._folder.parent / "damaged"
             aside.mkdir(exist_ok=True)
             for other in later:
@@ -132,7 +134,7 @@ class Checkpoints:
                 (self._folder / str(other)).rename(aside / str(other))
                 self._seal_of(other).unlink(missing_ok=True)
                 logger.warning("checkpoint %d is now in %s", other, aside)
-        if later and jax.process_count() > 1:
+        if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoints set aside")
         self._manager.reload()
 

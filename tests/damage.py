@@ -1,0 +1,19 @@
+"""What may happen to a checkpoint on a disk, done to the largest file of its folder."""
+
+import os
+
+
+def largest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip_a_bit(folder):
+    path = largest_file(folder)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def cut_short(folder):
+    path = largest_file(folder)
+    os.truncate(path, path.stat().st_size // 2)
