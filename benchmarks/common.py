@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,24 @@ import numpy as np
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.planning import known_chip
 
-# Named patch-width-blocks-layers. "remat" as the recipes have it: on a CPU, computing again is faster than keeping.
+
+class Shape(NamedTuple):
+    """What is timed: a model, and a step's images and microbatches."""
+
+    model: TarFlowConfig
+    batch: int
+    accumulation: int = 1
+
+
+# Named patch-width-blocks-layers. "remat" and microbatches as the recipes have them: on a CPU, computing again is
+# faster than keeping, and few images at a time are faster than many.
 SHAPES = {
-    "fashion_mnist": (TarFlowConfig(28, 1, 4, 128, 4, 4, num_classes=10, remat="full"), 128),
-    "colour64": (TarFlowConfig(64, 3, 8, 256, 4, 4, remat="dots"), 32),
-    "deep": (TarFlowConfig(28, 1, 4, 128, 8, 8, num_classes=10, remat="full"), 32),
-    "imagenet64": (TarFlowConfig(64, 3, 2, 768, 8, 8, num_classes=1000, dtype="bfloat16"), 64),
+    "fashion_mnist": Shape(
+        TarFlowConfig(28, 1, 4, 128, 4, 4, num_classes=10, remat="full"), 128, accumulation=4
+    ),
+    "colour64": Shape(TarFlowConfig(64, 3, 8, 256, 4, 4, remat="dots"), 32),
+    "deep": Shape(TarFlowConfig(28, 1, 4, 128, 8, 8, num_classes=10, remat="full"), 32),
+    "imagenet64": Shape(TarFlowConfig(64, 3, 2, 768, 8, 8, num_classes=1000, dtype="bfloat16"), 64),
 }
 Run = Callable[[], object]
 
@@ -43,12 +56,12 @@ def parse(documentation: str | None, **extra: dict) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def shape(args: argparse.Namespace, **changes: str | None) -> tuple[TarFlowConfig, int]:
-    """(model, batch size) that the command line names; `changes` that are None change nothing."""
-    config, batch = SHAPES[args.shape]
+def shape(args: argparse.Namespace, **changes: str | None) -> Shape:
+    """What the command line names; `changes` of the model that are None change nothing."""
+    chosen = SHAPES[args.shape]
     changes |= {"dtype": args.dtype or changes.get("dtype")}
     given = {name: value for name, value in changes.items() if value}
-    return dataclasses.replace(config, **given), batch
+    return chosen._replace(model=dataclasses.replace(chosen.model, **given))
 
 
 def matmul_flops(dtype: str, size: int = 2048) -> float:

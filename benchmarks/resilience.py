@@ -32,10 +32,10 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         fields, data = recipe.config.train, recipe.config.data
-        mesh, self.key = recipe.mesh(), jax.random.key(0)
-        self.step, _ = recipe_step(recipe, mesh)
-        self.state = recipe_state(recipe, mesh, self.key)
-        rows = Rows(mesh, fields.batch_size)
+        self.mesh, self.key = recipe.mesh(), jax.random.key(0)
+        self.step, _ = recipe_step(recipe, self.mesh)
+        self.state = recipe_state(recipe, self.mesh, self.key)
+        rows = Rows(self.mesh, fields.batch_size)
 
         def put(batch: Batch) -> tuple[jax.Array, jax.Array]:
             return rows.put(batch.image), rows.put(batch.label)
@@ -61,7 +61,8 @@ class Trainer:
             before: dict[str, Any] | None = None
             for i in range(steps):
                 batch = next(self.batches) if read else self.fixed
-                self.state, metrics = self.step(self.state, *batch, self.key)
+                with jax.set_mesh(self.mesh):
+                    self.state, metrics = self.step(self.state, *batch, self.key)
                 self.taken += 1
                 if save and i == 0:
                     self.checkpoints.save(self.taken, self.state, self.config)

@@ -68,7 +68,7 @@ def main() -> None:
     if args.decoders:
         decoders.compare(args)
         return
-    config, _ = common.shape(args, remat="none")
+    config = common.shape(args, remat="none").model
     results = {}
     for batch in args.batches:
         for name, runs in works(args, config, batch).items():

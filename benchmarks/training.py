@@ -37,15 +37,16 @@ def our_step(
     state = [first]
 
     def run() -> object:
-        state[0], metrics = step(state[0], images, labels, key)
+        with jax.set_mesh(mesh):
+            state[0], metrics = step(state[0], images, labels, key)
         return state[0], metrics
 
-    return run, lambda: _bytes(step.lower(state[0], images, labels, key).compile())
+    def step_bytes() -> int:
+        with jax.set_mesh(mesh):
+            memory = step.lower(state[0], images, labels, key).compile().memory_analysis()
+        return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
-
-def _bytes(compiled: jax.stages.Compiled) -> int:
-    memory = compiled.memory_analysis()
-    return memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return run, step_bytes
 
 
 def main() -> None:
@@ -54,18 +55,18 @@ def main() -> None:
         __doc__,
         batch={"type": int, "help": "images a step; else the shape's"},
         remat={"choices": ["none", "dots", "full"], "help": "else the shape's"},
-        accumulation={"type": int, "default": 1, "help": "microbatches a step, of ours"},
+        accumulation={"type": int, "help": "microbatches a step, of ours; else the shape's"},
         compile_reference={"action": "store_true", "help": "also the reference under torch.compile"},
     )
-    config, batch = common.shape(args, remat=args.remat)
-    batch = args.batch or batch
-    split_cpu(batch // args.accumulation)
+    config, batch, accumulation = common.shape(args, remat=args.remat)
+    batch, accumulation = args.batch or batch, args.accumulation or accumulation
+    split_cpu(batch // accumulation)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch, *config.image_shape), np.uint8)
     labels = rng.integers(0, max(config.num_classes, 1), batch).astype(np.int32)
     floats = images.astype(np.float32) / 127.5 - 1
 
-    ours, step_bytes = our_step(config, images, labels, args.accumulation)
+    ours, step_bytes = our_step(config, images, labels, accumulation)
     runs = {"tarflow_jax": ours}
     if args.reference:
         runs["reference"] = rivals.Reference(args.reference, config).training(floats, labels)

@@ -44,7 +44,8 @@ def run_steps(config, mesh, count, *, accumulation=1, ema_decay=0.0):
     rows, losses = Rows(mesh, BATCH_SIZE), []
     for i in range(count):
         batch = (rows.put(values[rows.local]) for values in random_images(config, BATCH_SIZE, i))
-        state, metrics = step(state, *batch, jax.random.key(1))
+        with jax.set_mesh(mesh):
+            state, metrics = step(state, *batch, jax.random.key(1))
         losses.append(float(metrics["loss"]))
     assert int(state.step) == count
     assert set(metrics) == {"loss", "half_mean_z2", "log_det_per_dim", "block_norms", "grad_norm"}

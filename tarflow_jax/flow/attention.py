@@ -77,10 +77,13 @@ def keep_rows(x: jax.Array) -> jax.Array:
 
     XLA otherwise answers parameters cut over `fsdp` by gathering the batch, which is larger, instead of them.
     """
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES)) if _spread() else x
+
+
+def _spread() -> bool:
+    """Whether arrays here lie over several devices; inside `jax.shard_map` each device has its own."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+    return not mesh.empty and mesh.size > 1 and not mesh.manual_axes
 
 
 def splash(query: jax.Array, key: jax.Array, value: jax.Array, *, interpret: bool = False) -> jax.Array:
@@ -89,9 +92,8 @@ def splash(query: jax.Array, key: jax.Array, value: jax.Array, *, interpret: boo
     XLA cannot partition a Pallas call, so under a mesh (`jax.set_mesh`) each device runs its own examples and heads.
     `interpret` runs it on a CPU, for tests.
     """
-    mesh = jax.sharding.get_abstract_mesh()
     run = functools.partial(_splash, interpret=interpret)
-    if not mesh.empty and mesh.size > 1:
+    if _spread():
         spec = PartitionSpec(BATCH_AXES, "tensor")
         run = jax.shard_map(run, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
     return run(query * query.shape[-1] ** -0.5, key, value)

@@ -1,12 +1,13 @@
 """One optimizer step, compiled once."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from tarflow_jax.flow import TarFlow, updated_prior
 from tarflow_jax.likelihood import training_loss
@@ -87,7 +88,12 @@ def make_train_step(
 def accumulated_gradients(
     flow: TarFlow, variables: dict[str, Any], images: jax.Array, labels: jax.Array, count: int
 ) -> tuple[Any, Metrics, jax.Array]:
-    """Mean gradients and metrics of `count` microbatches, and the last blocks' outputs z [B, T, D]."""
+    """Mean gradients and metrics of `count` microbatches, and the last blocks' outputs z [B, T, D].
+
+    Where a mesh in force (`jax.set_mesh`) only repeats the model, each device sums its microbatches for itself, and
+    gradients cross the network once a step. Left to XLA, or where parameters are cut too (XLA's partitioner cannot do
+    both), they cross it with every microbatch.
+    """
 
     def loss(params: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
         return training_loss(flow, {**variables, "params": params}, images, labels)
@@ -97,15 +103,39 @@ def accumulated_gradients(
         gradients, (metrics, z) = gradient(variables["params"], images, labels)
         return gradients, metrics, z
 
+    means = functools.partial(_means, gradient, count)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.shape["data"] < mesh.size:
+        return means(variables["params"], images, labels)
+
+    def of_own_rows(params: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Metrics, jax.Array]:
+        gradients, metrics, z = means(params, images, labels)
+        return *jax.lax.pmean((gradients, metrics), mesh.axis_names), z
+
+    rows, everywhere = PartitionSpec("data"), PartitionSpec()
+    run = jax.shard_map(
+        of_own_rows,
+        in_specs=(everywhere, rows, rows),
+        out_specs=(everywhere, everywhere, rows),
+        check_vma=False,
+    )
+    return run(variables["params"], images, labels)
+
+
+def _means(
+    gradient: Callable[..., Any], count: int, params: Any, images: jax.Array, labels: jax.Array
+) -> tuple[Any, Metrics, jax.Array]:
+    """`gradient`'s values over `count` microbatches, one after another: what `accumulated_gradients` returns."""
+
     def split(x: jax.Array) -> jax.Array:
         # Strided, so that each device keeps its own rows in every microbatch.
         return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
 
     def accumulate(total: Any, microbatch: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
-        gradients, (metrics, z) = gradient(variables["params"], *microbatch)
+        gradients, (metrics, z) = gradient(params, *microbatch)
         return jax.tree.map(jnp.add, total, (gradients, metrics)), z
 
-    shapes = jax.eval_shape(gradient, variables["params"], split(images)[0], split(labels)[0])
+    shapes = jax.eval_shape(gradient, params, split(images)[0], split(labels)[0])
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[0], shapes[1][0]))
     total, z = jax.lax.scan(accumulate, zeros, (split(images), split(labels)))
     gradients, metrics = jax.tree.map(lambda leaf: leaf / count, total)
