@@ -87,6 +87,7 @@ def smoke(config: ConfigDict) -> ConfigDict:
         {
             "num_steps": 20,
             "batch_size": 16,
+            "accumulation": 1,
             "checkpoint_every": 10,
             "sample_every": 10,
             "log_every": 5,
