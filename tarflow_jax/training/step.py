@@ -90,9 +90,9 @@ def accumulated_gradients(
 ) -> tuple[Any, Metrics, jax.Array]:
     """Mean gradients and metrics of `count` microbatches, and the last blocks' outputs z [B, T, D].
 
-    Where a mesh in force (`jax.set_mesh`) only repeats the model, each device sums its microbatches for itself, and
-    gradients cross the network once a step. Left to XLA, or where parameters are cut too (XLA's partitioner cannot do
-    both), they cross it with every microbatch.
+    If the mesh in force (`jax.set_mesh`) cuts the batch alone, each device sums its own microbatches, and gradients
+    cross the devices once a step. Where parameters are cut too, they cross them with every microbatch: XLA's
+    partitioner fails on a sum of one axis within a program that it cuts along the others.
     """
 
     def loss(params: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
