@@ -155,6 +155,14 @@ def test_the_plan_of_a_training_step_on_eight_cpu_devices():
     assert json.loads(json.dumps(plan.figures()))["topology"] == "cpu:8"
 
 
+def test_accumulated_gradients_cross_the_devices_once():
+    def reduced(accumulation):
+        recipe = tiny_recipe(**{"train.batch_size": 32, "train.accumulation": accumulation})
+        return plan_of(recipe, open_topology("cpu:8")).traffic.collectives["all-reduce"].bytes
+
+    assert reduced(4) == pytest.approx(reduced(1), rel=0.01)
+
+
 def test_changes_are_tried_from_the_smallest_to_the_largest():
     recipe = tiny_recipe(**{"train.batch_size": 64, "mesh.data": 8})
     topology = dataclasses.replace(open_topology("cpu:8"), chip=Chip(1000))

@@ -123,7 +123,7 @@ class _Run:
         for step, (images, labels) in enumerate(batches, self.start + 1):
             if step > fields.num_steps:
                 break
-            with jax.set_mesh(self.mesh):  # attention kernels that XLA cannot partition ask for it
+            with jax.set_mesh(self.mesh):  # attention and accumulated gradients ask for it
                 self.state, metrics = self.step(self.state, images, labels, self.key)
             if running is not None:
                 # One step behind, so that the host never keeps the device waiting.
