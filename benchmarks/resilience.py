@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks import common
 from tarflow_jax.data import Batch, prefetch_to_device, train_batches
-from tarflow_jax.distributed import Rows, split_cpu
+from tarflow_jax.runtime import Rows, split_cpu
 from tarflow_jax.training import Checkpoints, Recipe
 from tarflow_jax.training.step import recipe_state, recipe_step
 

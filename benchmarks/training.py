@@ -13,10 +13,10 @@ import numpy as np
 import optax
 
 from benchmarks import common, rivals
-from tarflow_jax.distributed import batch_sharding, make_mesh, split_cpu
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.noise import Noise
 from tarflow_jax.planning import forward_flops
+from tarflow_jax.runtime import batch_sharding, make_mesh, split_cpu
 from tarflow_jax.training import make_train_step
 from tarflow_jax.training.state import sharded_state
 

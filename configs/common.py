@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+from tarflow_jax.errors import UserError
+
 
 def get_config() -> ConfigDict:
     """A recipe without a model's shape, a data set and a number of steps; those are the recipes' own."""
@@ -101,5 +103,5 @@ def with_variant(config: ConfigDict, variant: str) -> ConfigDict:
     """Applies `likelihood` or `smoke`; raises ValueError for another name."""
     variants = {"": lambda same: same, "likelihood": likelihood, "smoke": smoke}
     if variant not in variants:
-        raise ValueError(f"unknown variant {variant!r}; expected {', '.join(filter(None, variants))}")
+        raise UserError(f"unknown variant {variant!r}; expected {', '.join(filter(None, variants))}")
     return variants[variant](config)

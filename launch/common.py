@@ -15,10 +15,10 @@ import numpy as np
 from absl import app, flags
 from etils import epath
 
-from tarflow_jax.distributed import Preempted, start_processes
-from tarflow_jax.errors import one_line
+from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.figures import grid, save_png, to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
+from tarflow_jax.runtime import Preempted, start_processes
 from tarflow_jax.sampling import GaussSeidelJacobi, Guidance, Jacobi, Sequential
 from tarflow_jax.training.loop import NonFiniteError
 
@@ -33,8 +33,14 @@ DECODERS = {
 }
 
 
+TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from, not only what it says.")
+
+
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
-    """app.run, with one line on stderr instead of a traceback for errors that the user can mend."""
+    """app.run, with one line on stderr instead of a traceback for errors of the user's making.
+
+    Any other exception is a fault of ours and keeps its traceback.
+    """
 
     def guarded(argv: Sequence[str]) -> int:
         for chatty in ("absl", "jax"):  # Orbax and TFDS tell of every file, JAX of every absent platform
@@ -43,12 +49,14 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         stop_at_sigterm()
         try:
             if argv[1:]:
-                raise ValueError(f"unexpected argument {argv[1]!r}; see --help for the flags")
+                raise UserError(f"unexpected argument {argv[1]!r}; see --help for the flags")
             return main(argv) or 0
         except Preempted as stop:
             print(f"stopped: {stop}", file=sys.stderr)
             return EXIT_PREEMPTED
-        except (ValueError, OSError, ImportError, NonFiniteError) as error:
+        except (UserError, OSError, NonFiniteError) as error:
+            if TRACEBACK.value:
+                raise
             print(f"error: {error}", file=sys.stderr)
             return EXIT_ERROR
         except jax.errors.JaxRuntimeError as error:
@@ -124,7 +132,7 @@ def join_processes() -> bool:
     if values.distributed:
         start_processes(*explicit)
     elif any(value is not None for value in explicit):
-        raise ValueError(
+        raise UserError(
             "--coordinator_address, --num_processes and --process_id mean nothing without --distributed"
         )
     return values.distributed
@@ -193,4 +201,4 @@ def whole_number(name: str, text: str) -> int:
     try:
         return int(text)
     except ValueError:
-        raise ValueError(f"--{name} has {text!r}; expected whole numbers") from None
+        raise UserError(f"--{name} has {text!r}; expected whole numbers") from None

@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from launch import common
 from tarflow_jax.data import ImageSource, default_data_dir, open_source
-from tarflow_jax.distributed import make_mesh
+from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation import classification, distances, generation
 from tarflow_jax.evaluation.bits_per_dim import evaluate_bits_per_dim
 from tarflow_jax.evaluation.classifier import classifier_network
@@ -36,6 +36,7 @@ from tarflow_jax.evaluation.split import split_log_prob
 from tarflow_jax.flow import TarFlow
 from tarflow_jax.noise import to_float
 from tarflow_jax.pipeline import TarFlowPipeline
+from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling.guidance import SCHEDULES, TARGETS, Guidance
 from tarflow_jax.training import Recipe
 
@@ -98,11 +99,11 @@ def open_subject() -> Subject:
     The pipeline runs on the devices of this process: processes share the samples, chunk by chunk.
     """
     if (WORKDIR.value is None) == (MODEL.value is None):
-        raise ValueError("expected one of --workdir and --model")
+        raise UserError("expected one of --workdir and --model")
     name = WORKDIR.value or MODEL.value
     recipe = Recipe.from_workdir(WORKDIR.value) if WORKDIR.value else None
     if recipe is None and DATA.value is None:
-        raise ValueError("a saved model does not say what data it was trained on; name it, --data=NAME")
+        raise UserError("a saved model does not say what data it was trained on; name it, --data=NAME")
     pipe = common.open_pipeline(name, make_mesh(devices=jax.local_devices()))
     fields = recipe.config.data if recipe else None
     data = DATA.value or fields.source
@@ -113,7 +114,7 @@ def open_subject() -> Subject:
         size = pipe.config.image_size
         found = open_source(data, split, image_size=size, preprocessing=preprocessing, data_dir=data_dir)
         if found.image_shape != pipe.config.image_shape:
-            raise ValueError(f"{data} has images {found.image_shape}, the model {pipe.config.image_shape}")
+            raise UserError(f"{data} has images {found.image_shape}, the model {pipe.config.image_shape}")
         return found
 
     protocol = {
@@ -141,7 +142,7 @@ def measure_likelihood(subject: Subject) -> dict[str, Any]:
         found = {"bits/dim": bits.mean, "standard error": bits.standard_error, "images": bits.num_images}
         return found | {"dequantisation draws": DRAWS.value, "precision": "float32, full matmul"}
     if not ALLOW_NOISY.value:
-        raise ValueError(
+        raise UserError(
             "bits/dim is defined for models trained with uniform noise, this one's was gaussian; "
             "train with noise.kind=uniform, or pass --allow_noisy for nats/dim of noisy data"
         )
@@ -162,7 +163,7 @@ def measure_classification(subject: Subject) -> dict[str, Any]:
     """Bayes' rule over the split."""
     classes = subject.pipe.config.num_classes
     if not classes:
-        raise ValueError("classification needs a class-conditional model, this one has no classes")
+        raise UserError("classification needs a class-conditional model, this one has no classes")
     source = subject.source(SPLIT.value)
     images, labels = source.read(np.arange(len(source)))
     noisy = noisy_images(subject, images, jax.random.key(SEED.value))
@@ -174,7 +175,7 @@ def measure_classification(subject: Subject) -> dict[str, Any]:
 def measure_outliers(subject: Subject) -> dict[str, Any]:
     """log p, without labels, of the split against the same split of --outliers."""
     if OUTLIERS.value is None:
-        raise ValueError("outliers needs a second data set, --outliers=NAME")
+        raise UserError("outliers needs a second data set, --outliers=NAME")
     inside, outside = subject.source(SPLIT.value), open_source(OUTLIERS.value, SPLIT.value)
     log_probs = []
     for source, key in zip((inside, outside), jax.random.split(jax.random.key(SEED.value)), strict=True):
@@ -234,11 +235,11 @@ def sample_settings(pipe: TarFlowPipeline) -> list[tuple[Guidance, bool]]:
     """Every --guidance with every --denoise."""
     words = DENOISE.value or ["true" if pipe.noise_std is not None else "false"]
     if set(words) - {"true", "false"}:
-        raise ValueError(f"--denoise has {','.join(words)!r}; expected true, false, or false,true")
+        raise UserError(f"--denoise has {','.join(words)!r}; expected true, false, or false,true")
     try:
         weights = [float(weight) for weight in GUIDANCE.value]
     except ValueError:
-        raise ValueError(f"--guidance has {','.join(GUIDANCE.value)!r}; expected numbers") from None
+        raise UserError(f"--guidance has {','.join(GUIDANCE.value)!r}; expected numbers") from None
     guidances = [Guidance(weight, TARGET.value, SCHEDULE.value, TEMPERATURE.value) for weight in weights]
     return [(guidance, word == "true") for guidance, word in itertools.product(guidances, words)]
 
@@ -268,7 +269,7 @@ def main(argv: Sequence[str]) -> None:
     """Measures, prints, writes."""
     metrics = list(dict.fromkeys(METRICS.value))
     if unknown := [metric for metric in metrics if metric not in ALL_METRICS]:
-        raise ValueError(f"unknown metric {unknown[0]!r}; expected some of {', '.join(ALL_METRICS)}")
+        raise UserError(f"unknown metric {unknown[0]!r}; expected some of {', '.join(ALL_METRICS)}")
     common.join_processes()
     common.stop_at_sigterm()
     subject = open_subject()

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
+from tarflow_jax.errors import UserError
+
 LOG = "log.txt"
 SLURM_SCRIPT = Path(__file__).with_name("slurm.sbatch")
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -54,7 +56,7 @@ def sole_user(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "sweep.lock").open("a+") as lock:
         if not _try_lock(lock):
-            raise ValueError(f"process {_read(lock)} sweeps {folder} already; wait for it, or stop it")
+            raise UserError(f"process {_read(lock)} sweeps {folder} already; wait for it, or stop it")
         _write(lock, os.getpid())
         yield
 

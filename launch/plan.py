@@ -19,6 +19,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch import common
+from tarflow_jax.errors import UserError
 from tarflow_jax.planning import Plan, Topology, compile_program, open_topology, sample_program, train_program
 from tarflow_jax.planning.changes import as_flags, dividing_options, smallest_change
 from tarflow_jax.training import Recipe
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     if MESH.value:
         sizes = [common.whole_number("mesh", size) for size in MESH.value]
         if len(sizes) != 3:
-            raise ValueError(f"--mesh has {len(sizes)} sizes; expected data,fsdp,tensor")
+            raise UserError(f"--mesh has {len(sizes)} sizes; expected data,fsdp,tensor")
         config.mesh.update(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
     recipe = Recipe(config)
     make = functools.partial(make_plan, topology)
@@ -77,7 +78,7 @@ def make_plan(topology: Topology, recipe: Recipe) -> Plan:
         mesh = recipe.mesh(topology.devices)
     except ValueError as error:
         options = dividing_options(recipe, len(topology.devices))
-        raise ValueError(f"{error}; here: {' or '.join(map(as_flags, options))}") from error
+        raise UserError(f"{error}; here: {' or '.join(map(as_flags, options))}") from error
     program = (sample_program if SAMPLER.value else train_program)(recipe, mesh)
     return compile_program(program, recipe, topology, mesh)
 

@@ -16,6 +16,7 @@ from absl import flags
 
 from launch import common
 from tarflow_jax import data
+from tarflow_jax.errors import UserError
 from tarflow_jax.figures import grid, save_png
 
 DATA = flags.DEFINE_string("data", None, "What to prepare; docs/data.md lists the names.")
@@ -52,7 +53,7 @@ def _parse_size(texts: list[str] | None) -> tuple[int, int] | None:
     if texts is None:
         return None
     if len(texts) > 2 or not all(text.isdecimal() and int(text) > 0 for text in texts):
-        raise ValueError(f"image size {','.join(texts)!r} is not a positive number or height,width")
+        raise UserError(f"image size {','.join(texts)!r} is not a positive number or height,width")
     return int(texts[0]), int(texts[-1])
 
 

@@ -11,9 +11,9 @@ from absl import flags
 from etils import epath
 
 from launch import common
-from tarflow_jax.distributed import make_mesh
 from tarflow_jax.evaluation.sample_files import write_samples
 from tarflow_jax.figures import grid, save_gif, save_png, to_uint8
+from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling.guidance import SCHEDULES, TARGETS, Guidance
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A training run's folder, a saved model's, or a hub name.")

@@ -21,7 +21,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from launch import common, jobs, sweep_report
-from tarflow_jax.distributed import Preempted
+from tarflow_jax.errors import UserError
+from tarflow_jax.runtime import Preempted
 from tarflow_jax.training import Recipe
 from tarflow_jax.training.workdir import RESULTS
 
@@ -48,7 +49,7 @@ class Run(NamedTuple):
 def main(argv: Sequence[str]) -> int:
     """Plans, runs, reports."""
     if "://" in WORKDIR.value:
-        raise ValueError(f"--workdir is {WORKDIR.value}; a sweep needs a folder on a disk, for its locks")
+        raise UserError(f"--workdir is {WORKDIR.value}; a sweep needs a folder on a disk, for its locks")
     flag, workdir = flags.FLAGS["config"], Path(WORKDIR.value)
     source, shared = config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
     runs = plan(CONFIG.value, source, shared, workdir)
@@ -108,10 +109,10 @@ def plan(config: ConfigDict, source: str, shared: Mapping[str, Any], workdir: Pa
     module = runpy.run_path(source.partition(":")[0])
     points = list(module["sweep"]()) if "sweep" in module else []
     if not all(points) or not points:
-        raise ValueError(f"{source} has no sweep() that gives overrides; see configs/sweeping.py")
+        raise UserError(f"{source} has no sweep() that gives overrides; see configs/sweeping.py")
     fields = list(dict.fromkeys(name for point in points for name in point))
     if both := [name for name in fields if name in shared]:
-        raise ValueError(f"--config.{both[0]} was given, but the sweep sets it")
+        raise UserError(f"--config.{both[0]} was given, but the sweep sets it")
     runs = []
     for point in points:
         recipe = _recipe(config, point)
@@ -123,7 +124,7 @@ def plan(config: ConfigDict, source: str, shared: Mapping[str, Any], workdir: Pa
         runs.append(Run(recipe, settings, jobs.Job(folder, steps)))
     names = [run.job.folder.name for run in runs]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise ValueError(f"{source} has the run {twice[0]} twice")
+        raise UserError(f"{source} has the run {twice[0]} twice")
     return runs
 
 
@@ -148,7 +149,7 @@ def _recipe(config: ConfigDict, overrides: Mapping[str, Any]) -> Recipe:
         return Recipe(config)
     except (KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error.args[0]).split())
-        raise ValueError(f"the sweep's {_plain(overrides)}: {reason}") from error
+        raise UserError(f"the sweep's {_plain(overrides)}: {reason}") from error
 
 
 def _steps(

@@ -11,6 +11,7 @@ from numbers import Number
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tarflow_jax.errors import MissingPackageError, UserError
 from tarflow_jax.evaluation.report import format_table
 from tarflow_jax.files import replacing, write_text
 
@@ -68,14 +69,14 @@ def choose_metric(rows: Sequence[Row], wanted: str | None) -> str:
     if wanted in names:
         return wanted
     if len(found) != 1:
-        raise ValueError(f"--metric={wanted} fits {len(found)} metrics; expected a part of one of {names}")
+        raise UserError(f"--metric={wanted} fits {len(found)} metrics; expected a part of one of {names}")
     return found[0]
 
 
 def require_matplotlib() -> None:
     """Raises ImportError, before hours of training rather than after them."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("the sweep's plot needs matplotlib; pip install 'matplotlib>=3.10,<4'")
+        raise MissingPackageError("the sweep's plot needs matplotlib; pip install 'matplotlib>=3.10,<4'")
 
 
 def write_plot(rows: Sequence[Row], metric: str, path: Path) -> None:

@@ -15,9 +15,9 @@ from etils import epath
 from ml_collections import config_flags
 
 from launch import common
-from tarflow_jax.distributed import PreemptionGuard, split_cpu
 from tarflow_jax.figures import grid, save_png, to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
+from tarflow_jax.runtime import PreemptionGuard, split_cpu
 from tarflow_jax.sampling import Guidance
 from tarflow_jax.training import Recipe, train
 from tarflow_jax.training.loop import evaluate_loss

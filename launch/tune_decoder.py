@@ -15,6 +15,7 @@ from absl import flags
 from etils import epath
 
 from launch import common
+from tarflow_jax.errors import UserError
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Decoder, Guidance, Schedule
 from tarflow_jax.sampling.fixed_point import DEFAULT_TOLERANCE
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     decoders: dict[int, tuple[Decoder, ...]] = {}
     for count in (common.whole_number("num_images", text) for text in NUM_IMAGES.value):
         if count < 1:
-            raise ValueError(f"num_images is {count}; expected positive numbers")
+            raise UserError(f"num_images is {count}; expected positive numbers")
         latents = pipe.latents(jax.random.key(SEED.value), count)
         labels = common.example_labels(pipe.config.num_classes, count)
         tuning = tune(

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tarflow_jax.errors import UserError
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.sampling import Decoder, GaussSeidelJacobi, Guidance, Jacobi, Schedule, Sequential
 
@@ -17,9 +18,9 @@ def check_images(config: TarFlowConfig, images: Any) -> jax.Array:
     """float32 [B, H, W, K]; ValueError for another shape, or for whole numbers."""
     images = jnp.asarray(images)
     if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f"images are {images.dtype}; expected floats in [-1, 1] (8-bit v is v / 127.5 - 1)")
+        raise UserError(f"images are {images.dtype}; expected floats in [-1, 1] (8-bit v is v / 127.5 - 1)")
     if images.ndim != 4 or images.shape[1:] != config.image_shape or not len(images):
-        raise ValueError(
+        raise UserError(
             f"images have shape {images.shape}; expected [B, H, W, K] = [B, "
             f"{', '.join(map(str, config.image_shape))}] with B >= 1"
         )
@@ -32,13 +33,13 @@ def check_labels(config: TarFlowConfig, labels: Any, batch_size: int) -> jax.Arr
         return None
     array, classes = np.asarray(labels), config.num_classes
     if not np.issubdtype(array.dtype, np.integer) or array.shape != (batch_size,):
-        raise ValueError(
+        raise UserError(
             f"labels are {array.dtype} {array.shape}; expected whole numbers of shape ({batch_size},)"
         )
     wrong = array[(array < -1) | (array >= classes)]
     if len(wrong):
         valid = f"-1 (no class) to {classes - 1}" if classes else "-1 or None, the model has no classes"
-        raise ValueError(f"label {wrong[0]} is out of range; expected {valid}")
+        raise UserError(f"label {wrong[0]} is out of range; expected {valid}")
     return jnp.asarray(array, jnp.int32) if classes else None
 
 
@@ -48,14 +49,14 @@ def check_decoder(
     """One decoder a block, or None for sequential ones; ValueError for anything else."""
     if isinstance(decoder, str):
         if decoder != "auto":
-            raise ValueError(f'decoder is {decoder!r}; expected a decoder, one for each block, or "auto"')
+            raise UserError(f'decoder is {decoder!r}; expected a decoder, one for each block, or "auto"')
         return schedule.of(batch_size) if schedule else None
     if decoder is None or decoder == Sequential():
         return None
     if isinstance(decoder, Sequential | Jacobi | GaussSeidelJacobi):
         return (decoder,) * config.num_blocks
     if len(decoder) != config.num_blocks:
-        raise ValueError(
+        raise UserError(
             f"{len(decoder)} decoders are given; expected one for each of {config.num_blocks} blocks"
         )
     return tuple(decoder)
@@ -68,7 +69,7 @@ def check_guidance(
     if guidance is None or guidance.weight == 0:
         return None, jnp.float32(1), "both"
     if not config.num_classes and guidance.attention_temperature == 1:
-        raise ValueError(
+        raise UserError(
             "guidance by class needs a class-conditional model, this one has no classes; "
             "set an attention temperature other than 1"
         )

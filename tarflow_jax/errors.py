@@ -1,4 +1,12 @@
-"""Errors are one line: of others' messages, which may be pages, the first is quoted."""
+"""Errors of the caller's making, told in one line; any other exception is a fault of this package."""
+
+
+class UserError(ValueError):
+    """What was given cannot be; the message says what is wrong, what was expected and what to do, in one line."""
+
+
+class MissingPackageError(UserError, ImportError):
+    """An optional package is not installed; the message says how to install it."""
 
 
 def one_line(error: BaseException) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from tarflow_jax.errors import UserError
+
 KINDS = ("gaussian", "uniform")
 
 
@@ -27,11 +29,11 @@ class Noise:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"noise kind is {self.kind!r}; expected one of {', '.join(KINDS)}")
+            raise UserError(f"noise kind is {self.kind!r}; expected one of {', '.join(KINDS)}")
         if self.kind == "gaussian" and not 0 < self.std < float("inf"):
-            raise ValueError(f"gaussian noise has std {self.std}; expected a positive number")
+            raise UserError(f"gaussian noise has std {self.std}; expected a positive number")
         if self.kind == "uniform" and self.std:
-            raise ValueError(f"uniform noise has no std, but noise std is {self.std}; leave it 0")
+            raise UserError(f"uniform noise has no std, but noise std is {self.std}; leave it 0")
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -44,7 +46,7 @@ class Noise:
           ValueError: for missing, unknown or impossible fields.
         """
         if set(fields) != {"kind", "std"} or not isinstance(fields["std"], int | float):
-            raise ValueError(f"noise is {dict(fields)}; expected a kind and a numeric std")
+            raise UserError(f"noise is {dict(fields)}; expected a kind and a numeric std")
         return cls(fields["kind"], float(fields["std"]))
 
     def __call__(self, key: jax.Array, images: jax.Array) -> jax.Array:

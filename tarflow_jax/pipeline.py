@@ -20,10 +20,11 @@ from tarflow_jax.arguments import (
     check_images,
     check_labels,
 )
-from tarflow_jax.distributed import Parts
+from tarflow_jax.errors import UserError
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.likelihood import bits_per_dim, log_prob
 from tarflow_jax.noise import Noise, dequantise
+from tarflow_jax.runtime import Parts
 from tarflow_jax.sampling import Guidance, Schedule, Sequential, decode, denoise
 from tarflow_jax.sampling.memory import backward_bytes, decode_bytes, forward_bytes
 from tarflow_jax.training.workdir import read_workdir
@@ -62,7 +63,7 @@ class TarFlowPipeline:
           ema_params: the parameters' average, used instead of the raw ones, which are kept to be saved beside it.
           card: what a saved model's card tells, see `interop.save_model`.
           schedule: what `decoder="auto"` uses.
-          mesh: devices to spread over (`tarflow_jax.distributed.make_mesh`); None is the default device.
+          mesh: devices to spread over (`tarflow_jax.runtime.make_mesh`); None is the default device.
           memory_bound: bytes that a batch's activations may take, on all devices together.
         """
         self.config, self.noise = config, noise
@@ -119,7 +120,7 @@ class TarFlowPipeline:
                 **options,
             )
         if best:
-            raise ValueError(f"{name} is no training workdir; only these have a best checkpoint")
+            raise UserError(f"{name} is no training workdir; only these have a best checkpoint")
         saved = interop.load_model(name)
         schedule = Schedule.read(name, saved.config.num_blocks)
         return cls(
@@ -258,7 +259,7 @@ class TarFlowPipeline:
         """
         images = np.asarray(images_uint8)
         if images.dtype != np.uint8:
-            raise ValueError(f"images are {images.dtype}; expected uint8 in 0..255")
+            raise UserError(f"images are {images.dtype}; expected uint8 in 0..255")
         noisy = dequantise(key, jnp.asarray(images))
         return bits_per_dim(self.log_prob(noisy, labels), self.config.num_dims)
 
@@ -277,7 +278,7 @@ class TarFlowPipeline:
         std = self.noise_std if noise_std is None else noise_std
         if std is None or (self.noise is not None and self.noise_std is None):
             kind = self.noise.kind if self.noise else "unknown"
-            raise ValueError(
+            raise UserError(
                 f"denoising needs a model trained with gaussian noise, this one's was {kind}; "
                 + ("pass noise_std if you know it" if self.noise is None else "sample without denoising")
             )

@@ -16,8 +16,8 @@ from tiny_models import TINY, new_variables
 
 from tarflow_jax import Guidance, Noise, TarFlow, TarFlowPipeline
 from tarflow_jax.data import ArraySource
-from tarflow_jax.distributed import Rows, make_mesh, start_processes
 from tarflow_jax.evaluation.bits_per_dim import evaluate_bits_per_dim
+from tarflow_jax.runtime import Rows, make_mesh, start_processes
 from tarflow_jax.training import make_train_step
 from tarflow_jax.training.state import sharded_state
 

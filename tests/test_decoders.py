@@ -11,8 +11,8 @@ import pytest
 from tiny_models import LABELS, TINY, VP, decode, encode, images_of, random_variables
 
 from tarflow_jax import Guidance, Noise, TarFlowConfig, TarFlowPipeline
-from tarflow_jax.distributed import make_mesh
 from tarflow_jax.flow import FlowBlock, to_tokens
+from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Schedule, Sequential
 from tarflow_jax.sampling.tuning import tune
 

@@ -11,12 +11,12 @@ import pytest
 from tiny_models import LABELS, TINY, VP, decode, encode, images_of, new_variables, random_variables
 
 from tarflow_jax import TarFlow, TarFlowConfig
-from tarflow_jax.distributed import make_mesh
 from tarflow_jax.flow import FlowBlock, permute, to_images, to_tokens, unstack_layers, updated_prior
 from tarflow_jax.flow.attention import attend, choose_kernel, splash
 from tarflow_jax.flow.product import dense_product
 from tarflow_jax.flow.transformer import gelu
 from tarflow_jax.likelihood import bits_per_dim, log_prob, training_loss
+from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling import denoise
 
 CASES = pytest.mark.parametrize("config", [TINY, VP], ids=["nvp-conditional", "vp"])

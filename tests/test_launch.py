@@ -59,7 +59,7 @@ def test_each_core_is_a_device_and_each_device_has_its_rows():
             "import jax",
             "import os",
             "os.cpu_count = lambda: 6",
-            "from tarflow_jax.distributed import split_cpu",
+            "from tarflow_jax.runtime import split_cpu",
             "split_cpu(32)",
             "print(jax.device_count())",
         ]
@@ -154,3 +154,29 @@ def test_processes_that_cannot_be_joined(tmp_path, arguments, message):
     code, out, err = run("launch.sample", f"--workdir={tmp_path}", *arguments)
     assert (code, out) == (1, "")
     assert message in err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("error", "flags", "shows_traceback"),
+    [
+        ("UserError('width is 3; expected 4')", [], False),
+        ("FileNotFoundError('no such file')", [], False),
+        ("UserError('width is 3; expected 4')", ["--traceback"], True),
+        ("ValueError('operands could not be broadcast')", [], True),
+        ("TypeError('missing argument')", [], True),
+    ],
+)
+def test_only_errors_of_the_users_making_lose_their_traceback(error, flags, shows_traceback):
+    program = (
+        "from launch import common\n"
+        "from tarflow_jax.errors import UserError\n"
+        f"def main(argv): raise {error}\n"
+        "common.run(main)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *flags], cwd=ROOT, env=os.environ, text=True, capture_output=True
+    )
+    assert done.returncode == 1
+    assert ("Traceback" in done.stderr) == shows_traceback
+    if not shows_traceback:
+        assert done.stderr == f"error: {error.split(chr(39))[1]}\n"

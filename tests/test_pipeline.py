@@ -10,8 +10,8 @@ import pytest
 from tiny_models import LABELS, TINY, VP, encode, images_of, random_variables
 
 from tarflow_jax import Guidance, Noise, TarFlowPipeline
-from tarflow_jax.distributed import make_mesh
 from tarflow_jax.likelihood import bits_per_dim
+from tarflow_jax.runtime import make_mesh
 
 GAUSSIAN = Noise("gaussian", 0.1)
 

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import pytest
 
 from configs import digits
-from tarflow_jax.distributed import make_mesh
 from tarflow_jax.flow.attention import choose_kernel
 from tarflow_jax.planning import (
     Plan,
@@ -27,6 +26,7 @@ from tarflow_jax.planning.changes import as_flags, changes, dividing_options, sm
 from tarflow_jax.planning.chips import Chip
 from tarflow_jax.planning.flops import forward_flops, program_flops
 from tarflow_jax.planning.traffic import Collective, Traffic, traffic
+from tarflow_jax.runtime import make_mesh
 from tarflow_jax.training import Recipe
 
 ROOT = Path(__file__).parent.parent

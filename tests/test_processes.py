@@ -18,9 +18,9 @@ import runs
 
 from configs import digits
 from tarflow_jax import TarFlowPipeline
-from tarflow_jax.distributed import make_mesh
 from tarflow_jax.evaluation.sample_files import read_samples
 from tarflow_jax.figures import to_uint8
+from tarflow_jax.runtime import make_mesh
 from tarflow_jax.training import Recipe, train
 from tarflow_jax.training.workdir import read_workdir
 

@@ -22,9 +22,9 @@ from configs import digits
 from launch import common
 from tarflow_jax import TarFlowPipeline
 from tarflow_jax.data import ArraySource, train_batches
-from tarflow_jax.distributed import Preempted, make_mesh
 from tarflow_jax.evaluation import generation
 from tarflow_jax.files import replacing
+from tarflow_jax.runtime import Preempted, make_mesh
 from tarflow_jax.training import Checkpoints, Recipe, train
 from tarflow_jax.training.loop import NonFiniteError
 from tarflow_jax.training.workdir import read_workdir

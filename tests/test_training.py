@@ -16,8 +16,8 @@ from tiny_models import TINY, VP
 
 from configs import digits
 from tarflow_jax import Noise, TarFlow
-from tarflow_jax.distributed import make_mesh, shardings
 from tarflow_jax.likelihood import training_loss
+from tarflow_jax.runtime import make_mesh, shardings
 from tarflow_jax.training import Checkpoints, Recipe
 from tarflow_jax.training.metrics import MetricsWriter
 from tarflow_jax.training.state import initial_state

@@ -51,7 +51,7 @@ def train_batches(
       seed: of the order and the flips.
       flip: mirror each image left to right with probability 1/2, drawn from (seed, step, row).
       start_step: the step of the first batch.
-      rows: those of each batch to read (`distributed.Rows.local`); None is all of them.
+      rows: those of each batch to read (`runtime.Rows.local`); None is all of them.
       num_workers: threads that read batches ahead; 0 reads in the caller's.
     """
     rows = np.arange(batch_size) if rows is None else np.asarray(rows)

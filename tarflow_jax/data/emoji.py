@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tarflow_jax.data.folder import Item
 from tarflow_jax.data.splits import SPLITS, split_of
+from tarflow_jax.errors import UserError
 
 PACKAGE = "emoji-datasource-google"
 HOW = f"get it with: npm pack {PACKAGE}@16.0.0"
@@ -41,7 +42,7 @@ def read_package(path: Path) -> dict[str, bytes]:
                     file = archive.extractfile(member)
                     content[name] = file.read() if file else b""
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"emoji64: {path} is no whole tarball ({error}); {HOW}") from None
+        raise UserError(f"emoji64: {path} is no whole tarball ({error}); {HOW}") from None
     return content
 
 
@@ -60,7 +61,7 @@ def list_emoji(path: Path) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
                 if variant["has_img_google"]
             ]
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"emoji64: {path} is not the package {PACKAGE} ({error!r}); {HOW}") from None
+        raise UserError(f"emoji64: {path} is not the package {PACKAGE} ({error!r}); {HOW}") from None
     return splits, label_names
 
 

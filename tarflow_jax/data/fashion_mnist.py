@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from tarflow_jax.data.source import ArraySource
+from tarflow_jax.errors import UserError
 
 # Where Debian's package dataset-fashion-mnist puts them.
 DEFAULT_FOLDER = Path("/usr/share/datasets/fashion-mnist")
@@ -41,14 +42,14 @@ def read_idx(path: Path, num_dimensions: int) -> np.ndarray:
         with gzip.open(path, "rb") as file:
             header = file.read(4 + 4 * num_dimensions)
             if header[:4] != bytes([0, 0, 8, num_dimensions]) or len(header) != 4 + 4 * num_dimensions:
-                raise ValueError(f"{path}: {wanted}, but its header says otherwise")
+                raise UserError(f"{path}: {wanted}, but its header says otherwise")
             shape = [int(size) for size in np.frombuffer(header, ">u4", offset=4)]
             # One byte more than promised would show that the header lies, without reading an endless file.
             body = file.read(math.prod(shape) + 1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: {wanted}, got a damaged one ({error}); copy the file again") from None
+        raise UserError(f"{path}: {wanted}, got a damaged one ({error}); copy the file again") from None
     if len(body) != math.prod(shape):
-        raise ValueError(
+        raise UserError(
             f"{path}: the header promises {shape}, but {len(body)} bytes follow; copy the file again"
         )
     return np.frombuffer(body, np.uint8).reshape(shape)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from tarflow_jax.data.images import decode_image, preprocess, read_file
 from tarflow_jax.data.source import NO_LABEL, EncodedSource
 from tarflow_jax.data.splits import split_of
+from tarflow_jax.errors import UserError
 from tarflow_jax.files import write_text
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif")
@@ -63,7 +64,7 @@ def list_folder(root: Path, split: str) -> Listing:
         label_names = _classes(paths, root)
         paths = [path for path in paths if split_of(path) == split]
     if not paths:
-        raise ValueError(f"folder:{root}: no {', '.join(EXTENSIONS)} files for the {split} split")
+        raise UserError(f"folder:{root}: no {', '.join(EXTENSIONS)} files for the {split} split")
     return Listing([_item(root, chosen, path, label_names) for path in paths], label_names)
 
 
@@ -79,7 +80,7 @@ def _walk(root: Path) -> Iterator[str]:
 def _classes(paths: Iterable[str], root: Path) -> tuple[str, ...]:
     names = {path.split("/")[0] if "/" in path else "" for path in paths}
     if "" in names and len(names) > 1:
-        raise ValueError(
+        raise UserError(
             f"folder:{root}: images lie both beside and inside class folders; move the former into a class"
         )
     return tuple(sorted(names - {""}))
@@ -90,7 +91,7 @@ def _item(root: Path, chosen: Path, path: str, label_names: tuple[str, ...]) -> 
     if label_names:
         name = path.split("/")[0]
         if name not in label_names:
-            raise ValueError(f"folder:{chosen}: class {name!r} of {path} has no folder in the training split")
+            raise UserError(f"folder:{chosen}: class {name!r} of {path} has no folder in the training split")
         label = label_names.index(name)
     file = chosen / path
     try:
@@ -118,7 +119,7 @@ def open_folder(
     name = f"folder:{root}"
     items, label_names = list_folder(root, split)
     if image_size is None and preprocessing != "none":
-        raise ValueError(f"{name}: preprocessing {preprocessing} needs an image size")
+        raise UserError(f"{name}: preprocessing {preprocessing} needs an image size")
     size = image_size or _first_size(name, items)
     key = fingerprint(items, str(root.resolve()), size if preprocessing == "none" else None)
     report = data_dir / "checked" / f"{key[:32]}.json"
@@ -149,7 +150,7 @@ def _first_size(name: str, items: list[Item]) -> tuple[int, int]:
         except ValueError:
             continue
         return image.height, image.width
-    raise ValueError(f"{name}: none of the {len(items)} files is an image")
+    raise UserError(f"{name}: none of the {len(items)} files is an image")
 
 
 def fingerprint(items: Iterable[Item], *more: object) -> str:
@@ -194,7 +195,7 @@ def refuse_bad(name: str, bad: dict[str, str], num_images: int, skip_bad: bool) 
         listed = [f"{path} ({reason})" for path, reason in list(bad.items())[:MAX_LISTED]]
         if len(bad) > MAX_LISTED:
             listed.append(f"and {len(bad) - MAX_LISTED} more")
-        raise ValueError(
+        raise UserError(
             f"{name}: {len(bad)} of {num_images} files cannot be used; mend or remove them, or set skip_bad: "
             + "; ".join(listed)
         )

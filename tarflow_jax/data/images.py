@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from tarflow_jax.errors import UserError
+
 PREPROCESSINGS = ("none", "tarflow", "adm")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 BACKGROUND = 255  # transparent pixels lie over white
@@ -27,19 +29,19 @@ def read_file(path: Path) -> bytes:
     try:
         status = os.stat(path)
     except OSError as error:
-        raise ValueError("broken link" if path.is_symlink() else str(error.strerror)) from None
+        raise UserError("broken link" if path.is_symlink() else str(error.strerror)) from None
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError("not a regular file")  # reading a pipe would wait for ever
+        raise UserError("not a regular file")  # reading a pipe would wait for ever
     if not status.st_mode & 0o444:
-        raise ValueError("no permission to read")  # root could, but others who train on this folder could not
+        raise UserError("no permission to read")  # root could, but others who train on this folder could not
     if status.st_size == 0:
-        raise ValueError("empty file")
+        raise UserError("empty file")
     if status.st_size > MAX_FILE_BYTES:
-        raise ValueError(f"{status.st_size} bytes, more than the {MAX_FILE_BYTES} allowed")
+        raise UserError(f"{status.st_size} bytes, more than the {MAX_FILE_BYTES} allowed")
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ValueError(str(error.strerror)) from None
+        raise UserError(str(error.strerror)) from None
 
 
 def decode_image(content: bytes, channels: int = 3) -> Image.Image:
@@ -64,7 +66,7 @@ def decode_image(content: bytes, channels: int = 3) -> Image.Image:
         refusal = f"not an image of {', '.join(FORMATS)}"
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
         refusal = f"damaged image ({error})"
-    raise ValueError(refusal)
+    raise UserError(refusal)
 
 
 def _refusal(image: Image.Image) -> str | None:
@@ -117,7 +119,7 @@ def preprocess(image: Image.Image, preprocessing: str, image_size: tuple[int, in
     else:
         check_preprocessing(preprocessing)
         if image.size != (width, height):
-            raise ValueError(
+            raise UserError(
                 f"{image.height}x{image.width} (height x width), expected {height}x{width}; "
                 "choose preprocessing tarflow or adm to resize"
             )
@@ -129,7 +131,7 @@ def preprocess(image: Image.Image, preprocessing: str, image_size: tuple[int, in
 def check_preprocessing(preprocessing: str) -> None:
     """Raises ValueError unless the name is known."""
     if preprocessing not in PREPROCESSINGS:
-        raise ValueError(
+        raise UserError(
             f"unknown preprocessing {preprocessing!r}; expected one of {', '.join(PREPROCESSINGS)}"
         )
 

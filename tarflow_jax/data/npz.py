@@ -10,6 +10,7 @@ import numpy as np
 
 from tarflow_jax.data.source import ArraySource
 from tarflow_jax.data.splits import split_of
+from tarflow_jax.errors import UserError
 
 
 def open_npz(path: Path, split: str) -> ArraySource:
@@ -26,9 +27,9 @@ def open_npz(path: Path, split: str) -> ArraySource:
             images = archive["images" if "images" in archive else "arr_0"]
             labels = archive.get("labels" if "labels" in archive else "arr_1")
     except (ValueError, KeyError, OSError, EOFError, MemoryError, AttributeError) as error:
-        raise ValueError(f"{name}: {_EXPECTED} ({error})") from None
+        raise UserError(f"{name}: {_EXPECTED} ({error})") from None
     except (zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-        raise ValueError(f"{name}: damaged archive ({error})") from None
+        raise UserError(f"{name}: damaged archive ({error})") from None
     if images.ndim == 3:
         images = images[..., None]
     num_classes = int(labels.max()) + 1 if labels is not None and labels.size else 0

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from tarflow_jax.data.folder import Item, fingerprint, refuse_bad
 from tarflow_jax.data.images import BACKGROUND, check_preprocessing, decode_image, preprocess
 from tarflow_jax.data.source import EncodedSource
+from tarflow_jax.errors import UserError
 from tarflow_jax.files import sha256, write_text
 
 MANIFEST = "manifest.json"
@@ -191,14 +192,14 @@ def _check_packed(name: str, folder: Path, key: str) -> dict[str, Any]:
     """The manifest of a folder packed before, once its shards have been compared with it."""
     manifest = read_manifest(folder)
     if manifest["fingerprint"] != key:
-        raise ValueError(
+        raise UserError(
             f"{name}: {folder} holds another set, or this one with other files or preprocessing; "
             "remove it or choose another data_dir"
         )
     for split in manifest["splits"].values():
         for shard in split["shards"]:
             if sha256(folder / shard["file"]) != shard["sha256"]:
-                raise ValueError(f"{folder / shard['file']}: changed since it was packed; remove {folder}")
+                raise UserError(f"{folder / shard['file']}: changed since it was packed; remove {folder}")
     return manifest
 
 
@@ -219,10 +220,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         whole = all(type(size) is int and size > 0 for size in (height, width, *sizes)) and channels == 3
         plain = all(type(name) is str for name in names) and all(Path(file).name == file for file in files)
         if manifest["format"] != FORMAT or not whole or not plain:
-            raise ValueError("unexpected values")
+            raise UserError("unexpected values")
         check_preprocessing(manifest["preprocessing"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: damaged or from another version ({error}); pack the set again") from None
+        raise UserError(f"{path}: damaged or from another version ({error}); pack the set again") from None
     return manifest
 
 
@@ -234,27 +235,27 @@ def open_packed(name: str, folder: Path, split: str, preprocessing: str = "none"
     """
     manifest = read_manifest(folder)
     if preprocessing not in ("none", manifest["preprocessing"]):
-        raise ValueError(
+        raise UserError(
             f"{name}: packed with preprocessing {manifest['preprocessing']}, not {preprocessing}; "
             "pack it again"
         )
     if split not in manifest["splits"]:
-        raise ValueError(f"{name}: has no {split} split")
+        raise UserError(f"{name}: has no {split} split")
     shards = manifest["splits"][split]["shards"]
     for shard in shards:
         path = folder / shard["file"]
         if not path.is_file() or path.stat().st_size != shard["bytes"]:
-            raise ValueError(f"{path}: missing or cut short; copy or pack the set again")
+            raise UserError(f"{path}: missing or cut short; copy or pack the set again")
     try:
         records = ArrayRecordDataSource([str(folder / shard["file"]) for shard in shards])
     except RuntimeError as error:
-        raise ValueError(f"{name}: damaged shards ({error}); pack the set again") from None
+        raise UserError(f"{name}: damaged shards ({error}); pack the set again") from None
 
     def read_encoded(index: int) -> tuple[bytes, int]:
         try:
             record = records[index]
         except RuntimeError as error:
-            raise ValueError(f"damaged shard ({error}); pack the set again") from None
+            raise UserError(f"damaged shard ({error}); pack the set again") from None
         return record[LABEL.size :], LABEL.unpack_from(record)[0]
 
     source = EncodedSource(

@@ -16,6 +16,7 @@ from tarflow_jax.data.npz import open_npz
 from tarflow_jax.data.packed import MANIFEST, open_packed, pack
 from tarflow_jax.data.source import CachedSource, ImageSource
 from tarflow_jax.data.splits import SPLITS
+from tarflow_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ def _prepare_folder(argument: str, options: Options) -> str:
     root = Path(argument).expanduser()
     listings = {split: list_folder(root, split) for split in SPLITS}
     if options.image_size is None:
-        raise ValueError(f"folder:{root}: packing needs an image size; give one")
+        raise UserError(f"folder:{root}: packing needs an image size; give one")
     height, width = options.image_size
     output = options.data_dir / "packed" / f"{root.resolve().name}-{height}x{width}-{options.preprocessing}"
     items = {split: listing.items for split, listing in listings.items()}
@@ -170,12 +171,12 @@ def open_source(
     """
     kind, argument = _find_kind(name)
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r} of {name}; expected one of {', '.join(SPLITS)}")
+        raise UserError(f"unknown split {split!r} of {name}; expected one of {', '.join(SPLITS)}")
     options = _options(name, kind, image_size, preprocessing, data_dir, skip_bad)
     source = kind.open(argument, split, options)
     if options.image_size not in (None, source.image_shape[:2]):
         height, width = source.image_shape[:2]
-        raise ValueError(f"{name}: its images are {height}x{width}, but {_size(image_size)} is asked for")
+        raise UserError(f"{name}: its images are {height}x{width}, but {_size(image_size)} is asked for")
     return CachedSource(source, cache_bytes) if cache_bytes else source
 
 
@@ -203,10 +204,10 @@ def _find_kind(name: str) -> tuple[Kind, str]:
         known = ", ".join(kind.pattern for kind in KINDS.values())
         close = difflib.get_close_matches(key, KINDS, n=1)
         hint = f"; did you mean {KINDS[close[0]].pattern}?" if close else ""
-        raise ValueError(f"unknown data set {name!r}; known are {known}{hint}")
+        raise UserError(f"unknown data set {name!r}; known are {known}{hint}")
     pattern = KINDS[key].pattern
     if not argument and pattern.startswith(f"{key}:"):
-        raise ValueError(f"data set {name!r} is incomplete; expected {pattern}")
+        raise UserError(f"data set {name!r} is incomplete; expected {pattern}")
     return KINDS[key], argument
 
 
@@ -220,7 +221,7 @@ def _options(
 ) -> Options:
     check_preprocessing(preprocessing)
     if preprocessing != "none" and not kind.preprocesses:
-        raise ValueError(f"{name}: its images are taken as they are; set preprocessing to none")
+        raise UserError(f"{name}: its images are taken as they are; set preprocessing to none")
     folder = Path(data_dir).expanduser() if data_dir else default_data_dir()
     size = None if image_size is None else (int(image_size[0]), int(image_size[1]))
     return Options(folder, size, preprocessing, skip_bad)

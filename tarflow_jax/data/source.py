@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tarflow_jax.data.images import check_preprocessing, decode_image, preprocess
+from tarflow_jax.errors import UserError
 
 NO_LABEL = -1
 
@@ -71,7 +72,7 @@ class ArraySource(ImageSource):
         """Takes uint8 images [N, H, W, K] and integer labels [N], or None. Raises ValueError otherwise."""
         if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
             got = f"{images.dtype} {list(images.shape)}"
-            raise ValueError(f"{name}: expected images as uint8 [N, H, W, K] with N > 0, got {got}")
+            raise UserError(f"{name}: expected images as uint8 [N, H, W, K] with N > 0, got {got}")
         super().__init__(name, images.shape[1:], num_classes, label_names)
         self.images = images
         self.labels = check_labels(name, labels, len(images), num_classes)
@@ -105,7 +106,7 @@ class EncodedSource(ImageSource):
         super().__init__(name, image_shape, num_classes, label_names)
         check_preprocessing(preprocessing)
         if num_images == 0:
-            raise ValueError(f"{name}: no images")
+            raise UserError(f"{name}: no images")
         self.preprocessing = self._preprocessing = preprocessing
         self._num_images = num_images
         self._read_encoded = read_encoded
@@ -118,11 +119,11 @@ class EncodedSource(ImageSource):
         try:
             content, label = self._read_encoded(index)
             if self.num_classes and not NO_LABEL <= label < self.num_classes:
-                raise ValueError(f"label {label} is out of range; {self.num_classes} classes are expected")
+                raise UserError(f"label {label} is out of range; {self.num_classes} classes are expected")
             image = decode_image(content, self.image_shape[2])
             array = preprocess(image, self._preprocessing, self.image_shape[:2])
         except ValueError as error:
-            raise ValueError(f"{self._describe(index)}: {error}") from None
+            raise UserError(f"{self._describe(index)}: {error}") from None
         return {"image": array, "label": np.int32(label if self.num_classes else NO_LABEL)}
 
 
@@ -159,10 +160,10 @@ def check_labels(name: str, labels: np.ndarray | None, num_images: int, num_clas
     labels = np.asarray(labels)
     if labels.shape != (num_images,) or not np.issubdtype(labels.dtype, np.integer):
         got = f"{labels.dtype} {list(labels.shape)}"
-        raise ValueError(f"{name}: expected {num_images} integer labels, one an image, got {got}")
+        raise UserError(f"{name}: expected {num_images} integer labels, one an image, got {got}")
     outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(outside):
-        raise ValueError(
+        raise UserError(
             f"{name}: label {labels[outside[0]]} of image {outside[0]} is out of range; "
             f"labels of {num_classes} classes are 0 to {num_classes - 1}"
         )

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from tarflow_jax.data.source import NO_LABEL, EncodedSource
+from tarflow_jax.errors import UserError
 
 # What stands in for "test" where a set has none, as ImageNet's published figures do.
 TEST_SPLITS = ("test", "validation")
@@ -29,13 +30,13 @@ def load_builder(argument: str, folder: Path) -> tfds.core.DatasetBuilder:
     if name not in known:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean tfds:{close[0]}?" if close else "; see tfds.list_builders()"
-        raise ValueError(f"tfds:{argument}: unknown data set{hint}")
+        raise UserError(f"tfds:{argument}: unknown data set{hint}")
     try:
         return tfds.builder(argument, data_dir=str(folder), try_gcs=False, file_format="array_record")
     except ImportError as error:
-        raise ValueError(f"tfds:{argument}: needs a package that is missing ({error}); install it") from None
+        raise UserError(f"tfds:{argument}: needs a package that is missing ({error}); install it") from None
     except (AssertionError, ValueError) as error:
-        raise ValueError(f"tfds:{argument}: {' '.join(str(error).split())}") from None
+        raise UserError(f"tfds:{argument}: {' '.join(str(error).split())}") from None
 
 
 def prepare_tfds(argument: str, data_dir: Path) -> None:
@@ -67,12 +68,12 @@ def _naming_packages(argument: str) -> Iterator[None]:
         yield
     except ImportError as error:
         package = {"tensorflow": "tensorflow-cpu"}.get((error.name or "").split(".")[0], error.name)
-        raise ValueError(
+        raise UserError(
             f"tfds:{argument}: preparing it needs the optional package {package}; pip install {package}, "
             "prepare once, and training will not need it"
         ) from None
     except AssertionError as error:  # how TFDS asks for files that one has to fetch by hand
-        raise ValueError(f"tfds:{argument}: {' '.join(str(error).split())}") from None
+        raise UserError(f"tfds:{argument}: {' '.join(str(error).split())}") from None
 
 
 def open_tfds(
@@ -93,15 +94,15 @@ def open_tfds(
     features = dict(builder.info.features.items())
     feature = features.get("image")
     if not isinstance(feature, tfds.features.Image) or feature.np_dtype != np.uint8:
-        raise ValueError(f"{name}: has no uint8 feature `image`; only image sets can be trained on")
+        raise UserError(f"{name}: has no uint8 feature `image`; only image sets can be trained on")
     names = (split,) if split == "train" else TEST_SPLITS
     chosen = next((known for known in names if known in builder.info.splits), None)
     if chosen is None:
-        raise ValueError(f"{name}: has no {split} split, only {', '.join(builder.info.splits)}")
+        raise UserError(f"{name}: has no {split} split, only {', '.join(builder.info.splits)}")
     height, width, channels = feature.shape
     size = image_size or (height, width)
     if None in size:
-        raise ValueError(f"{name}: its images differ in size; an image size and a preprocessing are needed")
+        raise UserError(f"{name}: its images differ in size; an image size and a preprocessing are needed")
     classes = features.get("label")
     if not isinstance(classes, tfds.features.ClassLabel):
         classes = None

@@ -9,6 +9,8 @@ import scipy.optimize
 import scipy.special
 import scipy.stats
 
+from tarflow_jax.errors import UserError
+
 CALIBRATION_BINS = 15
 
 
@@ -38,9 +40,9 @@ def bayes_classification(log_probs: np.ndarray, labels: np.ndarray) -> dict[str,
       ValueError: shapes differ, or a log-likelihood is not finite.
     """
     if log_probs.ndim != 2 or labels.shape != log_probs.shape[:1]:
-        raise ValueError(f"expected log p [N, C] and N labels, got {log_probs.shape} and {labels.shape}")
+        raise UserError(f"expected log p [N, C] and N labels, got {log_probs.shape} and {labels.shape}")
     if not np.isfinite(log_probs).all():
-        raise ValueError("log p(x | y) is not finite for some images; the model cannot classify them")
+        raise UserError("log p(x | y) is not finite for some images; the model cannot classify them")
 
     def posterior_loss(log_temperature: float) -> float:
         return _negative_log_likelihood(log_probs[::2] / np.exp(log_temperature), labels[::2])
@@ -78,7 +80,7 @@ def fit_images(images: np.ndarray, image_shape: tuple[int, int, int]) -> np.ndar
     """
     height, width, channels = image_shape
     if images.shape[-1] > channels:
-        raise ValueError(f"the outliers have {images.shape[-1]} channels and the model {channels}")
+        raise UserError(f"the outliers have {images.shape[-1]} channels and the model {channels}")
     resized = jax.image.resize(
         images.astype(np.float32), (len(images), height, width, images.shape[-1]), "bilinear"
     )
@@ -103,7 +105,7 @@ def outlier_scores(
     """
     both = np.concatenate([inside, outside]).astype(np.float64)
     if not np.isfinite(both).all():
-        raise ValueError("log p(x) is not finite for some images; outlier scores would hide them")
+        raise UserError("log p(x) is not finite for some images; outlier scores would hide them")
     ranks = scipy.stats.rankdata(both)[: len(inside)]
     wins = ranks.sum() - len(inside) * (len(inside) + 1) / 2
     edges = np.histogram_bin_edges(both / num_dims, bins)

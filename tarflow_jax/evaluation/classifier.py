@@ -19,6 +19,7 @@ from safetensors.numpy import save
 from tqdm import tqdm
 
 from tarflow_jax.data import ImageSource
+from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.features import FeatureExtractor, FeatureNetwork, Features
 from tarflow_jax.evaluation.sample_files import file_stem
 from tarflow_jax.files import replacing, sha256
@@ -79,7 +80,7 @@ def classifier_network(train: ImageSource, test: ImageSource, cache_dir: str | P
     of something else.
     """
     if train.num_classes < 2:
-        raise ValueError(
+        raise UserError(
             f"{train.name} has no classes to train a classifier on; name Inception weights, --inception=FILE"
         )
     shape = "x".join(map(str, train.image_shape))
@@ -125,10 +126,10 @@ def _load(path: Path, source: ImageSource) -> tuple[Any, dict[str, str]]:
             params = unflatten_dict({name: file.get_tensor(name) for name in file.keys()}, sep="/")  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         reason = f"it is not a safetensors file ({error})"
-        raise ValueError(f"{path}: {reason}; delete it to train the classifier again") from error
+        raise UserError(f"{path}: {reason}; delete it to train the classifier again") from error
     image = jax.ShapeDtypeStruct((1, *source.image_shape), jnp.uint8)
     expected = jax.eval_shape(Classifier(source.num_classes).init, jax.random.key(0), image)["params"]
     same_shapes = jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, expected)
     if not same_shapes or not _description(source).items() <= metadata.items():
-        raise ValueError(f"{path} holds another classifier; delete it to train this one")
+        raise UserError(f"{path} holds another classifier; delete it to train this one")
     return jax.tree.map(jnp.asarray, params), metadata

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from tarflow_jax.data import ImageSource
+from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.features import FeatureExtractor, Features
 from tarflow_jax.evaluation.sample_files import (
     Reference,
@@ -48,9 +49,9 @@ def check_metrics(metrics: list[str], network: str) -> None:
     """Raises ValueError for a metric that does not exist, or not under this network."""
     for metric in metrics:
         if metric not in METRICS:
-            raise ValueError(f"unknown metric {metric!r}; expected one of {', '.join(METRICS)}")
+            raise UserError(f"unknown metric {metric!r}; expected one of {', '.join(METRICS)}")
         if metric not in NAMES[network]:
-            raise ValueError(
+            raise UserError(
                 f"{metric} is defined by Inception's features alone; name their file, --inception=FILE"
             )
 
@@ -122,7 +123,7 @@ def sample_metrics(
             results[name] = _frechet(features.pooled, reference.pooled, name)
         elif metric == "sfid":
             if reference.spatial is None:
-                raise ValueError("the reference has no spatial statistics (mu_s, sigma_s), which sFID needs")
+                raise UserError("the reference has no spatial statistics (mu_s, sigma_s), which sFID needs")
             results[name] = _frechet(features.spatial, reference.spatial, name)
         elif metric == "inception_score":
             results[name], results[f"{name} (std)"] = inception_score(features.logits)
@@ -141,7 +142,7 @@ def sample_metrics(
 def _frechet(features: np.ndarray, reference: FeatureStatistics, name: str) -> float:
     number, size = features.shape
     if number < size:
-        raise ValueError(
+        raise UserError(
             f"{name} has {size} features, so it needs at least {size} images, got {number}: fewer leave the "
             "covariance singular (the field draws 50,000)"
         )
@@ -150,5 +151,5 @@ def _frechet(features: np.ndarray, reference: FeatureStatistics, name: str) -> f
 
 def _real_features(reference: Reference) -> np.ndarray:
     if reference.features is None:
-        raise ValueError("the reference has no images, which the kernel distance, precision and recall need")
+        raise UserError("the reference has no images, which the kernel distance, precision and recall need")
     return reference.features

@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
+from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.sample_files import MAX_IMAGES_BYTES, read_npz, write_npz
 from tarflow_jax.figures import to_uint8
 from tarflow_jax.files import write_text
@@ -101,7 +102,7 @@ def read_chunks(folder: epath.PathLike, num_images: int, chunk_size: int, num_cl
         path = _chunk_path(folder, index)
         chunk = read_npz(path, ("images", "not_finite"), MAX_IMAGES_BYTES)
         if {"images", "not_finite"} - chunk.keys() or len(chunk["images"]) != chunk_size:
-            raise ValueError(f"{path} is not a chunk of {chunk_size} samples; delete it and run again")
+            raise UserError(f"{path} is not a chunk of {chunk_size} samples; delete it and run again")
         images.append(chunk["images"])
         not_finite.append(chunk["not_finite"])
     return Samples(

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.features import FeatureNetwork, Features
 from tarflow_jax.interop.inception_weights import PUBLISHED_HASH_PREFIX, load_inception_weights
 
@@ -217,7 +218,7 @@ def inception_network(path: str | Path) -> FeatureNetwork:
     model = InceptionV3()
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8))["params"]
     if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, shapes):
-        raise ValueError(f"{path} does not hold FID's InceptionV3: its layers or their shapes differ")
+        raise UserError(f"{path} does not hold FID's InceptionV3: its layers or their shapes differ")
     published = sha256.startswith(PUBLISHED_HASH_PREFIX)
     note = (
         "the published pt_inception-2015-12-05" if published else "NOT the published weights: no FID compares"

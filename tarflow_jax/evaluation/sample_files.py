@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.statistics import FeatureStatistics
 from tarflow_jax.files import replacing
 
@@ -44,11 +45,11 @@ def read_npz(path: epath.PathLike, names: tuple[str, ...], max_bytes: int) -> di
         wanted = [name for name in names if name in sizes]
         large = [name for name in wanted if sizes[name] > max_bytes]
         if large:
-            raise ValueError(f"array {large[0]} unpacks to {sizes[large[0]]} bytes, more than {max_bytes}")
+            raise UserError(f"array {large[0]} unpacks to {sizes[large[0]]} bytes, more than {max_bytes}")
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in wanted}
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is not a readable npz file: {error}") from error
+        raise UserError(f"{path} is not a readable npz file: {error}") from error
 
 
 def write_samples(path: epath.PathLike, images: np.ndarray, labels: np.ndarray | None = None) -> None:
@@ -70,11 +71,9 @@ def read_samples(path: epath.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
     images, labels = arrays.get("arr_0"), arrays.get("arr_1")
     if images is None or images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
         found = "nothing" if images is None else f"{images.dtype} {list(images.shape)}"
-        raise ValueError(f"{path}: expected arr_0 as uint8 [N, H, W, 1 or 3], found {found}")
+        raise UserError(f"{path}: expected arr_0 as uint8 [N, H, W, 1 or 3], found {found}")
     if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
-        raise ValueError(
-            f"{path}: expected arr_1 as {len(images)} integer labels, found {list(labels.shape)}"
-        )
+        raise UserError(f"{path}: expected arr_1 as {len(images)} integer labels, found {list(labels.shape)}")
     return images, labels
 
 
@@ -118,7 +117,7 @@ def read_reference(path: epath.PathLike) -> Reference:
     names = ("mu", "sigma", "mu_s", "sigma_s", "features", "protocol")
     arrays = read_npz(path, names, MAX_STATISTICS_BYTES)
     if not {"mu", "sigma"} <= arrays.keys():
-        raise ValueError(f"{path} holds no reference statistics: expected arrays mu and sigma")
+        raise UserError(f"{path} holds no reference statistics: expected arrays mu and sigma")
     try:
         pooled = _statistics(arrays["mu"], arrays["sigma"])
         spatial = (
@@ -126,10 +125,10 @@ def read_reference(path: epath.PathLike) -> Reference:
         )
         protocol = json.loads(str(arrays["protocol"])) if "protocol" in arrays else {}
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
     features = arrays.get("features")
     if features is not None and features.shape[1:] != pooled.mean.shape:
-        raise ValueError(f"{path}: features {list(features.shape)} do not fit mu {list(pooled.mean.shape)}")
+        raise UserError(f"{path}: features {list(features.shape)} do not fit mu {list(pooled.mean.shape)}")
     return Reference(pooled, spatial, features, protocol)
 
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 import scipy.special
 
+from tarflow_jax.errors import UserError
+
 SEED = 2020
 
 
@@ -41,7 +43,7 @@ def kernel_distance(
     any number of samples. Raises ValueError when a set is smaller than a subset.
     """
     if min(len(first), len(second)) < subset_size:
-        raise ValueError(
+        raise UserError(
             f"kernel distance takes subsets of {subset_size} images, got {len(first)} and {len(second)}"
         )
     random = np.random.RandomState(SEED)
@@ -71,7 +73,7 @@ def precision_recall(generated: np.ndarray, real: np.ndarray, neighbours: int = 
     when a set has no k-th neighbour.
     """
     if min(len(generated), len(real)) <= neighbours:
-        raise ValueError(f"precision and recall need more than {neighbours} images in each set")
+        raise UserError(f"precision and recall need more than {neighbours} images in each set")
     # One common shift changes no distance and keeps the digits that |x|² - 2 x·y + |y|² would cancel.
     centre = np.mean(real, axis=0, dtype=np.float64)
     generated, real = generated - centre, real - centre

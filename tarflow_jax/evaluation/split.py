@@ -9,10 +9,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tarflow_jax.data import ImageSource, eval_batches
-from tarflow_jax.distributed import Rows, replicated, stop_if_requested
 from tarflow_jax.flow import TarFlow
 from tarflow_jax.likelihood import log_prob
 from tarflow_jax.noise import Noise
+from tarflow_jax.runtime import Rows, replicated, stop_if_requested
 
 
 def split_log_prob(
@@ -41,7 +41,7 @@ def split_log_prob(
       num_images: only the first ones.
 
     Raises:
-      Preempted: see `distributed.PreemptionGuard`.
+      Preempted: see `runtime.PreemptionGuard`.
     """
     rows = Rows(mesh, batch_size)
     total = len(source) if num_images is None else min(num_images, len(source))

@@ -5,6 +5,8 @@ import dataclasses
 import numpy as np
 import scipy.linalg
 
+from tarflow_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class FeatureStatistics:
@@ -20,12 +22,12 @@ class FeatureStatistics:
     def __post_init__(self) -> None:
         (size,) = self.mean.shape if self.mean.ndim == 1 else (0,)
         if not size or self.covariance.shape != (size, size):
-            raise ValueError(
+            raise UserError(
                 f"feature statistics have a mean of shape {list(self.mean.shape)} and a covariance of shape "
                 f"{list(self.covariance.shape)}; expected [D] and [D, D]"
             )
         if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
-            raise ValueError("feature statistics hold numbers that are not finite")
+            raise UserError("feature statistics hold numbers that are not finite")
 
 
 class RunningStatistics:
@@ -52,7 +54,7 @@ class RunningStatistics:
     def result(self) -> FeatureStatistics:
         """Raises ValueError when fewer than two samples were added."""
         if self.count < 2:
-            raise ValueError(f"a covariance needs at least 2 samples, got {self.count}")
+            raise UserError(f"a covariance needs at least 2 samples, got {self.count}")
         return FeatureStatistics(self.mean, self.scatter / (self.count - 1))
 
 
@@ -79,7 +81,7 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
       ValueError: the two have different numbers of features; they are of different networks.
     """
     if first.mean.shape != second.mean.shape:
-        raise ValueError(
+        raise UserError(
             f"statistics of {len(first.mean)} and of {len(second.mean)} features have no distance; "
             "were they taken with the same network?"
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from tarflow_jax.errors import UserError
 from tarflow_jax.flow.attention import KERNELS
 
 REMAT_POLICIES = ("none", "dots", "full")
@@ -63,7 +64,7 @@ class TarFlowConfig:
 
     def _check(self) -> None:
         if len(self.image_size) != 2:
-            raise ValueError(f"image_size is {self.image_size}; expected one int or (height, width)")
+            raise UserError(f"image_size is {self.image_size}; expected one int or (height, width)")
         sizes = {
             "image_size": min(self.image_size),
             "image_channels": self.image_channels,
@@ -76,19 +77,19 @@ class TarFlowConfig:
         }
         for name, size in sizes.items():
             if size < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; expected a positive number")
+                raise UserError(f"{name} is {getattr(self, name)}; expected a positive number")
         height, width = self.image_size
         if height % self.patch_size or width % self.patch_size:
-            raise ValueError(
+            raise UserError(
                 f"image_size {height}x{width} is not divisible by patch_size {self.patch_size}; "
                 "choose a patch that divides both sides"
             )
         if self.width % self.head_dim:
-            raise ValueError(
+            raise UserError(
                 f"width {self.width} is not a multiple of head_dim {self.head_dim}; choose a width that is"
             )
         if len(self.depths) != self.num_blocks:
-            raise ValueError(
+            raise UserError(
                 f"layers_per_block lists {len(self.depths)} blocks, but num_blocks is {self.num_blocks}"
             )
         choices = {
@@ -99,9 +100,9 @@ class TarFlowConfig:
         }
         for name, valid in choices.items():
             if (value := getattr(self, name)) not in valid:
-                raise ValueError(f"{name} is {value!r}; expected one of {', '.join(valid)}")
+                raise UserError(f"{name} is {value!r}; expected one of {', '.join(valid)}")
         if self.position_init == "grid" and self.width % 4:
-            raise ValueError(f"width {self.width} is not a multiple of 4, as position_init 'grid' needs")
+            raise UserError(f"width {self.width} is not a multiple of 4, as position_init 'grid' needs")
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -156,11 +157,11 @@ class TarFlowConfig:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {close[0]!r}?" if close else ""
-                raise ValueError(f"unknown model field {name!r}{hint}")
+                raise UserError(f"unknown model field {name!r}{hint}")
             _check_type(name, value)
         required = {name for name, field in known.items() if field.default is dataclasses.MISSING}
         if missing := sorted(required - set(fields)):
-            raise ValueError(f"model config lacks {', '.join(missing)}")
+            raise UserError(f"model config lacks {', '.join(missing)}")
         return cls(**fields)
 
 
@@ -181,4 +182,4 @@ def _check_type(name: str, value: Any) -> None:
     else:
         valid, expected = is_int(value), "a whole number"
     if not valid:
-        raise ValueError(f"model field {name} is {value!r}; expected {expected}")
+        raise UserError(f"model field {name} is {value!r}; expected {expected}")

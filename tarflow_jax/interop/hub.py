@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from tarflow_jax.errors import one_line
+from tarflow_jax.errors import MissingPackageError, one_line
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -25,7 +25,7 @@ def local_folder(name: str | os.PathLike[str], files: Sequence[str]) -> Path:
     try:
         import huggingface_hub
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             f"no folder {name}; to look for it on the hub, install `pip install huggingface_hub`"
         ) from error
     try:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from tarflow_jax.errors import UserError
 from tarflow_jax.files import sha256
 
 # The published file, pt_inception-2015-12-05, carries the start of its own hash in its name.
@@ -44,12 +45,12 @@ def _read_state(path: Path) -> dict[str, np.ndarray]:
         return {name: tensor.numpy() for name, tensor in loaded.items()}
     except Exception as error:  # torch raises whatever its unpickler meets
         reason = str(error).split("\n", 1)[0]
-        raise ValueError(f"{path} is not a PyTorch file of named tensors ({reason})") from error
+        raise UserError(f"{path} is not a PyTorch file of named tensors ({reason})") from error
 
 
 def _take(state: dict[str, np.ndarray], name: str, path: Path) -> np.ndarray:
     if name not in state:
-        raise ValueError(f"{path} does not hold FID's InceptionV3: tensor {name} is missing")
+        raise UserError(f"{path} does not hold FID's InceptionV3: tensor {name} is missing")
     return state[name].astype(np.float64)
 
 
@@ -61,6 +62,6 @@ def _fold_batch_norm(state: dict[str, np.ndarray], name: str, path: Path) -> dic
     )
     scale = weight / np.sqrt(variance + BATCH_NORM_EPSILON)
     if kernel.ndim != 4 or scale.shape != kernel.shape[:1]:
-        raise ValueError(f"{path} does not hold FID's InceptionV3: layer {name} has shape {kernel.shape}")
+        raise UserError(f"{path} does not hold FID's InceptionV3: layer {name} has shape {kernel.shape}")
     kernel = (kernel * scale[:, None, None, None]).transpose(2, 3, 1, 0)
     return {"kernel": kernel.astype(np.float32), "bias": (bias - mean * scale).astype(np.float32)}

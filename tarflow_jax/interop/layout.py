@@ -7,6 +7,7 @@ C width, L layers of the block, N heads, H head dimension.
 from collections.abc import Mapping
 from typing import Any
 
+from tarflow_jax.errors import UserError
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.flow.transformer import MLP_EXPANSION
 
@@ -94,12 +95,12 @@ def check_tensors(what: str, found: Mapping[str, Shape], expected: Mapping[str, 
       ValueError: naming the first tensor that is missing, unexpected, or of another shape.
     """
     if missing := sorted(expected.keys() - found.keys()):
-        raise ValueError(f"{what} lacks tensor {missing[0]}{_more(missing)}; the file is incomplete")
+        raise UserError(f"{what} lacks tensor {missing[0]}{_more(missing)}; the file is incomplete")
     if extra := sorted(found.keys() - expected.keys()):
-        raise ValueError(f"{what} has tensor {extra[0]}{_more(extra)}, which no TarFlow of this shape has")
+        raise UserError(f"{what} has tensor {extra[0]}{_more(extra)}, which no TarFlow of this shape has")
     for name, shape in expected.items():
         if tuple(found[name]) != shape:
-            raise ValueError(f"{what}: tensor {name} has shape {list(found[name])}; expected {list(shape)}")
+            raise UserError(f"{what}: tensor {name} has shape {list(found[name])}; expected {list(shape)}")
 
 
 def _more(names: list[str]) -> str:

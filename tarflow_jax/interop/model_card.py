@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from tarflow_jax.errors import UserError
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.noise import Noise
 
@@ -23,7 +24,7 @@ def model_card(config: TarFlowConfig, noise: Noise | None, card: Mapping[str, An
       ValueError: for another field.
     """
     if unknown := sorted(set(card) - set(FIELDS)):
-        raise ValueError(f"unknown model card field {unknown[0]!r}; expected one of {', '.join(FIELDS)}")
+        raise UserError(f"unknown model card field {unknown[0]!r}; expected one of {', '.join(FIELDS)}")
     name, datasets = card.get("name", "TarFlow"), list(card.get("datasets", ()))
     header = {
         "library_name": "tarflow_jax",

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from tarflow_jax.errors import one_line
+from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.files import replacing, sha256
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.interop.hub import local_folder
@@ -83,9 +83,9 @@ def save_model(
     """
     folder = Path(folder)
     if dtype not in CODES:
-        raise ValueError(f"dtype is {dtype!r}; expected one of {', '.join(CODES)}")
+        raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(CODES)}")
     if (folder / CONFIG).exists() and "format" not in _read_json(folder / CONFIG):
-        raise ValueError(
+        raise UserError(
             f"{folder / CONFIG} belongs to something else than a saved model; choose another folder"
         )
     tensors = flatten(variables) | flatten({"ema": ema_params} if ema_params else {})
@@ -134,7 +134,7 @@ def load_model(name: str | os.PathLike[str]) -> SavedModel:
         config = TarFlowConfig.from_dict(fields["model"])
         noise = None if fields["noise"] is None else Noise.from_dict(fields["noise"])
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: {one_line(error)}") from error
+        raise UserError(f"{path}: {one_line(error)}") from error
     stored = fields["weights"]
     weights = folder / WEIGHTS
     _check_weights_file(weights, stored)
@@ -163,13 +163,13 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"no {path.name} in {path.parent}; expected a folder that save_pretrained wrote"
         )
     if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes, too many for a config")
+        raise UserError(f"{path} has {path.stat().st_size} bytes, too many for a config")
     try:
         fields = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {one_line(error)}") from error
+        raise UserError(f"{path} is not JSON: {one_line(error)}") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{path} is not a JSON object; expected a folder that save_pretrained wrote")
+        raise UserError(f"{path} is not a JSON object; expected a folder that save_pretrained wrote")
     return fields
 
 
@@ -177,14 +177,14 @@ def _read_fields(path: Path) -> dict[str, Any]:
     """config.json, with the types of everything but the model and the noise checked."""
     fields = _read_json(path)
     if fields.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a saved model's; expected a folder that save_pretrained wrote")
+        raise UserError(f"{path} is not a saved model's; expected a folder that save_pretrained wrote")
     if fields.get("format_version") != VERSION:
-        raise ValueError(
+        raise UserError(
             f"{path} has layout version {fields.get('format_version')!r}; this release reads {VERSION}:"
             " install the release that wrote it"
         )
     if fields.pop("sha256", None) != fingerprint(fields):
-        raise ValueError(
+        raise UserError(
             f"{path} does not match its own checksum: it was damaged or edited; save the model again"
         )
     stored = fields.get("weights")
@@ -195,13 +195,13 @@ def _read_fields(path: Path) -> dict[str, Any]:
         or {name: type(value) for name, value in stored.items()} != types
         or stored["dtype"] not in CODES
     ):
-        raise ValueError(
+        raise UserError(
             f"{path} lacks fields of layout version {VERSION}, or has others; save the model again"
         )
     # Before anything is as long as the number of blocks that the file claims.
     blocks = fields["model"].get("num_blocks") if isinstance(fields["model"], dict) else None
     if not isinstance(blocks, int) or blocks > _MAX_BLOCKS:
-        raise ValueError(f"{path} describes a model of {blocks!r} blocks; expected at most {_MAX_BLOCKS}")
+        raise UserError(f"{path} describes a model of {blocks!r} blocks; expected at most {_MAX_BLOCKS}")
     return fields
 
 
@@ -214,6 +214,6 @@ def _check_weights_file(path: Path, stored: Mapping[str, Any]) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}; copy the whole folder again")
     if path.stat().st_size != stored["bytes"]:
-        raise ValueError(f"{path} has {path.stat().st_size} bytes; expected {stored['bytes']}; copy it again")
+        raise UserError(f"{path} has {path.stat().st_size} bytes; expected {stored['bytes']}; copy it again")
     if sha256(path) != stored["sha256"]:
-        raise ValueError(f"{path} does not match its checksum in config.json: it is damaged; copy it again")
+        raise UserError(f"{path} does not match its checksum in config.json: it is damaged; copy it again")

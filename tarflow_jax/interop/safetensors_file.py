@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from tarflow_jax.errors import one_line
+from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.interop.layout import Shape, check_tensors
 
 CODES = {"float32": "F32", "bfloat16": "BF16"}  # dtype -> the format's name for it
@@ -53,7 +53,7 @@ def read_tensors(
         check_tensors(str(path), {name: tensor.get_shape() for name, tensor in found.items()}, shapes)
         for name, tensor in found.items():
             if tensor.get_dtype() != CODES[dtypes[name]]:
-                raise ValueError(
+                raise UserError(
                     f"{path}: tensor {name} is {tensor.get_dtype()}; expected {CODES[dtypes[name]]}"
                 )
     for name in shapes:
@@ -67,4 +67,4 @@ def _opened(path: Path) -> Any:
     try:
         return safetensors.safe_open(path, framework="np")
     except safetensors.SafetensorError as error:
-        raise ValueError(f"{path} is not a sound safetensors file: {one_line(error)}") from error
+        raise UserError(f"{path} is not a sound safetensors file: {one_line(error)}") from error

@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from tarflow_jax.errors import one_line
+from tarflow_jax.errors import MissingPackageError, UserError, one_line
 from tarflow_jax.files import replacing
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.interop.layout import Shape, check_tensors, flatten, unflatten, variables_shapes
@@ -85,7 +85,7 @@ def _import_torch() -> Any:
     try:
         import torch
     except ImportError as error:
-        raise ImportError(INSTALL_TORCH) from error
+        raise MissingPackageError(INSTALL_TORCH) from error
     return torch
 
 
@@ -97,20 +97,20 @@ def _read_state_dict(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader meets hostile bytes: whatever it raises means "not a state dict"
-        raise ValueError(f"{path} is not a plain PyTorch state dict: {one_line(error)}") from error
+        raise UserError(f"{path} is not a plain PyTorch state dict: {one_line(error)}") from error
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
     ):
-        raise ValueError(f"{path} holds no state dict of tensors; save `model.state_dict()` alone")
+        raise UserError(f"{path} holds no state dict of tensors; save `model.state_dict()` alone")
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     for name, tensor in state.items():
         if tensor.dtype not in dtypes or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise ValueError(
+            raise UserError(
                 f"{path}: tensor {name} is {tensor.dtype}, {tensor.layout}; expected dense float32"
             )
     # A view may repeat its numbers without end; a state dict's tensors each own theirs.
     if sum(tensor.nelement() * tensor.element_size() for tensor in state.values()) > path.stat().st_size:
-        raise ValueError(f"{path}: the tensors claim more bytes than the file has")
+        raise UserError(f"{path}: the tensors claim more bytes than the file has")
     return dict(state)
 
 
@@ -123,13 +123,13 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             for entry in archive.infolist():
                 if entry.is_dir() or entry.external_attr & _DIRECTORY:
-                    raise ValueError(f"entry {entry.filename} is a directory")
+                    raise UserError(f"entry {entry.filename} is a directory")
                 if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-                    raise ValueError(f"entry {entry.filename} is compressed")
+                    raise UserError(f"entry {entry.filename} is compressed")
             if damaged := archive.testzip():
-                raise ValueError(f"entry {damaged} fails its checksum")
+                raise UserError(f"entry {damaged} fails its checksum")
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"{path} is not an intact PyTorch checkpoint (zip format): {one_line(error)}"
         ) from error
 
@@ -146,7 +146,7 @@ def _config_of(
     def shape_of(name: str, rank: int) -> Shape:
         shape = shapes.get(f"blocks.0.{name}", ())
         if len(shape) != rank or not all(shape):
-            raise ValueError(
+            raise UserError(
                 f"{path} is no TarFlow: blocks.0.{name} has shape {list(shape)}; expected rank {rank}"
             )
         return shape
@@ -155,7 +155,7 @@ def _config_of(
     num_tokens = shape_of("pos_embed", 2)[0]
     outputs = shape_of("proj_out.weight", 2)[0]
     if outputs not in (token_dim, 2 * token_dim):
-        raise ValueError(
+        raise UserError(
             f"{path}: proj_out has {outputs} outputs; expected {token_dim} (VP) or {2 * token_dim} (NVP)"
         )
     config = TarFlowConfig(
@@ -170,12 +170,12 @@ def _config_of(
         head_dim=HEAD_DIM,
     )
     if config.num_tokens != num_tokens:
-        raise ValueError(
+        raise UserError(
             f"{path} has {num_tokens} tokens, but {config.num_tokens} patches of {patch_size} fill an image"
             f" of {config.image_size[0]}x{config.image_size[1]}; check image_size and patch_size"
         )
     if config.token_dim != token_dim:
-        raise ValueError(
+        raise UserError(
             f"{path} has tokens of {token_dim} numbers, but patches of {patch_size} in {image_channels}"
             f" channels have {config.token_dim}; check image_channels and patch_size"
         )
@@ -187,7 +187,7 @@ def _check_constants(path: Path, config: TarFlowConfig, state: dict[str, Any]) -
     for name, array in constants(config).items():
         if not np.array_equal(state.pop(name).float().numpy(), array):
             expected = "the causal mask" if name.endswith("attn_mask") else "all ones in an NVP model"
-            raise ValueError(
+            raise UserError(
                 f"{path}: buffer {name} is not {expected}, so this is no TarFlow of the reference"
             )
 
@@ -199,8 +199,8 @@ def _count(names: Mapping[str, Any], pattern: str) -> int:
 def _check_representable(config: TarFlowConfig) -> None:
     height, width = config.image_size
     if height != width:
-        raise ValueError(f"the PyTorch reference has only square images; this model's are {height}x{width}")
+        raise UserError(f"the PyTorch reference has only square images; this model's are {height}x{width}")
     if len(set(config.depths)) != 1:
-        raise ValueError(f"the PyTorch reference has blocks of equal depth; this model's are {config.depths}")
+        raise UserError(f"the PyTorch reference has blocks of equal depth; this model's are {config.depths}")
     if config.head_dim != HEAD_DIM:
-        raise ValueError(f"the PyTorch reference has head_dim {HEAD_DIM}; this model's is {config.head_dim}")
+        raise UserError(f"the PyTorch reference has head_dim {HEAD_DIM}; this model's is {config.head_dim}")

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from tarflow_jax.errors import one_line
+from tarflow_jax.errors import MissingPackageError, UserError, one_line
 
 GIB = 2**30
 # libtpu otherwise asks the network which TPU this is, and lets one process in at a time.
@@ -85,14 +85,14 @@ def open_topology(name: str, num_slices: int = 1) -> Topology:
     if platform not in ("cpu", "gpu"):
         return _tpu(name, num_slices)
     if num_slices != 1:
-        raise ValueError(f"num_slices is {num_slices}; only TPU topologies have slices")
+        raise UserError(f"num_slices is {num_slices}; only TPU topologies have slices")
     count = int(size) if size.isdigit() else 0
     try:
         devices = jax.devices(platform)
     except RuntimeError:
         devices = []
     if not 1 <= count <= len(devices):
-        raise ValueError(f"topology is {name!r}, but there are {len(devices)} {platform} devices here")
+        raise UserError(f"topology is {name!r}, but there are {len(devices)} {platform} devices here")
     if platform == "cpu":
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // count
         return Topology(name, devices[:count], Chip(memory))
@@ -101,7 +101,7 @@ def open_topology(name: str, num_slices: int = 1) -> Topology:
 
 def _tpu(name: str, num_slices: int) -> Topology:
     if importlib.util.find_spec("libtpu") is None:
-        raise ImportError(f"compiling for {name} needs libtpu: pip install -r requirements-plan.txt")
+        raise MissingPackageError(f"compiling for {name} needs libtpu: pip install -r requirements-plan.txt")
     for variable, value in _NO_TPU.items():
         os.environ.setdefault(variable, value)
     options = {"num_slices": num_slices} if num_slices != 1 else {}
@@ -109,7 +109,7 @@ def _tpu(name: str, num_slices: int) -> Topology:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
         devices: list[Any] = topology.devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-        raise ValueError(
+        raise UserError(
             f"no TPU topology {name!r} of {num_slices} slice(s) ({one_line(error)}); expected one as v5e:16x16"
         ) from error
     return Topology(name, devices, _chip_of(devices[0]), num_slices)
@@ -118,5 +118,5 @@ def _tpu(name: str, num_slices: int) -> Topology:
 def _chip_of(device: Any) -> Chip:
     chip = known_chip(device.device_kind)
     if chip is None:
-        raise ValueError(f"{device.device_kind} is not one of the known chips: {', '.join(CHIPS)}")
+        raise UserError(f"{device.device_kind} is not one of the known chips: {', '.join(CHIPS)}")
     return chip

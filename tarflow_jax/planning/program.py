@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tarflow_jax.distributed import batch_sharding, replicated
 from tarflow_jax.flow import TarFlow
 from tarflow_jax.planning.chips import Topology
 from tarflow_jax.planning.flops import forward_flops, program_flops
 from tarflow_jax.planning.plan import Plan
 from tarflow_jax.planning.traffic import Traffic, traffic
+from tarflow_jax.runtime import batch_sharding, replicated
 from tarflow_jax.sampling import Guidance, decode
 from tarflow_jax.training import Recipe
 from tarflow_jax.training.state import abstract_state

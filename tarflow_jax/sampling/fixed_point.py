@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tarflow_jax.errors import UserError
 from tarflow_jax.flow import KVCache
 from tarflow_jax.sampling.guidance import GuidedBlock
 from tarflow_jax.sampling.inverse import CACHE_GROWTH, Inverted, Sequential, unchanged
@@ -88,7 +89,7 @@ class GaussSeidelJacobi:
     def __post_init__(self) -> None:
         _check(self.tolerance, self.max_iterations, self.init)
         if self.num_segments < 1:
-            raise ValueError(f"num_segments is {self.num_segments}; expected a positive number")
+            raise UserError(f"num_segments is {self.num_segments}; expected a positive number")
 
     def invert(self, block: GuidedBlock, z: jax.Array) -> Inverted:
         """Inverts a block for z [B, T, D] in block order; iterations are summed over the segments."""
@@ -186,8 +187,8 @@ def _finish(found: Inverted, done: jax.Array, block: GuidedBlock, z: jax.Array) 
 
 def _check(tolerance: float, max_iterations: int | None, init: str) -> None:
     if not (math.isfinite(tolerance) and tolerance >= 0):
-        raise ValueError(f"tolerance is {tolerance}; expected a number from 0")
+        raise UserError(f"tolerance is {tolerance}; expected a number from 0")
     if max_iterations is not None and max_iterations < 1:
-        raise ValueError(f"max_iterations is {max_iterations}; expected a positive number or None")
+        raise UserError(f"max_iterations is {max_iterations}; expected a positive number or None")
     if init not in INITS:
-        raise ValueError(f"init is {init!r}; expected one of {', '.join(INITS)}")
+        raise UserError(f"init is {init!r}; expected one of {', '.join(INITS)}")

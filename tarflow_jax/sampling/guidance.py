@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tarflow_jax.errors import UserError
 from tarflow_jax.flow import FlowBlock, KVCache
 
 TARGETS = ("both", "log_scale", "shift")
@@ -37,15 +38,13 @@ class Guidance:
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight):
-            raise ValueError(f"guidance weight is {self.weight}; expected a finite number")
+            raise UserError(f"guidance weight is {self.weight}; expected a finite number")
         if self.target not in TARGETS:
-            raise ValueError(f"guidance target is {self.target!r}; expected one of {', '.join(TARGETS)}")
+            raise UserError(f"guidance target is {self.target!r}; expected one of {', '.join(TARGETS)}")
         if self.schedule not in SCHEDULES:
-            raise ValueError(
-                f"guidance schedule is {self.schedule!r}; expected one of {', '.join(SCHEDULES)}"
-            )
+            raise UserError(f"guidance schedule is {self.schedule!r}; expected one of {', '.join(SCHEDULES)}")
         if not 0 < self.attention_temperature < math.inf:
-            raise ValueError(
+            raise UserError(
                 f"attention temperature is {self.attention_temperature}; expected a positive number"
             )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from etils import epath
 
+from tarflow_jax.errors import UserError
 from tarflow_jax.files import write_text
 from tarflow_jax.sampling.decode import Decoder
 from tarflow_jax.sampling.fixed_point import GaussSeidelJacobi, Jacobi
@@ -63,15 +64,15 @@ class Schedule:
             return None
         try:
             if path.stat().length > _MAX_BYTES:
-                raise ValueError("it is too large")
+                raise UserError("it is too large")
             fields = json.loads(path.read_text())
             if fields["version"] != VERSION:
-                raise ValueError(f"its version is {fields['version']!r}, expected {VERSION}")
+                raise UserError(f"its version is {fields['version']!r}, expected {VERSION}")
             decoders = {int(size): tuple(map(_decoder, row)) for size, row in fields["decoders"].items()}
             if not decoders or any(len(row) != num_blocks for row in decoders.values()):
-                raise ValueError(f"it does not name {num_blocks} decoders, one a block")
+                raise UserError(f"it does not name {num_blocks} decoders, one a block")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise UserError(
                 f"{path} is no decoder schedule of this model: {error}; run launch.tune_decoder again"
             ) from error
         return cls(decoders)

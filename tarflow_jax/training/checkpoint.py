@@ -14,9 +14,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from tarflow_jax.distributed import leaf_name
-from tarflow_jax.errors import one_line
+from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.files import checksums, is_remote, write_text
+from tarflow_jax.runtime import leaf_name
 
 logger = logging.getLogger(__name__)
 STATE, CONFIG, LOSS = "default", "config", "test_loss"
@@ -112,7 +112,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 logger.warning("skipping checkpoint %s: %s", self._folder / str(step), problem)
         if steps:
-            raise ValueError(
+            raise UserError(
                 f"no checkpoint in {self._folder} is whole; restore one from a backup, or start in another workdir"
             )
         return None
@@ -160,7 +160,7 @@ class Checkpoints:
             return steps
         losses = {step: _loss(self._manager.metrics(step)) for step in steps}
         if steps and all(map(math.isinf, losses.values())):
-            raise ValueError(
+            raise UserError(
                 f"no checkpoint in {self._folder} has a test loss; set train.evaluate_every, or use the last"
             )
         return sorted(filter(lambda step: math.isfinite(losses[step]), steps), key=losses.__getitem__)
@@ -219,7 +219,7 @@ class Checkpoints:
         return f"{wrong[0]} is missing or damaged" if wrong else None
 
 
-class _AnotherStateError(ValueError):
+class _AnotherStateError(UserError):
     pass
 
 

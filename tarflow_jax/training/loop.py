@@ -12,9 +12,9 @@ from etils import epath
 from tqdm import tqdm
 
 from tarflow_jax.data import Batch, ImageSource, prefetch_to_device, train_batches
-from tarflow_jax.distributed import Preempted, PreemptionGuard, Rows, summary
 from tarflow_jax.evaluation.split import loss_of, split_log_prob
 from tarflow_jax.flow import TarFlow
+from tarflow_jax.runtime import Preempted, PreemptionGuard, Rows, summary
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.metrics import MetricsWriter
 from tarflow_jax.training.recipe import Recipe

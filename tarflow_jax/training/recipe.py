@@ -12,10 +12,11 @@ from etils import epath
 from jax.sharding import Mesh
 
 from tarflow_jax.data import ImageSource, open_source
-from tarflow_jax.distributed import make_mesh
+from tarflow_jax.errors import UserError
 from tarflow_jax.files import write_text
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.noise import Noise
+from tarflow_jax.runtime import make_mesh
 from tarflow_jax.training.checkpoint import Checkpoints
 
 # What may differ between the runs that share a workdir: where it runs and what it prints, never what it computes.
@@ -50,15 +51,15 @@ class Recipe:
             "keep_checkpoints",
         ):
             if train[name] < 1:
-                raise ValueError(f"train.{name} is {train[name]}; expected a positive number")
+                raise UserError(f"train.{name} is {train[name]}; expected a positive number")
         if train.batch_size % train.accumulation:
-            raise ValueError(
+            raise UserError(
                 f"train.batch_size {train.batch_size} is not divisible by train.accumulation {train.accumulation}"
             )
         if not 0 <= train.drop_label <= 1:
-            raise ValueError(f"train.drop_label is {train.drop_label}; expected a probability")
+            raise UserError(f"train.drop_label is {train.drop_label}; expected a probability")
         if not 0 <= self.config.optimizer.ema_decay < 1:
-            raise ValueError(
+            raise UserError(
                 f"optimizer.ema_decay is {self.config.optimizer.ema_decay}; expected 0 (none) to < 1"
             )
         # Both check themselves.
@@ -102,7 +103,7 @@ class Recipe:
         mesh = make_mesh(**self.config.mesh, devices=devices)
         shards = mesh.shape["data"] * mesh.shape["fsdp"] * self.config.train.accumulation
         if self.config.train.batch_size % shards:
-            raise ValueError(
+            raise UserError(
                 f"train.batch_size {self.config.train.batch_size} does not divide by data x fsdp x accumulation "
                 f"= {shards}; choose a multiple of it"
             )
@@ -125,12 +126,12 @@ class Recipe:
             cache_bytes=fields.cache_bytes,
         )
         if tuple(source.image_shape) != model.image_shape:
-            raise ValueError(
+            raise UserError(
                 f"{source.name} has images {tuple(source.image_shape)}, the model {model.image_shape}; "
                 "set model.image_size and model.image_channels to match"
             )
         if model.num_classes and source.num_classes > model.num_classes:
-            raise ValueError(
+            raise UserError(
                 f"{source.name} has {source.num_classes} classes, the model {model.num_classes}; "
                 "set model.num_classes"
             )
@@ -151,7 +152,7 @@ class Recipe:
             try:
                 stored = _flatten(json.loads(path.read_text()))
             except (ValueError, AttributeError) as error:
-                raise ValueError(f"{path} is not a training config: {error}") from error
+                raise UserError(f"{path} is not a training config: {error}") from error
             ours = _flatten(json.loads(self.to_json()))
             differing = [
                 f"{name} ({stored.get(name)!r} there, {ours.get(name)!r} here)"
@@ -159,7 +160,7 @@ class Recipe:
                 if stored.get(name) != ours.get(name) and not name.startswith(_FREE_FIELDS)
             ]
             if differing:
-                raise ValueError(
+                raise UserError(
                     f"{workdir} holds another configuration: {', '.join(differing)}; choose another workdir"
                 )
         if write:
@@ -186,7 +187,7 @@ class Recipe:
         try:
             return cls(ml_collections.ConfigDict(stored or json.loads(path.read_text())))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path} is not a training config: {error}") from error
+            raise UserError(f"{path} is not a training config: {error}") from error
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from tarflow_jax.distributed import shardings
 from tarflow_jax.flow import TarFlow
+from tarflow_jax.runtime import shardings
 
 
 class TrainState(flax.struct.PyTreeNode):

@@ -8,10 +8,10 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from tarflow_jax.distributed import make_mesh
 from tarflow_jax.files import write_text
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.noise import Noise
+from tarflow_jax.runtime import make_mesh
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.recipe import Recipe
 from tarflow_jax.training.state import abstract_state

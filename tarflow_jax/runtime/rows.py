@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tarflow_jax.distributed.mesh import batch_sharding
+from tarflow_jax.runtime.mesh import batch_sharding
 
 
 class Rows:

@@ -5,7 +5,7 @@ import threading
 
 import jax
 
-from tarflow_jax.errors import one_line
+from tarflow_jax.errors import UserError, one_line
 
 TIMEOUT_S = 300  # nodes of a cluster come up minutes apart
 
@@ -53,18 +53,18 @@ def start_processes(
             f"{timeout_s:g} s (this is {who}); start them all, with the same address, which all can reach"
         )
     if failure:
-        raise ValueError(_reason(failure[0], coordinator_address)) from failure[0]
+        raise UserError(_reason(failure[0], coordinator_address)) from failure[0]
 
 
 def _check(address: str | None, count: int | None, index: int | None) -> None:
     if address is None or count is None or index is None:
-        raise ValueError(
+        raise UserError(
             "coordinator_address, num_processes and process_id go together; give all three or none"
         )
     if not re.fullmatch(r"\S+:\d+", address):
-        raise ValueError(f"coordinator_address is {address!r}; expected HOST:PORT of process 0")
+        raise UserError(f"coordinator_address is {address!r}; expected HOST:PORT of process 0")
     if not 0 <= index < count:
-        raise ValueError(f"process_id is {index}; expected 0 to num_processes - 1, which is {count - 1}")
+        raise UserError(f"process_id is {index}; expected 0 to num_processes - 1, which is {count - 1}")
 
 
 def _reason(error: Exception, address: str | None) -> str:

@@ -12,9 +12,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from tarflow_jax.distributed.mesh import batch_sharding
-from tarflow_jax.distributed.preemption import stop_if_requested
-from tarflow_jax.distributed.sharding import shardings
+from tarflow_jax.runtime.mesh import batch_sharding
+from tarflow_jax.runtime.preemption import stop_if_requested
+from tarflow_jax.runtime.sharding import shardings
 
 # Most images of a part on a CPU. XLA gives a product of few rows to one core, so the others take parts of their own,
 # and a part's activations stay in its caches (docs/performance.md).

@@ -9,6 +9,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from tarflow_jax.errors import UserError
+
 # Each state leaf's path must match exactly one rule. Optimizer moments and averages end in the same names as
 # their parameters, so they lie where those lie.
 RULES: tuple[tuple[str, P], ...] = (
@@ -62,10 +64,10 @@ def summary(mesh: Mesh, tree: Any) -> str:
 def _spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
     matches = [spec for pattern, spec in RULES if re.search(rf"(^|/)({pattern})$", name)]
     if len(matches) != 1:
-        raise ValueError(f"{name} {shape} matches {len(matches)} sharding rules; expected exactly one")
+        raise UserError(f"{name} {shape} matches {len(matches)} sharding rules; expected exactly one")
     for size, axis in zip(shape, matches[0], strict=False):
         if axis is not None and size % mesh.shape[axis]:
-            raise ValueError(
+            raise UserError(
                 f"{name} {shape} cannot be cut in {mesh.shape[axis]} along its dimension of {size}; "
                 f"choose a mesh.{axis} that divides it"
             )

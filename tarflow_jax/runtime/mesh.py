@@ -8,6 +8,7 @@ import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from tarflow_jax.errors import UserError
 from tarflow_jax.flow.attention import BATCH_AXES
 
 AXES = ("data", "fsdp", "tensor")
@@ -29,7 +30,7 @@ def make_mesh(
     given = math.prod(size for size in sizes.values() if size != -1)
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or given < 1 or len(devices) % given or (not free and given != len(devices)):
-        raise ValueError(
+        raise UserError(
             f"mesh {', '.join(f'{axis}={size}' for axis, size in sizes.items())} does not cover {len(devices)} "
             "devices; the sizes must multiply to their number, and one may be -1"
         )
@@ -39,7 +40,7 @@ def make_mesh(
         len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     )
     if sizes["data"] % slices:
-        raise ValueError(
+        raise UserError(
             f"mesh data={sizes['data']} does not divide by the {slices} slices; choose a multiple"
         )
     inside = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
