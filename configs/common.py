@@ -60,6 +60,7 @@ def get_config() -> ConfigDict:
             "evaluate_every": 0,  # steps between test losses, for the best checkpoint to be kept; 0: only at the end
             "sample_every": 0,  # 0: no previews
             "log_every": 50,
+            "profile_steps": (0, 0),  # first and last step of a jax.profiler trace; none
         }
     )
     config.sample = ConfigDict(

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -15,10 +16,12 @@ import numpy as np
 from absl import app, flags
 from etils import epath
 
+from tarflow_jax.data import default_data_dir
 from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.figures import grid, save_png, to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import Preempted, start_processes
+from tarflow_jax.runtime.programs import use_compilation_cache
 from tarflow_jax.sampling import GaussSeidelJacobi, Guidance, Jacobi, Sequential
 from tarflow_jax.training.loop import NonFiniteError
 
@@ -33,6 +36,12 @@ DECODERS = {
 }
 
 
+COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    None,
+    "Folder that keeps compiled programs for the next start; if not given, compiled/ beside the data sets "
+    "($TARFLOW_DATA_DIR or ~/.cache/tarflow_jax). none: compile anew.",
+)
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from, not only what it says.")
 
 
@@ -47,6 +56,8 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             logging.getLogger(chatty).setLevel(logging.WARNING)
         logging.getLogger("tarflow_jax").setLevel(logging.INFO)
         stop_at_sigterm()
+        if COMPILATION_CACHE.value != "none":
+            use_compilation_cache(Path(COMPILATION_CACHE.value or default_data_dir() / "compiled"))
         try:
             if argv[1:]:
                 raise UserError(f"unexpected argument {argv[1]!r}; see --help for the flags")

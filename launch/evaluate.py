@@ -26,23 +26,21 @@ from launch import common
 from tarflow_jax.data import ImageSource, default_data_dir, open_source
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation import classification, distances, generation
-from tarflow_jax.evaluation.bits_per_dim import evaluate_bits_per_dim
+from tarflow_jax.evaluation.bits_per_dim import BitsPerDim, image_bits_per_dim
 from tarflow_jax.evaluation.classifier import classifier_network
 from tarflow_jax.evaluation.features import FeatureExtractor
 from tarflow_jax.evaluation.inception import inception_network
 from tarflow_jax.evaluation.report import format_protocol, format_table, write_json
 from tarflow_jax.evaluation.sample_files import write_samples
 from tarflow_jax.evaluation.split import split_log_prob
-from tarflow_jax.flow import TarFlow
 from tarflow_jax.noise import to_float
 from tarflow_jax.pipeline import TarFlowPipeline
-from tarflow_jax.runtime import make_mesh
+from tarflow_jax.runtime import BatchRunner, LazyRows, make_mesh
 from tarflow_jax.sampling.guidance import SCHEDULES, TARGETS, Guidance
 from tarflow_jax.training import Recipe
 
 ALL_METRICS = ("bits_per_dim", *distances.METRICS, "classification", "outliers")
 CHUNK_SIZE = 500
-BATCH_PER_DEVICE = 100
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 MODEL = flags.DEFINE_string("model", None, "Folder or hub name of a saved model, in place of --workdir.")
@@ -108,11 +106,18 @@ def open_subject() -> Subject:
     fields = recipe.config.data if recipe else None
     data = DATA.value or fields.source
     preprocessing = PREPROCESSING.value or (fields.preprocessing if fields else "none")
-    data_dir = fields.data_dir or None if fields else None
+    data_dir = Path(fields.data_dir) if fields and fields.data_dir else default_data_dir()
+    skip_bad = bool(fields and fields.skip_bad)
 
     def source(split: str) -> ImageSource:
-        size = pipe.config.image_size
-        found = open_source(data, split, image_size=size, preprocessing=preprocessing, data_dir=data_dir)
+        found = open_source(
+            data,
+            split,
+            image_size=pipe.config.image_size,
+            preprocessing=preprocessing,
+            data_dir=data_dir,
+            skip_bad=skip_bad,
+        )
         if found.image_shape != pipe.config.image_shape:
             raise UserError(f"{data} has images {found.image_shape}, the model {pipe.config.image_shape}")
         return found
@@ -127,18 +132,19 @@ def open_subject() -> Subject:
         "seed": SEED.value,
     }
     out = OUT.value or (f"{WORKDIR.value}/evaluation" if WORKDIR.value else "evaluation")
-    data_dir = Path(data_dir) if data_dir else default_data_dir()
     return Subject(pipe, source, data_dir, epath.Path(out), protocol)
 
 
 def measure_likelihood(subject: Subject) -> dict[str, Any]:
     """Bits per dimension, or for Gaussian training noise what may be said in its place."""
-    mesh = make_mesh()  # of all processes, which share the split
-    pipe = common.open_pipeline(subject.protocol["model"], mesh)
-    arguments = {"batch_size": BATCH_PER_DEVICE * mesh.size, "mesh": mesh}
-    flow, source, key = TarFlow(pipe.config), subject.source(SPLIT.value), jax.random.key(SEED.value)
+    runner = BatchRunner(make_mesh())  # of all processes, which share the split
+    pipe, source = subject.pipe, subject.source(SPLIT.value)
+    variables, key = runner.place(pipe.variables), jax.random.key(SEED.value)
     if pipe.noise_std is None:
-        bits = evaluate_bits_per_dim(flow, pipe.variables, source, key, num_samples=DRAWS.value, **arguments)
+        images = LazyRows(source.read, len(source))
+        bits = BitsPerDim.of(
+            image_bits_per_dim(runner, pipe.config, variables, images, key, num_draws=DRAWS.value)
+        )
         found = {"bits/dim": bits.mean, "standard error": bits.standard_error, "images": bits.num_images}
         return found | {"dequantisation draws": DRAWS.value, "precision": "float32, full matmul"}
     if not ALLOW_NOISY.value:
@@ -146,8 +152,7 @@ def measure_likelihood(subject: Subject) -> dict[str, Any]:
             "bits/dim is defined for models trained with uniform noise, this one's was gaussian; "
             "train with noise.kind=uniform, or pass --allow_noisy for nats/dim of noisy data"
         )
-    exact = TarFlow(dataclasses.replace(pipe.config, dtype="float32"))
-    log_probs = split_log_prob(exact, pipe.variables, source, pipe.noise, key, **arguments)
+    log_probs = split_log_prob(runner, pipe.config, variables, source, pipe.noise, key)
     nats = -log_probs.astype(np.float64) / pipe.config.num_dims
     error = float(nats.std(ddof=1) / np.sqrt(len(nats)))
     return {"nats/dim of noisy data": float(nats.mean()), "standard error": error, "images": len(nats)}
@@ -176,7 +181,10 @@ def measure_outliers(subject: Subject) -> dict[str, Any]:
     """log p, without labels, of the split against the same split of --outliers."""
     if OUTLIERS.value is None:
         raise UserError("outliers needs a second data set, --outliers=NAME")
-    inside, outside = subject.source(SPLIT.value), open_source(OUTLIERS.value, SPLIT.value)
+    inside, outside = (
+        subject.source(SPLIT.value),
+        open_source(OUTLIERS.value, SPLIT.value, data_dir=subject.data_dir),
+    )
     log_probs = []
     for source, key in zip((inside, outside), jax.random.split(jax.random.key(SEED.value)), strict=True):
         images = classification.fit_images(

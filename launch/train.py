@@ -17,7 +17,7 @@ from ml_collections import config_flags
 from launch import common
 from tarflow_jax.figures import grid, save_png, to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
-from tarflow_jax.runtime import PreemptionGuard, split_cpu
+from tarflow_jax.runtime import PreemptionGuard
 from tarflow_jax.sampling import Guidance
 from tarflow_jax.training import Recipe, train
 from tarflow_jax.training.loop import evaluate_loss
@@ -35,9 +35,7 @@ def main(argv: Sequence[str]) -> None:
     """Trains, draws the showcase figures and prints a table."""
     begin = time.perf_counter()
     config, workdir = CONFIG.value, epath.Path(WORKDIR.value)
-    distributed = common.join_processes()
-    if config.mesh.data == -1 and not distributed:
-        split_cpu(config.train.batch_size // config.train.accumulation)
+    common.join_processes()
     recipe = Recipe(config)
     guidance = Guidance(**config.sample.guidance)
     figures = workdir / "figures"

@@ -1,12 +1,15 @@
 """log p(x), the training loss, and bits per dimension."""
 
-from typing import Any
+import math
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tarflow_jax.flow import TarFlow
 
+Array = TypeVar("Array", jax.Array, np.ndarray)
 LOG_2PI = 1.8378770664093453
 LEVELS_PER_UNIT = 128  # half the 256 levels, because images span 2 units
 
@@ -57,6 +60,16 @@ def training_loss(
     return loss, (metrics, outputs[-1])
 
 
-def bits_per_dim(log_prob: jax.Array, num_dims: int) -> jax.Array:
-    """(-log p(x) / (H W K) + log 128) / log 2: bits per dimension of 8-bit data, from nats [B]."""
-    return (-log_prob / num_dims + jnp.log(LEVELS_PER_UNIT)) / jnp.log(2.0)
+def unit_prior(variables: dict[str, Any]) -> dict[str, Any]:
+    """The variables with the unit prior that the blocks are trained on; it makes a difference in VP mode alone.
+
+    The prior's running variance is a statistic of the blocks' output that no gradient has seen.
+    """
+    if "prior" not in variables:
+        return variables
+    return {**variables, "prior": jax.tree.map(jnp.ones_like, variables["prior"])}
+
+
+def bits_per_dim(log_prob: Array, num_dims: int) -> Array:
+    """(-log p(x) / (H W K) + log 128) / log 2: bits per dimension of 8-bit data, from nats [B], in their dtype."""
+    return (-log_prob / num_dims + math.log(LEVELS_PER_UNIT)) / math.log(2)

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tarflow_jax.errors import UserError
 
@@ -56,9 +57,9 @@ class Noise:
         return to_float(images) + self.std * jax.random.normal(key, images.shape, jnp.float32)
 
 
-def to_float(images: jax.Array) -> jax.Array:
+def to_float(images: jax.Array | np.ndarray) -> jax.Array:
     """8-bit value v -> v / 127.5 - 1 in [-1, 1], float32."""
-    return images.astype(jnp.float32) / 127.5 - 1
+    return jnp.asarray(images).astype(jnp.float32) / 127.5 - 1
 
 
 def dequantise(key: jax.Array, images: jax.Array) -> jax.Array:

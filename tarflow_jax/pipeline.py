@@ -1,8 +1,8 @@
-"""The front door: a trained TarFlow to encode, decode, score, denoise and sample with."""
+"""The high-level API: a trained TarFlow to encode, decode, score, denoise and sample with."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from tarflow_jax import interop
+from tarflow_jax import interop, programs
 from tarflow_jax.arguments import (
     DecoderChoice,
     check_decoder,
@@ -21,21 +21,20 @@ from tarflow_jax.arguments import (
     check_labels,
 )
 from tarflow_jax.errors import UserError
-from tarflow_jax.flow import TarFlow, TarFlowConfig
-from tarflow_jax.likelihood import bits_per_dim, log_prob
-from tarflow_jax.noise import Noise, dequantise
-from tarflow_jax.runtime import Parts
-from tarflow_jax.sampling import Guidance, Schedule, Sequential, decode, denoise
+from tarflow_jax.evaluation.bits_per_dim import image_bits_per_dim
+from tarflow_jax.flow import TarFlowConfig
+from tarflow_jax.noise import Noise, to_float
+from tarflow_jax.runtime import BatchRunner
+from tarflow_jax.runtime.batches import DEFAULT_MEMORY_BOUND
+from tarflow_jax.sampling import Guidance, Schedule, Sequential
 from tarflow_jax.sampling.memory import backward_bytes, decode_bytes, forward_bytes
 from tarflow_jax.training.workdir import read_workdir
 
-DEFAULT_MEMORY_BOUND = 2 * 2**30
-
 
 class TarFlowPipeline:
-    """A trained flow. Every method is compiled once for each batch shape.
+    """A trained flow. Every method is compiled once in a process for each model's and each batch's shape.
 
-    A batch too large for `memory_bound` is split into equal parts, the last one padded, so that a ragged batch
+    A batch too large for `memory_bound` is split into equal ones, the last one padded, so that a ragged batch
     compiles nothing new. Likelihoods are float32 at full matmul precision; the rest runs in `config.dtype`.
 
     Attributes:
@@ -71,21 +70,12 @@ class TarFlowPipeline:
         if ema_params is not None:
             self._raw_params = variables["params"]
             variables = {**variables, "params": ema_params}
-        self._parts = Parts(mesh, memory_bound)
-        self.variables = self._parts.place(dict(variables))
-        exact = TarFlow(dataclasses.replace(config, dtype="float32"))
+        self._runner = BatchRunner(mesh, memory_bound)
+        self.variables = self._runner.place(dict(variables))
         # On a CPU computing activations again is faster than keeping them.
         keep_all = dataclasses.replace(config, remat="none")
-        recompute = self._parts.on_cores or backward_bytes(keep_all) > memory_bound // 8
-        remat = "full" if recompute else "none"
-        self._denoiser = dataclasses.replace(config, remat=remat)
-        self._encode = jax.jit(_full_precision(config, TarFlow(config).apply))
-        self._log_prob = jax.jit(_full_precision(exact.config, functools.partial(log_prob, exact)))
-        self._decode = jax.jit(
-            _full_precision(config, functools.partial(decode, config)),
-            static_argnames=("target", "trajectory", "decoders"),
-        )
-        self._denoise = jax.jit(_full_precision(config, functools.partial(denoise, TarFlow(self._denoiser))))
+        recompute = self._runner.on_cores or backward_bytes(keep_all) > memory_bound // 8
+        self._denoiser = dataclasses.replace(config, remat="full" if recompute else "none")
 
     @property
     def noise_std(self) -> float | None:
@@ -185,10 +175,8 @@ class TarFlowPipeline:
         Raises:
           ValueError: a shape, dtype or label that does not fit the model.
         """
-        images, labels = check_images(self.config, images), check_labels(self.config, labels, len(images))
-        return self._parts.run(
-            self._encode, self.variables, images, labels, bytes_per_image=forward_bytes(self.config)
-        )
+        program = functools.partial(programs.encode, self.config)
+        return self._run(program, images, labels, bytes_per_image=forward_bytes(self.config))
 
     def decode(
         self,
@@ -218,25 +206,22 @@ class TarFlowPipeline:
           ValueError: a shape, dtype or label that does not fit the model, class guidance of an unconditional one, or
             as many decoders as it has no blocks.
         """
-        latents, labels = check_images(self.config, latents), check_labels(self.config, labels, len(latents))
-        weights, temperature, target = check_guidance(self.config, guidance)
+        guidance = check_guidance(self.config, guidance)
         decoders = check_decoder(self.config, self.schedule, decoder, len(latents))
         one_by_one = decoders is None or Sequential() in decoders
-        decoded = self._parts.run(
-            self._decode,
-            self.variables,
+        program = functools.partial(
+            programs.decode, self.config, trajectory=return_trajectory, decoders=decoders
+        )
+        decoded = self._run(
+            program,
             latents,
             labels,
-            weights,
-            temperature,
+            guidance,
             bytes_per_image=decode_bytes(
-                self.config, guided=weights is not None, parallel=decoders is not None
+                self.config, guided=guidance is not None, parallel=decoders is not None
             ),
             # For one image XLA's CPU code copies the caches at every token; for two it does not.
-            smallest=2 if self._parts.on_cores and one_by_one else 1,
-            target=target,
-            trajectory=return_trajectory,
-            decoders=decoders,
+            smallest=2 if self._runner.on_cores and one_by_one else 1,
         )
         results = [decoded.images]
         if return_trajectory:
@@ -247,10 +232,8 @@ class TarFlowPipeline:
 
     def log_prob(self, images: Any, labels: Any = None) -> jax.Array:
         """log p(x | label), float32 [B], nats; arguments and errors as of `encode`."""
-        images, labels = check_images(self.config, images), check_labels(self.config, labels, len(images))
-        return self._parts.run(
-            self._log_prob, self.variables, images, labels, bytes_per_image=forward_bytes(self.config)
-        )
+        program = functools.partial(programs.log_prob, programs.exact(self.config))
+        return self._run(program, images, labels, bytes_per_image=forward_bytes(self.config))
 
     def bits_per_dim(self, key: jax.Array, images_uint8: Any, labels: Any = None) -> jax.Array:
         """Bits per dimension of 8-bit images [B, H, W, K] under uniform dequantisation, float32 [B].
@@ -260,8 +243,10 @@ class TarFlowPipeline:
         images = np.asarray(images_uint8)
         if images.dtype != np.uint8:
             raise UserError(f"images are {images.dtype}; expected uint8 in 0..255")
-        noisy = dequantise(key, jnp.asarray(images))
-        return bits_per_dim(self.log_prob(noisy, labels), self.config.num_dims)
+        check_images(self.config, to_float(images))
+        labels = check_labels(self.config, labels, len(images))
+        bits = image_bits_per_dim(self._runner, self.config, self.variables, (images, labels), key)
+        return jnp.asarray(bits, jnp.float32)
 
     def denoise(
         self, images: Any, labels: Any = None, noise_std: float | None = None, multiplier: float = 1.0
@@ -282,10 +267,8 @@ class TarFlowPipeline:
                 f"denoising needs a model trained with gaussian noise, this one's was {kind}; "
                 + ("pass noise_std if you know it" if self.noise is None else "sample without denoising")
             )
-        images, labels = check_images(self.config, images), check_labels(self.config, labels, len(images))
-        return self._parts.run(
-            self._denoise,
-            self.variables,
+        return self._run(
+            functools.partial(programs.denoise, self._denoiser),
             images,
             labels,
             jnp.float32(std),
@@ -331,12 +314,9 @@ class TarFlowPipeline:
         """Standard normal latents [num_images, H, W, K], as `sample` draws them."""
         return jax.random.normal(key, (num_images, *self.config.image_shape), jnp.float32)
 
-
-def _full_precision(config: TarFlowConfig, function: Callable[..., Any]) -> Callable[..., Any]:
-    """float32 means float32: TPUs and recent GPUs multiply it in fewer bits unless told."""
-
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with jax.default_matmul_precision("highest" if config.dtype == "float32" else "default"):
-            return function(*args, **kwargs)
-
-    return wrapped
+    def _run(self, program: functools.partial, images: Any, labels: Any, *args: Any, **options: Any) -> Any:
+        """One of `programs` on images and labels that are checked first; options as of `BatchRunner.run`."""
+        images, labels = check_images(self.config, images), check_labels(self.config, labels, len(images))
+        name = program.func.__name__.strip("_")
+        results = self._runner.run(program, self.variables, (images, labels), *args, progress=name, **options)
+        return jax.tree.map(jnp.asarray, results)

@@ -8,18 +8,17 @@ import json
 import sys
 from pathlib import Path
 
-import chex
 import jax
 import numpy as np
-import optax
 from tiny_models import TINY, new_variables
 
-from tarflow_jax import Guidance, Noise, TarFlow, TarFlowPipeline
-from tarflow_jax.data import ArraySource
-from tarflow_jax.evaluation.bits_per_dim import evaluate_bits_per_dim
-from tarflow_jax.runtime import Rows, make_mesh, start_processes
-from tarflow_jax.training import make_train_step
-from tarflow_jax.training.state import sharded_state
+from tarflow_jax import Guidance, Noise, TarFlowPipeline
+from tarflow_jax.evaluation.bits_per_dim import image_bits_per_dim
+from tarflow_jax.runtime import BatchRunner, Rows, make_mesh, start_processes
+from tarflow_jax.training import TrainConfig
+from tarflow_jax.training.optimizer import Optimizer
+from tarflow_jax.training.state import new_state
+from tarflow_jax.training.step import compiled_step
 
 BATCH_SIZE = 16
 SMALL = dataclasses.replace(TINY, num_blocks=2, layers_per_block=1)
@@ -34,20 +33,18 @@ def random_images(config, count, seed=0):
 
 def run_steps(config, mesh, count, *, accumulation=1, ema_decay=0.0):
     """The losses and the last state of `count` steps on fixed random 8-bit images."""
-    flow, optimizer = TarFlow(config), optax.adamw(1e-4)  # no loss comes near 0
-    state, layout = sharded_state(flow, optimizer, jax.random.key(0), mesh, ema=ema_decay > 0)
-    function = make_train_step(
-        flow, optimizer, Noise("gaussian", 0.1), drop_label=0.2, ema_decay=ema_decay, accumulation=accumulation
-    )  # fmt: skip
-    chex.clear_trace_counter()
-    step = jax.jit(chex.assert_max_traces(function, 1), donate_argnums=0, out_shardings=(layout, None))
+    optimizer = Optimizer(count, 1e-4, 1e-4, 0, 0.9, 0.999, 1e-4, 0.0, ema_decay)  # no loss comes near 0
+    train_config = TrainConfig(
+        config, Noise("gaussian", 0.1), optimizer, drop_label=0.2, accumulation=accumulation
+    )
+    state, step = new_state(train_config, mesh, jax.random.key(0)), compiled_step(train_config, mesh)
     rows, losses = Rows(mesh, BATCH_SIZE), []
     for i in range(count):
         batch = (rows.put(values[rows.local]) for values in random_images(config, BATCH_SIZE, i))
-        with jax.set_mesh(mesh):
-            state, metrics = step(state, *batch, jax.random.key(1))
+        state, metrics = step(state, *batch, jax.random.key(1))
         losses.append(float(metrics["loss"]))
     assert int(state.step) == count
+    assert step.function._cache_size() == 1
     assert set(metrics) == {"loss", "half_mean_z2", "log_det_per_dim", "block_norms", "grad_norm"}
     return losses, state
 
@@ -59,10 +56,11 @@ def random_variables(config):
 
 
 def bits_per_dim(mesh):
-    """Of a split of 21 images, in batches of 8."""
-    flow, variables = TarFlow(SMALL), random_variables(SMALL)
-    source = ArraySource("random", *random_images(SMALL, 21), SMALL.num_classes)
-    return evaluate_bits_per_dim(flow, variables, source, jax.random.key(0), batch_size=8, mesh=mesh).mean
+    """Of 21 images, which no number of devices divides."""
+    runner = BatchRunner(mesh)
+    variables = runner.place(random_variables(SMALL))
+    bits = image_bits_per_dim(runner, SMALL, variables, random_images(SMALL, 21), jax.random.key(0))
+    return float(bits.mean())
 
 
 def samples(mesh):

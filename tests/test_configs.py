@@ -1,13 +1,13 @@
 """Every recipe makes a full train step, by shapes alone."""
 
+import functools
 import importlib
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from tarflow_jax import TarFlow
-from tarflow_jax.training import Recipe, make_train_step
+from tarflow_jax.training import Recipe, train_step
 from tarflow_jax.training.state import initial_state
 
 RECIPES = (
@@ -22,11 +22,9 @@ def test_a_full_train_step_has_the_right_shapes(name):
     module, _, variant = name.partition(":")
     get_config = importlib.import_module(f"configs.{module}").get_config
     recipe = Recipe(get_config(variant) if variant else get_config())
-    fields, flow, optimizer = recipe.config.train, TarFlow(recipe.model), recipe.optimizer()
-    state = jax.eval_shape(lambda key: initial_state(flow, optimizer, key, ema=False), jax.random.key(0))
-    step = make_train_step(
-        flow, optimizer, recipe.noise, drop_label=fields.drop_label, accumulation=fields.accumulation
-    )
+    fields = recipe.config.train
+    state = jax.eval_shape(functools.partial(initial_state, recipe.train_config), jax.random.key(0))
+    step = functools.partial(train_step, recipe.train_config)
     images = jax.ShapeDtypeStruct((fields.batch_size, *recipe.model.image_shape), jnp.uint8)
     labels = jax.ShapeDtypeStruct((fields.batch_size,), jnp.int32)
     new_state, metrics = jax.eval_shape(step, state, images, labels, jax.random.key(0))

@@ -82,28 +82,6 @@ def test_batch_larger_than_the_set(source):
     assert set(batch.label[:NUM_IMAGES]) == set(range(NUM_IMAGES))
 
 
-@pytest.mark.parametrize("batch_size", [37, 40, 16, 4])
-def test_evaluation_sees_every_image_once_in_order(source, batch_size):
-    count = 1 if batch_size % 4 else 4
-    parts = [
-        list(data.eval_batches(source, batch_size=batch_size, rows=rows))
-        for rows in np.split(np.arange(batch_size), count)
-    ]
-    assert {len(part) for part in parts} == {-(-NUM_IMAGES // batch_size)}
-    batches = [
-        data.Batch(*map(np.concatenate, zip(*together, strict=True))) for together in zip(*parts, strict=True)
-    ]
-    assert {batch.image.shape for batch in batches} == {(batch_size, 4, 6, 3)}
-    mask = np.concatenate([batch.mask for batch in batches])
-    labels = np.concatenate([batch.label for batch in batches])
-    images = np.concatenate([batch.image for batch in batches])
-    np.testing.assert_array_equal(mask, np.arange(len(mask)) < NUM_IMAGES)
-    np.testing.assert_array_equal(labels[:NUM_IMAGES], np.arange(NUM_IMAGES))
-    np.testing.assert_array_equal(images[:NUM_IMAGES], source.images)
-    assert (labels[NUM_IMAGES:] == -1).all()
-    assert not images[NUM_IMAGES:].any()
-
-
 def test_prefetch_keeps_the_order_and_one_ahead(source):
     started = []
 

@@ -6,10 +6,10 @@ import scipy.special
 import scipy.stats
 
 from tarflow_jax.data import ArraySource
-from tarflow_jax.evaluation.bits_per_dim import evaluate_bits_per_dim
+from tarflow_jax.evaluation.bits_per_dim import BitsPerDim, image_bits_per_dim
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.noise import dequantise
-from tarflow_jax.runtime import make_mesh
+from tarflow_jax.runtime import BatchRunner, LazyRows, make_mesh
 
 CONFIG = TarFlowConfig((4, 4), 1, patch_size=2, width=64, num_blocks=2, layers_per_block=1)
 
@@ -44,17 +44,11 @@ def test_bits_per_dim_of_an_affine_flow(affine, num_samples):
     variables, biases = affine
     images = np.random.default_rng(1).integers(0, 256, (37, 4, 4, 1), dtype=np.uint8)
     key = jax.random.key(5)
-    result = evaluate_bits_per_dim(
-        TarFlow(CONFIG),
-        variables,
-        ArraySource("noise", images),
-        key,
-        batch_size=16,
-        mesh=make_mesh(),
-        num_samples=num_samples,
-    )
+    runner, source = BatchRunner(make_mesh()), ArraySource("noise", images)
+    rows = LazyRows(source.read, len(source))
+    result = BitsPerDim.of(image_bits_per_dim(runner, CONFIG, variables, rows, key, num_samples))
     draws = []
-    for draw in jax.random.split(key, num_samples):
+    for draw in (jax.random.fold_in(key, k) for k in range(num_samples)):
         noisy = [
             dequantise(jax.random.fold_in(draw, i), jnp.asarray(image)) for i, image in enumerate(images)
         ]
@@ -69,11 +63,9 @@ def test_bits_per_dim_of_an_affine_flow(affine, num_samples):
 def test_result_does_not_depend_on_devices_or_batches(affine):
     variables, _ = affine
     images = np.random.default_rng(2).integers(0, 256, (21, 4, 4, 1), dtype=np.uint8)
-    source, key = ArraySource("noise", images), jax.random.key(0)
-    results = [
-        evaluate_bits_per_dim(
-            TarFlow(CONFIG), variables, source, key, batch_size=size, mesh=make_mesh(devices=devices)
-        )
-        for size, devices in ((8, jax.devices()), (21, jax.devices()[:1]))
-    ]
-    assert results[0].mean == pytest.approx(results[1].mean, rel=1e-6)
+    rows, key = (images, None), jax.random.key(0)
+    runners = BatchRunner(make_mesh()), BatchRunner(None), BatchRunner(None, memory_bound=1)
+    results = [image_bits_per_dim(runner, CONFIG, variables, rows, key) for runner in runners]
+    assert results[0].dtype == np.float64
+    for result in results[1:]:
+        np.testing.assert_allclose(result, results[0], rtol=1e-6)

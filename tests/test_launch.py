@@ -53,23 +53,6 @@ def workdir(tmp_path_factory):
     return workdir
 
 
-def test_each_core_is_a_device_and_each_device_has_its_rows():
-    program = "; ".join(
-        [
-            "import jax",
-            "import os",
-            "os.cpu_count = lambda: 6",
-            "from tarflow_jax.runtime import split_cpu",
-            "split_cpu(32)",
-            "print(jax.device_count())",
-        ]
-    )
-    for flags, count in (("", 4), ("--xla_force_host_platform_device_count=3", 3)):
-        environment = os.environ | {"XLA_FLAGS": flags}
-        out = subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, env=environment, text=True)
-        assert int(out) == count
-
-
 def test_train_leaves_metrics_and_figures_that_differ(workdir):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines]

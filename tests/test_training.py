@@ -1,5 +1,6 @@
 """The step, its sharding, the recipe, checkpoints and metrics."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -8,40 +9,43 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import runs
 from damage import cut_short, flip_a_bit, largest_file
 from tiny_models import TINY, VP
 
-from configs import digits
-from tarflow_jax import Noise, TarFlow
-from tarflow_jax.likelihood import training_loss
-from tarflow_jax.runtime import make_mesh, shardings
-from tarflow_jax.training import Checkpoints, Recipe
+from configs import common, digits
+from tarflow_jax import Noise
+from tarflow_jax.runtime import make_mesh, replicated, shardings
+from tarflow_jax.training import Checkpoints, Recipe, TrainConfig
 from tarflow_jax.training.metrics import MetricsWriter
-from tarflow_jax.training.state import initial_state
+from tarflow_jax.training.optimizer import Optimizer
+from tarflow_jax.training.state import initial_state, new_state
+from tarflow_jax.training.step import compiled_step
+
+
+class AsGiven(Noise):
+    """For images that are noisy already."""
+
+    def __call__(self, key, images):
+        return images
 
 
 def test_the_reference_s_training_run(load_golden):
     golden = load_golden("training")
-    flow, optimizer = TarFlow(golden.config), optax.adamw(1e-3, b1=0.9, b2=0.95, weight_decay=1e-4)
-
-    @jax.jit
-    def step(params, opt_state, images, labels):
-        def loss(params):
-            return training_loss(flow, {"params": params}, images, labels)[0]
-
-        value, gradients = jax.value_and_grad(loss)(params)
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = optimizer.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, value
-
-    params = golden.variables["params"]
-    opt_state, losses = optimizer.init(params), []
+    config = common.get_config()
+    config.model.update(golden.config.to_dict())
+    config.optimizer.update({"learning_rate": 1e-3, "final_learning_rate": 1e-3})
+    config.train.update({"num_steps": 30, "batch_size": 16})
+    train_config = dataclasses.replace(Recipe(config).train_config, noise=AsGiven("gaussian", 0.1))
+    mesh = make_mesh(devices=jax.devices()[:1])
+    state = new_state(train_config, mesh, jax.random.key(0)).replace(
+        variables=jax.device_put({"params": golden.variables["params"]}, replicated(mesh))
+    )
+    step, losses = compiled_step(train_config, mesh), []
     for images, labels in zip(golden.images("x"), golden.labels("y"), strict=True):
-        params, opt_state, loss = step(params, opt_state, images, labels)
-        losses.append(float(loss))
+        state, metrics = step(state, images, labels, jax.random.key(0))
+        losses.append(float(metrics["loss"]))
     # Each loss is a difference of two float32 numbers near 1, and some are near 0.
     np.testing.assert_allclose(losses, golden.arrays["loss"], rtol=1e-4, atol=4 * np.finfo(np.float32).eps)
 
@@ -98,7 +102,8 @@ CONFIG = {"train": {"num_steps": 2}}
 
 
 def small_state():
-    return initial_state(TarFlow(TINY), optax.adam(1e-3), jax.random.key(0), ema=False)
+    optimizer = Optimizer(2, 1e-3, 1e-3, 0, 0.9, 0.999, 0.0, 0.0, 0.0)
+    return initial_state(TrainConfig(TINY, Noise("gaussian", 0.1), optimizer), jax.random.key(0))
 
 
 @pytest.fixture
@@ -163,16 +168,18 @@ def test_metrics_are_cut_where_a_run_continues(tmp_path):
 def test_schedule_and_workdir(tmp_path):
     config = digits.get_config()
     recipe = Recipe(config)
-    schedule = recipe.schedule()
+    schedule = recipe.train_config.optimizer.schedule()
     assert float(schedule(0)) == pytest.approx(1e-6, rel=1e-4)
     assert float(schedule(config.optimizer.warmup_steps)) == pytest.approx(1e-3)
     assert float(schedule(config.train.num_steps)) == pytest.approx(1e-6, rel=1e-4)
-    recipe.claim(tmp_path)
-    config.train.log_every = 7  # free
-    Recipe(config).claim(tmp_path)
+    recipe.write_to(tmp_path)
+    free = {"train.log_every": 7, "data.data_dir": "/elsewhere", "data.num_workers": 3, "data.cache_bytes": 5}
+    free |= {"data.skip_bad": True, "sample.guidance.weight": 3.0, "sample.denoise_multiplier": 0.5}
+    config.update_from_flattened_dict(free)
+    Recipe(config).write_to(tmp_path)
     config.noise.std = 0.2
     with pytest.raises(ValueError, match=r"another configuration: noise.std \(0.1 there, 0.2 here\)"):
-        Recipe(config).claim(tmp_path)
+        Recipe(config).write_to(tmp_path)
     assert Recipe.from_workdir(tmp_path).noise == Noise("gaussian", 0.1)
     with pytest.raises(FileNotFoundError, match="expected the workdir"):
         Recipe.from_workdir(tmp_path / "none")
@@ -185,6 +192,10 @@ def test_schedule_and_workdir(tmp_path):
         ("train.accumulation", 3, "not divisible by train.accumulation"),
         ("train.drop_label", 1.5, "expected a probability"),
         ("optimizer.ema_decay", 1.0, "ema_decay is 1.0"),
+        ("optimizer.beta1", 2.0, "beta1 is 2.0"),
+        ("optimizer.clip_norm", -1.0, "clip_norm is -1.0"),
+        ("optimizer.warmup_steps", -1, "warmup_steps is -1"),
+        ("optimizer.learning_rate", float("nan"), "learning_rate is nan"),
         ("model.patch_size", 3, "not divisible by patch_size 3"),
         ("noise.kind", "none", "noise kind is 'none'"),
     ],

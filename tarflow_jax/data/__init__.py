@@ -1,6 +1,6 @@
 """Data: sources of images by name, and the function from the step to its batch."""
 
-from tarflow_jax.data.batches import Batch, eval_batches, prefetch_to_device, train_batches
+from tarflow_jax.data.batches import Batch, prefetch_to_device, train_batches
 from tarflow_jax.data.registry import default_data_dir, open_source, prepare_source
 from tarflow_jax.data.source import ArraySource, CachedSource, ImageSource
 
@@ -10,7 +10,6 @@ __all__ = [
     "CachedSource",
     "ImageSource",
     "default_data_dir",
-    "eval_batches",
     "open_source",
     "prefetch_to_device",
     "prepare_source",

@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 import grain
 import numpy as np
 
-from tarflow_jax.data.source import NO_LABEL, ImageSource
+from tarflow_jax.data.source import ImageSource
 
 T = TypeVar("T")
 
@@ -25,12 +25,10 @@ class Batch(NamedTuple):
     Attributes:
       image: uint8 [B, H, W, K].
       label: int32 [B]; -1 means no label.
-      mask: bool [B]; False marks the padding of an evaluation's last batch.
     """
 
     image: np.ndarray
     label: np.ndarray
-    mask: np.ndarray
 
 
 def train_batches(
@@ -63,30 +61,11 @@ def train_batches(
         if flip:
             flips = np.random.default_rng((seed, step)).random(batch_size) < 0.5  # of the global batch
             images = np.where(flips[rows, None, None, None], images[:, :, ::-1], images)
-        return Batch(images, labels, np.ones(len(rows), bool))
+        return Batch(images, labels)
 
     steps = grain.MapDataset.range(start_step, np.iinfo(np.int64).max).map(batch_of)
     ahead = grain.ReadOptions(num_threads=num_workers, prefetch_buffer_size=2 * num_workers)
     return iter(steps.to_iter_dataset(ahead))
-
-
-def eval_batches(
-    source: ImageSource, *, batch_size: int, rows: Sequence[int] | np.ndarray | None = None
-) -> Iterator[Batch]:
-    """Every image once, in order; the last batch is padded with zeros and label -1, marked by `mask`.
-
-    Every process yields the same number of batches, of its `rows`, ascending (None is all of them).
-    """
-    rows = np.arange(batch_size) if rows is None else np.asarray(rows)
-    for start in range(0, len(source), batch_size):
-        wanted = start + rows[start + rows < len(source)]
-        images, labels = source.read(wanted)
-        missing = len(rows) - len(wanted)
-        yield Batch(
-            np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)]),
-            np.pad(labels, (0, missing), constant_values=NO_LABEL),
-            np.arange(len(rows)) < len(wanted),
-        )
 
 
 def prefetch_to_device(batches: Iterator[Batch], put: Callable[[Batch], T], size: int = 2) -> Iterator[T]:

@@ -135,6 +135,9 @@ def open_folder(
         len(items),
         lambda index: (items[index].read(), items[index].label),
         lambda index: f"{name}: {items[index].name}",
+        content=repr(
+            [(item.name, item.label, item.stamp.split()[0]) for item in items]
+        ),  # with the size, no times
         image_shape=(*size, 3),
         preprocessing=preprocessing,
         num_classes=len(label_names),

@@ -263,6 +263,7 @@ def open_packed(name: str, folder: Path, split: str, preprocessing: str = "none"
         len(records),
         read_encoded,
         lambda index: f"{name}: {split} image {index}",
+        content=" ".join(shard["sha256"] for shard in shards),
         image_shape=tuple(manifest["image_shape"]),
         preprocessing="none",
         num_classes=len(manifest["label_names"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -46,6 +47,16 @@ class ImageSource(abc.ABC):
     @abc.abstractmethod
     def __len__(self) -> int: ...
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, in hexadecimal, of what the images and labels are, not of where they are kept."""
+        described = (len(self), self.image_shape, self.label_names, self.preprocessing, self._content())
+        return hashlib.sha256(repr(described).encode()).hexdigest()
+
+    def _content(self) -> str:
+        """What tells these images and labels from others of the same number, shape and classes."""
+        return ""
+
     @abc.abstractmethod
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
@@ -86,6 +97,11 @@ class ArraySource(ImageSource):
     def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.images[indices], self.labels[indices]
 
+    def _content(self) -> str:
+        digest = hashlib.sha256(np.ascontiguousarray(self.images).data)
+        digest.update(np.ascontiguousarray(self.labels).data)
+        return digest.hexdigest()
+
 
 class EncodedSource(ImageSource):
     """A source of encoded images, each decoded and preprocessed when it is read."""
@@ -97,12 +113,16 @@ class EncodedSource(ImageSource):
         read_encoded: Callable[[int], tuple[bytes, int]],
         describe: Callable[[int], str],
         *,
+        content: str,
         image_shape: tuple[int, int, int],
         preprocessing: str,
         num_classes: int,
         label_names: Sequence[str] = (),
     ) -> None:
-        """Takes functions of the index: the encoded image with its label, and what to call it in an error."""
+        """Takes functions of the index: the encoded image with its label, and what to call it in an error.
+
+        `content` tells these images and labels from others, see `fingerprint`.
+        """
         super().__init__(name, image_shape, num_classes, label_names)
         check_preprocessing(preprocessing)
         if num_images == 0:
@@ -111,6 +131,7 @@ class EncodedSource(ImageSource):
         self._num_images = num_images
         self._read_encoded = read_encoded
         self._describe = describe
+        self._contents = content
 
     def __len__(self) -> int:
         return self._num_images
@@ -125,6 +146,9 @@ class EncodedSource(ImageSource):
         except ValueError as error:
             raise UserError(f"{self._describe(index)}: {error}") from None
         return {"image": array, "label": np.int32(label if self.num_classes else NO_LABEL)}
+
+    def _content(self) -> str:
+        return self._contents
 
 
 class CachedSource(ImageSource):
@@ -141,6 +165,9 @@ class CachedSource(ImageSource):
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def _content(self) -> str:
+        return self.source._content()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]

@@ -117,6 +117,7 @@ def open_tfds(
         len(records),
         read_encoded,
         lambda index: f"{name}: {chosen} image {index}",
+        content=f"{builder.info.full_name}/{chosen}",
         image_shape=(*size, 1 if channels == 1 else 3),
         preprocessing=preprocessing,
         num_classes=classes.num_classes if classes else 0,

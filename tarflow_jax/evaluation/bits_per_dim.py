@@ -1,51 +1,52 @@
-"""Bits per dimension of a split."""
+"""Bits per dimension of 8-bit images, under uniform dequantisation."""
 
 import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from tarflow_jax.data import ImageSource
-from tarflow_jax.evaluation.split import split_log_prob
-from tarflow_jax.flow import TarFlow
+from tarflow_jax.evaluation.split import noisy_log_prob
+from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.likelihood import bits_per_dim
 from tarflow_jax.noise import Noise
+from tarflow_jax.runtime import BatchRunner, LazyRows
 
 
 @dataclasses.dataclass(frozen=True)
 class BitsPerDim:
-    """Mean over the images of a split, and the standard error of that mean."""
+    """Mean over images, and the standard error of that mean."""
 
     mean: float
     standard_error: float
     num_images: int
 
+    @classmethod
+    def of(cls, bits: np.ndarray) -> "BitsPerDim":
+        """From each image's, [N]."""
+        return cls(float(bits.mean()), float(bits.std(ddof=1) / np.sqrt(len(bits))), len(bits))
 
-def evaluate_bits_per_dim(
-    flow: TarFlow,
+
+def image_bits_per_dim(
+    runner: BatchRunner,
+    config: TarFlowConfig,
     variables: dict[str, Any],
-    source: ImageSource,
+    images: LazyRows | tuple[Any, Any],
     key: jax.Array,
-    *,
-    batch_size: int,
-    mesh: Mesh,
-    num_samples: int = 1,
-) -> BitsPerDim:
-    """Bits per dimension of the 8-bit images under uniform dequantisation, float32 at full precision.
+    num_draws: int = 1,
+) -> np.ndarray:
+    """Each image's, float64 [N]: an upper bound in expectation over the noise, computed in float32.
 
     Args:
-      num_samples: K of the importance-weighted bound log 1/K Σ p(x + u_k); 1 is the paper's protocol.
-      (others): see `split_log_prob`.
+      images: as of `noisy_log_prob`.
+      key: draw k of the noise has the key fold_in(key, k), and of that each image its own, see `noisy_log_prob`.
+      num_draws: K of the importance-weighted bound log 1/K Σ p(x + u_k); 1 is the paper's protocol.
     """
-    flow = TarFlow(dataclasses.replace(flow.config, dtype="float32"))
     draws = [
-        split_log_prob(
-            flow, variables, source, Noise("uniform"), draw_key, batch_size=batch_size, mesh=mesh
+        noisy_log_prob(
+            runner, config, variables, images, Noise("uniform"), jax.random.fold_in(key, draw)
         ).astype(np.float64)
-        for draw_key in jax.random.split(key, num_samples)
+        for draw in range(num_draws)
     ]
-    log_probs = np.logaddexp.reduce(draws, axis=0) - np.log(num_samples)
-    bits = np.asarray(bits_per_dim(log_probs, flow.config.num_dims), np.float64)
-    return BitsPerDim(float(bits.mean()), float(bits.std(ddof=1) / np.sqrt(len(bits))), len(bits))
+    log_probs = np.logaddexp.reduce(draws, axis=0) - np.log(num_draws)
+    return bits_per_dim(log_probs, config.num_dims)

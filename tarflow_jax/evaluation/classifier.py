@@ -4,7 +4,9 @@ Distances between its features say how two models of one data set compare. They 
 so, and compare only under the same weights, which the identity printed with them tells.
 """
 
-from functools import partial
+import functools
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +61,7 @@ def train_classifier(source: ImageSource) -> dict[str, Any]:
         logits = model.apply({"params": params}, images).logits
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
-    @partial(jax.jit, donate_argnums=(0, 1))
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
     def update(params: Any, state: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
         gradient = jax.grad(loss)(params, images, labels)
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to the power of its step counter
@@ -89,24 +91,27 @@ def classifier_network(train: ImageSource, test: ImageSource, cache_dir: str | P
         params = train_classifier(train)
         _save(path, params, _description(train) | {"accuracy": repr(accuracy(params, test))})
     params, metadata = _load(path, train)
-    model = Classifier(train.num_classes)
+    identity = f"sha256 {sha256(path)} (test accuracy {float(metadata['accuracy']):.4f}; {RECIPE})"
+    return _network(params, train, identity)
+
+
+def _network(params: Any, source: ImageSource, identity: str = "") -> FeatureNetwork:
+    activations = 4 * 16 * math.prod(source.image_shape[:2])  # the first layer's outputs, and as much again
     return FeatureNetwork(
-        name="classifier",
-        identity=f"sha256 {sha256(path)} (test accuracy {float(metadata['accuracy']):.4f}; {RECIPE})",
-        preprocessing=PREPROCESSING,
-        variables=params,
-        apply=lambda params, images: model.apply({"params": params}, images),
+        "classifier", identity, PREPROCESSING, params, _apply(source.num_classes), activations
     )
+
+
+@functools.cache
+def _apply(num_classes: int) -> Callable[[Any, jax.Array], Features]:
+    return lambda params, images: Classifier(num_classes).apply({"params": params}, images)
 
 
 def accuracy(params: Any, source: ImageSource) -> float:
     """Fraction of the images of `source` that a `Classifier` gets right."""
-    model = Classifier(source.num_classes)
-    network = FeatureNetwork(
-        "classifier", "", "", params, lambda p, images: model.apply({"params": p}, images)
-    )
     images, labels = source.read(np.arange(len(source)))
-    return float((FeatureExtractor(network)(images).logits.argmax(-1) == labels).mean())
+    logits = FeatureExtractor(_network(params, source))(images).logits
+    return float((logits.argmax(-1) == labels).mean())
 
 
 def _description(source: ImageSource) -> dict[str, str]:

@@ -209,6 +209,10 @@ class InceptionV3(nn.Module):
         return Features(pooled, logits, spatial)
 
 
+def _features_of_any(params: Any, images: Array) -> Features:
+    return InceptionV3().apply({"params": params}, jnp.broadcast_to(images, (*images.shape[:-1], 3)))
+
+
 def inception_network(path: str | Path) -> FeatureNetwork:
     """FID's network with the weights of a local PyTorch file; grey images are repeated to three channels.
 
@@ -224,13 +228,11 @@ def inception_network(path: str | Path) -> FeatureNetwork:
         "the published pt_inception-2015-12-05" if published else "NOT the published weights: no FID compares"
     )
 
-    def apply(params: Any, images: Array) -> Features:
-        return model.apply({"params": params}, jnp.broadcast_to(images, (*images.shape[:-1], 3)))
-
     return FeatureNetwork(
         name="inception",
         identity=f"sha256 {sha256} ({note})",
         preprocessing="grey repeated to RGB, TensorFlow 1 bilinear resize to 299 x 299, (v - 128) / 128",
         variables=jax.tree.map(jnp.asarray, params),
-        apply=apply,
+        apply=_features_of_any,
+        bytes_per_image=64 * 2**20,  # 299 x 299 pixels, and the widest two layers
     )

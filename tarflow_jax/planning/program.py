@@ -11,39 +11,38 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tarflow_jax.flow import TarFlow
 from tarflow_jax.planning.chips import Topology
 from tarflow_jax.planning.flops import forward_flops, program_flops
 from tarflow_jax.planning.plan import Plan
 from tarflow_jax.planning.traffic import Traffic, traffic
-from tarflow_jax.runtime import batch_sharding, replicated
+from tarflow_jax.runtime import Program, batch_sharding, replicated
 from tarflow_jax.sampling import Guidance, decode
 from tarflow_jax.training import Recipe
 from tarflow_jax.training.state import abstract_state
-from tarflow_jax.training.step import recipe_step
+from tarflow_jax.training.step import compiled_step
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """A function and the shapes, dtypes and shardings of its arguments, by what they are."""
+class Planned:
+    """A program and the shapes, dtypes and shardings of its arguments, by what they are."""
 
-    jitted: Any
+    program: Program
     arguments: tuple[Any, ...]
     parts: dict[str, Any]
     model_flops: float  # of the whole batch, nothing computed twice
     num_steps: int  # of the whole recipe; 0 for a sampler, which has no end
 
 
-def train_program(recipe: Recipe, mesh: Mesh) -> Program:
+def train_program(recipe: Recipe, mesh: Mesh) -> Planned:
     """The step that `training.train` runs.
 
     Raises:
       ValueError: the batch or a parameter cannot be cut over the mesh.
     """
     fields, batch = recipe.config.train, _images(recipe, mesh, jnp.uint8)
-    step, state = recipe_step(recipe, mesh)
-    return Program(
-        step,
+    state = abstract_state(recipe.train_config, mesh)
+    return Planned(
+        compiled_step(recipe.train_config, mesh),
         (state, *batch, _replicated(mesh, jax.eval_shape(lambda: jax.random.key(0)))),
         {
             "parameters": state.variables,
@@ -56,14 +55,14 @@ def train_program(recipe: Recipe, mesh: Mesh) -> Program:
     )
 
 
-def sample_program(recipe: Recipe, mesh: Mesh) -> Program:
+def sample_program(recipe: Recipe, mesh: Mesh) -> Planned:
     """The sequential decoder with the recipe's guidance, for as many images as a training batch has.
 
     Raises:
       ValueError: as of `train_program`.
     """
     config = recipe.model
-    state = abstract_state(TarFlow(config), recipe.optimizer(), mesh, ema=False)
+    state = abstract_state(recipe.train_config, mesh)
     latents, labels = _images(recipe, mesh, jnp.float32)
     guidance = Guidance(**recipe.config.sample.guidance)
     weights = None
@@ -87,7 +86,7 @@ def sample_program(recipe: Recipe, mesh: Mesh) -> Program:
     )
 
 
-def compile_program(program: Program, recipe: Recipe, topology: Topology, mesh: Mesh) -> Plan:
+def compile_program(planned: Planned, recipe: Recipe, topology: Topology, mesh: Mesh) -> Plan:
     """Compiles and reads the result; a program that does not fit the memory is a plan too.
 
     Raises:
@@ -98,27 +97,26 @@ def compile_program(program: Program, recipe: Recipe, topology: Topology, mesh: 
         topology=topology,
         mesh=dict(mesh.shape),
         batch_size=recipe.config.train.batch_size,
-        num_steps=program.num_steps,
-        state_bytes={name: _device_bytes(part) for name, part in program.parts.items()},
-        model_flops=program.model_flops,
+        num_steps=planned.num_steps,
+        state_bytes={name: _device_bytes(part) for name, part in planned.parts.items()},
+        model_flops=planned.model_flops,
     )
     begin = time.process_time()
-    with jax.set_mesh(mesh):  # as in training
-        traced = program.jitted.trace(*program.arguments)
-        flops = program_flops(traced.jaxpr)
-        try:
-            compiled = traced.lower().compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            return described(
-                problem=_shortage(str(error)),
-                temporary_bytes=math.nan,
-                code_bytes=math.nan,
-                flops=flops / mesh.size,
-                traffic=Traffic(math.nan, {}),
-                compile_seconds=time.process_time() - begin,
-            )
+    traced = planned.program.trace(*planned.arguments)
+    flops = program_flops(traced.jaxpr)
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return described(
+            problem=_shortage(str(error)),
+            temporary_bytes=math.nan,
+            code_bytes=math.nan,
+            flops=flops / mesh.size,
+            traffic=Traffic(math.nan, {}),
+            compile_seconds=time.process_time() - begin,
+        )
     seconds, memory = time.process_time() - begin, compiled.memory_analysis()
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return described(

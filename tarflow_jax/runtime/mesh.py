@@ -1,7 +1,6 @@
-"""One mesh with three axes: `data` copies the model, `fsdp` cuts parameters along width, `tensor` cuts heads."""
+"""One mesh with three axes: `data` replicates the model, `fsdp` shards parameters along width, `tensor` along heads."""
 
 import math
-import os
 from collections.abc import Sequence
 
 import jax
@@ -12,7 +11,6 @@ from tarflow_jax.errors import UserError
 from tarflow_jax.flow.attention import BATCH_AXES
 
 AXES = ("data", "fsdp", "tensor")
-CPU_ROWS = 8  # a CPU device's least share of a batch
 
 
 def make_mesh(
@@ -53,20 +51,6 @@ def make_mesh(
         grid = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
     # linen's modules are written for automatic propagation, which is not make_mesh's default.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-def split_cpu(batch_size: int) -> None:
-    """Makes each core a CPU device of its own, as many as divide the batch and leave each `CPU_ROWS` rows or more.
-
-    Cores that each run a whole program on their own rows need not wait for one another at every operation: a sixth
-    of a training step (docs/performance.md). Does nothing where XLA_FLAGS or jax_num_cpu_devices say how many, and
-    nothing to accelerators. To be called before JAX first asks for its devices.
-    """
-    given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if given or jax.config.jax_num_cpu_devices != -1:  # type: ignore[attr-defined]
-        return
-    most = max(min(os.cpu_count() or 1, batch_size // CPU_ROWS), 1)
-    jax.config.update("jax_num_cpu_devices", max(n for n in range(1, most + 1) if batch_size % n == 0))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

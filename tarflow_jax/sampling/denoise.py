@@ -3,10 +3,9 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from tarflow_jax.flow import TarFlow
-from tarflow_jax.likelihood import log_prob
+from tarflow_jax.likelihood import log_prob, unit_prior
 
 
 def denoise(
@@ -23,14 +22,12 @@ def denoise(
       images: noisy images y, float32 [B, H, W, K]; labels: int32 [B], -1 for no class, or None.
       noise_std: σ, in [-1, 1] units. multiplier: s; 1 is the theory.
 
-    In VP mode log p is the density that the blocks were trained on, with a unit prior, as in the reference: the
-    running variance is a statistic of their output that no gradient has seen.
+    In VP mode log p is the density that the blocks were trained on (`unit_prior`), as in the reference.
 
     Returns:
       float32 [B, H, W, K].
     """
-    if flow.config.volume_preserving:
-        variables = {**variables, "prior": jax.tree.map(jnp.ones_like, variables["prior"])}
+    variables = unit_prior(variables)
     # The examples are independent, so the gradient of the summed log-likelihood holds each one's own score.
     score = jax.grad(lambda y: log_prob(flow, variables, y, labels).sum())(images)
     return images + multiplier * noise_std**2 * score

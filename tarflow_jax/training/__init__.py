@@ -3,7 +3,7 @@
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.loop import train
 from tarflow_jax.training.recipe import Recipe
-from tarflow_jax.training.state import TrainState
-from tarflow_jax.training.step import make_train_step
+from tarflow_jax.training.state import TrainConfig, TrainState
+from tarflow_jax.training.step import train_step
 
-__all__ = ["Checkpoints", "Recipe", "TrainState", "make_train_step", "train"]
+__all__ = ["Checkpoints", "Recipe", "TrainConfig", "TrainState", "train", "train_step"]

@@ -1,5 +1,7 @@
 """A run: state, data, steps, checkpoints, metrics. To continue it, run the same command again."""
 
+import contextlib
+import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -13,16 +15,26 @@ from tqdm import tqdm
 
 from tarflow_jax.data import Batch, ImageSource, prefetch_to_device, train_batches
 from tarflow_jax.evaluation.split import loss_of, split_log_prob
-from tarflow_jax.flow import TarFlow
-from tarflow_jax.runtime import Preempted, PreemptionGuard, Rows, summary
+from tarflow_jax.likelihood import unit_prior
+from tarflow_jax.runtime import (
+    BatchRunner,
+    Preempted,
+    PreemptionGuard,
+    Rows,
+    summary,
+    use_cores_as_devices,
+)
 from tarflow_jax.training.checkpoint import Checkpoints
+from tarflow_jax.training.clock import Profiler, StepClock
 from tarflow_jax.training.metrics import MetricsWriter
 from tarflow_jax.training.recipe import Recipe
-from tarflow_jax.training.state import TrainState
-from tarflow_jax.training.step import Metrics, recipe_state, recipe_step
+from tarflow_jax.training.state import TrainState, abstract_state, new_state
+from tarflow_jax.training.step import Metrics, compiled_step
 
 logger = logging.getLogger(__name__)
 Preview = Callable[[int, dict[str, Any]], None]
+# Folded into a run's seed, so that no key of training is one that sampling or evaluation makes of the same seed.
+_TRAINING = 0x747261696E % 2**31
 
 
 class NonFiniteError(ArithmeticError):
@@ -49,154 +61,170 @@ def train(
       Preempted: SIGTERM came, at any time; the state is saved.
       OSError: a checkpoint could not be written.
     """
-    recipe = Recipe(config)
-    mesh = recipe.mesh()
+    recipe, fields = Recipe(config), config.train
+    if config.mesh.data == -1:
+        use_cores_as_devices(fields.batch_size // fields.accumulation)
     source = recipe.source("train")
-    recipe.claim(workdir, write=jax.process_index() == 0)
-    with PreemptionGuard() as guard:
-        run = _Run(recipe, mesh, source, epath.Path(workdir), guard, preview)
-        try:
-            return run.to_the_end()
-        finally:
-            run.close()
+    recipe.write_to(workdir, source.fingerprint)
+    with PreemptionGuard() as guard, contextlib.ExitStack() as resources:
+        run = _Run(recipe, source, epath.Path(workdir), resources)
+        for images, labels in run.batches():
+            run.take_step(images, labels)
+            done = run.step == fields.num_steps
+            if done or run.is_due(fields.log_every):
+                run.log()
+            test_loss = None
+            try:
+                if preview and run.is_due(fields.sample_every):
+                    run.preview(preview)
+                if run.is_due(fields.evaluate_every):
+                    test_loss = run.evaluate()
+                stop = guard.requested()
+            except Preempted:  # in the middle of a preview or an evaluation
+                stop = True
+            if done or stop or test_loss is not None or run.is_due(fields.checkpoint_every):
+                run.save(test_loss)
+            if stop:
+                run.checkpoints.wait()
+                raise Preempted(
+                    f"asked to stop at step {run.step}; its state is saved, run the same command to continue"
+                )
+    return run.state
 
 
 class _Run:
-    """What a run holds open, and its loop."""
+    """A run's state, and what it reads and writes.
+
+    Attributes:
+      step: the last one taken. state: after it.
+    """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        mesh: jax.sharding.Mesh,
-        source: ImageSource,
-        workdir: epath.Path,
-        guard: PreemptionGuard,
-        preview: Preview | None,
+        self, recipe: Recipe, source: ImageSource, workdir: epath.Path, resources: contextlib.ExitStack
     ) -> None:
+        """Begins or continues; closing `resources` closes everything, although one of it fails."""
         fields = recipe.config.train
-        self.recipe, self.fields, self.source, self.preview = recipe, fields, source, preview
-        self.guard, self.mesh = guard, mesh
-        self.key = jax.random.key(fields.seed)
-        self.schedule = recipe.schedule()
+        self.recipe, self.source, self.fields, self.mesh = recipe, source, fields, recipe.mesh()
+        init_key, self.key = jax.random.split(jax.random.fold_in(jax.random.key(fields.seed), _TRAINING))
         self.checkpoints = Checkpoints(workdir / "checkpoints", keep=fields.keep_checkpoints)
-        self.step, shapes = recipe_step(recipe, mesh)
+        resources.callback(self.checkpoints.close)
+        shapes = abstract_state(recipe.train_config, self.mesh)
         found = self.checkpoints.restore(shapes)
         if found is None:
-            self.start, self.state = 0, recipe_state(recipe, mesh, self.key)
+            self.step, self.state = 0, new_state(recipe.train_config, self.mesh, init_key)
         else:
-            self.start, self.state = found
-            self.checkpoints.set_aside_after(self.start)
-        if jax.process_index() == 0:
-            logger.info("%s", summary(mesh, shapes.variables))
-            if self.start:
-                logger.info("continuing from step %d", self.start)
-        self.metrics = MetricsWriter(workdir, self.start) if jax.process_index() == 0 else None
-        self.rows = Rows(mesh, fields.batch_size)
+            self.step, self.state = found
+            self.checkpoints.set_aside_after(self.step)
+        self.program = compiled_step(recipe.train_config, self.mesh)
+        self.rows = Rows(self.mesh, fields.batch_size)
+        first_process = jax.process_index() == 0
+        if first_process:
+            logger.info("%s", summary(self.mesh, shapes.variables))
+            if self.step:
+                logger.info("continuing from step %d", self.step)
+        self.metrics = MetricsWriter(workdir, self.step) if first_process else None
+        if self.metrics:
+            resources.callback(self.metrics.close)
+        self.profiler = resources.enter_context(Profiler(workdir / "profile", fields.profile_steps))
+        self.bar = resources.enter_context(
+            tqdm(
+                total=fields.num_steps,
+                initial=self.step,
+                unit="step",
+                disable=not first_process,
+                smoothing=0.05,
+            )
+        )
+        self.clock = StepClock()
+        self._pending: Metrics | None = None  # of the step under way
 
-    def _put(self, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        return self.rows.put(batch.image), self.rows.put(batch.label)
-
-    def to_the_end(self) -> TrainState:
+    def batches(self) -> Iterator[tuple[jax.Array, jax.Array]]:
+        """Images and labels on the devices, of the steps that are left."""
         fields, data = self.fields, self.recipe.config.data
-        batches = train_batches(
+        host = train_batches(
             self.source,
             batch_size=fields.batch_size,
             seed=fields.seed,
             flip=data.flip,
-            start_step=self.start,
+            start_step=self.step,
             rows=self.rows.local,
             num_workers=data.num_workers,
         )
-        with tqdm(
-            total=fields.num_steps,
-            initial=self.start,
-            unit="step",
-            disable=jax.process_index() != 0,
-            smoothing=0.05,
-        ) as bar:
-            self._take_steps(prefetch_to_device(batches, self._put), bar)
-        return self.state
 
-    def _take_steps(self, batches: Iterator[tuple[jax.Array, jax.Array]], bar: tqdm) -> None:
-        fields = self.fields
-        running: Metrics | None = None
-        for step, (images, labels) in enumerate(batches, self.start + 1):
-            if step > fields.num_steps:
-                break
-            with jax.set_mesh(self.mesh):  # attention and accumulated gradients ask for it
-                self.state, metrics = self.step(self.state, images, labels, self.key)
-            if running is not None:
-                # One step behind, so that the host never keeps the device waiting.
-                self._check(step - 1, running)
-            running = metrics
-            bar.update()
-            if step % fields.log_every == 0 or step == fields.num_steps:
-                self._log(step, metrics, bar)
-            self._after(step, metrics)
+        def put(batch: Batch) -> tuple[jax.Array, jax.Array]:
+            return self.rows.put(batch.image), self.rows.put(batch.label)
 
-    def _check(self, step: int, metrics: Metrics) -> None:
-        for name in ("loss", "grad_norm"):
-            if not np.isfinite(np.asarray(metrics[name])):
-                raise NonFiniteError(
-                    f"{name} is {float(metrics[name])} at step {step}; the run has stopped and its last checkpoint "
-                    "stays. Lower optimizer.learning_rate or set optimizer.clip_norm"
-                )
+        left = max(fields.num_steps - self.step, 0)
+        return itertools.islice(prefetch_to_device(host, put), left)
 
-    def _log(self, step: int, metrics: Metrics, bar: tqdm) -> None:
-        rate = bar.format_dict["rate"]
-        images_per_second = rate * self.fields.batch_size if rate else 0.0
-        bar.set_postfix_str(f"loss {float(metrics['loss']):.4f}, {images_per_second:.0f} images/s")
-        self._check(step, metrics)
+    def take_step(self, images: jax.Array, labels: jax.Array) -> None:
+        """Starts a step, and checks the one before: so the host never keeps the devices waiting."""
+        with self.profiler.step(self.step + 1):
+            state, metrics = self.program(self.state, images, labels, self.key)
+        self.settle()
+        self.step, self.state, self._pending = self.step + 1, state, metrics
+        self.bar.update()
+
+    def settle(self) -> Metrics:
+        """Waits for the step under way and checks it; the last step's metrics."""
+        if self._pending is not None:
+            self.last, self._pending = jax.device_get(self._pending), None
+            self.clock.step_done()
+            self.profiler.step_done(self.step)
+            for name in ("loss", "grad_norm"):
+                if not np.isfinite(self.last[name]):
+                    raise NonFiniteError(
+                        f"{name} is {self.last[name]} at step {self.step}; the run has stopped and its last "
+                        "checkpoint stays. Lower optimizer.learning_rate or set optimizer.clip_norm"
+                    )
+        return self.last
+
+    def is_due(self, every: int) -> bool:
+        """Whether something that is done every so many steps is to be done now; 0 is never."""
+        return every > 0 and self.step % every == 0
+
+    def log(self) -> None:
+        """Writes the last step's metrics."""
+        metrics = self.settle()
+        images_per_second = self.clock.rate() * self.fields.batch_size
+        self.bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {images_per_second:.0f} images/s")
         if self.metrics:
-            rates = {"learning_rate": self.schedule(step - 1), "images_per_second": images_per_second}
-            self.metrics.write(step, {**metrics, **rates})
+            learning_rate = self.recipe.train_config.optimizer.schedule()(self.step - 1)
+            rates = {"learning_rate": learning_rate, "images_per_second": images_per_second}
+            self.metrics.write(self.step, {**metrics, **rates})
 
-    def _after(self, step: int, metrics: Metrics) -> None:
-        """Evaluates, previews and saves where it is time to; a signal to stop cuts the first two short."""
-        fields, test_loss = self.fields, None
-        due = step == fields.num_steps or not step % fields.checkpoint_every
-        try:
-            if fields.evaluate_every and not step % fields.evaluate_every:
-                test_loss = self._evaluate(step, metrics)
-            if self.preview and fields.sample_every and not step % fields.sample_every:
-                self.preview(step, self.state.sampling_variables)
-            stop = self.guard.requested()
-        except Preempted:
-            stop = True
-        if due or stop or test_loss is not None:
-            self._check(step, metrics)
-            self.checkpoints.save(step, self.state, json.loads(self.recipe.to_json()), test_loss)
-            if self.metrics:
-                self.metrics.flush()
-        if stop:
-            self.checkpoints.wait()
-            raise Preempted(
-                f"asked to stop at step {step}; its state is saved, run the same command to continue"
-            )
+    def preview(self, draw: Preview) -> None:
+        """Lets the caller draw."""
+        self.settle()
+        draw(self.step, self.state.sampling_variables)
+        self.clock.pause()
 
-    def _evaluate(self, step: int, metrics: Metrics) -> float:
-        self._check(step, metrics)
+    def evaluate(self) -> float:
+        """The test loss, which is written too."""
+        self.settle()
         test_loss = evaluate_loss(self.recipe, self.state.sampling_variables)
         if self.metrics:
-            self.metrics.write(step, {"test_loss": test_loss})
+            self.metrics.write(self.step, {"test_loss": test_loss})
+        self.clock.pause()
         return test_loss
 
-    def close(self) -> None:
-        self.checkpoints.close()
+    def save(self, test_loss: float | None) -> None:
+        """Starts to write a checkpoint."""
+        self.settle()
+        self.checkpoints.save(self.step, self.state, json.loads(self.recipe.to_json()), test_loss)
         if self.metrics:
-            self.metrics.close()
+            self.metrics.flush()
+        self.clock.pause()
 
 
 def evaluate_loss(recipe: Recipe, variables: dict[str, Any]) -> float:
     """The training loss of the test split: its noise fixed, its labels kept; nats per dimension less ½ log 2π."""
-    mesh = recipe.mesh()
     log_probs = split_log_prob(
-        TarFlow(recipe.model),
-        variables,
+        BatchRunner(recipe.mesh()),
+        recipe.model,
+        unit_prior(variables),
         recipe.source("test"),
         recipe.noise,
         jax.random.key(0),
-        batch_size=recipe.config.train.batch_size,
-        mesh=mesh,
     )
     return loss_of(log_probs, recipe.model.num_dims)

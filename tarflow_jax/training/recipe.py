@@ -7,26 +7,36 @@ from typing import Any
 
 import jax
 import ml_collections
-import optax
 from etils import epath
 from jax.sharding import Mesh
 
 from tarflow_jax.data import ImageSource, open_source
-from tarflow_jax.errors import UserError
+from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.files import write_text
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.noise import Noise
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.training.checkpoint import Checkpoints
+from tarflow_jax.training.optimizer import Optimizer
+from tarflow_jax.training.state import TrainConfig
 
-# What may differ between the runs that share a workdir: where it runs and what it prints, never what it computes.
+CONFIG, DATA = "config.json", "data.json"
+
+# What may differ between the runs that share a workdir: where it runs, where the data is kept (which is known by its
+# fingerprint) and what is drawn and printed, never what it computes.
 _FREE_FIELDS = (
+    "data.cache_bytes",
+    "data.data_dir",
+    "data.num_workers",
+    "data.skip_bad",
     "mesh",
+    "sample",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "train.evaluate_every",
     "train.sample_every",
     "train.log_every",
+    "train.profile_steps",
 )
 
 
@@ -58,12 +68,7 @@ class Recipe:
             )
         if not 0 <= train.drop_label <= 1:
             raise UserError(f"train.drop_label is {train.drop_label}; expected a probability")
-        if not 0 <= self.config.optimizer.ema_decay < 1:
-            raise UserError(
-                f"optimizer.ema_decay is {self.config.optimizer.ema_decay}; expected 0 (none) to < 1"
-            )
-        # Both check themselves.
-        _ = self.model, self.noise
+        _ = self.train_config  # its parts check themselves
 
     @property
     def model(self) -> TarFlowConfig:
@@ -73,26 +78,12 @@ class Recipe:
     def noise(self) -> Noise:
         return Noise(self.config.noise.kind, float(self.config.noise.std))
 
-    def schedule(self) -> optax.Schedule:
-        """Learning rate of a step: linear warm-up, then a cosine, from and to `final_learning_rate`."""
-        fields = self.config.optimizer
-        return optax.warmup_cosine_decay_schedule(
-            init_value=fields.final_learning_rate,
-            peak_value=fields.learning_rate,
-            warmup_steps=fields.warmup_steps,
-            decay_steps=max(self.config.train.num_steps, fields.warmup_steps + 1),
-            end_value=fields.final_learning_rate,
-        )
-
-    def optimizer(self) -> optax.GradientTransformation:
-        """AdamW with decay on every parameter, as the reference has it; clipping where `clip_norm` is not 0."""
-        fields = self.config.optimizer
-        adamw = optax.adamw(
-            self.schedule(), b1=fields.beta1, b2=fields.beta2, weight_decay=fields.weight_decay
-        )
-        if not fields.clip_norm:
-            return adamw
-        return optax.chain(optax.clip_by_global_norm(fields.clip_norm), adamw)
+    @property
+    def train_config(self) -> TrainConfig:
+        """What determines the state and the step."""
+        fields = self.config.train
+        optimizer = Optimizer(num_steps=fields.num_steps, **self.config.optimizer)
+        return TrainConfig(self.model, self.noise, optimizer, fields.drop_label, fields.accumulation)
 
     def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """The config's mesh over `devices`; None is all that there are.
@@ -137,23 +128,18 @@ class Recipe:
             )
         return source
 
-    def claim(self, workdir: epath.PathLike, *, write: bool = True) -> None:
-        """Checks workdir/config.json if there is one, and writes it.
+    def write_to(self, workdir: epath.PathLike, data_fingerprint: str | None = None) -> None:
+        """Writes workdir/config.json, and data.json of what it is trained on, unless others are there.
 
         Args:
-          workdir: of the run.
-          write: False on all processes but one.
+          data_fingerprint: of the training split; None is not looked at.
 
         Raises:
-          ValueError: the workdir holds another configuration; names the fields.
+          ValueError: the workdir holds another configuration (names the fields), or a run on other data.
         """
-        path = epath.Path(workdir) / "config.json"
-        if path.exists():
-            try:
-                stored = _flatten(json.loads(path.read_text()))
-            except (ValueError, AttributeError) as error:
-                raise UserError(f"{path} is not a training config: {error}") from error
-            ours = _flatten(json.loads(self.to_json()))
+        workdir = epath.Path(workdir)
+        if (workdir / CONFIG).exists():
+            stored, ours = _flatten(_read_json(workdir / CONFIG)), _flatten(json.loads(self.to_json()))
             differing = [
                 f"{name} ({stored.get(name)!r} there, {ours.get(name)!r} here)"
                 for name in sorted(stored.keys() | ours.keys())
@@ -163,8 +149,17 @@ class Recipe:
                 raise UserError(
                     f"{workdir} holds another configuration: {', '.join(differing)}; choose another workdir"
                 )
-        if write:
-            write_text(path, self.to_json())
+        known = _read_json(workdir / DATA) if (workdir / DATA).exists() else {}
+        data = {"source": self.config.data.source, "fingerprint": data_fingerprint}
+        if data_fingerprint and known.get("fingerprint", data_fingerprint) != data_fingerprint:
+            raise UserError(
+                f"{self.config.data.source} is not what {workdir} was trained on: images, labels or their order have "
+                "changed since; bring them back, or choose another workdir"
+            )
+        if jax.process_index() == 0:
+            write_text(workdir / CONFIG, self.to_json())
+            if data_fingerprint:
+                write_text(workdir / DATA, json.dumps(data) + "\n")
 
     def to_json(self) -> str:
         return self.config.to_json(indent=2) + "\n"
@@ -176,18 +171,37 @@ class Recipe:
         Raises:
           FileNotFoundError: neither is there. ValueError: it is no training config.
         """
-        path, folder = epath.Path(workdir) / "config.json", epath.Path(workdir) / "checkpoints"
+        path, folder = epath.Path(workdir) / CONFIG, epath.Path(workdir) / "checkpoints"
         stored = None
-        if not path.exists() and folder.exists():
+        if path.exists():
+            stored = _read_json(path)
+        elif folder.exists():
             checkpoints = Checkpoints(folder)
             stored = checkpoints.config()
             checkpoints.close()
-        if not path.exists() and stored is None:
+        if stored is None:
             raise FileNotFoundError(f"{path} not found; expected the workdir of a training run")
         try:
-            return cls(ml_collections.ConfigDict(stored or json.loads(path.read_text())))
+            return cls(_with_defaults(stored))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path} is not a training config: {error}") from error
+
+
+def _read_json(path: epath.Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {one_line(error)}") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} is not what a training run wrote: it is no JSON object")
+    return fields
+
+
+def _with_defaults(stored: dict[str, Any]) -> ml_collections.ConfigDict:
+    """A stored config, with the fields that newer releases have added at the values that mean what was before."""
+    config = ml_collections.ConfigDict(stored)
+    config.train.setdefault("profile_steps", (0, 0))
+    return config
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,6 +1,7 @@
-"""What a training step reads and writes."""
+"""What a training step reads and writes: its shapes, a new one, and where each array is placed."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.struct
@@ -9,8 +10,27 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from tarflow_jax.flow import TarFlow
+from tarflow_jax.flow import TarFlow, TarFlowConfig
+from tarflow_jax.noise import Noise
 from tarflow_jax.runtime import shardings
+from tarflow_jax.training.optimizer import Optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """All that determines the state and the step of a run; hashable, so that compiled programs are known by it.
+
+    Attributes:
+      model, noise, optimizer: of the recipe.
+      drop_label: probability of training an image without its label.
+      accumulation: microbatches of a step.
+    """
+
+    model: TarFlowConfig
+    noise: Noise
+    optimizer: Optimizer
+    drop_label: float = 0.0
+    accumulation: int = 1
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -36,29 +56,23 @@ class TrainState(flax.struct.PyTreeNode):
         return {**self.variables, "params": self.ema_params}
 
 
-def initial_state(
-    flow: TarFlow, optimizer: optax.GradientTransformation, key: jax.Array, *, ema: bool
-) -> TrainState:
-    """A new run's state, from the key alone."""
-    # Parameters do not depend on the attention kernel, and the one image cannot be cut over a mesh as splash wants.
-    flow = TarFlow(dataclasses.replace(flow.config, attention="plain"))
-    variables = flow.init(key, jnp.zeros((1, *flow.config.image_shape)))
+def initial_state(config: TrainConfig, key: jax.Array) -> TrainState:
+    """The state before the first step."""
+    variables = TarFlow(config.model).init(key, jnp.zeros((1, *config.model.image_shape)))
     variables = {name: variables[name] for name in ("params", "prior") if name in variables}
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         variables=variables,
-        opt_state=optimizer.init(params),
+        opt_state=config.optimizer.transformation().init(params),
         # A copy: the state is donated, and a buffer cannot be donated twice.
-        ema_params=jax.tree.map(jnp.copy, params) if ema else None,
+        ema_params=jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None,
     )
 
 
-def abstract_state(
-    flow: TarFlow, optimizer: optax.GradientTransformation, mesh: Mesh, *, ema: bool
-) -> TrainState:
-    """The shapes, dtypes and shardings (`jax.ShapeDtypeStruct`) of `sharded_state`'s state, with no array made."""
-    shapes = jax.eval_shape(lambda: initial_state(flow, optimizer, jax.random.key(0), ema=ema))
+def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
+    """Shapes, dtypes and shardings (`jax.ShapeDtypeStruct`) of the state, with no array made."""
+    shapes = jax.eval_shape(functools.partial(initial_state, config), jax.random.key(0))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         shapes,
@@ -66,13 +80,7 @@ def abstract_state(
     )
 
 
-def sharded_state(
-    flow: TarFlow, optimizer: optax.GradientTransformation, key: jax.Array, mesh: Mesh, *, ema: bool
-) -> tuple[TrainState, Any]:
-    """(state, shardings), every array made where it will live, never whole on one device."""
-
-    def init(key: jax.Array) -> TrainState:
-        return initial_state(flow, optimizer, key, ema=ema)
-
-    layout = shardings(mesh, jax.eval_shape(init, key))
-    return jax.jit(init, out_shardings=layout)(key), layout
+def new_state(config: TrainConfig, mesh: Mesh, key: jax.Array) -> TrainState:
+    """`initial_state`, every array made where it is placed, never whole on one device."""
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    return jax.jit(functools.partial(initial_state, config), out_shardings=layout)(key)

@@ -1,4 +1,4 @@
-"""One optimizer step, compiled once."""
+"""One optimizer step."""
 
 import functools
 from collections.abc import Callable
@@ -11,78 +11,48 @@ from jax.sharding import Mesh, PartitionSpec
 
 from tarflow_jax.flow import TarFlow, updated_prior
 from tarflow_jax.likelihood import training_loss
-from tarflow_jax.noise import Noise
-from tarflow_jax.training.recipe import Recipe
-from tarflow_jax.training.state import TrainState, abstract_state, sharded_state
+from tarflow_jax.runtime import Program
+from tarflow_jax.training.state import TrainConfig, TrainState, abstract_state
 
 Metrics = dict[str, jax.Array]
-StepFunction = Callable[[TrainState, jax.Array, jax.Array, jax.Array], tuple[TrainState, Metrics]]
 
 
-def recipe_step(recipe: Recipe, mesh: Mesh) -> tuple[Any, TrainState]:
-    """The step that a recipe's training runs, jitted for the mesh, the state donated; and the state's shapes.
+@functools.cache
+def compiled_step(config: TrainConfig, mesh: Mesh) -> Program:
+    """`train_step` of a config, as a program (state, images, labels, key) -> (state, metrics); the state is donated."""
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    step = jax.jit(functools.partial(train_step, config), donate_argnums=0, out_shardings=(layout, None))
+    return Program(step, mesh)
 
-    Returns:
-      `make_train_step`'s function, and `abstract_state`'s shapes, dtypes and shardings.
+
+def train_step(
+    config: TrainConfig, state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array
+) -> tuple[TrainState, Metrics]:
+    """One step of the optimizer.
+
+    Args:
+      images: uint8 [B, H, W, K]. labels: int32 [B].
+      key: all randomness is a function of it, of the step, and of an image's row in the global batch, so that it does
+        not depend on the devices.
     """
-    flow, optimizer = TarFlow(recipe.model), recipe.optimizer()
-    ema_decay = recipe.config.optimizer.ema_decay
-    state = abstract_state(flow, optimizer, mesh, ema=ema_decay > 0)
-    step = make_train_step(
-        flow,
-        optimizer,
-        recipe.noise,
-        drop_label=recipe.config.train.drop_label,
-        ema_decay=ema_decay,
-        accumulation=recipe.config.train.accumulation,
-    )
-    layout = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(layout, None)), state
+    flow, optimizer = TarFlow(config.model), config.optimizer
+    noise_key, drop_key = jax.random.split(jax.random.fold_in(key, state.step))
+    noisy = config.noise(noise_key, images)
+    labels = jnp.where(jax.random.bernoulli(drop_key, config.drop_label, labels.shape), -1, labels)
+    gradients, metrics, z = accumulated_gradients(flow, state.variables, noisy, labels, config.accumulation)
 
-
-def recipe_state(recipe: Recipe, mesh: Mesh, key: jax.Array) -> TrainState:
-    """The state of a new run of a recipe, sharded over the mesh."""
-    flow, ema = TarFlow(recipe.model), recipe.config.optimizer.ema_decay > 0
-    return sharded_state(flow, recipe.optimizer(), key, mesh, ema=ema)[0]
-
-
-def make_train_step(
-    flow: TarFlow,
-    optimizer: optax.GradientTransformation,
-    noise: Noise,
-    *,
-    drop_label: float = 0.0,
-    ema_decay: float = 0.0,
-    accumulation: int = 1,
-) -> StepFunction:
-    """Returns step(state, images, labels, key) -> (state, metrics), to be jitted with the state donated.
-
-    images are uint8 [B, H, W, K], labels int32 [B]. All randomness is a function of (key, state.step), and of
-    the row in the global batch, so that it does not depend on the devices.
-    """
-
-    def step(
-        state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array
-    ) -> tuple[TrainState, Metrics]:
-        noise_key, drop_key = jax.random.split(jax.random.fold_in(key, state.step))
-        noisy = noise(noise_key, images)
-        labels = jnp.where(jax.random.bernoulli(drop_key, drop_label, labels.shape), -1, labels)
-        gradients, metrics, z = accumulated_gradients(flow, state.variables, noisy, labels, accumulation)
-
-        params = state.variables["params"]
-        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-            updates, opt_state = optimizer.update(gradients, state.opt_state, params)
-        params = optax.apply_updates(params, updates)
-        variables = {**state.variables, "params": params}
-        if flow.config.volume_preserving:
-            variables["prior"] = {"variance": updated_prior(state.variables["prior"]["variance"], z)}
-        ema_params = state.ema_params
-        if ema_params is not None:
-            ema_params = optax.incremental_update(params, ema_params, 1 - ema_decay)
-        metrics["grad_norm"] = optax.tree.norm(gradients)
-        return TrainState(state.step + 1, variables, opt_state, ema_params), metrics
-
-    return step
+    params = state.variables["params"]
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+        updates, opt_state = optimizer.transformation().update(gradients, state.opt_state, params)
+    params = optax.apply_updates(params, updates)
+    variables = {**state.variables, "params": params}
+    if config.model.volume_preserving:
+        variables["prior"] = {"variance": updated_prior(state.variables["prior"]["variance"], z)}
+    ema_params = state.ema_params
+    if ema_params is not None:
+        ema_params = optax.incremental_update(params, ema_params, 1 - optimizer.ema_decay)
+    metrics["grad_norm"] = optax.tree.norm(gradients)
+    return TrainState(state.step + 1, variables, opt_state, ema_params), metrics
 
 
 def accumulated_gradients(
@@ -90,9 +60,9 @@ def accumulated_gradients(
 ) -> tuple[Any, Metrics, jax.Array]:
     """Mean gradients and metrics of `count` microbatches, and the last blocks' outputs z [B, T, D].
 
-    If the mesh in force (`jax.set_mesh`) cuts the batch alone, each device sums its own microbatches, and gradients
-    cross the devices once a step. Where parameters are cut too, they cross them with every microbatch: XLA's
-    partitioner fails on a sum of one axis within a program that it cuts along the others.
+    If the mesh in force shards the batch alone, each device sums its own microbatches, and gradients cross the
+    devices once a step. Where parameters are sharded too, they cross them with every microbatch: XLA's partitioner
+    fails on a sum of one axis within a program that it partitions along the others.
     """
 
     def loss(params: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:

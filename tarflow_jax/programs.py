@@ -1,0 +1,73 @@
+"""The flow's compiled programs: one of each for the whole process, whoever runs it.
+
+The config is static, so pipelines, previews and evaluations of one model's shape share what is compiled. float32
+means float32: TPUs and recent GPUs multiply it in fewer bits unless told.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from tarflow_jax import likelihood, sampling
+from tarflow_jax.flow import TarFlow, TarFlowConfig
+from tarflow_jax.noise import Noise
+
+
+def exact(config: TarFlowConfig) -> TarFlowConfig:
+    """The same model computed in float32: bits per dimension of anything less are wrong in the second decimal."""
+    return dataclasses.replace(config, dtype="float32")
+
+
+def _compiled(function: Callable[..., Any], *static: str) -> Any:
+    @functools.wraps(function)
+    def at_full_precision(config: TarFlowConfig, *args: Any, **options: Any) -> Any:
+        with jax.default_matmul_precision("highest" if config.dtype == "float32" else "default"):
+            return function(config, *args, **options)
+
+    return jax.jit(at_full_precision, static_argnames=("config", *static))
+
+
+def _encode(config: TarFlowConfig, variables: Any, images: jax.Array, labels: jax.Array | None) -> Any:
+    return TarFlow(config).apply(variables, images, labels)
+
+
+def _log_prob(
+    config: TarFlowConfig, variables: Any, images: jax.Array, labels: jax.Array | None
+) -> jax.Array:
+    return likelihood.log_prob(TarFlow(config), variables, images, labels)
+
+
+def _noisy_log_prob(
+    config: TarFlowConfig,
+    noise: Noise,
+    variables: Any,
+    images: jax.Array,
+    labels: jax.Array | None,
+    index: jax.Array,
+    key: jax.Array,
+) -> jax.Array:
+    """log p of 8-bit images [B, H, W, K] with noise; image number i of a data set gets that of fold_in(key, i)."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+    noisy = jax.vmap(noise)(keys, images)
+    return _log_prob(config, variables, noisy, labels if config.num_classes else None)
+
+
+def _denoise(
+    config: TarFlowConfig,
+    variables: Any,
+    images: jax.Array,
+    labels: jax.Array | None,
+    noise_std: jax.Array,
+    multiplier: jax.Array,
+) -> jax.Array:
+    return sampling.denoise(TarFlow(config), variables, images, labels, noise_std, multiplier)
+
+
+encode = _compiled(_encode)
+log_prob = _compiled(_log_prob)
+noisy_log_prob = _compiled(_noisy_log_prob, "noise")
+denoise = _compiled(_denoise)
+decode = _compiled(sampling.decode, "trajectory", "decoders")

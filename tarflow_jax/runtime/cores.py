@@ -1,0 +1,50 @@
+"""How a CPU's cores are used: one policy, for training and for everything else.
+
+XLA gives the products of few images to one core, and cores that share every operation wait at its end; so each core
+works on images of its own. In training, whose batch is one program, each core is a device of the mesh. Elsewhere
+(`batches.BatchRunner`) each core runs the program on some images after another. Measured in docs/performance.md.
+"""
+
+import os
+from pathlib import Path
+
+import jax
+
+CPU_ROWS = 8  # a core's smallest share of a training batch
+CPU_BATCH = 25  # images that a core runs at a time elsewhere: their activations stay in its caches
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def usable_cores(cgroup: Path = _CGROUP) -> int:
+    """Cores that this process may use: those of its affinity, and no more than a container's limit on CPU time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:  # control groups, version 2, then version 1
+        if (cgroup / "cpu.max").exists():
+            quota, period = (cgroup / "cpu.max").read_text().split()
+        else:
+            quota, period = (
+                (cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
+            )
+        limit = int(quota) / int(period)
+    except (OSError, ValueError):  # no such files, or "max": no limit
+        return cores
+    return max(1, min(cores, int(limit))) if limit > 0 else cores
+
+
+def use_cores_as_devices(batch_size: int) -> None:
+    """Makes each core a CPU device, as many as divide the batch and leave each `CPU_ROWS` images or more.
+
+    Does nothing where XLA_FLAGS or jax_num_cpu_devices say how many, where several processes share the work, where
+    JAX has found its devices already, and nothing to accelerators.
+
+    Args:
+      batch_size: of a step, or of its microbatch.
+    """
+    given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if given or jax.config.jax_num_cpu_devices != -1 or jax.distributed.is_initialized():  # type: ignore[attr-defined]
+        return
+    most = max(min(usable_cores(), batch_size // CPU_ROWS), 1)
+    try:
+        jax.config.update("jax_num_cpu_devices", max(n for n in range(1, most + 1) if batch_size % n == 0))
+    except RuntimeError:
+        return  # the devices are found already

@@ -1,0 +1,55 @@
+"""Compiled programs and the mesh they run on."""
+
+import contextlib
+import dataclasses
+import hashlib
+import platform
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A jitted function, called and traced with a mesh in force; the only place that puts one in force.
+
+    Attention kernels that XLA cannot partition and the sum of accumulated gradients ask for that mesh.
+
+    Attributes:
+      function: what `jax.jit` returned. It belongs to the process (a module's function, or one cached by its
+        configuration), so that two programs of it compile once.
+      mesh: None is the default device.
+    """
+
+    function: Any
+    mesh: Mesh | None
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        with self._in_force():
+            return self.function(*args, **options)
+
+    def trace(self, *args: Any, **options: Any) -> Any:
+        """`jax.jit`'s trace; arguments may be shapes."""
+        with self._in_force():
+            return self.function.trace(*args, **options)
+
+    def _in_force(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+
+def use_compilation_cache(folder: Path, max_bytes: int = 4 << 30) -> None:
+    """Keeps compiled programs in a folder, which several processes may share; the least used ones make room.
+
+    Each kind of processor has a subfolder: a CPU's program holds instructions that another may lack.
+    """
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    kind = hashlib.sha256(f"{platform.machine()} {features}".encode()).hexdigest()[:16]
+    jax.config.update("jax_compilation_cache_dir", str(folder / kind))
+    jax.config.update(
+        "jax_compilation_cache_max_size", max_bytes
+    )  # with a limit, JAX locks the folder as it writes
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

@@ -1,0 +1,162 @@
+"""Batches of any size, cores, and programs that compile once a process."""
+
+import functools
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import LABELS, TINY, images_of, random_variables
+
+from tarflow_jax import Guidance, Noise, TarFlowPipeline
+from tarflow_jax.runtime import BatchRunner, LazyRows, Preempted, PreemptionGuard, batches, make_mesh
+from tarflow_jax.runtime.cores import usable_cores
+
+ROOT = Path(__file__).parent.parent
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def scaled(factor, variables, x, labels, shift):
+    """float32 [B, 2] and [B]."""
+    labels = 0 if labels is None else labels[:, None]
+    return factor * variables["a"] * x + shift + labels, x.sum(1)
+
+
+@pytest.mark.parametrize("devices", [0, 1, 8])
+@pytest.mark.parametrize("affordable", [1, 3, 100])
+def test_any_number_of_rows_gives_each_its_own_result(devices, affordable):
+    mesh = make_mesh(devices=jax.devices()[:devices]) if devices else None
+    runner = BatchRunner(mesh, memory_bound=10 * affordable)
+    x = np.arange(22, dtype=np.float32).reshape(11, 2)
+    labels = np.arange(11, dtype=np.float32)
+    program, variables = functools.partial(scaled, 2), {"a": np.float32(3)}
+    read = []
+
+    def rows_of(index):
+        read.extend(index.tolist())
+        return x[index], labels[index]
+
+    for rows, added in (((x, labels), labels), ((x, None), 0 * labels), (LazyRows(rows_of, 11), labels)):
+        found, total = runner.run(program, variables, rows, np.float32(1), bytes_per_image=10)
+        np.testing.assert_array_equal(found, 6 * x + 1 + added[:, None])
+        np.testing.assert_array_equal(total, x.sum(1))
+    assert sorted(read) == list(range(11))
+
+
+@pytest.mark.parametrize("bound", [1, 8, 70, 10_000])
+def test_the_memory_bound_holds_for_all_that_runs_at_once(monkeypatch, bound):
+    monkeypatch.setattr(batches, "usable_cores", lambda: 64)
+    lock, at_once, most = threading.Lock(), [0], [0]
+
+    def program(variables, x):
+        with lock:
+            at_once[0] += len(x)
+            most[0] = max(most[0], at_once[0])
+        time.sleep(0.002)
+        with lock:
+            at_once[0] -= len(x)
+        return x
+
+    x = np.arange(500, dtype=np.float32)
+    runner = BatchRunner(None, memory_bound=bound)
+    found = runner.run(functools.partial(program), None, (x,), bytes_per_image=1)
+    np.testing.assert_array_equal(found, x)
+    assert most[0] <= bound
+    assert most[0] > min(bound, 500) // 4  # and it is made use of
+
+
+def test_a_signal_stops_between_batches():
+    runner, calls = BatchRunner(None, memory_bound=1), []
+
+    def program(variables, x):
+        calls.append(len(x))
+        guard._request(0, None)
+        return x
+
+    with PreemptionGuard() as guard, pytest.raises(Preempted, match="asked to stop"):
+        runner.run(functools.partial(program), None, (np.zeros(20, np.float32),), bytes_per_image=1)
+    assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({}, 6),
+        ({"cpu.max": "max 100000"}, 6),
+        ({"cpu.max": "250000 100000"}, 2),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "9900000 100000"}, 6),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 6),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+    ],
+)
+def test_cores_are_those_that_the_process_may_use(tmp_path, monkeypatch, files, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(6)))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert usable_cores(tmp_path) == cores
+
+
+@pytest.fixture(scope="module")
+def compilations():
+    """A list that grows by each compilation of this process."""
+    events: list[str] = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            events.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return events
+
+
+def use(pipe, weight):
+    """Everything a pipeline does."""
+    images, guidance = np.asarray(images_of(TINY)), Guidance(weight)
+    latents, _ = pipe.encode(images, LABELS)
+    pipe.decode(latents, LABELS, guidance, return_trajectory=True)
+    pipe.log_prob(images, LABELS)
+    pipe.bits_per_dim(jax.random.key(0), np.zeros(images.shape, np.uint8), LABELS)
+    return np.asarray(pipe.sample(jax.random.key(weight), 3, LABELS, guidance))
+
+
+@pytest.mark.parametrize("devices", [None, 2])
+def test_a_second_pipeline_of_a_shape_compiles_nothing(compilations, devices):
+    mesh = make_mesh(devices=jax.devices()[:devices]) if devices else None
+    first, second = (
+        TarFlowPipeline(TINY, random_variables(TINY, seed), Noise("gaussian", 0.1), mesh=mesh)
+        for seed in (0, 1)
+    )
+    drawn = use(first, 1)
+    before = len(compilations)
+    assert before  # the listener hears them
+    others = use(second, 2)
+    assert len(compilations) == before
+    assert np.abs(drawn - others).max() > 0.01
+
+
+def test_each_core_is_a_device_and_each_device_has_its_rows():
+    program = "; ".join(
+        [
+            "import jax",
+            "import os",
+            "os.sched_getaffinity = lambda pid: range(6)",
+            "from tarflow_jax.runtime import cores",
+            "cores._CGROUP = cores.Path('/none')",
+            "cores.usable_cores.__defaults__ = (cores._CGROUP,)",
+            "cores.use_cores_as_devices(32)",
+            "print(jax.device_count())",
+            "cores.use_cores_as_devices(8)",
+            "print(jax.device_count())",
+        ]
+    )
+    for flags, count in (("", 4), ("--xla_force_host_platform_device_count=3", 3)):
+        environment = os.environ | {"XLA_FLAGS": flags}
+        out = subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, env=environment, text=True)
+        assert list(map(int, out.split())) == [count, count]
