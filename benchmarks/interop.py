@@ -18,7 +18,8 @@ import numpy as np
 
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.interop import load_model, load_torch, save_model, save_torch
-from tarflow_jax.interop.layout import unflatten, variables_shapes
+from tarflow_jax.interop.layout import unflatten
+from tarflow_jax.runtime.parameters import variables_shapes
 
 AFHQ = TarFlowConfig((256, 256), 3, patch_size=8, width=768, num_blocks=8, layers_per_block=8, num_classes=3)
 

@@ -11,9 +11,10 @@ import pytest
 
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.interop import load_model, save_model
-from tarflow_jax.interop.layout import flatten, unflatten, variables_shapes
+from tarflow_jax.interop.layout import flatten, unflatten
 from tarflow_jax.interop.model_folder import fingerprint
 from tarflow_jax.noise import Noise
+from tarflow_jax.runtime.parameters import variables_shapes
 
 CONFIG = TarFlowConfig((4, 8), 3, 2, 64, 2, (1, 2), 3, volume_preserving=True, head_dim=32)
 NOISE = Noise("gaussian", 0.1)

@@ -1,68 +1,13 @@
-"""Our variables as named tensors: the names and shapes that a config determines.
+"""Variables as named tensors, and the check of a file's names and shapes.
 
-A tensor's name is its path, "params/block_0/layers/qkv/kernel". Letters: T tokens, D token dimension,
-C width, L layers of the block, N heads, H head dimension.
+A tensor's name is its path, "params/block_0/layers/qkv/kernel". `runtime.parameters` says which a config determines.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from tarflow_jax.errors import UserError
-from tarflow_jax.flow.config import TarFlowConfig
-from tarflow_jax.flow.transformer import MLP_EXPANSION
-
-Shape = tuple[int, ...]
-
-
-def params_shapes(config: TarFlowConfig) -> dict[str, Shape]:
-    """Shapes of the parameters, "block_0/project_in/kernel" and so on, in plain arithmetic."""
-    shapes = {}
-    for k, depth in enumerate(config.depths):
-        for name, shape in {**_embedding_shapes(config), **_layer_shapes(config, depth)}.items():
-            shapes[f"block_{k}/{name}"] = shape
-    return shapes
-
-
-def variables_shapes(config: TarFlowConfig) -> dict[str, Shape]:
-    """Shapes of all variables: "params/..." and, in VP mode, "prior/variance" [T, D]."""
-    shapes = {f"params/{name}": shape for name, shape in params_shapes(config).items()}
-    if config.volume_preserving:
-        shapes["prior/variance"] = (config.num_tokens, config.token_dim)
-    return shapes
-
-
-def _embedding_shapes(config: TarFlowConfig) -> dict[str, Shape]:
-    width, token_dim = config.width, config.token_dim
-    outputs = token_dim * (1 if config.volume_preserving else 2)
-    shapes: dict[str, Shape] = {
-        "position_embedding": (config.num_tokens, width),
-        "project_in/kernel": (token_dim, width),
-        "project_in/bias": (width,),
-        "project_out/kernel": (width, outputs),
-        "project_out/bias": (outputs,),
-    }
-    if config.num_classes:
-        shapes["class_embedding"] = (config.num_classes, width)
-    return shapes
-
-
-def _layer_shapes(config: TarFlowConfig, depth: int) -> dict[str, Shape]:
-    width, heads, head_dim = config.width, config.num_heads, config.head_dim
-    one_layer: dict[str, Shape] = {
-        "attention_norm/scale": (width,),
-        "attention_norm/bias": (width,),
-        "qkv/kernel": (width, 3, heads, head_dim),
-        "qkv/bias": (3, heads, head_dim),
-        "attention_out/kernel": (heads, head_dim, width),
-        "attention_out/bias": (width,),
-        "mlp_norm/scale": (width,),
-        "mlp_norm/bias": (width,),
-        "mlp_in/kernel": (width, MLP_EXPANSION * width),
-        "mlp_in/bias": (MLP_EXPANSION * width,),
-        "mlp_out/kernel": (MLP_EXPANSION * width, width),
-        "mlp_out/bias": (width,),
-    }
-    return {f"layers/{name}": (depth, *shape) for name, shape in one_layer.items()}
+from tarflow_jax.runtime.parameters import Shape
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 config.json holds the layout's version, the model's config, its training noise, and the size and SHA-256 of
 model.safetensors; a SHA-256 of its own fields makes any damage to either file an error, not another model.
 model.safetensors holds "params/…", "ema/…" (where an average of the parameters was kept) and, in VP mode,
-"prior/variance", by the names of `layout.variables_shapes`.
+"prior/variance", by the names of `runtime.parameters.variables_shapes`.
 """
 
 import dataclasses
@@ -20,17 +20,11 @@ from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.files import replacing, sha256
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.interop.hub import local_folder
-from tarflow_jax.interop.layout import (
-    Shape,
-    check_tensors,
-    flatten,
-    params_shapes,
-    unflatten,
-    variables_shapes,
-)
+from tarflow_jax.interop.layout import check_tensors, flatten, unflatten
 from tarflow_jax.interop.model_card import model_card
 from tarflow_jax.interop.safetensors_file import CODES, read_tensors, write_tensors
 from tarflow_jax.noise import Noise
+from tarflow_jax.runtime.parameters import Shape, params_shapes, variables_shapes
 
 FORMAT = "tarflow_jax"
 VERSION = 1

@@ -12,7 +12,8 @@ import numpy as np
 import safetensors
 
 from tarflow_jax.errors import UserError, one_line
-from tarflow_jax.interop.layout import Shape, check_tensors
+from tarflow_jax.interop.layout import check_tensors
+from tarflow_jax.runtime.parameters import Shape
 
 CODES = {"float32": "F32", "bfloat16": "BF16"}  # dtype -> the format's name for it
 

@@ -13,8 +13,9 @@ import numpy as np
 from tarflow_jax.errors import MissingPackageError, UserError, one_line
 from tarflow_jax.files import replacing
 from tarflow_jax.flow.config import TarFlowConfig
-from tarflow_jax.interop.layout import Shape, check_tensors, flatten, unflatten, variables_shapes
+from tarflow_jax.interop.layout import check_tensors, flatten, unflatten
 from tarflow_jax.interop.torch_layout import constants, from_torch, to_torch, torch_names, torch_shapes
+from tarflow_jax.runtime.parameters import Shape, variables_shapes
 
 HEAD_DIM = 64  # fixed in the reference, so no tensor tells it
 _DIRECTORY = (

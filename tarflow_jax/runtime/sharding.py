@@ -1,4 +1,7 @@
-"""Which parameter lies where: a table from the end of a parameter's name to the axes of the mesh."""
+"""The sharding of a state's leaves, by their names: `parameters.PARAMETERS` says which axis each is sharded over.
+
+Optimizer moments and averages end in their parameters' names, so they are sharded alike.
+"""
 
 import math
 import re
@@ -10,26 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tarflow_jax.errors import UserError
+from tarflow_jax.runtime.parameters import rows_of
 
-# Each state leaf's path must match exactly one rule. Optimizer moments and averages end in the same names as
-# their parameters, so they lie where those lie.
-RULES: tuple[tuple[str, P], ...] = (
-    (r"layers/qkv/kernel", P(None, "fsdp", None, "tensor", None)),  # [L, C, 3, N, H]
-    (r"layers/qkv/bias", P(None, None, "tensor", None)),  # [L, 3, N, H]
-    (r"layers/attention_out/kernel", P(None, "tensor", None, "fsdp")),  # [L, N, H, C]
-    (r"layers/attention_out/bias", P()),
-    (r"layers/mlp_in/kernel", P(None, "fsdp", "tensor")),  # [L, C, 4C]
-    (r"layers/mlp_in/bias", P(None, "tensor")),  # [L, 4C]
-    (r"layers/mlp_out/kernel", P(None, "tensor", "fsdp")),  # [L, 4C, C]
-    (r"layers/mlp_out/bias", P()),
-    (r"layers/\w+_norm/(scale|bias)", P()),
-    (r"project_in/kernel", P(None, "fsdp")),  # [D, C]
-    (r"project_out/kernel", P("fsdp")),  # [C, 2D]
-    (r"project_(in|out)/bias", P()),
-    (r"(position|class)_embedding", P(None, "fsdp")),  # [T, C], [num_classes, C]
-    (r"prior/variance", P()),  # [T, D]
-    (r"step|count", P()),
-)
+COUNTERS = ("step", "count")  # of the state and of its optimizer: replicated
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
@@ -40,7 +26,7 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
       tree: arrays or shapes (`jax.eval_shape`).
 
     Raises:
-      ValueError: a leaf matches no rule or several, or a mesh axis does not divide its dimension.
+      ValueError: a leaf matches no row of the table or several, or a mesh axis does not divide its dimension.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, _spec(mesh, leaf_name(path), leaf.shape)), tree
@@ -48,7 +34,7 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def summary(mesh: Mesh, tree: Any) -> str:
-    """One line a group of like-named, like-sharded leaves: count, numbers, where they lie."""
+    """One line a group of like-named, like-sharded leaves: count, numbers, the mesh axes they are sharded over."""
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = re.sub(r"block_\d+", "block_*", leaf_name(path))
@@ -62,16 +48,18 @@ def summary(mesh: Mesh, tree: Any) -> str:
 
 
 def _spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
-    matches = [spec for pattern, spec in RULES if re.search(rf"(^|/)({pattern})$", name)]
-    if len(matches) != 1:
-        raise UserError(f"{name} {shape} matches {len(matches)} sharding rules; expected exactly one")
-    for size, axis in zip(shape, matches[0], strict=False):
+    specs = [row.spec for row in rows_of(name)]
+    if name.rpartition("/")[2] in COUNTERS:
+        specs.append(P())
+    if len(specs) != 1:
+        raise UserError(f"{name} {shape} matches {len(specs)} sharding rules; expected exactly one")
+    for size, axis in zip(shape, specs[0], strict=False):
         if axis is not None and size % mesh.shape[axis]:
             raise UserError(
                 f"{name} {shape} cannot be cut in {mesh.shape[axis]} along its dimension of {size}; "
                 f"choose a mesh.{axis} that divides it"
             )
-    return matches[0]
+    return specs[0]
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:

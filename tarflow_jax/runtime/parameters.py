@@ -1,0 +1,160 @@
+"""The table of the network's variables: shape, sharding and PyTorch name of each, in one row.
+
+A new parameter of the network is a new row here. Shapes are plain arithmetic on a config, with no tracing, because
+files of unknown origin are checked against them. Letters: T tokens, D token dimension, C width, L layers of the block,
+N heads, H head dimension, 4C hidden units of the MLP, 2D outputs of a block (D in VP mode).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable
+
+from jax.sharding import PartitionSpec
+
+from tarflow_jax.flow.config import TarFlowConfig
+from tarflow_jax.flow.transformer import MLP_EXPANSION
+
+Shape = tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameter:
+    """One row: what is known of a variable of the network.
+
+    Attributes:
+      name: the end of its path. "prior/…" is a variable of the flow, all others are parameters of every block; those
+        in "layers/" have the block's layers stacked along a first axis.
+      dimensions: its dimensions (that first axis left out), each a letter (see `_shape`) or a number, with
+        ":axis" behind it where it is sharded over that axis of the mesh. "inputs -> outputs" is a dense kernel,
+        "-> outputs" a dense bias; PyTorch joins the dimensions of a side into one.
+      torch: its name in the reference's state dict (of its block, or of its layer).
+      when: the field of the config without which (0 or False) there is no such variable; "" if it is always there.
+      torch_dimensions: the reference's dimensions, where they do not follow from `dimensions`.
+    """
+
+    name: str
+    dimensions: str
+    torch: str
+    when: str = ""
+    torch_dimensions: str = ""
+
+    @property
+    def in_block(self) -> bool:
+        """Whether every block has its own."""
+        return not self.name.startswith("prior/")
+
+    @property
+    def stacked(self) -> bool:
+        """Whether its first axis is over the layers of a block."""
+        return self.name.startswith("layers/")
+
+    @functools.cached_property
+    def letters(self) -> tuple[str, ...]:
+        """The letter of each axis, "L" first if it is stacked."""
+        return tuple(word.partition(":")[0] for word in self._words)
+
+    @functools.cached_property
+    def spec(self) -> PartitionSpec:
+        """The mesh axis that each axis is sharded over; P() if it is replicated."""
+        mesh_axes = [word.partition(":")[2] or None for word in self._words]
+        return PartitionSpec(*mesh_axes) if any(mesh_axes) else PartitionSpec()
+
+    @functools.cached_property
+    def input_axes(self) -> tuple[int, ...]:
+        """The axes that a dense kernel's product sums over; () of anything else."""
+        inputs, arrow, _ = self.dimensions.partition("->")
+        return tuple(range(self.stacked, self.stacked + len(inputs.split()))) if arrow else ()
+
+    @functools.cached_property
+    def output_axes(self) -> tuple[int, ...]:
+        """The axes over the outputs of a dense kernel or bias; () of anything else."""
+        first = self.stacked + len(self.input_axes)
+        return tuple(range(first, len(self.letters))) if "->" in self.dimensions else ()
+
+    def shape(self, config: TarFlowConfig, depth: int) -> Shape:
+        """Its shape in a block of `depth` layers."""
+        return _shape(self.letters, config, depth)
+
+    def torch_shape(self, config: TarFlowConfig) -> Shape:
+        """The reference's shape, of one layer if it is stacked here: [out, in] of a kernel, [out] of its bias."""
+        if self.torch_dimensions:
+            return _shape(self.torch_dimensions.split(), config)
+        if not self.output_axes:
+            return _shape(self.letters[self.stacked :], config)
+        sides = [[self.letters[axis] for axis in axes] for axes in (self.output_axes, self.input_axes)]
+        return tuple(math.prod(_shape(side, config)) for side in sides if side)
+
+    @property
+    def _words(self) -> list[str]:
+        """Of each axis its letter, or "letter:mesh axis"."""
+        return ["L"] * self.stacked + self.dimensions.replace("->", "").split()
+
+
+# In the order in which files have them.
+PARAMETERS = (
+    Parameter("position_embedding", "T C:fsdp", "pos_embed"),
+    Parameter("project_in/kernel", "D -> C:fsdp", "proj_in.weight"),
+    Parameter("project_in/bias", "-> C", "proj_in.bias"),
+    Parameter("project_out/kernel", "C:fsdp -> 2D", "proj_out.weight"),
+    Parameter("project_out/bias", "-> 2D", "proj_out.bias"),
+    Parameter(
+        "class_embedding", "classes C:fsdp", "class_embed", when="num_classes", torch_dimensions="classes 1 C"
+    ),
+    Parameter("layers/attention_norm/scale", "C", "attention.norm.weight"),
+    Parameter("layers/attention_norm/bias", "C", "attention.norm.bias"),
+    Parameter("layers/qkv/kernel", "C:fsdp -> 3 N:tensor H", "attention.qkv.weight"),
+    Parameter("layers/qkv/bias", "-> 3 N:tensor H", "attention.qkv.bias"),
+    Parameter("layers/attention_out/kernel", "N:tensor H -> C:fsdp", "attention.proj.weight"),
+    Parameter("layers/attention_out/bias", "-> C", "attention.proj.bias"),
+    Parameter("layers/mlp_norm/scale", "C", "mlp.norm.weight"),
+    Parameter("layers/mlp_norm/bias", "C", "mlp.norm.bias"),
+    Parameter("layers/mlp_in/kernel", "C:fsdp -> 4C:tensor", "mlp.main.0.weight"),
+    Parameter("layers/mlp_in/bias", "-> 4C:tensor", "mlp.main.0.bias"),
+    Parameter("layers/mlp_out/kernel", "4C:tensor -> C:fsdp", "mlp.main.2.weight"),
+    Parameter("layers/mlp_out/bias", "-> C", "mlp.main.2.bias"),
+    Parameter("prior/variance", "T D", "var", when="volume_preserving"),
+)
+
+
+def params_shapes(config: TarFlowConfig) -> dict[str, Shape]:
+    """Shapes of the parameters, "block_0/project_in/kernel" and so on."""
+    rows = _rows(config, in_block=True)
+    return {
+        f"block_{k}/{row.name}": row.shape(config, depth)
+        for k, depth in enumerate(config.depths)
+        for row in rows
+    }
+
+
+def variables_shapes(config: TarFlowConfig) -> dict[str, Shape]:
+    """Shapes of all variables: "params/…" and, in VP mode, "prior/variance" [T, D]."""
+    shapes = {f"params/{name}": shape for name, shape in params_shapes(config).items()}
+    return shapes | {row.name: row.shape(config, depth=0) for row in _rows(config, in_block=False)}
+
+
+def rows_of(path: str) -> list[Parameter]:
+    """The rows whose name ends `path`, that of a variable or of an optimizer's moment of it; it should be one."""
+    return [row for row in PARAMETERS if f"/{path}".endswith(f"/{row.name}")]
+
+
+def _rows(config: TarFlowConfig, in_block: bool) -> list[Parameter]:
+    rows = (row for row in PARAMETERS if row.in_block == in_block)
+    return [row for row in rows if not row.when or getattr(config, row.when)]
+
+
+def _shape(letters: Iterable[str], config: TarFlowConfig, depth: int = 0) -> Shape:
+    """The sizes of `letters`, which may be numbers too."""
+    width, token_dim = config.width, config.token_dim
+    sizes = {
+        "L": depth,
+        "T": config.num_tokens,
+        "D": token_dim,
+        "2D": token_dim * (1 if config.volume_preserving else 2),  # log_scale and shift; VP has shift alone
+        "C": width,
+        "4C": MLP_EXPANSION * width,
+        "N": config.num_heads,
+        "H": config.head_dim,
+        "classes": config.num_classes,
+    }
+    return tuple(int(letter) if letter.isdigit() else sizes[letter] for letter in letters)
