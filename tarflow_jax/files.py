@@ -46,9 +46,11 @@ def sha256(path: epath.PathLike) -> str:
 
 
 def checksums(folder: epath.Path) -> dict[str, str]:
-    """SHA-256 of all files, by their path in the folder. (In an object store epath's walk drops the scheme.)"""
+    """SHA-256 of a folder's files, by their path in it; not of hidden ones, which file managers make and change."""
     found: dict[str, str] = {}
-    for path in folder.iterdir():
+    for path in folder.iterdir():  # epath's walk drops the scheme of an object store
+        if path.name.startswith("."):
+            continue
         if path.is_dir():
             found |= {f"{path.name}/{name}": digest for name, digest in checksums(path).items()}
         else:

@@ -205,6 +205,29 @@ def test_when_one_process_dies_the_other_says_so_and_ends(tmp_path):
     assert re.fullmatch(r"error: process 0 of 2: .+; if another stopped before, .+", said.splitlines()[-1])
 
 
+def test_processes_restore_the_same_step_or_none(tmp_path):
+    codes, lines = finish(start(2, lambda index: ["tests/restore_apart.py", tmp_path], 1, slurm()))
+    assert codes == [0, 0]
+    found = [{line.split()[0]: line for line in out} for out in lines]
+    assert found[0].keys() - found[1].keys() == {"skipping", "checkpoint"}  # the first tells for all
+    assert [line for line in lines[0] if line.startswith("skipping")] == [
+        f"skipping checkpoint {tmp_path}/checkpoints/3: {who}DATA_LOSS: a checksum does not match"
+        for who in ("", "process 1: ")
+    ]
+    for process in (0, 1):
+        here, there = found[process], found[1 - process]
+        assert here[f"damaged{process}"] == there[f"damaged{process}"] == f"damaged{process} 2 16"
+        reason = f"not enough memory to restore {tmp_path}/checkpoints/3: no bytes left;"
+        assert here[f"memory{process}"].startswith(f"memory{process} OutOfMemoryError False {reason}")
+        assert there[f"memory{process}"].startswith(
+            f"memory{process} OSError True process {process}: {reason}"
+        )
+        assert f"could not read {tmp_path}/checkpoints/3: [Errno 13] Permission" in here[f"denied{process}"]
+        assert f"process {process}: could not read" in there[f"denied{process}"]
+    assert found[0]["aside"] == found[1]["aside"] == "aside 2 16"
+    assert (tmp_path / "damaged" / "3").is_dir()
+
+
 def test_two_processes_measure_what_one_does(whole, tmp_path, monkeypatch):
     monkeypatch.setenv("TARFLOW_DATA_DIR", str(tmp_path / "data"))
     command = evaluate_command(whole[0], tmp_path / "two")

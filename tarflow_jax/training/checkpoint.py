@@ -1,12 +1,12 @@
 """Checkpoints of a run: asynchronous, atomic, verified when they are read. The one file that knows Orbax."""
 
-import contextlib
+import functools
 import json
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -14,12 +14,19 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from tarflow_jax.errors import UserError, one_line
-from tarflow_jax.files import checksums, is_remote, write_text
+from tarflow_jax.errors import UserError
+from tarflow_jax.files import checksums, is_remote, sha256, write_text
 from tarflow_jax.runtime import leaf_name
+from tarflow_jax.training.checkpoint_errors import (
+    DamagedError,
+    on_all_processes,
+    plain_read_errors,
+    plain_write_errors,
+)
 
 logger = logging.getLogger(__name__)
 STATE, CONFIG, LOSS = "default", "config", "test_loss"
+T = TypeVar("T")
 
 
 class Checkpoints:
@@ -42,13 +49,15 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 best_fn=_loss,
                 best_mode="min",
+                # All processes must try the same steps, also where a shared disk shows them files at other times.
+                single_host_load_and_broadcast=True,
                 preservation_policy=policies.AnyPreservationPolicy(
                     [policies.LatestN(keep), policies.BestN(get_metric_fn=_loss, reverse=True, n=1)]
                 ),
             ),
-            # Without them, metadata cannot be read before restoring.
-            item_handlers={STATE: ocp.StandardCheckpointHandler(), CONFIG: ocp.JsonCheckpointHandler()},
         )
+        # Not the manager's: in its `restore` the others wait for a process that failed.
+        self._states = ocp.PyTreeCheckpointHandler()
         self._sealer = ThreadPoolExecutor(1, thread_name_prefix="seal")
         self._sealing: Future[None] | None = None
 
@@ -60,13 +69,14 @@ class Checkpoints:
           test_loss: by which the best checkpoint is known; None if it was not measured.
 
         Raises:
-          OSError: this checkpoint, or the one before it, could not be written (disk full).
+          OSError: this checkpoint, or the one before it, could not be written (disk full, not allowed, …).
+          Errors that are not of the disk stay what they are.
         """
         self.wait()
         items = ocp.args.Composite(
             **{STATE: ocp.args.StandardSave(state), CONFIG: ocp.args.JsonSave(dict(config))}
         )
-        with self._plain_errors():
+        with plain_write_errors(self._folder):
             # Forced: Orbax otherwise does nothing, in silence, about a step before its latest.
             self._manager.save(
                 step, args=items, metrics={} if test_loss is None else {LOSS: test_loss}, force=True
@@ -79,43 +89,38 @@ class Checkpoints:
         Raises:
           OSError: it could not be written.
         """
-        with self._plain_errors():
-            sealing, self._sealing = self._sealing, None
-            if sealing is not None:
-                sealing.result()
-            self._manager.wait_until_finished()
+        sealing, self._sealing = self._sealing, None
+        with plain_write_errors(self._folder):
+            try:
+                if sealing is not None:
+                    sealing.result()
+            finally:  # Orbax tells each thread of a failure; asked now, it does not tell this one again later.
+                self._manager.wait_until_finished()
 
-    def restore(self, abstract_state: Any, *, best: bool = False) -> tuple[int, Any] | None:
-        """(step, state) of the newest checkpoint that is whole, or None in a folder without any.
+    def restore(
+        self, abstract_state: Any, *, best: bool = False, partial: bool = False
+    ) -> tuple[int, Any] | None:
+        """(step, state) of the newest checkpoint that is whole on all processes, or None in a folder without any.
 
         Args:
           abstract_state: shapes, dtypes and shardings (`jax.ShapeDtypeStruct`) of what to restore; any mesh will do.
+            A leaf without sharding becomes a NumPy array.
           best: of those with a test loss, the one of the lowest.
+          partial: what the checkpoint holds beside `abstract_state` is not read, instead of being an error.
 
         Raises:
           ValueError: there are checkpoints, but none is whole, or they hold another model's state.
+          MemoryError: the state does not fit.
+          OSError: a checkpoint cannot be read, for another reason than damage; or not on another process.
         """
-        steps = self._steps(best=best)
-        for step in steps:
-            problem = self._problem(step)
-            if problem is None:
-                try:
-                    self._check_shapes(step, abstract_state)
-                    restored = self._manager.restore(
-                        step, args=ocp.args.Composite(**{STATE: ocp.args.StandardRestore(abstract_state)})
-                    )
-                    return step, restored[STATE]
-                except _AnotherStateError:
-                    raise
-                except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
-                    problem = one_line(error)
-            if jax.process_index() == 0:
-                logger.warning("skipping checkpoint %s: %s", self._folder / str(step), problem)
-        if steps:
-            raise UserError(
-                f"no checkpoint in {self._folder} is whole; restore one from a backup, or start in another workdir"
-            )
-        return None
+
+        def read(path: epath.Path) -> Any:
+            _check_shapes(path, self._states.metadata(path / STATE), abstract_state, partial=partial)
+            layout = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+            wanted = ocp.args.PyTreeRestore(abstract_state, restore_args=layout, partial_restore=partial)
+            return self._states.restore(path / STATE, args=wanted)
+
+        return self._first_whole(self._steps(best=best), read)
 
     def set_aside_after(self, step: int) -> None:
         """Moves the checkpoints later than `step`, which was restored, to damaged/: the run will save theirs anew.
@@ -123,67 +128,76 @@ class Checkpoints:
         They are kept, because what looked like damage may have been a disk or a network that failed for a moment.
         """
         later = [other for other in self._steps() if other > step]
-        if not later:
-            return
-        if jax.process_index() == 0:
-            aside = self._folder.parent / "damaged"
-            aside.mkdir(exist_ok=True)
-            for other in later:
-                if (aside / str(other)).exists():
-                    (aside / str(other)).rmtree()
-                (self._folder / str(other)).rename(aside / str(other))
-                self._seal_of(other).unlink(missing_ok=True)
-                logger.warning("checkpoint %d is now in %s", other, aside)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("checkpoints set aside")
-        self._manager.reload()
+        if later:
+            on_all_processes(functools.partial(self._set_aside, later))
+            self._manager.reload()
 
     def config(self) -> dict[str, Any] | None:
-        """The config in the newest whole checkpoint; None if there is none."""
-        for step in self._steps():
-            if self._problem(step) is None:
-                return self._manager.restore(
-                    step, args=ocp.args.Composite(**{CONFIG: ocp.args.JsonRestore()})
-                )[CONFIG]
-        return None
+        """The config in the newest whole checkpoint; None in a folder without any. Raises as `restore`."""
+        found = self._first_whole(
+            self._steps(), lambda path: ocp.JsonCheckpointHandler().restore(path / CONFIG)
+        )
+        return None if found is None else found[1]
 
     def close(self) -> None:
-        """Waits for the last checkpoint and lets go of the folder."""
-        self.wait()
-        self._sealer.shutdown()
-        self._manager.close()
+        """Waits for the last checkpoint and lets go of the folder, whatever fails; then raises the first error."""
+        errors = []
+        for release in (self.wait, self._sealer.shutdown, self._manager.close, self._states.close):
+            try:
+                release()
+            except BaseException as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def _steps(self, *, best: bool = False) -> list[int]:
         """The checkpoints' steps, in the order in which to try them."""
+        self.wait()
         steps = sorted(self._manager.all_steps(), reverse=True)
-        if not best:
+        if not best or not steps:
             return steps
-        losses = {step: _loss(self._manager.metrics(step)) for step in steps}
-        if steps and all(map(math.isinf, losses.values())):
+        losses = np.array([_loss(self._manager.metrics(step)) for step in steps], np.float32)
+        if jax.process_count() > 1:
+            losses = multihost_utils.broadcast_one_to_all(losses)
+        if np.isinf(losses).all():
             raise UserError(
                 f"no checkpoint in {self._folder} has a test loss; set train.evaluate_every, or use the last"
             )
-        return sorted(filter(lambda step: math.isfinite(losses[step]), steps), key=losses.__getitem__)
+        order = np.argsort(losses, stable=True)
+        return [steps[i] for i in order if np.isfinite(losses[i])]
 
-    @contextlib.contextmanager
-    def _plain_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:  # Orbax and TensorStore raise many kinds
-            raise OSError(
-                f"could not write a checkpoint in {self._folder}: {one_line(error)}; earlier ones are whole. Free "
-                "some space, or choose another workdir, then run the same command again"
-            ) from error
+    def _first_whole(self, steps: list[int], read: Callable[[epath.Path], T]) -> tuple[int, T] | None:
+        """The first of the checkpoints that every process can read, and what it read."""
+        for step in steps:
+            try:
+                return step, on_all_processes(functools.partial(self._read, step, read))
+            except DamagedError as damage:
+                if jax.process_index() == 0:
+                    logger.warning("skipping checkpoint %s: %s", self._folder / str(step), damage)
+        if steps:
+            raise UserError(
+                f"no checkpoint in {self._folder} is whole; restore one from a backup, or start in another workdir"
+            )
+        return None
 
-    def _check_shapes(self, step: int, abstract_state: Any) -> None:
-        stored = _shapes(self._manager.item_metadata(step)[STATE])
-        expected = _shapes(abstract_state)
-        for name in sorted(stored.keys() | expected.keys()):
-            if stored.get(name) != expected.get(name):
-                raise _AnotherStateError(
-                    f"checkpoint {self._folder / str(step)} holds another state than this configuration's: "
-                    f"{name} is {stored.get(name, 'missing')} there and {expected.get(name, 'missing')} here"
-                )
+    def _read(self, step: int, read: Callable[[epath.Path], T]) -> T:
+        path = self._folder / str(step)
+        with plain_read_errors(path):
+            if jax.process_index() == 0:
+                self._check_seal(step)
+            return read(path)
+
+    def _set_aside(self, steps: list[int]) -> None:
+        if jax.process_index():
+            return
+        aside = self._folder.parent / "damaged"
+        aside.mkdir(exist_ok=True)
+        for step in steps:
+            if (aside / str(step)).exists():
+                (aside / str(step)).rmtree()
+            (self._folder / str(step)).rename(aside / str(step))
+            self._seal_of(step).unlink(missing_ok=True)
+            logger.warning("checkpoint %d is now in %s", step, aside)
 
     def _seal_of(self, step: int) -> epath.Path:
         return self._seals / f"{step}.json"
@@ -194,33 +208,32 @@ class Checkpoints:
             write_text(self._seal_of(step), json.dumps(checksums(self._folder / str(step))))
             for seal in self._seals.glob("*.json"):
                 if not (self._folder / seal.stem).exists():
-                    seal.unlink()
+                    seal.unlink(missing_ok=True)
 
-    def _problem(self, step: int) -> str | None:
-        """Why the checkpoint cannot be trusted, or None; the same answer on all processes."""
-        if jax.process_count() == 1:
-            return self._damage(step)
-        found = self._damage(step) if jax.process_index() == 0 else None
-        damaged = multihost_utils.broadcast_one_to_all(np.int32(found is not None))
-        return (found or "the first process says why") if damaged else None
-
-    def _damage(self, step: int) -> str | None:
-        """What differs from the seal. A checkpoint without a seal was complete, but not yet sealed."""
+    def _check_seal(self, step: int) -> None:
+        """Raises DamagedError. A checkpoint without a seal was complete, but not yet sealed."""
+        seal, folder = self._seal_of(step), self._folder / str(step)
         try:
-            expected = json.loads(self._seal_of(step).read_text())
+            expected = json.loads(seal.read_text())
         except FileNotFoundError:
-            return None
+            return
         except ValueError:
-            return f"{self._seal_of(step)} is damaged"
-        found = checksums(self._folder / str(step))
-        wrong = sorted(
-            name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
-        )
-        return f"{wrong[0]} is missing or damaged" if wrong else None
+            expected = None
+        if not isinstance(expected, dict) or not all(isinstance(value, str) for value in expected.values()):
+            raise DamagedError(f"{seal} is damaged")
+        for name, digest in sorted(expected.items()):  # other files are nobody's business
+            if not (folder / name).exists() or sha256(folder / name) != digest:
+                raise DamagedError(f"{name} is missing or damaged")
 
 
-class _AnotherStateError(UserError):
-    pass
+def _check_shapes(path: epath.Path, metadata: Any, abstract_state: Any, *, partial: bool) -> None:
+    stored, expected = _shapes(metadata), _shapes(abstract_state)
+    for name in sorted(expected if partial else stored.keys() | expected.keys()):
+        if stored.get(name) != expected.get(name):
+            raise UserError(
+                f"checkpoint {path} holds another state than this configuration's: "
+                f"{name} is {stored.get(name, 'missing')} there and {expected.get(name, 'missing')} here"
+            )
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -1,9 +1,12 @@
 """A training run's folder, read back."""
 
+import contextlib
+import dataclasses
 import json
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
@@ -11,10 +14,9 @@ from jax.sharding import Mesh
 from tarflow_jax.files import write_text
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.noise import Noise
-from tarflow_jax.runtime import make_mesh
+from tarflow_jax.runtime import make_mesh, shardings
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.recipe import Recipe
-from tarflow_jax.training.state import abstract_state
 
 RESULTS = "results.json"
 
@@ -39,27 +41,43 @@ class TrainedRun(NamedTuple):
 def read_workdir(workdir: epath.PathLike, mesh: Mesh | None = None, *, best: bool = False) -> TrainedRun:
     """Reads the last whole checkpoint, or that of the lowest test loss, onto `mesh` or the default device.
 
+    The optimizer's state stays on the disk.
+
     Raises:
       FileNotFoundError: no config or no checkpoint there. ValueError: they are damaged, or none has a test loss.
+      MemoryError, OSError: see `Checkpoints.restore`.
     """
     workdir = epath.Path(workdir)
     recipe = Recipe.from_workdir(workdir)
-    shapes = abstract_state(
-        TarFlow(recipe.model),
-        recipe.optimizer(),
-        mesh or make_mesh(devices=jax.local_devices()[:1]),
-        ema=recipe.config.optimizer.ema_decay > 0,
-    )
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    found = checkpoints.restore(shapes, best=best)
-    checkpoints.close()
+    wanted = _abstract_model(recipe, mesh or make_mesh(devices=jax.local_devices()[:1]))
+    with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
+        found = checkpoints.restore(wanted, best=best, partial=True)
     if found is None:
         raise FileNotFoundError(
             f"{workdir} holds no checkpoint yet; train until train.checkpoint_every first"
         )
-    step, state = found
+    step, model = found
     return TrainedRun(
-        recipe.model, recipe.noise, state.variables, state.ema_params, _card(recipe, workdir, step)
+        recipe.model,
+        recipe.noise,
+        model["variables"],
+        model.get("ema_params"),
+        _card(recipe, workdir, step),
+    )
+
+
+def _abstract_model(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
+    """Shapes, dtypes and shardings of the part of a `TrainState` that sampling needs."""
+    # Parameters do not depend on the attention kernel, and the one image cannot be cut over a mesh as splash wants.
+    flow = TarFlow(dataclasses.replace(recipe.model, attention="plain"))
+    variables = jax.eval_shape(lambda: flow.init(jax.random.key(0), jnp.zeros((1, *flow.config.image_shape))))
+    shapes = {"variables": {name: variables[name] for name in ("params", "prior") if name in variables}}
+    if recipe.config.optimizer.ema_decay > 0:
+        shapes["ema_params"] = variables["params"]
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings(mesh, shapes),
     )
 
 
