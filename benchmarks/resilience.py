@@ -20,9 +20,10 @@ import numpy as np
 
 from benchmarks import common
 from tarflow_jax.data import Batch, prefetch_to_device, train_batches
-from tarflow_jax.runtime import Rows, split_cpu
+from tarflow_jax.runtime import Rows, use_cores_as_devices
 from tarflow_jax.training import Checkpoints, Recipe
-from tarflow_jax.training.step import recipe_state, recipe_step
+from tarflow_jax.training.state import new_state
+from tarflow_jax.training.step import compiled_step
 
 CHECKPOINT_EVERY = 100
 
@@ -33,8 +34,8 @@ class Trainer:
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         fields, data = recipe.config.train, recipe.config.data
         self.mesh, self.key = recipe.mesh(), jax.random.key(0)
-        self.step, _ = recipe_step(recipe, self.mesh)
-        self.state = recipe_state(recipe, self.mesh, self.key)
+        self.step = compiled_step(recipe.train_config, self.mesh)
+        self.state = new_state(recipe.train_config, self.mesh, self.key)
         rows = Rows(self.mesh, fields.batch_size)
 
         def put(batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -61,8 +62,7 @@ class Trainer:
             before: dict[str, Any] | None = None
             for i in range(steps):
                 batch = next(self.batches) if read else self.fixed
-                with jax.set_mesh(self.mesh):
-                    self.state, metrics = self.step(self.state, *batch, self.key)
+                self.state, metrics = self.step(self.state, *batch, self.key)
                 self.taken += 1
                 if save and i == 0:
                     self.checkpoints.save(self.taken, self.state, self.config)
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="where to write the figures")
     args = parser.parse_args()
     config = importlib.import_module(f"configs.{args.recipe}").get_config()
-    split_cpu(config.train.batch_size // config.train.accumulation)
+    use_cores_as_devices(config.train.batch_size // config.train.accumulation)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(Recipe(config), Path(folder) / "checkpoints")
         runs = {

@@ -10,40 +10,35 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-import optax
 
 from benchmarks import common, rivals
-from tarflow_jax.flow import TarFlow, TarFlowConfig
+from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.noise import Noise
 from tarflow_jax.planning import forward_flops
-from tarflow_jax.runtime import batch_sharding, make_mesh, split_cpu
-from tarflow_jax.training import make_train_step
-from tarflow_jax.training.state import sharded_state
+from tarflow_jax.runtime import batch_sharding, make_mesh, use_cores_as_devices
+from tarflow_jax.training import TrainConfig
+from tarflow_jax.training.optimizer import Optimizer
+from tarflow_jax.training.state import new_state
+from tarflow_jax.training.step import compiled_step
 
 
 def our_step(
     config: TarFlowConfig, images: np.ndarray, labels: np.ndarray, accumulation: int
 ) -> tuple[common.Run, Callable[[], int]]:
     """(the step that launch.train takes, a function that tells the bytes it needs)."""
-    flow, optimizer = TarFlow(config), optax.adamw(1e-3, b1=0.9, b2=0.95, weight_decay=1e-4)
+    optimizer = Optimizer(1000, 1e-3, 1e-3, 0, 0.9, 0.95, 1e-4, 0.0, 0.0)
+    train_config = TrainConfig(config, Noise("gaussian", 0.1), optimizer, 0.1, accumulation)
     mesh, key = make_mesh(), jax.random.key(0)
-    first, layout = sharded_state(flow, optimizer, key, mesh, ema=False)
-    step = jax.jit(
-        make_train_step(flow, optimizer, Noise("gaussian", 0.1), drop_label=0.1, accumulation=accumulation),
-        donate_argnums=0,
-        out_shardings=(layout, None),
-    )
+    step = compiled_step(train_config, mesh)
     images, labels = jax.device_put((images, labels), batch_sharding(mesh))
-    state = [first]
+    state = [new_state(train_config, mesh, key)]
 
     def run() -> object:
-        with jax.set_mesh(mesh):
-            state[0], metrics = step(state[0], images, labels, key)
+        state[0], metrics = step(state[0], images, labels, key)
         return state[0], metrics
 
     def step_bytes() -> int:
-        with jax.set_mesh(mesh):
-            memory = step.lower(state[0], images, labels, key).compile().memory_analysis()
+        memory = step.trace(state[0], images, labels, key).lower().compile().memory_analysis()
         return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
     return run, step_bytes
@@ -60,7 +55,7 @@ def main() -> None:
     )
     config, batch, accumulation = common.shape(args, remat=args.remat)
     batch, accumulation = args.batch or batch, args.accumulation or accumulation
-    split_cpu(batch // accumulation)
+    use_cores_as_devices(batch // accumulation)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (batch, *config.image_shape), np.uint8)
     labels = rng.integers(0, max(config.num_classes, 1), batch).astype(np.int32)

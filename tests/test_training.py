@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import gzip
+import itertools
 import json
 import math
 
@@ -12,12 +14,15 @@ import numpy as np
 import pytest
 import runs
 from damage import cut_short, flip_a_bit, largest_file
-from tiny_models import TINY, VP
+from tiny_models import TINY, VP, random_variables
 
 from configs import common, digits
-from tarflow_jax import Noise
+from tarflow_jax import Noise, TarFlow
+from tarflow_jax.evaluation.split import loss_of
+from tarflow_jax.likelihood import training_loss
 from tarflow_jax.runtime import make_mesh, replicated, shardings
-from tarflow_jax.training import Checkpoints, Recipe, TrainConfig
+from tarflow_jax.training import Checkpoints, Recipe, TrainConfig, clock, train
+from tarflow_jax.training.loop import evaluate_loss, run_keys
 from tarflow_jax.training.metrics import MetricsWriter
 from tarflow_jax.training.optimizer import Optimizer
 from tarflow_jax.training.state import initial_state, new_state
@@ -205,3 +210,89 @@ def test_recipes_refuse_what_cannot_be(field, value, message):
     config.update_from_flattened_dict({field: value})
     with pytest.raises(ValueError, match=message):
         Recipe(config)
+
+
+def test_test_loss_and_training_loss_are_the_same_quantity():
+    config = digits.get_config("smoke")
+    config.model.update({"volume_preserving": True, "num_classes": 0})
+    recipe = Recipe(config)
+    variables = random_variables(recipe.model)  # its prior is far from 1
+    test = recipe.source("test")
+    images, _ = test.read(np.arange(len(test)))
+    noisy = np.stack(
+        [recipe.noise(jax.random.fold_in(jax.random.key(0), i), jnp.asarray(x)) for i, x in enumerate(images)]
+    )
+    loss = jax.jit(functools.partial(training_loss, TarFlow(recipe.model)))(variables, noisy)[0]
+    assert evaluate_loss(recipe, variables) == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_means_are_float64():
+    log_probs = np.float32([-1.1, -2.2, -3.7]) * 1000
+    expected = -log_probs.astype(np.float64).mean() / 7 - 0.5 * math.log(2 * math.pi)
+    assert loss_of(log_probs, 7) == pytest.approx(expected, rel=1e-14)
+
+
+def test_no_key_serves_two_purposes():
+    init, steps = (jax.random.key_data(key).tolist() for key in run_keys(0))
+    evaluation = jax.random.key(0)  # of the test loss; also what commands make of --seed=0
+    images = jax.vmap(jax.random.fold_in, (None, 0))(evaluation, jnp.arange(70_000))
+    taken = {tuple(data) for data in jax.random.key_data(images).tolist()}
+    taken.add(tuple(jax.random.key_data(evaluation).tolist()))
+    assert init != steps
+    assert not taken & {tuple(init), tuple(steps)}
+
+
+def test_profile_and_honest_rates(tmp_path, monkeypatch):
+    config = digits.get_config("smoke")
+    config.train.update({"num_steps": 6, "log_every": 1, "evaluate_every": 2, "profile_steps": (2, 3)})
+    times = itertools.count()
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: float(next(times)))
+    train(config, tmp_path)
+    traces = list((tmp_path / "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1
+    text = gzip.decompress(next((tmp_path / "profile").rglob("*.trace.json.gz")).read_bytes()).decode()
+    names = {event["name"] for event in json.loads(text)["traceEvents"] if event.get("name") == "train"}
+    assert names == {"train"}
+    config.train.profile_steps = (3, 2)
+    with pytest.raises(ValueError, match=r"train.profile_steps is \(3, 2\); expected \(first, last\)"):
+        train(config, tmp_path / "other")
+
+
+def test_the_clock_counts_steps_alone(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    steps = clock.StepClock()
+
+    def after(seconds, *, pause=0.0):
+        now[0] += seconds
+        steps.step_done()
+        if pause:
+            now[0] += pause
+            steps.pause()
+
+    after(30.0)  # compiled
+    after(0.5)
+    after(0.5, pause=100.0)
+    after(7.0)  # the devices were idle before it
+    after(0.5)
+    assert steps.rate() == pytest.approx(2.0)
+    after(0.25)
+    assert steps.rate() == pytest.approx(4.0)
+    assert steps.rate() == pytest.approx(4.0)  # nothing new
+    assert steps.first_seconds == 30.0
+
+
+def test_closing_goes_through_all_although_one_fails(tmp_path, monkeypatch):
+    closed = []
+
+    def fail(self):
+        closed.append("checkpoints")
+        raise OSError("no disk")
+
+    monkeypatch.setattr(Checkpoints, "close", fail)
+    monkeypatch.setattr(MetricsWriter, "close", lambda self: closed.append("metrics"))
+    config = digits.get_config("smoke")
+    config.train.num_steps = 1
+    with pytest.raises(OSError, match="no disk"):
+        train(config, tmp_path)
+    assert sorted(closed) == ["checkpoints", "metrics"]

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 
 KERNELS = ("auto", "plain", "cudnn", "splash")
 SPLASH_MIN_TOKENS = 1024
-BATCH_AXES = ("data", "fsdp")  # of the mesh, over which rows lie
+BATCH_AXES = ("data", "fsdp")  # of the mesh, over which a batch is sharded
 
 # Finite, because a fully masked row must give 0 * finite, never NaN, in the backward pass.
 _MASKED = -1e30
@@ -72,16 +72,16 @@ def attend_whole(query: jax.Array, key: jax.Array, value: jax.Array, kernel: str
     return attend(query, key, value)
 
 
-def keep_rows(x: jax.Array) -> jax.Array:
-    """x [B, …], told to lie by rows over the mesh in force and by nothing else; without a mesh, x.
+def shard_batch(x: jax.Array) -> jax.Array:
+    """x [B, …], its rows sharded over the mesh in force and every other dimension whole; without a mesh, x.
 
-    XLA otherwise answers parameters cut over `fsdp` by gathering the batch, which is larger, instead of them.
+    XLA otherwise answers parameters sharded over `fsdp` by gathering the batch, which is larger, instead of them.
     """
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES)) if _spread() else x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES)) if _many_devices() else x
 
 
-def _spread() -> bool:
-    """Whether arrays here lie over several devices; inside `jax.shard_map` each device has its own."""
+def _many_devices() -> bool:
+    """Whether the mesh in force has several devices; inside `jax.shard_map` each device works alone."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1 and not mesh.manual_axes
 
@@ -93,7 +93,7 @@ def splash(query: jax.Array, key: jax.Array, value: jax.Array, *, interpret: boo
     `interpret` runs it on a CPU, for tests.
     """
     run = functools.partial(_splash, interpret=interpret)
-    if _spread():
+    if _many_devices():
         spec = PartitionSpec(BATCH_AXES, "tensor")
         run = jax.shard_map(run, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
     return run(query * query.shape[-1] ** -0.5, key, value)

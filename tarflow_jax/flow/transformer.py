@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tarflow_jax.flow.attention import attend, attend_whole, keep_rows
+from tarflow_jax.flow.attention import attend, attend_whole, shard_batch
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.flow.product import dense_product
 
@@ -87,7 +87,7 @@ class TransformerLayer(nn.Module):
         config, dtype = self.config, self.config.compute_dtype
         heads = (config.num_heads, config.head_dim)
 
-        x = keep_rows(x)
+        x = shard_batch(x)
         h = self._norm("attention_norm")(x).astype(dtype)
         qkv = self._dense((3, *heads), "qkv")(h)
         # `split`'s gradient is one concatenation; indexing's would be a sum of three padded arrays.

@@ -105,7 +105,7 @@ class _Run:
         """Begins or continues; closing `resources` closes everything, although one of it fails."""
         fields = recipe.config.train
         self.recipe, self.source, self.fields, self.mesh = recipe, source, fields, recipe.mesh()
-        init_key, self.key = jax.random.split(jax.random.fold_in(jax.random.key(fields.seed), _TRAINING))
+        init_key, self.key = run_keys(fields.seed)
         self.checkpoints = Checkpoints(workdir / "checkpoints", keep=fields.keep_checkpoints)
         resources.callback(self.checkpoints.close)
         shapes = abstract_state(recipe.train_config, self.mesh)
@@ -215,6 +215,12 @@ class _Run:
         if self.metrics:
             self.metrics.flush()
         self.clock.pause()
+
+
+def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
+    """Keys of the initial weights, and of the steps' noise and dropped labels."""
+    init_key, step_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), _TRAINING))
+    return init_key, step_key
 
 
 def evaluate_loss(recipe: Recipe, variables: dict[str, Any]) -> float:

@@ -182,7 +182,7 @@ class Recipe:
         if stored is None:
             raise FileNotFoundError(f"{path} not found; expected the workdir of a training run")
         try:
-            return cls(_with_defaults(stored))
+            return cls(ml_collections.ConfigDict(stored))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path} is not a training config: {error}") from error
 
@@ -195,13 +195,6 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise UserError(f"{path} is not what a training run wrote: it is no JSON object")
     return fields
-
-
-def _with_defaults(stored: dict[str, Any]) -> ml_collections.ConfigDict:
-    """A stored config, with the fields that newer releases have added at the values that mean what was before."""
-    config = ml_collections.ConfigDict(stored)
-    config.train.setdefault("profile_steps", (0, 0))
-    return config
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,22 +1,21 @@
 """A training run's folder, read back."""
 
 import contextlib
-import dataclasses
 import json
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
 from tarflow_jax.files import write_text
-from tarflow_jax.flow import TarFlow, TarFlowConfig
+from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.noise import Noise
-from tarflow_jax.runtime import make_mesh, shardings
+from tarflow_jax.runtime import make_mesh
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.recipe import Recipe
+from tarflow_jax.training.state import abstract_state
 
 RESULTS = "results.json"
 
@@ -49,7 +48,8 @@ def read_workdir(workdir: epath.PathLike, mesh: Mesh | None = None, *, best: boo
     """
     workdir = epath.Path(workdir)
     recipe = Recipe.from_workdir(workdir)
-    wanted = _abstract_model(recipe, mesh or make_mesh(devices=jax.local_devices()[:1]))
+    state = abstract_state(recipe.train_config, mesh or make_mesh(devices=jax.local_devices()[:1]))
+    wanted = {"variables": state.variables, "ema_params": state.ema_params}
     with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
         found = checkpoints.restore(wanted, best=best, partial=True)
     if found is None:
@@ -61,23 +61,8 @@ def read_workdir(workdir: epath.PathLike, mesh: Mesh | None = None, *, best: boo
         recipe.model,
         recipe.noise,
         model["variables"],
-        model.get("ema_params"),
+        model["ema_params"],
         _card(recipe, workdir, step),
-    )
-
-
-def _abstract_model(recipe: Recipe, mesh: Mesh) -> dict[str, Any]:
-    """Shapes, dtypes and shardings of the part of a `TrainState` that sampling needs."""
-    # Parameters do not depend on the attention kernel, and the one image cannot be cut over a mesh as splash wants.
-    flow = TarFlow(dataclasses.replace(recipe.model, attention="plain"))
-    variables = jax.eval_shape(lambda: flow.init(jax.random.key(0), jnp.zeros((1, *flow.config.image_shape))))
-    shapes = {"variables": {name: variables[name] for name in ("params", "prior") if name in variables}}
-    if recipe.config.optimizer.ema_decay > 0:
-        shapes["ema_params"] = variables["params"]
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        shardings(mesh, shapes),
     )
 
 
