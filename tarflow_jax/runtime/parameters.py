@@ -25,19 +25,19 @@ class Parameter:
     Attributes:
       name: the end of its path. "prior/…" is a variable of the flow, all others are parameters of every block; those
         in "layers/" have the block's layers stacked along a first axis.
-      dimensions: its dimensions (that first axis left out), each a letter (see `_shape`) or a number, with
+      dims: its dimensions (that first axis left out), each a letter (see `_shape`) or a number, with
         ":axis" behind it where it is sharded over that axis of the mesh. "inputs -> outputs" is a dense kernel,
         "-> outputs" a dense bias; PyTorch joins the dimensions of a side into one.
       torch: its name in the reference's state dict (of its block, or of its layer).
+      torch_dims: the reference's dimensions, where they do not follow from `dims`.
       when: the field of the config without which (0 or False) there is no such variable; "" if it is always there.
-      torch_dimensions: the reference's dimensions, where they do not follow from `dimensions`.
     """
 
     name: str
-    dimensions: str
+    dims: str
     torch: str
+    torch_dims: str = ""
     when: str = ""
-    torch_dimensions: str = ""
 
     @property
     def in_block(self) -> bool:
@@ -63,14 +63,14 @@ class Parameter:
     @functools.cached_property
     def input_axes(self) -> tuple[int, ...]:
         """The axes that a dense kernel's product sums over; () of anything else."""
-        inputs, arrow, _ = self.dimensions.partition("->")
+        inputs, arrow, _ = self.dims.partition("->")
         return tuple(range(self.stacked, self.stacked + len(inputs.split()))) if arrow else ()
 
     @functools.cached_property
     def output_axes(self) -> tuple[int, ...]:
         """The axes over the outputs of a dense kernel or bias; () of anything else."""
         first = self.stacked + len(self.input_axes)
-        return tuple(range(first, len(self.letters))) if "->" in self.dimensions else ()
+        return tuple(range(first, len(self.letters))) if "->" in self.dims else ()
 
     def shape(self, config: TarFlowConfig, depth: int) -> Shape:
         """Its shape in a block of `depth` layers."""
@@ -78,8 +78,8 @@ class Parameter:
 
     def torch_shape(self, config: TarFlowConfig) -> Shape:
         """The reference's shape, of one layer if it is stacked here: [out, in] of a kernel, [out] of its bias."""
-        if self.torch_dimensions:
-            return _shape(self.torch_dimensions.split(), config)
+        if self.torch_dims:
+            return _shape(self.torch_dims.split(), config)
         if not self.output_axes:
             return _shape(self.letters[self.stacked :], config)
         sides = [[self.letters[axis] for axis in axes] for axes in (self.output_axes, self.input_axes)]
@@ -88,7 +88,7 @@ class Parameter:
     @property
     def _words(self) -> list[str]:
         """Of each axis its letter, or "letter:mesh axis"."""
-        return ["L"] * self.stacked + self.dimensions.replace("->", "").split()
+        return ["L"] * self.stacked + self.dims.replace("->", "").split()
 
 
 # In the order in which files have them.
@@ -98,9 +98,7 @@ PARAMETERS = (
     Parameter("project_in/bias", "-> C", "proj_in.bias"),
     Parameter("project_out/kernel", "C:fsdp -> 2D", "proj_out.weight"),
     Parameter("project_out/bias", "-> 2D", "proj_out.bias"),
-    Parameter(
-        "class_embedding", "classes C:fsdp", "class_embed", when="num_classes", torch_dimensions="classes 1 C"
-    ),
+    Parameter("class_embedding", "classes C:fsdp", "class_embed", "classes 1 C", when="num_classes"),
     Parameter("layers/attention_norm/scale", "C", "attention.norm.weight"),
     Parameter("layers/attention_norm/bias", "C", "attention.norm.bias"),
     Parameter("layers/qkv/kernel", "C:fsdp -> 3 N:tensor H", "attention.qkv.weight"),
