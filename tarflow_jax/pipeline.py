@@ -83,9 +83,7 @@ class TarFlowPipeline:
         return self.noise.std if self.noise and self.noise.kind == "gaussian" else None
 
     @classmethod
-    def from_pretrained(
-        cls, name: epath.PathLike, *, best: bool = False, **options: Any
-    ) -> "TarFlowPipeline":
+    def from_pretrained(cls, name: epath.PathLike, *, best: bool = False, **options: Any) -> "TarFlowPipeline":
         """Opens a training workdir, a saved model's folder, or a model of the hub ("owner/name").
 
         Args:
@@ -209,17 +207,13 @@ class TarFlowPipeline:
         guidance = check_guidance(self.config, guidance)
         decoders = check_decoder(self.config, self.schedule, decoder, len(latents))
         one_by_one = decoders is None or Sequential() in decoders
-        program = functools.partial(
-            programs.decode, self.config, trajectory=return_trajectory, decoders=decoders
-        )
+        program = functools.partial(programs.decode, self.config, trajectory=return_trajectory, decoders=decoders)
         decoded = self._run(
             program,
             latents,
             labels,
             guidance,
-            bytes_per_image=decode_bytes(
-                self.config, guided=guidance is not None, parallel=decoders is not None
-            ),
+            bytes_per_image=decode_bytes(self.config, guided=guidance is not None, parallel=decoders is not None),
             # For one image XLA's CPU code copies the caches at every token; for two it does not.
             smallest=2 if self._runner.on_cores and one_by_one else 1,
         )

@@ -34,9 +34,7 @@ def _encode(config: TarFlowConfig, variables: Any, images: jax.Array, labels: ja
     return TarFlow(config).apply(variables, images, labels)
 
 
-def _log_prob(
-    config: TarFlowConfig, variables: Any, images: jax.Array, labels: jax.Array | None
-) -> jax.Array:
+def _log_prob(config: TarFlowConfig, variables: Any, images: jax.Array, labels: jax.Array | None) -> jax.Array:
     return likelihood.log_prob(TarFlow(config), variables, images, labels)
 
 

@@ -84,9 +84,7 @@ def wrapped(error):
         (Preempted("asked to stop"), Preempted, "asked to stop"),
     ],
 )
-def test_an_error_that_is_no_damage_condemns_no_checkpoint(
-    checkpoints, monkeypatch, caplog, error, kind, message
-):
+def test_an_error_that_is_no_damage_condemns_no_checkpoint(checkpoints, monkeypatch, caplog, error, kind, message):
     with monkeypatch.context() as patch:
         patch.setattr(ocp.PyTreeCheckpointHandler, "restore", failing(error))
         with pytest.raises(kind, match=message):
@@ -138,9 +136,7 @@ NO_SPACE = "RESOURCE_EXHAUSTED: Failed to write to file 11: No space left on dev
 )
 def test_what_hinders_saving_is_named(checkpoints, monkeypatch, error, says, full):
     monkeypatch.setattr(ocp.CheckpointManager, "save", failing(error))
-    with pytest.raises(
-        OSError, match=f"could not write a checkpoint in .*: .*{says}.*earlier ones are whole"
-    ) as e:
+    with pytest.raises(OSError, match=f"could not write a checkpoint in .*: .*{says}.*earlier ones are whole") as e:
         checkpoints.save(3, {"kernel": jnp.zeros(8)}, {})
     assert ("Free some space" in str(e.value)) is full
 
@@ -158,9 +154,7 @@ def test_an_error_of_ours_in_saving_stays_what_it_is(checkpoints, monkeypatch, e
 
 def test_a_save_that_failed_is_reported_once(checkpoints, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(
-            ocp.CheckpointManager, "_finalize_checkpoint", failing(OSError(errno.EIO, "Input/output error"))
-        )
+        patch.setattr(ocp.CheckpointManager, "_finalize_checkpoint", failing(OSError(errno.EIO, "Input/output error")))
         checkpoints.save(3, {"kernel": jnp.zeros(8)}, {})
         with pytest.raises(OSError, match="Input/output error"):
             checkpoints.wait()
@@ -264,9 +258,7 @@ def test_part_of_a_state_is_restored_whatever_optimizer_it_had(tmp_path, arrays_
         checkpoints.restore(larger, partial=True)
     with pytest.raises(ValueError, match=r"holds another state .* mean is missing there"):
         checkpoints.restore(wanted | {"mean": SHAPES["kernel"]}, partial=True)
-    with pytest.raises(
-        ValueError, match=r"holds another state .*: opt_state/\S+ is .* there and missing here"
-    ):
+    with pytest.raises(ValueError, match=r"holds another state .*: opt_state/\S+ is .* there and missing here"):
         checkpoints.restore(shapes_of(state_of(optax.sgd(1e-3))))
     checkpoints.close()
 

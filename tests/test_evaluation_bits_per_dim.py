@@ -49,9 +49,7 @@ def test_bits_per_dim_of_an_affine_flow(affine, num_samples):
     result = BitsPerDim.of(image_bits_per_dim(runner, CONFIG, variables, rows, key, num_samples))
     draws = []
     for draw in (jax.random.fold_in(key, k) for k in range(num_samples)):
-        noisy = [
-            dequantise(jax.random.fold_in(draw, i), jnp.asarray(image)) for i, image in enumerate(images)
-        ]
+        noisy = [dequantise(jax.random.fold_in(draw, i), jnp.asarray(image)) for i, image in enumerate(images)]
         draws.append(numpy_log_prob(biases, np.array(noisy, np.float64)))
     log_prob = scipy.special.logsumexp(draws, axis=0) - np.log(num_samples)
     bits = (-log_prob / 16 + np.log(128)) / np.log(2)

@@ -186,9 +186,7 @@ def test_missing_torch_says_what_to_install(small_file, monkeypatch):
 
 
 def test_importing_needs_no_extra():
-    code = (
-        "import sys; sys.modules.update(torch=None, huggingface_hub=None); import tarflow_jax; print('fine')"
-    )
+    code = "import sys; sys.modules.update(torch=None, huggingface_hub=None); import tarflow_jax; print('fine')"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "fine\n"
 
 

@@ -63,9 +63,7 @@ def finish(processes):
     assert set(codes) <= {0, 75}, "\n".join(err[-2000:] for _, err in results)
     # Gloo's threads write into each other's lines.
     gloo = re.compile(r"\[Gloo\]|connected to \d+ peer ranks")
-    return codes, [
-        [line for line in out.splitlines() if line and not gloo.search(line)] for out, _ in results
-    ]
+    return codes, [[line for line in out.splitlines() if line and not gloo.search(line)] for out, _ in results]
 
 
 def slurm():
@@ -188,9 +186,7 @@ def test_sigterm_to_one_process_stops_both_and_one_process_continues(whole, tmp_
 def test_when_one_process_dies_the_other_says_so_and_ends(tmp_path):
     workdir = tmp_path / "run"
     # No checkpoint: one under way would wait for the dead until JAX gives them up, after 100 s.
-    command = train_command(
-        workdir, "--config.train.num_steps=100000", "--config.train.checkpoint_every=100000"
-    )
+    command = train_command(workdir, "--config.train.num_steps=100000", "--config.train.checkpoint_every=100000")
     processes = start(2, lambda index: command, 1, slurm())
     try:
         while not (workdir / "metrics.jsonl").exists() or len(losses(workdir)) < 3:
@@ -219,9 +215,7 @@ def test_processes_restore_the_same_step_or_none(tmp_path):
         assert here[f"damaged{process}"] == there[f"damaged{process}"] == f"damaged{process} 2 16"
         reason = f"not enough memory to restore {tmp_path}/checkpoints/3: no bytes left;"
         assert here[f"memory{process}"].startswith(f"memory{process} OutOfMemoryError False {reason}")
-        assert there[f"memory{process}"].startswith(
-            f"memory{process} OSError True process {process}: {reason}"
-        )
+        assert there[f"memory{process}"].startswith(f"memory{process} OSError True process {process}: {reason}")
         assert f"could not read {tmp_path}/checkpoints/3: [Errno 13] Permission" in here[f"denied{process}"]
         assert f"process {process}: could not read" in there[f"denied{process}"]
     assert found[0]["aside"] == found[1]["aside"] == "aside 2 16"

@@ -80,9 +80,7 @@ def _walk(root: Path) -> Iterator[str]:
 def _classes(paths: Iterable[str], root: Path) -> tuple[str, ...]:
     names = {path.split("/")[0] if "/" in path else "" for path in paths}
     if "" in names and len(names) > 1:
-        raise UserError(
-            f"folder:{root}: images lie both beside and inside class folders; move the former into a class"
-        )
+        raise UserError(f"folder:{root}: images lie both beside and inside class folders; move the former into a class")
     return tuple(sorted(names - {""}))
 
 
@@ -135,9 +133,7 @@ def open_folder(
         len(items),
         lambda index: (items[index].read(), items[index].label),
         lambda index: f"{name}: {items[index].name}",
-        content=repr(
-            [(item.name, item.label, item.stamp.split()[0]) for item in items]
-        ),  # with the size, no times
+        content=repr([(item.name, item.label, item.stamp.split()[0]) for item in items]),  # with the size, no times
         image_shape=(*size, 3),
         preprocessing=preprocessing,
         num_classes=len(label_names),

@@ -43,9 +43,9 @@ def image_bits_per_dim(
       num_draws: K of the importance-weighted bound log 1/K Σ p(x + u_k); 1 is the paper's protocol.
     """
     draws = [
-        noisy_log_prob(
-            runner, config, variables, images, Noise("uniform"), jax.random.fold_in(key, draw)
-        ).astype(np.float64)
+        noisy_log_prob(runner, config, variables, images, Noise("uniform"), jax.random.fold_in(key, draw)).astype(
+            np.float64
+        )
         for draw in range(num_draws)
     ]
     log_probs = np.logaddexp.reduce(draws, axis=0) - np.log(num_draws)

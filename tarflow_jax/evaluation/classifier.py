@@ -26,9 +26,7 @@ from tarflow_jax.evaluation.features import FeatureExtractor, FeatureNetwork, Fe
 from tarflow_jax.evaluation.sample_files import file_stem
 from tarflow_jax.files import replacing, sha256
 
-RECIPE = (
-    "3 strided convolutions of 32, 64, 128; AdamW 2e-3, cosine, batch 256, 6 epochs, at least 1,000 steps"
-)
+RECIPE = "3 strided convolutions of 32, 64, 128; AdamW 2e-3, cosine, batch 256, 6 epochs, at least 1,000 steps"
 BATCH_SIZE = 256
 MIN_STEPS = 1000
 PREPROCESSING = "none: 8-bit images of the data set's own size, v / 127.5 - 1"
@@ -97,9 +95,7 @@ def classifier_network(train: ImageSource, test: ImageSource, cache_dir: str | P
 
 def _network(params: Any, source: ImageSource, identity: str = "") -> FeatureNetwork:
     activations = 4 * 16 * math.prod(source.image_shape[:2])  # the first layer's outputs, and as much again
-    return FeatureNetwork(
-        "classifier", identity, PREPROCESSING, params, _apply(source.num_classes), activations
-    )
+    return FeatureNetwork("classifier", identity, PREPROCESSING, params, _apply(source.num_classes), activations)
 
 
 @functools.cache

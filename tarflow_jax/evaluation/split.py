@@ -37,9 +37,7 @@ def noisy_log_prob(
     else:
         rows = (*images, np.arange(len(images[0]), dtype=np.int32))
     program = functools.partial(programs.noisy_log_prob, programs.exact(config), noise)
-    return runner.run(
-        program, variables, rows, key, bytes_per_image=forward_bytes(config), progress="log-likelihoods"
-    )
+    return runner.run(program, variables, rows, key, bytes_per_image=forward_bytes(config), progress="log-likelihoods")
 
 
 def split_log_prob(

@@ -58,9 +58,7 @@ class BatchRunner:
 
     def place(self, variables: Any) -> Any:
         """Variables on the devices, sharded over the mesh."""
-        return jax.device_put(
-            variables, self._sharding if self.mesh is None else shardings(self.mesh, variables)
-        )
+        return jax.device_put(variables, self._sharding if self.mesh is None else shardings(self.mesh, variables))
 
     def run(
         self,
@@ -164,9 +162,7 @@ class BatchRunner:
         return jax.tree.map(padded, values)
 
 
-def _first_alone(
-    run_from: Callable[[int], Any], starts: range, threads: ThreadPoolExecutor, key: Any
-) -> Iterator[Any]:
+def _first_alone(run_from: Callable[[int], Any], starts: range, threads: ThreadPoolExecutor, key: Any) -> Iterator[Any]:
     """Results in order; the first batch of a new program runs alone, so that threads do not compile it each."""
     if key not in _compiled:
         yield run_from(starts[0])

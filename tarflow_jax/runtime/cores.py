@@ -22,9 +22,7 @@ def usable_cores(cgroup: Path = _CGROUP) -> int:
         if (cgroup / "cpu.max").exists():
             quota, period = (cgroup / "cpu.max").read_text().split()
         else:
-            quota, period = (
-                (cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period")
-            )
+            quota, period = ((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
         limit = int(quota) / int(period)
     except (OSError, ValueError):  # no such files, or "max": no limit
         return cores

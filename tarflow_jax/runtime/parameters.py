@@ -118,11 +118,7 @@ PARAMETERS = (
 def params_shapes(config: TarFlowConfig) -> dict[str, Shape]:
     """Shapes of the parameters, "block_0/project_in/kernel" and so on."""
     rows = _rows(config, in_block=True)
-    return {
-        f"block_{k}/{row.name}": row.shape(config, depth)
-        for k, depth in enumerate(config.depths)
-        for row in rows
-    }
+    return {f"block_{k}/{row.name}": row.shape(config, depth) for k, depth in enumerate(config.depths) for row in rows}
 
 
 def variables_shapes(config: TarFlowConfig) -> dict[str, Shape]:

@@ -49,7 +49,5 @@ def use_compilation_cache(folder: Path, max_bytes: int = 4 << 30) -> None:
     features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
     kind = hashlib.sha256(f"{platform.machine()} {features}".encode()).hexdigest()[:16]
     jax.config.update("jax_compilation_cache_dir", str(folder / kind))
-    jax.config.update(
-        "jax_compilation_cache_max_size", max_bytes
-    )  # with a limit, JAX locks the folder as it writes
+    jax.config.update("jax_compilation_cache_max_size", max_bytes)  # with a limit, JAX locks the folder as it writes
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

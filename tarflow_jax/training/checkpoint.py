@@ -73,14 +73,10 @@ class Checkpoints:
           Errors that are not of the disk stay what they are.
         """
         self.wait()
-        items = ocp.args.Composite(
-            **{STATE: ocp.args.StandardSave(state), CONFIG: ocp.args.JsonSave(dict(config))}
-        )
+        items = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), CONFIG: ocp.args.JsonSave(dict(config))})
         with plain_write_errors(self._folder):
             # Forced: Orbax otherwise does nothing, in silence, about a step before its latest.
-            self._manager.save(
-                step, args=items, metrics={} if test_loss is None else {LOSS: test_loss}, force=True
-            )
+            self._manager.save(step, args=items, metrics={} if test_loss is None else {LOSS: test_loss}, force=True)
         self._sealing = self._sealer.submit(self._seal_when_complete, step)
 
     def wait(self) -> None:
@@ -97,9 +93,7 @@ class Checkpoints:
             finally:  # Orbax tells each thread of a failure; asked now, it does not tell this one again later.
                 self._manager.wait_until_finished()
 
-    def restore(
-        self, abstract_state: Any, *, best: bool = False, partial: bool = False
-    ) -> tuple[int, Any] | None:
+    def restore(self, abstract_state: Any, *, best: bool = False, partial: bool = False) -> tuple[int, Any] | None:
         """(step, state) of the newest checkpoint that is whole on all processes, or None in a folder without any.
 
         Args:
@@ -134,9 +128,7 @@ class Checkpoints:
 
     def config(self) -> dict[str, Any] | None:
         """The config in the newest whole checkpoint; None in a folder without any. Raises as `restore`."""
-        found = self._first_whole(
-            self._steps(), lambda path: ocp.JsonCheckpointHandler().restore(path / CONFIG)
-        )
+        found = self._first_whole(self._steps(), lambda path: ocp.JsonCheckpointHandler().restore(path / CONFIG))
         return None if found is None else found[1]
 
     def close(self) -> None:

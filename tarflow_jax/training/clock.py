@@ -50,9 +50,7 @@ class Profiler(contextlib.AbstractContextManager["Profiler"]):
         self._folder, (self._first, self._last) = folder, steps
         self._running = False
         if (self._first or self._last) and not 1 <= self._first <= self._last:
-            raise UserError(
-                f"train.profile_steps is {tuple(steps)}; expected (first, last), or (0, 0) for none"
-            )
+            raise UserError(f"train.profile_steps is {tuple(steps)}; expected (first, last), or (0, 0) for none")
 
     def step(self, number: int) -> contextlib.AbstractContextManager:
         """Around a step: names it in the trace."""

@@ -41,9 +41,7 @@ class NonFiniteError(ArithmeticError):
     """A metric of a step is not a finite number; the run has stopped, its last checkpoint stays."""
 
 
-def train(
-    config: ml_collections.ConfigDict, workdir: epath.PathLike, preview: Preview | None = None
-) -> TrainState:
+def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, preview: Preview | None = None) -> TrainState:
     """Trains until `config.train.num_steps`, from the workdir's last checkpoint on.
 
     Args:
@@ -137,6 +135,7 @@ class _Run:
         )
         self.clock = StepClock()
         self._pending: Metrics | None = None  # of the step under way
+        self._settled: Metrics = {}
 
     def batches(self) -> Iterator[tuple[jax.Array, jax.Array]]:
         """Images and labels on the devices, of the steps that are left."""
@@ -168,16 +167,16 @@ class _Run:
     def settle(self) -> Metrics:
         """Waits for the step under way and checks it; the last step's metrics."""
         if self._pending is not None:
-            self.last, self._pending = jax.device_get(self._pending), None
+            self._settled, self._pending = jax.device_get(self._pending), None
             self.clock.step_done()
             self.profiler.step_done(self.step)
             for name in ("loss", "grad_norm"):
-                if not np.isfinite(self.last[name]):
+                if not np.isfinite(self._settled[name]):
                     raise NonFiniteError(
-                        f"{name} is {self.last[name]} at step {self.step}; the run has stopped and its last "
+                        f"{name} is {self._settled[name]} at step {self.step}; the run has stopped and its last "
                         "checkpoint stays. Lower optimizer.learning_rate or set optimizer.clip_norm"
                     )
-        return self.last
+        return self._settled
 
     def is_due(self, every: int) -> bool:
         """Whether something that is done every so many steps is to be done now; 0 is never."""

@@ -123,8 +123,7 @@ class Recipe:
             )
         if model.num_classes and source.num_classes > model.num_classes:
             raise UserError(
-                f"{source.name} has {source.num_classes} classes, the model {model.num_classes}; "
-                "set model.num_classes"
+                f"{source.name} has {source.num_classes} classes, the model {model.num_classes}; set model.num_classes"
             )
         return source
 

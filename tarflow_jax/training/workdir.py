@@ -53,9 +53,7 @@ def read_workdir(workdir: epath.PathLike, mesh: Mesh | None = None, *, best: boo
     with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
         found = checkpoints.restore(wanted, best=best, partial=True)
     if found is None:
-        raise FileNotFoundError(
-            f"{workdir} holds no checkpoint yet; train until train.checkpoint_every first"
-        )
+        raise FileNotFoundError(f"{workdir} holds no checkpoint yet; train until train.checkpoint_every first")
     step, model = found
     return TrainedRun(
         recipe.model,
