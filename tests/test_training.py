@@ -279,9 +279,10 @@ def test_the_clock_counts_steps_alone(monkeypatch):
 
 
 def test_closing_goes_through_all_although_one_fails(tmp_path, monkeypatch):
-    closed = []
+    closed, close_checkpoints = [], Checkpoints.close
 
     def fail(self):
+        close_checkpoints(self)
         closed.append("checkpoints")
         raise OSError("no disk")
 
