@@ -1,5 +1,6 @@
 """The front door: a trained TarFlow to encode, decode, score, denoise and sample with."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
@@ -52,7 +53,7 @@ class TarFlowPipeline:
         *,
         ema_params: Mapping[str, Any] | None = None,
         card: Mapping[str, Any] | None = None,
-        schedule: Schedule | None = None,
+        schedule: Schedule | epath.PathLike | None = None,
         mesh: Mesh | None = None,
         memory_bound: int = DEFAULT_MEMORY_BOUND,
     ) -> None:
@@ -62,12 +63,12 @@ class TarFlowPipeline:
           config: the model's shape. variables: of that shape. noise: of its training.
           ema_params: the parameters' average, used instead of the raw ones, which are kept to be saved beside it.
           card: what a saved model's card tells, see `interop.save_model`.
-          schedule: what `decoder="auto"` uses.
+          schedule: what `decoder="auto"` uses, or the folder that holds it, where it is looked for at its first use.
           mesh: devices to spread over (`tarflow_jax.runtime.make_mesh`); None is the default device.
           memory_bound: bytes that a batch's activations may take, on all devices together.
         """
         self.config, self.noise = config, noise
-        self.schedule, self._card, self._raw_params = schedule, card, None
+        self._schedule, self._card, self._raw_params = schedule, card, None
         if ema_params is not None:
             self._raw_params = variables["params"]
             variables = {**variables, "params": ema_params}
@@ -83,7 +84,7 @@ class TarFlowPipeline:
         self._log_prob = jax.jit(_full_precision(exact.config, functools.partial(log_prob, exact)))
         self._decode = jax.jit(
             _full_precision(config, functools.partial(decode, config)),
-            static_argnames=("target", "trajectory", "decoders"),
+            static_argnames=("trajectory", "decoders"),
         )
         self._denoise = jax.jit(_full_precision(config, functools.partial(denoise, TarFlow(self._denoiser))))
 
@@ -91,6 +92,16 @@ class TarFlowPipeline:
     def noise_std(self) -> float | None:
         """σ of the Gaussian training noise; None for a model trained otherwise."""
         return self.noise.std if self.noise and self.noise.kind == "gaussian" else None
+
+    @functools.cached_property
+    def schedule(self) -> Schedule | None:
+        """What `decoder="auto"` uses, None for sequential decoders; ValueError if it is of other weights than these."""
+        found = self._schedule
+        if found is not None and not isinstance(found, Schedule):
+            found = Schedule.read(found, self.config.num_blocks)
+        if found is not None:
+            found.check_weights(self.variables)
+        return found
 
     @classmethod
     def from_pretrained(
@@ -109,26 +120,24 @@ class TarFlowPipeline:
         workdir = epath.Path(name)
         if (workdir / "checkpoints").is_dir():
             run = read_workdir(workdir, options.get("mesh"), best=best)
-            schedule = Schedule.read(workdir, run.config.num_blocks)
             return cls(
                 run.config,
                 run.variables,
                 run.noise,
                 ema_params=run.ema_params,
                 card=run.card,
-                schedule=schedule,
+                schedule=workdir,
                 **options,
             )
         if best:
             raise UserError(f"{name} is no training workdir; only these have a best checkpoint")
         saved = interop.load_model(name)
-        schedule = Schedule.read(name, saved.config.num_blocks)
         return cls(
             saved.config,
             saved.variables,
             saved.noise,
             ema_params=saved.ema_params,
-            schedule=schedule,
+            schedule=name,
             **options,
         )
 
@@ -155,7 +164,8 @@ class TarFlowPipeline:
     ) -> None:
         """Writes config.json, model.safetensors and a model card; see `interop.save_model`.
 
-        `card` is added to what is known of the run. The average and the raw parameters are both kept.
+        `card` is added to what is known of the run. The average and the raw parameters are both kept. The decoder
+        schedule goes with weights that it was tuned for: not with those that bfloat16 rounds.
         """
         variables, ema_params = self.variables, None
         if self._raw_params is not None:
@@ -169,8 +179,9 @@ class TarFlowPipeline:
             dtype=dtype,
             card={**(self._card or {}), **(card or {})},
         )
-        if self.schedule:
-            self.schedule.write(Path(folder))
+        with contextlib.suppress(UserError):  # an unusable schedule
+            if dtype == "float32" and self.schedule:
+                self.schedule.write(Path(folder))
 
     def encode(self, images: Any, labels: Any = None) -> tuple[jax.Array, jax.Array]:
         """Images -> latents.
@@ -215,26 +226,25 @@ class TarFlowPipeline:
           (iterations, residual), int32 and float32 [F, B] by block number, behind it.
 
         Raises:
-          ValueError: a shape, dtype or label that does not fit the model, class guidance of an unconditional one, or
-            as many decoders as it has no blocks.
+          ValueError: a shape, dtype or label that does not fit the model, class guidance of an unconditional one, not
+            one decoder a block, or "auto" with other weights or guidance than were tuned.
         """
         latents, labels = check_images(self.config, latents), check_labels(self.config, labels, len(latents))
-        weights, temperature, target = check_guidance(self.config, guidance)
-        decoders = check_decoder(self.config, self.schedule, decoder, len(latents))
+        guidance = check_guidance(self.config, guidance)
+        schedule = self.schedule if decoder == "auto" else None
+        decoders = check_decoder(self.config, schedule, decoder, guidance, len(latents))
         one_by_one = decoders is None or Sequential() in decoders
         decoded = self._parts.run(
             self._decode,
             self.variables,
             latents,
             labels,
-            weights,
-            temperature,
+            guidance,
             bytes_per_image=decode_bytes(
-                self.config, guided=weights is not None, parallel=decoders is not None
+                self.config, guided=guidance is not None, parallel=decoders is not None
             ),
             # For one image XLA's CPU code copies the caches at every token; for two it does not.
             smallest=2 if self._parts.on_cores and one_by_one else 1,
-            target=target,
             trajectory=return_trajectory,
             decoders=decoders,
         )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from tarflow_jax.arguments import check_guidance
 from tarflow_jax.flow import TarFlow
 from tarflow_jax.planning.chips import Topology
 from tarflow_jax.planning.flops import forward_flops, program_flops
@@ -65,22 +66,17 @@ def sample_program(recipe: Recipe, mesh: Mesh) -> Program:
     config = recipe.model
     state = abstract_state(TarFlow(config), recipe.optimizer(), mesh, ema=False)
     latents, labels = _images(recipe, mesh, jnp.float32)
-    guidance = Guidance(**recipe.config.sample.guidance)
-    weights = None
-    if guidance.weight:
-        weights = _replicated(mesh, jax.ShapeDtypeStruct((config.num_tokens,), jnp.float32))
+    guidance = check_guidance(config, Guidance(**recipe.config.sample.guidance))
 
-    def sample(variables: Any, latents: jax.Array, labels: jax.Array, weights: jax.Array | None) -> jax.Array:
+    def sample(variables: Any, latents: jax.Array, labels: jax.Array, guidance: Guidance | None) -> jax.Array:
         with jax.default_matmul_precision("highest" if config.dtype == "float32" else "default"):
             given = labels if config.num_classes else None
-            return decode(
-                config, variables, latents, given, weights, guidance.attention_temperature, guidance.target
-            ).images
+            return decode(config, variables, latents, given, guidance).images
 
-    passes = 2 if guidance.weight else 1
+    passes = 2 if guidance else 1
     return Program(
         jax.jit(sample, out_shardings=batch_sharding(mesh)),
-        (state.variables, latents, labels, weights),
+        (state.variables, latents, labels, guidance),
         {"parameters": state.variables, "batch": (latents, labels)},
         passes * recipe.config.train.batch_size * forward_flops(config),
         0,

@@ -92,7 +92,7 @@ class Parts:
             return multihost_utils.process_allgather(result, tiled=True) if self._many_processes else result
 
         starts, parts = list(range(0, total, size)), []
-        program = (function, size, labels is None, *(x is None for x in args), *static.items())
+        program = (function, size, jax.tree.structure((labels, args)), *static.items())
         if program not in self._compiled:
             parts.append(part(starts.pop(0)))  # so that threads do not compile it each
             self._compiled.add(program)
