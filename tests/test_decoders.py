@@ -63,9 +63,7 @@ def test_slow_convergence_is_exact_in_at_most_t_updates():
 
 def test_a_settled_image_changes_no_more():
     variables, key = random_variables(LONGER, scale=0.09), jax.random.key(3)
-    latents = (
-        jax.random.normal(key, (3, *LONGER.image_shape)) * jnp.array([0.01, 1.0, 1.0])[:, None, None, None]
-    )
+    latents = jax.random.normal(key, (3, *LONGER.image_shape)) * jnp.array([0.01, 1.0, 1.0])[:, None, None, None]
     decoders = (Jacobi(tolerance=1e-2),) * LONGER.num_blocks
     together = decode(LONGER, variables, latents, LABELS, decoders=decoders)
     assert np.isfinite(together.images).all()
@@ -169,9 +167,7 @@ def test_auto_is_refused_with_other_weights_or_guidance(tmp_path):
     pipe.save_pretrained(tmp_path)
     Schedule({1: (Sequential(),) * 3}, fingerprint(pipe.variables), guided).write(tmp_path)
     opened = TarFlowPipeline.from_pretrained(tmp_path)
-    with pytest.raises(
-        UserError, match=r"tuned for Guidance\(weight=0.5, .*\), not for no guidance.*tune_decoder"
-    ):
+    with pytest.raises(UserError, match=r"tuned for Guidance\(weight=0.5, .*\), not for no guidance.*tune_decoder"):
         opened.decode(latents, decoder="auto")
     with pytest.raises(UserError, match=r"not for Guidance\(weight=0.6"):
         opened.decode(latents, guidance=Guidance(0.6), decoder="auto")
@@ -184,9 +180,7 @@ def test_auto_is_refused_with_other_weights_or_guidance(tmp_path):
     other = TarFlowPipeline.from_pretrained(tmp_path)  # opens, and is saved, all the same
     other.save_pretrained(tmp_path / "copy")
     assert not (tmp_path / "copy" / "decoder.json").exists()
-    with pytest.raises(
-        UserError, match=r"was tuned for weights .*, not for these, .*; run launch.tune_decoder"
-    ):
+    with pytest.raises(UserError, match=r"was tuned for weights .*, not for these, .*; run launch.tune_decoder"):
         other.decode(latents, guidance=guided, decoder="auto")
 
 

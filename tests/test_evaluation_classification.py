@@ -34,9 +34,7 @@ def test_log_probs_and_accuracy_of_known_gaussians():
 def test_temperature_undoes_overconfidence():
     random = np.random.default_rng(1)
     logits = random.normal(size=(20000, 4))
-    labels = np.array(
-        [random.choice(4, p=row) for row in np.exp(logits) / np.exp(logits).sum(1, keepdims=True)]
-    )
+    labels = np.array([random.choice(4, p=row) for row in np.exp(logits) / np.exp(logits).sum(1, keepdims=True)])
     result = bayes_classification(50 * logits, labels)
     assert result["temperature"] == pytest.approx(50, rel=0.05)
     assert result["raw_calibration_error"] > 0.3

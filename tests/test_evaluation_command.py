@@ -21,9 +21,7 @@ COMMAND = Path(__file__).with_name("quick_evaluate.py")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    config = TarFlowConfig(
-        (8, 8), 1, patch_size=4, width=64, num_blocks=2, layers_per_block=1, num_classes=10
-    )
+    config = TarFlowConfig((8, 8), 1, patch_size=4, width=64, num_blocks=2, layers_per_block=1, num_classes=10)
     images, labels = jnp.zeros((1, 8, 8, 1)), jnp.zeros((1,), jnp.int32)
     variables = jax.jit(TarFlow(config).init)(jax.random.key(0), images, labels)
     folder = tmp_path_factory.mktemp("model") / "model"

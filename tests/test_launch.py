@@ -131,9 +131,7 @@ def test_tune_decoder_prints_its_choices_and_auto_uses_them(workdir, tmp_path):
 )
 def test_bad_input_is_one_line_and_exit_code_1(workdir, arguments, message):
     before = (workdir / "config.json").read_bytes()
-    code, out, err = run(
-        "launch.train", "--config=configs/digits.py:smoke", f"--workdir={workdir}", *arguments
-    )
+    code, out, err = run("launch.train", "--config=configs/digits.py:smoke", f"--workdir={workdir}", *arguments)
     last = err.strip().splitlines()[-1]
     assert (code, out) == (1, "")
     assert last.startswith("error: ")

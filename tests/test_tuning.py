@@ -27,8 +27,7 @@ def test_the_better_init_is_nearer_after_one_update(log_scale, better):
     flow_block = FlowBlock(TINY, 1).bind({"params": variables["params"]["block_1"]})
     begin = {"latents": z, "zeros": jnp.zeros_like(z).at[:, 0].set(z[:, 0])}
     distances = {
-        init: float(jnp.linalg.norm(flow_block.affine(x, LABELS).inverse(z) - exact))
-        for init, x in begin.items()
+        init: float(jnp.linalg.norm(flow_block.affine(x, LABELS).inverse(z) - exact)) for init, x in begin.items()
     }
     assert min(distances, key=distances.get) == better
     assert max(distances.values()) > 1.2 * min(distances.values())

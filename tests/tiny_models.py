@@ -29,9 +29,7 @@ def random_variables(config, seed=0, scale=0.1):
     variables = new_variables(config, seed)
     leaves, structure = jax.tree.flatten(variables)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    moved = [
-        leaf + scale * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)
-    ]
+    moved = [leaf + scale * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
     variables = jax.tree.unflatten(structure, moved)
     if config.volume_preserving:
         variables["prior"] = jax.tree.map(jnp.exp, variables["prior"])

@@ -46,9 +46,7 @@ class Guidance:
         if self.schedule not in SCHEDULES:
             raise UserError(f"guidance schedule is {self.schedule!r}; expected one of {', '.join(SCHEDULES)}")
         if not 0 < self.attention_temperature < math.inf:
-            raise UserError(
-                f"attention temperature is {self.attention_temperature}; expected a positive number"
-            )
+            raise UserError(f"attention temperature is {self.attention_temperature}; expected a positive number")
 
     def weights(self, num_tokens: int) -> jax.Array:
         """w_i of the step that makes token i + 1, float32 [T]; the last has no use. The weight may be traced."""

@@ -64,9 +64,7 @@ class Schedule:
             "weights": self.weights,
             "guidance": dataclasses.asdict(self.guidance) if self.guidance else None,
             "decoders": {
-                str(size): [
-                    {"kind": kinds[type(decoder)], **dataclasses.asdict(decoder)} for decoder in decoders
-                ]
+                str(size): [{"kind": kinds[type(decoder)], **dataclasses.asdict(decoder)} for decoder in decoders]
                 for size, decoders in self.decoders.items()
             },
         }

@@ -115,9 +115,7 @@ def least_worth(reports: Sequence[BlockReport], per_error: bool) -> int | None:
     return min(parallel, key=gain, default=None)
 
 
-def _tune_block(
-    block: GuidedBlock, z: jax.Array, tolerance: float, max_error: float
-) -> tuple[BlockReport, jax.Array]:
+def _tune_block(block: GuidedBlock, z: jax.Array, tolerance: float, max_error: float) -> tuple[BlockReport, jax.Array]:
     """The report of one block, and its inverse of z, both [B, T, D] in block order."""
     exact, seconds = _timed(Sequential(), block, z)
     init, num_tokens = better_init(block, z, exact.x), z.shape[1]
@@ -141,9 +139,7 @@ def _candidates(num_tokens: int, tolerance: float, init: str) -> Iterator[Decode
             yield GaussSeidelJacobi(-(-(num_tokens - 1) // length), tolerance, init=init)
 
 
-def _timed(
-    decoder: Decoder, block: GuidedBlock, z: jax.Array, give_up: float = math.inf
-) -> tuple[Any, float]:
+def _timed(decoder: Decoder, block: GuidedBlock, z: jax.Array, give_up: float = math.inf) -> tuple[Any, float]:
     def invert(params: Any, z: jax.Array) -> Any:
         return decoder.invert(dataclasses.replace(block, params=params), z)
 
