@@ -55,7 +55,7 @@ def compare(args: argparse.Namespace) -> None:
         results[f"{batch} images"] = figures
     print("\n".join(rows))
     if args.frechet:
-        results["frechet"] = _distances(pipe, args.workdir)
+        results["frechet"] = _distances(pipe, args.workdir, guidance)
         print(f"Fréchet distance (classifier features) of {NUM_FRECHET:,} samples to the sequential ones'")
         print("\n".join(f"  {name:19} {distance:.2g}" for name, distance in results["frechet"].items()))
     if args.figure:
@@ -82,8 +82,7 @@ def plot_convergence(pipe: TarFlowPipeline, path: Path, count: int = 16) -> None
 def _errors(block: FlowBlock, params: dict, labels: np.ndarray | None, z: jax.Array, exact: jax.Array) -> list[float]:
     @jax.jit
     def update(x: jax.Array) -> jax.Array:
-        log_scale, shift = block.apply({"params": params}, x, labels, method="affine")
-        return z * jax.numpy.exp(log_scale) + shift
+        return block.apply({"params": params}, x, labels, method="affine").inverse(z)
 
     x, errors = z, [float(abs(z - exact).max())]
     for _ in range(z.shape[1] - 1):
@@ -101,7 +100,7 @@ def _row(name: str, batch: int, figures: dict) -> str:
     return f"{line}  error {row['error']:.1e}  updates {row['updates']}"
 
 
-def _distances(pipe: TarFlowPipeline, workdir: str) -> dict[str, float]:
+def _distances(pipe: TarFlowPipeline, workdir: str, guidance: Guidance) -> dict[str, float]:
     """Of each decoder's samples to the sequential ones', from other latents as well: what chance alone makes."""
     fields = Recipe.from_workdir(Path(workdir)).config.data
     train, test = (open_source(fields.source, split) for split in ("train", "test"))
@@ -111,7 +110,7 @@ def _distances(pipe: TarFlowPipeline, workdir: str) -> dict[str, float]:
     def statistics(decoder: object, seed: int) -> FeatureStatistics:
         latents = pipe.latents(jax.random.key(seed), NUM_FRECHET)
         labels = example_labels(pipe.config.num_classes, NUM_FRECHET)
-        images = to_uint8(pipe.decode(latents, labels, decoder=decoder))
+        images = to_uint8(pipe.decode(latents, labels, guidance, decoder=decoder))
         return feature_statistics(extractor(images).pooled)
 
     sequential = statistics(Sequential(), 0)

@@ -194,8 +194,7 @@ def showcase(
         sheets["samples_denoised"] = grid(to_uint8(pipe.denoise(raw, labels, multiplier=denoise_multiplier)))
         guided = pipe.denoise(guided, labels, multiplier=denoise_multiplier)
     sheets["samples_guided"] = grid(to_uint8(guided))
-    # One row an image, from its latents to itself.
-    steps = np.moveaxis(np.asarray(trajectory[:, :8]), 0, 1)  # [8, F + 1, H, W, K]
+    steps = np.asarray(trajectory[:, :8])  # [F + 1, 8, H, W, K]: a column an image, down from its latents
     sheets["trajectory"] = grid(to_uint8(steps.reshape(-1, *steps.shape[2:])), columns=steps.shape[1])
     paths = []
     for name, sheet in sheets.items():

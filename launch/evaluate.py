@@ -33,6 +33,7 @@ from tarflow_jax.evaluation.inception import inception_network
 from tarflow_jax.evaluation.report import format_protocol, format_table, write_json
 from tarflow_jax.evaluation.sample_files import write_samples
 from tarflow_jax.evaluation.split import split_log_prob
+from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.noise import to_float
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import BatchRunner, LazyRows, make_mesh
@@ -112,7 +113,7 @@ def open_subject() -> Subject:
 
     protocol = {
         "model": str(name),
-        "fingerprint": generation.fingerprint(pipe.variables),
+        "fingerprint": fingerprint(pipe.variables),
         "training_noise": "unknown" if pipe.noise is None else f"{pipe.noise.kind} {pipe.noise.std:g}",
         "data_set": data,
         "preprocessing": preprocessing,

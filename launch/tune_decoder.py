@@ -3,11 +3,11 @@
 python -m launch.tune_decoder --workdir=runs/fashion_mnist --num_images=100,16,1
 
 Every candidate runs on the model's own latents; one is chosen only where it keeps every pixel within half an 8-bit
-level of the sequential result. The answer is this machine's and these batch sizes'.
+level of the sequential result. The answer is this machine's, these batch sizes', these weights' and this guidance's:
+--decoder=auto refuses the last two where they differ.
 """
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import jax
@@ -15,48 +15,59 @@ from absl import flags
 from etils import epath
 
 from launch import common
+from tarflow_jax.arguments import check_guidance
 from tarflow_jax.errors import UserError
+from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Decoder, Guidance, Schedule
 from tarflow_jax.sampling.fixed_point import DEFAULT_TOLERANCE
+from tarflow_jax.sampling.guidance import SCHEDULES, TARGETS
 from tarflow_jax.sampling.tuning import Tuning, tune
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A training run's folder, or a saved model's.")
 NUM_IMAGES = flags.DEFINE_list("num_images", ["100", "16", "1"], "Batch sizes to tune for.")
 GUIDANCE = flags.DEFINE_float("guidance", 0.0, "Guidance weight to tune for.")
+TARGET = flags.DEFINE_enum("guidance_target", "both", TARGETS, "What is guided.")
+SCHEDULE = flags.DEFINE_enum("guidance_schedule", "linear", SCHEDULES, "How the weight grows along the tokens.")
 TEMPERATURE = flags.DEFINE_float("attention_temperature", 1.0, "τ of the unguided pass.")
 TOLERANCE = flags.DEFINE_float("tolerance", DEFAULT_TOLERANCE, "Of the parallel decoders.", lower_bound=0.0)
 MAX_ERROR = flags.DEFINE_float("max_error", 1 / 255, "Largest error of a pixel in [-1, 1] units.", lower_bound=0.0)
 SEED = flags.DEFINE_integer("seed", 0, "Of the latents.")
+common.define_checkpoint_flag()
 flags.mark_flags_as_required(["workdir"])
 
 
 def main(argv: Sequence[str]) -> None:
     """Measures, prints a table for each batch size, writes decoder.json."""
-    pipe = TarFlowPipeline.from_pretrained(WORKDIR.value)
-    guidance = Guidance(GUIDANCE.value, attention_temperature=TEMPERATURE.value)
-    weights = guidance.weights(pipe.config.num_tokens) if guidance.weight else None
+    guidance = Guidance(GUIDANCE.value, TARGET.value, SCHEDULE.value, TEMPERATURE.value)
+    counts = [common.whole_number("num_images", text) for text in NUM_IMAGES.value]
+    if min(counts) < 1:
+        raise UserError(f"num_images is {min(counts)}; expected positive numbers")
+    pipe = common.open_pipeline(WORKDIR.value, None)
+    checked = check_guidance(pipe.config, guidance)
     decoders: dict[int, tuple[Decoder, ...]] = {}
-    for count in (common.whole_number("num_images", text) for text in NUM_IMAGES.value):
-        if count < 1:
-            raise UserError(f"num_images is {count}; expected positive numbers")
-        latents = pipe.latents(jax.random.key(SEED.value), count)
-        labels = common.example_labels(pipe.config.num_classes, count)
-        tuning = tune(
-            functools.partial(pipe.decode, latents, labels, guidance, False),
-            pipe.config,
-            pipe.variables,
-            latents,
-            None if labels is None else jax.numpy.asarray(labels),
-            weights,
-            guidance.attention_temperature,
-            tolerance=TOLERANCE.value,
-            max_error=MAX_ERROR.value,
-        )
+    for count in counts:
+        tuning = tune_for(pipe, count, checked)
         decoders[count] = tuning.decoders
         print(table(count, tuning))
-    Schedule(decoders).write(WORKDIR.value)
+    Schedule(decoders, fingerprint(pipe.variables), checked).write(WORKDIR.value)
     print(epath.Path(WORKDIR.value) / "decoder.json")
+
+
+def tune_for(pipe: TarFlowPipeline, count: int, guidance: Guidance | None) -> Tuning:
+    """The fastest decoders of `count` images."""
+    latents = pipe.latents(jax.random.key(SEED.value), count)
+    labels = common.example_labels(pipe.config.num_classes, count)
+    return tune(
+        lambda decoders: pipe.decode(latents, labels, guidance, decoder=decoders),
+        pipe.config,
+        pipe.variables,
+        latents,
+        None if labels is None else jax.numpy.asarray(labels),
+        guidance,
+        tolerance=TOLERANCE.value,
+        max_error=MAX_ERROR.value,
+    )
 
 
 def table(count: int, tuning: Tuning) -> str:

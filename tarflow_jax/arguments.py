@@ -42,13 +42,27 @@ def check_labels(config: TarFlowConfig, labels: Any, batch_size: int) -> jax.Arr
 
 
 def check_decoder(
-    config: TarFlowConfig, schedule: Schedule | None, decoder: DecoderChoice, batch_size: int
+    config: TarFlowConfig,
+    schedule: Schedule | None,
+    decoder: DecoderChoice,
+    guidance: Guidance | None,
+    batch_size: int,
 ) -> tuple[Decoder, ...] | None:
-    """One decoder a block, or None for sequential ones; ValueError for anything else."""
+    """One decoder a block, or None for sequential ones; ValueError for anything else.
+
+    `guidance` as `check_guidance` returns it: "auto" holds only for the one that the schedule was tuned for.
+    """
     if isinstance(decoder, str):
         if decoder != "auto":
             raise UserError(f'decoder is {decoder!r}; expected a decoder, one for each block, or "auto"')
-        return schedule.of(batch_size) if schedule else None
+        if schedule is None:
+            return None
+        if schedule.guidance != guidance:
+            raise UserError(
+                f'decoder="auto" was tuned for {schedule.guidance or "no guidance"}, not for '
+                f"{guidance or 'no guidance'}; run launch.tune_decoder with it, or name a decoder"
+            )
+        return schedule.of(batch_size)
     if decoder is None or decoder == Sequential():
         return None
     if isinstance(decoder, Sequential | Jacobi | GaussSeidelJacobi):
@@ -58,14 +72,13 @@ def check_decoder(
     return tuple(decoder)
 
 
-def check_guidance(config: TarFlowConfig, guidance: Guidance | None) -> tuple[jax.Array | None, jax.Array, str]:
-    """(weights [T] or None, temperature, target); ValueError for guidance that the model cannot give."""
+def check_guidance(config: TarFlowConfig, guidance: Guidance | None) -> Guidance | None:
+    """None where it changes nothing, its weight being 0; ValueError for guidance that the model cannot give."""
     if guidance is None or guidance.weight == 0:
-        return None, jnp.float32(1), "both"
+        return None
     if not config.num_classes and guidance.attention_temperature == 1:
         raise UserError(
             "guidance by class needs a class-conditional model, this one has no classes; "
             "set an attention temperature other than 1"
         )
-    temperature = jnp.float32(guidance.attention_temperature)
-    return guidance.weights(config.num_tokens), temperature, guidance.target
+    return guidance

@@ -1,5 +1,6 @@
 """The high-level API: a trained TarFlow to encode, decode, score, denoise and sample with."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Mapping
@@ -51,7 +52,7 @@ class TarFlowPipeline:
         *,
         ema_params: Mapping[str, Any] | None = None,
         card: Mapping[str, Any] | None = None,
-        schedule: Schedule | None = None,
+        schedule: Schedule | epath.PathLike | None = None,
         mesh: Mesh | None = None,
         memory_bound: int = DEFAULT_MEMORY_BOUND,
     ) -> None:
@@ -61,12 +62,12 @@ class TarFlowPipeline:
           config: the model's shape. variables: of that shape. noise: of its training.
           ema_params: the parameters' average, used instead of the raw ones, which are kept to be saved beside it.
           card: what a saved model's card tells, see `interop.save_model`.
-          schedule: what `decoder="auto"` uses.
+          schedule: what `decoder="auto"` uses, or the folder that holds it, where it is looked for at its first use.
           mesh: devices to spread over (`tarflow_jax.runtime.make_mesh`); None is the default device.
           memory_bound: bytes that a batch's activations may take, on all devices together.
         """
         self.config, self.noise = config, noise
-        self.schedule, self._card, self._raw_params = schedule, card, None
+        self._schedule, self._card, self._raw_params = schedule, card, None
         if ema_params is not None:
             self._raw_params = variables["params"]
             variables = {**variables, "params": ema_params}
@@ -81,6 +82,16 @@ class TarFlowPipeline:
     def noise_std(self) -> float | None:
         """σ of the Gaussian training noise; None for a model trained otherwise."""
         return self.noise.std if self.noise and self.noise.kind == "gaussian" else None
+
+    @functools.cached_property
+    def schedule(self) -> Schedule | None:
+        """What `decoder="auto"` uses, None for sequential decoders; ValueError if it is of other weights than these."""
+        found = self._schedule
+        if found is not None and not isinstance(found, Schedule):
+            found = Schedule.read(found, self.config.num_blocks)
+        if found is not None:
+            found.check_weights(self.variables)
+        return found
 
     @classmethod
     def from_pretrained(cls, name: epath.PathLike, *, best: bool = False, **options: Any) -> "TarFlowPipeline":
@@ -97,26 +108,24 @@ class TarFlowPipeline:
         workdir = epath.Path(name)
         if (workdir / "checkpoints").is_dir():
             run = read_workdir(workdir, options.get("mesh"), best=best)
-            schedule = Schedule.read(workdir, run.config.num_blocks)
             return cls(
                 run.config,
                 run.variables,
                 run.noise,
                 ema_params=run.ema_params,
                 card=run.card,
-                schedule=schedule,
+                schedule=workdir,
                 **options,
             )
         if best:
             raise UserError(f"{name} is no training workdir; only these have a best checkpoint")
         saved = interop.load_model(name)
-        schedule = Schedule.read(name, saved.config.num_blocks)
         return cls(
             saved.config,
             saved.variables,
             saved.noise,
             ema_params=saved.ema_params,
-            schedule=schedule,
+            schedule=name,
             **options,
         )
 
@@ -143,7 +152,8 @@ class TarFlowPipeline:
     ) -> None:
         """Writes config.json, model.safetensors and a model card; see `interop.save_model`.
 
-        `card` is added to what is known of the run. The average and the raw parameters are both kept.
+        `card` is added to what is known of the run. The average and the raw parameters are both kept. The decoder
+        schedule goes with weights that it was tuned for: not with those that bfloat16 rounds.
         """
         variables, ema_params = self.variables, None
         if self._raw_params is not None:
@@ -157,8 +167,9 @@ class TarFlowPipeline:
             dtype=dtype,
             card={**(self._card or {}), **(card or {})},
         )
-        if self.schedule:
-            self.schedule.write(Path(folder))
+        with contextlib.suppress(UserError):  # an unusable schedule
+            if dtype == "float32" and self.schedule:
+                self.schedule.write(Path(folder))
 
     def encode(self, images: Any, labels: Any = None) -> tuple[jax.Array, jax.Array]:
         """Images -> latents.
@@ -201,11 +212,12 @@ class TarFlowPipeline:
           (iterations, residual), int32 and float32 [F, B] by block number, behind it.
 
         Raises:
-          ValueError: a shape, dtype or label that does not fit the model, class guidance of an unconditional one, or
-            as many decoders as it has no blocks.
+          ValueError: a shape, dtype or label that does not fit the model, class guidance of an unconditional one, not
+            one decoder a block, or "auto" with other weights or guidance than were tuned.
         """
         guidance = check_guidance(self.config, guidance)
-        decoders = check_decoder(self.config, self.schedule, decoder, len(latents))
+        schedule = self.schedule if decoder == "auto" else None
+        decoders = check_decoder(self.config, schedule, decoder, guidance, len(latents))
         one_by_one = decoders is None or Sequential() in decoders
         program = functools.partial(programs.decode, self.config, trajectory=return_trajectory, decoders=decoders)
         decoded = self._run(

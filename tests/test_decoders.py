@@ -11,40 +11,40 @@ import pytest
 from tiny_models import LABELS, TINY, VP, decode, encode, images_of, random_variables
 
 from tarflow_jax import Guidance, Noise, TarFlowConfig, TarFlowPipeline
+from tarflow_jax.errors import UserError
+from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.flow import FlowBlock, to_tokens
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Schedule, Sequential
-from tarflow_jax.sampling.tuning import tune
 
 EXACT = [Jacobi(tolerance=0), GaussSeidelJacobi(3, tolerance=0, init="zeros")]
 LONGER = dataclasses.replace(TINY, image_size=(8, 10))  # 20 tokens
 NOISE = Noise("gaussian", 0.1)
 
 
-def run(config, variables, decoder, guidance=None, temperature=1.0, target="both", trajectory=False):
+def run(config, variables, decoder, guidance=None, trajectory=False):
     latents = jax.random.normal(jax.random.key(3), (3, *config.image_shape))
     labels = LABELS if config.num_classes else None
-    weights = guidance.weights(config.num_tokens) if guidance else None
     decoders = (decoder,) * config.num_blocks
-    return decode(config, variables, latents, labels, weights, temperature, target, trajectory, decoders)
+    return decode(config, variables, latents, labels, guidance, trajectory=trajectory, decoders=decoders)
 
 
 @pytest.mark.parametrize(
-    ("config", "guidance", "temperature", "target"),
+    ("config", "guidance"),
     [
-        (LONGER, None, 1.0, "both"),
-        (LONGER, Guidance(0.7), 0.6, "both"),
-        (LONGER, Guidance(0.7, schedule="constant"), 1.0, "shift"),
-        (VP, Guidance(0.7), 0.6, "both"),
+        (LONGER, None),
+        (LONGER, Guidance(0.7, attention_temperature=0.6)),
+        (LONGER, Guidance(0.7, "shift", "constant")),
+        (VP, Guidance(0.7, attention_temperature=0.6)),
     ],
     ids=["plain", "both", "shift", "vp"],
 )
-def test_tolerance_0_is_the_sequential_inverse_in_every_mode(config, guidance, temperature, target):
+def test_tolerance_0_is_the_sequential_inverse_in_every_mode(config, guidance):
     variables = random_variables(config, scale=0.05)
-    expected = run(config, variables, Sequential(), guidance, temperature, target, True)
+    expected = run(config, variables, Sequential(), guidance, True)
     assert np.isfinite(expected.images).all()
     for decoder in EXACT:
-        actual = run(config, variables, decoder, guidance, temperature, target, True)
+        actual = run(config, variables, decoder, guidance, True)
         np.testing.assert_allclose(actual.images, expected.images, atol=1e-5)
         np.testing.assert_allclose(actual.trajectory, expected.trajectory, atol=1e-5)
         assert int(actual.iterations.max()) <= config.num_tokens
@@ -113,7 +113,7 @@ def test_decoders_of_the_pipeline(tmp_path):
     latents = images_of(LONGER, 5)
     labels = [0, 1, 2, -1, 0]
     mixed = (Sequential(), Jacobi(1e-3), GaussSeidelJacobi(4, 1e-3))
-    schedule = Schedule({1: (Sequential(),) * 3, 4: mixed})
+    schedule = Schedule({1: (Sequential(),) * 3, 4: mixed}, fingerprint(variables))
     pipe = TarFlowPipeline(LONGER, variables, NOISE, schedule=schedule)
     expected = pipe.decode(latents, labels)
     guidance = Guidance(0.5)
@@ -121,7 +121,8 @@ def test_decoders_of_the_pipeline(tmp_path):
         images, (iterations, residual) = pipe.decode(latents, labels, decoder=decoder, return_statistics=True)
         np.testing.assert_allclose(images, expected, atol=1e-2)
         assert iterations.shape == residual.shape == (3, 5)
-        pipe.sample(jax.random.key(0), 2, [0, 1], guidance, decoder=decoder)
+        if decoder != "auto":
+            pipe.sample(jax.random.key(0), 2, [0, 1], guidance, decoder=decoder)
     sharded = TarFlowPipeline(LONGER, variables, NOISE, mesh=make_mesh(data=4, fsdp=2), memory_bound=1)
     images = sharded.decode(latents, labels, guidance, decoder=GaussSeidelJacobi(3, tolerance=0))
     np.testing.assert_allclose(images, pipe.decode(latents, labels, guidance), atol=1e-4)
@@ -139,7 +140,10 @@ def test_decoders_of_the_pipeline(tmp_path):
 @pytest.mark.parametrize(
     "damage",
     [
+        lambda fields: {"version": 1, "decoders": fields["decoders"]},
         lambda fields: fields | {"version": 9},
+        lambda fields: fields | {"weights": None},
+        lambda fields: fields | {"guidance": {"weight": 1.0, "target": "scale"}},
         lambda fields: fields | {"decoders": {}},
         lambda fields: fields | {"decoders": {"1": [{"kind": "magic"}] * 3}},
         lambda fields: fields | {"decoders": {"1": [{"kind": "jacobi", "tolerance": -1}] * 3}},
@@ -148,12 +152,36 @@ def test_decoders_of_the_pipeline(tmp_path):
     ],
 )
 def test_a_damaged_schedule_is_refused(tmp_path, damage):
-    Schedule({1: (Sequential(),) * 3}).write(tmp_path)
-    assert Schedule.read(tmp_path, 3) == Schedule({1: (Sequential(),) * 3})
+    schedule = Schedule({1: (Sequential(),) * 3}, "0123", Guidance(1.5, "shift", "constant", 0.7))
+    schedule.write(tmp_path)
+    assert Schedule.read(tmp_path, 3) == schedule
     path = tmp_path / "decoder.json"
     path.write_text(json.dumps(damage(json.loads(path.read_text()))))
     with pytest.raises(ValueError, match="is no decoder schedule of this model"):
         Schedule.read(tmp_path, 3)
+
+
+def test_auto_is_refused_with_other_weights_or_guidance(tmp_path):
+    latents, guided = images_of(TINY), Guidance(0.5)
+    pipe = TarFlowPipeline(TINY, random_variables(TINY))
+    pipe.save_pretrained(tmp_path)
+    Schedule({1: (Sequential(),) * 3}, fingerprint(pipe.variables), guided).write(tmp_path)
+    opened = TarFlowPipeline.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"tuned for Guidance\(weight=0.5, .*\), not for no guidance.*tune_decoder"):
+        opened.decode(latents, decoder="auto")
+    with pytest.raises(UserError, match=r"not for Guidance\(weight=0.6"):
+        opened.decode(latents, guidance=Guidance(0.6), decoder="auto")
+    expected = pipe.decode(latents, guidance=guided)
+    np.testing.assert_array_equal(opened.decode(latents, guidance=guided, decoder="auto"), expected)
+
+    opened.save_pretrained(tmp_path / "rounded", dtype="bfloat16")
+    assert not (tmp_path / "rounded" / "decoder.json").exists()
+    TarFlowPipeline(TINY, random_variables(TINY, seed=1)).save_pretrained(tmp_path)
+    other = TarFlowPipeline.from_pretrained(tmp_path)  # opens, and is saved, all the same
+    other.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy" / "decoder.json").exists()
+    with pytest.raises(UserError, match=r"was tuned for weights .*, not for these, .*; run launch.tune_decoder"):
+        other.decode(latents, guidance=guided, decoder="auto")
 
 
 @pytest.mark.parametrize(
@@ -180,19 +208,3 @@ def test_a_long_sequence_is_inverted_in_segments_of_cache():
         decode(config, variables, latents, decoders=decoders).images,
         atol=1e-4,
     )
-
-
-def test_tuning_keeps_within_its_error_and_is_never_slower_than_sequential():
-    variables = random_variables(TINY, scale=0.05)
-    latents = jax.random.normal(jax.random.key(0), (2, *TINY.image_shape))
-    pipe = TarFlowPipeline(TINY, variables, NOISE)
-
-    def whole(decoders):
-        return pipe.decode(latents, LABELS[:2], decoder=decoders)
-
-    tuning = tune(whole, TINY, variables, latents, LABELS[:2], tolerance=1e-4, max_error=1 / 255)
-    assert len(tuning.decoders) == TINY.num_blocks
-    assert tuning.seconds <= tuning.sequential_seconds
-    assert float(jnp.abs(whole(tuning.decoders) - whole(None)).max()) <= 1 / 255
-    strict = tune(whole, TINY, variables, latents, LABELS[:2], tolerance=1e-4, max_error=0.0)
-    assert strict.error == 0

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_models import decode
 
 from tarflow_jax.flow import TarFlow, to_images
 from tarflow_jax.likelihood import bits_per_dim, log_prob
-from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Sequential, decode
+from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Sequential
 from tarflow_jax.sampling.denoise import denoise
 from tarflow_jax.sampling.guidance import Guidance
 
@@ -57,16 +58,11 @@ def test_denoise(load_golden, name):
     assert_close(denoised, golden.images("denoised"))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6, 7))
-def decode_compiled(config, variables, latents, labels, weights, temperature, target, decoders=None):
-    return decode(config, variables, latents, labels, weights, temperature, target, True, decoders)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_decode(load_golden, name):
     golden = load_golden(name)
     config, latents, labels = golden.config, golden.latents("noise"), golden.labels("sample_y")
-    images, trajectory, *_ = decode_compiled(config, golden.variables, latents, labels, None, 1.0, "both")
+    images, trajectory, *_ = decode(config, golden.variables, latents, labels, trajectory=True)
     assert_close(images, golden.images("sample"))
     assert_close(jnp.moveaxis(trajectory, 1, 0), golden.images("sample_sequence"))
 
@@ -82,15 +78,12 @@ def test_decode(load_golden, name):
 )
 def test_guided_decode(load_golden, name, mode, decoder):
     golden, guidance = load_golden(name), GUIDED[mode]
-    weights = guidance.weights(golden.config.num_tokens)
-    images, *_ = decode_compiled(
+    images, *_ = decode(
         golden.config,
         golden.variables,
         golden.latents("noise"),
         golden.labels("sample_y"),
-        weights,
-        guidance.attention_temperature,
-        guidance.target,
-        (decoder,) * golden.config.num_blocks,
+        guidance,
+        decoders=(decoder,) * golden.config.num_blocks,
     )
     assert_close(images, golden.images(mode))

@@ -90,6 +90,7 @@ def test_tune_decoder_prints_its_choices_and_auto_uses_them(workdir, tmp_path):
     assert "sequential" in out
     schedule = json.loads((workdir / "decoder.json").read_text())
     assert [len(row) for row in schedule["decoders"].values()] == [2]  # a decoder for each block
+    assert schedule["guidance"] is None
     code, _, err = run(
         "launch.sample",
         f"--workdir={workdir}",

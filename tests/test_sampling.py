@@ -16,8 +16,8 @@ from tarflow_jax.noise import dequantise, to_float
 UNCONDITIONAL = dataclasses.replace(TINY, num_classes=0)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5))
-def decode_by_recomputing(config, variables, latents, labels, guidance, temperature):
+@functools.partial(jax.jit, static_argnums=0)
+def decode_by_recomputing(config, variables, latents, labels, guidance):
     """The inverse as the equations say it: no cache, the whole sequence again for every token."""
     tokens = to_tokens(config, latents)
     batch_size, weights = latents.shape[0], guidance.weights(config.num_tokens)
@@ -31,7 +31,7 @@ def decode_by_recomputing(config, variables, latents, labels, guidance, temperat
         z = permute(tokens, k)
         x = z
         for i in range(1, config.num_tokens):
-            guided, unguided = affine(x, labels, None), affine(x, None, temperature)
+            guided, unguided = affine(x, labels, None), affine(x, None, guidance.attention_temperature)
             log_scale, shift = (a + weights[i - 1] * (a - u) for a, u in zip(guided, unguided, strict=True))
             x = x.at[:, i].set(z[:, i] * jnp.exp(log_scale[:, i]) + shift[:, i])
         tokens = permute(x, k)
@@ -43,15 +43,30 @@ def decode_by_recomputing(config, variables, latents, labels, guidance, temperat
 def test_the_cached_inverse_equals_the_one_that_recomputes(schedule, temperature):
     variables, latents = random_variables(TINY), images_of(TINY)
     guidance = Guidance(0.7, "both", schedule, temperature)
-    expected = decode_by_recomputing(TINY, variables, latents, LABELS, guidance, temperature)
-    weights = guidance.weights(TINY.num_tokens)
-    actual, *_ = decode(TINY, variables, latents, LABELS, weights, temperature)
+    expected = decode_by_recomputing(TINY, variables, latents, LABELS, guidance)
+    actual, *_ = decode(TINY, variables, latents, LABELS, guidance)
     np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
 def test_guidance_weights():
     np.testing.assert_allclose(Guidance(2.0, schedule="linear").weights(5)[:4], [0.5, 1.0, 1.5, 2.0])
     np.testing.assert_allclose(Guidance(2.0, schedule="constant").weights(3), [2, 2, 2])
+
+
+def test_another_weight_or_temperature_compiles_nothing_new():
+    @jax.jit
+    def weights(guidance):
+        return guidance.weights(4) / guidance.attention_temperature
+
+    first = weights(Guidance(1.0))
+    np.testing.assert_allclose(weights(Guidance(3.0, attention_temperature=0.5)), 6 * first)
+    assert weights._cache_size() == 1
+    weights(Guidance(1.0, "shift"))
+    weights(Guidance(1.0, schedule="constant"))
+    assert weights._cache_size() == 3
+    guidance = Guidance(1.5, "shift", "constant", 0.7)
+    assert jax.tree.map(lambda x: x, guidance) == guidance
+    assert jax.tree.map(jnp.isfinite, guidance).target == "shift"  # no check of what is no number
 
 
 @pytest.mark.parametrize(
@@ -63,16 +78,18 @@ def test_guidance_that_changes_nothing(config, weight, temperature):
     variables, latents = random_variables(config), images_of(config)
     labels = LABELS if config.num_classes else None
     plain, *_ = decode(config, variables, latents, labels)
-    weights = Guidance(weight).weights(config.num_tokens)
-    guided, *_ = decode(config, variables, latents, labels, weights, temperature)
+    guidance = Guidance(weight, attention_temperature=temperature)
+    guided, *_ = decode(config, variables, latents, labels, guidance)
     np.testing.assert_allclose(guided, plain, atol=2e-5)
 
 
 def test_targets_differ_and_unlabelled_images_are_not_guided_by_class():
     variables, latents = random_variables(TINY), images_of(TINY)
-    weights = Guidance(1.0).weights(TINY.num_tokens)
     plain, *_ = decode(TINY, variables, latents, LABELS)
-    drawn = {t: decode(TINY, variables, latents, LABELS, weights, 1.0, t)[0] for t in ("both", "log_scale", "shift")}
+    drawn = {
+        target: decode(TINY, variables, latents, LABELS, Guidance(1.0, target))[0]
+        for target in ("both", "log_scale", "shift")
+    }
     for images in drawn.values():
         np.testing.assert_allclose(images[1], plain[1], atol=2e-5)  # label -1
         assert float(jnp.abs(images[0] - plain[0]).max()) > 0.01

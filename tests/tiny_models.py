@@ -42,7 +42,7 @@ def encode(config, variables, images, labels=None):
     return TarFlow(config).apply(variables, images, labels)
 
 
-decode = jax.jit(sampling.decode, static_argnums=(0, 6, 7, 8), static_argnames=("target", "trajectory", "decoders"))
+decode = jax.jit(sampling.decode, static_argnums=0, static_argnames=("trajectory", "decoders"))
 
 
 def images_of(config, batch_size=3, seed=7):

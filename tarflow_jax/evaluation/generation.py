@@ -42,15 +42,6 @@ def quantise(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(finite, values, np.uint8(NOT_FINITE)), ~finite.all((1, 2, 3))
 
 
-def fingerprint(variables: Any) -> str:
-    """A hash of a model's numbers, in hexadecimal: samples of another checkpoint are other samples."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(leaf).tobytes())
-    return digest.hexdigest()[:16]
-
-
 def chunk_folder(root: epath.PathLike, protocol: Mapping[str, Any]) -> epath.Path:
     """The folder of one protocol's chunks; it names itself after the protocol, and says it in protocol.json.
 

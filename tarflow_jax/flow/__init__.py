@@ -1,6 +1,6 @@
 """The flow: images <-> latents, in pure Flax linen. Knows nothing of data, training, files or devices."""
 
-from tarflow_jax.flow.block import FlowBlock, unstack_layers
+from tarflow_jax.flow.block import Affine, FlowBlock, unstack_layers
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.flow.patches import to_images, to_tokens
 from tarflow_jax.flow.permutation import permute
@@ -8,6 +8,7 @@ from tarflow_jax.flow.tarflow import TarFlow, updated_prior
 from tarflow_jax.flow.transformer import KVCache
 
 __all__ = [
+    "Affine",
     "FlowBlock",
     "KVCache",
     "TarFlow",

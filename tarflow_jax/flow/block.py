@@ -1,7 +1,7 @@
 """One autoregressive flow block: permute -> causal transformer -> affine map (section 3.1 of the paper)."""
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,6 +19,30 @@ _REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+class Affine(NamedTuple):
+    """The map between tokens x and z, each [B, S, D], and its inverse (section 3.1 of the paper).
+
+        z = (x - shift) exp(-log_scale)        x = z exp(log_scale) + shift
+
+    Attributes:
+      log_scale, shift: float32 [B, S, D].
+    """
+
+    log_scale: jax.Array
+    shift: jax.Array
+
+    def forward(self, x: jax.Array) -> jax.Array:
+        return (x - self.shift) * jnp.exp(-self.log_scale)
+
+    def inverse(self, z: jax.Array) -> jax.Array:
+        return z * jnp.exp(self.log_scale) + self.shift
+
+    @property
+    def log_det(self) -> jax.Array:
+        """log |det dz / dx|, [B] in nats."""
+        return -self.log_scale.sum((1, 2))
 
 
 class FlowBlock(nn.Module):
@@ -52,17 +76,13 @@ class FlowBlock(nn.Module):
     def __call__(self, tokens: jax.Array, labels: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
         """Forward: tokens [B, T, D] in image order -> (z [B, T, D] in image order, log_det [B] in nats)."""
         x = permute(tokens, self.index)
-        log_scale, shift = self.affine(x, labels)
-        z = (x - shift) * jnp.exp(-log_scale)
-        return permute(z, self.index), -log_scale.sum((1, 2))
+        affine = self.affine(x, labels)
+        return permute(affine.forward(x), self.index), affine.log_det
 
-    def affine(
-        self, x: jax.Array, labels: jax.Array | None = None, temperature: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array]:
-        """(log_scale, shift), each float32 [B, T, D], of tokens x [B, T, D] in block order; zero for the first."""
-        (log_scale, shift), _ = self.following_affine(x, labels, temperature)
-        first_is_zero = ((0, 0), (1, 0), (0, 0))
-        return jnp.pad(log_scale[:, :-1], first_is_zero), jnp.pad(shift[:, :-1], first_is_zero)
+    def affine(self, x: jax.Array, labels: jax.Array | None = None, temperature: jax.Array | None = None) -> Affine:
+        """Of tokens x [B, T, D] in block order; zero for the first."""
+        following, _ = self.following_affine(x, labels, temperature)
+        return Affine(*(jnp.pad(a[:, :-1], ((0, 0), (1, 0), (0, 0))) for a in following))
 
     def following_affine(
         self,
@@ -71,7 +91,7 @@ class FlowBlock(nn.Module):
         temperature: jax.Array | None = None,
         caches: tuple[KVCache, ...] | None = None,
         start: jax.Array | int = 0,
-    ) -> tuple[tuple[jax.Array, jax.Array], tuple[KVCache, ...] | None]:
+    ) -> tuple[Affine, tuple[KVCache, ...] | None]:
         """What the tokens at start .. start + S - 1 say of the ones that follow each of them.
 
         Args:
@@ -82,7 +102,7 @@ class FlowBlock(nn.Module):
           start: position of the first token, in block order.
 
         Returns:
-          ((log_scale, shift), caches): float32 [B, S, D], belonging to tokens start + 1 .. start + S.
+          (affine, caches): of the tokens start + 1 .. start + S.
         """
         h = self.project_in(x.astype(self.config.compute_dtype)).astype(jnp.float32)
         positions = permute(self.position_embedding, self.index, axis=0)
@@ -100,9 +120,8 @@ class FlowBlock(nn.Module):
             h, _ = self.layers(h, temperature)
         out = self.project_out(h.astype(self.config.compute_dtype)).astype(jnp.float32)
         if self.config.volume_preserving:
-            return (jnp.zeros_like(out), out), caches
-        log_scale, shift = jnp.split(out, 2, axis=-1)
-        return (log_scale, shift), caches
+            return Affine(jnp.zeros_like(out), out), caches
+        return Affine(*jnp.split(out, 2, axis=-1)), caches
 
     def _class_vectors(self, labels: jax.Array | None, batch_size: int) -> jax.Array:
         """Class embeddings [B, C]; no class is the mean of them all."""

@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from tarflow_jax import programs
+from tarflow_jax.arguments import check_guidance
 from tarflow_jax.planning.chips import Topology
 from tarflow_jax.planning.flops import forward_flops, program_flops
 from tarflow_jax.planning.plan import Plan
 from tarflow_jax.planning.traffic import Traffic, traffic
 from tarflow_jax.runtime import Program, batch_sharding, replicated
-from tarflow_jax.sampling import Guidance, decode
+from tarflow_jax.sampling import Guidance
 from tarflow_jax.training import Recipe
 from tarflow_jax.training.state import abstract_state
 from tarflow_jax.training.step import compiled_step
@@ -64,22 +66,15 @@ def sample_program(recipe: Recipe, mesh: Mesh) -> Planned:
     config = recipe.model
     state = abstract_state(recipe.train_config, mesh)
     latents, labels = _images(recipe, mesh, jnp.float32)
-    guidance = Guidance(**recipe.config.sample.guidance)
-    weights = None
-    if guidance.weight:
-        weights = _replicated(mesh, jax.ShapeDtypeStruct((config.num_tokens,), jnp.float32))
+    guidance = check_guidance(config, Guidance(**recipe.config.sample.guidance))
 
-    def sample(variables: Any, latents: jax.Array, labels: jax.Array, weights: jax.Array | None) -> jax.Array:
-        with jax.default_matmul_precision("highest" if config.dtype == "float32" else "default"):
-            given = labels if config.num_classes else None
-            return decode(
-                config, variables, latents, given, weights, guidance.attention_temperature, guidance.target
-            ).images
+    def sample(variables: Any, latents: jax.Array, labels: jax.Array, guidance: Guidance | None) -> jax.Array:
+        return programs.decode(config, variables, latents, labels if config.num_classes else None, guidance).images
 
-    passes = 2 if guidance.weight else 1
-    return Program(
-        jax.jit(sample, out_shardings=batch_sharding(mesh)),
-        (state.variables, latents, labels, weights),
+    passes = 2 if guidance else 1
+    return Planned(
+        Program(jax.jit(sample, out_shardings=batch_sharding(mesh)), mesh),
+        (state.variables, latents, labels, guidance),
         {"parameters": state.variables, "batch": (latents, labels)},
         passes * recipe.config.train.batch_size * forward_flops(config),
         0,

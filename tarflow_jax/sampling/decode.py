@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from tarflow_jax.flow import FlowBlock, TarFlowConfig, permute, to_images, to_tokens, unstack_layers
 from tarflow_jax.sampling.fixed_point import GaussSeidelJacobi, Jacobi
-from tarflow_jax.sampling.guidance import GuidedBlock
+from tarflow_jax.sampling.guidance import Guidance, GuidedBlock
 from tarflow_jax.sampling.inverse import Sequential
 
 Decoder = Sequential | Jacobi | GaussSeidelJacobi
@@ -34,9 +34,8 @@ def decode(
     variables: dict[str, Any],
     latents: jax.Array,
     labels: jax.Array | None = None,
-    weights: jax.Array | None = None,
-    temperature: jax.Array | float = 1.0,
-    target: str = "both",
+    guidance: Guidance | None = None,
+    *,
     trajectory: bool = False,
     decoders: tuple[Decoder, ...] | None = None,
 ) -> Decoded:
@@ -45,9 +44,7 @@ def decode(
     Args:
       latents: float32 [B, H, W, K], standard normal for samples.
       labels: int32 [B], -1 for no class; None for no class anywhere.
-      weights: `Guidance.weights`, float32 [T], or None for no guidance.
-      temperature: τ of the unguided pass.
-      target: what is guided: "both", "log_scale" or "shift".
+      guidance: None for one pass a block; with guidance there are two, even where its weight is 0.
       trajectory: whether to return the images on the way.
       decoders: how each block is inverted, by block number; None is `Sequential` for all.
     """
@@ -56,7 +53,7 @@ def decode(
     if config.volume_preserving:
         tokens = tokens * jnp.sqrt(variables["prior"]["variance"])[None]
     for k in reversed(range(config.num_blocks)):
-        block = guided_block(config, variables["params"], k, labels, weights, temperature, target)
+        block = guided_block(config, variables["params"], k, labels, guidance)
         inverted = (decoders[k] if decoders else Sequential()).invert(block, permute(tokens, k))
         tokens = permute(inverted.x, k)
         images.append(to_images(config, tokens))
@@ -75,11 +72,8 @@ def guided_block(
     params: dict[str, Any],
     k: int,
     labels: jax.Array | None,
-    weights: jax.Array | None,
-    temperature: jax.Array | float,
-    target: str,
+    guidance: Guidance | None,
 ) -> GuidedBlock:
     """Block number k with its own parameters, ready to be inverted; arguments as of `decode`."""
     own = unstack_layers(params[f"block_{k}"], config.depths[k])
-    block = FlowBlock(config, k, unrolled=True)
-    return GuidedBlock(block, own, labels, weights, jnp.float32(temperature), target)
+    return GuidedBlock(FlowBlock(config, k, unrolled=True), own, labels, guidance)

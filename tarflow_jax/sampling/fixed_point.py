@@ -57,13 +57,13 @@ class Jacobi:
         if z.shape[1] == 1:
             return unchanged(z)
         first, following = z[:, :1], z[:, 1:]
-
-        def update(x: jax.Array, caches: None) -> tuple[jax.Array, None]:
-            affine, _ = block(jnp.concatenate([first, x[:, :-1]], axis=1))
-            return following * jnp.exp(affine.log_scale) + affine.shift, caches
-
-        begin = _begin(self.init, following)
-        settled, done, _ = _settle(update, begin, None, self.tolerance, self.max_iterations)
+        settled, done, _ = _settle(
+            lambda x, _: update(block, first, following, x),
+            initial(self.init, following),
+            None,
+            self.tolerance,
+            self.max_iterations,
+        )
         settled = settled._replace(x=jnp.concatenate([first, settled.x], axis=1))
         return _finish(settled, done, block, z)
 
@@ -103,13 +103,12 @@ class GaussSeidelJacobi:
             inverted, done, caches = carry
             before = jax.lax.dynamic_slice_in_dim(inverted.x, start, 1, axis=1)
             own = jax.lax.dynamic_slice_in_dim(z, start + 1, size, axis=1)
-
-            def update(x: jax.Array, caches: Any) -> tuple[jax.Array, Any]:
-                affine, caches = block(jnp.concatenate([before, x[:, :-1]], axis=1), caches, start)
-                return own * jnp.exp(affine.log_scale) + affine.shift, caches
-
             settled, settled_done, caches = _settle(
-                update, _begin(self.init, own), caches, self.tolerance, self.max_iterations
+                lambda x, caches: update(block, before, own, x, caches, start),
+                initial(self.init, own),
+                caches,
+                self.tolerance,
+                self.max_iterations,
             )
             x = jax.lax.dynamic_update_slice_in_dim(inverted.x, settled.x, start + 1, axis=1)
             iterations = inverted.iterations + settled.iterations
@@ -142,14 +141,37 @@ class _Progress(NamedTuple):
     caches: tuple[KVCache, ...]
 
 
-def _begin(init: str, z: jax.Array) -> jax.Array:
+def initial(init: str, z: jax.Array) -> jax.Array:
+    """What z's tokens are taken for before the first update."""
     return z if init == "latents" else jnp.zeros_like(z)
 
 
+def update(
+    block: GuidedBlock,
+    before: jax.Array,
+    z: jax.Array,
+    x: jax.Array,
+    caches: tuple[KVCache, ...] | None = None,
+    start: jax.Array | int = 0,
+) -> tuple[jax.Array, tuple[KVCache, ...] | None]:
+    """x <- z exp(log_scale(x)) + shift(x), once.
+
+    Args:
+      before: the exact token number `start`, [B, 1, D].
+      z, x: the tokens start + 1 .. start + S, [B, S, D] in block order; x may be far from the inverse.
+      caches: of the tokens before `start`.
+
+    Returns:
+      The new x, and the caches with tokens start .. start + S - 1 written.
+    """
+    affine, caches = block(jnp.concatenate([before, x[:, :-1]], axis=1), caches, start)
+    return affine.inverse(z), caches
+
+
 def _settle(
-    update: _Update, x: jax.Array, state: Any, tolerance: float, max_iterations: int | None
+    step: _Update, x: jax.Array, state: Any, tolerance: float, max_iterations: int | None
 ) -> tuple[Inverted, jax.Array, Any]:
-    """Updates x [B, S, D] until each example's largest change is at most `tolerance`; then it changes no more.
+    """Takes steps from x [B, S, D] until each example's largest change is at most `tolerance`; then it changes no more.
 
     Returns:
       What was found, whether it is the inverse (bool [B]), and the state.
@@ -163,7 +185,7 @@ def _settle(
 
     def body(carry: tuple) -> tuple:
         (x, iterations, residual), state = carry
-        new, state = update(x, state)
+        new, state = step(x, state)
         # A clipped number is an infinite change: its example goes on instead of passing for settled.
         change = jnp.where(jnp.abs(new) <= _LARGEST, jnp.abs(new - x), jnp.inf).max((1, 2))
         new = jnp.clip(jnp.nan_to_num(new), -_LARGEST, _LARGEST)

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from tarflow_jax.errors import UserError
-from tarflow_jax.flow import FlowBlock, KVCache
+from tarflow_jax.flow import Affine, FlowBlock, KVCache
 
 TARGETS = ("both", "log_scale", "shift")
 SCHEDULES = ("linear", "constant")
@@ -20,6 +20,8 @@ class Guidance:
 
     The unguided a° comes from the same model without a label, and with attention logits divided by
     `attention_temperature`; for an unconditional model the temperature alone makes the difference.
+
+    It is a JAX pytree: weight and temperature are traced, so that another one compiles nothing new.
 
     Attributes:
       weight: w, 0 for none.
@@ -47,70 +49,77 @@ class Guidance:
             raise UserError(f"attention temperature is {self.attention_temperature}; expected a positive number")
 
     def weights(self, num_tokens: int) -> jax.Array:
-        """w_i of the step that makes token i + 1, float32 [T]; the last has no use."""
+        """w_i of the step that makes token i + 1, float32 [T]; the last has no use. The weight may be traced."""
         if self.schedule == "constant":
             return jnp.full((num_tokens,), self.weight, jnp.float32)
         return self.weight * jnp.arange(1, num_tokens + 1, dtype=jnp.float32) / max(num_tokens - 1, 1)
 
 
-class Affine(NamedTuple):
-    """log_scale and shift of tokens, each float32 [B, S, D]."""
+def _flatten(guidance: Guidance) -> tuple[tuple[Any, ...], tuple[str, str]]:
+    return (guidance.weight, guidance.attention_temperature), (guidance.target, guidance.schedule)
 
-    log_scale: jax.Array
-    shift: jax.Array
+
+def _unflatten(static: tuple[str, str], leaves: tuple[Any, ...]) -> Guidance:
+    # Without the constructor, whose checks need numbers: the leaves may be traced, or no arrays at all.
+    guidance = object.__new__(Guidance)
+    names = ("weight", "attention_temperature", "target", "schedule")
+    vars(guidance).update(zip(names, (*leaves, *static), strict=True))
+    return guidance
+
+
+jax.tree_util.register_pytree_node(Guidance, _flatten, _unflatten)
 
 
 @dataclasses.dataclass(frozen=True)
 class GuidedBlock:
-    """A block's map from tokens to the affine parameters of the tokens that follow, guidance included.
+    """A block's map from tokens to the affine map of the tokens that follow, guidance included.
 
-    With guidance, the guided and the unguided pass run as one batch of 2B.
+    With guidance, whatever its weight, the guided and the unguided pass run as one batch of 2B.
 
     Attributes:
       block: the unrolled block; params: its own parameters (see `unstack_layers`).
       labels: int32 [B] or None.
-      weights: [T] as of `Guidance.weights`, or None for no guidance; temperature: float32 scalar.
-      target: what is guided.
+      guidance: None for a single pass.
     """
 
     block: FlowBlock
     params: dict
     labels: jax.Array | None
-    weights: jax.Array | None
-    temperature: jax.Array
-    target: str
+    guidance: Guidance | None
 
     def caches(self, batch_size: int, length: int) -> tuple[KVCache, ...]:
         """Empty caches for `length` tokens, one a layer."""
-        passes = 1 if self.weights is None else 2
+        passes = 1 if self.guidance is None else 2
         depth = self.block.config.depths[self.block.index]
         return tuple(KVCache.zeros(self.block.config, passes * batch_size, length) for _ in range(depth))
 
     def __call__(
         self, x: jax.Array, caches: tuple[KVCache, ...] | None = None, start: jax.Array | int = 0
     ) -> tuple[Affine, tuple[KVCache, ...] | None]:
-        """Affine parameters of tokens start + 1 .. start + S, from tokens x [B, S, D] at start .. start + S - 1."""
+        """The affine map of tokens start + 1 .. start + S, from tokens x [B, S, D] at start .. start + S - 1."""
         labels, temperature = self.labels, None
-        if self.weights is not None:
+        if self.guidance is not None:
             batch_size = x.shape[0]
-            x = jnp.concatenate([x, x])
+            x = jnp.concatenate([x, x])  # [2B, S, D]
             if labels is not None:
                 labels = jnp.concatenate([labels, jnp.full_like(labels, -1)])
-            temperature = jnp.repeat(jnp.stack([jnp.ones_like(self.temperature), self.temperature]), batch_size)
-        following, caches = self.block.apply(
+            unguided = jnp.float32(self.guidance.attention_temperature)
+            temperature = jnp.repeat(jnp.stack([jnp.ones_like(unguided), unguided]), batch_size)
+        affine, caches = self.block.apply(
             {"params": self.params}, x, labels, temperature, caches, start, method="following_affine"
         )
-        affine = Affine(*following)
-        if self.weights is not None:
-            weights = jax.lax.dynamic_slice_in_dim(self.weights, start, x.shape[1])
-            affine = self._guide(affine, weights[None, :, None])
+        if self.guidance is not None:
+            affine = _guided(self.guidance, affine, start, self.block.config.num_tokens)
         return affine, caches
 
-    def _guide(self, affine: Affine, weights: jax.Array) -> Affine:
-        def guide(name: str, both_passes: jax.Array) -> jax.Array:
-            guided, unguided = jnp.split(both_passes, 2)
-            if self.target not in ("both", name):
-                return guided
-            return guided + weights * (guided - unguided)
 
-        return Affine(guide("log_scale", affine.log_scale), guide("shift", affine.shift))
+def _guided(guidance: Guidance, passes: Affine, start: jax.Array | int, num_tokens: int) -> Affine:
+    """The guided map [B, S, D] of tokens start + 1 .. start + S, from those of both passes, [2B, S, D]."""
+    weights = guidance.weights(num_tokens)
+    weights = jax.lax.dynamic_slice_in_dim(weights, start, passes.shift.shape[1])[None, :, None]  # [1, S, 1]
+
+    def guide(name: str, both: jax.Array) -> jax.Array:
+        guided, unguided = jnp.split(both, 2)
+        return guided + weights * (guided - unguided) if guidance.target in ("both", name) else guided
+
+    return Affine(guide("log_scale", passes.log_scale), guide("shift", passes.shift))

@@ -1,4 +1,8 @@
-"""Which decoder inverts which block, as `launch.tune_decoder` found it fastest, kept beside the weights."""
+"""Which decoder inverts which block, as `launch.tune_decoder` found it fastest, kept beside the weights.
+
+The file names the weights and the guidance that it was tuned for: with others, updates may take longer or stop too far
+from the inverse.
+"""
 
 import dataclasses
 import json
@@ -9,12 +13,14 @@ from etils import epath
 
 from tarflow_jax.errors import UserError
 from tarflow_jax.files import write_text
+from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.sampling.decode import Decoder
 from tarflow_jax.sampling.fixed_point import GaussSeidelJacobi, Jacobi
+from tarflow_jax.sampling.guidance import Guidance
 from tarflow_jax.sampling.inverse import Sequential
 
 FILE = "decoder.json"
-VERSION = 1
+VERSION = 2
 _KINDS: dict[str, type[Decoder]] = {
     "sequential": Sequential,
     "jacobi": Jacobi,
@@ -29,20 +35,34 @@ class Schedule:
 
     Attributes:
       decoders: {batch size: one decoder a block}.
+      weights: `fingerprint` of the variables that were tuned.
+      guidance: that they were tuned with, None for none.
     """
 
     decoders: Mapping[int, tuple[Decoder, ...]]
+    weights: str
+    guidance: Guidance | None = None
 
     def of(self, batch_size: int) -> tuple[Decoder, ...]:
         """The decoders of the largest measured batch that is no larger, or of the smallest of all."""
         fitting = [size for size in self.decoders if size <= batch_size]
         return self.decoders[max(fitting) if fitting else min(self.decoders)]
 
+    def check_weights(self, variables: Any) -> None:
+        """Raises ValueError where other variables were tuned than these, of which it reads every number."""
+        if self.weights != (found := fingerprint(variables)):
+            raise UserError(
+                f"the decoder schedule was tuned for weights {self.weights}, not for these, {found}; "
+                "run launch.tune_decoder again"
+            )
+
     def write(self, folder: epath.PathLike) -> None:
         """Writes folder/decoder.json."""
         kinds = {kind: name for name, kind in _KINDS.items()}
         fields = {
             "version": VERSION,
+            "weights": self.weights,
+            "guidance": dataclasses.asdict(self.guidance) if self.guidance else None,
             "decoders": {
                 str(size): [{"kind": kinds[type(decoder)], **dataclasses.asdict(decoder)} for decoder in decoders]
                 for size, decoders in self.decoders.items()
@@ -55,7 +75,7 @@ class Schedule:
         """The schedule in a folder; None where there is none.
 
         Raises:
-          ValueError: the file is not a schedule for `num_blocks` blocks.
+          ValueError: the file is of an earlier release, or no schedule for `num_blocks` blocks.
         """
         path = epath.Path(folder) / FILE
         if not path.exists():
@@ -64,8 +84,13 @@ class Schedule:
             if path.stat().length > _MAX_BYTES:
                 raise UserError("it is too large")
             fields = json.loads(path.read_text())
+            if fields["version"] == 1:
+                raise UserError("it was tuned by an earlier release")
             if fields["version"] != VERSION:
                 raise UserError(f"its version is {fields['version']!r}, expected {VERSION}")
+            guidance = None if fields["guidance"] is None else Guidance(**fields["guidance"])
+            if not isinstance(fields["weights"], str):
+                raise UserError("it does not name the weights")
             decoders = {int(size): tuple(map(_decoder, row)) for size, row in fields["decoders"].items()}
             if not decoders or any(len(row) != num_blocks for row in decoders.values()):
                 raise UserError(f"it does not name {num_blocks} decoders, one a block")
@@ -73,7 +98,7 @@ class Schedule:
             raise UserError(
                 f"{path} is no decoder schedule of this model: {error}; run launch.tune_decoder again"
             ) from error
-        return cls(decoders)
+        return cls(decoders, fields["weights"], guidance)
 
 
 def _decoder(fields: dict[str, Any]) -> Decoder:

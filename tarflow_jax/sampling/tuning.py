@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,13 +12,14 @@ import numpy as np
 
 from tarflow_jax.flow import TarFlowConfig, permute, to_tokens
 from tarflow_jax.sampling.decode import Decoder, guided_block
-from tarflow_jax.sampling.fixed_point import GaussSeidelJacobi, Jacobi
-from tarflow_jax.sampling.guidance import GuidedBlock
+from tarflow_jax.sampling.fixed_point import INITS, GaussSeidelJacobi, Jacobi, initial, update
+from tarflow_jax.sampling.guidance import Guidance, GuidedBlock
 from tarflow_jax.sampling.inverse import Sequential
 
 _SEGMENT_LENGTHS = (32, 16, 8, 4, 2)
 _REPEATS = 3
 _HOPELESS = 1.5  # times the fastest so far: one run tells
+_NO_ERROR = 1e-30  # in place of 0 as a divisor
 
 
 class Trial(NamedTuple):
@@ -54,14 +55,12 @@ class Tuning(NamedTuple):
 
 
 def tune(
-    whole: Callable[[tuple[Decoder, ...] | None], jax.Array],
+    decode_with: Callable[[tuple[Decoder, ...] | None], jax.Array],
     config: TarFlowConfig,
     variables: dict[str, Any],
     latents: jax.Array,
-    labels: jax.Array | None,
-    weights: jax.Array | None = None,
-    temperature: float = 1.0,
-    target: str = "both",
+    labels: jax.Array | None = None,
+    guidance: Guidance | None = None,
     *,
     tolerance: float,
     max_error: float,
@@ -69,8 +68,8 @@ def tune(
     """Measures the candidates of every block on the blocks' own inputs, and picks the fastest that is close enough.
 
     Args:
-      whole: decoders -> images of `latents`, as they will be drawn; it times and checks them together.
-      latents .. target: as of `decode`; the batch size is the one that is tuned for.
+      decode_with: decoders -> images of `latents`, as they will be drawn; it times and checks them together.
+      latents, labels, guidance: as of `decode`; the batch size is the one that is tuned for.
       tolerance: of the candidates.
       max_error: of any pixel of the images, against `Sequential`, in [-1, 1] units. Blocks whose errors exceed it,
         alone or together, stay sequential.
@@ -80,37 +79,57 @@ def tune(
     if config.volume_preserving:
         tokens = tokens * jnp.sqrt(variables["prior"]["variance"])[None]
     for k in reversed(range(config.num_blocks)):
-        block = guided_block(config, variables["params"], k, labels, weights, temperature, target)
-        z = permute(tokens, k)
-        exact, seconds = _timed(Sequential(), block, z)
-        init = _better_init(block, z, exact.x)
-        trials = [Trial(Sequential(), config.num_tokens - 1, seconds, 0.0)]
-        for decoder in _candidates(config.num_tokens, tolerance, init):
-            fastest = min(trial.seconds for trial in trials)
-            found, seconds = _timed(decoder, block, z, give_up=_HOPELESS * fastest)
-            error = float(jnp.abs(found.x - exact.x).max())
-            trials.append(Trial(decoder, float(found.iterations.mean()), seconds, error))
-            if isinstance(trials[-2].decoder, GaussSeidelJacobi) and seconds > trials[-2].seconds:
-                break  # shorter segments only take more of them
-        close = [trial for trial in trials if trial.error <= max_error]
-        chosen = min(close, key=lambda trial: trial.seconds)
-        reports.append(BlockReport(k, _crm(block, exact.x), init, trials, chosen))
-        tokens = permute(exact.x, k)
+        block = guided_block(config, variables["params"], k, labels, guidance)
+        report, x = _tune_block(block, permute(tokens, k), tolerance, max_error)
+        reports.append(report)
+        tokens = permute(x, k)
     reports.reverse()
 
-    exact, sequential_seconds = whole(None), _seconds(whole, None)
+    exact, sequential_seconds = decode_with(None), _seconds(decode_with, None)
     while True:
         decoders = tuple(report.chosen.decoder for report in reports)
-        images, seconds = whole(decoders), _seconds(whole, decoders)
+        images, seconds = decode_with(decoders), _seconds(decode_with, decoders)
         error = float(jnp.abs(images - exact).max())
         if error <= max_error and seconds <= sequential_seconds:
             return Tuning(reports, sequential_seconds, seconds, error)
-        # The block that gains least for its error goes back; when all have, the two are the same program.
-        parallel = [i for i, report in enumerate(reports) if report.chosen.decoder != Sequential()]
-        if not parallel:
+        least = least_worth(reports, per_error=not error <= max_error)
+        if least is None:  # the same program twice
             return Tuning(reports, sequential_seconds, sequential_seconds, 0.0)
-        worst = max(parallel, key=lambda i: reports[i].chosen.error)
-        reports[worst] = reports[worst]._replace(chosen=reports[worst].trials[0])
+        reports[least] = reports[least]._replace(chosen=reports[least].trials[0])
+
+
+def least_worth(reports: Sequence[BlockReport], per_error: bool) -> int | None:
+    """The parallel block that gains least over `Sequential` and so goes back to it; None where all are sequential.
+
+    Args:
+      reports: by block number, the first trial of each the sequential one.
+      per_error: the images are too far off, so a block's gain is in seconds for each unit of its error; otherwise they
+        take too long, and it is in seconds.
+    """
+
+    def gain(i: int) -> float:
+        sequential, chosen = reports[i].trials[0], reports[i].chosen
+        return (sequential.seconds - chosen.seconds) / (max(chosen.error, _NO_ERROR) if per_error else 1.0)
+
+    parallel = [i for i, report in enumerate(reports) if report.chosen.decoder != Sequential()]
+    return min(parallel, key=gain, default=None)
+
+
+def _tune_block(block: GuidedBlock, z: jax.Array, tolerance: float, max_error: float) -> tuple[BlockReport, jax.Array]:
+    """The report of one block, and its inverse of z, both [B, T, D] in block order."""
+    exact, seconds = _timed(Sequential(), block, z)
+    init, num_tokens = better_init(block, z, exact.x), z.shape[1]
+    trials = [Trial(Sequential(), num_tokens - 1, seconds, 0.0)]
+    for decoder in _candidates(num_tokens, tolerance, init):
+        fastest = min(trial.seconds for trial in trials)
+        found, seconds = _timed(decoder, block, z, give_up=_HOPELESS * fastest)
+        error = float(jnp.abs(found.x - exact.x).max())
+        trials.append(Trial(decoder, float(found.iterations.mean()), seconds, error))
+        if isinstance(trials[-2].decoder, GaussSeidelJacobi) and seconds > trials[-2].seconds:
+            break  # shorter segments only take more of them
+    close = [trial for trial in trials if trial.error <= max_error]
+    chosen = min(close, key=lambda trial: trial.seconds)
+    return BlockReport(block.block.index, _crm(block, exact.x), init, trials, chosen), exact.x
 
 
 def _candidates(num_tokens: int, tolerance: float, init: str) -> Iterator[Decoder]:
@@ -138,13 +157,18 @@ def _seconds(run: Any, *args: Any, give_up: float = math.inf) -> float:
     return float(np.median(times))
 
 
-def _better_init(block: GuidedBlock, z: jax.Array, exact: jax.Array) -> str:
-    """The init that one update brings nearer to the inverse (IGM, arXiv 2505.12849)."""
-    distances = {}
-    for init in ("latents", "zeros"):
-        found = Jacobi(0.0, max_iterations=1, init=init).invert(block, z)
-        distances[init] = float(jnp.linalg.norm(found.x - exact))
-    return min(distances, key=lambda init: distances[init])
+def better_init(block: GuidedBlock, z: jax.Array, exact: jax.Array) -> str:
+    """The init that one update brings nearer to the inverse (IGM, arXiv 2505.12849).
+
+    Args:
+      z: [B, T, D] in block order; exact: its inverse.
+    """
+
+    def distance(init: str) -> float:
+        found, _ = update(block, z[:, :1], z[:, 1:], initial(init, z[:, 1:]))
+        return float(jnp.nan_to_num(jnp.linalg.norm(found - exact[:, 1:]), nan=jnp.inf))
+
+    return min(INITS, key=distance)
 
 
 def _crm(block: GuidedBlock, x: jax.Array) -> float:

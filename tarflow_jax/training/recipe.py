@@ -1,5 +1,6 @@
 """What a config says, checked and turned into the objects that training uses."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -175,9 +176,8 @@ class Recipe:
         if path.exists():
             stored = _read_json(path)
         elif folder.exists():
-            checkpoints = Checkpoints(folder)
-            stored = checkpoints.config()
-            checkpoints.close()
+            with contextlib.closing(Checkpoints(folder)) as checkpoints:
+                stored = checkpoints.config()
         if stored is None:
             raise FileNotFoundError(f"{path} not found; expected the workdir of a training run")
         try:
