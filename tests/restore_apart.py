@@ -41,7 +41,7 @@ def attempt(name, checkpoints, shapes, process, error):
         try:
             step, state = checkpoints.restore(shapes)
             total = jax.jit(jnp.sum)(state["kernel"])
-            print(name, step, int(total))
+            print(name, repr(step), int(total))
         except Exception as raised:
             print(name, type(raised).__name__, isinstance(raised, OSError), raised)
     multihost_utils.sync_global_devices(name)
@@ -55,13 +55,15 @@ def main(folder):
     checkpoints = Checkpoints(Path(folder) / "checkpoints")
     for step in (1, 2, 3):
         state = {"kernel": jax.jit(lambda step: jnp.full(8, step), out_shardings=lie)(jnp.int32(step))}
-        checkpoints.save(step, state, {})
-    checkpoints.wait()
+        checkpoints.save(step, state, {}, float(step))
+    checkpoints.close()
+    checkpoints = Checkpoints(Path(folder) / "checkpoints")
     shapes = {"kernel": jax.ShapeDtypeStruct((8,), jnp.int32, sharding=lie)}
     for process in (0, 1):
         attempt(f"damaged{process}", checkpoints, shapes, process, DATA_LOSS)
         attempt(f"memory{process}", checkpoints, shapes, process, MemoryError("no bytes left"))
         attempt(f"denied{process}", checkpoints, shapes, process, PermissionError(13, "Permission denied"))
+    print("best", repr(checkpoints.restore(shapes, best=True)[0]))
     checkpoints.set_aside_after(2)
     attempt("aside", checkpoints, shapes, 1, DATA_LOSS)
     checkpoints.close()

@@ -1,7 +1,6 @@
 """What saving and restoring do when something is in the way; runs of two processes are in test_processes.py."""
 
 import errno
-import math
 
 import chex
 import jax
@@ -118,7 +117,7 @@ def test_a_checkpoint_without_a_seal_is_read_with_care(checkpoints, tmp_path):
     assert checkpoints.restore(SHAPES)[0] == 1
 
 
-NO_SPACE = "RESOURCE_EXHAUSTED: Failed to write to file 11: No space left on device [os_error_code='28']"
+NO_SPACE = f"RESOURCE_EXHAUSTED: Error writing {'a/long/path/' * 40}: No space left [os_error_code='28']"
 
 
 @pytest.mark.parametrize(
@@ -130,7 +129,11 @@ NO_SPACE = "RESOURCE_EXHAUSTED: Failed to write to file 11: No space left on dev
         (PermissionError(errno.EACCES, "Permission denied"), "Permission denied", False),
         (OSError(errno.EROFS, "Read-only file system"), "Read-only file system", False),
         (FileNotFoundError(errno.ENOENT, "No such file", "/gone"), "No such file.*'/gone'", False),
-        (ValueError("PERMISSION_DENIED: [os_error_code='13']"), "PERMISSION_DENIED", False),
+        (
+            ValueError("PERMISSION_DENIED: [os_error_code='13']"),
+            r"Permission denied \(PERMISSION_DENIED",
+            False,
+        ),
         (ValueError("OUT_OF_RANGE: File too large [os_error_code='27']"), "File too large", False),
     ],
 )
@@ -270,16 +273,11 @@ def test_a_workdir_is_read_without_its_optimizer(tmp_path, monkeypatch, arrays_r
     state = jax.tree.map(np.asarray, train(config, tmp_path))
     monkeypatch.setattr(Recipe, "optimizer", failing(AssertionError("the optimizer is not needed")))
     arrays_read.clear()
-    held = sum(array.nbytes for array in jax.live_arrays())
     run = read_workdir(tmp_path)
-    held = sum(array.nbytes for array in jax.live_arrays()) - held
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, run.variables), state.variables)
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, run.ema_params), state.ema_params)
-    size = sum(4 * math.prod(leaf.shape) for leaf in jax.tree.leaves(state.variables))
-    assert held == size * (2 if ema_decay else 1)
-    assert {name.split(".")[0] for name in arrays_read} == {"variables", "ema_params"} - (
-        set() if ema_decay else {"ema_params"}
-    )
+    read = {name.split(".")[0] for name in arrays_read}
+    assert read == ({"variables", "ema_params"} if ema_decay else {"variables"})
 
 
 def test_a_workdir_s_checkpoints_are_let_go_when_they_cannot_be_read(tmp_path, monkeypatch):

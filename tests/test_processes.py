@@ -218,6 +218,7 @@ def test_processes_restore_the_same_step_or_none(tmp_path):
         assert there[f"memory{process}"].startswith(f"memory{process} OSError True process {process}: {reason}")
         assert f"could not read {tmp_path}/checkpoints/3: [Errno 13] Permission" in here[f"denied{process}"]
         assert f"process {process}: could not read" in there[f"denied{process}"]
+    assert found[0]["best"] == found[1]["best"] == "best 1"
     assert found[0]["aside"] == found[1]["aside"] == "aside 2 16"
     assert (tmp_path / "damaged" / "3").is_dir()
 

@@ -145,7 +145,7 @@ class Checkpoints:
     def _steps(self, *, best: bool = False) -> list[int]:
         """The checkpoints' steps, in the order in which to try them."""
         self.wait()
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = sorted(map(int, self._manager.all_steps()), reverse=True)  # broadcast, they are NumPy's
         if not best or not steps:
             return steps
         losses = np.array([_loss(self._manager.metrics(step)) for step in steps], np.float32)

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from typing import TypeVar
@@ -30,6 +31,7 @@ _STORAGE_STATUS = re.compile(
     _DAMAGE_STATUS.pattern[:-3] + "|PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED"
     "|RESOURCE_EXHAUSTED|ABORTED|CANCELLED|INTERNAL|UNKNOWN|ALREADY_EXISTS): "
 )
+_OS_ERROR = re.compile(r"(?:os_error_code='|OS error )(\d+)")
 
 
 class DamagedError(Exception):
@@ -59,7 +61,7 @@ def plain_read_errors(path: epath.Path) -> Iterator[None]:
             raise DamagedError(one_line(cause)) from error
         if isinstance(cause, OSError) or _has_status(cause, _STORAGE_STATUS):
             raise OSError(
-                f"could not read {path}: {one_line(cause)}; mend that and run the same command again, or move the "
+                f"could not read {path}: {_reason(cause)}; mend that and run the same command again, or move the "
                 "checkpoint elsewhere to use the one before"
             ) from error
         raise
@@ -73,11 +75,10 @@ def plain_write_errors(folder: epath.Path) -> Iterator[None]:
     except Exception as error:
         if not (isinstance(error, OSError) or _has_status(error, _STORAGE_STATUS)):
             raise
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        full = full or "no space left" in str(error).lower()
+        full = _errno(error) in (errno.ENOSPC, errno.EDQUOT) or "no space left" in str(error).lower()
         advice = "Free some space, or choose another workdir, then" if full else "When that is mended,"
         raise OSError(
-            f"could not write a checkpoint in {folder}: {one_line(error)}; earlier ones are whole. "
+            f"could not write a checkpoint in {folder}: {_reason(error)}; earlier ones are whole. "
             f"{advice} run the same command again"
         ) from error
 
@@ -114,3 +115,14 @@ def on_all_processes(action: Callable[[], T]) -> T:
 
 def _has_status(error: BaseException, status: re.Pattern[str]) -> bool:
     return isinstance(error, ValueError) and status.match(str(error)) is not None
+
+
+def _errno(error: BaseException) -> int | None:
+    """Of an OSError, or as TensorStore tells it at the end of a long line."""
+    found = _OS_ERROR.search(str(error))
+    return int(found[1]) if found else getattr(error, "errno", None)
+
+
+def _reason(error: BaseException) -> str:
+    number, text = _errno(error), one_line(error)
+    return text if number is None or os.strerror(number) in text else f"{os.strerror(number)} ({text})"
