@@ -28,9 +28,7 @@ class Shape(NamedTuple):
 # Named patch-width-blocks-layers. "remat" and microbatches as the recipes have them: on a CPU, computing again is
 # faster than keeping, and few images at a time are faster than many.
 SHAPES = {
-    "fashion_mnist": Shape(
-        TarFlowConfig(28, 1, 4, 128, 4, 4, num_classes=10, remat="full"), 128, accumulation=4
-    ),
+    "fashion_mnist": Shape(TarFlowConfig(28, 1, 4, 128, 4, 4, num_classes=10, remat="full"), 128, accumulation=4),
     "colour64": Shape(TarFlowConfig(64, 3, 8, 256, 4, 4, remat="dots"), 32),
     "deep": Shape(TarFlowConfig(28, 1, 4, 128, 8, 8, num_classes=10, remat="full"), 32),
     "imagenet64": Shape(TarFlowConfig(64, 3, 2, 768, 8, 8, num_classes=1000, dtype="bfloat16"), 64),
@@ -40,14 +38,10 @@ Run = Callable[[], object]
 
 def parse(documentation: str | None, **extra: dict) -> argparse.Namespace:
     """The command line that both benchmarks share, and options of their own."""
-    parser = argparse.ArgumentParser(
-        description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="fashion_mnist", help="model and batch")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="of the products; else the shape's")
-    parser.add_argument(
-        "--reference", metavar="DIR", help="a checkout of apple/ml-tarflow to time beside ours"
-    )
+    parser.add_argument("--reference", metavar="DIR", help="a checkout of apple/ml-tarflow to time beside ours")
     parser.add_argument("--peer", choices=["transformer-flows"], help="a package to time beside ours")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each")
     parser.add_argument("--json", metavar="FILE", help="where to write the figures")

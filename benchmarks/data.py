@@ -46,9 +46,7 @@ def torchvision_batches(root: Path, num_workers: int) -> Iterator[object]:
     from torchvision import datasets, transforms
 
     torch.manual_seed(0)
-    transform = transforms.Compose(
-        [transforms.Resize(SIZE[0]), transforms.CenterCrop(SIZE), transforms.PILToTensor()]
-    )
+    transform = transforms.Compose([transforms.Resize(SIZE[0]), transforms.CenterCrop(SIZE), transforms.PILToTensor()])
     loader = torch.utils.data.DataLoader(
         datasets.ImageFolder(str(root), transform), BATCH_SIZE, shuffle=True, num_workers=num_workers
     )
@@ -101,16 +99,12 @@ def main(argv: list[str]) -> None:
             for run, batches in runs.items():
                 figures[run].append(images_per_second(batches(), NUM_IMAGES))
         size = sum(path.stat().st_size for path in root.rglob("*.jpg")) / NUM_IMAGES
-        print(
-            f"{NUM_IMAGES} JPEG of {size / 1024:.0f} KiB on average, {num_workers} workers, {os.cpu_count()} cores"
-        )
+        print(f"{NUM_IMAGES} JPEG of {size / 1024:.0f} KiB on average, {num_workers} workers, {os.cpu_count()} cores")
         print(f"packing: {packing:,.0f} images/s")
         base = statistics.median(figures["torchvision ImageFolder + DataLoader"])
         for run, values in figures.items():
             median = statistics.median(values)
-            print(
-                f"{run:37} {median:9,.0f} images/s, {median / os.cpu_count():9,.0f} a core {median / base:7.2f} x"
-            )
+            print(f"{run:37} {median:9,.0f} images/s, {median / os.cpu_count():9,.0f} a core {median / base:7.2f} x")
 
 
 if __name__ == "__main__":

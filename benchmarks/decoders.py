@@ -44,16 +44,12 @@ def compare(args: argparse.Namespace) -> None:
         figures = common.time_in_turns(runs, args.repeats)
         exact = pipe.decode(latents, labels, guidance)
         for name, decoder in DECODERS.items():
-            images, (updates, _) = pipe.decode(
-                latents, labels, guidance, decoder=decoder, return_statistics=True
-            )
+            images, (updates, _) = pipe.decode(latents, labels, guidance, decoder=decoder, return_statistics=True)
             figures[name]["updates"] = [round(float(block.mean()), 1) for block in updates]
             figures[name]["error"] = float(abs(images - exact).max())
             rows.append(_row(name, batch, figures))
         if batch <= LARGEST_EXACT:
-            error = float(
-                abs(pipe.decode(latents, labels, guidance, decoder=Jacobi(tolerance=0)) - exact).max()
-            )
+            error = float(abs(pipe.decode(latents, labels, guidance, decoder=Jacobi(tolerance=0)) - exact).max())
             figures["jacobi, tolerance 0"] = {"error": error}
             rows.append(f"{batch:4} images  jacobi, tolerance 0: error {error:.1e}")
         results[f"{batch} images"] = figures
@@ -74,9 +70,7 @@ def plot_convergence(pipe: TarFlowPipeline, path: Path, count: int = 16) -> None
     _, trajectory = pipe.decode(pipe.latents(jax.random.key(1), count), labels, return_trajectory=True)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for k in range(pipe.config.num_blocks):
-        z, x = (
-            permute(to_tokens(pipe.config, trajectory[pipe.config.num_blocks - 1 - k + i]), k) for i in (0, 1)
-        )
+        z, x = (permute(to_tokens(pipe.config, trajectory[pipe.config.num_blocks - 1 - k + i]), k) for i in (0, 1))
         errors = _errors(FlowBlock(pipe.config, k), pipe.variables["params"][f"block_{k}"], labels, z, x)
         axes.semilogy(errors, label=f"block {k}")
     axes.axhline(1 / 255, color="grey", linewidth=0.8, linestyle="--")
@@ -85,9 +79,7 @@ def plot_convergence(pipe: TarFlowPipeline, path: Path, count: int = 16) -> None
     figure.savefig(path, dpi=120)
 
 
-def _errors(
-    block: FlowBlock, params: dict, labels: np.ndarray | None, z: jax.Array, exact: jax.Array
-) -> list[float]:
+def _errors(block: FlowBlock, params: dict, labels: np.ndarray | None, z: jax.Array, exact: jax.Array) -> list[float]:
     @jax.jit
     def update(x: jax.Array) -> jax.Array:
         log_scale, shift = block.apply({"params": params}, x, labels, method="affine")

@@ -33,9 +33,7 @@ def write_random_inception_weights(path: str | Path, seed: int = 0) -> None:
     import torch
 
     random = np.random.default_rng(seed)
-    shapes = jax.eval_shape(InceptionV3().init, jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8))[
-        "params"
-    ]
+    shapes = jax.eval_shape(InceptionV3().init, jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8))["params"]
     state = {"fc.weight": random.normal(0, 0.05, (1008, 2048)), "fc.bias": random.normal(0, 0.05, 1008)}
     for keys, kernel in jax.tree_util.tree_leaves_with_path(shapes):
         *names, kind = (key.key for key in keys)
@@ -94,9 +92,7 @@ def speed(path: str) -> None:
             for _ in range(ROUNDS)
         ]
     ours_best, theirs_best = np.min(times, axis=0)
-    print(
-        f"InceptionV3, 64 x 64 images, batches of {len(images)}, {jax.default_backend()}, best of {ROUNDS}:"
-    )
+    print(f"InceptionV3, 64 x 64 images, batches of {len(images)}, {jax.default_backend()}, best of {ROUNDS}:")
     print(f"  tarflow_jax     {len(images) / ours_best:7.1f} images/s")
     print(f"  torch-fidelity  {len(images) / theirs_best:7.1f} images/s")
     print(f"  ratio           {theirs_best / ours_best:7.2f}")
@@ -155,9 +151,7 @@ def agreement(path: str) -> None:
         generated = np.clip(images[:NUM_IMAGES] + noise, 0, 255).astype(np.uint8)
         real = extractor(images[NUM_IMAGES:])
         statistics = feature_statistics(real.pooled), feature_statistics(real.spatial)
-        ours = sample_metrics(
-            list(METRICS), "inception", extractor(generated), Reference(*statistics, real.pooled, {})
-        )
+        ours = sample_metrics(list(METRICS), "inception", extractor(generated), Reference(*statistics, real.pooled, {}))
         # In a process of its own: their loader starts more, which a process with JAX's threads should not.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             theirs = pool.submit(metrics_of_theirs, path, generated, images[NUM_IMAGES:]).result()

@@ -78,9 +78,7 @@ class Trainer:
 
 def main() -> None:
     """Measures and prints."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="fashion_mnist", help="a file of configs/")
     parser.add_argument("--steps", type=int, default=20, help="of a run")
     parser.add_argument("--repeats", type=int, default=7, help="timed runs of each")
@@ -102,9 +100,7 @@ def main() -> None:
     one, read, saved = (row["median_s"] for row in figures.values())
     print(f"  input pipeline: {read / one - 1:+.1%} of a step (goal: under 2 %)")
     share = (saved - read) / (read * CHECKPOINT_EVERY / args.steps)
-    print(
-        f"  a checkpoint every {CHECKPOINT_EVERY} steps: {share:+.1%}, {saved - read:+.2f} s each (goal: under 3 %)"
-    )
+    print(f"  a checkpoint every {CHECKPOINT_EVERY} steps: {share:+.1%}, {saved - read:+.2f} s each (goal: under 3 %)")
     if args.json:
         common.write_json(args.json, {args.recipe: figures})
 

@@ -56,9 +56,7 @@ class Reference:
 
     def training(self, images: np.ndarray, labels: np.ndarray) -> Run:
         """A step: noise, forward, backward, AdamW."""
-        optimizer = self.torch.optim.AdamW(
-            self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=1e-4
-        )
+        optimizer = self.torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=1e-4)
         clean, y = self._tensors(images, labels)
 
         def run() -> None:

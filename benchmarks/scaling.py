@@ -20,9 +20,7 @@ COLUMNS = (
 
 def main() -> None:
     """Prints a table, a line a plan."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plans", type=Path, help="the file that launch.plan --json appended to")
     plans = [json.loads(line) for line in parser.parse_args().plans.read_text().splitlines()]
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")

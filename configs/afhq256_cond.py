@@ -29,9 +29,7 @@ def get_config() -> ConfigDict:
             "remat": "full",
         }
     )
-    config.data.update(
-        {"source": "folder:data/afhq", "preprocessing": "tarflow", "flip": True, "num_workers": 16}
-    )
+    config.data.update({"source": "folder:data/afhq", "preprocessing": "tarflow", "flip": True, "num_workers": 16})
     config.noise.update({"kind": "gaussian", "std": 0.07})
     config.optimizer.warmup_steps = IMAGES // BATCH  # one epoch
     config.train.update(

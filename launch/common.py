@@ -132,9 +132,7 @@ def join_processes() -> bool:
     if values.distributed:
         start_processes(*explicit)
     elif any(value is not None for value in explicit):
-        raise UserError(
-            "--coordinator_address, --num_processes and --process_id mean nothing without --distributed"
-        )
+        raise UserError("--coordinator_address, --num_processes and --process_id mean nothing without --distributed")
     return values.distributed
 
 

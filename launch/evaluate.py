@@ -51,33 +51,21 @@ PREPROCESSING = flags.DEFINE_string("preprocessing", None, "How --data is prepar
 METRICS = flags.DEFINE_list("metrics", ["bits_per_dim"], f"What to measure: {', '.join(ALL_METRICS)}.")
 SPLIT = flags.DEFINE_string("split", "test", "Of the data, for likelihood, classification and outliers.")
 SEED = flags.DEFINE_integer("seed", 0, "Of noise and samples.")
-OUT = flags.DEFINE_string(
-    "out", None, "Folder of the results; WORKDIR/evaluation or ./evaluation if not given."
-)
-ALLOW_NOISY = flags.DEFINE_bool(
-    "allow_noisy", False, "Report nats/dim of noisy data for Gaussian training noise."
-)
+OUT = flags.DEFINE_string("out", None, "Folder of the results; WORKDIR/evaluation or ./evaluation if not given.")
+ALLOW_NOISY = flags.DEFINE_bool("allow_noisy", False, "Report nats/dim of noisy data for Gaussian training noise.")
 DRAWS = flags.DEFINE_integer("dequantisation_draws", 1, "K of the importance-weighted bound.", lower_bound=1)
 OUTLIERS = flags.DEFINE_string("outliers", None, "Data set whose images are the outliers.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 50_000, "Samples drawn for each setting.", lower_bound=2)
 GUIDANCE = flags.DEFINE_list("guidance", ["0"], "Guidance weights, each a setting of its own.")
 TARGET = flags.DEFINE_enum("guidance_target", "both", TARGETS, "What is guided.")
-SCHEDULE = flags.DEFINE_enum(
-    "guidance_schedule", "linear", SCHEDULES, "How the weight grows along the tokens."
-)
+SCHEDULE = flags.DEFINE_enum("guidance_schedule", "linear", SCHEDULES, "How the weight grows along the tokens.")
 TEMPERATURE = flags.DEFINE_float("attention_temperature", 1.0, "τ of the unguided pass.")
-DENOISE = flags.DEFINE_list(
-    "denoise", None, "true, false or both; if not given, true for Gaussian training noise."
-)
+DENOISE = flags.DEFINE_list("denoise", None, "true, false or both; if not given, true for Gaussian training noise.")
 MULTIPLIER = flags.DEFINE_float("denoise_multiplier", 1.0, "s, the factor of the score.")
-INCEPTION = flags.DEFINE_string(
-    "inception", None, "PyTorch file of FID's weights; a classifier if not given."
-)
+INCEPTION = flags.DEFINE_string("inception", None, "PyTorch file of FID's weights; a classifier if not given.")
 REFERENCE = flags.DEFINE_string("reference", None, "npz of reference statistics, in place of a split's own.")
 REFERENCE_SPLIT = flags.DEFINE_string("reference_split", "train", "Split that samples are compared with.")
-SAVE_SAMPLES = flags.DEFINE_string(
-    "save_samples", None, "npz for the samples of the last setting, in ADM's format."
-)
+SAVE_SAMPLES = flags.DEFINE_string("save_samples", None, "npz for the samples of the last setting, in ADM's format.")
 common.define_checkpoint_flag()
 common.define_process_flags()
 
@@ -179,9 +167,7 @@ def measure_outliers(subject: Subject) -> dict[str, Any]:
     inside, outside = subject.source(SPLIT.value), open_source(OUTLIERS.value, SPLIT.value)
     log_probs = []
     for source, key in zip((inside, outside), jax.random.split(jax.random.key(SEED.value)), strict=True):
-        images = classification.fit_images(
-            source.read(np.arange(len(source)))[0], subject.pipe.config.image_shape
-        )
+        images = classification.fit_images(source.read(np.arange(len(source)))[0], subject.pipe.config.image_shape)
         log_probs.append(np.asarray(subject.pipe.log_prob(noisy_images(subject, images, key))))
     return classification.outlier_scores(*log_probs, subject.pipe.config.num_dims)
 
@@ -209,9 +195,7 @@ def measure_samples(subject: Subject, metrics: list[str]) -> tuple[list[dict[str
         )
     rows = []
     for (guidance, denoise), folder in zip(settings, folders, strict=True):
-        samples = generation.read_chunks(
-            folder, NUM_SAMPLES.value, CHUNK_SIZE, subject.pipe.config.num_classes
-        )
+        samples = generation.read_chunks(folder, NUM_SAMPLES.value, CHUNK_SIZE, subject.pipe.config.num_classes)
         row = {"guidance": guidance.weight, "denoised": denoise, "not finite": samples.num_not_finite}
         features = extractor(samples.images, f"features, guidance {guidance.weight:g}")
         rows.append(row | distances.sample_metrics(metrics, network.name, features, reference))
@@ -257,9 +241,7 @@ def draw(subject: Subject, guidance: Guidance, denoise: bool) -> epath.Path:
     def sample(key: jax.Array, number: int, labels: jax.Array | None) -> jax.Array:
         return subject.pipe.sample(key, number, labels, guidance, denoise, MULTIPLIER.value)
 
-    generation.generate(
-        sample, folder, NUM_SAMPLES.value, CHUNK_SIZE, subject.pipe.config.num_classes, SEED.value
-    )
+    generation.generate(sample, folder, NUM_SAMPLES.value, CHUNK_SIZE, subject.pipe.config.num_classes, SEED.value)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"samples in {folder}")
     return folder

@@ -27,17 +27,11 @@ from tarflow_jax.training import Recipe
 EXIT_DOES_NOT_FIT = 2
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, as configs/imagenet64_cond.py.")
-TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "v5e:16x16, v5p:4x4x4, v6e:16x16, …; cpu:8; gpu:1 where one is."
-)
+TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v5p:4x4x4, v6e:16x16, …; cpu:8; gpu:1 where one is.")
 NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "TPU slices of that topology.", lower_bound=1)
 MESH = flags.DEFINE_list("mesh", None, "data,fsdp,tensor, as --config.mesh; one may be -1.")
-SAMPLER = flags.DEFINE_bool(
-    "sampler", False, "The sampler, for a training batch of images, not the training step."
-)
-MFU = flags.DEFINE_float(
-    "mfu", 0.4, "Model-FLOPs utilisation to tell hours for.", lower_bound=0.01, upper_bound=1.0
-)
+SAMPLER = flags.DEFINE_bool("sampler", False, "The sampler, for a training batch of images, not the training step.")
+MFU = flags.DEFINE_float("mfu", 0.4, "Model-FLOPs utilisation to tell hours for.", lower_bound=0.01, upper_bound=1.0)
 JSON = flags.DEFINE_string("json", None, "File that the figures are appended to, a line a run.")
 flags.mark_flags_as_required(["config", "topology"])
 

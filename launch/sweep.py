@@ -116,9 +116,7 @@ def plan(config: ConfigDict, source: str, shared: Mapping[str, Any], workdir: Pa
     runs = []
     for point in points:
         recipe = _recipe(config, point)
-        settings = {
-            name: functools.reduce(operator.getitem, name.split("."), recipe.config) for name in fields
-        }
+        settings = {name: functools.reduce(operator.getitem, name.split("."), recipe.config) for name in fields}
         folder = workdir / run_name(point)
         steps = _steps(source, {**shared, **point}, folder, module.get("EVALUATE", ()))
         runs.append(Run(recipe, settings, jobs.Job(folder, steps)))
@@ -152,9 +150,7 @@ def _recipe(config: ConfigDict, overrides: Mapping[str, Any]) -> Recipe:
         raise UserError(f"the sweep's {_plain(overrides)}: {reason}") from error
 
 
-def _steps(
-    source: str, overrides: Mapping[str, Any], folder: Path, evaluate: Sequence[str]
-) -> tuple[jobs.Step, ...]:
+def _steps(source: str, overrides: Mapping[str, Any], folder: Path, evaluate: Sequence[str]) -> tuple[jobs.Step, ...]:
     fields = [f"--config.{name}={value}" for name, value in overrides.items()]
     train = ("launch.train", f"--config={source}", f"--workdir={folder}", *fields)
     steps = [jobs.Step(train, RESULTS)]

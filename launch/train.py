@@ -23,9 +23,7 @@ from tarflow_jax.training import Recipe, train
 from tarflow_jax.training.loop import evaluate_loss
 from tarflow_jax.training.workdir import write_results
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Recipe, as configs/digits.py or configs/digits.py:smoke."
-)
+CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, as configs/digits.py or configs/digits.py:smoke.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, or gs://; made if it is missing.")
 common.define_process_flags()
 flags.mark_flags_as_required(["config", "workdir"])

@@ -26,9 +26,7 @@ NUM_IMAGES = flags.DEFINE_list("num_images", ["100", "16", "1"], "Batch sizes to
 GUIDANCE = flags.DEFINE_float("guidance", 0.0, "Guidance weight to tune for.")
 TEMPERATURE = flags.DEFINE_float("attention_temperature", 1.0, "τ of the unguided pass.")
 TOLERANCE = flags.DEFINE_float("tolerance", DEFAULT_TOLERANCE, "Of the parallel decoders.", lower_bound=0.0)
-MAX_ERROR = flags.DEFINE_float(
-    "max_error", 1 / 255, "Largest error of a pixel in [-1, 1] units.", lower_bound=0.0
-)
+MAX_ERROR = flags.DEFINE_float("max_error", 1 / 255, "Largest error of a pixel in [-1, 1] units.", lower_bound=0.0)
 SEED = flags.DEFINE_integer("seed", 0, "Of the latents.")
 flags.mark_flags_as_required(["workdir"])
 

@@ -33,9 +33,7 @@ def check_labels(config: TarFlowConfig, labels: Any, batch_size: int) -> jax.Arr
         return None
     array, classes = np.asarray(labels), config.num_classes
     if not np.issubdtype(array.dtype, np.integer) or array.shape != (batch_size,):
-        raise UserError(
-            f"labels are {array.dtype} {array.shape}; expected whole numbers of shape ({batch_size},)"
-        )
+        raise UserError(f"labels are {array.dtype} {array.shape}; expected whole numbers of shape ({batch_size},)")
     wrong = array[(array < -1) | (array >= classes)]
     if len(wrong):
         valid = f"-1 (no class) to {classes - 1}" if classes else "-1 or None, the model has no classes"
@@ -56,15 +54,11 @@ def check_decoder(
     if isinstance(decoder, Sequential | Jacobi | GaussSeidelJacobi):
         return (decoder,) * config.num_blocks
     if len(decoder) != config.num_blocks:
-        raise UserError(
-            f"{len(decoder)} decoders are given; expected one for each of {config.num_blocks} blocks"
-        )
+        raise UserError(f"{len(decoder)} decoders are given; expected one for each of {config.num_blocks} blocks")
     return tuple(decoder)
 
 
-def check_guidance(
-    config: TarFlowConfig, guidance: Guidance | None
-) -> tuple[jax.Array | None, jax.Array, str]:
+def check_guidance(config: TarFlowConfig, guidance: Guidance | None) -> tuple[jax.Array | None, jax.Array, str]:
     """(weights [T] or None, temperature, target); ValueError for guidance that the model cannot give."""
     if guidance is None or guidance.weight == 0:
         return None, jnp.float32(1), "both"

@@ -11,9 +11,7 @@ LOG_2PI = 1.8378770664093453
 LEVELS_PER_UNIT = 128  # half the 256 levels, because images span 2 units
 
 
-def log_prob(
-    flow: TarFlow, variables: dict[str, Any], images: jax.Array, labels: jax.Array | None = None
-) -> jax.Array:
+def log_prob(flow: TarFlow, variables: dict[str, Any], images: jax.Array, labels: jax.Array | None = None) -> jax.Array:
     """log p(x) = Σ log N(latents; 0, 1) + log_det (equation 3 of the paper).
 
     Args:

@@ -93,9 +93,7 @@ class TarFlowPipeline:
         return self.noise.std if self.noise and self.noise.kind == "gaussian" else None
 
     @classmethod
-    def from_pretrained(
-        cls, name: epath.PathLike, *, best: bool = False, **options: Any
-    ) -> "TarFlowPipeline":
+    def from_pretrained(cls, name: epath.PathLike, *, best: bool = False, **options: Any) -> "TarFlowPipeline":
         """Opens a training workdir, a saved model's folder, or a model of the hub ("owner/name").
 
         Args:
@@ -186,9 +184,7 @@ class TarFlowPipeline:
           ValueError: a shape, dtype or label that does not fit the model.
         """
         images, labels = check_images(self.config, images), check_labels(self.config, labels, len(images))
-        return self._parts.run(
-            self._encode, self.variables, images, labels, bytes_per_image=forward_bytes(self.config)
-        )
+        return self._parts.run(self._encode, self.variables, images, labels, bytes_per_image=forward_bytes(self.config))
 
     def decode(
         self,
@@ -229,9 +225,7 @@ class TarFlowPipeline:
             labels,
             weights,
             temperature,
-            bytes_per_image=decode_bytes(
-                self.config, guided=weights is not None, parallel=decoders is not None
-            ),
+            bytes_per_image=decode_bytes(self.config, guided=weights is not None, parallel=decoders is not None),
             # For one image XLA's CPU code copies the caches at every token; for two it does not.
             smallest=2 if self._parts.on_cores and one_by_one else 1,
             target=target,

@@ -34,9 +34,7 @@ def attempt(workdir, num_steps):
     try:
         config = digits.get_config("smoke")
         config.model.num_blocks = 1
-        config.train.update(
-            {"num_steps": num_steps, "checkpoint_every": 2, "evaluate_every": 0, "log_every": 1}
-        )
+        config.train.update({"num_steps": num_steps, "checkpoint_every": 2, "evaluate_every": 0, "log_every": 1})
         state = train(config, workdir)
         digest = hashlib.sha256(b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(state)))
         (workdir / "digest").write_text(digest.hexdigest())

@@ -30,9 +30,7 @@ def test_a_full_train_step_has_the_right_shapes(name):
     images = jax.ShapeDtypeStruct((fields.batch_size, *recipe.model.image_shape), jnp.uint8)
     labels = jax.ShapeDtypeStruct((fields.batch_size,), jnp.int32)
     new_state, metrics = jax.eval_shape(step, state, images, labels, jax.random.key(0))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), state
-    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert metrics["loss"].shape == ()
     assert metrics["block_norms"].shape == (recipe.model.num_blocks,)
     if module in PAPER_PARAMETERS:

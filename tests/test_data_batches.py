@@ -22,9 +22,7 @@ def source() -> data.ArraySource:
 def take(source, count, **options) -> data.Batch:
     """The first batches, joined."""
     options = {"batch_size": BATCH_SIZE, "seed": 3, "flip": True} | options
-    return data.Batch(
-        *map(np.concatenate, zip(*islice(data.train_batches(source, **options), count), strict=True))
-    )
+    return data.Batch(*map(np.concatenate, zip(*islice(data.train_batches(source, **options), count), strict=True)))
 
 
 def assert_equal(ours: data.Batch, theirs: data.Batch) -> None:
@@ -55,9 +53,7 @@ def test_resume_gives_the_same_batches_across_epochs(source, num_workers):
 
 def test_four_processes_see_what_one_does(source):
     whole = take(source, 7)
-    order = (
-        np.random.default_rng(0).permutation(BATCH_SIZE).reshape(4, 3)
-    )  # on a torus neighbours lie anywhere
+    order = np.random.default_rng(0).permutation(BATCH_SIZE).reshape(4, 3)  # on a torus neighbours lie anywhere
     for rows in np.sort(order):
         expected = [part.reshape(7, BATCH_SIZE, *part.shape[1:])[:, rows] for part in whole]
         expected = data.Batch(*(part.reshape(-1, *part.shape[2:]) for part in expected))
@@ -89,9 +85,7 @@ def test_evaluation_sees_every_image_once_in_order(source, batch_size):
         for rows in np.split(np.arange(batch_size), count)
     ]
     assert {len(part) for part in parts} == {-(-NUM_IMAGES // batch_size)}
-    batches = [
-        data.Batch(*map(np.concatenate, zip(*together, strict=True))) for together in zip(*parts, strict=True)
-    ]
+    batches = [data.Batch(*map(np.concatenate, zip(*together, strict=True))) for together in zip(*parts, strict=True)]
     assert {batch.image.shape for batch in batches} == {(batch_size, 4, 6, 3)}
     mask = np.concatenate([batch.mask for batch in batches])
     labels = np.concatenate([batch.label for batch in batches])

@@ -85,8 +85,7 @@ def test_split_folders_are_taken_as_they_are(tmp_path):
         write_image(tmp_path / "set" / "train" / "ab"[index % 2] / f"{index}.png", index)
     write_image(tmp_path / "set" / "val" / "b" / "x.png", 1)
     sources = [
-        data.open_source(f"folder:{tmp_path}/set", split, data_dir=tmp_path / "data")
-        for split in ("train", "test")
+        data.open_source(f"folder:{tmp_path}/set", split, data_dir=tmp_path / "data") for split in ("train", "test")
     ]
     assert [len(source) for source in sources] == [8, 1]
     assert sources[1][0]["label"] == 1
@@ -122,9 +121,7 @@ def add_bad_files(root: Path) -> set[str]:
         elif kind == "tiny":
             write_image(path, 0, 1, 1)
         else:
-            path.write_bytes(
-                {"truncated": file.getvalue()[:2000], "text": b"text", "bomb": bomb()}.get(kind, b"")
-            )
+            path.write_bytes({"truncated": file.getvalue()[:2000], "text": b"text", "bomb": bomb()}.get(kind, b""))
         if kind == "closed":
             write_image(path, 0)
             path.chmod(0)
@@ -175,9 +172,7 @@ def test_packed_sets_hold_what_the_folder_does(classes, options):
         packed_set = data.open_source(name, split, **options)
         assert packed_set.label_names == folder.label_names
         assert packed_set.preprocessing == folder.preprocessing == "tarflow"
-        for ours, theirs in zip(
-            packed_set.read(range(len(packed_set))), folder.read(range(len(folder))), strict=True
-        ):
+        for ours, theirs in zip(packed_set.read(range(len(packed_set))), folder.read(range(len(folder))), strict=True):
             np.testing.assert_array_equal(ours, theirs)
     manifest = json.loads((Path(name.removeprefix("packed:")) / "manifest.json").read_text())
     train = manifest["splits"]["train"]

@@ -21,9 +21,7 @@ def encode(image: Image.Image, kind: str = "png", **options) -> bytes:
 def noise_image(rng: np.random.Generator, width: int, height: int) -> Image.Image:
     """Smooth shapes with noise on top."""
     coarse = Image.fromarray(rng.integers(0, 256, (6, 5, 3), np.uint8)).resize((width, height))
-    return Image.fromarray(
-        np.clip(np.asarray(coarse) + rng.normal(0, 9, (height, width, 1)), 0, 255).astype("u1")
-    )
+    return Image.fromarray(np.clip(np.asarray(coarse) + rng.normal(0, 9, (height, width, 1)), 0, 255).astype("u1"))
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +82,7 @@ def test_none_takes_only_the_size_asked_for():
     np.testing.assert_array_equal(preprocess(image, "none", (10, 20)), np.asarray(image))
     with pytest.raises(ValueError, match=r"10x20 .*expected 20x10"):
         preprocess(image, "none", (20, 10))
-    with pytest.raises(
-        ValueError, match="unknown preprocessing 'bicubic'; expected one of none, tarflow, adm"
-    ):
+    with pytest.raises(ValueError, match="unknown preprocessing 'bicubic'; expected one of none, tarflow, adm"):
         preprocess(image, "bicubic", (10, 20))
 
 

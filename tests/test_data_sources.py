@@ -84,9 +84,7 @@ def write_idx(path, array: np.ndarray) -> None:
 def fashion(tmp_path):
     rng = np.random.default_rng(0)
     for prefix, count in {"train": 5, "t10k": 3}.items():
-        write_idx(
-            tmp_path / f"{prefix}-images-idx3-ubyte.gz", rng.integers(0, 256, (count, 28, 28), np.uint8)
-        )
+        write_idx(tmp_path / f"{prefix}-images-idx3-ubyte.gz", rng.integers(0, 256, (count, 28, 28), np.uint8))
         write_idx(tmp_path / f"{prefix}-labels-idx1-ubyte.gz", np.arange(count, dtype=np.uint8))
     return tmp_path
 
@@ -111,9 +109,7 @@ def test_damaged_idx_files_are_refused(fashion, damage):
             assert broken.exists()
             assert len(source) == 3
     write_idx(fashion / "t10k-labels-idx1-ubyte.gz", np.array([0, 1, 77], np.uint8))
-    with pytest.raises(
-        ValueError, match="label 77 of image 2 is out of range; labels of 10 classes are 0 to 9"
-    ):
+    with pytest.raises(ValueError, match="label 77 of image 2 is out of range; labels of 10 classes are 0 to 9"):
         data.open_source(f"fashion_mnist:{fashion}", "test")
 
 
@@ -128,9 +124,7 @@ def test_tfds_sets_by_name(data_dir):
     assert [int(train[index]["label"]) for index in range(5)] == [0, 1, 0, -1, 0]
     assert (train[1]["image"] == [0, 0, 255]).all()
     assert len(data.open_source(f"{name}:1.0.0", "test", **options)) == 4
-    with pytest.raises(
-        ValueError, match="images differ in size; an image size and a preprocessing are needed"
-    ):
+    with pytest.raises(ValueError, match="images differ in size; an image size and a preprocessing are needed"):
         data.open_source(name, "train", data_dir=data_dir)
 
 
@@ -243,8 +237,7 @@ def test_emoji64_from_folder_and_tarball(tmp_path):
     assert reds[0].isdisjoint(reds[1])  # an emoji's variants lie on one side
     assert reds[0] | reds[1] == set(range(1, 40)) | {255}  # the transparent one is white
     assert all(
-        (labels == 1 - images[:, 0, 0, 0] % 2)[images[:, 0, 0, 1] == 0].all()
-        for images, labels in content["folder"]
+        (labels == 1 - images[:, 0, 0, 0] % 2)[images[:, 0, 0, 1] == 0].all() for images, labels in content["folder"]
     )
 
 

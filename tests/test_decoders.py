@@ -63,9 +63,7 @@ def test_slow_convergence_is_exact_in_at_most_t_updates():
 
 def test_a_settled_image_changes_no_more():
     variables, key = random_variables(LONGER, scale=0.09), jax.random.key(3)
-    latents = (
-        jax.random.normal(key, (3, *LONGER.image_shape)) * jnp.array([0.01, 1.0, 1.0])[:, None, None, None]
-    )
+    latents = jax.random.normal(key, (3, *LONGER.image_shape)) * jnp.array([0.01, 1.0, 1.0])[:, None, None, None]
     decoders = (Jacobi(tolerance=1e-2),) * LONGER.num_blocks
     together = decode(LONGER, variables, latents, LABELS, decoders=decoders)
     assert np.isfinite(together.images).all()

@@ -55,9 +55,7 @@ def test_bits_per_dim_of_an_affine_flow(affine, num_samples):
     )
     draws = []
     for draw in jax.random.split(key, num_samples):
-        noisy = [
-            dequantise(jax.random.fold_in(draw, i), jnp.asarray(image)) for i, image in enumerate(images)
-        ]
+        noisy = [dequantise(jax.random.fold_in(draw, i), jnp.asarray(image)) for i, image in enumerate(images)]
         draws.append(numpy_log_prob(biases, np.array(noisy, np.float64)))
     log_prob = scipy.special.logsumexp(draws, axis=0) - np.log(num_samples)
     bits = (-log_prob / 16 + np.log(128)) / np.log(2)
@@ -71,9 +69,7 @@ def test_result_does_not_depend_on_devices_or_batches(affine):
     images = np.random.default_rng(2).integers(0, 256, (21, 4, 4, 1), dtype=np.uint8)
     source, key = ArraySource("noise", images), jax.random.key(0)
     results = [
-        evaluate_bits_per_dim(
-            TarFlow(CONFIG), variables, source, key, batch_size=size, mesh=make_mesh(devices=devices)
-        )
+        evaluate_bits_per_dim(TarFlow(CONFIG), variables, source, key, batch_size=size, mesh=make_mesh(devices=devices))
         for size, devices in ((8, jax.devices()), (21, jax.devices()[:1]))
     ]
     assert results[0].mean == pytest.approx(results[1].mean, rel=1e-6)

@@ -56,9 +56,7 @@ def assert_posterior(result, log_probs, labels):
     assert loss(log_probs[::2] / temperature, labels[::2]) < min(slightly_off)
     odd = log_probs[1::2]
     for prefix, logits in (("", odd / temperature), ("raw_", odd)):
-        loss_found, error_found = (
-            result[prefix + name] for name in ("negative_log_likelihood", "calibration_error")
-        )
+        loss_found, error_found = (result[prefix + name] for name in ("negative_log_likelihood", "calibration_error"))
         assert loss_found == pytest.approx(loss(logits, labels[1::2]), rel=1e-9)
         assert error_found == pytest.approx(error(logits, labels[1::2]), rel=1e-9)
 
@@ -66,9 +64,7 @@ def assert_posterior(result, log_probs, labels):
 def test_temperature_undoes_overconfidence():
     random = np.random.default_rng(1)
     logits = random.normal(size=(20000, 4))
-    labels = np.array(
-        [random.choice(4, p=row) for row in np.exp(logits) / np.exp(logits).sum(1, keepdims=True)]
-    )
+    labels = np.array([random.choice(4, p=row) for row in np.exp(logits) / np.exp(logits).sum(1, keepdims=True)])
     result = bayes_classification(50 * logits, labels)
     assert result["temperature"] == pytest.approx(50, rel=0.05)
     assert_posterior(result, 50 * logits, labels)

@@ -27,9 +27,7 @@ COMMAND = Path(__file__).with_name("quick_evaluate.py")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    config = TarFlowConfig(
-        (8, 8), 1, patch_size=4, width=64, num_blocks=2, layers_per_block=1, num_classes=10
-    )
+    config = TarFlowConfig((8, 8), 1, patch_size=4, width=64, num_blocks=2, layers_per_block=1, num_classes=10)
     images, labels = jnp.zeros((1, 8, 8, 1)), jnp.zeros((1,), jnp.int32)
     variables = jax.jit(TarFlow(config).init)(jax.random.key(0), images, labels)
     folder = tmp_path_factory.mktemp("model") / "model"
@@ -39,9 +37,7 @@ def model(tmp_path_factory) -> Path:
 
 def evaluate(folder: Path, *arguments: str) -> tuple[int, str, str]:
     devices = "--xla_force_host_platform_device_count=2"
-    return commands.run(
-        COMMAND, *arguments, cwd=folder, TARFLOW_DATA_DIR=str(folder / "data"), XLA_FLAGS=devices
-    )
+    return commands.run(COMMAND, *arguments, cwd=folder, TARFLOW_DATA_DIR=str(folder / "data"), XLA_FLAGS=devices)
 
 
 def log_prob(noisy: jax.Array) -> np.ndarray:

@@ -107,9 +107,7 @@ def test_classifier_learns_is_cached_and_states_its_accuracy(tmp_path, monkeypat
     monkeypatch.setattr(classifier, "MIN_STEPS", 40)
     random = np.random.default_rng(0)
     labels = random.integers(0, 2, 400)
-    images = np.clip(
-        random.normal(80 + 100 * labels[:, None, None, None], 20, (400, 8, 8, 1)), 0, 255
-    ).astype(np.uint8)
+    images = np.clip(random.normal(80 + 100 * labels[:, None, None, None], 20, (400, 8, 8, 1)), 0, 255).astype(np.uint8)
     train = ArraySource("bright", images[:300], labels[:300], 2)
     test = ArraySource("bright", images[300:], labels[300:], 2)
     network = classifier.classifier_network(train, test, tmp_path)

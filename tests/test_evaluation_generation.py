@@ -17,9 +17,7 @@ class Model:
     def sample(self, key, number, labels):
         if self.calls == self.fail_at:
             raise KeyboardInterrupt
-        images = 0.1 * jax.random.normal(key, (number, 2, 2, 1)) + labels.astype(jnp.float32).reshape(
-            -1, 1, 1, 1
-        )
+        images = 0.1 * jax.random.normal(key, (number, 2, 2, 1)) + labels.astype(jnp.float32).reshape(-1, 1, 1, 1)
         if self.calls == self.nan_at:
             images = images.at[1, 0, 0, 0].set(jnp.nan)
         self.calls += 1
@@ -79,9 +77,7 @@ def test_a_protocol_has_its_own_folder(tmp_path):
 
 
 def test_eight_bit_values_are_the_nearest():
-    images, not_finite = generation.quantise(
-        np.array([-2, -1, -0.999, 0, 1, 3], np.float32).reshape(1, 1, 6, 1)
-    )
+    images, not_finite = generation.quantise(np.array([-2, -1, -0.999, 0, 1, 3], np.float32).reshape(1, 1, 6, 1))
     np.testing.assert_array_equal(images.ravel(), [0, 0, 0, 128, 255, 255])
     assert not not_finite.any()
 
@@ -91,9 +87,7 @@ def test_fingerprint_tells_models_apart():
     assert generation.fingerprint(variables) == generation.fingerprint(
         {"params": {"kernel": np.arange(4.0, dtype=np.float32)}}
     )
-    assert generation.fingerprint(variables) != generation.fingerprint(
-        {"params": {"kernel": jnp.arange(1.0, 5.0)}}
-    )
+    assert generation.fingerprint(variables) != generation.fingerprint({"params": {"kernel": jnp.arange(1.0, 5.0)}})
 
 
 def test_a_damaged_chunk_is_refused(tmp_path):

@@ -25,9 +25,7 @@ def test_streamed_statistics_equal_numpy():
         running.add(part)
     statistics = running.result()
     np.testing.assert_allclose(statistics.mean, features.astype(np.float64).mean(0), rtol=1e-12)
-    np.testing.assert_allclose(
-        statistics.covariance, np.cov(features, rowvar=False, dtype=np.float64), rtol=1e-11
-    )
+    np.testing.assert_allclose(statistics.covariance, np.cov(features, rowvar=False, dtype=np.float64), rtol=1e-11)
 
 
 def test_frechet_distance_of_commuting_gaussians():
@@ -87,9 +85,7 @@ def test_scores_equal_torch_fidelity():
 
     theirs = prc_features_to_metric(first, second, verbose=False, save_cpu_ram=False)
     # Theirs is a float32 mean.
-    assert scores.precision_recall(fake, real) == pytest.approx(
-        (theirs["precision"], theirs["recall"]), rel=1e-6
-    )
+    assert scores.precision_recall(fake, real) == pytest.approx((theirs["precision"], theirs["recall"]), rel=1e-6)
     assert 0.2 < theirs["precision"] < 1
     assert 0.1 < theirs["recall"] < 1
 

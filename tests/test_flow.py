@@ -136,9 +136,7 @@ def test_unstacked_layers_with_a_cache_equal_the_scanned_block():
     block = FlowBlock(TINY, 1)
     expected, _ = block.apply({"params": params}, x, LABELS, method="following_affine")
     unrolled = FlowBlock(TINY, 1, unrolled=True)
-    actual, caches = unrolled.apply(
-        {"params": unstack_layers(params, 2)}, x, LABELS, method="following_affine"
-    )
+    actual, caches = unrolled.apply({"params": unstack_layers(params, 2)}, x, LABELS, method="following_affine")
     assert caches is None
     chex.assert_trees_all_close(actual, expected, atol=1e-5)
 
@@ -150,9 +148,7 @@ def test_no_class_is_the_mean_embedding():
     merged = jax.tree.map(jnp.copy, variables)
     for k in range(TINY.num_blocks):
         embedding = merged["params"][f"block_{k}"]["class_embedding"]
-        merged["params"][f"block_{k}"]["class_embedding"] = jnp.broadcast_to(
-            embedding.mean(0), embedding.shape
-        )
+        merged["params"][f"block_{k}"]["class_embedding"] = jnp.broadcast_to(embedding.mean(0), embedding.shape)
     chex.assert_trees_all_close(encode(TINY, merged, images, jnp.array([0, 1, 2])), none, atol=1e-5)
     assert float(jnp.abs(encode(TINY, variables, images, LABELS)[0][0] - none[0][0]).max()) > 0.01
 
@@ -172,9 +168,7 @@ def test_an_affine_flow_of_a_gaussian_has_the_closed_form():
     means = np.concatenate([np.zeros((1, 4)), np.tile(shift, (5, 1))])
     images = images_of(config)
     tokens = np.asarray(to_tokens(config, images), np.float64)
-    expected = (-0.5 * ((tokens - means) / scales) ** 2 - np.log(scales) - 0.5 * np.log(2 * np.pi)).sum(
-        (1, 2)
-    )
+    expected = (-0.5 * ((tokens - means) / scales) ** 2 - np.log(scales) - 0.5 * np.log(2 * np.pi)).sum((1, 2))
     actual = jax.jit(log_prob, static_argnums=0)(flow, variables, images)
     np.testing.assert_allclose(actual, expected, rtol=1e-5)
     bits = (-expected / config.num_dims + np.log(128)) / np.log(2)
@@ -188,9 +182,7 @@ def test_an_affine_flow_of_a_gaussian_has_the_closed_form():
 
 def test_vp_prior_is_a_running_mean_of_squares():
     variance, z = jnp.array([[1.0, 2.0]]), jnp.array([[[3.0, 0.0]], [[1.0, 2.0]]])
-    np.testing.assert_allclose(
-        updated_prior(variance, z), [[1 + 0.1 * (5 - 1), 2 + 0.1 * (2 - 2)]], rtol=1e-6
-    )
+    np.testing.assert_allclose(updated_prior(variance, z), [[1 + 0.1 * (5 - 1), 2 + 0.1 * (2 - 2)]], rtol=1e-6)
 
 
 def test_bfloat16_keeps_log_det_and_loss_in_float32():

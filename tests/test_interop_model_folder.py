@@ -85,9 +85,7 @@ def test_bfloat16_halves_the_file_and_spares_the_prior(folder, tmp_path):
     save_model(tmp_path / "half", config=CONFIG, variables=variables, dtype="bfloat16")
     saved = load_model(tmp_path / "half")
     np.testing.assert_array_equal(saved.variables["prior"]["variance"], variables["prior"]["variance"])
-    rounded = jax.tree.map(
-        lambda x: np.asarray(jax.numpy.bfloat16(x)).astype(np.float32), variables["params"]
-    )
+    rounded = jax.tree.map(lambda x: np.asarray(jax.numpy.bfloat16(x)).astype(np.float32), variables["params"])
     assert_same(saved.variables["params"], rounded)
     sizes = [(path / "model.safetensors").stat().st_size for path in (tmp_path / "half", folder)]
     assert 0.45 < sizes[0] / sizes[1] < 0.55
@@ -203,9 +201,7 @@ def test_lying_header_is_refused(folder, change):
         load_model(folder)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"\xff" * 64, struct.pack("<Q", 1 << 60), struct.pack("<Q", 2) + b"{}"]
-)
+@pytest.mark.parametrize("content", [b"", b"\xff" * 64, struct.pack("<Q", 1 << 60), struct.pack("<Q", 2) + b"{}"])
 def test_weights_that_are_none_are_refused(folder, content):
     rewrite_weights(folder, content)
     with pytest.raises(ValueError, match=r"model\.safetensors"):

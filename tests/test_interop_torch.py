@@ -50,9 +50,7 @@ def test_layout_is_what_the_flow_makes(volume_preserving):
     config = TarFlowConfig((4, 8), 3, 2, 128, 2, (1, 3), 5, volume_preserving, head_dim=32)
     images = jax.ShapeDtypeStruct((1, *config.image_shape), np.float32)
     made = jax.eval_shape(TarFlow(config).init, jax.random.key(0), images)
-    shapes = {
-        name: leaf.shape for name, leaf in flatten(made).items() if not name.startswith("intermediates")
-    }
+    shapes = {name: leaf.shape for name, leaf in flatten(made).items() if not name.startswith("intermediates")}
     assert shapes == variables_shapes(config)
 
 
@@ -197,9 +195,7 @@ def test_missing_torch_says_what_to_install(small_file, monkeypatch):
 
 
 def test_importing_needs_no_extra():
-    code = (
-        "import sys; sys.modules.update(torch=None, huggingface_hub=None); import tarflow_jax; print('fine')"
-    )
+    code = "import sys; sys.modules.update(torch=None, huggingface_hub=None); import tarflow_jax; print('fine')"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "fine\n"
 
 

@@ -71,9 +71,7 @@ def test_train_leaves_the_losses_of_an_undisturbed_run_and_figures_that_differ(w
     train(undisturbed, tmp_path)
     expected = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     expected = {line["step"]: line["loss"] for line in expected}
-    np.testing.assert_allclose(
-        [line["loss"] for line in lines], [expected[step] for step in steps], rtol=1e-5
-    )
+    np.testing.assert_allclose([line["loss"] for line in lines], [expected[step] for step in steps], rtol=1e-5)
     pictures = {(workdir / "figures" / f"{name}.png").read_bytes() for name in FIGURES}
     assert len(pictures) == len(FIGURES)
 
@@ -132,9 +130,7 @@ def test_tune_decoder_prints_its_choices_and_auto_uses_them(workdir, tmp_path):
 )
 def test_bad_input_is_one_line_and_exit_code_1(workdir, arguments, message):
     before = (workdir / "config.json").read_bytes()
-    code, out, err = run(
-        "launch.train", "--config=configs/digits.py:smoke", f"--workdir={workdir}", *arguments
-    )
+    code, out, err = run("launch.train", "--config=configs/digits.py:smoke", f"--workdir={workdir}", *arguments)
     last = err.strip().splitlines()[-1]
     assert (code, out) == (1, "")
     assert last.startswith("error: ")

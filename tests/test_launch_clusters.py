@@ -60,9 +60,7 @@ def test_tpu_pod_creates_and_deletes_what_was_asked_for():
     machine = ["pod", "--accelerator-type=v5litepod-256", "--runtime-version=v2-alpha-tpuv5-lite"]
     assert dry_run("create") == [[*gcloud, "create", *machine, "--node-id=pod", "--zone=us-west4-a"]]
     slices = ["--node-count=2", "--node-prefix=pod", "--spot", "--zone=us-west4-a", "--project=p"]
-    assert dry_run("create", "--slices=2", "--spot", "--project=p") == [
-        [*gcloud, "create", *machine, *slices]
-    ]
+    assert dry_run("create", "--slices=2", "--spot", "--project=p") == [[*gcloud, "create", *machine, *slices]]
     assert dry_run("delete") == [[*gcloud, "delete", "pod", "--force", "--quiet", "--zone=us-west4-a"]]
 
 
@@ -101,9 +99,7 @@ def test_tpu_pod_runs_and_stops_the_command_on_a_worker(stand_in, tmp_path, monk
         folder.mkdir(parents=True)
     os.mkfifo(tmp_path / "said")
     # The worker is a shell in `home`, its Python a script that says what it was given and waits for its end.
-    stand_in(
-        "gcloud", 'command="${@: -2:1}"', f'export HOME={home}; cd; exec bash -c "${{command#--command=}}"'
-    )
+    stand_in("gcloud", 'command="${@: -2:1}"', f'export HOME={home}; cd; exec bash -c "${{command#--command=}}"')
     monkeypatch.setenv("SAID", str(tmp_path / "said"))
     python.write_text(
         "#!/usr/bin/env bash\ntrap 'kill $!; echo saved > $SAID; exit 75' TERM\n"
@@ -124,12 +120,8 @@ def test_tpu_pod_runs_and_stops_the_command_on_a_worker(stand_in, tmp_path, monk
     assert stopper.wait() == 0
 
 
-@pytest.mark.parametrize(
-    ("tasks", "code", "requeued"), [(1, 0, ""), (16, 0, ""), (16, 75, "requeue 7\n"), (1, 1, "")]
-)
-def test_slurm_runs_the_command_and_queues_it_again_when_it_was_stopped(
-    stand_in, tmp_path, tasks, code, requeued
-):
+@pytest.mark.parametrize(("tasks", "code", "requeued"), [(1, 0, ""), (16, 0, ""), (16, 75, "requeue 7\n"), (1, 1, "")])
+def test_slurm_runs_the_command_and_queues_it_again_when_it_was_stopped(stand_in, tmp_path, tasks, code, requeued):
     stand_in("srun", f'printf "%s\\n" "$@" > {tmp_path}/srun', f"exit {code}")
     stand_in("scontrol", f'echo "$@" > {tmp_path}/scontrol')
     (tmp_path / "scontrol").touch()

@@ -249,7 +249,5 @@ def test_print_shows_the_commands_and_makes_nothing(command, tmp_path):
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert f"-m launch.train --config={tmp_path}/recipe.py" in out
-    assert out.endswith(
-        "--config.train.num_steps=4 '--config.model.image_size=(8, 8)' --config.train.seed=3\n"
-    )
+    assert out.endswith("--config.train.num_steps=4 '--config.model.image_size=(8, 8)' --config.train.seed=3\n")
     assert not (tmp_path / "runs").exists()

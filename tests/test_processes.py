@@ -53,9 +53,7 @@ def finish(processes):
     assert set(codes) <= {0, 75}, "\n".join(err[-2000:] for _, err in results)
     # Gloo's threads write into each other's lines.
     gloo = re.compile(r"\[Gloo\]|connected to \d+ peer ranks")
-    return codes, [
-        [line for line in out.splitlines() if line and not gloo.search(line)] for out, _ in results
-    ]
+    return codes, [[line for line in out.splitlines() if line and not gloo.search(line)] for out, _ in results]
 
 
 def slurm():
@@ -178,9 +176,7 @@ def test_sigterm_to_one_process_stops_both_and_one_process_continues(whole, tmp_
 def test_when_one_process_dies_the_other_says_so_and_ends(tmp_path):
     workdir = tmp_path / "run"
     # No checkpoint: one under way would wait for the dead until JAX gives them up, after 100 s.
-    command = train_command(
-        workdir, "--config.train.num_steps=100000", "--config.train.checkpoint_every=100000"
-    )
+    command = train_command(workdir, "--config.train.num_steps=100000", "--config.train.checkpoint_every=100000")
     processes = start(2, lambda index: command, 1, slurm())
     try:
         while not (workdir / "metrics.jsonl").exists() or len(losses(workdir)) < 3:

@@ -86,9 +86,7 @@ def test_sigterm_in_a_preview_or_an_evaluation(whole, tmp_path, monkeypatch):
     source = Recipe.source
     images = np.zeros((40, 8, 8, 1), np.uint8)
     test = StopsWhenRead("stops", images, np.zeros(40, np.int32), 10)
-    monkeypatch.setattr(
-        Recipe, "source", lambda self, split: test if split == "test" else source(self, split)
-    )
+    monkeypatch.setattr(Recipe, "source", lambda self, split: test if split == "test" else source(self, split))
     with pytest.raises(Preempted, match="stop at step 5; its state is saved"):
         train(small_config(evaluate_every=5), tmp_path)
     assert StopsWhenRead.reads == 1  # of three batches
@@ -190,9 +188,7 @@ def test_a_full_disk_is_a_clear_error_and_earlier_checkpoints_stay(request, disk
 
     save(1)
     with full(folder):
-        with pytest.raises(
-            OSError, match=r"could not write a checkpoint in .*; earlier ones are whole. Free some"
-        ):
+        with pytest.raises(OSError, match=r"could not write a checkpoint in .*; earlier ones are whole. Free some"):
             save(2)
         with contextlib.suppress(OSError):
             checkpoints.close()

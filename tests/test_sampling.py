@@ -72,10 +72,7 @@ def test_targets_differ_and_unlabelled_images_are_not_guided_by_class():
     variables, latents = random_variables(TINY), images_of(TINY)
     weights = Guidance(1.0).weights(TINY.num_tokens)
     plain, *_ = decode(TINY, variables, latents, LABELS)
-    drawn = {
-        t: decode(TINY, variables, latents, LABELS, weights, 1.0, t)[0]
-        for t in ("both", "log_scale", "shift")
-    }
+    drawn = {t: decode(TINY, variables, latents, LABELS, weights, 1.0, t)[0] for t in ("both", "log_scale", "shift")}
     for images in drawn.values():
         np.testing.assert_allclose(images[1], plain[1], atol=2e-5)  # label -1
         assert float(jnp.abs(images[0] - plain[0]).max()) > 0.01

@@ -65,9 +65,7 @@ def test_optimizer_state_lies_where_its_parameters_lie():
     assert layout.opt_state[0].mu["block_0"]["layers"]["mlp_in"]["kernel"] == sharding
 
 
-@pytest.mark.parametrize(
-    ("sizes", "accumulation"), [((1, 1, 1), 4), ((8, 1, 1), 2), ((2, 2, 2), 4), ((1, 4, 2), 2)]
-)
+@pytest.mark.parametrize(("sizes", "accumulation"), [((1, 1, 1), 4), ((8, 1, 1), 2), ((2, 2, 2), 4), ((1, 4, 2), 2)])
 def test_accumulation_changes_no_loss(sizes, accumulation):
     mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
     losses, _ = runs.run_steps(runs.SMALL, mesh, 5, accumulation=accumulation)

@@ -32,9 +32,7 @@ def new_variables(config, seed=0):
 def _moved(variables, seed, scale):
     leaves, structure = jax.tree.flatten(variables)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    moved = [
-        leaf + scale * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)
-    ]
+    moved = [leaf + scale * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
     return jax.tree.unflatten(structure, moved)
 
 
@@ -52,9 +50,7 @@ def encode(config, variables, images, labels=None):
     return TarFlow(config).apply(variables, images, labels)
 
 
-decode = jax.jit(
-    sampling.decode, static_argnums=(0, 6, 7, 8), static_argnames=("target", "trajectory", "decoders")
-)
+decode = jax.jit(sampling.decode, static_argnums=(0, 6, 7, 8), static_argnames=("target", "trajectory", "decoders"))
 
 
 def images_of(config, batch_size=3, seed=7):

@@ -36,9 +36,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
             }
         )
         description = "The 1,797 handwritten digits of scikit-learn's load_digits."
-        return tfds.core.DatasetInfo(
-            builder=self, description=description, features=features, disable_shuffling=True
-        )
+        return tfds.core.DatasetInfo(builder=self, description=description, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         from sklearn.datasets import load_digits

@@ -49,7 +49,5 @@ def read_idx(path: Path, num_dimensions: int) -> np.ndarray:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: {wanted}, got a damaged one ({error}); copy the file again") from None
     if len(body) != math.prod(shape):
-        raise UserError(
-            f"{path}: the header promises {shape}, but {len(body)} bytes follow; copy the file again"
-        )
+        raise UserError(f"{path}: the header promises {shape}, but {len(body)} bytes follow; copy the file again")
     return np.frombuffer(body, np.uint8).reshape(shape)

@@ -80,9 +80,7 @@ def _walk(root: Path) -> Iterator[str]:
 def _classes(paths: Iterable[str], root: Path) -> tuple[str, ...]:
     names = {path.split("/")[0] if "/" in path else "" for path in paths}
     if "" in names and len(names) > 1:
-        raise UserError(
-            f"folder:{root}: images lie both beside and inside class folders; move the former into a class"
-        )
+        raise UserError(f"folder:{root}: images lie both beside and inside class folders; move the former into a class")
     return tuple(sorted(names - {""}))
 
 

@@ -131,9 +131,7 @@ def preprocess(image: Image.Image, preprocessing: str, image_size: tuple[int, in
 def check_preprocessing(preprocessing: str) -> None:
     """Raises ValueError unless the name is known."""
     if preprocessing not in PREPROCESSINGS:
-        raise UserError(
-            f"unknown preprocessing {preprocessing!r}; expected one of {', '.join(PREPROCESSINGS)}"
-        )
+        raise UserError(f"unknown preprocessing {preprocessing!r}; expected one of {', '.join(PREPROCESSINGS)}")
 
 
 def _resize_tarflow(image: Image.Image, height: int, width: int) -> Image.Image:

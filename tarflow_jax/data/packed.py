@@ -236,8 +236,7 @@ def open_packed(name: str, folder: Path, split: str, preprocessing: str = "none"
     manifest = read_manifest(folder)
     if preprocessing not in ("none", manifest["preprocessing"]):
         raise UserError(
-            f"{name}: packed with preprocessing {manifest['preprocessing']}, not {preprocessing}; "
-            "pack it again"
+            f"{name}: packed with preprocessing {manifest['preprocessing']}, not {preprocessing}; pack it again"
         )
     if split not in manifest["splits"]:
         raise UserError(f"{name}: has no {split} split")

@@ -41,9 +41,9 @@ def evaluate_bits_per_dim(
     """
     flow = TarFlow(dataclasses.replace(flow.config, dtype="float32"))
     draws = [
-        split_log_prob(
-            flow, variables, source, Noise("uniform"), draw_key, batch_size=batch_size, mesh=mesh
-        ).astype(np.float64)
+        split_log_prob(flow, variables, source, Noise("uniform"), draw_key, batch_size=batch_size, mesh=mesh).astype(
+            np.float64
+        )
         for draw_key in jax.random.split(key, num_samples)
     ]
     log_probs = np.logaddexp.reduce(draws, axis=0) - np.log(num_samples)

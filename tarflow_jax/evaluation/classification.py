@@ -81,16 +81,12 @@ def fit_images(images: np.ndarray, image_shape: tuple[int, int, int]) -> np.ndar
     height, width, channels = image_shape
     if images.shape[-1] > channels:
         raise UserError(f"the outliers have {images.shape[-1]} channels and the model {channels}")
-    resized = jax.image.resize(
-        images.astype(np.float32), (len(images), height, width, images.shape[-1]), "bilinear"
-    )
+    resized = jax.image.resize(images.astype(np.float32), (len(images), height, width, images.shape[-1]), "bilinear")
     rounded = np.clip(np.round(np.asarray(resized)), 0, 255).astype(np.uint8)
     return np.repeat(rounded, channels // images.shape[-1], axis=-1)
 
 
-def outlier_scores(
-    inside: np.ndarray, outside: np.ndarray, num_dims: int, bins: int = 50
-) -> dict[str, object]:
+def outlier_scores(inside: np.ndarray, outside: np.ndarray, num_dims: int, bins: int = 50) -> dict[str, object]:
     """How well log p tells images of the model's data set from those of another.
 
     Flows are known to find simpler data sets more likely than their own (Nalisnick et al. 2019), so an AUROC

@@ -24,9 +24,7 @@ from tarflow_jax.evaluation.features import FeatureExtractor, FeatureNetwork, Fe
 from tarflow_jax.evaluation.sample_files import file_stem
 from tarflow_jax.files import replacing, sha256
 
-RECIPE = (
-    "3 strided convolutions of 32, 64, 128; AdamW 2e-3, cosine, batch 256, 6 epochs, at least 1,000 steps"
-)
+RECIPE = "3 strided convolutions of 32, 64, 128; AdamW 2e-3, cosine, batch 256, 6 epochs, at least 1,000 steps"
 BATCH_SIZE = 256
 MIN_STEPS = 1000
 PREPROCESSING = "none: 8-bit images of the data set's own size, v / 127.5 - 1"
@@ -102,9 +100,7 @@ def classifier_network(train: ImageSource, test: ImageSource, cache_dir: str | P
 def accuracy(params: Any, source: ImageSource) -> float:
     """Fraction of the images of `source` that a `Classifier` gets right."""
     model = Classifier(source.num_classes)
-    network = FeatureNetwork(
-        "classifier", "", "", params, lambda p, images: model.apply({"params": p}, images)
-    )
+    network = FeatureNetwork("classifier", "", "", params, lambda p, images: model.apply({"params": p}, images))
     images, labels = source.read(np.arange(len(source)))
     return float((FeatureExtractor(network)(images).logits.argmax(-1) == labels).mean())
 

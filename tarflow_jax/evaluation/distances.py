@@ -51,9 +51,7 @@ def check_metrics(metrics: list[str], network: str) -> None:
         if metric not in METRICS:
             raise UserError(f"unknown metric {metric!r}; expected one of {', '.join(METRICS)}")
         if metric not in NAMES[network]:
-            raise UserError(
-                f"{metric} is defined by Inception's features alone; name their file, --inception=FILE"
-            )
+            raise UserError(f"{metric} is defined by Inception's features alone; name their file, --inception=FILE")
 
 
 def data_set_reference(
@@ -107,9 +105,7 @@ def file_reference(extractor: FeatureExtractor, path: str | Path, metrics: list[
     return Reference(reference.pooled, reference.spatial, features, protocol)
 
 
-def sample_metrics(
-    metrics: list[str], network: str, features: Features, reference: Reference
-) -> dict[str, Any]:
+def sample_metrics(metrics: list[str], network: str, features: Features, reference: Reference) -> dict[str, Any]:
     """{name as it should be printed: figure} for the asked metrics of generated images' features.
 
     Scores over splits or subsets come with their standard deviation, as "… (std)". Raises ValueError for
@@ -128,14 +124,10 @@ def sample_metrics(
         elif metric == "inception_score":
             results[name], results[f"{name} (std)"] = inception_score(features.logits)
         elif metric == "kid":
-            results[name], results[f"{name} (std)"] = kernel_distance(
-                features.pooled, _real_features(reference)
-            )
+            results[name], results[f"{name} (std)"] = kernel_distance(features.pooled, _real_features(reference))
         else:
             both = precision_recall(features.pooled, _real_features(reference))
-            results |= {
-                name.format(kind): value for kind, value in zip(("precision", "recall"), both, strict=True)
-            }
+            results |= {name.format(kind): value for kind, value in zip(("precision", "recall"), both, strict=True)}
     return results
 
 

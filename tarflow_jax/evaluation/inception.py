@@ -220,9 +220,7 @@ def inception_network(path: str | Path) -> FeatureNetwork:
     if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, shapes):
         raise UserError(f"{path} does not hold FID's InceptionV3: its layers or their shapes differ")
     published = sha256.startswith(PUBLISHED_HASH_PREFIX)
-    note = (
-        "the published pt_inception-2015-12-05" if published else "NOT the published weights: no FID compares"
-    )
+    note = "the published pt_inception-2015-12-05" if published else "NOT the published weights: no FID compares"
 
     def apply(params: Any, images: Array) -> Features:
         return model.apply({"params": params}, jnp.broadcast_to(images, (*images.shape[:-1], 3)))

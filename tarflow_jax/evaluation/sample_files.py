@@ -120,9 +120,7 @@ def read_reference(path: epath.PathLike) -> Reference:
         raise UserError(f"{path} holds no reference statistics: expected arrays mu and sigma")
     try:
         pooled = _statistics(arrays["mu"], arrays["sigma"])
-        spatial = (
-            _statistics(arrays["mu_s"], arrays["sigma_s"]) if {"mu_s", "sigma_s"} <= arrays.keys() else None
-        )
+        spatial = _statistics(arrays["mu_s"], arrays["sigma_s"]) if {"mu_s", "sigma_s"} <= arrays.keys() else None
         protocol = json.loads(str(arrays["protocol"])) if "protocol" in arrays else {}
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error

@@ -43,9 +43,7 @@ def kernel_distance(
     any number of samples. Raises ValueError when a set is smaller than a subset.
     """
     if min(len(first), len(second)) < subset_size:
-        raise UserError(
-            f"kernel distance takes subsets of {subset_size} images, got {len(first)} and {len(second)}"
-        )
+        raise UserError(f"kernel distance takes subsets of {subset_size} images, got {len(first)} and {len(second)}")
     random = np.random.RandomState(SEED)
     distances = []
     for _ in range(subsets):
@@ -82,12 +80,9 @@ def precision_recall(generated: np.ndarray, real: np.ndarray, neighbours: int = 
 
 def _fraction_inside(points: np.ndarray, centres: np.ndarray, neighbours: int) -> float:
     radii = [
-        np.partition(squares, neighbours, axis=1)[:, neighbours]
-        for squares in _squared_distances(centres, centres)
+        np.partition(squares, neighbours, axis=1)[:, neighbours] for squares in _squared_distances(centres, centres)
     ]
-    radius = np.concatenate(
-        radii
-    )  # the nearest "neighbour" of a point is itself, so index k is the k-th other
+    radius = np.concatenate(radii)  # the nearest "neighbour" of a point is itself, so index k is the k-th other
     inside = [(squares <= radius).any(1) for squares in _squared_distances(points, centres)]
     return float(np.concatenate(inside).mean())
 

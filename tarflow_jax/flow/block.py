@@ -43,14 +43,10 @@ class FlowBlock(nn.Module):
         self.project_in = dense(config.width, kernel_init=kernel_init)
         self.position_embedding = self.param("position_embedding", _position_init, config)
         if config.num_classes:
-            self.class_embedding = self.param(
-                "class_embedding", _embedding_init, (config.num_classes, config.width)
-            )
+            self.class_embedding = self.param("class_embedding", _embedding_init, (config.num_classes, config.width))
         self.project_out = dense(outputs, kernel_init=nn.initializers.zeros)  # a new flow is the identity
         self.layers: Any = (
-            [TransformerLayer(config) for _ in range(depth)]
-            if self.unrolled
-            else _scanned_layers(config, depth)
+            [TransformerLayer(config) for _ in range(depth)] if self.unrolled else _scanned_layers(config, depth)
         )
 
     def __call__(self, tokens: jax.Array, labels: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:

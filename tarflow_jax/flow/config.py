@@ -85,13 +85,9 @@ class TarFlowConfig:
                 "choose a patch that divides both sides"
             )
         if self.width % self.head_dim:
-            raise UserError(
-                f"width {self.width} is not a multiple of head_dim {self.head_dim}; choose a width that is"
-            )
+            raise UserError(f"width {self.width} is not a multiple of head_dim {self.head_dim}; choose a width that is")
         if len(self.depths) != self.num_blocks:
-            raise UserError(
-                f"layers_per_block lists {len(self.depths)} blocks, but num_blocks is {self.num_blocks}"
-            )
+            raise UserError(f"layers_per_block lists {len(self.depths)} blocks, but num_blocks is {self.num_blocks}")
         choices = {
             "dtype": DTYPES,
             "remat": REMAT_POLICIES,

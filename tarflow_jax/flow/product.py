@@ -10,9 +10,7 @@ PRODUCT = "dense_product"
 _Dimensions = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
 
 
-def dense_product(
-    x: jax.Array, kernel: jax.Array, dimensions: _Dimensions, precision: Any = None
-) -> jax.Array:
+def dense_product(x: jax.Array, kernel: jax.Array, dimensions: _Dimensions, precision: Any = None) -> jax.Array:
     """`jax.lax.dot_general` of activations [..., *K] and a kernel [*K, *M], as Flax's dense layers call it.
 
     The kernel's gradient xᵀg has a choice: of x and the cotangent g, the one that comes first is transposed in
@@ -48,9 +46,7 @@ def _backward(
     if x.size <= g.size:
         return x_grad, jax.lax.dot_general(x, g, contract_rows, precision)
     # The barrier: XLA would fold the transposition into a product for which its fast library has no kernel.
-    kernel_grad = jax.lax.optimization_barrier(
-        jax.lax.dot_general(g, x, contract_rows, precision)
-    )  # [*M, *K]
+    kernel_grad = jax.lax.optimization_barrier(jax.lax.dot_general(g, x, contract_rows, precision))  # [*M, *K]
     order = (*range(num_features, kernel.ndim), *range(num_features))
     return x_grad, kernel_grad.transpose(order)
 

@@ -112,9 +112,7 @@ class TransformerLayer(nn.Module):
     def _norm(self, name: str) -> nn.Module:
         return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32, name=name)
 
-    def _dense(
-        self, features: int | tuple[int, ...], name: str, axis: int | tuple[int, ...] = -1
-    ) -> nn.Module:
+    def _dense(self, features: int | tuple[int, ...], name: str, axis: int | tuple[int, ...] = -1) -> nn.Module:
         return nn.DenseGeneral(
             features,
             axis,

@@ -24,9 +24,7 @@ def load_inception_weights(path: str | Path) -> tuple[dict[str, Any], str]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"Inception weights {path} not found: name the local file pt_inception-2015-12-05.pth"
-        )
+        raise FileNotFoundError(f"Inception weights {path} not found: name the local file pt_inception-2015-12-05.pth")
     state = _read_state(path)
     params: dict[str, Any] = {"fc": {"kernel": np.float32(_take(state, "fc.weight", path)).T}}
     for name in [key.removesuffix(".conv.weight") for key in state if key.endswith(".conv.weight")]:

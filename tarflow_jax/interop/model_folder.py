@@ -85,9 +85,7 @@ def save_model(
     if dtype not in CODES:
         raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(CODES)}")
     if (folder / CONFIG).exists() and "format" not in _read_json(folder / CONFIG):
-        raise UserError(
-            f"{folder / CONFIG} belongs to something else than a saved model; choose another folder"
-        )
+        raise UserError(f"{folder / CONFIG} belongs to something else than a saved model; choose another folder")
     tensors = flatten(variables) | flatten({"ema": ema_params} if ema_params else {})
     shapes = _shapes(config, ema_params is not None)
     check_tensors("the model", {name: array.shape for name, array in tensors.items()}, shapes)
@@ -159,9 +157,7 @@ def _dtypes(shapes: Mapping[str, Shape], dtype: str) -> dict[str, str]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no {path.name} in {path.parent}; expected a folder that save_pretrained wrote"
-        )
+        raise FileNotFoundError(f"no {path.name} in {path.parent}; expected a folder that save_pretrained wrote")
     if path.stat().st_size > _MAX_CONFIG_BYTES:
         raise UserError(f"{path} has {path.stat().st_size} bytes, too many for a config")
     try:
@@ -184,9 +180,7 @@ def _read_fields(path: Path) -> dict[str, Any]:
             " install the release that wrote it"
         )
     if fields.pop("sha256", None) != fingerprint(fields):
-        raise UserError(
-            f"{path} does not match its own checksum: it was damaged or edited; save the model again"
-        )
+        raise UserError(f"{path} does not match its own checksum: it was damaged or edited; save the model again")
     stored = fields.get("weights")
     types = {"dtype": str, "ema": bool, "bytes": int, "sha256": str}
     if (
@@ -195,9 +189,7 @@ def _read_fields(path: Path) -> dict[str, Any]:
         or {name: type(value) for name, value in stored.items()} != types
         or stored["dtype"] not in CODES
     ):
-        raise UserError(
-            f"{path} lacks fields of layout version {VERSION}, or has others; save the model again"
-        )
+        raise UserError(f"{path} lacks fields of layout version {VERSION}, or has others; save the model again")
     # Before anything is as long as the number of blocks that the file claims.
     blocks = fields["model"].get("num_blocks") if isinstance(fields["model"], dict) else None
     if not isinstance(blocks, int) or blocks > _MAX_BLOCKS:

@@ -53,9 +53,7 @@ def read_tensors(
         check_tensors(str(path), {name: tensor.get_shape() for name, tensor in found.items()}, shapes)
         for name, tensor in found.items():
             if tensor.get_dtype() != CODES[dtypes[name]]:
-                raise UserError(
-                    f"{path}: tensor {name} is {tensor.get_dtype()}; expected {CODES[dtypes[name]]}"
-                )
+                raise UserError(f"{path}: tensor {name} is {tensor.get_dtype()}; expected {CODES[dtypes[name]]}")
     for name in shapes:
         # Opened anew: the file is mapped into memory, and its pages count as ours until it is closed.
         with _opened(path) as file:

@@ -17,9 +17,7 @@ from tarflow_jax.interop.layout import Shape, check_tensors, flatten, unflatten,
 from tarflow_jax.interop.torch_layout import constants, from_torch, to_torch, torch_names, torch_shapes
 
 HEAD_DIM = 64  # fixed in the reference, so no tensor tells it
-_DIRECTORY = (
-    0x10  # the bit of an entry's attributes by which PyTorch's reader takes it for one, and reads nothing
-)
+_DIRECTORY = 0x10  # the bit of an entry's attributes by which PyTorch's reader takes it for one, and reads nothing
 INSTALL_TORCH = "PyTorch checkpoints need PyTorch; install it with `pip install torch`"
 
 
@@ -105,9 +103,7 @@ def _read_state_dict(path: Path) -> dict[str, Any]:
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
     for name, tensor in state.items():
         if tensor.dtype not in dtypes or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise UserError(
-                f"{path}: tensor {name} is {tensor.dtype}, {tensor.layout}; expected dense float32"
-            )
+            raise UserError(f"{path}: tensor {name} is {tensor.dtype}, {tensor.layout}; expected dense float32")
     # A view may repeat its numbers without end; a state dict's tensors each own theirs.
     if sum(tensor.nelement() * tensor.element_size() for tensor in state.values()) > path.stat().st_size:
         raise UserError(f"{path}: the tensors claim more bytes than the file has")
@@ -129,9 +125,7 @@ def _check_archive(path: Path) -> None:
             if damaged := archive.testzip():
                 raise UserError(f"entry {damaged} fails its checksum")
     except Exception as error:
-        raise UserError(
-            f"{path} is not an intact PyTorch checkpoint (zip format): {one_line(error)}"
-        ) from error
+        raise UserError(f"{path} is not an intact PyTorch checkpoint (zip format): {one_line(error)}") from error
 
 
 def _config_of(
@@ -146,18 +140,14 @@ def _config_of(
     def shape_of(name: str, rank: int) -> Shape:
         shape = shapes.get(f"blocks.0.{name}", ())
         if len(shape) != rank or not all(shape):
-            raise UserError(
-                f"{path} is no TarFlow: blocks.0.{name} has shape {list(shape)}; expected rank {rank}"
-            )
+            raise UserError(f"{path} is no TarFlow: blocks.0.{name} has shape {list(shape)}; expected rank {rank}")
         return shape
 
     width, token_dim = shape_of("proj_in.weight", 2)
     num_tokens = shape_of("pos_embed", 2)[0]
     outputs = shape_of("proj_out.weight", 2)[0]
     if outputs not in (token_dim, 2 * token_dim):
-        raise UserError(
-            f"{path}: proj_out has {outputs} outputs; expected {token_dim} (VP) or {2 * token_dim} (NVP)"
-        )
+        raise UserError(f"{path}: proj_out has {outputs} outputs; expected {token_dim} (VP) or {2 * token_dim} (NVP)")
     config = TarFlowConfig(
         image_size=image_size,  # type: ignore[arg-type]  # an int becomes a pair
         image_channels=image_channels,
@@ -187,9 +177,7 @@ def _check_constants(path: Path, config: TarFlowConfig, state: dict[str, Any]) -
     for name, array in constants(config).items():
         if not np.array_equal(state.pop(name).float().numpy(), array):
             expected = "the causal mask" if name.endswith("attn_mask") else "all ones in an NVP model"
-            raise UserError(
-                f"{path}: buffer {name} is not {expected}, so this is no TarFlow of the reference"
-            )
+            raise UserError(f"{path}: buffer {name} is not {expected}, so this is no TarFlow of the reference")
 
 
 def _count(names: Mapping[str, Any], pattern: str) -> int:

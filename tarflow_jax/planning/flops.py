@@ -39,9 +39,7 @@ def _flops(equation: Any) -> float:
         return max(program_flops(branch) for branch in params["branches"])
     inner = sum(program_flops(jaxpr) for jaxpr in _inner(params))
     if name == "while" and inner:
-        raise ValueError(
-            "a program's loop of unknown length holds matrix products; its FLOPs cannot be counted"
-        )
+        raise ValueError("a program's loop of unknown length holds matrix products; its FLOPs cannot be counted")
     if name == "scan":
         return inner * params["length"]
     if name == "shard_map":  # the shapes inside are one device's

@@ -121,11 +121,6 @@ def _trips(program: Program, loop: Instruction) -> int:
     condition = program[loop.attribute("condition")]
     root = next(instruction for instruction in condition.values() if instruction.root)
     bound = condition.get(root.operands[-1])
-    if (
-        root.opcode == "compare"
-        and "direction=LT" in root.attributes
-        and bound
-        and bound.opcode == "constant"
-    ):
+    if root.opcode == "compare" and "direction=LT" in root.attributes and bound and bound.opcode == "constant":
         return int(bound.operands[0])
     raise ValueError(f"the length of loop {loop.name} cannot be read from its condition {root}")

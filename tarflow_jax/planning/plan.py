@@ -103,9 +103,7 @@ class Plan:
             "bytes moved": f"{self.traffic.memory_bytes / 1e9:,.2f} GB a step",
         }
         for kind, collective in sorted(self.traffic.collectives.items()):
-            network = (
-                f", {collective.network_bytes / 1e6:,.1f} to other slices" if self.topology.slices > 1 else ""
-            )
+            network = f", {collective.network_bytes / 1e6:,.1f} to other slices" if self.topology.slices > 1 else ""
             rows[kind] = f"{collective.count:,} a step, {collective.bytes / 1e6:,.1f} MB sent{network}"
         rows["compiled in"] = f"{self.compile_seconds:.0f} s of processor time"
         return _lines(rows | self._times(mfu))

@@ -69,15 +69,11 @@ def traffic(text: str, num_devices: int, slices: int = 1) -> Traffic:
     return Traffic(memory, dict(collectives))
 
 
-def _add_send(
-    collectives: dict[str, Collective], send: Instruction, size: float, times: int, slices: int
-) -> None:
+def _add_send(collectives: dict[str, Collective], send: Instruction, size: float, times: int, slices: int) -> None:
     """Between slices XLA has its runtime do the collective, and the text shows a send that names it."""
     named = re.search(r'megascale_transfer_type="(\w+)"', send.attributes)
     if named is None:
-        raise ValueError(
-            f"send {send.name} does not name its collective; expected those between TPU slices only"
-        )
+        raise ValueError(f"send {send.name} does not name its collective; expected those between TPU slices only")
     kind = _NETWORK_KINDS.get(named[1], named[1].lower().replace("_", "-"))
     collectives[kind].count += times
     collectives[kind].network_bytes += times * _sent(kind, size, slices)

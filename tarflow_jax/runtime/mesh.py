@@ -15,9 +15,7 @@ AXES = ("data", "fsdp", "tensor")
 CPU_ROWS = 8  # a CPU device's least share of a batch
 
 
-def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over all devices; at most one size may be -1, meaning whatever is left.
 
     TPU slices, joined by the slow network between hosts, share `data` alone.
@@ -36,19 +34,13 @@ def make_mesh(
         )
     for axis in free:
         sizes[axis] = len(devices) // given
-    slices = (
-        len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
-    )
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
     if sizes["data"] % slices:
-        raise UserError(
-            f"mesh data={sizes['data']} does not divide by the {slices} slices; choose a multiple"
-        )
+        raise UserError(f"mesh data={sizes['data']} does not divide by the {slices} slices; choose a multiple")
     inside = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
     # An axis of 8 on a torus of 4 x 4 x 4 takes half of a physical axis.
     if slices > 1:
-        grid = mesh_utils.create_hybrid_device_mesh(
-            inside, (slices, 1, 1), devices, allow_split_physical_axes=True
-        )
+        grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
     else:
         grid = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
     # linen's modules are written for automatic propagation, which is not make_mesh's default.

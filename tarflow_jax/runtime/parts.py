@@ -40,9 +40,7 @@ class Parts:
 
     def place(self, variables: Any) -> Any:
         """Variables on the devices."""
-        return jax.device_put(
-            variables, self._rows if self._mesh is None else shardings(self._mesh, variables)
-        )
+        return jax.device_put(variables, self._rows if self._mesh is None else shardings(self._mesh, variables))
 
     def _in_force(self) -> contextlib.AbstractContextManager[Any]:
         """Makes the mesh known to attention kernels that XLA cannot partition."""

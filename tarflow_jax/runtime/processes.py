@@ -58,9 +58,7 @@ def start_processes(
 
 def _check(address: str | None, count: int | None, index: int | None) -> None:
     if address is None or count is None or index is None:
-        raise UserError(
-            "coordinator_address, num_processes and process_id go together; give all three or none"
-        )
+        raise UserError("coordinator_address, num_processes and process_id go together; give all three or none")
     if not re.fullmatch(r"\S+:\d+", address):
         raise UserError(f"coordinator_address is {address!r}; expected HOST:PORT of process 0")
     if not 0 <= index < count:

@@ -44,9 +44,7 @@ class Guidance:
         if self.schedule not in SCHEDULES:
             raise UserError(f"guidance schedule is {self.schedule!r}; expected one of {', '.join(SCHEDULES)}")
         if not 0 < self.attention_temperature < math.inf:
-            raise UserError(
-                f"attention temperature is {self.attention_temperature}; expected a positive number"
-            )
+            raise UserError(f"attention temperature is {self.attention_temperature}; expected a positive number")
 
     def weights(self, num_tokens: int) -> jax.Array:
         """w_i of the step that makes token i + 1, float32 [T]; the last has no use."""
@@ -98,9 +96,7 @@ class GuidedBlock:
             x = jnp.concatenate([x, x])
             if labels is not None:
                 labels = jnp.concatenate([labels, jnp.full_like(labels, -1)])
-            temperature = jnp.repeat(
-                jnp.stack([jnp.ones_like(self.temperature), self.temperature]), batch_size
-            )
+            temperature = jnp.repeat(jnp.stack([jnp.ones_like(self.temperature), self.temperature]), batch_size)
         following, caches = self.block.apply(
             {"params": self.params}, x, labels, temperature, caches, start, method="following_affine"
         )

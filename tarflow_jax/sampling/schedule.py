@@ -44,9 +44,7 @@ class Schedule:
         fields = {
             "version": VERSION,
             "decoders": {
-                str(size): [
-                    {"kind": kinds[type(decoder)], **dataclasses.asdict(decoder)} for decoder in decoders
-                ]
+                str(size): [{"kind": kinds[type(decoder)], **dataclasses.asdict(decoder)} for decoder in decoders]
                 for size, decoders in self.decoders.items()
             },
         }

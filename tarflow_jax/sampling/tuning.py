@@ -120,9 +120,7 @@ def _candidates(num_tokens: int, tolerance: float, init: str) -> Iterator[Decode
             yield GaussSeidelJacobi(-(-(num_tokens - 1) // length), tolerance, init=init)
 
 
-def _timed(
-    decoder: Decoder, block: GuidedBlock, z: jax.Array, give_up: float = math.inf
-) -> tuple[Any, float]:
+def _timed(decoder: Decoder, block: GuidedBlock, z: jax.Array, give_up: float = math.inf) -> tuple[Any, float]:
     def invert(params: Any, z: jax.Array) -> Any:
         return decoder.invert(dataclasses.replace(block, params=params), z)
 

@@ -63,14 +63,10 @@ class Checkpoints:
           OSError: this checkpoint, or the one before it, could not be written (disk full).
         """
         self.wait()
-        items = ocp.args.Composite(
-            **{STATE: ocp.args.StandardSave(state), CONFIG: ocp.args.JsonSave(dict(config))}
-        )
+        items = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), CONFIG: ocp.args.JsonSave(dict(config))})
         with self._plain_errors():
             # Forced: Orbax otherwise does nothing, in silence, about a step before its latest.
-            self._manager.save(
-                step, args=items, metrics={} if test_loss is None else {LOSS: test_loss}, force=True
-            )
+            self._manager.save(step, args=items, metrics={} if test_loss is None else {LOSS: test_loss}, force=True)
         self._sealing = self._sealer.submit(self._seal_when_complete, step)
 
     def wait(self) -> None:
@@ -142,9 +138,7 @@ class Checkpoints:
         """The config in the newest whole checkpoint; None if there is none."""
         for step in self._steps():
             if self._problem(step) is None:
-                return self._manager.restore(
-                    step, args=ocp.args.Composite(**{CONFIG: ocp.args.JsonRestore()})
-                )[CONFIG]
+                return self._manager.restore(step, args=ocp.args.Composite(**{CONFIG: ocp.args.JsonRestore()}))[CONFIG]
         return None
 
     def close(self) -> None:
@@ -213,9 +207,7 @@ class Checkpoints:
         except ValueError:
             return f"{self._seal_of(step)} is damaged"
         found = checksums(self._folder / str(step))
-        wrong = sorted(
-            name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
-        )
+        wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
         return f"{wrong[0]} is missing or damaged" if wrong else None
 
 

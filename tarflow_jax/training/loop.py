@@ -29,9 +29,7 @@ class NonFiniteError(ArithmeticError):
     """A metric of a step is not a finite number; the run has stopped, its last checkpoint stays."""
 
 
-def train(
-    config: ml_collections.ConfigDict, workdir: epath.PathLike, preview: Preview | None = None
-) -> TrainState:
+def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, preview: Preview | None = None) -> TrainState:
     """Trains until `config.train.num_steps`, from the workdir's last checkpoint on.
 
     Args:
@@ -170,9 +168,7 @@ class _Run:
                 self.metrics.flush()
         if stop:
             self.checkpoints.wait()
-            raise Preempted(
-                f"asked to stop at step {step}; its state is saved, run the same command to continue"
-            )
+            raise Preempted(f"asked to stop at step {step}; its state is saved, run the same command to continue")
 
     def _evaluate(self, step: int, metrics: Metrics) -> float:
         self._check(step, metrics)

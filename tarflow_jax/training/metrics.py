@@ -29,9 +29,7 @@ class MetricsWriter:
         self._file = None
         if not is_remote(self._path):
             self._file = Path(self._path).open("a", buffering=1)  # noqa: SIM115 (for as long as this is)
-        self._tensorboard = SummaryWriter(
-            os.fspath(epath.Path(workdir) / "tensorboard"), purge_step=start_step + 1
-        )
+        self._tensorboard = SummaryWriter(os.fspath(epath.Path(workdir) / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Writes scalars, and vectors such as the blocks' norms as lists."""

@@ -59,9 +59,7 @@ class Recipe:
         if not 0 <= train.drop_label <= 1:
             raise UserError(f"train.drop_label is {train.drop_label}; expected a probability")
         if not 0 <= self.config.optimizer.ema_decay < 1:
-            raise UserError(
-                f"optimizer.ema_decay is {self.config.optimizer.ema_decay}; expected 0 (none) to < 1"
-            )
+            raise UserError(f"optimizer.ema_decay is {self.config.optimizer.ema_decay}; expected 0 (none) to < 1")
         # Both check themselves.
         _ = self.model, self.noise
 
@@ -87,9 +85,7 @@ class Recipe:
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW with decay on every parameter, as the reference has it; clipping where `clip_norm` is not 0."""
         fields = self.config.optimizer
-        adamw = optax.adamw(
-            self.schedule(), b1=fields.beta1, b2=fields.beta2, weight_decay=fields.weight_decay
-        )
+        adamw = optax.adamw(self.schedule(), b1=fields.beta1, b2=fields.beta2, weight_decay=fields.weight_decay)
         if not fields.clip_norm:
             return adamw
         return optax.chain(optax.clip_by_global_norm(fields.clip_norm), adamw)
@@ -132,8 +128,7 @@ class Recipe:
             )
         if model.num_classes and source.num_classes > model.num_classes:
             raise UserError(
-                f"{source.name} has {source.num_classes} classes, the model {model.num_classes}; "
-                "set model.num_classes"
+                f"{source.name} has {source.num_classes} classes, the model {model.num_classes}; set model.num_classes"
             )
         return source
 

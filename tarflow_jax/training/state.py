@@ -36,9 +36,7 @@ class TrainState(flax.struct.PyTreeNode):
         return {**self.variables, "params": self.ema_params}
 
 
-def initial_state(
-    flow: TarFlow, optimizer: optax.GradientTransformation, key: jax.Array, *, ema: bool
-) -> TrainState:
+def initial_state(flow: TarFlow, optimizer: optax.GradientTransformation, key: jax.Array, *, ema: bool) -> TrainState:
     """A new run's state, from the key alone."""
     # Parameters do not depend on the attention kernel, and the one image cannot be cut over a mesh as splash wants.
     flow = TarFlow(dataclasses.replace(flow.config, attention="plain"))
@@ -54,9 +52,7 @@ def initial_state(
     )
 
 
-def abstract_state(
-    flow: TarFlow, optimizer: optax.GradientTransformation, mesh: Mesh, *, ema: bool
-) -> TrainState:
+def abstract_state(flow: TarFlow, optimizer: optax.GradientTransformation, mesh: Mesh, *, ema: bool) -> TrainState:
     """The shapes, dtypes and shardings (`jax.ShapeDtypeStruct`) of `sharded_state`'s state, with no array made."""
     shapes = jax.eval_shape(lambda: initial_state(flow, optimizer, jax.random.key(0), ema=ema))
     return jax.tree.map(

@@ -61,9 +61,7 @@ def make_train_step(
     the row in the global batch, so that it does not depend on the devices.
     """
 
-    def step(
-        state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array
-    ) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array) -> tuple[TrainState, Metrics]:
         noise_key, drop_key = jax.random.split(jax.random.fold_in(key, state.step))
         noisy = noise(noise_key, images)
         labels = jnp.where(jax.random.bernoulli(drop_key, drop_label, labels.shape), -1, labels)

@@ -54,13 +54,9 @@ def read_workdir(workdir: epath.PathLike, mesh: Mesh | None = None, *, best: boo
     found = checkpoints.restore(shapes, best=best)
     checkpoints.close()
     if found is None:
-        raise FileNotFoundError(
-            f"{workdir} holds no checkpoint yet; train until train.checkpoint_every first"
-        )
+        raise FileNotFoundError(f"{workdir} holds no checkpoint yet; train until train.checkpoint_every first")
     step, state = found
-    return TrainedRun(
-        recipe.model, recipe.noise, state.variables, state.ema_params, _card(recipe, workdir, step)
-    )
+    return TrainedRun(recipe.model, recipe.noise, state.variables, state.ema_params, _card(recipe, workdir, step))
 
 
 def write_results(workdir: epath.PathLike, results: dict[str, float]) -> None:
