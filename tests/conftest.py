@@ -4,12 +4,24 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
-# Before JAX is imported for the first time: it reads both only once.
+# Before JAX is imported for the first time: it reads them only once. Programs run for milliseconds and are compiled for
+# seconds, so it does not pay to optimise them; XLA_FLAGS=--xla_backend_optimization_level=3 has all tests do so.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        "--xla_backend_optimization_level=0",
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+    ]
+)
+# What one test compiled, neither another one nor a command that it starts compiles again.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="tarflow_jax_compiled_")
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jax
 import numpy as np
@@ -21,6 +33,10 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 DATA = Path(__file__).parent / "data"
+
+
+def pytest_unconfigure():
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,8 +98,9 @@ def test_modes_become_rgb():
     sixteen = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     np.testing.assert_array_equal(decode_image(encode(sixteen)), grey_pixels)
     np.testing.assert_array_equal(decode_image(encode(base, "webp", lossless=True)), pixels)
-    cmyk = np.asarray(decode_image(encode(base.convert("CMYK"), "jpeg", quality=100))).astype(int)
-    assert np.abs(cmyk - pixels).mean() < 8
+    cmyk = encode(base.convert("CMYK"), "jpeg", quality=100)
+    with Image.open(io.BytesIO(cmyk)) as opened:
+        np.testing.assert_array_equal(decode_image(cmyk), opened.convert("RGB"))
 
 
 def test_transparency_lies_over_white():
@@ -153,6 +154,7 @@ def test_bad_content_is_refused(name):
         decode_image(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif"])
 def test_damaged_content_raises_value_error_or_decodes_whole(tmp_path, damage, kind):
     path = tmp_path / "image"

@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from commands import environment
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -56,6 +57,7 @@ def test_digits_are_scikit_learns(data_dir):
     assert list(data_dir.glob("tfds/digits/*/*.array_record*"))
 
 
+@pytest.mark.slow
 def test_digits_prepare_without_tensorflow_in_processes_that_start_together(tmp_path):
     code = (
         "import sys; from tarflow_jax import data; "
@@ -64,7 +66,7 @@ def test_digits_prepare_without_tensorflow_in_processes_that_start_together(tmp_
     processes = [
         subprocess.Popen(
             [sys.executable, "-W", "error", "-c", code],
-            env={"TARFLOW_DATA_DIR": str(tmp_path), "PATH": "", "JAX_PLATFORMS": "cpu"},
+            env=environment(TARFLOW_DATA_DIR=str(tmp_path), PATH=""),
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -95,6 +97,7 @@ def test_fashion_mnist_reads_idx_files(fashion):
     assert len(data.open_source(f"fashion_mnist:{fashion}", "train")) == 5
 
 
+@pytest.mark.slow
 def test_damaged_idx_files_are_refused(fashion, damage):
     images = fashion / "t10k-images-idx3-ubyte.gz"
     for broken in damage(images, 60):
@@ -146,6 +149,7 @@ def test_npz_files(tmp_path, keys):
     np.testing.assert_array_equal(sources[1].labels, np.array(chosen) % 4)
 
 
+@pytest.mark.slow
 def test_bad_npz_files_are_refused(tmp_path, damage):
     path = tmp_path / "set.npz"
     for arrays in (

@@ -26,9 +26,39 @@ def test_log_probs_and_accuracy_of_known_gaussians():
     result = bayes_classification(log_probs, labels)
     expected = 1 - 4 / 3 * scipy.stats.norm.sf(1)  # the outer classes err on one side only
     assert result["accuracy"] == pytest.approx(expected, abs=0.02)
+    nearest = np.rint(np.asarray(images, np.float64).ravel()).clip(0, 2)
+    assert result["accuracy"] == (nearest == labels).mean()
     # The posterior is the true one: it needs no temperature and is calibrated.
     assert result["temperature"] == pytest.approx(1, abs=0.1)
+    assert_posterior(result, log_probs, labels)
     assert result["calibration_error"] < 0.03
+
+
+def assert_posterior(result, log_probs, labels):
+    """The fit on even images and the figures on odd ones, by plain loops over bins and temperatures."""
+
+    def loss(logits, labels):
+        return -np.log(np.exp(logits[range(len(labels)), labels]) / np.exp(logits).sum(1)).mean()
+
+    def error(logits, labels):
+        posterior = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        confidence, right = posterior.max(1), posterior.argmax(1) == labels
+        total = 0.0
+        for low in range(15):
+            inside = (confidence >= low / 15) & ((confidence < (low + 1) / 15) | (low == 14))
+            if inside.any():
+                total += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+        return total
+
+    log_probs = log_probs - log_probs.max(1, keepdims=True)
+    temperature = result["temperature"]
+    slightly_off = (loss(log_probs[::2] / (temperature * f), labels[::2]) for f in (0.999, 1.001))
+    assert loss(log_probs[::2] / temperature, labels[::2]) < min(slightly_off)
+    odd = log_probs[1::2]
+    for prefix, logits in (("", odd / temperature), ("raw_", odd)):
+        loss_found, error_found = (result[prefix + name] for name in ("negative_log_likelihood", "calibration_error"))
+        assert loss_found == pytest.approx(loss(logits, labels[1::2]), rel=1e-9)
+        assert error_found == pytest.approx(error(logits, labels[1::2]), rel=1e-9)
 
 
 def test_temperature_undoes_overconfidence():
@@ -37,9 +67,8 @@ def test_temperature_undoes_overconfidence():
     labels = np.array([random.choice(4, p=row) for row in np.exp(logits) / np.exp(logits).sum(1, keepdims=True)])
     result = bayes_classification(50 * logits, labels)
     assert result["temperature"] == pytest.approx(50, rel=0.05)
-    assert result["raw_calibration_error"] > 0.3
-    assert result["calibration_error"] < 0.02
-    assert result["negative_log_likelihood"] < result["raw_negative_log_likelihood"]
+    assert_posterior(result, 50 * logits, labels)
+    assert result["calibration_error"] < 0.02 < 0.3 < result["raw_calibration_error"]
 
 
 def test_calibration_error_by_hand():

@@ -1,20 +1,26 @@
 """launch.evaluate on an untrained model, in processes of their own."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.linalg
+import scipy.stats
 
+from tarflow_jax import data
+from tarflow_jax.evaluation import scores
+from tarflow_jax.evaluation.classifier import classifier_network
+from tarflow_jax.evaluation.features import FeatureExtractor
 from tarflow_jax.evaluation.sample_files import read_samples
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.noise import Noise
 from tarflow_jax.pipeline import TarFlowPipeline
+
+pytestmark = pytest.mark.slow
 
 COMMAND = Path(__file__).with_name("quick_evaluate.py")
 
@@ -29,18 +35,37 @@ def model(tmp_path_factory) -> Path:
     return folder
 
 
-def evaluate(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {
-        "TARFLOW_DATA_DIR": str(folder / "data"),
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+def evaluate(folder: Path, *arguments: str) -> tuple[int, str, str]:
+    devices = "--xla_force_host_platform_device_count=2"
+    return commands.run(COMMAND, *arguments, cwd=folder, TARFLOW_DATA_DIR=str(folder / "data"), XLA_FLAGS=devices)
+
+
+def log_prob(noisy: jax.Array) -> np.ndarray:
+    """Of an untrained model: it is the identity, whatever the label."""
+    return scipy.stats.norm.logpdf(np.asarray(noisy, np.float64)).sum((1, 2, 3))
+
+
+def sample_metrics(images: np.ndarray, folder: Path) -> dict[str, float]:
+    """Of samples against the training images, by the features of the classifier that the command left."""
+    train, test = (data.open_source("digits", split, data_dir=folder) for split in ("train", "test"))
+    extractor = FeatureExtractor(classifier_network(train, test, folder / "evaluation"))
+    generated, real = (
+        np.asarray(extractor(x).pooled, np.float64) for x in (images, train.read(np.arange(len(train)))[0])
+    )
+    shift = generated.mean(0) - real.mean(0)
+    covariances = [np.cov(features, rowvar=False) for features in (generated, real)]
+    roots = scipy.linalg.eigvals(covariances[0] @ covariances[1]).real.clip(0)
+    distance = shift @ shift + sum(map(np.trace, covariances)) - 2 * np.sqrt(roots).sum()
+    precision, recall = scores.precision_recall(generated, real)
+    return {
+        "Fréchet distance (classifier features)": distance,
+        "precision (classifier features)": precision,
+        "recall (classifier features)": recall,
     }
-    command = [sys.executable, str(COMMAND), *arguments]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_tables_and_file_state_the_protocol(model, tmp_path):
-    finished = evaluate(
+    code, out, err = evaluate(
         tmp_path,
         f"--model={model}",
         "--data=digits",
@@ -51,7 +76,7 @@ def test_tables_and_file_state_the_protocol(model, tmp_path):
         "--denoise=false,true",
         "--save_samples=samples.npz",
     )
-    assert finished.returncode == 0, finished.stderr
+    assert code == 0, err
     (path,) = (tmp_path / "evaluation").glob("*.json")
     content = json.loads(path.read_text(encoding="utf-8"))
     assert {
@@ -64,25 +89,33 @@ def test_tables_and_file_state_the_protocol(model, tmp_path):
         "num_samples",
     } <= content["protocol"].keys()
     results = content["results"]
-    assert "nats/dim of noisy data" in results["bits_per_dim"]
-    assert results["outliers"]["auroc"] == pytest.approx(0.5, abs=0.1)
-    assert 0 <= results["classification"]["accuracy"] <= 1
+    test = data.open_source("digits", "test", data_dir=tmp_path / "data")
+    images, labels = test.read(np.arange(len(test)))
+    key, noise = jax.random.key(0), Noise("gaussian", 0.1)
+    noisy = jnp.stack([noise(jax.random.fold_in(key, i), jnp.asarray(x)) for i, x in enumerate(images)])
+    nats = -log_prob(noisy) / 64
+    assert results["bits_per_dim"]["nats/dim of noisy data"] == pytest.approx(nats.mean(), rel=1e-6)
+    assert results["bits_per_dim"]["standard error"] == pytest.approx(scipy.stats.sem(nats), rel=1e-4)
+    assert results["classification"]["accuracy"] == (labels == 0).mean()  # of equals the first is taken
+    inside, outside = (log_prob(noise(key, jnp.asarray(images))) for key in jax.random.split(key))
+    auroc = (inside[:, None] > outside).mean()
+    assert results["outliers"]["auroc"] == pytest.approx(auroc, abs=1e-4)  # float32 has ties
     settings = [(row["guidance"], row["denoised"], row["not finite"]) for row in results["samples"]]
     assert settings == [(0, False, 0), (0, True, 0)]
-    for row in results["samples"]:
-        assert np.isfinite(row["Fréchet distance (classifier features)"])
-        assert row["Fréchet distance (classifier features)"] > 0
-    assert "| guidance | denoised |" in finished.stdout
-    assert "test accuracy" in finished.stdout
+    assert "| guidance | denoised |" in out
+    assert "test accuracy" in out
     images, labels = read_samples(tmp_path / "samples.npz")
     assert images.shape == (200, 8, 8, 3)
     np.testing.assert_array_equal(labels[:12], [*range(10), 0, 1])
+    # These are of the last setting.
+    expected = sample_metrics(images[..., :1], tmp_path / "data")
+    assert {name: results["samples"][1][name] for name in expected} == pytest.approx(expected, rel=1e-3)
 
 
 def test_bits_per_dim_of_a_gaussian_model_is_refused_in_one_line(model, tmp_path):
-    finished = evaluate(tmp_path, f"--model={model}", "--data=digits", "--metrics=bits_per_dim")
-    assert finished.returncode == 1
-    (line,) = [line for line in finished.stderr.splitlines() if line.startswith("error:")]
+    code, _, err = evaluate(tmp_path, f"--model={model}", "--data=digits", "--metrics=bits_per_dim")
+    assert code == 1
+    (line,) = [line for line in err.splitlines() if line.startswith("error:")]
     assert "--allow_noisy for nats/dim" in line
-    assert "Traceback" not in finished.stderr
+    assert "Traceback" not in err
     assert not (tmp_path / "evaluation").exists()

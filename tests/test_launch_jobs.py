@@ -100,6 +100,7 @@ def counts(folder):
     return [len((folder / name / "starts").read_text().splitlines()) for name in "abcdef"]
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_and_started_again_no_run_starts_twice(start, tmp_path):
     jobs = ("a", "b", "c:wait", "d:wait", "e", "f")
     first = start(*jobs)
@@ -120,6 +121,7 @@ def test_killed_in_the_middle_and_started_again_no_run_starts_twice(start, tmp_p
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.slow
 def test_stopped_its_children_save_and_none_is_left(start, tmp_path, number):
     process = start("a", "b:wait", "c:wait", "d")
     until(lambda: all(started(tmp_path / name) for name in "bc"))
@@ -130,6 +132,7 @@ def test_stopped_its_children_save_and_none_is_left(start, tmp_path, number):
     assert all((tmp_path / name / "saved").exists() and not locked(tmp_path / name) for name in "bc")
 
 
+@pytest.mark.slow
 def test_stopped_while_it_waits_for_what_a_killed_one_left(start, tmp_path):
     first = start("a:wait", "b:wait")
     until(lambda: all(started(tmp_path / name) for name in "ab"))
@@ -145,6 +148,7 @@ def test_stopped_while_it_waits_for_what_a_killed_one_left(start, tmp_path):
     assert all((tmp_path / name / "saved").exists() and not locked(tmp_path / name) for name in "ab")
 
 
+@pytest.mark.slow
 def test_a_second_signal_kills(start, tmp_path):
     process = start("a:wait stubborn")
     until(lambda: started(tmp_path / "a"))
@@ -155,6 +159,7 @@ def test_a_second_signal_kills(start, tmp_path):
     assert out.endswith(f"[{-signal.SIGKILL}] True\n")
 
 
+@pytest.mark.slow
 def test_a_failure_is_told_and_the_others_go_on(start, tmp_path):
     out, _ = start("a:fail", "b", "c").communicate(timeout=60)
     assert "a: failed: 3\n" in out

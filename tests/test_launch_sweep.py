@@ -3,13 +3,10 @@
 import csv
 import importlib
 import json
-import os
 import random
-import subprocess
-import sys
 import time
-from pathlib import Path
 
+import commands
 import pytest
 from PIL import Image
 
@@ -26,7 +23,6 @@ from launch.sweep_report import (
     write_table,
 )  # fmt: skip
 
-ROOT = Path(__file__).parent.parent
 LOSS = "test loss (nats/dim, less ½ log 2π)"
 
 
@@ -44,7 +40,11 @@ def test_points():
     points = sampled(20, fields, seed=1)
     assert points[:3] == sampled(3, fields, seed=1)
     assert points != sampled(20, fields, seed=2)
-    assert all(1e-4 <= point["a"] <= 1e-2 and len(f"{point['a']:g}") <= 8 for point in points)
+    generator = random.Random(1)
+    for point in points:
+        exact = 1e-4 * 100 ** generator.random()  # uniform between the logarithms
+        assert f"{point['a']:g}" == f"{exact:.3g}"
+        assert point["b"] == generator.random()
 
 
 @pytest.mark.parametrize(
@@ -203,25 +203,11 @@ def get_config():
 @pytest.fixture
 def command(tmp_path):
     """A function: flags -> a launch.sweep of tmp_path/recipe.py. SIGTERM ends what a failed test leaves."""
-    # The runs share their compiled programs.
-    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"), "XLA_FLAGS": ""}
-    cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    module = [
-        sys.executable,
-        "-m",
-        "launch.sweep",
-        f"--config={tmp_path}/recipe.py",
-        f"--workdir={tmp_path}/runs",
-    ]
+    module = ["-m", "launch.sweep", f"--config={tmp_path}/recipe.py", f"--workdir={tmp_path}/runs"]
     started = []
 
     def command(*arguments):
-        started.append(
-            subprocess.Popen(
-                [*module, *arguments], cwd=ROOT, env=os.environ | cache, text=True,
-                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            )
-        )  # fmt: skip
+        started.append(commands.start(*module, *arguments))
         return started[-1]
 
     yield command
@@ -230,6 +216,7 @@ def command(tmp_path):
         process.communicate()
 
 
+@pytest.mark.slow
 def test_six_runs_killed_in_the_middle_and_started_again(command, tmp_path):
     recipe_file(tmp_path, "grid({'train.seed': range(6)})", TINY)
     runs = tmp_path / "runs"
@@ -255,6 +242,7 @@ def test_six_runs_killed_in_the_middle_and_started_again(command, tmp_path):
     assert (runs / "sweep.png").is_file()
 
 
+@pytest.mark.slow
 def test_print_shows_the_commands_and_makes_nothing(command, tmp_path):
     recipe_file(tmp_path, "grid({'model.image_size': [(8, 8)], 'train.seed': [3]})", TINY)
     process = command("--executor=print", "--config.train.num_steps=4")

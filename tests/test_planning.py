@@ -3,11 +3,8 @@
 import dataclasses
 import functools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
+import commands
 import jax
 import jax.numpy as jnp
 import pytest
@@ -28,8 +25,6 @@ from tarflow_jax.planning.flops import forward_flops, program_flops
 from tarflow_jax.planning.traffic import Collective, Traffic, traffic
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.training import Recipe
-
-ROOT = Path(__file__).parent.parent
 
 # A loop of 3 rounds: a 4 x 8 slice of a 3 x 4 x 8 buffer is read by a fusion, all-reduced over pairs and kept on chip.
 PROGRAM = """\
@@ -200,6 +195,7 @@ def test_chips_are_known_by_the_longest_name():
         open_topology("cpu:9")
 
 
+@pytest.mark.slow
 def test_the_command_exits_with_2_and_names_a_change(tmp_path):
     # The activations of 4,096 images take more than this memory, those of a half or a quarter of them less.
     program = (
@@ -213,12 +209,9 @@ def test_the_command_exits_with_2_and_names_a_change(tmp_path):
         "--config.model.num_blocks=1",
     ]
     written = tmp_path / "plans.jsonl"
-    done = subprocess.run(
-        [sys.executable, "-c", program, *flags, "--topology=cpu:1", f"--json={written}"], cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": ""}, text=True, capture_output=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert "the smallest change that fits: --config.train.accumulation=" in done.stdout
+    code, out, err = commands.run("-c", program, *flags, "--topology=cpu:1", f"--json={written}")
+    assert code == 2, err
+    assert "the smallest change that fits: --config.train.accumulation=" in out
     assert not json.loads(written.read_text())["fits"]
 
 

@@ -1,16 +1,13 @@
 """Two real processes that talk through gloo, as SLURM and GKE start them."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
+import commands
 import jax
 import numpy as np
 import pytest
@@ -24,7 +21,8 @@ from tarflow_jax.runtime import make_mesh
 from tarflow_jax.training import Recipe, train
 from tarflow_jax.training.workdir import read_workdir
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
+
 FLAGS = {"num_steps": 8, "checkpoint_every": 4, "evaluate_every": 0, "sample_every": 0, "log_every": 1}
 
 
@@ -37,19 +35,11 @@ def free_port():
 def start(count, arguments, devices, variables):
     """Processes of `devices` CPU devices each; `variables(index)` are added to their environment."""
     own = {
-        "JAX_PLATFORMS": "cpu",
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
         # Programs run for seconds: it does not pay to optimise them.
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-        "PYTHONPATH": str(ROOT),
     }
-    return [
-        subprocess.Popen(
-            [sys.executable, *map(str, arguments(index))], cwd=ROOT, env=os.environ | own | variables(index),
-            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        )
-        for index in range(count)
-    ]  # fmt: skip
+    return [commands.start(*arguments(index), **own, **variables(index)) for index in range(count)]
 
 
 def finish(processes):

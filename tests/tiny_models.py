@@ -17,20 +17,28 @@ VP = dataclasses.replace(TINY, volume_preserving=True, num_classes=0, image_chan
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def new_variables(config, seed=0):
-    """Variables as training begins with."""
+def _initialised(config, seed):
     variables = TarFlow(config).init(jax.random.key(seed), jnp.zeros((1, *config.image_shape)))
     return {name: variables[name] for name in ("params", "prior") if name in variables}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def random_variables(config, seed=0, scale=0.1):
-    """Variables of a flow that is far from the identity."""
-    variables = new_variables(config, seed)
+def new_variables(config, seed=0):
+    """Variables as training begins with."""
+    # They do not depend on how the flow computes, so one program serves all ways.
+    return _initialised(dataclasses.replace(config, dtype="float32", remat="none", attention="plain"), seed)
+
+
+@jax.jit
+def _moved(variables, seed, scale):
     leaves, structure = jax.tree.flatten(variables)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
     moved = [leaf + scale * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    variables = jax.tree.unflatten(structure, moved)
+    return jax.tree.unflatten(structure, moved)
+
+
+def random_variables(config, seed=0, scale=0.1):
+    """Variables of a flow that is far from the identity."""
+    variables = _moved(new_variables(config, seed), seed, scale)
     if config.volume_preserving:
         variables["prior"] = jax.tree.map(jnp.exp, variables["prior"])
     return variables

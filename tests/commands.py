@@ -1,0 +1,32 @@
+"""How tests start programs: as where only requirements.txt is installed.
+
+They share what they compile (see conftest.py).
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def environment(**variables):
+    """This process's environment, without its XLA flags: programs are optimised, on as many devices as they ask for."""
+    path = os.pathsep.join([str(Path(__file__).with_name("without_torch")), str(ROOT)])
+    return os.environ | {"PYTHONPATH": path, "XLA_FLAGS": ""} | variables
+
+
+def start(*arguments, cwd=ROOT, **variables):
+    """`python ARGUMENTS` under way, its output in pipes; `variables` are added to its environment."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)], cwd=cwd, env=environment(**variables), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def run(*arguments, **options):
+    """(exit code, stdout, stderr) of `python ARGUMENTS`."""
+    process = start(*arguments, **options)
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
