@@ -56,8 +56,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             logging.getLogger(chatty).setLevel(logging.WARNING)
         logging.getLogger("tarflow_jax").setLevel(logging.INFO)
         stop_at_sigterm()
-        if COMPILATION_CACHE.value != "none":
-            use_compilation_cache(Path(COMPILATION_CACHE.value or default_data_dir() / "compiled"))
+        _keep_compiled_programs(COMPILATION_CACHE.value)
         try:
             if argv[1:]:
                 raise UserError(f"unexpected argument {argv[1]!r}; see --help for the flags")
@@ -76,6 +75,12 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             _leave_the_others(error)
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def _keep_compiled_programs(folder: str | None) -> None:
+    given = jax.config.jax_compilation_cache_dir  # by JAX_COMPILATION_CACHE_DIR
+    if folder != "none" and (folder or not given):
+        use_compilation_cache(Path(folder or default_data_dir() / "compiled"))
 
 
 def _leave_the_others(error: jax.errors.JaxRuntimeError) -> NoReturn:
