@@ -58,7 +58,9 @@ class TrainState(flax.struct.PyTreeNode):
 
 def initial_state(config: TrainConfig, key: jax.Array) -> TrainState:
     """The state before the first step."""
-    variables = TarFlow(config.model).init(key, jnp.zeros((1, *config.model.image_shape)))
+    # Parameters do not depend on the attention kernel, and splash cannot shard the one image over a mesh.
+    flow = TarFlow(dataclasses.replace(config.model, attention="plain"))
+    variables = flow.init(key, jnp.zeros((1, *config.model.image_shape)))
     variables = {name: variables[name] for name in ("params", "prior") if name in variables}
     params = variables["params"]
     return TrainState(
