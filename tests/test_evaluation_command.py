@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import scipy.stats
+from PIL import Image
 
 from tarflow_jax import data
 from tarflow_jax.evaluation import scores
@@ -119,3 +120,32 @@ def test_bits_per_dim_of_a_gaussian_model_is_refused_in_one_line(model, tmp_path
     assert "--allow_noisy for nats/dim" in line
     assert "Traceback" not in err
     assert not (tmp_path / "evaluation").exists()
+
+
+def test_a_run_is_evaluated_on_its_data_as_it_was_trained_on_them(tmp_path):
+    random = np.random.default_rng(0)
+    for name in ("cats", "dogs"):
+        for kind in ("inside", "outside"):
+            (tmp_path / kind / name).mkdir(parents=True)
+            for i in range(20):
+                pixels = random.integers(0, 256, (8, 8, 3), np.uint8)
+                Image.fromarray(pixels).save(tmp_path / kind / name / f"{i}.png")
+    (tmp_path / "inside" / "cats" / "damaged.png").write_bytes(b"no image")
+    fields = {
+        "data.source": f"folder:{tmp_path / 'inside'}", "data.data_dir": tmp_path / "data", "data.skip_bad": True,
+        "model.image_channels": 3, "model.num_classes": 2, "train.num_steps": 1, "train.sample_every": 0,
+    }  # fmt: skip
+    overrides = [f"--config.{name}={value}" for name, value in fields.items()]
+    elsewhere, workdir = str(tmp_path / "elsewhere"), f"--workdir={tmp_path / 'run'}"
+    code, _, err = commands.run(
+        "-m", "launch.train", "--config=configs/digits.py:smoke", workdir, *overrides, TARFLOW_DATA_DIR=elsewhere
+    )
+    assert code == 0, err
+    checked = len(list((tmp_path / "data" / "checked").iterdir()))
+    outliers = f"--outliers=folder:{tmp_path / 'outside'}"
+    code, _, err = commands.run(
+        "-m", "launch.evaluate", workdir, "--metrics=outliers", outliers, TARFLOW_DATA_DIR=elsewhere
+    )
+    assert code == 0, err
+    assert len(list((tmp_path / "data" / "checked").iterdir())) == checked + 1
+    assert not (tmp_path / "elsewhere").exists()

@@ -18,6 +18,7 @@ from tiny_models import TINY, VP, random_variables
 
 from configs import common, digits
 from tarflow_jax import Noise, TarFlow
+from tarflow_jax.data import ArraySource
 from tarflow_jax.evaluation.split import loss_of
 from tarflow_jax.likelihood import training_loss
 from tarflow_jax.runtime import make_mesh, replicated, shardings
@@ -186,6 +187,26 @@ def test_schedule_and_workdir(tmp_path):
     assert Recipe.from_workdir(tmp_path).noise == Noise("gaussian", 0.1)
     with pytest.raises(FileNotFoundError, match="expected the workdir"):
         Recipe.from_workdir(tmp_path / "none")
+
+
+def test_a_run_goes_on_with_the_data_it_began_with(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
+    labels = np.array([0, 1, 2, 1, 0])
+    begun, same, moved, fewer = (
+        ArraySource(name, *arrays, num_classes=3)
+        for name, arrays in {
+            "npz:here": (images, labels),
+            "npz:there": (images.copy(), labels.copy()),
+            "npz:shifted": (images, (labels + 1) % 3),
+            "npz:fewer": (images[:4], labels[:4]),
+        }.items()
+    )
+    recipe = Recipe(digits.get_config())
+    recipe.write_to(tmp_path, begun.fingerprint)
+    recipe.write_to(tmp_path, same.fingerprint)
+    for changed in (moved, fewer):
+        with pytest.raises(ValueError, match=r"digits is not what .* was trained on: images, labels or their order"):
+            recipe.write_to(tmp_path, changed.fingerprint)
 
 
 @pytest.mark.parametrize(
