@@ -19,7 +19,7 @@ import numpy as np
 
 from tarflow_jax.data import open_source
 from tarflow_jax.evaluation.distances import METRICS, sample_metrics
-from tarflow_jax.evaluation.features import IMAGES_PER_DEVICE, FeatureExtractor
+from tarflow_jax.evaluation.features import FeatureExtractor
 from tarflow_jax.evaluation.inception import InceptionV3, inception_network
 from tarflow_jax.evaluation.sample_files import Reference, as_colour
 from tarflow_jax.evaluation.statistics import feature_statistics
@@ -81,7 +81,7 @@ _NETWORKS: dict = {}  # of one worker process
 
 def speed(path: str) -> None:
     """Prints images/s of both, in alternating rounds, each in its own process."""
-    images = np.random.default_rng(0).integers(0, 256, (IMAGES_PER_DEVICE, 64, 64, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (32, 64, 64, 3), dtype=np.uint8)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn) as ours, ProcessPoolExecutor(1, spawn) as theirs:
         times = [

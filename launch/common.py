@@ -56,8 +56,8 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             logging.getLogger(chatty).setLevel(logging.WARNING)
         logging.getLogger("tarflow_jax").setLevel(logging.INFO)
         stop_at_sigterm()
-        _keep_compiled_programs(COMPILATION_CACHE.value)
         try:
+            _keep_compiled_programs(flags.FLAGS.compilation_cache)
             if argv[1:]:
                 raise UserError(f"unexpected argument {argv[1]!r}; see --help for the flags")
             return main(argv) or 0

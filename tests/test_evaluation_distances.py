@@ -14,7 +14,7 @@ def pixels(variables, images):
     return Features(flat, flat[:, :2], flat[:, :3])
 
 
-PIXELS = FeatureNetwork("inception", "the pixels themselves", "none", {}, pixels)
+PIXELS = FeatureNetwork("inception", "the pixels themselves", "none", {}, pixels, bytes_per_image=1000)
 
 
 def random_images(number, seed=0):
@@ -41,9 +41,9 @@ def test_reference_is_computed_once_and_again_for_other_data(tmp_path, monkeypat
     np.testing.assert_array_equal(reference.features, flat[::10])
     assert reference.protocol["preprocessing"] == "none"
 
-    broken = FeatureExtractor(PIXELS)
-    monkeypatch.setattr(broken, "batches", lambda images: pytest.fail("computed again"))
-    again = distances.data_set_reference(broken, source, "train", "none", tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(FeatureExtractor, "__call__", lambda *_: pytest.fail("computed again"))
+        again = distances.data_set_reference(extractor, source, "train", "none", tmp_path)
     np.testing.assert_array_equal(again.pooled.covariance, reference.pooled.covariance)
     np.testing.assert_array_equal(again.features, reference.features)
 

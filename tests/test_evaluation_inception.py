@@ -28,11 +28,10 @@ def test_resize_equals_torch_fidelity(size):
     np.testing.assert_allclose(ours, theirs.numpy().transpose(0, 2, 3, 1), atol=1e-4)
 
 
-def test_features_equal_torch_fidelity(tmp_path, monkeypatch):
+def test_features_equal_torch_fidelity(tmp_path):
     import torch
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    monkeypatch.setattr(features, "IMAGES_PER_DEVICE", 1)
     path = tmp_path / "random.pth"
     write_random_inception_weights(path)
     reference = FeatureExtractorInceptionV3(

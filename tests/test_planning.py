@@ -131,7 +131,8 @@ def test_the_plan_of_a_training_step_on_eight_cpu_devices():
     recipe, topology = tiny_recipe(), open_topology("cpu:8")
     plan = plan_of(recipe, topology)
     model, batch = recipe.model, recipe.config.train.batch_size
-    parameters = jax.eval_shape(lambda: recipe.optimizer().init({"w": jnp.ones(())}))  # two moments, two counters
+    adamw = recipe.train_config.optimizer.transformation()
+    parameters = jax.eval_shape(lambda: adamw.init({"w": jnp.ones(())}))  # two moments, two counters
     assert len(jax.tree.leaves(parameters)) == 4
     assert plan.state_bytes["optimizer"] == 2 * plan.state_bytes["parameters"] + 3 * 4
     assert plan.state_bytes["batch"] == batch // 8 * (model.num_dims + 4)

@@ -113,6 +113,7 @@ def test_sigterm_ends_a_command_with_code_75_and_leaves_no_half_file(tmp_path, m
 
     for main, left in ((in_a_file, []), (in_a_chunk, ["chunk_00000.npz"])):
         monkeypatch.setattr(app, "run", lambda guarded, flags_parser: sys.exit(guarded(sys.argv)))
+        common.flags.FLAGS.mark_as_parsed()
         previous = signal.getsignal(signal.SIGTERM)
         try:
             with pytest.raises(SystemExit) as stop:

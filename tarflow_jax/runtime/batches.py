@@ -58,6 +58,8 @@ class BatchRunner:
 
     def place(self, variables: Any) -> Any:
         """Variables on the devices, sharded over the mesh."""
+        if self._many_processes:  # JAX moves no array from one process's devices to all processes'
+            variables = jax.device_get(variables)
         return jax.device_put(variables, self._sharding if self.mesh is None else shardings(self.mesh, variables))
 
     def run(
