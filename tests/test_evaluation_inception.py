@@ -28,6 +28,7 @@ def test_resize_equals_torch_fidelity(size):
     np.testing.assert_allclose(ours, theirs.numpy().transpose(0, 2, 3, 1), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_features_equal_torch_fidelity(tmp_path):
     import torch
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

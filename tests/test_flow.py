@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from tiny_models import LABELS, TINY, VP, decode, encode, images_of, new_variables, random_variables
 
 from tarflow_jax import TarFlow, TarFlowConfig
@@ -54,16 +55,30 @@ def test_a_new_flow_is_the_identity():
     np.testing.assert_array_equal(log_det, 0)
 
 
+def uniform(fan_in):
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as PyTorch has it."""
+    return scipy.stats.uniform(-(fan_in**-0.5), 2 * fan_in**-0.5)
+
+
 def test_initial_values():
     config = dataclasses.replace(TINY, width=128, head_dim=64, num_classes=50, layers_per_block=2)
     params = new_variables(config)["params"]["block_1"]
-    assert abs(float(params["class_embedding"].std()) - 0.01) < 5e-4
-    bound = 128**-0.5  # U(-1/sqrt(fan_in), 1/sqrt(fan_in))
-    for name in ("qkv", "attention_out", "mlp_in"):
-        kernel = params["layers"][name]["kernel"]
+    layers, shapes = (
+        params["layers"],
+        {"qkv": 3 * 128, "attention_out": 128, "mlp_in": 4 * 128, "mlp_out": 128},
+    )
+    normal = scipy.stats.norm(0, 0.01)
+    drawn = [(params[name], normal) for name in ("class_embedding", "position_embedding")]
+    drawn.append((params["project_in"]["kernel"], uniform(config.token_dim)))
+    for name, outputs in shapes.items():
+        kernel, fan_in = layers[name]["kernel"], 4 * 128 if name == "mlp_out" else 128
         assert kernel.shape[0] == 2
-        assert 0.99 * bound < float(jnp.abs(kernel).max()) <= bound
-    assert float(jnp.abs(params["project_out"]["kernel"]).max()) == 0
+        assert kernel.size == 2 * fan_in * outputs
+        drawn += [(layer, uniform(fan_in)) for layer in kernel]
+    for values, law in drawn:
+        # A right initialiser fails one such test in 10⁴ seeds, and the seed is fixed; one 3% too wide fails.
+        assert scipy.stats.kstest(np.asarray(values).ravel(), law.cdf).pvalue > 1e-4
+    assert not np.asarray(params["project_out"]["kernel"]).any()
 
 
 def test_position_embeddings_that_begin_as_waves_tell_rows_and_columns_apart():
@@ -73,14 +88,15 @@ def test_position_embeddings_that_begin_as_waves_tell_rows_and_columns_apart():
     by_row, by_column = np.split(table.reshape(rows, columns, 64), 2, axis=-1)
     np.testing.assert_array_equal(by_row, np.broadcast_to(by_row[:, :1], by_row.shape))
     np.testing.assert_array_equal(by_column, np.broadcast_to(by_column[:1], by_column.shape))
-    # The same step apart, the same inner product: where a patch is matters less than how far away another one is.
-    products = by_column[0] @ by_column[0].T
-    np.testing.assert_allclose(np.diag(products, 1), products[0, 1], rtol=1e-5)
-    assert products[0, 1] < products[0, 0]
+    # Half sines, half cosines, of wavelengths from 2 π to nearly 200 π patches.
+    for vectors in (by_row[:, 0], by_column[0]):
+        angles = np.arange(len(vectors))[:, None] / 100 ** (np.arange(16) / 16)
+        np.testing.assert_allclose(vectors, 0.5 * np.concatenate([np.sin(angles), np.cos(angles)], 1), atol=1e-6)
     with pytest.raises(ValueError, match="not a multiple of 4"):
         dataclasses.replace(config, width=66, head_dim=2)
 
 
+@pytest.mark.slow
 @CASES
 def test_round_trip_and_log_det_of_the_inverse(config):
     variables, images = random_variables(config), images_of(config)
@@ -196,6 +212,7 @@ def test_bfloat16_keeps_log_det_and_loss_in_float32():
     np.testing.assert_allclose(log_det, exact_log_det, atol=0.2)  # of 72 terms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_changes_no_gradient(remat):
     variables, images = random_variables(TINY), images_of(TINY)
@@ -210,7 +227,8 @@ def test_remat_dots_keeps_every_dense_product():
     def products(remat):
         config = dataclasses.replace(TINY, remat=remat)
         loss = lambda v: training_loss(TarFlow(config), v, images_of(config), LABELS)[0]  # noqa: E731
-        return str(jax.make_jaxpr(jax.grad(loss))(new_variables(config))).count(" dot_general[")
+        variables = jax.eval_shape(lambda: new_variables(config))
+        return str(jax.make_jaxpr(jax.grad(loss))(variables)).count(" dot_general[")
 
     # qkv, attention_out and mlp_in; nothing asks for mlp_out again. Attention's own two are computed again.
     assert products("full") - products("dots") == 3 * TINY.num_blocks
@@ -244,6 +262,7 @@ def test_config_survives_json_and_refuses_what_it_does_not_know():
         TarFlowConfig.from_dict({name: value for name, value in TINY.to_dict().items() if name != "width"})
 
 
+@pytest.mark.slow
 def test_splash_attention_is_attention_forwards_and_backwards():
     query, key, value = jax.random.normal(jax.random.key(0), (3, 8, 2, 128, 64))
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
@@ -268,6 +287,7 @@ def test_the_attention_kernel_is_chosen_in_one_place():
         dataclasses.replace(TINY, attention="flash")
 
 
+@pytest.mark.slow
 def test_the_dense_product_has_the_gradients_of_a_plain_product():
     x = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
     dimensions = (((2, 3), (0, 1)), ((), ()))

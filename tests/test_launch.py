@@ -15,8 +15,6 @@ from tarflow_jax import Guidance, TarFlowPipeline
 from tarflow_jax.figures import grid, to_uint8
 from tarflow_jax.training import train
 
-pytestmark = pytest.mark.slow
-
 FIGURES = ("samples_raw", "samples_denoised", "samples_guided", "trajectory")
 
 
@@ -44,6 +42,28 @@ def workdir(tmp_path_factory):
     return workdir
 
 
+MODULES = commands.ROOT.joinpath("launch").glob("*.py")
+COMMANDS = tuple(sorted(path.stem for path in MODULES if "__main__" in path.read_text()))
+
+
+def test_every_command_refuses_a_flag_it_does_not_know_in_one_line():
+    # Forked from a process that has imported most of what they need.
+    program = (
+        "import os, runpy, sys, warnings\n"
+        "from launch import common\n"
+        "warnings.filterwarnings('ignore', '.*fork')\n"
+        f"for name in {COMMANDS}:\n"
+        "    if os.fork() == 0:\n"
+        "        sys.argv = [name, '--surplus=1']\n"
+        "        runpy.run_module(f'launch.{name}', run_name='__main__')\n"
+        "    print(name, os.waitstatus_to_exitcode(os.wait()[1]))\n"
+    )
+    code, out, err = commands.run("-c", program)
+    assert (code, err) == (0, "error: Unknown command line flag 'surplus'\n" * len(COMMANDS))
+    assert out.splitlines() == [f"{name} 1" for name in COMMANDS]
+
+
+@pytest.mark.slow
 def test_train_leaves_the_losses_of_an_undisturbed_run_and_figures_that_differ(workdir, tmp_path):
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines]
@@ -59,6 +79,7 @@ def test_train_leaves_the_losses_of_an_undisturbed_run_and_figures_that_differ(w
     assert len(pictures) == len(FIGURES)
 
 
+@pytest.mark.slow
 def test_sample_writes_grid_images_and_animation(workdir, tmp_path):
     code, _, err = run(
         "launch.sample",
@@ -83,6 +104,7 @@ def test_sample_writes_grid_images_and_animation(workdir, tmp_path):
         np.testing.assert_array_equal(np.asarray(picture), grid(images)[..., 0])
 
 
+@pytest.mark.slow
 def test_tune_decoder_prints_its_choices_and_auto_uses_them(workdir, tmp_path):
     code, out, err = run("launch.tune_decoder", f"--workdir={workdir}", "--num_images=2")
     assert code == 0, err
@@ -102,6 +124,7 @@ def test_tune_decoder_prints_its_choices_and_auto_uses_them(workdir, tmp_path):
     assert (tmp_path / "samples.png").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -123,6 +146,7 @@ def test_bad_input_is_one_line_and_exit_code_1(workdir, arguments, message):
     assert (workdir / "config.json").read_bytes() == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -138,6 +162,7 @@ def test_processes_that_cannot_be_joined(tmp_path, arguments, message):
     assert message in err.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "flags", "shows_traceback"),
     [
