@@ -29,6 +29,7 @@ def run(config, variables, decoder, guidance=None, trajectory=False):
     return decode(config, variables, latents, labels, guidance, trajectory=trajectory, decoders=decoders)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "guidance"),
     [
@@ -108,6 +109,7 @@ def test_nan_weights_give_nan_images():
     assert np.isnan(found.images).any()
 
 
+@pytest.mark.slow
 def test_decoders_of_the_pipeline(tmp_path):
     variables = random_variables(LONGER, scale=0.05)
     latents = images_of(LONGER, 5)

@@ -30,6 +30,7 @@ from tarflow_jax.training.loop import NonFiniteError
 from tarflow_jax.training.workdir import read_workdir
 
 ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.slow
 
 
 def small_config(**fields):

@@ -126,6 +126,7 @@ def use(pipe, weight):
     return np.asarray(pipe.sample(jax.random.key(weight), 3, LABELS, guidance))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [None, 2])
 def test_a_second_pipeline_of_a_shape_compiles_nothing(compilations, devices):
     mesh = make_mesh(devices=jax.devices()[:devices]) if devices else None
@@ -140,6 +141,7 @@ def test_a_second_pipeline_of_a_shape_compiles_nothing(compilations, devices):
     assert np.abs(drawn - others).max() > 0.01
 
 
+@pytest.mark.slow
 def test_each_core_is_a_device_and_each_device_has_its_rows():
     program = "; ".join(
         [

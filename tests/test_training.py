@@ -61,6 +61,7 @@ def on_one_device():
     return runs.figures(make_mesh(devices=jax.devices()[:1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (1, 4, 2)], ids=["data", "fsdp", "fsdp and tensor"])
 def test_figures_do_not_depend_on_the_mesh(sizes):
     runs.assert_same(runs.figures(make_mesh(*sizes)), on_one_device())
@@ -75,6 +76,7 @@ def test_optimizer_state_lies_where_its_parameters_lie():
     assert layout.opt_state[0].mu["block_0"]["layers"]["mlp_in"]["kernel"] == sharding
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "accumulation"), [((1, 1, 1), 4), ((8, 1, 1), 2), ((2, 2, 2), 4), ((1, 4, 2), 2)])
 def test_accumulation_changes_no_loss(sizes, accumulation):
     mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
@@ -82,6 +84,7 @@ def test_accumulation_changes_no_loss(sizes, accumulation):
     np.testing.assert_allclose(losses, on_one_device()["losses"][:5], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_vp_prior_and_average_move():
     _, state = runs.run_steps(VP, make_mesh(devices=jax.devices()[:1]), 3, ema_decay=0.9)
     variance = state.variables["prior"]["variance"]
@@ -261,9 +264,10 @@ def test_no_key_serves_two_purposes():
     assert not taken & {tuple(init), tuple(steps)}
 
 
+@pytest.mark.slow
 def test_profile_of_some_steps(tmp_path):
     config = digits.get_config("smoke")
-    config.train.update({"num_steps": 6, "log_every": 1, "evaluate_every": 2, "profile_steps": (2, 3)})
+    config.train.update({"num_steps": 3, "profile_steps": (2, 2)})
     train(config, tmp_path)
     traces = list((tmp_path / "profile").rglob("*.xplane.pb"))
     assert len(traces) == 1

@@ -81,6 +81,7 @@ def tune(monkeypatch, pipe, seconds_of, max_error, guidance=None):
     return found, float(jnp.abs(decode_with(found.decoders) - decode_with(None)).max())
 
 
+@pytest.mark.slow
 def test_the_fastest_decoders_are_chosen_where_they_are_close(monkeypatch, pipe):
     def seconds_of(decoder):
         return 1.0 if isinstance(decoder, Jacobi) else 2.0
@@ -96,6 +97,7 @@ def test_the_fastest_decoders_are_chosen_where_they_are_close(monkeypatch, pipe)
     assert error <= found.error / 2
 
 
+@pytest.mark.slow
 def test_blocks_go_back_while_all_together_take_longer(monkeypatch, pipe):
     def seconds_of(decoders):
         if not isinstance(decoders, tuple):
