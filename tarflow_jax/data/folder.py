@@ -101,13 +101,7 @@ def _item(root: Path, chosen: Path, path: str, label_names: tuple[str, ...]) -> 
 
 
 def open_folder(
-    root: Path,
-    split: str,
-    data_dir: Path,
-    *,
-    image_size: tuple[int, int] | None,
-    preprocessing: str,
-    skip_bad: bool,
+    root: Path, split: str, data_dir: Path, *, image_size: tuple[int, int] | None, preprocessing: str, skip_bad: bool
 ) -> EncodedSource:
     """Opens one split of an image folder, once every file of it has been seen to decode.
 

@@ -77,12 +77,7 @@ def _naming_packages(argument: str) -> Iterator[None]:
 
 
 def open_tfds(
-    argument: str,
-    split: str,
-    data_dir: Path,
-    *,
-    image_size: tuple[int, int] | None,
-    preprocessing: str,
+    argument: str, split: str, data_dir: Path, *, image_size: tuple[int, int] | None, preprocessing: str
 ) -> EncodedSource:
     """Opens one split of a prepared set; its features `image` and, if it has one, `label` are used.
 

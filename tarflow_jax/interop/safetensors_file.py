@@ -27,11 +27,7 @@ def write_tensors(file: IO[bytes], tensors: Mapping[str, Any], dtypes: Mapping[s
     header, offset = {}, 0
     for name, array in tensors.items():
         end = offset + math.prod(array.shape) * jnp.dtype(dtypes[name]).itemsize
-        header[name] = {
-            "dtype": CODES[dtypes[name]],
-            "shape": list(array.shape),
-            "data_offsets": [offset, end],
-        }
+        header[name] = {"dtype": CODES[dtypes[name]], "shape": list(array.shape), "data_offsets": [offset, end]}
         offset = end
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # the format aligns the data to eight bytes
