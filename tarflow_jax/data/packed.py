@@ -1,8 +1,7 @@
 """Packed sets: preprocessed images as PNG in array_record shards, with a manifest.
 
-A record is the label (int32, little endian) followed by a PNG. The folder is complete once it has a
-manifest.json; until then each finished shard has a report beside it, and packing again takes up where it
-stopped.
+A record is the label (int32, little endian) followed by a PNG. The folder is complete once it has a manifest.json;
+until then each finished shard has a report beside it, and packing again takes up where it stopped.
 """
 
 from __future__ import annotations
@@ -61,12 +60,11 @@ def pack(
       progress: show a bar.
 
     Returns:
-      The manifest: preprocessing, sizes, label names, and for each split the images, the images of each
-      class, and the shards with their SHA-256.
+      The manifest: preprocessing, sizes, label names, and for each split the images, the images of each class, and the
+      shards with their SHA-256.
 
     Raises:
-      ValueError: files are bad (all are listed), or the folder holds another set, or a packed shard has
-      changed.
+      ValueError: files are bad (all are listed), or the folder holds another set, or a packed shard has changed.
     """
     check_preprocessing(preprocessing)
     num_images = sum(map(len, splits.values()))

@@ -188,8 +188,7 @@ def prepare_source(
     data_dir: str | os.PathLike[str] | None = None,
     skip_bad: bool = False,
 ) -> str:
-    """Prepares a data set once: downloads a TFDS set, packs a folder or the emoji. Arguments as
-    `open_source`.
+    """Prepares a data set once: downloads a TFDS set, packs a folder or the emoji. Arguments as `open_source`.
 
     Returns the name to open it by. Raises ValueError or FileNotFoundError as `open_source` does.
     """

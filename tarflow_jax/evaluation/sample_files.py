@@ -18,9 +18,7 @@ MAX_IMAGES_BYTES = 64 * 2**30
 
 
 def file_stem(*parts: str) -> str:
-    """A file name made of parts such as a data set's name, "folder:/data/cats": letters, digits, dots,
-    dashes.
-    """
+    """A file name made of parts such as a data set's name, "folder:/data/cats": letters, digits, dots, dashes."""
     return "-".join(re.sub(r"[^\w.]+", "_", part).strip("_") for part in parts)
 
 
@@ -31,8 +29,7 @@ def write_npz(path: epath.PathLike, **arrays: np.ndarray) -> None:
 
 
 def read_npz(path: epath.PathLike, names: tuple[str, ...], max_bytes: int) -> dict[str, np.ndarray]:
-    """The arrays of an npz that are among `names`; never unpickles, and never unpacks more than `max_bytes`
-    of one.
+    """The arrays of an npz that are among `names`; never unpickles, and never unpacks more than `max_bytes` of one.
 
     Raises FileNotFoundError, and ValueError for a file that is no npz of plain arrays.
     """
@@ -53,9 +50,7 @@ def read_npz(path: epath.PathLike, names: tuple[str, ...], max_bytes: int) -> di
 
 
 def write_samples(path: epath.PathLike, images: np.ndarray, labels: np.ndarray | None = None) -> None:
-    """ADM's sample file: `arr_0` uint8 [N, H, W, 3] (grey is repeated), and `arr_1` labels where there are
-    any.
-    """
+    """ADM's sample file: `arr_0` uint8 [N, H, W, 3] (grey is repeated), and `arr_1` labels where there are any."""
     arrays = {"arr_0": as_colour(images)}
     if labels is not None:
         arrays["arr_1"] = labels

@@ -1,8 +1,7 @@
-"""Scores of feature sets besides the Fréchet distance, each as torch-fidelity computes it; float64, on the
-host.
+"""Scores of feature sets besides the Fréchet distance, each as torch-fidelity computes it; float64, on the host.
 
-The random orders are NumPy's legacy generator with seed 2020, because torch-fidelity's are: the scores then
-agree to rounding, not only on average.
+The random orders are NumPy's legacy generator with seed 2020, because torch-fidelity's are: the scores then agree to
+rounding, not only on average.
 """
 
 from collections.abc import Iterator
@@ -16,11 +15,9 @@ SEED = 2020
 
 
 def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]:
-    """exp E KL(p(y|x) || p(y)) from logits [N, C] (without the bias); mean and standard deviation over the
-    splits.
+    """exp E KL(p(y|x) || p(y)) from logits [N, C] (without the bias); mean and standard deviation over the splits.
 
-    Salimans et al. 2016. The images are shuffled first: published scores of sorted samples differ in the
-    last digits.
+    Salimans et al. 2016. The images are shuffled first: published scores of sorted samples differ in the last digits.
     """
     order = np.random.RandomState(SEED).permutation(len(logits))
     log_posterior = scipy.special.log_softmax(np.asarray(logits, np.float64)[order], axis=1)
@@ -36,11 +33,10 @@ def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]
 def kernel_distance(
     first: np.ndarray, second: np.ndarray, subsets: int = 100, subset_size: int = 1000
 ) -> tuple[float, float]:
-    """Squared maximum mean discrepancy with kernel (x·y / D + 1)³: mean and standard deviation over random
-    subsets.
+    """Squared maximum mean discrepancy with kernel (x·y / D + 1)³: mean and standard deviation over random subsets.
 
-    Features are [N, D] and [M, D]. With Inception's pool_3 this is KID (Bińkowski et al. 2018), unbiased at
-    any number of samples. Raises ValueError when a set is smaller than a subset.
+    Features are [N, D] and [M, D]. With Inception's pool_3 this is KID (Bińkowski et al. 2018), unbiased at any number
+    of samples. Raises ValueError when a set is smaller than a subset.
     """
     if min(len(first), len(second)) < subset_size:
         raise UserError(f"kernel distance takes subsets of {subset_size} images, got {len(first)} and {len(second)}")

@@ -16,11 +16,10 @@ BATCH_NORM_EPSILON = 1e-3
 def load_inception_weights(path: str | Path) -> tuple[dict[str, Any], str]:
     """Read a PyTorch state dict of FID's InceptionV3; returns (parameters, SHA-256 of the file).
 
-    The parameters are a tree of float32 arrays named as in the file, for `evaluation.inception.InceptionV3`;
-    batch normalisation (epsilon 1e-3) is folded in float64. Nothing in the file is executed
-    (`weights_only`). A hash that does not start with `PUBLISHED_HASH_PREFIX` means other weights than those
-    behind published FIDs; whoever prints the distance says so. Raises FileNotFoundError, and ValueError for
-    a file of anything else.
+    The parameters are a tree of float32 arrays named as in the file, for `evaluation.inception.InceptionV3`; batch
+    normalisation (epsilon 1e-3) is folded in float64. Nothing in the file is executed (`weights_only`). A hash that
+    does not start with `PUBLISHED_HASH_PREFIX` means other weights than those behind published FIDs; whoever prints the
+    distance says so. Raises FileNotFoundError, and ValueError for a file of anything else.
     """
     path = Path(path)
     if not path.is_file():
