@@ -15,9 +15,8 @@ from etils import epath
 from tqdm import tqdm
 
 from tarflow_jax.errors import UserError
-from tarflow_jax.evaluation.sample_files import MAX_IMAGES_BYTES, read_npz, write_npz
 from tarflow_jax.figures import to_uint8
-from tarflow_jax.files import write_text
+from tarflow_jax.files import read_npz, write_npz, write_text
 
 NOT_FINITE = 128  # the grey that stands for a pixel which is no number
 
@@ -88,7 +87,7 @@ def read_chunks(folder: epath.PathLike, num_images: int, chunk_size: int, num_cl
     images, not_finite = [], []
     for index in range(-(-num_images // chunk_size)):
         path = _chunk_path(folder, index)
-        chunk = read_npz(path, ("images", "not_finite"), MAX_IMAGES_BYTES)
+        chunk = read_npz(path, ("images", "not_finite"))
         if {"images", "not_finite"} - chunk.keys() or len(chunk["images"]) != chunk_size:
             raise UserError(f"{path} is not a chunk of {chunk_size} samples; delete it and run again")
         images.append(chunk["images"])

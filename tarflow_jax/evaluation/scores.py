@@ -4,10 +4,10 @@ The random orders are NumPy's legacy generator with seed 2020, because torch-fid
 rounding, not only on average.
 """
 
-from collections.abc import Iterator
-
 import numpy as np
 import scipy.special
+from sklearn.metrics import pairwise_distances_chunked
+from sklearn.metrics.pairwise import polynomial_kernel
 
 from tarflow_jax.errors import UserError
 
@@ -45,13 +45,9 @@ def kernel_distance(
     for _ in range(subsets):
         x = first[random.choice(len(first), subset_size, replace=False)].astype(np.float64)
         y = second[random.choice(len(second), subset_size, replace=False)].astype(np.float64)
-        within = _mean_off_diagonal(_cubic_kernel(x, x)) + _mean_off_diagonal(_cubic_kernel(y, y))
-        distances.append(within - 2 * _cubic_kernel(x, y).mean())
+        within = _mean_off_diagonal(polynomial_kernel(x, x)) + _mean_off_diagonal(polynomial_kernel(y, y))
+        distances.append(within - 2 * polynomial_kernel(x, y).mean())
     return float(np.mean(distances)), float(np.std(distances))
-
-
-def _cubic_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return (x @ y.T / x.shape[1] + 1) ** 3
 
 
 def _mean_off_diagonal(kernel: np.ndarray) -> float:
@@ -75,17 +71,11 @@ def precision_recall(generated: np.ndarray, real: np.ndarray, neighbours: int = 
 
 
 def _fraction_inside(points: np.ndarray, centres: np.ndarray, neighbours: int) -> float:
-    radii = [
-        np.partition(squares, neighbours, axis=1)[:, neighbours] for squares in _squared_distances(centres, centres)
-    ]
-    radius = np.concatenate(radii)  # the nearest "neighbour" of a point is itself, so index k is the k-th other
-    inside = [(squares <= radius).any(1) for squares in _squared_distances(points, centres)]
-    return float(np.concatenate(inside).mean())
+    def radii(distances: np.ndarray, start: int) -> np.ndarray:
+        # The nearest "neighbour" of a point is itself, so index k is the k-th other.
+        return np.partition(distances, neighbours, axis=1)[:, neighbours]
 
-
-def _squared_distances(x: np.ndarray, y: np.ndarray, rows: int = 1000) -> Iterator[np.ndarray]:
-    """|x_i - y_j|², a block of rows at a time: at 50,000 images the whole matrix would take 20 GB."""
-    squares = np.square(y).sum(1)
-    for start in range(0, len(x), rows):
-        block = x[start : start + rows]
-        yield np.square(block).sum(1)[:, None] - 2 * (block @ y.T) + squares
+    # In chunks: at 50,000 images the whole matrix would take 20 GB.
+    radius = np.concatenate(list(pairwise_distances_chunked(centres, reduce_func=radii, metric="sqeuclidean")))
+    chunks = pairwise_distances_chunked(points, centres, metric="sqeuclidean")
+    return float(np.concatenate([(distances <= radius).any(1) for distances in chunks]).mean())
