@@ -109,10 +109,7 @@ def stop_at_sigterm() -> None:
 def define_checkpoint_flag() -> None:
     """--checkpoint, for the commands that open a workdir."""
     flags.DEFINE_enum(
-        "checkpoint",
-        "last",
-        ["last", "best"],
-        "Of a workdir; best is of the lowest test loss (train.evaluate_every).",
+        "checkpoint", "last", ["last", "best"], "Of a workdir; best is of the lowest test loss (train.evaluate_every)."
     )
 
 
@@ -179,12 +176,7 @@ def example_labels(num_classes: int, count: int) -> np.ndarray | None:
 
 
 def showcase(
-    pipe: TarFlowPipeline,
-    folder: epath.Path,
-    guidance: Guidance,
-    *,
-    denoise_multiplier: float,
-    num_images: int = 100,
+    pipe: TarFlowPipeline, folder: epath.Path, guidance: Guidance, *, denoise_multiplier: float, num_images: int = 100
 ) -> list[epath.Path]:
     """Draws the same latents raw, denoised, guided and denoised, and on their way; returns the PNGs' paths.
 

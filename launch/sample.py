@@ -28,10 +28,7 @@ TEMPERATURE = flags.DEFINE_float("attention_temperature", 1.0, "τ of the unguid
 DENOISE = flags.DEFINE_bool("denoise", None, "Denoise; if not given, where the training noise was Gaussian.")
 MULTIPLIER = flags.DEFINE_float("denoise_multiplier", 1.0, "s, the factor of the score.")
 DECODER = flags.DEFINE_enum(
-    "decoder",
-    "sequential",
-    list(common.DECODERS),
-    "How blocks are inverted; auto is what tune_decoder found.",
+    "decoder", "sequential", list(common.DECODERS), "How blocks are inverted; auto is what tune_decoder found."
 )
 common.define_checkpoint_flag()
 common.define_process_flags()

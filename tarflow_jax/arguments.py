@@ -42,11 +42,7 @@ def check_labels(config: TarFlowConfig, labels: Any, batch_size: int) -> jax.Arr
 
 
 def check_decoder(
-    config: TarFlowConfig,
-    schedule: Schedule | None,
-    decoder: DecoderChoice,
-    guidance: Guidance | None,
-    batch_size: int,
+    config: TarFlowConfig, schedule: Schedule | None, decoder: DecoderChoice, guidance: Guidance | None, batch_size: int
 ) -> tuple[Decoder, ...] | None:
     """One decoder a block, or None for sequential ones; ValueError for anything else.
 

@@ -14,13 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from tarflow_jax import interop, programs
-from tarflow_jax.arguments import (
-    DecoderChoice,
-    check_decoder,
-    check_guidance,
-    check_images,
-    check_labels,
-)
+from tarflow_jax.arguments import DecoderChoice, check_decoder, check_guidance, check_images, check_labels
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.bits_per_dim import image_bits_per_dim
 from tarflow_jax.flow import TarFlowConfig
@@ -120,14 +114,7 @@ class TarFlowPipeline:
         if best:
             raise UserError(f"{name} is no training workdir; only these have a best checkpoint")
         saved = interop.load_model(name)
-        return cls(
-            saved.config,
-            saved.variables,
-            saved.noise,
-            ema_params=saved.ema_params,
-            schedule=name,
-            **options,
-        )
+        return cls(saved.config, saved.variables, saved.noise, ema_params=saved.ema_params, schedule=name, **options)
 
     @classmethod
     def from_torch(

@@ -12,6 +12,8 @@ import zlib
 from pathlib import Path
 
 from tarflow_jax.data.folder import Item
+from tarflow_jax.data.packed import MANIFEST, open_packed, pack
+from tarflow_jax.data.source import EncodedSource, Options
 from tarflow_jax.data.splits import SPLITS, split_of
 from tarflow_jax.errors import UserError
 
@@ -56,7 +58,7 @@ def list_emoji(path: Path) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
         for entry in entries:
             label = label_names.index(entry["category"])
             splits[split_of(entry["unified"])] += [
-                _item(content[IMAGES + variant["image"]], variant["image"], label)
+                _item(variant["image"], label, content[IMAGES + variant["image"]])
                 for variant in (entry, *entry.get("skin_variations", {}).values())
                 if variant["has_img_google"]
             ]
@@ -65,18 +67,29 @@ def list_emoji(path: Path) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
     return splits, label_names
 
 
-def _item(content: bytes, name: str, label: int) -> Item:
+def _item(name: str, label: int, content: bytes) -> Item:
     return Item(name, label, lambda: content, str(zlib.crc32(content)))
 
 
-def emoji_folder(data_dir: Path) -> Path:
-    """Where the packed set lies."""
-    return data_dir / "emoji64"
+def open_emoji(argument: str, split: str, options: Options) -> EncodedSource:
+    """Opens one split of the packed set; FileNotFoundError where it has not been packed."""
+    folder = options.data_dir / "emoji64"
+    if not (folder / MANIFEST).is_file():
+        raise _not_prepared(folder)
+    return open_packed(str(folder), split, options, "emoji64")
 
 
-def not_prepared(data_dir: Path) -> FileNotFoundError:
-    """The error to raise where the set has not been packed."""
+def prepare_emoji(argument: str, options: Options) -> str:
+    """Packs the set from the package at the path `argument`; returns the name to open it by."""
+    folder = options.data_dir / "emoji64"
+    if not argument:
+        raise _not_prepared(folder)
+    splits, label_names = list_emoji(Path(argument).expanduser())
+    pack("emoji64", splits, label_names, folder, (64, 64), options.preprocessing, options.skip_bad)
+    return "emoji64"
+
+
+def _not_prepared(folder: Path) -> FileNotFoundError:
     return FileNotFoundError(
-        f"emoji64: not found in {emoji_folder(data_dir)}; {HOW}, then "
-        f"python -m launch.prepare_data --data=emoji64:{PACKAGE}-16.0.0.tgz"
+        f"emoji64: not found in {folder}; {HOW}, then python -m launch.prepare_data --data=emoji64:{PACKAGE}-16.0.0.tgz"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tarflow_jax.data.source import ArraySource
+from tarflow_jax.data.source import ArraySource, Options
 from tarflow_jax.errors import UserError
 
 # Where Debian's package dataset-fashion-mnist puts them.
@@ -20,9 +20,9 @@ LABEL_NAMES = (
 )  # fmt: skip
 
 
-def open_fashion_mnist(split: str, folder: Path | None = None) -> ArraySource:
-    """Reads one split into memory from `folder`, by default where Debian puts the files."""
-    folder = DEFAULT_FOLDER if folder is None else folder
+def open_fashion_mnist(argument: str, split: str, options: Options) -> ArraySource:
+    """Reads one split into memory from the folder `argument`, by default where Debian puts the files."""
+    folder = Path(argument).expanduser() if argument else DEFAULT_FOLDER
     prefix = {"train": "train", "test": "t10k"}[split]
     paths = [folder / f"{prefix}-images-idx3-ubyte.gz", folder / f"{prefix}-labels-idx1-ubyte.gz"]
     for path in paths:

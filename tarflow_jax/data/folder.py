@@ -14,7 +14,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from tarflow_jax.data.images import decode_image, preprocess, read_file
-from tarflow_jax.data.source import NO_LABEL, EncodedSource
+from tarflow_jax.data.source import NO_LABEL, EncodedSource, Options
 from tarflow_jax.data.splits import split_of
 from tarflow_jax.errors import UserError
 from tarflow_jax.files import write_text
@@ -100,33 +100,26 @@ def _item(root: Path, chosen: Path, path: str, label_names: tuple[str, ...]) -> 
     return Item(file.relative_to(root).as_posix(), label, lambda: read_file(file), stamp)
 
 
-def open_folder(
-    root: Path,
-    split: str,
-    data_dir: Path,
-    *,
-    image_size: tuple[int, int] | None,
-    preprocessing: str,
-    skip_bad: bool,
-) -> EncodedSource:
+def open_folder(argument: str, split: str, options: Options) -> EncodedSource:
     """Opens one split of an image folder, once every file of it has been seen to decode.
 
-    The outcome of that check is kept under `data_dir` until a file changes. Raises ValueError with a list of
-    the bad files, unless `skip_bad`: then they are left out, and their number is logged.
+    The outcome of that check is kept under the data folder until a file changes. Raises ValueError with a list of the
+    bad files, unless `skip_bad`: then they are left out, and their number is logged.
     """
+    root, image_size, preprocessing = Path(argument).expanduser(), options.image_size, options.preprocessing
     name = f"folder:{root}"
     items, label_names = list_folder(root, split)
     if image_size is None and preprocessing != "none":
         raise UserError(f"{name}: preprocessing {preprocessing} needs an image size")
     size = image_size or _first_size(name, items)
     key = fingerprint(items, str(root.resolve()), size if preprocessing == "none" else None)
-    report = data_dir / "checked" / f"{key[:32]}.json"
+    report = options.data_dir / "checked" / f"{key[:32]}.json"
     try:
         bad = dict(json.loads(report.read_text()))
     except (OSError, ValueError, TypeError):
         bad = find_bad(items, preprocessing, size)
         write_text(report, json.dumps(bad, indent=1) + "\n")
-    refuse_bad(name, bad, len(items), skip_bad)
+    refuse_bad(name, bad, len(items), options.skip_bad)
     items = [item for item in items if item.name not in bad]
     return EncodedSource(
         name,

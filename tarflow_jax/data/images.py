@@ -47,9 +47,8 @@ def read_file(path: Path) -> bytes:
 def decode_image(content: bytes, channels: int = 3) -> Image.Image:
     """Decodes a PNG, JPEG, WebP or GIF (its first frame) into a Pillow image, RGB, or L for one channel.
 
-    Turns it upright by its EXIF orientation and composites transparency over white. Raises ValueError for
-    anything that is no whole image of at least 8x8, at most 80 million pixels and at most 32 times as long as
-    wide.
+    Turns it upright by its EXIF orientation and composites transparency over white. Raises ValueError for anything that
+    is no whole image of at least 8x8, at most 80 million pixels and at most 32 times as long as wide.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:

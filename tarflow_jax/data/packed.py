@@ -1,8 +1,7 @@
 """Packed sets: preprocessed images as PNG in array_record shards, with a manifest.
 
-A record is the label (int32, little endian) followed by a PNG. The folder is complete once it has a
-manifest.json; until then each finished shard has a report beside it, and packing again takes up where it
-stopped.
+A record is the label (int32, little endian) followed by a PNG. The folder is complete once it has a manifest.json;
+until then each finished shard has a report beside it, and packing again takes up where it stopped.
 """
 
 from __future__ import annotations
@@ -23,9 +22,10 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from PIL import Image
 from tqdm import tqdm
 
-from tarflow_jax.data.folder import Item, fingerprint, refuse_bad
+from tarflow_jax.data.folder import Item, fingerprint, list_folder, refuse_bad
 from tarflow_jax.data.images import BACKGROUND, check_preprocessing, decode_image, preprocess
-from tarflow_jax.data.source import EncodedSource
+from tarflow_jax.data.source import EncodedSource, Options
+from tarflow_jax.data.splits import SPLITS
 from tarflow_jax.errors import UserError
 from tarflow_jax.files import sha256, write_text
 
@@ -35,19 +35,32 @@ IMAGES_PER_SHARD = 1024
 LABEL = struct.Struct("<i")
 
 
+def prepare_folder(argument: str, options: Options) -> str:
+    """Packs an image folder under the data folder; returns the name to open it by."""
+    root = Path(argument).expanduser()
+    listings = {split: list_folder(root, split) for split in SPLITS}
+    if options.image_size is None:
+        raise UserError(f"folder:{root}: packing needs an image size; give one")
+    height, width = options.image_size
+    output = options.data_dir / "packed" / f"{root.resolve().name}-{height}x{width}-{options.preprocessing}"
+    items, label_names = {split: listing.items for split, listing in listings.items()}, listings["train"].label_names
+    pack(f"folder:{root}", items, label_names, output, options.image_size, options.preprocessing, options.skip_bad)
+    return f"packed:{output}"
+
+
 def pack(
     name: str,
     splits: Mapping[str, list[Item]],
     label_names: tuple[str, ...],
     folder: Path,
-    *,
     image_size: tuple[int, int],
     preprocessing: str,
     skip_bad: bool = False,
-    num_workers: int | None = None,
-    progress: bool = False,
-) -> dict[str, Any]:
+) -> None:
     """Packs the images of every split into `folder`, or goes on where an earlier call stopped.
+
+    The manifest says the preprocessing, sizes, label names, and for each split the images, the images of each class,
+    and the shards with their SHA-256.
 
     Args:
       name: of the set, for messages and the manifest.
@@ -57,16 +70,9 @@ def pack(
       image_size: (H, W) of the packed images, which are RGB.
       preprocessing: see `images.preprocess`.
       skip_bad: leave bad files out instead of raising.
-      num_workers: threads; None means one a core.
-      progress: show a bar.
-
-    Returns:
-      The manifest: preprocessing, sizes, label names, and for each split the images, the images of each
-      class, and the shards with their SHA-256.
 
     Raises:
-      ValueError: files are bad (all are listed), or the folder holds another set, or a packed shard has
-      changed.
+      ValueError: files are bad (all are listed), or the folder holds another set, or a packed shard has changed.
     """
     check_preprocessing(preprocessing)
     num_images = sum(map(len, splits.values()))
@@ -74,13 +80,10 @@ def pack(
     key = fingerprint([], FORMAT, parts, label_names, image_size, preprocessing)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST).exists():
-        return _check_packed(name, folder, key)
-
+        _check_packed(name, folder, key)
+        return
     reports = {}
-    with (
-        tqdm(total=num_images, desc=f"packing {name}", disable=not progress) as bar,
-        ThreadPoolExecutor(num_workers or os.cpu_count()) as pool,
-    ):
+    with tqdm(total=num_images, desc=f"packing {name}") as bar, ThreadPoolExecutor(os.cpu_count()) as pool:
         recipe = _Recipe(key, image_size, preprocessing, pool, bar)
         for split, items in splits.items():
             starts = range(0, len(items), IMAGES_PER_SHARD)
@@ -102,7 +105,6 @@ def pack(
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     for report in [report for split in reports.values() for report in split]:
         _report_of(folder / report["file"]).unlink()
-    return manifest
 
 
 def _report_of(shard: Path) -> Path:
@@ -188,8 +190,8 @@ def _summary(reports: list[dict[str, Any]], num_classes: int) -> dict[str, Any]:
     }
 
 
-def _check_packed(name: str, folder: Path, key: str) -> dict[str, Any]:
-    """The manifest of a folder packed before, once its shards have been compared with it."""
+def _check_packed(name: str, folder: Path, key: str) -> None:
+    """Compares a folder packed before with what is to be packed, and its shards with their SHA-256."""
     manifest = read_manifest(folder)
     if manifest["fingerprint"] != key:
         raise UserError(
@@ -200,7 +202,6 @@ def _check_packed(name: str, folder: Path, key: str) -> dict[str, Any]:
         for shard in split["shards"]:
             if sha256(folder / shard["file"]) != shard["sha256"]:
                 raise UserError(f"{folder / shard['file']}: changed since it was packed; remove {folder}")
-    return manifest
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -227,12 +228,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def open_packed(name: str, folder: Path, split: str, preprocessing: str = "none") -> EncodedSource:
-    """Opens one split of a packed set.
+def open_packed(argument: str, split: str, options: Options, name: str | None = None) -> EncodedSource:
+    """Opens one split of the packed set in the folder `argument`; `name` is for messages, "packed:FOLDER" if None.
 
     Raises FileNotFoundError where there is none, and ValueError where shards are missing or cut short, or
     where it was packed with another preprocessing than the one asked for; "none" takes them as they are.
     """
+    folder, preprocessing, name = Path(argument).expanduser(), options.preprocessing, name or f"packed:{argument}"
     manifest = read_manifest(folder)
     if preprocessing not in ("none", manifest["preprocessing"]):
         raise UserError(

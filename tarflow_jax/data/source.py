@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 import hashlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,16 @@ from tarflow_jax.data.images import check_preprocessing, decode_image, preproces
 from tarflow_jax.errors import UserError
 
 NO_LABEL = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to open or prepare a set; see `registry.open_source`."""
+
+    data_dir: Path
+    image_size: tuple[int, int] | None = None
+    preprocessing: str = "none"
+    skip_bad: bool = False
 
 
 class ImageSource(abc.ABC):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow_datasets as tfds
 
-from tarflow_jax.data.source import NO_LABEL, EncodedSource
+from tarflow_jax.data.source import NO_LABEL, EncodedSource, Options
 from tarflow_jax.errors import UserError
 
 # What stands in for "test" where a set has none, as ImageNet's published figures do.
@@ -39,8 +39,8 @@ def load_builder(argument: str, folder: Path) -> tfds.core.DatasetBuilder:
         raise UserError(f"tfds:{argument}: {' '.join(str(error).split())}") from None
 
 
-def prepare_tfds(argument: str, data_dir: Path) -> None:
-    """Downloads and prepares a set as array_record under `data_dir`, unless that has been done.
+def prepare_tfds(argument: str, data_dir: Path) -> str:
+    """Downloads and prepares a set as array_record under `data_dir`, unless that has been done; returns its name.
 
     Raises ValueError that names the package which is missing: most sets yield arrays, for which TFDS encodes
     PNG with TensorFlow (`pip install tensorflow-cpu`); preparing is the only step that needs it.
@@ -48,6 +48,7 @@ def prepare_tfds(argument: str, data_dir: Path) -> None:
     builder = load_builder(argument, tfds_folder(data_dir))
     with _naming_packages(argument):
         builder.download_and_prepare()
+    return f"tfds:{argument}"
 
 
 def prepare_quietly(builder: tfds.core.DatasetBuilder) -> None:
@@ -76,21 +77,14 @@ def _naming_packages(argument: str) -> Iterator[None]:
         raise UserError(f"tfds:{argument}: {' '.join(str(error).split())}") from None
 
 
-def open_tfds(
-    argument: str,
-    split: str,
-    data_dir: Path,
-    *,
-    image_size: tuple[int, int] | None,
-    preprocessing: str,
-) -> EncodedSource:
+def open_tfds(argument: str, split: str, options: Options) -> EncodedSource:
     """Opens one split of a prepared set; its features `image` and, if it has one, `label` are used.
 
-    "test" is the set's test split, or else its validation split. Looks under `data_dir`, then where TFDS
+    "test" is the set's test split, or else its validation split. Looks under the data folder, then where TFDS
     itself keeps its sets. Raises FileNotFoundError where it has not been prepared.
     """
     name = f"tfds:{argument}"
-    builder = _find_prepared(argument, data_dir)
+    builder = _find_prepared(argument, options.data_dir)
     features = dict(builder.info.features.items())
     feature = features.get("image")
     if not isinstance(feature, tfds.features.Image) or feature.np_dtype != np.uint8:
@@ -100,7 +94,7 @@ def open_tfds(
     if chosen is None:
         raise UserError(f"{name}: has no {split} split, only {', '.join(builder.info.splits)}")
     height, width, channels = feature.shape
-    size = image_size or (height, width)
+    size = options.image_size or (height, width)
     if None in size:
         raise UserError(f"{name}: its images differ in size; an image size and a preprocessing are needed")
     classes = features.get("label")
@@ -119,7 +113,7 @@ def open_tfds(
         lambda index: f"{name}: {chosen} image {index}",
         content=f"{builder.info.full_name}/{chosen}",
         image_shape=(*size, 1 if channels == 1 else 3),
-        preprocessing=preprocessing,
+        preprocessing=options.preprocessing,
         num_classes=classes.num_classes if classes else 0,
         label_names=classes.names if classes else (),
     )

@@ -42,11 +42,7 @@ def image_bits_per_dim(
       key: draw k of the noise has the key fold_in(key, k), and of that each image its own, see `noisy_log_prob`.
       num_draws: K of the importance-weighted bound log 1/K Σ p(x + u_k); 1 is the paper's protocol.
     """
-    draws = [
-        noisy_log_prob(runner, config, variables, images, Noise("uniform"), jax.random.fold_in(key, draw)).astype(
-            np.float64
-        )
-        for draw in range(num_draws)
-    ]
-    log_probs = np.logaddexp.reduce(draws, axis=0) - np.log(num_draws)
+    keys = [jax.random.fold_in(key, draw) for draw in range(num_draws)]
+    draws = [noisy_log_prob(runner, config, variables, images, Noise("uniform"), key) for key in keys]
+    log_probs = np.logaddexp.reduce(np.asarray(draws, np.float64), axis=0) - np.log(num_draws)
     return bits_per_dim(log_probs, config.num_dims)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.optimize
 import scipy.special
-import scipy.stats
+from sklearn.metrics import roc_auc_score
 
 from tarflow_jax.errors import UserError
 
@@ -102,11 +102,9 @@ def outlier_scores(inside: np.ndarray, outside: np.ndarray, num_dims: int, bins:
     both = np.concatenate([inside, outside]).astype(np.float64)
     if not np.isfinite(both).all():
         raise UserError("log p(x) is not finite for some images; outlier scores would hide them")
-    ranks = scipy.stats.rankdata(both)[: len(inside)]
-    wins = ranks.sum() - len(inside) * (len(inside) + 1) / 2
     edges = np.histogram_bin_edges(both / num_dims, bins)
     return {
-        "auroc": float(wins / (len(inside) * len(outside))),
+        "auroc": float(roc_auc_score(np.arange(len(both)) < len(inside), both)),
         "mean_inside": float(np.mean(inside) / num_dims),
         "mean_outside": float(np.mean(outside) / num_dims),
         "histogram_edges": edges.tolist(),

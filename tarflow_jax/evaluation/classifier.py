@@ -87,7 +87,10 @@ def classifier_network(train: ImageSource, test: ImageSource, cache_dir: str | P
     path = Path(cache_dir) / f"{file_stem('classifier', train.name, shape)}.safetensors"
     if not path.is_file():
         params = train_classifier(train)
-        _save(path, params, _description(train) | {"accuracy": repr(accuracy(params, test))})
+        metadata = _description(train) | {"accuracy": repr(accuracy(params, test))}
+        arrays = {name: np.asarray(x) for name, x in flatten_dict(params, sep="/").items()}
+        with replacing(path) as file:
+            file.write(save(arrays, metadata))
     params, metadata = _load(path, train)
     identity = f"sha256 {sha256(path)} (test accuracy {float(metadata['accuracy']):.4f}; {RECIPE})"
     return _network(params, train, identity)
@@ -112,12 +115,6 @@ def accuracy(params: Any, source: ImageSource) -> float:
 
 def _description(source: ImageSource) -> dict[str, str]:
     return {"recipe": RECIPE, "data_set": source.name, "num_images": str(len(source))}
-
-
-def _save(path: Path, params: Any, metadata: dict[str, str]) -> None:
-    arrays = {name: np.asarray(x) for name, x in flatten_dict(params, sep="/").items()}
-    with replacing(path) as file:
-        file.write(save(arrays, metadata))
 
 
 def _load(path: Path, source: ImageSource) -> tuple[Any, dict[str, str]]:

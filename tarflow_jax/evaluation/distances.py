@@ -17,12 +17,7 @@ from tarflow_jax.evaluation.sample_files import (
     write_reference,
 )
 from tarflow_jax.evaluation.scores import inception_score, kernel_distance, precision_recall
-from tarflow_jax.evaluation.statistics import (
-    FeatureStatistics,
-    RunningStatistics,
-    feature_statistics,
-    frechet_distance,
-)
+from tarflow_jax.evaluation.statistics import FeatureStatistics, RunningStatistics, feature_statistics, frechet_distance
 
 # As many real images as ADM's reference files carry for precision, recall and the kernel distance.
 NUM_REAL_FEATURES = 10_000

@@ -1,7 +1,6 @@
 """Samples for metrics, in chunks on disk: 50,000 images survive a kill, and several processes share the work.
 
-Chunk i comes from the key fold_in(key(seed), i) and nothing else, so it does not matter who draws it, or
-when.
+Chunk i comes from the key fold_in(key(seed), i) and nothing else, so it does not matter who draws it, or when.
 """
 
 import hashlib
@@ -16,16 +15,14 @@ from etils import epath
 from tqdm import tqdm
 
 from tarflow_jax.errors import UserError
-from tarflow_jax.evaluation.sample_files import MAX_IMAGES_BYTES, read_npz, write_npz
 from tarflow_jax.figures import to_uint8
-from tarflow_jax.files import write_text
+from tarflow_jax.files import read_npz, write_npz, write_text
 
 NOT_FINITE = 128  # the grey that stands for a pixel which is no number
 
 
 class Samples(NamedTuple):
-    """Images uint8 [N, H, W, K], labels int32 [N] (None if unconditional), and how many images held NaN or
-    infinity.
+    """Images uint8 [N, H, W, K], labels int32 [N] (None if unconditional), and how many images held NaN or infinity.
 
     Such images stay in the set, their bad pixels grey: a model that makes them is judged by them.
     """
@@ -67,11 +64,10 @@ def generate(
     num_classes: int,
     seed: int,
 ) -> None:
-    """Draws the chunks of `num_images` samples that are not in `folder` yet; of several processes each its
-    share.
+    """Draws the chunks of `num_images` samples that are not in `folder` yet; of several processes each its share.
 
-    `sample(key, number, labels)` returns float images [number, H, W, K] in [-1, 1]. Every chunk is drawn
-    whole, so the first images do not depend on how many are asked for. Nothing is drawn twice, NaN or not.
+    `sample(key, number, labels)` returns float images [number, H, W, K] in [-1, 1]. Every chunk is drawn whole, so the
+    first images do not depend on how many are asked for. Nothing is drawn twice, NaN or not.
     """
     mine = range(jax.process_index(), -(-num_images // chunk_size), jax.process_count())
     for index in tqdm(mine, f"samples, {chunk_size} at a time", disable=None, leave=False):
@@ -91,7 +87,7 @@ def read_chunks(folder: epath.PathLike, num_images: int, chunk_size: int, num_cl
     images, not_finite = [], []
     for index in range(-(-num_images // chunk_size)):
         path = _chunk_path(folder, index)
-        chunk = read_npz(path, ("images", "not_finite"), MAX_IMAGES_BYTES)
+        chunk = read_npz(path, ("images", "not_finite"))
         if {"images", "not_finite"} - chunk.keys() or len(chunk["images"]) != chunk_size:
             raise UserError(f"{path} is not a chunk of {chunk_size} samples; delete it and run again")
         images.append(chunk["images"])

@@ -180,8 +180,7 @@ class InceptionE(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """Images uint8 [B, H, W, 3] of any size to pool_3 [B, 2048], logits [B, 1008] and spatial [B, 17 * 17 *
-    7].
+    """Images uint8 [B, H, W, 3] of any size to pool_3 [B, 2048], logits [B, 1008] and spatial [B, 17 * 17 * 7].
 
     The spatial features are the first 7 channels of mixed_6/conv:0, flattened as rows, columns, channels.
     """

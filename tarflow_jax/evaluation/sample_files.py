@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import re
-import zipfile
 from typing import Any
 
 import numpy as np
@@ -11,51 +10,18 @@ from etils import epath
 
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.statistics import FeatureStatistics
-from tarflow_jax.files import replacing
+from tarflow_jax.files import read_npz, write_npz
 
 MAX_STATISTICS_BYTES = 128 * 2**20  # 10,000 x 2048 float32 features take 79 MiB
-MAX_IMAGES_BYTES = 64 * 2**30
 
 
 def file_stem(*parts: str) -> str:
-    """A file name made of parts such as a data set's name, "folder:/data/cats": letters, digits, dots,
-    dashes.
-    """
+    """A file name made of parts such as a data set's name, "folder:/data/cats": letters, digits, dots, dashes."""
     return "-".join(re.sub(r"[^\w.]+", "_", part).strip("_") for part in parts)
 
 
-def write_npz(path: epath.PathLike, **arrays: np.ndarray) -> None:
-    """Writes an npz, so that a file that exists is a whole one."""
-    with replacing(path) as file:
-        np.savez(file, allow_pickle=False, **arrays)
-
-
-def read_npz(path: epath.PathLike, names: tuple[str, ...], max_bytes: int) -> dict[str, np.ndarray]:
-    """The arrays of an npz that are among `names`; never unpickles, and never unpacks more than `max_bytes`
-    of one.
-
-    Raises FileNotFoundError, and ValueError for a file that is no npz of plain arrays.
-    """
-    path = epath.Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"{path} not found; expected an npz file")
-    try:
-        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-            sizes = {info.filename.removesuffix(".npy"): info.file_size for info in archive.infolist()}
-        wanted = [name for name in names if name in sizes]
-        large = [name for name in wanted if sizes[name] > max_bytes]
-        if large:
-            raise UserError(f"array {large[0]} unpacks to {sizes[large[0]]} bytes, more than {max_bytes}")
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in wanted}
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not a readable npz file: {error}") from error
-
-
 def write_samples(path: epath.PathLike, images: np.ndarray, labels: np.ndarray | None = None) -> None:
-    """ADM's sample file: `arr_0` uint8 [N, H, W, 3] (grey is repeated), and `arr_1` labels where there are
-    any.
-    """
+    """ADM's sample file: `arr_0` uint8 [N, H, W, 3] (grey is repeated), and `arr_1` labels where there are any."""
     arrays = {"arr_0": as_colour(images)}
     if labels is not None:
         arrays["arr_1"] = labels
@@ -67,7 +33,7 @@ def read_samples(path: epath.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
 
     Raises FileNotFoundError, and ValueError for anything but a whole sample file.
     """
-    arrays = read_npz(path, ("arr_0", "arr_1"), MAX_IMAGES_BYTES)
+    arrays = read_npz(path, ("arr_0", "arr_1"))
     images, labels = arrays.get("arr_0"), arrays.get("arr_1")
     if images is None or images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
         found = "nothing" if images is None else f"{images.dtype} {list(images.shape)}"

@@ -1,14 +1,13 @@
-"""Scores of feature sets besides the Fréchet distance, each as torch-fidelity computes it; float64, on the
-host.
+"""Scores of feature sets besides the Fréchet distance, each as torch-fidelity computes it; float64, on the host.
 
-The random orders are NumPy's legacy generator with seed 2020, because torch-fidelity's are: the scores then
-agree to rounding, not only on average.
+The random orders are NumPy's legacy generator with seed 2020, because torch-fidelity's are: the scores then agree to
+rounding, not only on average.
 """
-
-from collections.abc import Iterator
 
 import numpy as np
 import scipy.special
+from sklearn.metrics import pairwise_distances_chunked
+from sklearn.metrics.pairwise import polynomial_kernel
 
 from tarflow_jax.errors import UserError
 
@@ -16,11 +15,9 @@ SEED = 2020
 
 
 def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]:
-    """exp E KL(p(y|x) || p(y)) from logits [N, C] (without the bias); mean and standard deviation over the
-    splits.
+    """exp E KL(p(y|x) || p(y)) from logits [N, C] (without the bias); mean and standard deviation over the splits.
 
-    Salimans et al. 2016. The images are shuffled first: published scores of sorted samples differ in the
-    last digits.
+    Salimans et al. 2016. The images are shuffled first: published scores of sorted samples differ in the last digits.
     """
     order = np.random.RandomState(SEED).permutation(len(logits))
     log_posterior = scipy.special.log_softmax(np.asarray(logits, np.float64)[order], axis=1)
@@ -36,11 +33,10 @@ def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]
 def kernel_distance(
     first: np.ndarray, second: np.ndarray, subsets: int = 100, subset_size: int = 1000
 ) -> tuple[float, float]:
-    """Squared maximum mean discrepancy with kernel (x·y / D + 1)³: mean and standard deviation over random
-    subsets.
+    """Squared maximum mean discrepancy with kernel (x·y / D + 1)³: mean and standard deviation over random subsets.
 
-    Features are [N, D] and [M, D]. With Inception's pool_3 this is KID (Bińkowski et al. 2018), unbiased at
-    any number of samples. Raises ValueError when a set is smaller than a subset.
+    Features are [N, D] and [M, D]. With Inception's pool_3 this is KID (Bińkowski et al. 2018), unbiased at any number
+    of samples. Raises ValueError when a set is smaller than a subset.
     """
     if min(len(first), len(second)) < subset_size:
         raise UserError(f"kernel distance takes subsets of {subset_size} images, got {len(first)} and {len(second)}")
@@ -49,13 +45,9 @@ def kernel_distance(
     for _ in range(subsets):
         x = first[random.choice(len(first), subset_size, replace=False)].astype(np.float64)
         y = second[random.choice(len(second), subset_size, replace=False)].astype(np.float64)
-        within = _mean_off_diagonal(_cubic_kernel(x, x)) + _mean_off_diagonal(_cubic_kernel(y, y))
-        distances.append(within - 2 * _cubic_kernel(x, y).mean())
+        within = _mean_off_diagonal(polynomial_kernel(x, x)) + _mean_off_diagonal(polynomial_kernel(y, y))
+        distances.append(within - 2 * polynomial_kernel(x, y).mean())
     return float(np.mean(distances)), float(np.std(distances))
-
-
-def _cubic_kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return (x @ y.T / x.shape[1] + 1) ** 3
 
 
 def _mean_off_diagonal(kernel: np.ndarray) -> float:
@@ -79,17 +71,11 @@ def precision_recall(generated: np.ndarray, real: np.ndarray, neighbours: int = 
 
 
 def _fraction_inside(points: np.ndarray, centres: np.ndarray, neighbours: int) -> float:
-    radii = [
-        np.partition(squares, neighbours, axis=1)[:, neighbours] for squares in _squared_distances(centres, centres)
-    ]
-    radius = np.concatenate(radii)  # the nearest "neighbour" of a point is itself, so index k is the k-th other
-    inside = [(squares <= radius).any(1) for squares in _squared_distances(points, centres)]
-    return float(np.concatenate(inside).mean())
+    def radii(distances: np.ndarray, start: int) -> np.ndarray:
+        # The nearest "neighbour" of a point is itself, so index k is the k-th other.
+        return np.partition(distances, neighbours, axis=1)[:, neighbours]
 
-
-def _squared_distances(x: np.ndarray, y: np.ndarray, rows: int = 1000) -> Iterator[np.ndarray]:
-    """|x_i - y_j|², a block of rows at a time: at 50,000 images the whole matrix would take 20 GB."""
-    squares = np.square(y).sum(1)
-    for start in range(0, len(x), rows):
-        block = x[start : start + rows]
-        yield np.square(block).sum(1)[:, None] - 2 * (block @ y.T) + squares
+    # In chunks: at 50,000 images the whole matrix would take 20 GB.
+    radius = np.concatenate(list(pairwise_distances_chunked(centres, reduce_func=radii, metric="sqeuclidean")))
+    chunks = pairwise_distances_chunked(points, centres, metric="sqeuclidean")
+    return float(np.concatenate([(distances <= radius).any(1) for distances in chunks]).mean())

@@ -15,11 +15,7 @@ _MASKED = -1e30
 
 
 def attend(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    start: jax.Array | int = 0,
-    temperature: jax.Array | None = None,
+    query: jax.Array, key: jax.Array, value: jax.Array, start: jax.Array | int = 0, temperature: jax.Array | None = None
 ) -> jax.Array:
     """softmax(q k / (temperature sqrt(H))) v, where query s sees the keys at positions <= start + s.
 
@@ -108,12 +104,7 @@ def _splash(query: jax.Array, key: jax.Array, value: jax.Array, *, interpret: bo
     kernel = splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([mask] * num_heads),
         block_sizes=splash_attention.BlockSizes(
-            block_q=block,
-            block_kv=block,
-            block_q_dkv=block,
-            block_kv_dkv=block,
-            block_q_dq=block,
-            block_kv_dq=block,
+            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
         ),
         head_shards=1,
         q_seq_shards=1,

@@ -88,12 +88,7 @@ class TarFlowConfig:
             raise UserError(f"width {self.width} is not a multiple of head_dim {self.head_dim}; choose a width that is")
         if len(self.depths) != self.num_blocks:
             raise UserError(f"layers_per_block lists {len(self.depths)} blocks, but num_blocks is {self.num_blocks}")
-        choices = {
-            "dtype": DTYPES,
-            "remat": REMAT_POLICIES,
-            "attention": KERNELS,
-            "position_init": POSITION_INITS,
-        }
+        choices = {"dtype": DTYPES, "remat": REMAT_POLICIES, "attention": KERNELS, "position_init": POSITION_INITS}
         for name, valid in choices.items():
             if (value := getattr(self, name)) not in valid:
                 raise UserError(f"{name} is {value!r}; expected one of {', '.join(valid)}")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from tarflow_jax.errors import UserError
 from tarflow_jax.files import sha256
@@ -16,11 +17,10 @@ BATCH_NORM_EPSILON = 1e-3
 def load_inception_weights(path: str | Path) -> tuple[dict[str, Any], str]:
     """Read a PyTorch state dict of FID's InceptionV3; returns (parameters, SHA-256 of the file).
 
-    The parameters are a tree of float32 arrays named as in the file, for `evaluation.inception.InceptionV3`;
-    batch normalisation (epsilon 1e-3) is folded in float64. Nothing in the file is executed
-    (`weights_only`). A hash that does not start with `PUBLISHED_HASH_PREFIX` means other weights than those
-    behind published FIDs; whoever prints the distance says so. Raises FileNotFoundError, and ValueError for
-    a file of anything else.
+    The parameters are a tree of float32 arrays named as in the file, for `evaluation.inception.InceptionV3`; batch
+    normalisation (epsilon 1e-3) is folded in float64. Nothing in the file is executed (`weights_only`). A hash that
+    does not start with `PUBLISHED_HASH_PREFIX` means other weights than those behind published FIDs; whoever prints the
+    distance says so. Raises FileNotFoundError, and ValueError for a file of anything else.
     """
     path = Path(path)
     if not path.is_file():
@@ -28,11 +28,8 @@ def load_inception_weights(path: str | Path) -> tuple[dict[str, Any], str]:
     state = _read_state(path)
     params: dict[str, Any] = {"fc": {"kernel": np.float32(_take(state, "fc.weight", path)).T}}
     for name in [key.removesuffix(".conv.weight") for key in state if key.endswith(".conv.weight")]:
-        node = params
-        for part in name.split("."):
-            node = node.setdefault(part, {})
-        node.update(_fold_batch_norm(state, name, path))
-    return params, sha256(path)
+        params[name] = _fold_batch_norm(state, name, path)
+    return unflatten_dict(params, sep="."), sha256(path)
 
 
 def _read_state(path: Path) -> dict[str, np.ndarray]:

@@ -3,34 +3,16 @@
 A tensor's name is its path, "params/block_0/layers/qkv/kernel". `runtime.parameters` says which a config determines.
 """
 
+import functools
 from collections.abc import Mapping
-from typing import Any
+
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from tarflow_jax.errors import UserError
 from tarflow_jax.runtime.parameters import Shape
 
-
-def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """{"a": {"b": x}} -> {"a/b": x}."""
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update({f"{name}/{rest}": leaf for rest, leaf in flatten(value).items()})
-        else:
-            flat[name] = value
-    return flat
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flatten`."""
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        *parents, leaf = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
+flatten = functools.partial(flatten_dict, sep="/")  # {"a": {"b": x}} -> {"a/b": x}
+unflatten = functools.partial(unflatten_dict, sep="/")
 
 
 def check_tensors(what: str, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:

@@ -21,17 +21,12 @@ CODES = {"float32": "F32", "bfloat16": "BF16"}  # dtype -> the format's name for
 def write_tensors(file: IO[bytes], tensors: Mapping[str, Any], dtypes: Mapping[str, str]) -> None:
     """Writes arrays, each cast to its dtype of `CODES`.
 
-    The library's own writer wants all tensors as bytes first, which doubles the memory; this one takes one at
-    a time.
+    The library's own writer wants all tensors as bytes first, which doubles the memory; this one takes one at a time.
     """
     header, offset = {}, 0
     for name, array in tensors.items():
         end = offset + math.prod(array.shape) * jnp.dtype(dtypes[name]).itemsize
-        header[name] = {
-            "dtype": CODES[dtypes[name]],
-            "shape": list(array.shape),
-            "data_offsets": [offset, end],
-        }
+        header[name] = {"dtype": CODES[dtypes[name]], "shape": list(array.shape), "data_offsets": [offset, end]}
         offset = end
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # the format aligns the data to eight bytes

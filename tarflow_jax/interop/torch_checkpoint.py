@@ -23,10 +23,7 @@ INSTALL_TORCH = "PyTorch checkpoints need PyTorch; install it with `pip install 
 
 
 def load_torch(
-    path: str | os.PathLike[str],
-    image_size: int | tuple[int, int],
-    image_channels: int,
-    patch_size: int,
+    path: str | os.PathLike[str], image_size: int | tuple[int, int], image_channels: int, patch_size: int
 ) -> tuple[TarFlowConfig, dict[str, Any]]:
     """Reads a state dict of the reference; only data is read, no code is run.
 
@@ -130,11 +127,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _config_of(
-    path: Path,
-    shapes: Mapping[str, Shape],
-    image_size: int | tuple[int, int],
-    image_channels: int,
-    patch_size: int,
+    path: Path, shapes: Mapping[str, Shape], image_size: int | tuple[int, int], image_channels: int, patch_size: int
 ) -> TarFlowConfig:
     """Reads the config off the shapes; `check_tensors` then verifies every tensor against it."""
 

@@ -104,14 +104,7 @@ class BatchRunner:
                 return multihost_utils.process_allgather(result, tiled=True)
             return jax.tree.map(np.asarray, result)  # waits for it
 
-        key = (
-            program.func,
-            program.args,
-            *program.keywords.items(),
-            self.mesh,
-            size,
-            jax.tree.structure(args),
-        )
+        key = (program.func, program.args, *program.keywords.items(), self.mesh, size, jax.tree.structure(args))
         bar = tqdm(
             total=total,
             desc=progress,

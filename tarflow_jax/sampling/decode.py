@@ -68,11 +68,7 @@ def decode(
 
 
 def guided_block(
-    config: TarFlowConfig,
-    params: dict[str, Any],
-    k: int,
-    labels: jax.Array | None,
-    guidance: Guidance | None,
+    config: TarFlowConfig, params: dict[str, Any], k: int, labels: jax.Array | None, guidance: Guidance | None
 ) -> GuidedBlock:
     """Block number k with its own parameters, ready to be inverted; arguments as of `decode`."""
     own = unstack_layers(params[f"block_{k}"], config.depths[k])

@@ -17,12 +17,7 @@ from jax.experimental import multihost_utils
 from tarflow_jax.errors import UserError
 from tarflow_jax.files import checksums, is_remote, sha256, write_text
 from tarflow_jax.runtime import leaf_name
-from tarflow_jax.training.checkpoint_errors import (
-    DamagedError,
-    on_all_processes,
-    plain_read_errors,
-    plain_write_errors,
-)
+from tarflow_jax.training.checkpoint_errors import DamagedError, on_all_processes, plain_read_errors, plain_write_errors
 
 logger = logging.getLogger(__name__)
 STATE, CONFIG, LOSS = "default", "config", "test_loss"

@@ -17,14 +17,7 @@ from tarflow_jax.errors import UserError, one_line
 
 T = TypeVar("T")
 
-_DAMAGE = (
-    json.JSONDecodeError,
-    UnicodeDecodeError,
-    EOFError,
-    FileNotFoundError,
-    IsADirectoryError,
-    NotADirectoryError,
-)
+_DAMAGE = (json.JSONDecodeError, UnicodeDecodeError, EOFError, FileNotFoundError, IsADirectoryError, NotADirectoryError)
 # TensorStore raises ValueErrors that begin with a status: of files that are damaged or gone, or of a disk or network.
 _DAMAGE_STATUS = re.compile(r"(DATA_LOSS|NOT_FOUND|OUT_OF_RANGE|FAILED_PRECONDITION): ")
 _STORAGE_STATUS = re.compile(

@@ -16,14 +16,7 @@ from tqdm import tqdm
 from tarflow_jax.data import Batch, ImageSource, prefetch_to_device, train_batches
 from tarflow_jax.evaluation.split import loss_of, split_log_prob
 from tarflow_jax.likelihood import unit_prior
-from tarflow_jax.runtime import (
-    BatchRunner,
-    Preempted,
-    PreemptionGuard,
-    Rows,
-    summary,
-    use_cores_as_devices,
-)
+from tarflow_jax.runtime import BatchRunner, Preempted, PreemptionGuard, Rows, summary, use_cores_as_devices
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.clock import Profiler, StepClock
 from tarflow_jax.training.metrics import MetricsWriter
@@ -125,13 +118,7 @@ class _Run:
             resources.callback(self.metrics.close)
         self.profiler = resources.enter_context(Profiler(workdir / "profile", fields.profile_steps))
         self.bar = resources.enter_context(
-            tqdm(
-                total=fields.num_steps,
-                initial=self.step,
-                unit="step",
-                disable=not first_process,
-                smoothing=0.05,
-            )
+            tqdm(total=fields.num_steps, initial=self.step, unit="step", disable=not first_process, smoothing=0.05)
         )
         self.clock = StepClock()
         self._pending: Metrics | None = None  # of the step under way

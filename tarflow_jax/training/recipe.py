@@ -53,14 +53,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         train = self.config.train
-        for name in (
-            "num_steps",
-            "batch_size",
-            "checkpoint_every",
-            "log_every",
-            "accumulation",
-            "keep_checkpoints",
-        ):
+        for name in ("num_steps", "batch_size", "checkpoint_every", "log_every", "accumulation", "keep_checkpoints"):
             if train[name] < 1:
                 raise UserError(f"train.{name} is {train[name]}; expected a positive number")
         if train.batch_size % train.accumulation:

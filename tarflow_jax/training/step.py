@@ -84,10 +84,7 @@ def accumulated_gradients(
 
     rows, everywhere = PartitionSpec("data"), PartitionSpec()
     run = jax.shard_map(
-        of_own_rows,
-        in_specs=(everywhere, rows, rows),
-        out_specs=(everywhere, everywhere, rows),
-        check_vma=False,
+        of_own_rows, in_specs=(everywhere, rows, rows), out_specs=(everywhere, everywhere, rows), check_vma=False
     )
     return run(variables["params"], images, labels)
 

@@ -55,13 +55,7 @@ def read_workdir(workdir: epath.PathLike, mesh: Mesh | None = None, *, best: boo
     if found is None:
         raise FileNotFoundError(f"{workdir} holds no checkpoint yet; train until train.checkpoint_every first")
     step, model = found
-    return TrainedRun(
-        recipe.model,
-        recipe.noise,
-        model["variables"],
-        model["ema_params"],
-        _card(recipe, workdir, step),
-    )
+    return TrainedRun(recipe.model, recipe.noise, model["variables"], model["ema_params"], _card(recipe, workdir, step))
 
 
 def write_results(workdir: epath.PathLike, results: dict[str, float]) -> None:
