@@ -62,12 +62,12 @@ def test_the_memory_bound_holds_for_all_that_runs_at_once(monkeypatch, bound):
             at_once[0] -= len(x)
         return x
 
-    x = np.arange(500, dtype=np.float32)
+    x = np.arange(200, dtype=np.float32)
     runner = BatchRunner(None, memory_bound=bound)
     found = runner.run(functools.partial(program), None, (x,), bytes_per_image=1)
     np.testing.assert_array_equal(found, x)
     assert most[0] <= bound
-    assert most[0] > min(bound, 500) // 4  # and it is made use of
+    assert most[0] > min(bound, 200) // 4  # and it is made use of
 
 
 def test_a_signal_stops_between_batches():
