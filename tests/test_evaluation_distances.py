@@ -14,7 +14,7 @@ def pixels(variables, images):
     return Features(flat, flat[:, :2], flat[:, :3])
 
 
-PIXELS = FeatureNetwork("inception", "the pixels themselves", "none", {}, pixels)
+PIXELS = FeatureNetwork("inception", "the pixels themselves", "none", {}, pixels, 2**10)
 
 
 def random_images(number, seed=0):

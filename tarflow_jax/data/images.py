@@ -17,7 +17,7 @@ from tarflow_jax.errors import UserError
 
 PREPROCESSINGS = ("none", "tarflow", "adm")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
-BACKGROUND = 255  # transparent pixels lie over white
+BACKGROUND = 255  # transparent pixels become white
 MIN_SIDE = 8
 MAX_PIXELS = 80_000_000  # below Pillow's own limit, which only warns
 MAX_ASPECT = 32

@@ -19,7 +19,7 @@ TEST_SPLITS = ("test", "validation")
 
 
 def tfds_folder(data_dir: Path) -> Path:
-    """Where prepared TFDS sets lie under the data folder."""
+    """The folder of prepared TFDS sets under the data folder."""
     return data_dir / "tfds"
 
 
