@@ -4,8 +4,6 @@ The drawings are Google's Noto Emoji (Apache License 2.0), the package around th
 of one emoji are on one side of the split, which is by a hash of the emoji's code points.
 """
 
-from __future__ import annotations
-
 import json
 import tarfile
 import zlib

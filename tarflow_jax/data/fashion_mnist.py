@@ -1,7 +1,5 @@
 """Fashion-MNIST from its four gz IDX files: 60,000 and 10,000 grey images of 28x28 in 10 classes."""
 
-from __future__ import annotations
-
 import gzip
 import math
 import zlib

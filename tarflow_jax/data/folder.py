@@ -1,7 +1,5 @@
 """Image folders: which files belong to a split, with which label, and which of them are bad."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

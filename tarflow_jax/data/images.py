@@ -3,8 +3,6 @@
 A file is hostile until it is decoded: whatever is wrong with it ends in one ValueError that says what.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import stat

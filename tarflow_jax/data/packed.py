@@ -4,8 +4,6 @@ A record is the label (int32, little endian) followed by a PNG. The folder is co
 until then each finished shard has a report beside it, and packing again takes up where it stopped.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math

@@ -1,7 +1,5 @@
 """Data sets by name: `KIND` or `KIND:ARGUMENT`."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import os

@@ -1,7 +1,5 @@
 """What every data set looks like from outside: a random-access list of uint8 images with labels."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 import hashlib

@@ -1,7 +1,5 @@
 """Any image set of TensorFlow Datasets, read from array_record without TensorFlow."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import io
