@@ -14,10 +14,10 @@ from tarflow_jax.pipeline import TarFlowPipeline
 
 FROM_TORCH = flags.DEFINE_string("from_torch", None, "PyTorch file of the reference's state dict.")
 IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "Side of the (square) images in pixels.")
-IMAGE_CHANNELS = flags.DEFINE_integer("image_channels", 3, "1 or 3.")
+IMAGE_CHANNELS = flags.DEFINE_integer("image_channels", 3, "Channels of the images, 1 or 3.")
 PATCH_SIZE = flags.DEFINE_integer("patch_size", None, "Side of a patch in pixels.")
 NOISE_STD = flags.DEFINE_float("noise_std", None, "The training noise's σ in [-1, 1] units, if it is known.")
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Of the saved parameters.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Dtype of the saved parameters.")
 OUT = flags.DEFINE_string("out", None, "Folder of the saved model; made if it is missing.")
 flags.mark_flags_as_required(["from_torch", "image_size", "patch_size", "out"])
 

@@ -153,8 +153,7 @@ class LocalRunner:
 def submit(jobs: Sequence[Job]) -> None:
     """Hands what is neither done, queued nor running to Slurm: a Slurm job a step, after the one before it.
 
-    Raises:
-      OSError: Slurm's commands are missing, or refuse.
+    Raises OSError if Slurm's commands are missing, or refuse.
     """
     queued = set(_slurm("squeue", "--me", "--noheader", "--format=%j").splitlines())
     for job in jobs:

@@ -26,13 +26,15 @@ from tarflow_jax.training import Recipe
 
 EXIT_DOES_NOT_FIT = 2
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, as configs/imagenet64_cond.py.")
-TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v5p:4x4x4, v6e:16x16, …; cpu:8; gpu:1 where one is.")
-NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "TPU slices of that topology.", lower_bound=1)
-MESH = flags.DEFINE_list("mesh", None, "data,fsdp,tensor, as --config.mesh; one may be -1.")
-SAMPLER = flags.DEFINE_bool("sampler", False, "The sampler, for a training batch of images, not the training step.")
-MFU = flags.DEFINE_float("mfu", 0.4, "Model-FLOPs utilisation to tell hours for.", lower_bound=0.01, upper_bound=1.0)
-JSON = flags.DEFINE_string("json", None, "File that the figures are appended to, a line a run.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe file, such as configs/imagenet64_cond.py.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "Devices: v5e:16x16, v5p:4x4x4, …; cpu:8; gpu:1 if there is one.")
+NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Number of TPU slices of that topology.", lower_bound=1)
+MESH = flags.DEFINE_list("mesh", None, "Mesh sizes data,fsdp,tensor, as --config.mesh; one may be -1.")
+SAMPLER = flags.DEFINE_bool("sampler", False, "Compile the sampler of a training batch, not the training step.")
+MFU = flags.DEFINE_float(
+    "mfu", 0.4, "Model-FLOPs utilisation that times are told for.", lower_bound=0.01, upper_bound=1.0
+)
+JSON = flags.DEFINE_string("json", None, "JSON lines file that the figures are appended to.")
 flags.mark_flags_as_required(["config", "topology"])
 
 
@@ -63,11 +65,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def make_plan(topology: Topology, recipe: Recipe) -> Plan:
-    """Compiles the program that the flags name.
-
-    Raises:
-      ValueError: the batch cannot be cut over the mesh; names what can.
-    """
+    """Compiles the program that the flags name; ValueError, naming what can be, if the batch cannot be sharded."""
     try:
         mesh = recipe.mesh(topology.devices)
     except ValueError as error:

@@ -19,12 +19,16 @@ from tarflow_jax import data
 from tarflow_jax.errors import UserError
 from tarflow_jax.figures import grid, save_png
 
-DATA = flags.DEFINE_string("data", None, "What to prepare; docs/data.md lists the names.")
-DATA_DIR = flags.DEFINE_string("data_dir", None, "Where to: $TARFLOW_DATA_DIR or ~/.cache/tarflow_jax.")
-IMAGE_SIZE = flags.DEFINE_list("image_size", None, "Of the packed images: one number, or height,width.")
-PREPROCESSING = flags.DEFINE_string("preprocessing", "none", "none, tarflow or adm; see docs/data.md.")
+DATA = flags.DEFINE_string("data", None, "Data set to prepare; docs/data.md lists the names.")
+DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Folder of prepared sets; $TARFLOW_DATA_DIR or ~/.cache/tarflow_jax if not given."
+)
+IMAGE_SIZE = flags.DEFINE_list("image_size", None, "Size of the packed images: one number, or height,width.")
+PREPROCESSING = flags.DEFINE_string(
+    "preprocessing", "none", "How images are resized: none, tarflow or adm; see docs/data.md."
+)
 SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "Leave out files that are no images instead of refusing.")
-PREVIEW = flags.DEFINE_string("preview", "preview.png", "The grid of training images to write.")
+PREVIEW = flags.DEFINE_string("preview", "preview.png", "PNG file for a grid of training images.")
 flags.mark_flags_as_required(["data"])
 
 

@@ -20,13 +20,13 @@ WORKDIR = flags.DEFINE_string("workdir", None, "A training run's folder, a saved
 OUT = flags.DEFINE_string("out", None, "Folder for the results; WORKDIR/samples if not given.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "Images to draw.", lower_bound=1)
 LABELS = flags.DEFINE_list("labels", None, "Classes, repeated in turn; all of them if not given; -1 is no class.")
-SEED = flags.DEFINE_integer("seed", 0, "Of the latents.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the latents.")
 GUIDANCE = flags.DEFINE_float("guidance", 0.0, "Guidance weight w.")
-TARGET = flags.DEFINE_enum("guidance_target", "both", TARGETS, "What is guided.")
+TARGET = flags.DEFINE_enum("guidance_target", "both", TARGETS, "Which affine parameters are guided.")
 SCHEDULE = flags.DEFINE_enum("guidance_schedule", "linear", SCHEDULES, "How the weight grows along the tokens.")
-TEMPERATURE = flags.DEFINE_float("attention_temperature", 1.0, "τ of the unguided pass.")
+TEMPERATURE = flags.DEFINE_float("attention_temperature", 1.0, "Attention temperature τ of the unguided pass.")
 DENOISE = flags.DEFINE_bool("denoise", None, "Denoise; if not given, where the training noise was Gaussian.")
-MULTIPLIER = flags.DEFINE_float("denoise_multiplier", 1.0, "s, the factor of the score.")
+MULTIPLIER = flags.DEFINE_float("denoise_multiplier", 1.0, "Factor s of the score in denoising.")
 DECODER = flags.DEFINE_enum(
     "decoder", "sequential", list(common.DECODERS), "How blocks are inverted; auto is what tune_decoder found."
 )

@@ -26,13 +26,13 @@ from tarflow_jax.runtime import Preempted
 from tarflow_jax.training import Recipe
 from tarflow_jax.training.workdir import RESULTS
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe whose file defines sweep().")
+CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe file that defines sweep().")
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep, on a disk; made if it is missing.")
 EXECUTOR = flags.DEFINE_enum(
     "executor", "local", ["local", "slurm", "print"], "Run here, submit by sbatch, or print the commands."
 )
-PARALLEL = flags.DEFINE_integer("parallel", 1, "Runs at a time, if they run here.", lower_bound=1)
-METRIC = flags.DEFINE_string("metric", None, "What to plot, a part of its name; the last one if not given.")
+PARALLEL = flags.DEFINE_integer("parallel", 1, "Number of runs at a time, if they run here.", lower_bound=1)
+METRIC = flags.DEFINE_string("metric", None, "Metric to plot, by a part of its name; the last one if not given.")
 flags.mark_flags_as_required(["config", "workdir"])
 
 _LONGEST_NAME = 160  # of a folder; file systems allow 255 bytes
@@ -127,7 +127,7 @@ def plan(config: ConfigDict, source: str, shared: Mapping[str, Any], workdir: Pa
 
 
 def run_name(overrides: Mapping[str, Any]) -> str:
-    """`noise.std=0.1,train.seed=2`, safe for file names: a hash stands for what had to be replaced or cut."""
+    """`noise.std=0.1,train.seed=2`, safe for file names: a hash stands for what had to be replaced or left out."""
     plain = _plain(overrides)
     safe = re.sub(r"[^A-Za-z0-9._=,+-]", "_", plain)[:_LONGEST_NAME]
     return safe if safe == plain else f"{safe}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"

@@ -4,8 +4,6 @@ The global batch of a step is a function of (seed, step) alone, so that a run on
 begun anew or resumed anywhere, sees the same images in the same order with the same flips.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice

@@ -4,8 +4,6 @@ The builder yields PNG bytes, so that TFDS prepares it without TensorFlow. Split
 "train" the first 1,500 images, "test" the last 297. Grey level v of 0..16 becomes round(255 v / 16).
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,10 +1,8 @@
 """The 3,786 64x64 emoji of npm's emoji-datasource-google in 10 categories.
 
 The drawings are Google's Noto Emoji (Apache License 2.0), the package around them is MIT. Skin-tone variants
-of one emoji lie on one side of the split, which is by a hash of the emoji's code points.
+of one emoji are on one side of the split, which is by a hash of the emoji's code points.
 """
-
-from __future__ import annotations
 
 import json
 import tarfile

@@ -1,7 +1,5 @@
 """Fashion-MNIST from its four gz IDX files: 60,000 and 10,000 grey images of 28x28 in 10 classes."""
 
-from __future__ import annotations
-
 import gzip
 import math
 import zlib
@@ -36,7 +34,7 @@ def open_fashion_mnist(argument: str, split: str, options: Options) -> ArraySour
 
 
 def read_idx(path: Path, num_dimensions: int) -> np.ndarray:
-    """The uint8 array of a gz IDX file; ValueError where the file is anything else, or cut short."""
+    """The uint8 array of a gz IDX file; ValueError where the file is anything else, or truncated."""
     wanted = f"expected a gzip IDX file of unsigned bytes with {num_dimensions} dimension(s)"
     try:
         with gzip.open(path, "rb") as file:
@@ -44,7 +42,7 @@ def read_idx(path: Path, num_dimensions: int) -> np.ndarray:
             if header[:4] != bytes([0, 0, 8, num_dimensions]) or len(header) != 4 + 4 * num_dimensions:
                 raise UserError(f"{path}: {wanted}, but its header says otherwise")
             shape = [int(size) for size in np.frombuffer(header, ">u4", offset=4)]
-            # One byte more than promised would show that the header lies, without reading an endless file.
+            # One byte more than promised would show that the header is wrong, without reading an endless file.
             body = file.read(math.prod(shape) + 1)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: {wanted}, got a damaged one ({error}); copy the file again") from None

@@ -1,7 +1,5 @@
 """Image folders: which files belong to a split, with which label, and which of them are bad."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging
@@ -49,7 +47,7 @@ def list_folder(root: Path, split: str) -> Listing:
 
     Raises:
       FileNotFoundError: there is no such folder.
-      ValueError: there are no images, or images lie both beside and inside class folders.
+      ValueError: there are no images, or images are both beside and inside class folders.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"folder:{root}: no such folder")
@@ -80,7 +78,7 @@ def _walk(root: Path) -> Iterator[str]:
 def _classes(paths: Iterable[str], root: Path) -> tuple[str, ...]:
     names = {path.split("/")[0] if "/" in path else "" for path in paths}
     if "" in names and len(names) > 1:
-        raise UserError(f"folder:{root}: images lie both beside and inside class folders; move the former into a class")
+        raise UserError(f"folder:{root}: images are both beside and inside class folders; move the former into a class")
     return tuple(sorted(names - {""}))
 
 

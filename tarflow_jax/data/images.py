@@ -3,8 +3,6 @@
 A file is hostile until it is decoded: whatever is wrong with it ends in one ValueError that says what.
 """
 
-from __future__ import annotations
-
 import io
 import os
 import stat
@@ -17,7 +15,7 @@ from tarflow_jax.errors import UserError
 
 PREPROCESSINGS = ("none", "tarflow", "adm")
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
-BACKGROUND = 255  # transparent pixels lie over white
+BACKGROUND = 255  # transparent pixels become white
 MIN_SIDE = 8
 MAX_PIXELS = 80_000_000  # below Pillow's own limit, which only warns
 MAX_ASPECT = 32

@@ -1,7 +1,5 @@
 """Images from a NumPy archive: `images` and perhaps `labels`, or `arr_0` and `arr_1` as ADM names them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from tarflow_jax.data.source import ArraySource, Options

@@ -4,8 +4,6 @@ A record is the label (int32, little endian) followed by a PNG. The folder is co
 until then each finished shard has a report beside it, and packing again takes up where it stopped.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math
@@ -231,7 +229,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def open_packed(argument: str, split: str, options: Options, name: str | None = None) -> EncodedSource:
     """Opens one split of the packed set in the folder `argument`; `name` is for messages, "packed:FOLDER" if None.
 
-    Raises FileNotFoundError where there is none, and ValueError where shards are missing or cut short, or
+    Raises FileNotFoundError where there is none, and ValueError where shards are missing or truncated, or
     where it was packed with another preprocessing than the one asked for; "none" takes them as they are.
     """
     folder, preprocessing, name = Path(argument).expanduser(), options.preprocessing, name or f"packed:{argument}"
@@ -246,7 +244,7 @@ def open_packed(argument: str, split: str, options: Options, name: str | None = 
     for shard in shards:
         path = folder / shard["file"]
         if not path.is_file() or path.stat().st_size != shard["bytes"]:
-            raise UserError(f"{path}: missing or cut short; copy or pack the set again")
+            raise UserError(f"{path}: missing or truncated; copy or pack the set again")
     try:
         records = ArrayRecordDataSource([str(folder / shard["file"]) for shard in shards])
     except RuntimeError as error:

@@ -1,12 +1,12 @@
 """Data sets by name: `KIND` or `KIND:ARGUMENT`."""
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
+
+from etils import epath
 
 from tarflow_jax.data.emoji import open_emoji, prepare_emoji
 from tarflow_jax.data.fashion_mnist import open_fashion_mnist
@@ -70,7 +70,7 @@ def open_source(
     *,
     image_size: tuple[int, int] | None = None,
     preprocessing: str = "none",
-    data_dir: str | os.PathLike[str] | None = None,
+    data_dir: epath.PathLike | None = None,
     skip_bad: bool = False,
     cache_bytes: int = 0,
 ) -> ImageSource:
@@ -105,7 +105,7 @@ def prepare_source(
     *,
     image_size: tuple[int, int] | None = None,
     preprocessing: str = "none",
-    data_dir: str | os.PathLike[str] | None = None,
+    data_dir: epath.PathLike | None = None,
     skip_bad: bool = False,
 ) -> str:
     """Prepares a data set once: downloads a TFDS set, packs a folder or the emoji. Arguments as `open_source`.
@@ -117,11 +117,7 @@ def prepare_source(
 
 
 def _resolve(
-    name: str,
-    image_size: tuple[int, int] | None,
-    preprocessing: str,
-    data_dir: str | os.PathLike[str] | None,
-    skip_bad: bool,
+    name: str, image_size: tuple[int, int] | None, preprocessing: str, data_dir: epath.PathLike | None, skip_bad: bool
 ) -> tuple[Kind, str, Options]:
     """The kind and the argument that a name names, and the options, all checked."""
     key, _, argument = name.partition(":")

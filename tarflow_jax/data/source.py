@@ -1,7 +1,5 @@
 """What every data set looks like from outside: a random-access list of uint8 images with labels."""
 
-from __future__ import annotations
-
 import abc
 import dataclasses
 import hashlib
@@ -30,7 +28,7 @@ class Options:
 class ImageSource(abc.ABC):
     """A random-access list of images of one shape.
 
-    `source[i]` is `{"image": uint8 [H, W, K], "label": np.int32}`; the label lies in [0, num_classes), or is
+    `source[i]` is `{"image": uint8 [H, W, K], "label": np.int32}`; the label is in [0, num_classes), or is
     -1 where the source has no labels.
 
     Attributes:
@@ -82,7 +80,7 @@ class ImageSource(abc.ABC):
 
 
 class ArraySource(ImageSource):
-    """A source whose decoded images lie in memory."""
+    """A source whose decoded images are in memory."""
 
     def __init__(
         self,

@@ -1,7 +1,5 @@
 """The split into training and test images of a set that has none."""
 
-from __future__ import annotations
-
 import hashlib
 
 SPLITS = ("train", "test")

@@ -1,7 +1,5 @@
 """Any image set of TensorFlow Datasets, read from array_record without TensorFlow."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import io
@@ -19,7 +17,7 @@ TEST_SPLITS = ("test", "validation")
 
 
 def tfds_folder(data_dir: Path) -> Path:
-    """Where prepared TFDS sets lie under the data folder."""
+    """The folder of prepared TFDS sets under the data folder."""
     return data_dir / "tfds"
 
 

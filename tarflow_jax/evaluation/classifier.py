@@ -47,7 +47,7 @@ class Classifier(nn.Module):
 
 
 def train_classifier(source: ImageSource) -> dict[str, Any]:
-    """Parameters of a `Classifier` trained on the whole of `source`, by `RECIPE`."""
+    """Parameters of a `Classifier` trained on all of `source`, by `RECIPE`."""
     steps = max(6 * len(source) // BATCH_SIZE, MIN_STEPS)
     model = Classifier(source.num_classes)
     optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, steps))

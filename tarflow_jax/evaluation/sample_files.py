@@ -31,7 +31,7 @@ def write_samples(path: epath.PathLike, images: np.ndarray, labels: np.ndarray |
 def read_samples(path: epath.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
     """Images uint8 [N, H, W, K] and labels [N] or None of an ADM sample file.
 
-    Raises FileNotFoundError, and ValueError for anything but a whole sample file.
+    Raises FileNotFoundError, and ValueError for anything but a complete sample file.
     """
     arrays = read_npz(path, ("arr_0", "arr_1"))
     images, labels = arrays.get("arr_0"), arrays.get("arr_1")

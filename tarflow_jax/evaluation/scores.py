@@ -51,8 +51,7 @@ def kernel_distance(
 
 
 def _mean_off_diagonal(kernel: np.ndarray) -> float:
-    size = len(kernel)
-    return float((kernel.sum() - np.trace(kernel)) / (size * (size - 1)))
+    return float((kernel.sum() - np.trace(kernel)) / (kernel.size - len(kernel)))
 
 
 def precision_recall(generated: np.ndarray, real: np.ndarray, neighbours: int = 3) -> tuple[float, float]:

@@ -12,8 +12,7 @@ from tarflow_jax.errors import UserError
 class FeatureStatistics:
     """Mean [D] and covariance [D, D] (divided by count - 1, as `np.cov` does) of features, float64.
 
-    Raises:
-      ValueError: for shapes that do not fit each other, or numbers that are not finite.
+    Raises ValueError for shapes that do not fit each other, or numbers that are not finite.
     """
 
     mean: np.ndarray
@@ -34,20 +33,16 @@ class RunningStatistics:
     """Mean and covariance of a stream of features, in one pass (Chan, Golub and LeVeque's update)."""
 
     def __init__(self) -> None:
-        self.count = 0
-        self.mean = np.zeros(0)
-        self.scatter = np.zeros((0, 0))
+        self.count, self.mean, self.scatter = 0, np.zeros(()), np.zeros(())
 
     def add(self, features: np.ndarray) -> None:
         """Takes features [N, D] of any float type."""
         batch = np.asarray(features, np.float64)
         mean = batch.mean(0)
         centred = batch - mean
-        if not self.count:
-            self.mean, self.scatter = np.zeros_like(mean), np.zeros((len(mean), len(mean)))
         total = self.count + len(batch)
         shift = mean - self.mean
-        self.scatter += centred.T @ centred + np.outer(shift, shift) * (self.count * len(batch) / total)
+        self.scatter = self.scatter + centred.T @ centred + np.outer(shift, shift) * (self.count * len(batch) / total)
         self.mean = self.mean + shift * (len(batch) / total)
         self.count = total
 
@@ -75,10 +70,8 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
     """|m - m'|² + tr(C + C' - 2 (C C')^½) between Gaussians (Heusel et al. 2017).
 
     tr (C C')^½ is the sum of the singular values of Rᵀ R' with C = R Rᵀ, C' = R' R'ᵀ: real by construction,
-    and without the offset on the diagonal that a matrix root needs when a covariance is singular.
-
-    Raises:
-      ValueError: the two have different numbers of features; they are of different networks.
+    and without the offset on the diagonal that a matrix root needs when a covariance is singular. Raises ValueError if
+    the two have different numbers of features: they are of different networks.
     """
     if first.mean.shape != second.mean.shape:
         raise UserError(

@@ -16,11 +16,7 @@ unflatten = functools.partial(unflatten_dict, sep="/")
 
 
 def check_tensors(what: str, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
-    """Compares the names and shapes found in `what` with the expected ones.
-
-    Raises:
-      ValueError: naming the first tensor that is missing, unexpected, or of another shape.
-    """
+    """Raises ValueError for the first tensor found in `what` that is missing, unexpected, or of another shape."""
     if missing := sorted(expected.keys() - found.keys()):
         raise UserError(f"{what} lacks tensor {missing[0]}{_more(missing)}; the file is incomplete")
     if extra := sorted(found.keys() - expected.keys()):

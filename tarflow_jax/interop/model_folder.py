@@ -91,17 +91,13 @@ def save_model(
     ):
         write_tensors(weights, {name: tensors[name] for name in shapes}, _dtypes(shapes, dtype))
         weights.flush()
+        size, digest = weights.tell(), sha256(weights.name)
         fields = {
             "format": FORMAT,
             "format_version": VERSION,
             "model": config.to_dict(),
             "noise": noise.to_dict() if noise else None,
-            "weights": {
-                "dtype": dtype,
-                "ema": ema_params is not None,
-                "bytes": weights.tell(),
-                "sha256": sha256(weights.name),
-            },
+            "weights": {"dtype": dtype, "ema": ema_params is not None, "bytes": size, "sha256": digest},
         }
         fields["sha256"] = fingerprint(fields)
         description.write((json.dumps(fields, indent=2) + "\n").encode())
@@ -120,21 +116,18 @@ def load_model(name: str | os.PathLike[str]) -> SavedModel:
       ValueError: an unknown layout version, a damaged file, or files that contradict each other.
     """
     folder = local_folder(name, (CONFIG, WEIGHTS, CARD))
-    fields = _read_fields(folder / CONFIG)
-    path = folder / CONFIG
+    path, weights = folder / CONFIG, folder / WEIGHTS
+    fields = _read_fields(path)
     try:
         config = TarFlowConfig.from_dict(fields["model"])
         noise = None if fields["noise"] is None else Noise.from_dict(fields["noise"])
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: {one_line(error)}") from error
     stored = fields["weights"]
-    weights = folder / WEIGHTS
     _check_weights_file(weights, stored)
     shapes = _shapes(config, stored["ema"])
-    tensors = {}
-    for tensor_name, array in read_tensors(weights, shapes, _dtypes(shapes, stored["dtype"])):
-        tensors[tensor_name] = jnp.asarray(array.astype(jnp.float32, copy=False))
-    tree = unflatten(tensors)
+    tensors = read_tensors(weights, shapes, _dtypes(shapes, stored["dtype"]))
+    tree = unflatten({name: jnp.asarray(array.astype(jnp.float32, copy=False)) for name, array in tensors})
     return SavedModel(config=config, noise=noise, ema_params=tree.pop("ema", None), variables=tree)
 
 

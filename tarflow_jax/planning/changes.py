@@ -19,10 +19,9 @@ class Fitting(NamedTuple):
 
 
 def smallest_change(recipe: Recipe, plan: Plan, make_plan: Callable[[Recipe], Plan]) -> Fitting | None:
-    """Compiles one changed recipe after another, the smallest change first, until one fits.
+    """Compiles one change after another of a recipe that does not fit (its plan is `plan`), until one fits.
 
-    Args:
-      recipe: what does not fit. plan: of it. make_plan: compiles a changed recipe for the same topology.
+    `make_plan` compiles a changed recipe for the same topology.
     """
     for change in changes(recipe, plan):
         logger.info("does not fit: trying %s", as_flags(change))
@@ -36,8 +35,8 @@ def changes(recipe: Recipe, plan: Plan) -> Iterator[Change]:
     """Changes to try in turn, until one fits.
 
     First those that leave the result alone, each with less speed than the one before: recomputing, accumulating,
-    cutting the parameters over `fsdp`, both; then a smaller batch. What cannot help, because parameters and
-    optimizer alone do not fit, is left out.
+    sharding the parameters over `fsdp`, both; then a smaller batch. What cannot help, because parameters and optimizer
+    alone do not fit, is left out.
     """
     config, sizes = recipe.config, plan.mesh
     shards = sizes["data"] * sizes["fsdp"]
@@ -45,7 +44,7 @@ def changes(recipe: Recipe, plan: Plan) -> Iterator[Change]:
     remat = [{"model.remat": "full"}] if config.model.remat != "full" else []
     rows = config.train.batch_size // shards // config.train.accumulation
     accumulations = [n * config.train.accumulation for n in _doublings(rows) if rows % n == 0]
-    cuts = [
+    shardings = [
         {"mesh.data": sizes["data"] // n, "mesh.fsdp": sizes["fsdp"] * n}
         for n in _doublings(sizes["data"] // plan.topology.slices)
         if sizes["data"] % n == 0 and recipe.model.width % (sizes["fsdp"] * n) == 0
@@ -53,13 +52,13 @@ def changes(recipe: Recipe, plan: Plan) -> Iterator[Change]:
     if state_fits:
         yield from remat
         yield from ({**_first(remat), "train.accumulation": n} for n in accumulations)
-    yield from ({**_first(remat), **cut} for cut in cuts)
-    if accumulations and cuts:
-        yield {**_first(remat), **cuts[-1], "train.accumulation": accumulations[-1]}
+    yield from ({**_first(remat), **sharding} for sharding in shardings)
+    if accumulations and shardings:
+        yield {**_first(remat), **shardings[-1], "train.accumulation": accumulations[-1]}
     for n in _doublings(rows):
         smaller = {"train.batch_size": config.train.batch_size // n}
         if rows % n == 0:
-            yield {**_first(remat), **(cuts[-1] if cuts and not state_fits else {}), **smaller}
+            yield {**_first(remat), **(shardings[-1] if shardings and not state_fits else {}), **smaller}
 
 
 def changed(recipe: Recipe, change: Change) -> Recipe:

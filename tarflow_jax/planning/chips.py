@@ -78,8 +78,7 @@ def known_chip(kind: str) -> Chip | None:
 def open_topology(name: str, num_slices: int = 1) -> Topology:
     """The devices of "v5e:16x16" and other TPU topologies (libtpu is needed, a TPU is not), of "cpu:8" or "gpu:1".
 
-    Raises:
-      ValueError: there is no such topology, or fewer devices. ImportError: libtpu is not installed.
+    Raises ValueError if there is no such topology, or fewer devices; ImportError if libtpu is not installed.
     """
     platform, _, size = name.partition(":")
     if platform not in ("cpu", "gpu"):

@@ -21,10 +21,8 @@ def forward_flops(config: TarFlowConfig) -> float:
 def program_flops(jaxpr: Any) -> float:
     """FLOPs of all products that a jaxpr runs on all devices together, loops by their lengths.
 
-    What the backward pass computes again is counted. Elementwise work is not.
-
-    Raises:
-      ValueError: products in a loop whose length the jaxpr does not say.
+    What the backward pass computes again is counted. Elementwise work is not. Raises ValueError for products in a loop
+    whose length the jaxpr does not say.
     """
     return sum(_flops(equation) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 

@@ -40,14 +40,7 @@ Computation = dict[str, Instruction]
 
 
 def parse(text: str) -> tuple[Program, str]:
-    """Computations by name, and the name of the entry.
-
-    Args:
-      text: `compiled.as_text()`.
-
-    Raises:
-      ValueError: it is no such text.
-    """
+    """Computations by name, and the name of the entry, of `compiled.as_text()`; ValueError for any other text."""
     program: Program = {}
     entry, current = "", {}
     for line in text.splitlines():
@@ -67,8 +60,7 @@ def executed(
 ) -> Iterator[tuple[Instruction, str, int, bool]]:
     """(instruction, its computation's name, how often it runs, whether inside a fusion) of all that runs.
 
-    Raises:
-      ValueError: a loop whose length the text does not tell.
+    Raises ValueError for a loop whose length the text does not tell.
     """
     for instruction in program[name].values():
         yield instruction, name, times, fused

@@ -36,33 +36,18 @@ class Planned:
 
 
 def train_program(recipe: Recipe, mesh: Mesh) -> Planned:
-    """The step that `training.train` runs.
-
-    Raises:
-      ValueError: the batch or a parameter cannot be cut over the mesh.
-    """
+    """The step that `training.train` runs; ValueError if the batch or a parameter does not divide by the mesh."""
     fields, batch = recipe.config.train, _images(recipe, mesh, jnp.uint8)
     state = abstract_state(recipe.train_config, mesh)
-    return Planned(
-        compiled_step(recipe.train_config, mesh),
-        (state, *batch, _replicated(mesh, jax.eval_shape(lambda: jax.random.key(0)))),
-        {
-            "parameters": state.variables,
-            "optimizer": (state.step, state.opt_state),
-            "average": state.ema_params,
-            "batch": batch,
-        },
-        3 * fields.batch_size * forward_flops(recipe.model),
-        fields.num_steps,
-    )
+    key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=replicated(mesh))
+    parts = {"parameters": state.variables, "optimizer": (state.step, state.opt_state), "average": state.ema_params}
+    flops = 3 * fields.batch_size * forward_flops(recipe.model)
+    step = compiled_step(recipe.train_config, mesh)
+    return Planned(step, (state, *batch, key), {**parts, "batch": batch}, flops, fields.num_steps)
 
 
 def sample_program(recipe: Recipe, mesh: Mesh) -> Planned:
-    """The sequential decoder with the recipe's guidance, for as many images as a training batch has.
-
-    Raises:
-      ValueError: as of `train_program`.
-    """
+    """The sequential decoder with the recipe's guidance, for as many images as a training batch; as `train_program`."""
     config = recipe.model
     state = abstract_state(recipe.train_config, mesh)
     latents, labels = _images(recipe, mesh, jnp.float32)
@@ -71,31 +56,17 @@ def sample_program(recipe: Recipe, mesh: Mesh) -> Planned:
     def sample(variables: Any, latents: jax.Array, labels: jax.Array, guidance: Guidance | None) -> jax.Array:
         return programs.decode(config, variables, latents, labels if config.num_classes else None, guidance).images
 
-    passes = 2 if guidance else 1
-    return Planned(
-        Program(jax.jit(sample, out_shardings=batch_sharding(mesh)), mesh),
-        (state.variables, latents, labels, guidance),
-        {"parameters": state.variables, "batch": (latents, labels)},
-        passes * recipe.config.train.batch_size * forward_flops(config),
-        0,
-    )
+    program = Program(jax.jit(sample, out_shardings=batch_sharding(mesh)), mesh)
+    parts = {"parameters": state.variables, "batch": (latents, labels)}
+    flops = (2 if guidance else 1) * recipe.config.train.batch_size * forward_flops(config)
+    return Planned(program, (state.variables, latents, labels, guidance), parts, flops, 0)
 
 
 def compile_program(planned: Planned, recipe: Recipe, topology: Topology, mesh: Mesh) -> Plan:
     """Compiles and reads the result; a program that does not fit the memory is a plan too.
 
-    Raises:
-      jax.errors.JaxRuntimeError: XLA cannot compile it for another reason than memory.
+    Raises jax.errors.JaxRuntimeError if XLA cannot compile it for another reason than memory.
     """
-    described = functools.partial(
-        Plan,
-        topology=topology,
-        mesh=dict(mesh.shape),
-        batch_size=recipe.config.train.batch_size,
-        num_steps=planned.num_steps,
-        state_bytes={name: _device_bytes(part) for name, part in planned.parts.items()},
-        model_flops=planned.model_flops,
-    )
     begin = time.process_time()
     traced = planned.program.trace(*planned.arguments)
     flops = program_flops(traced.jaxpr)
@@ -104,36 +75,33 @@ def compile_program(planned: Planned, recipe: Recipe, topology: Topology, mesh: 
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return described(
-            problem=_shortage(str(error)),
-            temporary_bytes=math.nan,
-            code_bytes=math.nan,
-            flops=flops / mesh.size,
-            traffic=Traffic(math.nan, {}),
-            compile_seconds=time.process_time() - begin,
-        )
-    seconds, memory = time.process_time() - begin, compiled.memory_analysis()
-    outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return described(
-        problem="",
-        temporary_bytes=memory.temp_size_in_bytes + outputs,
-        code_bytes=memory.generated_code_size_in_bytes,
+        problem, temporary_bytes, code_bytes, moved = _shortage(str(error)), math.nan, math.nan, Traffic(math.nan, {})
+        seconds = time.process_time() - begin
+    else:
+        seconds, memory, problem = time.process_time() - begin, compiled.memory_analysis(), ""
+        temporary_bytes = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        code_bytes = memory.generated_code_size_in_bytes
+        moved = traffic(compiled.as_text(), mesh.size, topology.slices)
+    return Plan(
+        topology=topology,
+        mesh=dict(mesh.shape),
+        batch_size=recipe.config.train.batch_size,
+        num_steps=planned.num_steps,
+        problem=problem,
+        state_bytes={name: _device_bytes(part) for name, part in planned.parts.items()},
+        temporary_bytes=temporary_bytes,
+        code_bytes=code_bytes,
         flops=flops / mesh.size,
-        traffic=traffic(compiled.as_text(), mesh.size, topology.slices),
+        model_flops=planned.model_flops,
+        traffic=moved,
         compile_seconds=seconds,
     )
 
 
 def _images(recipe: Recipe, mesh: Mesh, dtype: Any) -> tuple[Any, Any]:
-    rows, count = batch_sharding(mesh), recipe.config.train.batch_size
-    return (
-        jax.ShapeDtypeStruct((count, *recipe.model.image_shape), dtype, sharding=rows),
-        jax.ShapeDtypeStruct((count,), jnp.int32, sharding=rows),
-    )
-
-
-def _replicated(mesh: Mesh, shape: Any) -> Any:
-    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=replicated(mesh))
+    rows = functools.partial(jax.ShapeDtypeStruct, sharding=batch_sharding(mesh))
+    count = recipe.config.train.batch_size
+    return rows((count, *recipe.model.image_shape), dtype), rows((count,), jnp.int32)
 
 
 def _device_bytes(tree: Any) -> int:

@@ -45,11 +45,7 @@ class Traffic:
 
 
 def traffic(text: str, num_devices: int, slices: int = 1) -> Traffic:
-    """Reads `compiled.as_text()`.
-
-    Raises:
-      ValueError: a loop whose length, or groups of devices whose size the text does not tell.
-    """
+    """Reads `compiled.as_text()`; ValueError where it does not tell a loop's length or the size of device groups."""
     program, entry = parse(text)
     memory = 0.0
     collectives: dict[str, Collective] = defaultdict(Collective)
