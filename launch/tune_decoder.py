@@ -41,8 +41,8 @@ def main(argv: Sequence[str]) -> None:
     """Measures, prints a table for each batch size, writes decoder.json."""
     guidance = Guidance(GUIDANCE.value, TARGET.value, SCHEDULE.value, TEMPERATURE.value)
     counts = [common.whole_number("num_images", text) for text in NUM_IMAGES.value]
-    if min(counts) < 1:
-        raise UserError(f"num_images is {min(counts)}; expected positive numbers")
+    if min(counts, default=0) < 1:
+        raise UserError(f"num_images is {NUM_IMAGES.value}; expected positive numbers")
     pipe = common.open_pipeline(WORKDIR.value, None)
     checked = check_guidance(pipe.config, guidance)
     decoders: dict[int, tuple[Decoder, ...]] = {}
