@@ -59,7 +59,7 @@ def sample_program(recipe: Recipe, mesh: Mesh) -> Planned:
     program = Program(jax.jit(sample, out_shardings=batch_sharding(mesh)), mesh)
     parts = {"parameters": state.variables, "batch": (latents, labels)}
     flops = (2 if guidance else 1) * recipe.config.train.batch_size * forward_flops(config)
-    return Planned(program, (state.variables, latents, labels, guidance), parts, flops, 0)
+    return Planned(program, (state.variables, latents, labels, jax.tree.map(lambda _: scalar, guidance)), parts, flops, 0)
 
 
 def compile_program(planned: Planned, recipe: Recipe, topology: Topology, mesh: Mesh) -> Plan:
