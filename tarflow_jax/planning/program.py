@@ -52,6 +52,7 @@ def sample_program(recipe: Recipe, mesh: Mesh) -> Planned:
     state = abstract_state(recipe.train_config, mesh)
     latents, labels = _images(recipe, mesh, jnp.float32)
     guidance = check_guidance(config, Guidance(**recipe.config.sample.guidance))
+    number = _replicated(mesh, jax.ShapeDtypeStruct((), jnp.float32))
 
     def sample(variables: Any, latents: jax.Array, labels: jax.Array, guidance: Guidance | None) -> jax.Array:
         return programs.decode(config, variables, latents, labels if config.num_classes else None, guidance).images
@@ -59,7 +60,8 @@ def sample_program(recipe: Recipe, mesh: Mesh) -> Planned:
     program = Program(jax.jit(sample, out_shardings=batch_sharding(mesh)), mesh)
     parts = {"parameters": state.variables, "batch": (latents, labels)}
     flops = (2 if guidance else 1) * recipe.config.train.batch_size * forward_flops(config)
-    return Planned(program, (state.variables, latents, labels, jax.tree.map(lambda _: scalar, guidance)), parts, flops, 0)
+    arguments = (state.variables, latents, labels, jax.tree.map(lambda _: number, guidance))
+    return Planned(program, arguments, parts, flops, 0)
 
 
 def compile_program(planned: Planned, recipe: Recipe, topology: Topology, mesh: Mesh) -> Plan:
