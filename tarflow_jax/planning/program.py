@@ -52,7 +52,7 @@ def sample_program(recipe: Recipe, mesh: Mesh) -> Planned:
     state = abstract_state(recipe.train_config, mesh)
     latents, labels = _images(recipe, mesh, jnp.float32)
     guidance = check_guidance(config, Guidance(**recipe.config.sample.guidance))
-    number = _replicated(mesh, jax.ShapeDtypeStruct((), jnp.float32))
+    number = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
 
     def sample(variables: Any, latents: jax.Array, labels: jax.Array, guidance: Guidance | None) -> jax.Array:
         return programs.decode(config, variables, latents, labels if config.num_classes else None, guidance).images
