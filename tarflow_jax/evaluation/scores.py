@@ -75,6 +75,6 @@ def _fraction_inside(points: np.ndarray, centres: np.ndarray, neighbours: int) -
         return np.partition(distances, neighbours, axis=1)[:, neighbours]
 
     # In chunks: at 50,000 images the whole matrix would take 20 GB.
-    radius = np.concatenate(list(pairwise_distances_chunked(centres, reduce_func=radii, metric="sqeuclidean")))
-    chunks = pairwise_distances_chunked(points, centres, metric="sqeuclidean")
+    radius = np.concatenate(list(pairwise_distances_chunked(centres, reduce_func=radii)))
+    chunks = pairwise_distances_chunked(points, centres)
     return float(np.concatenate([(distances <= radius).any(1) for distances in chunks]).mean())
