@@ -32,13 +32,16 @@ def get_config() -> ConfigDict:
             "flip": False,  # mirror at random
             "num_workers": 0,  # threads that read ahead
             "skip_bad": False,  # leave out a folder's damaged images instead of refusing it
+            "missing_labels": False,  # let the source have fewer classes than a class-conditional model, or none
             "cache_bytes": 0,  # keep decoded images in memory up to this size
         }
     )
     config.noise = ConfigDict({"kind": "gaussian", "std": 0.05})
     config.optimizer = ConfigDict(
         {
+            "name": "adamw",  # or muon, for the hidden matrices alone
             "learning_rate": 1e-4,
+            "muon_learning_rate": 0.0,  # of the hidden matrices, with muon
             "final_learning_rate": 1e-6,
             "warmup_steps": 0,
             "beta1": 0.9,

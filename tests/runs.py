@@ -31,9 +31,9 @@ def random_images(config, count, seed=0):
     return images, rng.integers(0, max(config.num_classes, 1), count).astype(np.int32)
 
 
-def run_steps(config, mesh, count, *, accumulation=1, ema_decay=0.0):
+def run_steps(config, mesh, count, *, accumulation=1, ema_decay=0.0, **optimizer):
     """The losses and the last state of `count` steps on fixed random 8-bit images."""
-    optimizer = Optimizer(count, 1e-4, 1e-4, 0, 0.9, 0.999, 1e-4, 0.0, ema_decay)  # no loss comes near 0
+    optimizer = Optimizer(count, 1e-4, 1e-4, 0, 0.9, 0.999, 1e-4, 0.0, ema_decay, **optimizer)  # no loss comes near 0
     train_config = TrainConfig(config, Noise("gaussian", 0.1), optimizer, drop_label=0.2, accumulation=accumulation)
     state, step = new_state(train_config, mesh, jax.random.key(0)), compiled_step(train_config, mesh)
     rows, losses = Rows(mesh, BATCH_SIZE), []

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from tarflow_jax.errors import UserError
 from tarflow_jax.runtime.parameters import rows_of
 
-COUNTERS = ("step", "count")  # of the state and of its optimizer: replicated
+REPLICATED = ("step", "count", "ns_coeffs")  # of the state and of its optimizer, beside what is a parameter's
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
@@ -49,7 +49,7 @@ def summary(mesh: Mesh, tree: Any) -> str:
 
 def _spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
     specs = [row.spec for row in rows_of(name)]
-    if name.rpartition("/")[2] in COUNTERS:
+    if name.rpartition("/")[2] in REPLICATED:
         specs.append(P())
     if len(specs) != 1:
         raise UserError(f"{name} {shape} matches {len(specs)} sharding rules; expected exactly one")

@@ -1,15 +1,23 @@
 """The optimizer of a run: its learning rate over the steps, and the update that it makes."""
 
 import dataclasses
+from typing import Any
 
+import jax
 import optax
 
 from tarflow_jax.errors import UserError
+from tarflow_jax.runtime import leaf_name
+from tarflow_jax.runtime.parameters import rows_of
+
+NAMES = ("adamw", "muon")
+MUON_BETA = 0.95
+MUON_RMS = 0.2  # of an update's numbers: as large as AdamW's, so that rates and weight decay carry over (2502.16982)
 
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """AdamW with decay on every parameter, as the PyTorch release has it; the fields of a recipe's `optimizer`.
+    """AdamW with decay on every parameter, as the PyTorch release has it; or Muon for the hidden matrices.
 
     Attributes:
       num_steps: of the whole run.
@@ -18,6 +26,9 @@ class Optimizer:
       beta1, beta2, weight_decay: AdamW's.
       clip_norm: largest norm of the whole gradient; 0 for no clipping.
       ema_decay: of the exponential moving average of the parameters; 0 for none.
+      name: "adamw", or "muon": the momentum of each hidden matrix, orthogonalised by five Newton-Schulz steps (Jordan
+        et al. 2024), and AdamW with Nesterov momentum (optax's) for all else.
+      muon_learning_rate: the peak for the hidden matrices.
 
     Raises:
       ValueError: one line naming the field.
@@ -32,20 +43,31 @@ class Optimizer:
     weight_decay: float
     clip_norm: float
     ema_decay: float
+    name: str = "adamw"
+    muon_learning_rate: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "final_learning_rate", "warmup_steps", "weight_decay", "clip_norm"):
+        if self.name not in NAMES:
+            raise UserError(f"optimizer.name is {self.name!r}; expected one of {', '.join(NAMES)}")
+        for name in (
+            "learning_rate", "final_learning_rate", "warmup_steps", "weight_decay", "clip_norm", "muon_learning_rate",
+        ):  # fmt: skip
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}; expected a number from 0")
         for name in ("beta1", "beta2", "ema_decay"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}; expected 0 to less than 1")
+        if (self.name == "muon") != (self.muon_learning_rate > 0):
+            raise UserError(
+                f"optimizer.muon_learning_rate is {self.muon_learning_rate} with optimizer.name {self.name!r}; "
+                "expected a positive number with 'muon', 0 otherwise"
+            )
 
-    def schedule(self) -> optax.Schedule:
+    def schedule(self, peak: float | None = None) -> optax.Schedule:
         """Learning rate of a step: linear warm-up, then a cosine, from and to `final_learning_rate`."""
         return optax.warmup_cosine_decay_schedule(
             init_value=self.final_learning_rate,
-            peak_value=self.learning_rate,
+            peak_value=self.learning_rate if peak is None else peak,
             warmup_steps=self.warmup_steps,
             decay_steps=max(self.num_steps, self.warmup_steps + 1),
             end_value=self.final_learning_rate,
@@ -53,5 +75,34 @@ class Optimizer:
 
     def transformation(self) -> optax.GradientTransformation:
         """The update rule."""
-        adamw = optax.adamw(self.schedule(), b1=self.beta1, b2=self.beta2, weight_decay=self.weight_decay)
-        return optax.chain(optax.clip_by_global_norm(self.clip_norm), adamw) if self.clip_norm else adamw
+        if self.name == "muon":
+            update = optax.contrib.muon(
+                self.schedule(self.muon_learning_rate),
+                beta=MUON_BETA,
+                weight_decay=self.weight_decay,
+                adam_b1=self.beta1,
+                adam_b2=self.beta2,
+                adam_weight_decay=self.weight_decay,
+                adam_learning_rate=self.schedule(),
+                muon_weight_dimension_numbers=_hidden_matrices,
+                consistent_rms=MUON_RMS,
+            )
+        else:
+            update = optax.adamw(self.schedule(), b1=self.beta1, b2=self.beta2, weight_decay=self.weight_decay)
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), update) if self.clip_norm else update
+
+
+def _hidden_matrices(params: Any) -> Any:
+    """Which axes of a kernel are its matrix's rows and columns; None for what AdamW updates.
+
+    Left to itself Muon takes every array of two axes, which here are stacked biases and norms, embeddings, and the
+    projections to and from pixels.
+    """
+
+    def matrix(path: tuple[Any, ...], _: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        (row,) = rows_of(leaf_name(path))
+        if not (row.stacked and row.input_axes):
+            return None
+        return optax.contrib.MuonDimensionNumbers(row.input_axes, row.output_axes)
+
+    return jax.tree_util.tree_map_with_path(matrix, params)

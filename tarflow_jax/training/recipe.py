@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,6 +40,8 @@ _FREE_FIELDS = (
     "train.log_every",
     "train.profile_steps",
 )
+# What configs of earlier releases mean that lack these fields.
+_NEW_FIELDS = {"optimizer.name": "adamw", "optimizer.muon_learning_rate": 0.0, "data.missing_labels": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,14 @@ class Recipe:
         for name in ("num_steps", "batch_size", "checkpoint_every", "log_every", "accumulation", "keep_checkpoints"):
             if train[name] < 1:
                 raise UserError(f"train.{name} is {train[name]}; expected a positive number")
+        others = {f"data.{name}": self.config.data[name] for name in ("num_workers", "cache_bytes")}
+        others |= {f"train.{name}": train[name] for name in ("seed", "evaluate_every", "sample_every")}
+        for name, value in others.items():
+            if value < 0:
+                raise UserError(f"{name} is {value}; expected a number from 0")
+        multiplier = self.config.sample.denoise_multiplier
+        if not math.isfinite(multiplier):
+            raise UserError(f"sample.denoise_multiplier is {multiplier}; expected a finite number")
         if train.batch_size % train.accumulation:
             raise UserError(
                 f"train.batch_size {train.batch_size} is not divisible by train.accumulation {train.accumulation}"
@@ -119,20 +130,25 @@ class Recipe:
             raise UserError(
                 f"{source.name} has {source.num_classes} classes, the model {model.num_classes}; set model.num_classes"
             )
+        if source.num_classes < model.num_classes and not fields.get("missing_labels", False):
+            raise UserError(
+                f"{source.name} has {source.num_classes or 'no'} classes, the model {model.num_classes}: some would "
+                "never see an image; set model.num_classes, or data.missing_labels if that is meant"
+            )
         return source
 
-    def write_to(self, workdir: epath.PathLike, data_fingerprint: str | None = None) -> None:
+    def write_to(self, workdir: epath.PathLike, source: ImageSource | None = None) -> None:
         """Writes workdir/config.json, and data.json of what it is trained on, unless others are there.
 
         Args:
-          data_fingerprint: of the training split; None is not looked at.
+          source: the training split; None is not looked at.
 
         Raises:
           ValueError: the workdir holds another configuration (names the fields), or a run on other data.
         """
         workdir = epath.Path(workdir)
         if (workdir / CONFIG).exists():
-            stored, ours = _flatten(_read_json(workdir / CONFIG)), _flatten(json.loads(self.to_json()))
+            stored, ours = _NEW_FIELDS | _flatten(_read_json(workdir / CONFIG)), _flatten(json.loads(self.to_json()))
             differing = [
                 f"{name} ({stored.get(name)!r} there, {ours.get(name)!r} here)"
                 for name in sorted(stored.keys() | ours.keys())
@@ -142,16 +158,15 @@ class Recipe:
                 raise UserError(
                     f"{workdir} holds another configuration: {', '.join(differing)}; choose another workdir"
                 )
-        known = _read_json(workdir / DATA) if (workdir / DATA).exists() else {}
-        data = {"source": self.config.data.source, "fingerprint": data_fingerprint}
-        if data_fingerprint and known.get("fingerprint", data_fingerprint) != data_fingerprint:
+        data = source and {"fingerprint": source.fingerprint, "label_names": source.label_names}
+        if data and (workdir / DATA).exists() and _read_json(workdir / DATA).get("fingerprint") != data["fingerprint"]:
             raise UserError(
                 f"{self.config.data.source} is not what {workdir} was trained on: images, labels or their order have "
                 "changed since; bring them back, or choose another workdir"
             )
         if jax.process_index() == 0:
             write_text(workdir / CONFIG, self.to_json())
-            if data_fingerprint:
+            if data:
                 write_text(workdir / DATA, json.dumps(data) + "\n")
 
     def to_json(self) -> str:
@@ -177,6 +192,13 @@ class Recipe:
             return cls(ml_collections.ConfigDict(stored))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{path} is not a training config: {error}") from error
+
+
+def label_names(workdir: epath.PathLike) -> list[str]:
+    """The names of the classes that a run was trained on; [] where they are not known."""
+    path = epath.Path(workdir) / DATA
+    names = _read_json(path).get("label_names") if path.exists() else None
+    return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
