@@ -1,1 +1,42 @@
-"""The commands: `python -m launch.NAME`."""
+"""The commands: `python -m launch.NAME`.
+
+A signal ends a command at once and leaves no file half-written, from its first import on; only training finishes its
+step and saves first (`runtime.PreemptionGuard`).
+"""
+
+import os
+import signal
+import sys
+from types import FrameType
+
+EXIT_PREEMPTED = 75  # "try again later" (sysexits.h), for SIGTERM: the same command continues
+
+
+def exit_code(number: int) -> int:
+    """What a command stopped by a signal exits with: 75 for SIGTERM, 130 for SIGINT, 129 for SIGHUP."""
+    return EXIT_PREEMPTED if number == signal.SIGTERM else 128 + number
+
+
+def end_at_signals() -> None:
+    """To be called again once JAX has taken SIGTERM for itself (`common.join_processes`)."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    # Not an exception: those raised in a callback are lost, and C++ threads may outlive the interpreter's end.
+    if files := sys.modules.get("tarflow_jax.files"):
+        files.remove_unfinished()
+    os.write(2, b"stopped: asked to stop; run the same command again\n")
+    os._exit(exit_code(number))
+
+
+if sys.argv[0] == "-m":  # as `python -m` has it while it looks for the command; others may import this package
+    end_at_signals()
+    command = sys.orig_argv[sys.orig_argv.index("-m") + 1].removeprefix("launch.")
+    if {"--help", "-h"} & set(sys.argv[1:]) and command.isidentifier():
+        from launch.help import show
+
+        print(show(command))
+        sys.exit(0)

@@ -2,13 +2,13 @@
 
 import ast
 import contextlib
+import difflib
 import logging
+import math
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 from absl import app, flags
 from etils import epath
 
+from launch import end_at_signals, exit_code
 from tarflow_jax.data import default_data_dir
 from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.figures import grid, save_png, to_uint8
@@ -26,7 +27,6 @@ from tarflow_jax.sampling import GaussSeidelJacobi, Guidance, Jacobi, Sequential
 from tarflow_jax.training.loop import NonFiniteError
 
 EXIT_ERROR = 1
-EXIT_PREEMPTED = 75  # "try again later" (sysexits.h): the same command continues
 
 DECODERS = {
     "sequential": Sequential(),
@@ -55,7 +55,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         for chatty in ("absl", "jax"):  # Orbax and TFDS tell of every file, JAX of every absent platform
             logging.getLogger(chatty).setLevel(logging.WARNING)
         logging.getLogger("tarflow_jax").setLevel(logging.INFO)
-        stop_at_sigterm()
+        end_at_signals()
         try:
             _keep_compiled_programs(flags.FLAGS.compilation_cache)
             if argv[1:]:
@@ -63,7 +63,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             return main(argv) or 0
         except Preempted as stop:
             print(f"stopped: {stop}", file=sys.stderr)
-            return EXIT_PREEMPTED
+            return exit_code(stop.signal)
         except (UserError, OSError, NonFiniteError) as error:
             if TRACEBACK.value:
                 raise
@@ -94,16 +94,24 @@ def _leave_the_others(error: jax.errors.JaxRuntimeError) -> NoReturn:
     os._exit(EXIT_ERROR)
 
 
-def stop_at_sigterm() -> None:
-    """SIGTERM ends the command at once, by `Preempted`: files are written whole or not at all.
+def define_number(name: str, default: float, text: str) -> flags.FlagHolder[float]:
+    """A flag of a finite number."""
+    holder = flags.DEFINE_float(name, default, text)
+    flags.register_validator(name, math.isfinite, "expected a finite number")
+    return holder
 
-    To be called again after `join_processes`, with which JAX takes the signal for itself.
-    """
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Preempted("asked to stop; run the same command again")
+def define_seed(text: str) -> flags.FlagHolder[int]:
+    """--seed, which JAX takes up to 63 bits."""
+    return flags.DEFINE_integer("seed", 0, text, lower_bound=0, upper_bound=2**63 - 1)
 
-    signal.signal(signal.SIGTERM, stop)
+
+def folder(name: str) -> str:
+    """The folder that a flag names, `~` being the home folder; a name on the hub stays what it is."""
+    value = flags.FLAGS[name].value
+    if not value:
+        raise UserError(f"--{name} is empty; expected a folder")
+    return os.path.expanduser(value)
 
 
 def define_checkpoint_flag() -> None:
@@ -144,6 +152,7 @@ def join_processes() -> bool:
     explicit = (values.coordinator_address, values.num_processes, values.process_id)
     if values.distributed:
         start_processes(*explicit)
+        end_at_signals()  # JAX has taken SIGTERM
     elif any(value is not None for value in explicit):
         raise UserError("--coordinator_address, --num_processes and --process_id mean nothing without --distributed")
     return values.distributed
@@ -207,3 +216,18 @@ def whole_number(name: str, text: str) -> int:
         return int(text)
     except ValueError:
         raise UserError(f"--{name} has {text!r}; expected whole numbers") from None
+
+
+def class_number(text: str, names: Sequence[str]) -> int:
+    """A class by its number, or by its name where the data set has names; -1 is no class.
+
+    Raises:
+      ValueError: neither; names the nearest one.
+    """
+    if text in names:
+        return names.index(text)
+    if not names or text.lstrip("-").isdigit():
+        return whole_number("labels", text)
+    nearest = difflib.get_close_matches(text, names, n=1)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"expected a number or one of {', '.join(names)}"
+    raise UserError(f"--labels has {text!r}; {hint}")

@@ -23,6 +23,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from launch import common
+from tarflow_jax.arguments import check_guidance
 from tarflow_jax.data import ImageSource, default_data_dir, open_source
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation import classification, distances, generation
@@ -42,6 +43,7 @@ from tarflow_jax.training import Recipe
 
 ALL_METRICS = ("bits_per_dim", *distances.METRICS, "classification", "outliers")
 CHUNK_SIZE = 500
+NUM_FEATURES = {"inception": 2048, "classifier": 128}
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
 MODEL = flags.DEFINE_string("model", None, "Folder or hub name of a saved model, in place of --workdir.")
@@ -49,7 +51,7 @@ DATA = flags.DEFINE_string("data", None, "Data set; the one the run was trained 
 PREPROCESSING = flags.DEFINE_string("preprocessing", None, "How --data is prepared: none, tarflow or adm.")
 METRICS = flags.DEFINE_list("metrics", ["bits_per_dim"], f"What to measure: {', '.join(ALL_METRICS)}.")
 SPLIT = flags.DEFINE_string("split", "test", "Of the data, for likelihood, classification and outliers.")
-SEED = flags.DEFINE_integer("seed", 0, "Of noise and samples.")
+SEED = common.define_seed("Seed of noise and samples.")
 OUT = flags.DEFINE_string("out", None, "Folder of the results; WORKDIR/evaluation or ./evaluation if not given.")
 ALLOW_NOISY = flags.DEFINE_bool("allow_noisy", False, "Report nats/dim of noisy data for Gaussian training noise.")
 DRAWS = flags.DEFINE_integer("dequantisation_draws", 1, "K of the importance-weighted bound.", lower_bound=1)
@@ -58,9 +60,9 @@ NUM_SAMPLES = flags.DEFINE_integer("num_samples", 50_000, "Samples drawn for eac
 GUIDANCE = flags.DEFINE_list("guidance", ["0"], "Guidance weights, each a setting of its own.")
 TARGET = flags.DEFINE_enum("guidance_target", "both", TARGETS, "What is guided.")
 SCHEDULE = flags.DEFINE_enum("guidance_schedule", "linear", SCHEDULES, "How the weight grows along the tokens.")
-TEMPERATURE = flags.DEFINE_float("attention_temperature", 1.0, "τ of the unguided pass.")
+TEMPERATURE = common.define_number("attention_temperature", 1.0, "τ of the unguided pass.")
 DENOISE = flags.DEFINE_list("denoise", None, "true, false or both; if not given, true for Gaussian training noise.")
-MULTIPLIER = flags.DEFINE_float("denoise_multiplier", 1.0, "s, the factor of the score.")
+MULTIPLIER = common.define_number("denoise_multiplier", 1.0, "s, the factor of the score.")
 INCEPTION = flags.DEFINE_string("inception", None, "PyTorch file of FID's weights; a classifier if not given.")
 REFERENCE = flags.DEFINE_string("reference", None, "npz of reference statistics, in place of a split's own.")
 REFERENCE_SPLIT = flags.DEFINE_string("reference_split", "train", "Split that samples are compared with.")
@@ -87,8 +89,9 @@ def open_subject() -> Subject:
     """
     if (WORKDIR.value is None) == (MODEL.value is None):
         raise UserError("expected one of --workdir and --model")
-    name = WORKDIR.value or MODEL.value
-    recipe = Recipe.from_workdir(WORKDIR.value) if WORKDIR.value else None
+    workdir = None if WORKDIR.value is None else common.folder("workdir")
+    name = workdir or common.folder("model")
+    recipe = Recipe.from_workdir(workdir) if workdir else None
     if recipe is None and DATA.value is None:
         raise UserError("a saved model does not say what data it was trained on; name it, --data=NAME")
     pipe = common.open_pipeline(name, make_mesh(devices=jax.local_devices()))
@@ -120,7 +123,7 @@ def open_subject() -> Subject:
         "compute": pipe.config.dtype,
         "seed": SEED.value,
     }
-    out = OUT.value or (f"{WORKDIR.value}/evaluation" if WORKDIR.value else "evaluation")
+    out = common.folder("out") if OUT.value else f"{workdir}/evaluation" if workdir else "evaluation"
     return Subject(pipe, source, data_dir, epath.Path(out), protocol)
 
 
@@ -134,15 +137,33 @@ def measure_likelihood(subject: Subject) -> dict[str, Any]:
         bits = BitsPerDim.of(image_bits_per_dim(runner, pipe.config, variables, images, key, num_draws=DRAWS.value))
         found = {"bits/dim": bits.mean, "standard error": bits.standard_error, "images": bits.num_images}
         return found | {"dequantisation draws": DRAWS.value, "precision": "float32, full matmul"}
-    if not ALLOW_NOISY.value:
-        raise UserError(
-            "bits/dim is defined for models trained with uniform noise, this one's was gaussian; "
-            "train with noise.kind=uniform, or pass --allow_noisy for nats/dim of noisy data"
-        )
     log_probs = split_log_prob(runner, pipe.config, variables, source, pipe.noise, key)
     nats = -log_probs.astype(np.float64) / pipe.config.num_dims
     error = float(nats.std(ddof=1) / np.sqrt(len(nats)))
     return {"nats/dim of noisy data": float(nats.mean()), "standard error": error, "images": len(nats)}
+
+
+def check_metrics(subject: Subject, metrics: Sequence[str]) -> None:
+    """Raises ValueError, before hours of work, for what a metric would be refused for after them."""
+    pipe, of_samples = subject.pipe, [metric for metric in metrics if metric in distances.METRICS]
+    if "bits_per_dim" in metrics and pipe.noise_std is not None and not ALLOW_NOISY.value:
+        raise UserError(
+            "bits/dim is defined for models trained with uniform noise, this one's was gaussian; "
+            "train with noise.kind=uniform, or pass --allow_noisy for nats/dim of noisy data"
+        )
+    if "classification" in metrics and not pipe.config.num_classes:
+        raise UserError("classification needs a class-conditional model, this one has no classes")
+    if "outliers" in metrics and OUTLIERS.value is None:
+        raise UserError("outliers needs a second data set, --outliers=NAME")
+    if of_samples:
+        network = "inception" if INCEPTION.value else "classifier"
+        distances.check_metrics(of_samples, network)
+        needed = NUM_FEATURES[network]
+        if {"fid", "sfid"} & set(of_samples) and NUM_SAMPLES.value < needed:
+            raise UserError(f"--num_samples is {NUM_SAMPLES.value}; a Fréchet distance needs at least {needed}")
+        for guidance, _ in sample_settings(pipe):
+            check_guidance(pipe.config, guidance)
+    subject.source(SPLIT.value)
 
 
 def noisy_images(subject: Subject, images: np.ndarray, key: jax.Array) -> jax.Array:
@@ -154,9 +175,9 @@ def noisy_images(subject: Subject, images: np.ndarray, key: jax.Array) -> jax.Ar
 def measure_classification(subject: Subject) -> dict[str, Any]:
     """Bayes' rule over the split."""
     classes = subject.pipe.config.num_classes
-    if not classes:
-        raise UserError("classification needs a class-conditional model, this one has no classes")
     source = subject.source(SPLIT.value)
+    if not source.num_classes:
+        raise UserError(f"{source.name} has no labels; classification needs them")
     images, labels = source.read(np.arange(len(source)))
     noisy = noisy_images(subject, images, jax.random.key(SEED.value))
     return classification.bayes_classification(
@@ -166,8 +187,6 @@ def measure_classification(subject: Subject) -> dict[str, Any]:
 
 def measure_outliers(subject: Subject) -> dict[str, Any]:
     """log p, without labels, of the split against the same split of --outliers."""
-    if OUTLIERS.value is None:
-        raise UserError("outliers needs a second data set, --outliers=NAME")
     inside, outside = (
         subject.source(SPLIT.value),
         open_source(OUTLIERS.value, SPLIT.value, data_dir=subject.data_dir),
@@ -182,7 +201,6 @@ def measure_outliers(subject: Subject) -> dict[str, Any]:
 def measure_samples(subject: Subject, metrics: list[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of a table, one a setting of guidance and denoising; and the protocol they share."""
     train, test = subject.source("train"), subject.source("test")
-    distances.check_metrics(metrics, "inception" if INCEPTION.value else "classifier")
     settings = sample_settings(subject.pipe)
     folders = [draw(subject, guidance, denoise) for guidance, denoise in settings]
     if jax.process_index():
@@ -259,9 +277,11 @@ def main(argv: Sequence[str]) -> None:
     metrics = list(dict.fromkeys(METRICS.value))
     if unknown := [metric for metric in metrics if metric not in ALL_METRICS]:
         raise UserError(f"unknown metric {unknown[0]!r}; expected some of {', '.join(ALL_METRICS)}")
+    if not metrics:
+        raise UserError(f"--metrics is empty; expected some of {', '.join(ALL_METRICS)}")
     common.join_processes()
-    common.stop_at_sigterm()
     subject = open_subject()
+    check_metrics(subject, metrics)
     results: dict[str, Any] = {}
     protocol = subject.protocol | {"split": SPLIT.value}
     measures = {

@@ -3,6 +3,7 @@
 python -m launch.sample --workdir=runs/digits --num_images=64 --guidance=1.5 --denoise
 """
 
+import sys
 from collections.abc import Sequence
 
 import jax
@@ -11,22 +12,26 @@ from absl import flags
 from etils import epath
 
 from launch import common
+from tarflow_jax.evaluation.generation import quantise
 from tarflow_jax.evaluation.sample_files import write_samples
 from tarflow_jax.figures import grid, save_gif, save_png, to_uint8
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling.guidance import SCHEDULES, TARGETS, Guidance
+from tarflow_jax.training.recipe import label_names
 
 WORKDIR = flags.DEFINE_string("workdir", None, "A training run's folder, a saved model's, or a hub name.")
 OUT = flags.DEFINE_string("out", None, "Folder for the results; WORKDIR/samples if not given.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "Images to draw.", lower_bound=1)
-LABELS = flags.DEFINE_list("labels", None, "Classes, repeated in turn; all of them if not given; -1 is no class.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the latents.")
-GUIDANCE = flags.DEFINE_float("guidance", 0.0, "Guidance weight w.")
+LABELS = flags.DEFINE_list(
+    "labels", None, "Classes, by number or name, repeated in turn; all of them if not given; -1 is no class."
+)
+SEED = common.define_seed("Seed of the latents.")
+GUIDANCE = common.define_number("guidance", 0.0, "Guidance weight w.")
 TARGET = flags.DEFINE_enum("guidance_target", "both", TARGETS, "Which affine parameters are guided.")
 SCHEDULE = flags.DEFINE_enum("guidance_schedule", "linear", SCHEDULES, "How the weight grows along the tokens.")
-TEMPERATURE = flags.DEFINE_float("attention_temperature", 1.0, "Attention temperature τ of the unguided pass.")
+TEMPERATURE = common.define_number("attention_temperature", 1.0, "Attention temperature τ of the unguided pass.")
 DENOISE = flags.DEFINE_bool("denoise", None, "Denoise; if not given, where the training noise was Gaussian.")
-MULTIPLIER = flags.DEFINE_float("denoise_multiplier", 1.0, "Factor s of the score in denoising.")
+MULTIPLIER = common.define_number("denoise_multiplier", 1.0, "Factor s of the score in denoising.")
 DECODER = flags.DEFINE_enum(
     "decoder", "sequential", list(common.DECODERS), "How blocks are inverted; auto is what tune_decoder found."
 )
@@ -35,17 +40,21 @@ common.define_process_flags()
 flags.mark_flags_as_required(["workdir"])
 
 
-def main(argv: Sequence[str]) -> None:
-    """Draws and writes."""
+FAR_OUTSIDE = 4.0  # twice the range of an image from its middle
+
+
+def main(argv: Sequence[str]) -> int:
+    """Draws and writes; 1 if no image is one."""
     guidance = Guidance(GUIDANCE.value, TARGET.value, SCHEDULE.value, TEMPERATURE.value)
     distributed = common.join_processes()
-    common.stop_at_sigterm()
-    pipe = common.open_pipeline(WORKDIR.value, make_mesh() if distributed else None)
+    workdir = common.folder("workdir")
+    pipe = common.open_pipeline(workdir, make_mesh() if distributed else None)
     count = NUM_IMAGES.value
     labels = common.example_labels(pipe.config.num_classes, count)
     if LABELS.value:
-        labels = np.resize(np.array([common.whole_number("labels", label) for label in LABELS.value]), count)
-    out = epath.Path(OUT.value or epath.Path(WORKDIR.value) / "samples")
+        names = label_names(workdir)
+        labels = np.resize(np.array([common.class_number(label, names) for label in LABELS.value]), count)
+    out = epath.Path(common.folder("out") if OUT.value else epath.Path(workdir) / "samples")
 
     latents = pipe.latents(jax.random.key(SEED.value), count)
     images, trajectory = pipe.decode(
@@ -57,13 +66,22 @@ def main(argv: Sequence[str]) -> None:
         images = pipe.denoise(images, labels, multiplier=MULTIPLIER.value)
         frames.append(np.asarray(images))
     if jax.process_index():
-        return
-    pixels = to_uint8(np.asarray(images))
+        return 0
+    values = np.asarray(images)
+    pixels, bad = quantise(values)
+    bad |= (np.abs(np.nan_to_num(values)) > FAR_OUTSIDE).any((1, 2, 3))
     save_png(out / "samples.png", grid(pixels))
     save_gif(out / "trajectory.gif", [grid(to_uint8(frame)) for frame in frames])
     write_samples(out / "samples.npz", pixels, labels)
     for name in ("samples.png", "samples.npz", "trajectory.gif"):
         print(out / name)
+    if bad.any():
+        print(
+            f"{bad.sum()} of {count} images have pixels that are no numbers or far outside [-1, 1]: less guidance, or "
+            "more training",
+            file=sys.stderr,
+        )
+    return common.EXIT_ERROR if bad.all() else 0
 
 
 if __name__ == "__main__":

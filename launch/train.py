@@ -15,7 +15,9 @@ from etils import epath
 from ml_collections import config_flags
 
 from launch import common
+from tarflow_jax.arguments import check_guidance
 from tarflow_jax.figures import grid, save_png, to_uint8
+from tarflow_jax.likelihood import LOG_2PI
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import PreemptionGuard
 from tarflow_jax.sampling import Guidance
@@ -32,10 +34,13 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv: Sequence[str]) -> None:
     """Trains, draws the showcase figures and prints a table."""
     begin = time.perf_counter()
-    config, workdir = CONFIG.value, epath.Path(WORKDIR.value)
+    config, workdir = CONFIG.value, epath.Path(common.folder("workdir"))
     common.join_processes()
     recipe = Recipe(config)
     guidance = Guidance(**config.sample.guidance)
+    # What would be refused after the training is refused before it.
+    check_guidance(recipe.model, guidance)
+    recipe.source("test")
     figures = workdir / "figures"
 
     def preview(step: int, variables: dict[str, Any]) -> None:
@@ -57,7 +62,8 @@ def main(argv: Sequence[str]) -> None:
     rows = {
         "steps": int(state.step),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
-        "test loss (nats/dim)": f"{test_loss:.4f}",
+        "test loss (nats/dim, less ½ log 2π)": f"{test_loss:.4f}",
+        "nats/dim of noisy data": f"{test_loss + LOG_2PI / 2:.4f}",
         "minutes": f"{(time.perf_counter() - begin) / 60:.1f}",
         "metrics": workdir / "metrics.jsonl",
         **{path.stem: path for path in paths},

@@ -1,5 +1,6 @@
 """What callers hand to the pipeline, checked: arrays of the right shape, or one clear line."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,19 @@ from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.sampling import Decoder, GaussSeidelJacobi, Guidance, Jacobi, Schedule, Sequential
 
 DecoderChoice = Decoder | Sequence[Decoder] | str | None
+
+
+def is_traced(tree: Any) -> bool:
+    """Whether any array of a pytree is one of `jax.jit`, `jax.grad` or `jax.vmap`, which has no values yet."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def check_number(name: str, value: Any, least: float = -math.inf) -> jax.Array:
+    """float32 scalar; ValueError unless it is finite and not below `least`."""
+    if not is_traced(value) and not (least <= value < math.inf and math.isfinite(value)):
+        expected = "a finite number" if least == -math.inf else f"a finite number from {least:g}"
+        raise UserError(f"{name} is {value}; expected {expected}")
+    return jnp.asarray(value, jnp.float32)
 
 
 def check_images(config: TarFlowConfig, images: Any) -> jax.Array:
@@ -31,10 +45,11 @@ def check_labels(config: TarFlowConfig, labels: Any, batch_size: int) -> jax.Arr
     """int32 [B], None where none are given or the model has no classes; ValueError for what is no class."""
     if labels is None:
         return None
-    array, classes = np.asarray(labels), config.num_classes
+    traced, classes = is_traced(labels), config.num_classes
+    array = labels if traced else np.asarray(labels)
     if not np.issubdtype(array.dtype, np.integer) or array.shape != (batch_size,):
         raise UserError(f"labels are {array.dtype} {array.shape}; expected whole numbers of shape ({batch_size},)")
-    wrong = array[(array < -1) | (array >= classes)]
+    wrong = [] if traced else array[(array < -1) | (array >= classes)]
     if len(wrong):
         valid = f"-1 (no class) to {classes - 1}" if classes else "-1 or None, the model has no classes"
         raise UserError(f"label {wrong[0]} is out of range; expected {valid}")
@@ -63,13 +78,18 @@ def check_decoder(
         return None
     if isinstance(decoder, Sequential | Jacobi | GaussSeidelJacobi):
         return (decoder,) * config.num_blocks
-    if len(decoder) != config.num_blocks:
-        raise UserError(f"{len(decoder)} decoders are given; expected one for each of {config.num_blocks} blocks")
-    return tuple(decoder)
+    decoders = tuple(decoder)
+    if len(decoders) != config.num_blocks:
+        raise UserError(f"{len(decoders)} decoders are given; expected one for each of {config.num_blocks} blocks")
+    if wrong := [one for one in decoders if not isinstance(one, Sequential | Jacobi | GaussSeidelJacobi)]:
+        raise UserError(f"decoder has {wrong[0]!r}; expected Sequential(), Jacobi(…) or GaussSeidelJacobi(…)")
+    return decoders
 
 
 def check_guidance(config: TarFlowConfig, guidance: Guidance | None) -> Guidance | None:
     """None where it changes nothing, its weight being 0; ValueError for guidance that the model cannot give."""
+    if guidance is not None and not isinstance(guidance, Guidance):
+        raise UserError(f"guidance is {guidance!r}; expected Guidance(weight=…) or None")
     if guidance is None or guidance.weight == 0:
         return None
     if not config.num_classes and guidance.attention_temperature == 1:

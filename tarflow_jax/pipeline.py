@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,15 @@ from etils import epath
 from jax.sharding import Mesh
 
 from tarflow_jax import interop, programs
-from tarflow_jax.arguments import DecoderChoice, check_decoder, check_guidance, check_images, check_labels
+from tarflow_jax.arguments import (
+    DecoderChoice,
+    check_decoder,
+    check_guidance,
+    check_images,
+    check_labels,
+    check_number,
+    is_traced,
+)
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.bits_per_dim import image_bits_per_dim
 from tarflow_jax.flow import TarFlowConfig
@@ -25,9 +34,20 @@ from tarflow_jax.sampling import Guidance, Schedule, Sequential
 from tarflow_jax.sampling.memory import backward_bytes, decode_bytes, forward_bytes
 from tarflow_jax.training.workdir import read_workdir
 
+logger = logging.getLogger(__name__)
+FAR_OUTSIDE = 4.0  # of images in [-1, 1]
+
+
+@functools.cache
+def _warn_of_range() -> None:  # once a process
+    logger.warning("images reach far outside [-1, 1]; 8-bit values v are v / 127.5 - 1")
+
 
 class TarFlowPipeline:
     """A trained flow. Every method is compiled once in a process for each model's and each batch's shape.
+
+    The methods may be used within `jax.jit`, `jax.grad` and `jax.vmap`: of traced images or labels they compute at once
+    and whole, with no split into batches.
 
     A batch too large for `memory_bound` is split into equal ones, the last one padded, so that a ragged batch
     compiles nothing new. Likelihoods are float32 at full matmul precision; the rest runs in `config.dtype`.
@@ -71,6 +91,28 @@ class TarFlowPipeline:
         keep_all = dataclasses.replace(config, remat="none")
         recompute = self._runner.on_cores or backward_bytes(keep_all) > memory_bound // 8
         self._denoiser = dataclasses.replace(config, remat="full" if recompute else "none")
+
+    def __repr__(self) -> str:
+        config, devices = self.config, {str(device) for device in jax.tree.leaves(self.variables)[0].devices()}
+        shape = f"{'x'.join(map(str, config.image_shape))}, {config.patch_size}-{config.width}-{config.depths}"
+        noise = "unknown" if self.noise is None else f"{self.noise.kind} {self.noise.std:g}".removesuffix(" 0")
+        number = sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
+        return (
+            f"TarFlowPipeline({shape}, {config.num_classes or 'no'} classes, noise {noise}, {number:,} parameters on "
+            f"{', '.join(sorted(devices))})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, whose weights are on the host until they are opened again."""
+        if self._runner.mesh is not None:
+            raise UserError("a pipeline on a mesh is not copied or pickled; save_pretrained, and open it again")
+        host = jax.device_get((self.variables, self._raw_params))
+        return {**self.__dict__, "variables": host[0], "_raw_params": host[1], "_runner": self._runner.memory_bound}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._runner = BatchRunner(None, state["_runner"])
+        self.variables = self._runner.place(state["variables"])
 
     @property
     def noise_std(self) -> float | None:
@@ -225,6 +267,8 @@ class TarFlowPipeline:
 
     def log_prob(self, images: Any, labels: Any = None) -> jax.Array:
         """log p(x | label), float32 [B], nats; arguments and errors as of `encode`."""
+        if not is_traced(images) and np.abs(images).max() > FAR_OUTSIDE:
+            _warn_of_range()
         program = functools.partial(programs.log_prob, programs.exact(self.config))
         return self._run(program, images, labels, bytes_per_image=forward_bytes(self.config))
 
@@ -264,8 +308,8 @@ class TarFlowPipeline:
             functools.partial(programs.denoise, self._denoiser),
             images,
             labels,
-            jnp.float32(std),
-            jnp.float32(multiplier),
+            check_number("noise_std", std, least=0),
+            check_number("multiplier", multiplier),
             bytes_per_image=backward_bytes(self._denoiser),
         )
 
@@ -305,11 +349,15 @@ class TarFlowPipeline:
 
     def latents(self, key: jax.Array, num_images: int) -> jax.Array:
         """Standard normal latents [num_images, H, W, K], as `sample` draws them."""
+        if num_images < 1:
+            raise UserError(f"num_images is {num_images}; expected a positive number")
         return jax.random.normal(key, (num_images, *self.config.image_shape), jnp.float32)
 
     def _run(self, program: functools.partial, images: Any, labels: Any, *args: Any, **options: Any) -> Any:
         """One of `programs` on images and labels that are checked first; options as of `BatchRunner.run`."""
         images, labels = check_images(self.config, images), check_labels(self.config, labels, len(images))
+        if is_traced((images, labels, args)):
+            return program(self.variables, images, labels, *args)
         name = program.func.__name__.strip("_")
         results = self._runner.run(program, self.variables, (images, labels), *args, progress=name, **options)
         return jax.tree.map(jnp.asarray, results)

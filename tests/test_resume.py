@@ -12,18 +12,15 @@ import sys
 from pathlib import Path
 
 import chex
+import commands
 import jax
 import numpy as np
 import pytest
-from absl import app
 from damage import cut_short
 
 from configs import digits
-from launch import common
 from tarflow_jax import TarFlowPipeline
 from tarflow_jax.data import ArraySource, train_batches
-from tarflow_jax.evaluation import generation
-from tarflow_jax.files import replacing
 from tarflow_jax.runtime import Preempted, make_mesh
 from tarflow_jax.training import Checkpoints, Recipe, train
 from tarflow_jax.training.loop import NonFiniteError
@@ -96,34 +93,32 @@ def test_sigterm_in_a_preview_or_an_evaluation(whole, tmp_path, monkeypatch):
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, train(small_config(), tmp_path)), whole)
 
 
-def test_sigterm_ends_a_command_with_code_75_and_leaves_no_half_file(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["command"])
-
-    def in_a_file(argv):
-        with replacing(tmp_path / "grid.png") as file:
-            file.write(b"half")
-            ask_to_stop()
-
-    def in_a_chunk(argv):
-        def sample(key, number, labels):
-            if (tmp_path / "chunk_00000.npz").exists():
-                ask_to_stop()
-            return jax.numpy.zeros((number, 2, 2, 1))
-
-        generation.generate(sample, tmp_path, 12, 4, 0, seed=0)
-
-    for main, left in ((in_a_file, []), (in_a_chunk, ["chunk_00000.npz"])):
-        monkeypatch.setattr(app, "run", lambda guarded, flags_parser: sys.exit(guarded(sys.argv)))
-        common.flags.FLAGS.mark_as_parsed()
-        previous = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as stop:
-                common.run(main)
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-        assert stop.value.code == common.EXIT_PREEMPTED
-        assert "run the same command again" in capsys.readouterr().err
-        assert [path.name for path in tmp_path.iterdir()] == left
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 75), ("SIGINT", 130), ("SIGHUP", 129)])
+def test_a_signal_ends_a_command_at_once_and_leaves_no_half_file(tmp_path, number, code):
+    in_a_file = (
+        "with files.replacing(folder + '/grid.png') as file:\n"
+        "        file.write(b'half')\n"
+        f"        os.kill(os.getpid(), signal.{number})\n"
+    )
+    in_a_chunk = (
+        "def sample(key, number, labels):\n"
+        "        if os.path.exists(folder + '/chunk_00000.npz'):\n"
+        f"            os.kill(os.getpid(), signal.{number})\n"
+        "        return jax.numpy.zeros((number, 2, 2, 1))\n"
+        "    generation.generate(sample, folder, 12, 4, 0, seed=0)\n"
+    )
+    for i, (body, left) in enumerate(((in_a_file, []), (in_a_chunk, ["chunk_00000.npz"]))):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        program = (
+            "import os, signal, jax\nfrom launch import common\nfrom tarflow_jax import files\n"
+            f"from tarflow_jax.evaluation import generation\nfolder = {str(folder)!r}\n"
+            f"def main(argv):\n    {body}\ncommon.run(main)\n"
+        )
+        found, out, err = commands.run("-c", program)
+        assert (found, out) == (code, ""), err
+        assert err.splitlines()[-1] == "stopped: asked to stop; run the same command again"
+        assert [path.name for path in folder.iterdir()] == left
 
 
 class Poisoned(ArraySource):

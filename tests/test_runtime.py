@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -75,7 +76,7 @@ def test_a_signal_stops_between_batches():
 
     def program(variables, x):
         calls.append(len(x))
-        guard._request(0, None)
+        guard._request(signal.SIGTERM, None)
         return x
 
     with PreemptionGuard() as guard, pytest.raises(Preempted, match="asked to stop"):

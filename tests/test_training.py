@@ -205,11 +205,11 @@ def test_a_run_goes_on_with_the_data_it_began_with(tmp_path):
         }.items()
     )
     recipe = Recipe(digits.get_config())
-    recipe.write_to(tmp_path, begun.fingerprint)
-    recipe.write_to(tmp_path, same.fingerprint)
+    recipe.write_to(tmp_path, begun)
+    recipe.write_to(tmp_path, same)
     for changed in (moved, fewer):
         with pytest.raises(ValueError, match=r"digits is not what .* was trained on: images, labels or their order"):
-            recipe.write_to(tmp_path, changed.fingerprint)
+            recipe.write_to(tmp_path, changed)
 
 
 @pytest.mark.parametrize(

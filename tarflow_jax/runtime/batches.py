@@ -48,7 +48,7 @@ class BatchRunner:
 
     def __init__(self, mesh: Mesh | None, memory_bound: int = DEFAULT_MEMORY_BOUND) -> None:
         """mesh: None is the default device. memory_bound: bytes of all activations that exist at one time."""
-        self.mesh, self._memory_bound = mesh, memory_bound
+        self.mesh, self.memory_bound = mesh, memory_bound
         device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
         self._on_cpu = device.platform == "cpu"
         self.on_cores = self._on_cpu and (mesh is None or mesh.size == 1)
@@ -122,7 +122,7 @@ class BatchRunner:
 
     def _batch_size(self, total: int, bytes_per_image: int, smallest: int) -> tuple[int, int]:
         """(images of a batch, batches at one time); together they keep to the memory bound, down to one image."""
-        affordable = max(self._memory_bound // bytes_per_image, 1)
+        affordable = max(self.memory_bound // bytes_per_image, 1)
         if not self.on_cores:
             share = min(affordable // self._shards, -(-total // self._shards))
             share = min(share, CPU_BATCH) if self._on_cpu else share

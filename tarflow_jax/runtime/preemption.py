@@ -1,60 +1,75 @@
-"""SIGTERM, with which schedulers and preempted machines take leave: save, and stop, all processes at one place."""
+"""SIGTERM of schedulers, ctrl-C and closed terminals: save and stop, all processes at one place."""
 
 import itertools
+import os
 import signal
 import threading
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _active: "PreemptionGuard | None" = None
 _calls = itertools.count(1)  # of all guards: JAX wants the numbers of its sync points to go up by one
 
 
 class Preempted(Exception):
-    """The run was asked to stop; the same command continues it."""
+    """The run was asked to stop; the same command continues it.
+
+    Attributes:
+      signal: the number of the signal that asked.
+    """
+
+    def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
+        super().__init__(message)
+        self.signal = number
 
 
 class PreemptionGuard:
-    """Within `with`, SIGTERM does not kill the process; whoever works asks `requested`, or `stop_if_requested`.
+    """Within `with`, a first signal does not end the process; whoever works asks `requested`, or `stop_if_requested`.
 
-    Of several processes (`start_processes`) JAX tells all once one of them got the signal, so all must ask at the same
-    places.
+    A second one ends it at once. Of several processes (`start_processes`) JAX tells all once one of them got SIGTERM,
+    so all must ask at the same places.
+
+    Attributes:
+      signal: the number of the signal that came; 0 if none did.
     """
 
     def __init__(self) -> None:
-        self._requested = False
+        self.signal = 0
         self._outer: PreemptionGuard | None = None
-        self._previous: Any = None
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "PreemptionGuard":
         global _active
         self._outer, _active = _active, self
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._request)
+            for number in SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+                    self._previous[number] = signal.signal(number, self._request)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         global _active
         _active = self._outer
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
     def requested(self) -> bool:
         """Whether to stop here: the same answer on all processes."""
-        if jax.process_count() > 1 and not self._requested:
-            self._requested = multihost_utils.reached_preemption_sync_point(next(_calls))
-        return self._requested
+        if jax.process_count() > 1 and not self.signal and multihost_utils.reached_preemption_sync_point(next(_calls)):
+            self.signal = signal.SIGTERM
+        return self.signal != 0
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        self._requested = True
+        if self.signal:
+            os._exit(128 + number)
+        self.signal = number
 
 
 def stop_if_requested() -> None:
     """Raises Preempted within a `PreemptionGuard` that was asked to stop; to be called between batches of work."""
     if _active is not None and _active.requested():
-        raise Preempted("asked to stop; run the same command to continue")
+        raise Preempted("asked to stop; run the same command to continue", _active.signal)

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from tarflow_jax.data import Batch, ImageSource, prefetch_to_device, train_batches
 from tarflow_jax.evaluation.split import loss_of, split_log_prob
+from tarflow_jax.files import sole_user
 from tarflow_jax.likelihood import unit_prior
 from tarflow_jax.runtime import BatchRunner, Preempted, PreemptionGuard, Rows, summary, use_cores_as_devices
 from tarflow_jax.training.checkpoint import Checkpoints
@@ -47,17 +48,19 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, preview: P
       The final state, sharded over the config's mesh.
 
     Raises:
-      ValueError: an impossible config, or a workdir that holds another one.
+      ValueError: an impossible config, a workdir that holds another one, or one that another process trains in.
       NonFiniteError: a loss or gradient norm is not finite.
-      Preempted: SIGTERM came, at any time; the state is saved.
+      Preempted: SIGTERM, SIGINT or SIGHUP came, at any time; the state is saved.
       OSError: a checkpoint could not be written.
     """
     recipe, fields = Recipe(config), config.train
     if config.mesh.data == -1:
         use_cores_as_devices(fields.batch_size // fields.accumulation)
     source = recipe.source("train")
-    recipe.write_to(workdir, source.fingerprint)
     with PreemptionGuard() as guard, contextlib.ExitStack() as resources:
+        if jax.process_index() == 0:
+            resources.enter_context(sole_user(workdir))
+        recipe.write_to(workdir, source)
         run = _Run(recipe, source, epath.Path(workdir), resources)
         for images, labels in run.batches():
             run.take_step(images, labels)
@@ -78,7 +81,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, preview: P
             if stop:
                 run.checkpoints.wait()
                 raise Preempted(
-                    f"asked to stop at step {run.step}; its state is saved, run the same command to continue"
+                    f"asked to stop at step {run.step}; its state is saved, run the same command to continue",
+                    guard.signal,
                 )
     return run.state
 

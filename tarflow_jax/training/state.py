@@ -72,6 +72,7 @@ def initial_state(config: TrainConfig, key: jax.Array) -> TrainState:
     )
 
 
+@functools.cache
 def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
     """Shapes, dtypes and shardings (`jax.ShapeDtypeStruct`) of the state, with no array made."""
     shapes = jax.eval_shape(functools.partial(initial_state, config), jax.random.key(0))

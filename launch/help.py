@@ -1,0 +1,49 @@
+"""--help of the commands, read off their source: at once, with nothing of the library imported."""
+
+import ast
+import re
+import textwrap
+from pathlib import Path
+
+_FOLDER = Path(__file__).parent
+_RECIPE = _FOLDER.parent / "configs" / "common.py"
+_FIELD = re.compile(r'^ {12}"(\w+)": (.+?),(?:  # (.*))?$')
+_GROUP = re.compile(r"^    config\.(\w+) = ")
+_WIDTH = 110
+
+
+def show(command: str) -> str:
+    """What `python -m launch.COMMAND --help` prints: what it does, examples, flags, and fields of a recipe."""
+    tree = ast.parse((_FOLDER / f"{command}.py").read_text())
+    lines = [ast.get_docstring(tree) or "", "", "Flags:"]
+    shared = ast.parse((_FOLDER / "common.py").read_text())
+    defined = {node.name: node for node in shared.body if isinstance(node, ast.FunctionDef)}
+    lines += _flags(tree)
+    for name in sorted({call.attr for call in ast.walk(tree) if isinstance(call, ast.Attribute)} & defined.keys()):
+        lines += _flags(defined[name])
+    lines += [line for node in shared.body if not isinstance(node, ast.FunctionDef) for line in _flags(node)]
+    if "DEFINE_config_file" in ast.dump(tree):
+        lines += ["", "Fields of a recipe, each a flag: --config.GROUP.FIELD=VALUE", *_fields()]
+    return "\n".join(lines)
+
+
+def _flags(tree: ast.AST) -> list[str]:
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute))
+    found = []
+    for call in calls:
+        if re.match("DEFINE_|define_number", call.func.attr) and isinstance(call.args[0], ast.Constant):
+            name, default = call.args[0].value, ast.unparse(call.args[1])
+            text = next((a.value for a in call.args[:1:-1] if isinstance(a, ast.Constant) and a.value), "")
+            shown = "" if default in ("None", "False", "''") else f" [{default}]"
+            found.append(textwrap.fill(f"  --{name:<22} {text}{shown}", _WIDTH, subsequent_indent=" " * 27))
+    return found
+
+
+def _fields() -> list[str]:
+    lines, group = [], ""
+    for line in _RECIPE.read_text().partition("return config")[0].splitlines():
+        if named := _GROUP.match(line):
+            group = named[1]
+        elif field := _FIELD.match(line):
+            lines.append(f"  {group}.{field[1]:<{26 - len(group)}} {field[2]}" + (f"  {field[3]}" if field[3] else ""))
+    return lines

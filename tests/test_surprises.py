@@ -1,0 +1,194 @@
+"""Mistakes and accidents that a stranger meets, each in one line and before anything is lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import commands
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from tiny_models import TINY, random_variables
+
+from configs import digits
+from launch import common
+from tarflow_jax import Noise, TarFlowPipeline, data, files
+from tarflow_jax.training import Recipe, train
+from tarflow_jax.training.recipe import label_names
+
+SMOKE = ("-m", "launch.train", "--config=configs/digits.py:smoke")
+
+
+def refused(*arguments):
+    """The one line that a command ends with."""
+    code, out, err = commands.run(*arguments)
+    assert (code, out) == (1, ""), err
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in err
+    return line
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A saved model that never learned."""
+    folder = tmp_path_factory.mktemp("model") / "model"
+    TarFlowPipeline(TINY, random_variables(TINY), Noise("gaussian", 0.1)).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.num_classes=0", "sample.guidance.weight=1.0"], "guidance by class needs a class-conditional model"),
+        (["model.num_classes=12"], "digits has 10 classes, the model 12: some would never see an image"),
+        (["data.source=npz:{folder}/only_train.npz"], "no such file"),
+        (["sample.denoise_multiplier=nan"], "sample.denoise_multiplier is nan; expected a finite number"),
+        (["train.seed=-1"], "train.seed is -1; expected a number from 0"),
+        (["data.num_workers=-2"], "data.num_workers is -2; expected a number from 0"),
+    ],
+)
+def test_training_refuses_at_its_start_and_leaves_the_workdir_usable(tmp_path, overrides, message):
+    flags = [f"--config.{override.format(folder=tmp_path)}" for override in overrides]
+    assert message in refused(*SMOKE, f"--workdir={tmp_path / 'run'}", *flags)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--metrics=fid", "--num_samples=100"], "--num_samples is 100; a Fréchet distance needs at least 128"),
+        (["--metrics=bits_per_dim"], "bits/dim is defined for models trained with uniform noise"),
+        (["--metrics="], "--metrics is empty; expected some of bits_per_dim"),
+        (["--metrics=fid", "--denoise_multiplier=inf"], "flag --denoise_multiplier=inf: expected a finite number"),
+        (["--metrics=fid", f"--seed={2**64}"], f"flag --seed={2**64}"),
+    ],
+)
+def test_evaluation_refuses_before_it_draws(tmp_path, model, arguments, message):
+    flags = [f"--model={model}", "--data=digits", f"--out={tmp_path / 'out'}", *arguments]
+    assert message in refused("-m", "launch.evaluate", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_images_that_are_none_are_counted_and_none_at_all_is_an_error(tmp_path, model):
+    command = ("-m", "launch.sample", f"--workdir={model}", "--num_images=6", "--nodenoise", f"--out={tmp_path}")
+    code, _, err = commands.run(*command, "--guidance=100")
+    assert code == 1
+    assert "6 of 6 images have pixels that are no numbers or far outside [-1, 1]" in err
+    assert (tmp_path / "samples.png").exists()
+    assert "--workdir is empty; expected a folder" in refused("-m", "launch.sample", "--workdir=")
+
+
+def test_a_set_without_labels_trains_no_classes_unless_that_is_meant(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
+    np.savez(tmp_path / "plain.npz", images=images)
+    config = digits.get_config()
+    config.data.source = f"npz:{tmp_path / 'plain.npz'}"
+    with pytest.raises(ValueError, match="has no classes, the model 10: some would never see an image"):
+        Recipe(config).source("train")
+    config.data.missing_labels = True
+    assert Recipe(config).source("train").num_classes == 0
+
+
+def test_two_do_not_train_in_one_workdir(tmp_path):
+    config = digits.get_config("smoke")
+    config.train.num_steps = 1
+    with (
+        files.sole_user(tmp_path),
+        pytest.raises(ValueError, match=rf"process {os.getpid()} on \S+ works in .*; wait for it, or stop it"),
+    ):
+        train(config, tmp_path)
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_a_killed_process_leaves_its_folder_free(tmp_path):
+    program = (
+        "from tarflow_jax import files\n"
+        f"with files.sole_user({str(tmp_path)!r}):\n"
+        "    print('in', flush=True)\n"
+        "    input()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=commands.ROOT, env=commands.environment(), stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout.readline() == "in\n"
+    with pytest.raises(ValueError, match=f"process {process.pid} on"), files.sole_user(tmp_path):
+        pass
+    process.kill()
+    process.communicate()
+    with files.sole_user(tmp_path):
+        pass
+
+
+def test_an_object_store_s_lease_ends_by_itself(tmp_path, monkeypatch):
+    path = epath.Path(tmp_path / "lease.json")
+    with files._lease(path, "process 1 on a"):
+        time.sleep(0.2)
+        with pytest.raises(ValueError, match="process 1 on a works in"), files._lease(path, "process 2 on b"):
+            pass
+        kept = path.read_text()
+    assert not path.exists()
+    path.write_text(kept)  # as a killed process leaves it
+    later = time.time() + files.LEASE_S + 1
+    monkeypatch.setattr(files.time, "time", lambda: later)
+    with files._lease(path, "process 2 on b"):
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGTERM, 75)])
+def test_signals_save_and_stop_and_the_same_command_continues(tmp_path, number, code):
+    flags = (f"--workdir={tmp_path}", "--config.train.num_steps=400", "--config.train.checkpoint_every=1000")
+    process = commands.start(*SMOKE, *flags, "--config.train.log_every=1", "--config.train.sample_every=0")
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "metrics.jsonl").exists() or not (tmp_path / "metrics.jsonl").read_text():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == code, err
+    assert "its state is saved, run the same command to continue" in err
+    assert "Traceback" not in err
+    assert [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.15, 1.0, 3.0])
+def test_a_signal_while_a_command_starts_ends_it_in_one_line(tmp_path, delay):
+    process = commands.start(*SMOKE, f"--workdir={tmp_path}")
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+
+
+def test_help_is_quick_shows_examples_and_a_recipe_s_fields():
+    code, out, err = commands.run("-X", "importtime", "-m", "launch.train", "--help")
+    assert code == 0
+    assert "python -m launch.train --config=configs/digits.py" in out
+    assert "  train.num_steps " in out
+    assert "probability of training an image without its label" in out
+    imported = {line.rpartition("|")[2].strip() for line in err.splitlines()}
+    assert "ast" in imported
+    assert not imported & {"jax", "numpy", "absl", "tarflow_jax"}
+    assert jax.__name__ not in imported
+
+
+def test_classes_have_names_where_the_data_set_has_them(tmp_path):
+    source = data.ArraySource("npz:x", np.zeros((2, 8, 8, 1), np.uint8), np.array([0, 1]), 2, ("trouser", "sneaker"))
+    Recipe(digits.get_config()).write_to(tmp_path, source)
+    names = label_names(tmp_path)
+    assert [common.class_number(text, names) for text in ("sneaker", "0", "-1")] == [1, 0, -1]
+    with pytest.raises(ValueError, match="--labels has 'sneakers'; did you mean 'sneaker'"):
+        common.class_number("sneakers", names)
+    with pytest.raises(ValueError, match="expected a number or one of trouser, sneaker"):
+        common.class_number("x", names)
+    assert label_names(tmp_path / "none") == []
