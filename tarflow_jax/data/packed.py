@@ -69,8 +69,7 @@ def pack(
       preprocessing: see `images.preprocess`.
       skip_bad: leave bad files out instead of raising.
 
-    Raises:
-      ValueError: files are bad (all are listed), or the folder holds another set, or a packed shard has changed.
+    Raises ValueError: files are bad (all are listed), or the folder holds another set, or a packed shard has changed.
     """
     check_preprocessing(preprocessing)
     num_images = sum(map(len, splits.values()))

@@ -33,8 +33,7 @@ def load_torch(
       image_channels: K.
       patch_size: P. The tensors tell T and D, but not how they divide into these three.
 
-    Returns:
-      (config, variables): width, blocks, layers, classes and VP/NVP are read off the tensors; float32 arrays.
+    Returns (config, variables): width, blocks, layers, classes and VP/NVP are read off the tensors; float32 arrays.
 
     Raises:
       FileNotFoundError: there is no such file.

@@ -56,12 +56,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices to compile for; a TPU's need not exist here.
-
-    Attributes:
-      name: as given, "v5e:16x16", "cpu:8".
-      slices: of TPUs, joined by the network between hosts.
-    """
+    """Devices to compile for, by a name as "v5e:16x16"; TPUs need not exist here, a network joins slices of them."""
 
     name: str
     devices: Sequence[jax.Device]

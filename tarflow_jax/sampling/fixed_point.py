@@ -41,8 +41,7 @@ class Jacobi:
       max_iterations: updates at most, then `Sequential` takes over; None is T - 1, after which every token is exact.
       init: tokens to begin with: the block's own input ("latents") or "zeros".
 
-    Raises:
-      ValueError: one line naming the field.
+    Raises ValueError: one line naming the field.
     """
 
     tolerance: float = DEFAULT_TOLERANCE
@@ -71,8 +70,7 @@ class GaussSeidelJacobi:
         turn.
       tolerance, max_iterations, init: as `Jacobi` has them, for each segment.
 
-    Raises:
-      ValueError: one line naming the field.
+    Raises ValueError: one line naming the field.
     """
 
     num_segments: int
@@ -147,8 +145,7 @@ def update(
       z, x: the tokens start + 1 .. start + S, [B, S, D] in block order; x may be far from the inverse.
       caches: of the tokens before `start`.
 
-    Returns:
-      The new x, and the caches with tokens start .. start + S - 1 written.
+    Returns the new x, and the caches with tokens start .. start + S - 1 written.
     """
     affine, caches = block(jnp.concatenate([before, x[:, :-1]], axis=1), caches, start)
     return affine.inverse(z), caches
@@ -159,8 +156,7 @@ def _settle(
 ) -> tuple[Inverted, jax.Array, Any]:
     """Takes steps for z [B, S, D] until each example changes by at most the tolerance; then it changes no more.
 
-    Returns:
-      What was found, whether it is the inverse (bool [B]), and the state.
+    Returns what was found, whether it is the inverse (bool [B]), and the state.
     """
     batch_size, length, _ = z.shape
     tolerance, limit = decoder.tolerance, min(decoder.max_iterations or length, length)

@@ -29,8 +29,7 @@ class Guidance:
       schedule: "linear" grows w_i to w along the tokens, w_i = w (i + 1) / (T - 1); "constant" is w_i = w.
       attention_temperature: τ > 0; 1 leaves attention as it is.
 
-    Raises:
-      ValueError: one line naming the field.
+    Raises ValueError: one line naming the field.
     """
 
     weight: float = 0.0

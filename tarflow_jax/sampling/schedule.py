@@ -21,11 +21,7 @@ from tarflow_jax.sampling.inverse import Sequential
 
 FILE = "decoder.json"
 VERSION = 2
-_KINDS: dict[str, type[Decoder]] = {
-    "sequential": Sequential,
-    "jacobi": Jacobi,
-    "gs_jacobi": GaussSeidelJacobi,
-}
+_KINDS: dict[str, type[Decoder]] = {"sequential": Sequential, "jacobi": Jacobi, "gs_jacobi": GaussSeidelJacobi}
 _MAX_BYTES = 1 << 20
 
 
@@ -72,11 +68,7 @@ class Schedule:
 
     @classmethod
     def read(cls, folder: epath.PathLike, num_blocks: int) -> "Schedule | None":
-        """The schedule in a folder; None where there is none.
-
-        Raises:
-          ValueError: the file is of an earlier release, or no schedule for `num_blocks` blocks.
-        """
+        """The schedule in a folder, None if there is none; ValueError for one of an earlier release or other model."""
         path = epath.Path(folder) / FILE
         if not path.exists():
             return None

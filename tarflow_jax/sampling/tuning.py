@@ -158,11 +158,7 @@ def _seconds(run: Any, *args: Any, give_up: float = math.inf) -> float:
 
 
 def better_init(block: GuidedBlock, z: jax.Array, exact: jax.Array) -> str:
-    """The init that one update brings nearer to the inverse (IGM, arXiv 2505.12849).
-
-    Args:
-      z: [B, T, D] in block order; exact: its inverse.
-    """
+    """The init that one update brings nearer to `exact`, the inverse of z [B, T, D] (IGM, arXiv 2505.12849)."""
 
     def distance(init: str) -> float:
         found, _ = update(block, z[:, :1], z[:, 1:], initial(init, z[:, 1:]))

@@ -75,11 +75,7 @@ class Checkpoints:
         self._sealing = self._sealer.submit(self._seal_when_complete, step)
 
     def wait(self) -> None:
-        """Returns when the checkpoint being written is complete and sealed.
-
-        Raises:
-          OSError: it could not be written.
-        """
+        """Returns when the checkpoint being written is complete and sealed; OSError if it cannot be written."""
         sealing, self._sealing = self._sealing, None
         with plain_write_errors(self._folder):
             try:
