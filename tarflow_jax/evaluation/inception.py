@@ -200,7 +200,6 @@ def inception_network(path: str | Path) -> FeatureNetwork:
         raise UserError(f"{path} does not hold FID's InceptionV3: its layers or their shapes differ")
     published = sha256.startswith(PUBLISHED_HASH_PREFIX)
     note = "the published pt_inception-2015-12-05" if published else "NOT the published weights: no FID compares"
-
     return FeatureNetwork(
         name="inception",
         identity=f"sha256 {sha256} ({note})",

@@ -137,10 +137,7 @@ class TarFlowConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "TarFlowConfig":
-        """Builds a config from a dictionary, as read from JSON.
-
-        Raises ValueError for an unknown or missing field, a field of the wrong type, or an impossible shape.
-        """
+        """From a dictionary, as read from JSON; ValueError for a wrong field or type, or an impossible shape."""
         known = {field.name: field for field in dataclasses.fields(cls)}
         for name, value in fields.items():
             if name not in known:

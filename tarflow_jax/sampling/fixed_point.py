@@ -184,8 +184,7 @@ def _settle(
 
 def _finish(found: Inverted, done: jax.Array, block: GuidedBlock, z: jax.Array) -> Inverted:
     """`Sequential`'s result for the images that are not done; iterations and residual stay those of the updates."""
-    sequential = lambda: Sequential().invert(block, z).x  # noqa: E731
-    x = jax.lax.cond(done.all(), lambda: found.x, sequential)
+    x = jax.lax.cond(done.all(), lambda: found.x, lambda: Sequential().invert(block, z).x)
     return found._replace(x=jnp.where(done[:, None, None], found.x, x))
 
 

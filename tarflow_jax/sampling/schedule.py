@@ -27,17 +27,11 @@ _MAX_BYTES = 1 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Decoders by block number, for each batch size that was measured.
+    """Decoders by block number, for each batch size that was measured."""
 
-    Attributes:
-      decoders: {batch size: one decoder a block}.
-      weights: `fingerprint` of the variables that were tuned.
-      guidance: that they were tuned with, None for none.
-    """
-
-    decoders: Mapping[int, tuple[Decoder, ...]]
-    weights: str
-    guidance: Guidance | None = None
+    decoders: Mapping[int, tuple[Decoder, ...]]  # by batch size, one a block
+    weights: str  # `fingerprint` of the variables that were tuned
+    guidance: Guidance | None = None  # that they were tuned with
 
     def of(self, batch_size: int) -> tuple[Decoder, ...]:
         """The decoders of the largest measured batch that is no larger, or of the smallest of all."""

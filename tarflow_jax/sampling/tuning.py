@@ -101,10 +101,8 @@ def tune(
 def least_worth(reports: Sequence[BlockReport], per_error: bool) -> int | None:
     """The parallel block that gains least over `Sequential` and so goes back to it; None where all are sequential.
 
-    Args:
-      reports: by block number, the first trial of each the sequential one.
-      per_error: the images are too far off, so a block's gain is in seconds for each unit of its error; otherwise they
-        take too long, and it is in seconds.
+    `reports` are by block number, the first trial of each the sequential one. With `per_error` the images are too far
+    off, so a block's gain is in seconds for each unit of its error; otherwise they take too long, and it is in seconds.
     """
 
     def gain(i: int) -> float:
