@@ -137,7 +137,7 @@ class TarFlowConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "TarFlowConfig":
-        """From a dictionary, as read from JSON; ValueError for a wrong field or type, or an impossible shape."""
+        """From a dictionary, as read from JSON; ValueError for unknown, missing or wrong fields."""
         known = {field.name: field for field in dataclasses.fields(cls)}
         for name, value in fields.items():
             if name not in known:
