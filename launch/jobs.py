@@ -66,13 +66,10 @@ class LocalRunner:
 
     SIGTERM, SIGINT and SIGHUP stop them all: the children get SIGTERM, save and exit; a second signal kills them.
     They are in sessions of their own, so that ctrl-C reaches them through here alone.
-
-    Attributes:
-      stopping: whether such a signal came.
     """
 
     def __init__(self, parallel: int) -> None:
-        self.stopping = False
+        self.stopping = False  # whether such a signal came
         self._parallel = parallel
         self._guard = threading.RLock()  # a second signal may come while the first one's handler holds it
         self._live: set[int] = set()  # process ids

@@ -60,7 +60,8 @@ def main(argv: Sequence[str]) -> int:
     if found is None:
         print("no change of remat, accumulation, fsdp or batch fits; choose more chips or a smaller model")
     else:
-        print(f"\nthe smallest change that fits: {as_flags(found.change)}\n{found.plan.table(MFU.value)}")
+        change, plan = found
+        print(f"\nthe smallest change that fits: {as_flags(change)}\n{plan.table(MFU.value)}")
     return EXIT_DOES_NOT_FIT
 
 

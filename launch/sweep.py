@@ -103,8 +103,7 @@ def plan(config: ConfigDict, source: str, shared: Mapping[str, Any], workdir: Pa
       shared: the overrides that `config` has already, for all runs.
       workdir: of the sweep.
 
-    Raises:
-      ValueError: no sweep() in the file, a field that cannot be, or two runs of one name.
+    Raises ValueError: no sweep() in the file, a field that cannot be, or two runs of one name.
     """
     module = runpy.run_path(source.partition(":")[0])
     points = list(module["sweep"]()) if "sweep" in module else []

@@ -29,9 +29,7 @@ class Row(NamedTuple):
 def read_rows(settings: Mapping[str, Any], results: Path, evaluation: Path | None = None) -> list[Row]:
     """The rows of a run: one, or one for each of launch.evaluate's settings of sampling.
 
-    Args:
-      settings: the run's own, by field.
-      results: the run's results.json. evaluation: launch.evaluate's JSON file, if there is one.
+    `settings` and `results` (results.json) are the run's own; `evaluation` is launch.evaluate's JSON file, if any.
     """
     metrics = json.loads(results.read_text())
     found = json.loads(evaluation.read_text(encoding="utf-8"))["results"] if evaluation else {}

@@ -72,10 +72,7 @@ def tune_for(pipe: TarFlowPipeline, count: int, guidance: Guidance | None) -> Tu
 
 def table(count: int, tuning: Tuning) -> str:
     """A line a block: what was chosen, and what the sequential decoder took."""
-    lines = [
-        f"{count} images",
-        "block     CRM  decoder                       updates  seconds  sequential    error",
-    ]
+    lines = [f"{count} images", "block     CRM  decoder                       updates  seconds  sequential    error"]
     for report in tuning.reports:
         chosen = report.chosen
         lines.append(

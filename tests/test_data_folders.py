@@ -54,21 +54,21 @@ def test_classes_are_subfolders_and_the_split_is_by_hash(classes, options):
     hashes = {name: hashlib.sha256(name.encode()).hexdigest() for name in NAMES}
     chosen = {name for name in NAMES if int(hashes[name][:16], 16) < 2**64 / 10}
     assert {name for name in NAMES if split_of(name) == "test"} == chosen
-    assert {item.name for item in list_folder(classes, "test").items} == chosen
-    assert {item.name for item in list_folder(classes, "train").items} == set(NAMES) - chosen
+    assert {item.name for item in list_folder(classes, "test")[0]} == chosen
+    assert {item.name for item in list_folder(classes, "train")[0]} == set(NAMES) - chosen
     for split, source in sources.items():
         assert source.label_names == ("bird", "cat", "dog")
-        items = list_folder(classes, split).items
+        items = list_folder(classes, split)[0]
         assert [item.name for item in items] == sorted(item.name for item in items)
         labels = [("bird", "cat", "dog").index(item.name.split("/")[0]) for item in items]
         assert source.read(range(len(source)))[1].tolist() == labels
 
 
 def test_the_split_stays_when_files_come(classes):
-    before = {item.name for item in list_folder(classes, "test").items}
+    before = {item.name for item in list_folder(classes, "test")[0]}
     for index in range(60, 90):
         write_image(classes / "cat" / f"{index:03d}.png", index)
-    after = {item.name for item in list_folder(classes, "test").items}
+    after = {item.name for item in list_folder(classes, "test")[0]}
     assert before == {name for name in after if int(Path(name).stem) < 60}
 
 
@@ -151,7 +151,7 @@ def test_the_check_is_kept_until_a_file_changes(classes, options, monkeypatch):
     for _ in range(2):
         data.open_source(f"folder:{classes}", "train", **options)
     assert len(checks) == 1
-    item = list_folder(classes, "train").items[0]
+    item = list_folder(classes, "train")[0][0]
     (classes / item.name).write_text("no longer an image")
     with pytest.raises(ValueError, match=f"{item.name} .not an image"):
         data.open_source(f"folder:{classes}", "train", **options)
@@ -159,7 +159,7 @@ def test_the_check_is_kept_until_a_file_changes(classes, options, monkeypatch):
 
 def test_a_file_that_turns_bad_while_training_is_named(classes, options):
     source = data.open_source(f"folder:{classes}", "train", **options)
-    item = list_folder(classes, "train").items[3]
+    item = list_folder(classes, "train")[0][3]
     (classes / item.name).unlink()
     with pytest.raises(ValueError, match=f"{item.name}: No such file"):
         source.read([2, 3])

@@ -170,7 +170,7 @@ def test_changes_are_tried_from_the_smallest_to_the_largest():
 
     tried = []
     found = smallest_change(recipe, whole, compiled)
-    assert as_flags(found.change) == "--config.model.remat=full --config.train.accumulation=4"
+    assert as_flags(found[0]) == "--config.model.remat=full --config.train.accumulation=4"
     assert tried == [1, 2, 4]
     # Where the state alone is too large, only cutting it can help.
     state = dataclasses.replace(whole, state_bytes={"parameters": 2000})

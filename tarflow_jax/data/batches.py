@@ -18,12 +18,7 @@ T = TypeVar("T")
 
 
 class Batch(NamedTuple):
-    """One process's part of a batch.
-
-    Attributes:
-      image: uint8 [B, H, W, K].
-      label: int32 [B]; -1 means no label.
-    """
+    """One process's part of a batch: images uint8 [B, H, W, K], and labels int32 [B], -1 for none."""
 
     image: np.ndarray
     label: np.ndarray
@@ -39,14 +34,12 @@ def train_batches(
     rows: Sequence[int] | np.ndarray | None = None,
     num_workers: int = 0,
 ) -> Iterator[Batch]:
-    """Endless shuffled batches from `start_step` on; every image comes once an epoch, batches cross epochs.
+    """Endless shuffled batches of `source` from `start_step` on; each image comes once an epoch, batches cross epochs.
 
     Args:
-      source: where the images come from.
       batch_size: the global one, B.
       seed: of the order and the flips.
       flip: mirror each image left to right with probability 1/2, drawn from (seed, step, row).
-      start_step: the step of the first batch.
       rows: those of each batch to read (`runtime.Rows.local`); None is all of them.
       num_workers: threads that read batches ahead; 0 reads in the caller's.
     """

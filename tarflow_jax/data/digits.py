@@ -27,30 +27,21 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     code_path = None
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict(
-            {
-                "image": tfds.features.Image(shape=(8, 8, 1), encoding_format="png"),
-                "label": tfds.features.ClassLabel(num_classes=10),
-            }
-        )
+        image = tfds.features.Image(shape=(8, 8, 1), encoding_format="png")
+        features = tfds.features.FeaturesDict({"image": image, "label": tfds.features.ClassLabel(num_classes=10)})
         description = "The 1,797 handwritten digits of scikit-learn's load_digits."
         return tfds.core.DatasetInfo(builder=self, description=description, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        rows = {"train": slice(NUM_TRAIN), "test": slice(NUM_TRAIN, None)}
+        return {split: self._generate_examples(chosen) for split, chosen in rows.items()}
+
+    def _generate_examples(self, rows: slice) -> Iterator[tuple[int, dict[str, bytes | int]]]:
         from sklearn.datasets import load_digits
 
         digits = load_digits()
-        images = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-        train, test = slice(NUM_TRAIN), slice(NUM_TRAIN, None)
-        return {
-            "train": self._generate_examples(images[train], digits.target[train]),
-            "test": self._generate_examples(images[test], digits.target[test]),
-        }
-
-    def _generate_examples(
-        self, images: np.ndarray, labels: np.ndarray
-    ) -> Iterator[tuple[int, dict[str, bytes | int]]]:
-        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
+        images = np.rint(digits.images[rows] * (255 / 16)).astype(np.uint8)
+        for index, (image, label) in enumerate(zip(images, digits.target[rows], strict=True)):
             file = io.BytesIO()
             Image.fromarray(image).save(file, "png")
             yield index, {"image": file.getvalue(), "label": int(label)}

@@ -31,15 +31,8 @@ class Item(NamedTuple):
     stamp: str  # changes when the image does
 
 
-class Listing(NamedTuple):
-    """The images of a split, sorted by name, and the names of the classes; () where there are none."""
-
-    items: list[Item]
-    label_names: tuple[str, ...]
-
-
-def list_folder(root: Path, split: str) -> Listing:
-    """The images under `root` that belong to a split.
+def list_folder(root: Path, split: str) -> tuple[list[Item], tuple[str, ...]]:
+    """The images under `root` that belong to a split, sorted by name, and the names of the classes, () without any.
 
     `root` holds one subfolder a class, or images without classes; or folders `train` and `test` (or `val`,
     `validation`) that do. Without these two, a tenth of the images is the test split, by a hash of their
@@ -63,7 +56,7 @@ def list_folder(root: Path, split: str) -> Listing:
         paths = [path for path in paths if split_of(path) == split]
     if not paths:
         raise UserError(f"folder:{root}: no {', '.join(EXTENSIONS)} files for the {split} split")
-    return Listing([_item(root, chosen, path, label_names) for path in paths], label_names)
+    return [_item(root, chosen, path, label_names) for path in paths], label_names
 
 
 def _walk(root: Path) -> Iterator[str]:

@@ -100,11 +100,7 @@ def preprocess(image: Image.Image, preprocessing: str, image_size: tuple[int, in
         too large, then bicubic, then centre crop; "none", already of that size.
       image_size: (H, W).
 
-    Returns:
-      uint8 [H, W, K].
-
-    Raises:
-      ValueError: the name is unknown, or "none" meets an image of another size.
+    Returns uint8 [H, W, K]. Raises ValueError: the name is unknown, or "none" meets an image of another size.
     """
     height, width = image_size
     if preprocessing == "tarflow":

@@ -41,8 +41,8 @@ def prepare_folder(argument: str, options: Options) -> str:
         raise UserError(f"folder:{root}: packing needs an image size; give one")
     height, width = options.image_size
     output = options.data_dir / "packed" / f"{root.resolve().name}-{height}x{width}-{options.preprocessing}"
-    items, label_names = {split: listing.items for split, listing in listings.items()}, listings["train"].label_names
-    pack(f"folder:{root}", items, label_names, output, options.image_size, options.preprocessing, options.skip_bad)
+    splits, label_names = {split: items for split, (items, _) in listings.items()}, listings["train"][1]
+    pack(f"folder:{root}", splits, label_names, output, options.image_size, options.preprocessing, options.skip_bad)
     return f"packed:{output}"
 
 
@@ -69,8 +69,7 @@ def pack(
       preprocessing: see `images.preprocess`.
       skip_bad: leave bad files out instead of raising.
 
-    Raises:
-      ValueError: files are bad (all are listed), or the folder holds another set, or a packed shard has changed.
+    Raises ValueError: files are bad (all are listed), or the folder holds another set, or a packed shard has changed.
     """
     check_preprocessing(preprocessing)
     num_images = sum(map(len, splits.values()))

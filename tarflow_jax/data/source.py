@@ -30,29 +30,18 @@ class ImageSource(abc.ABC):
 
     `source[i]` is `{"image": uint8 [H, W, K], "label": np.int32}`; the label is in [0, num_classes), or is
     -1 where the source has no labels.
-
-    Attributes:
-      name: the name it was opened by, for messages.
-      image_shape: (H, W, K).
-      num_classes: the number of classes; 0 means unlabelled.
-      label_names: one name a class, or () where there are none.
-      preprocessing: what brought the images to their shape; figures under different ones do not compare.
     """
 
-    name: str
-    image_shape: tuple[int, int, int]
-    num_classes: int
-    label_names: tuple[str, ...]
-    preprocessing: str = "none"
+    preprocessing: str = "none"  # what brought the images to their shape; figures under different ones do not compare
 
     def __init__(
         self, name: str, image_shape: Sequence[int], num_classes: int, label_names: Sequence[str] = ()
     ) -> None:
         height, width, channels = (int(size) for size in image_shape)
-        self.name = name
+        self.name = name  # that it was opened by, for messages
         self.image_shape = (height, width, channels)
-        self.num_classes = int(num_classes)
-        self.label_names = tuple(label_names)
+        self.num_classes = int(num_classes)  # 0 means unlabelled
+        self.label_names = tuple(label_names)  # one a class, or () where there are none
 
     @abc.abstractmethod
     def __len__(self) -> int: ...

@@ -3,7 +3,6 @@
 import contextlib
 import difflib
 import io
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -43,9 +42,16 @@ def prepare_tfds(argument: str, data_dir: Path) -> str:
     Raises ValueError that names the package which is missing: most sets yield arrays, for which TFDS encodes
     PNG with TensorFlow (`pip install tensorflow-cpu`); preparing is the only step that needs it.
     """
-    builder = load_builder(argument, tfds_folder(data_dir))
-    with _naming_packages(argument):
-        builder.download_and_prepare()
+    try:
+        load_builder(argument, tfds_folder(data_dir)).download_and_prepare()
+    except ImportError as error:
+        package = {"tensorflow": "tensorflow-cpu"}.get((error.name or "").split(".")[0], error.name)
+        raise UserError(
+            f"tfds:{argument}: preparing it needs the optional package {package}; pip install {package}, "
+            "prepare once, and training will not need it"
+        ) from None
+    except AssertionError as error:  # how TFDS asks for files that one has to fetch by hand
+        raise UserError(f"tfds:{argument}: {' '.join(str(error).split())}") from None
     return f"tfds:{argument}"
 
 
@@ -59,20 +65,6 @@ def prepare_quietly(builder: tfds.core.DatasetBuilder) -> None:
         if not Path(builder.data_dir, "dataset_info.json").exists():
             raise
         builder.info.read_from_directory(builder.data_dir)
-
-
-@contextlib.contextmanager
-def _naming_packages(argument: str) -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        package = {"tensorflow": "tensorflow-cpu"}.get((error.name or "").split(".")[0], error.name)
-        raise UserError(
-            f"tfds:{argument}: preparing it needs the optional package {package}; pip install {package}, "
-            "prepare once, and training will not need it"
-        ) from None
-    except AssertionError as error:  # how TFDS asks for files that one has to fetch by hand
-        raise UserError(f"tfds:{argument}: {' '.join(str(error).split())}") from None
 
 
 def open_tfds(argument: str, split: str, options: Options) -> EncodedSource:

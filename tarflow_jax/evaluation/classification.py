@@ -29,15 +29,9 @@ def bayes_classification(log_probs: np.ndarray, labels: np.ndarray) -> dict[str,
     them. Dividing by one temperature mends that. The temperature is fitted on the images of even index, and
     everything about the posterior is measured on the odd ones.
 
-    Args:
-      log_probs: nats [N, C]; labels: int [N].
-
-    Returns:
-      accuracy; temperature; negative_log_likelihood in nats and calibration_error (expected, 15 bins of
-      confidence), each also as raw_…, at temperature 1.
-
-    Raises:
-      ValueError: shapes differ, or a log-likelihood is not finite.
+    Takes nats [N, C] and labels int [N]. Returns accuracy; temperature; negative_log_likelihood in nats and
+    calibration_error (expected, 15 bins of confidence), each also as raw_…, at temperature 1. Raises ValueError if
+    shapes differ, or a log-likelihood is not finite.
     """
     if log_probs.ndim != 2 or labels.shape != log_probs.shape[:1]:
         raise UserError(f"expected log p [N, C] and N labels, got {log_probs.shape} and {labels.shape}")
@@ -92,12 +86,9 @@ def outlier_scores(inside: np.ndarray, outside: np.ndarray, num_dims: int, bins:
     Flows are known to find simpler data sets more likely than their own (Nalisnick et al. 2019), so an AUROC
     under ½ is a finding, not an error.
 
-    Args:
-      inside, outside: log p(x) in nats [N] and [M]; num_dims: H W K.
-
-    Returns:
-      auroc: the chance that an image of the data set is more likely than one of the other, ties counted
-      half; means in nats per dimension; histograms of both over common edges, in nats per dimension.
+    Takes log p(x) in nats, [N] and [M]; num_dims is H W K. Returns auroc, the chance that an image of the data set is
+    more likely than one of the other, ties counted half; means in nats per dimension; histograms of both over common
+    edges, in nats per dimension.
     """
     both = np.concatenate([inside, outside]).astype(np.float64)
     if not np.isfinite(both).all():

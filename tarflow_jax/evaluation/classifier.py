@@ -123,8 +123,7 @@ def _load(path: Path, source: ImageSource) -> tuple[Any, dict[str, str]]:
             metadata = file.metadata() or {}
             params = unflatten_dict({name: file.get_tensor(name) for name in file.keys()}, sep="/")  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        reason = f"it is not a safetensors file ({error})"
-        raise UserError(f"{path}: {reason}; delete it to train the classifier again") from error
+        raise UserError(f"{path} is no safetensors file ({error}); delete it to train the classifier again") from error
     image = jax.ShapeDtypeStruct((1, *source.image_shape), jnp.uint8)
     expected = jax.eval_shape(Classifier(source.num_classes).init, jax.random.key(0), image)["params"]
     same_shapes = jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, expected)

@@ -22,24 +22,17 @@ class Features(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FeatureNetwork:
-    """A network that turns uint8 images [B, H, W, K] into `Features`.
+    """A network that turns uint8 images [B, H, W, K] into `Features`: `apply(variables, images)`, pure.
 
-    Attributes:
-      name: "inception" or "classifier".
-      identity: which weights: the hash of their file, and how good they are; printed with every distance.
-      preprocessing: what the network does to the images, in words.
-      variables: its weights.
-      apply: (variables, uint8 images) -> Features, pure; the same object for the same network, because what is compiled
-        is known by it.
-      bytes_per_image: of its activations.
+    `apply` is the same object for the same network, because what is compiled is known by it.
     """
 
-    name: str
-    identity: str
-    preprocessing: str
+    name: str  # "inception" or "classifier"
+    identity: str  # which weights: the hash of their file, and how good they are; printed with every distance
+    preprocessing: str  # what the network does to the images, in words
     variables: Any
     apply: Callable[[Any, jax.Array], Features]
-    bytes_per_image: int
+    bytes_per_image: int  # of its activations
 
 
 class FeatureExtractor:

@@ -6,6 +6,8 @@ normalisation is folded into the convolutions when weights are loaded (`interop/
 the network is convolutions with a bias, ReLU and pools. Module names are those of the PyTorch file.
 """
 
+import functools
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,18 +43,14 @@ def resize_like_tensorflow1(images: Array, size: int = IMAGE_SIZE) -> Array:
     return images
 
 
-def _window(size: int, strides: int, padding: int) -> dict[str, Any]:
-    return {"window_shape": (size, size), "strides": (strides, strides), "padding": ((padding, padding),) * 2}
-
-
 def max_pool(x: Array, strides: int = 2, padding: int = 0) -> Array:
     """3 x 3 max pool of [B, H, W, K]."""
-    return nn.max_pool(x, **_window(3, strides, padding))
+    return nn.max_pool(x, (3, 3), (strides, strides), ((padding, padding),) * 2)
 
 
 def average_pool(x: Array) -> Array:
     """3 x 3 mean of [B, H, W, K] at stride 1, over the pixels inside the image only."""
-    return nn.avg_pool(x, **_window(3, 1, 1), count_include_pad=False)
+    return nn.avg_pool(x, (3, 3), padding=((1, 1), (1, 1)), count_include_pad=False)
 
 
 def _convolve_by_patches(x: Array, kernel: Array, strides: int) -> Array:
@@ -84,99 +82,76 @@ def convolve(x: Array, kernel: Array, strides: int, padding: tuple[int, int]) ->
 
 
 class Convolution(nn.Module):
-    """Convolution with the folded batch normalisation, then ReLU."""
+    """Convolution with the folded batch normalisation, then ReLU; `same` keeps the image's size at stride 1."""
 
     features: int
-    size: tuple[int, int]
+    rows: int = 1
+    columns: int = 1
     strides: int = 1
-    padding: tuple[int, int] = (0, 0)
+    same: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        kernel = self.param("kernel", nn.initializers.he_normal(), (*self.size, x.shape[-1], self.features))
+        shape = (self.rows, self.columns, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        return nn.relu(convolve(x, kernel, self.strides, self.padding) + bias[None, None, None])
+        padding = (self.rows // 2, self.columns // 2) if self.same and self.strides == 1 else (0, 0)
+        return nn.relu(convolve(x, kernel, self.strides, padding) + bias[None, None, None])
 
 
-def conv(
-    name: str, features: int, rows: int = 1, columns: int | None = None, strides: int = 1, same: bool = True
-) -> Convolution:
-    """A named convolution of rows x columns; `same` keeps the image's size at stride 1."""
-    columns = rows if columns is None else columns
-    padding = (rows // 2, columns // 2) if same and strides == 1 else (0, 0)
-    return Convolution(features, (rows, columns), strides, padding, name=name)
+# By name: convolutions one after the other, each (features, rows, columns), or two of them beside each other.
+Branches = Mapping[str, tuple[tuple, ...]]
+
+BLOCK_A = {
+    "branch1x1": ((64, 1, 1),),
+    "branch5x5": ((48, 1, 1), (64, 5, 5)),
+    "branch3x3dbl": ((64, 1, 1), (96, 3, 3), (96, 3, 3)),
+}
+BLOCK_B = {"branch3x3": ((384, 3, 3),), "branch3x3dbl": ((64, 1, 1), (96, 3, 3), (96, 3, 3))}
+BLOCK_D = {
+    "branch3x3": ((192, 1, 1), (320, 3, 3)),
+    "branch7x7x3": ((192, 1, 1), (192, 1, 7), (192, 7, 1), (192, 3, 3)),
+}
+BLOCK_E = {
+    "branch1x1": ((320, 1, 1),),
+    "branch3x3": ((384, 1, 1), ((384, 1, 3), (384, 3, 1))),
+    "branch3x3dbl": ((448, 1, 1), (384, 3, 3), ((384, 1, 3), (384, 3, 1))),
+}
 
 
-class InceptionA(nn.Module):
-    """35 x 35 block."""
-
-    pool_features: int
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        narrow = conv("branch1x1", 64)(x)
-        wide = conv("branch5x5_2", 64, 5)(conv("branch5x5_1", 48)(x))
-        double = conv("branch3x3dbl_2", 96, 3)(conv("branch3x3dbl_1", 64)(x))
-        double = conv("branch3x3dbl_3", 96, 3)(double)
-        pooled = conv("branch_pool", self.pool_features)(average_pool(x))
-        return jnp.concatenate([narrow, wide, double, pooled], axis=-1)
+def block_c(inner: int) -> Branches:
+    """With 7 x 7 convolutions factorised, of `inner` channels between."""
+    return {
+        "branch1x1": ((192, 1, 1),),
+        "branch7x7": ((inner, 1, 1), (inner, 1, 7), (192, 7, 1)),
+        "branch7x7dbl": ((inner, 1, 1), (inner, 7, 1), (inner, 1, 7), (inner, 7, 1), (192, 1, 7)),
+    }
 
 
-class InceptionB(nn.Module):
-    """35 x 35 to 17 x 17."""
+class Block(nn.Module):
+    """Branches and a pool beside each other; their last convolutions have the stride, which the pool must have too."""
 
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        single = conv("branch3x3", 384, 3, strides=2)(x)
-        double = conv("branch3x3dbl_2", 96, 3)(conv("branch3x3dbl_1", 64)(x))
-        double = conv("branch3x3dbl_3", 96, 3, strides=2)(double)
-        return jnp.concatenate([single, double, max_pool(x)], axis=-1)
-
-
-class InceptionC(nn.Module):
-    """17 x 17 block with factorised 7 x 7 convolutions."""
-
-    inner_features: int
+    branches: Branches
+    pool: Callable[[Array], Array]
+    pool_features: int = 0  # of the convolution after the pool; 0 for none
+    strides: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        inner = self.inner_features
-        narrow = conv("branch1x1", 192)(x)
-        single = conv("branch7x7_2", inner, 1, 7)(conv("branch7x7_1", inner)(x))
-        single = conv("branch7x7_3", 192, 7, 1)(single)
-        double = conv("branch7x7dbl_2", inner, 7, 1)(conv("branch7x7dbl_1", inner)(x))
-        double = conv("branch7x7dbl_4", inner, 7, 1)(conv("branch7x7dbl_3", inner, 1, 7)(double))
-        double = conv("branch7x7dbl_5", 192, 1, 7)(double)
-        pooled = conv("branch_pool", 192)(average_pool(x))
-        return jnp.concatenate([narrow, single, double, pooled], axis=-1)
-
-
-class InceptionD(nn.Module):
-    """17 x 17 to 8 x 8."""
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        single = conv("branch3x3_2", 320, 3, strides=2)(conv("branch3x3_1", 192)(x))
-        factored = conv("branch7x7x3_2", 192, 1, 7)(conv("branch7x7x3_1", 192)(x))
-        factored = conv("branch7x7x3_3", 192, 7, 1)(factored)
-        factored = conv("branch7x7x3_4", 192, 3, strides=2)(factored)
-        return jnp.concatenate([single, factored, max_pool(x)], axis=-1)
-
-
-class InceptionE(nn.Module):
-    """8 x 8 block; FID's network has a max pool in its last one: an old mistake, now the standard."""
-
-    max_pooled: bool
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        narrow = conv("branch1x1", 320)(x)
-        single = conv("branch3x3_1", 384)(x)
-        single = [conv("branch3x3_2a", 384, 1, 3)(single), conv("branch3x3_2b", 384, 3, 1)(single)]
-        double = conv("branch3x3dbl_2", 384, 3)(conv("branch3x3dbl_1", 448)(x))
-        double = [conv("branch3x3dbl_3a", 384, 1, 3)(double), conv("branch3x3dbl_3b", 384, 3, 1)(double)]
-        pooled = max_pool(x, strides=1, padding=1) if self.max_pooled else average_pool(x)
-        return jnp.concatenate([narrow, *single, *double, conv("branch_pool", 192)(pooled)], axis=-1)
+        outputs = []
+        for branch, layers in self.branches.items():
+            y = x
+            for i, layer in enumerate(layers, 1):
+                name = f"{branch}_{i}" if len(layers) > 1 else branch
+                if isinstance(layer[0], tuple):
+                    y = jnp.concatenate([Convolution(*layer[k], name=name + "ab"[k])(y) for k in (0, 1)], axis=-1)
+                else:
+                    y = Convolution(*layer, self.strides if i == len(layers) else 1, name=name)(y)
+            outputs.append(y)
+        pooled = self.pool(x)
+        if self.pool_features:
+            pooled = Convolution(self.pool_features, name="branch_pool")(pooled)
+        return jnp.concatenate([*outputs, pooled], axis=-1)
 
 
 class InceptionV3(nn.Module):
@@ -188,21 +163,22 @@ class InceptionV3(nn.Module):
     @nn.compact
     def __call__(self, images: Array) -> Features:
         x = (resize_like_tensorflow1(images.astype(jnp.float32)) - 128.0) / 128.0  # [B, 299, 299, 3]
-        x = conv("Conv2d_1a_3x3", 32, 3, strides=2)(x)
-        x = conv("Conv2d_2a_3x3", 32, 3, same=False)(x)
-        x = max_pool(conv("Conv2d_2b_3x3", 64, 3)(x))  # [B, 73, 73, 64]
-        x = conv("Conv2d_4a_3x3", 192, 3, same=False)(conv("Conv2d_3b_1x1", 80)(x))
-        x = max_pool(x)  # [B, 35, 35, 192]
+        x = Convolution(32, 3, 3, strides=2, name="Conv2d_1a_3x3")(x)
+        x = Convolution(32, 3, 3, same=False, name="Conv2d_2a_3x3")(x)
+        x = max_pool(Convolution(64, 3, 3, name="Conv2d_2b_3x3")(x))  # [B, 73, 73, 64]
+        x = Convolution(80, name="Conv2d_3b_1x1")(x)
+        x = max_pool(Convolution(192, 3, 3, same=False, name="Conv2d_4a_3x3")(x))  # [B, 35, 35, 192]
         for name, pool_features in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
-            x = InceptionA(pool_features, name=name)(x)
-        x = InceptionB(name="Mixed_6a")(x)  # [B, 17, 17, 768]
+            x = Block(BLOCK_A, average_pool, pool_features, name=name)(x)
+        x = Block(BLOCK_B, max_pool, strides=2, name="Mixed_6a")(x)  # [B, 17, 17, 768]
         for name, inner in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
-            x = InceptionC(inner, name=name)(x)
+            x = Block(block_c(inner), average_pool, 192, name=name)(x)
             if name == "Mixed_6d":  # TensorFlow's mixed_6; its first branch, mixed_6/conv, comes first in x
                 spatial = x[..., :SPATIAL_CHANNELS].reshape(x.shape[0], -1)
-        x = InceptionD(name="Mixed_7a")(x)  # [B, 8, 8, 1280]
-        x = InceptionE(max_pooled=False, name="Mixed_7b")(x)
-        x = InceptionE(max_pooled=True, name="Mixed_7c")(x)
+        x = Block(BLOCK_D, max_pool, strides=2, name="Mixed_7a")(x)  # [B, 8, 8, 1280]
+        x = Block(BLOCK_E, average_pool, 192, name="Mixed_7b")(x)
+        last_pool = functools.partial(max_pool, strides=1, padding=1)  # an old mistake, now the standard
+        x = Block(BLOCK_E, last_pool, 192, name="Mixed_7c")(x)
         pooled = x.mean((1, 2))
         logits = nn.Dense(1008, use_bias=False, name="fc")(pooled)
         return Features(pooled, logits, spatial)
@@ -224,7 +200,6 @@ def inception_network(path: str | Path) -> FeatureNetwork:
         raise UserError(f"{path} does not hold FID's InceptionV3: its layers or their shapes differ")
     published = sha256.startswith(PUBLISHED_HASH_PREFIX)
     note = "the published pt_inception-2015-12-05" if published else "NOT the published weights: no FID compares"
-
     return FeatureNetwork(
         name="inception",
         identity=f"sha256 {sha256} ({note})",

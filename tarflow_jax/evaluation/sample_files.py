@@ -50,18 +50,12 @@ def as_colour(images: np.ndarray) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """The real side of a distance.
+    """The real side of a distance."""
 
-    Attributes:
-      pooled: statistics of the pooled features of a whole split. spatial: those of the spatial features, for
-      sFID, or None. features: pooled features of some of its images, float32 [M, D], or None. protocol: what
-      the statistics are of; empty for files of others, which do not say how images were prepared.
-    """
-
-    pooled: FeatureStatistics
-    spatial: FeatureStatistics | None
-    features: np.ndarray | None
-    protocol: dict[str, Any]
+    pooled: FeatureStatistics  # of the pooled features of a whole split
+    spatial: FeatureStatistics | None  # of the spatial ones, for sFID
+    features: np.ndarray | None  # pooled ones of some of the images, float32 [M, D]
+    protocol: dict[str, Any]  # what these are of; empty for files of others, which do not say how images were prepared
 
 
 def write_reference(path: epath.PathLike, reference: Reference) -> None:

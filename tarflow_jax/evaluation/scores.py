@@ -8,6 +8,7 @@ import numpy as np
 import scipy.special
 from sklearn.metrics import pairwise_distances_chunked
 from sklearn.metrics.pairwise import polynomial_kernel
+from sklearn.neighbors import NearestNeighbors
 
 from tarflow_jax.errors import UserError
 
@@ -70,11 +71,7 @@ def precision_recall(generated: np.ndarray, real: np.ndarray, neighbours: int = 
 
 
 def _fraction_inside(points: np.ndarray, centres: np.ndarray, neighbours: int) -> float:
-    def radii(distances: np.ndarray, start: int) -> np.ndarray:
-        # The nearest "neighbour" of a point is itself, so index k is the k-th other.
-        return np.partition(distances, neighbours, axis=1)[:, neighbours]
-
-    # In chunks: at 50,000 images the whole matrix would take 20 GB.
-    radius = np.concatenate(list(pairwise_distances_chunked(centres, reduce_func=radii)))
-    chunks = pairwise_distances_chunked(points, centres)
+    distances, _ = NearestNeighbors(n_neighbors=neighbours, algorithm="brute").fit(centres).kneighbors()  # not itself
+    radius = distances[:, -1]
+    chunks = pairwise_distances_chunked(points, centres)  # at 50,000 images the whole matrix would take 20 GB
     return float(np.concatenate([(distances <= radius).any(1) for distances in chunks]).mean())

@@ -26,10 +26,8 @@ def noisy_log_prob(
     """log p(x | label) of 8-bit images with noise, float32 [N], nats, computed in float32 at full precision.
 
     The one rule for the noise of evaluations: image i has that of fold_in(key, i), i its place among the images.
-    So it does not depend on the devices, nor on how many images there are.
-
-    Args:
-      images: uint8 [N, H, W, K] and labels int32 [N] (or None), in memory or read when their turn comes.
+    So it does not depend on the devices, nor on how many images there are. `images` are uint8 [N, H, W, K] and labels
+    int32 [N] (or None), in memory or read when their turn comes.
     """
     if isinstance(images, LazyRows):
         read = images.read

@@ -35,8 +35,8 @@ class RunningStatistics:
     def __init__(self) -> None:
         self.count, self.mean, self.scatter = 0, np.zeros(()), np.zeros(())
 
-    def add(self, features: np.ndarray) -> None:
-        """Takes features [N, D] of any float type."""
+    def add(self, features: np.ndarray) -> "RunningStatistics":
+        """Takes features [N, D] of any float type; returns itself."""
         batch = np.asarray(features, np.float64)
         mean = batch.mean(0)
         centred = batch - mean
@@ -45,6 +45,7 @@ class RunningStatistics:
         self.scatter = self.scatter + centred.T @ centred + np.outer(shift, shift) * (self.count * len(batch) / total)
         self.mean = self.mean + shift * (len(batch) / total)
         self.count = total
+        return self
 
     def result(self) -> FeatureStatistics:
         """Raises ValueError when fewer than two samples were added."""
@@ -55,9 +56,7 @@ class RunningStatistics:
 
 def feature_statistics(features: np.ndarray) -> FeatureStatistics:
     """Statistics of features [N, D] already in memory."""
-    running = RunningStatistics()
-    running.add(features)
-    return running.result()
+    return RunningStatistics().add(features).result()
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

@@ -25,8 +25,7 @@ def attend(
       start: position of the first query.
       temperature: [B], divides the logits of each example (attention-temperature guidance), or None for 1.
 
-    Returns:
-      [B, N, S, H], in the dtype of `query`. Logits and softmax are float32.
+    Returns [B, N, S, H], in the dtype of `query`. Logits and softmax are float32.
     """
     scale = jnp.full((query.shape[0],), query.shape[-1] ** -0.5, jnp.float32)
     if temperature is not None:

@@ -22,12 +22,9 @@ _REMAT = {
 
 
 class Affine(NamedTuple):
-    """The map between tokens x and z, each [B, S, D], and its inverse (section 3.1 of the paper).
+    """z = (x - shift) exp(-log_scale), and its inverse x = z exp(log_scale) + shift; all float32 [B, S, D].
 
-        z = (x - shift) exp(-log_scale)        x = z exp(log_scale) + shift
-
-    Attributes:
-      log_scale, shift: float32 [B, S, D].
+    Section 3.1 of the paper.
     """
 
     log_scale: jax.Array
@@ -101,8 +98,7 @@ class FlowBlock(nn.Module):
           caches: one a layer, holding the tokens before `start` (only when `unrolled`).
           start: position of the first token, in block order.
 
-        Returns:
-          (affine, caches): of the tokens start + 1 .. start + S.
+        Returns (affine, caches): of the tokens start + 1 .. start + S.
         """
         h = self.project_in(x.astype(self.config.compute_dtype)).astype(jnp.float32)
         positions = permute(self.position_embedding, self.index, axis=0)
@@ -150,13 +146,8 @@ def _scanned_layers(config: TarFlowConfig, depth: int) -> nn.Module:
     layer: Any = TransformerLayer
     if config.remat != "none":
         layer = nn.remat(layer, policy=_REMAT[config.remat], prevent_cse=False)
-    return nn.scan(
-        layer,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=nn.broadcast,
-        length=depth,
-    )(config)
+    axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": nn.broadcast}
+    return nn.scan(layer, **axes, length=depth)(config)
 
 
 def unstack_layers(block_params: dict[str, Any], depth: int) -> dict[str, Any]:

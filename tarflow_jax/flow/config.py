@@ -36,8 +36,7 @@ class TarFlowConfig:
         cosines of a patch's row and column, from which attention learns in fewer steps to look at the row above.
       attention: the kernel for whole sequences: "auto" (the platform's best), "plain", "cudnn" or "splash".
 
-    Raises:
-      ValueError: one line naming the field, when the shape is impossible.
+    Raises ValueError: one line naming the field, when the shape is impossible.
     """
 
     image_size: tuple[int, int]
@@ -138,11 +137,7 @@ class TarFlowConfig:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "TarFlowConfig":
-        """Builds a config from a dictionary, as read from JSON.
-
-        Raises:
-          ValueError: for an unknown or missing field, a field of the wrong type, or an impossible shape.
-        """
+        """From a dictionary, as read from JSON; ValueError for unknown, missing or wrong fields."""
         known = {field.name: field for field in dataclasses.fields(cls)}
         for name, value in fields.items():
             if name not in known:

@@ -28,9 +28,8 @@ class TarFlow(nn.Module):
           images: float32 [B, H, W, K], in [-1, 1] plus noise.
           labels: int32 [B], -1 for no class; None for no class anywhere.
 
-        Returns:
-          (latents, log_det): float32 [B, H, W, K], standard normal under the model, and float32 [B] in nats,
-          the log absolute determinant of the Jacobian d latents / d images.
+        Returns (latents, log_det): float32 [B, H, W, K], standard normal under the model, and float32 [B] in nats, the
+        log absolute determinant of the Jacobian d latents / d images.
         """
         config = self.config
         tokens = to_tokens(config, images.astype(jnp.float32))

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from tarflow_jax.errors import UserError
+from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.files import sha256
 
 # The published file, pt_inception-2015-12-05, carries the start of its own hash in its name.
@@ -39,8 +39,7 @@ def _read_state(path: Path) -> dict[str, np.ndarray]:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
         return {name: tensor.numpy() for name, tensor in loaded.items()}
     except Exception as error:  # torch raises whatever its unpickler meets
-        reason = str(error).split("\n", 1)[0]
-        raise UserError(f"{path} is not a PyTorch file of named tensors ({reason})") from error
+        raise UserError(f"{path} is not a PyTorch file of named tensors ({one_line(error)})") from error
 
 
 def _take(state: dict[str, np.ndarray], name: str, path: Path) -> np.ndarray:

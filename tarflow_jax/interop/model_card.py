@@ -15,13 +15,9 @@ def model_card(config: TarFlowConfig, noise: Noise | None, card: Mapping[str, An
     """Markdown with the hub's YAML header.
 
     Args:
-      config: of the flow.
       noise: what it was trained with; None if unknown.
       card: any of "name" (str), "datasets" (list of str), "training" (dict: what to say of it, in words or
-        numbers) and "metrics" (dict: name, with its unit, -> measured number).
-
-    Raises:
-      ValueError: for another field.
+        numbers) and "metrics" (dict: name, with its unit, -> measured number); ValueError for another field.
     """
     if unknown := sorted(set(card) - set(FIELDS)):
         raise UserError(f"unknown model card field {unknown[0]!r}; expected one of {', '.join(FIELDS)}")

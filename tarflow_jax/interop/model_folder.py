@@ -64,16 +64,12 @@ def save_model(
 
     Args:
       folder: made if it is missing. An earlier saved model in it is replaced.
-      config: of the flow.
-      variables: float32, as in `SavedModel`.
-      noise: what it was trained with.
-      ema_params: average of the parameters, kept beside the raw ones.
+      config, variables, noise, ema_params: as in `SavedModel`.
       dtype: of the saved parameters, "float32" (exact) or "bfloat16" (half the size). A prior stays float32.
       card: what the model card tells, see `model_card`.
 
-    Raises:
-      ValueError: variables that are not of `config`, an unknown dtype or card field, or a folder whose
-        config.json is something else.
+    Raises ValueError: variables that are not of `config`, an unknown dtype or card field, or a folder whose config.json
+    is something else.
     """
     folder = Path(folder)
     if dtype not in CODES:
@@ -105,10 +101,7 @@ def save_model(
 
 
 def load_model(name: str | os.PathLike[str]) -> SavedModel:
-    """Reads a model folder, or one from the Hugging Face hub.
-
-    Args:
-      name: a folder that `save_model` wrote, or "owner/name" where no such folder exists.
+    """Reads a folder that `save_model` wrote, or the Hugging Face hub's model "owner/name" if there is no such folder.
 
     Raises:
       FileNotFoundError: neither a folder nor a hub model that can be reached, or a file of it is missing.

@@ -41,8 +41,7 @@ def read_tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (name, array) of the file's dtype, after names, shapes and dtypes were all found as expected.
 
-    Raises:
-      ValueError: no safetensors file, a header that does not fit the file, or other tensors than expected.
+    Raises ValueError: no safetensors file, a header that does not fit the file, or other tensors than expected.
     """
     with _opened(path) as file:
         found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)

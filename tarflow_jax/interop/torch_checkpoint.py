@@ -19,7 +19,6 @@ from tarflow_jax.runtime.parameters import Shape, variables_shapes
 
 HEAD_DIM = 64  # fixed in the reference, so no tensor tells it
 _DIRECTORY = 0x10  # the bit of an entry's attributes by which PyTorch's reader takes it for one, and reads nothing
-INSTALL_TORCH = "PyTorch checkpoints need PyTorch; install it with `pip install torch`"
 
 
 def load_torch(
@@ -33,8 +32,7 @@ def load_torch(
       image_channels: K.
       patch_size: P. The tensors tell T and D, but not how they divide into these three.
 
-    Returns:
-      (config, variables): width, blocks, layers, classes and VP/NVP are read off the tensors; float32 arrays.
+    Returns (config, variables): width, blocks, layers, classes and VP/NVP are read off the tensors; float32 arrays.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -81,7 +79,7 @@ def _import_torch() -> Any:
     try:
         import torch
     except ImportError as error:
-        raise MissingPackageError(INSTALL_TORCH) from error
+        raise MissingPackageError("PyTorch checkpoints need PyTorch; install it with `pip install torch`") from error
     return torch
 
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from tarflow_jax.planning.plan import Plan
 from tarflow_jax.training import Recipe
@@ -11,23 +11,16 @@ logger = logging.getLogger(__name__)
 Change = dict[str, Any]  # config fields, "train.batch_size", to new values
 
 
-class Fitting(NamedTuple):
-    """A change with which a recipe fits, and its plan."""
-
-    change: Change
-    plan: Plan
-
-
-def smallest_change(recipe: Recipe, plan: Plan, make_plan: Callable[[Recipe], Plan]) -> Fitting | None:
+def smallest_change(recipe: Recipe, plan: Plan, make_plan: Callable[[Recipe], Plan]) -> tuple[Change, Plan] | None:
     """Compiles one change after another of a recipe that does not fit (its plan is `plan`), until one fits.
 
-    `make_plan` compiles a changed recipe for the same topology.
+    `make_plan` compiles a changed recipe for the same topology. Returns the change that fits, and its plan.
     """
     for change in changes(recipe, plan):
         logger.info("does not fit: trying %s", as_flags(change))
         tried = make_plan(changed(recipe, change))
         if tried.fits:
-            return Fitting(change, tried)
+            return change, tried
     return None
 
 

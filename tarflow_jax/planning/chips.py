@@ -24,21 +24,13 @@ _NO_TPU = {
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Data-sheet figures of one device. A rate of 0 is unknown, and sets no limit.
-
-    Attributes:
-      memory: bytes.
-      flops: dense bfloat16 FLOP/s; float32 products run as bfloat16 ones on a TPU unless told otherwise.
-      memory_rate: bytes/s of its memory.
-      link_rate: bytes/s that it sends to chips of its slice, all links together, one way.
-      network_rate: bytes/s that it sends to other slices; 0 where there are none.
-    """
+    """Data-sheet figures of one device, in bytes, bytes/s and FLOP/s. A rate of 0 is unknown, and sets no limit."""
 
     memory: int
-    flops: float = 0.0
+    flops: float = 0.0  # dense bfloat16; float32 products run as bfloat16 ones on a TPU unless told otherwise
     memory_rate: float = 0.0
-    link_rate: float = 0.0
-    network_rate: float = 0.0
+    link_rate: float = 0.0  # sent to chips of its slice, all links together, one way
+    network_rate: float = 0.0  # sent to other slices; 0 where there are none
 
 
 # By device kind. TPU: cloud.google.com/tpu/docs (its interconnect figures are for both ways together, and a pod's
@@ -56,12 +48,7 @@ CHIPS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices to compile for; a TPU's need not exist here.
-
-    Attributes:
-      name: as given, "v5e:16x16", "cpu:8".
-      slices: of TPUs, joined by the network between hosts.
-    """
+    """Devices to compile for, by a name as "v5e:16x16"; TPUs need not exist here, a network joins slices of them."""
 
     name: str
     devices: Sequence[jax.Device]
@@ -105,8 +92,7 @@ def _tpu(name: str, num_slices: int) -> Topology:
         os.environ.setdefault(variable, value)
     options = {"num_slices": num_slices} if num_slices != 1 else {}
     try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-        devices: list[Any] = topology.devices
+        devices: list[Any] = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         raise UserError(
             f"no TPU topology {name!r} of {num_slices} slice(s) ({one_line(error)}); expected one as v5e:16x16"

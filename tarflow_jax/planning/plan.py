@@ -10,34 +10,20 @@ from tarflow_jax.planning.traffic import Traffic
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A program on a topology. Bytes, FLOPs and traffic are one device's; NaN where it did not compile.
-
-    Attributes:
-      mesh: its axes and their sizes.
-      batch_size: images of a step, on all devices together.
-      num_steps: of the whole recipe; 0 for a sampler.
-      problem: why XLA gave up: too little memory; "" if it did not.
-      state_bytes: of parameters, optimizer, average and batch.
-      temporary_bytes: what the program takes besides them while it runs, and its results.
-      code_bytes: the program itself.
-      flops: products of one step, with what is computed again.
-      model_flops: the same on all devices together, nothing computed twice.
-      traffic: of one step.
-      compile_seconds: of processor time, all cores together; tracing and lowering included.
-    """
+    """A program on a topology. Bytes, FLOPs and traffic are one device's; NaN where it did not compile."""
 
     topology: Topology
-    mesh: dict[str, int]
-    batch_size: int
-    num_steps: int
-    problem: str
-    state_bytes: dict[str, int]
-    temporary_bytes: float
-    code_bytes: float
-    flops: float
-    model_flops: float
-    traffic: Traffic
-    compile_seconds: float
+    mesh: dict[str, int]  # its axes and their sizes
+    batch_size: int  # images of a step, on all devices together
+    num_steps: int  # of the whole recipe; 0 for a sampler
+    problem: str  # why XLA gave up: too little memory; "" if it did not
+    state_bytes: dict[str, int]  # of parameters, optimizer, average and batch
+    temporary_bytes: float  # what the program takes besides them while it runs, and its results
+    code_bytes: float  # the program itself
+    flops: float  # products of one step, with what is computed again
+    model_flops: float  # the same on all devices together, nothing computed twice
+    traffic: Traffic  # of one step
+    compile_seconds: float  # of processor time, all cores together; tracing and lowering included
 
     @property
     def num_devices(self) -> int:
@@ -72,19 +58,16 @@ class Plan:
 
     def figures(self) -> dict[str, Any]:
         """Everything, ready for JSON."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        collectives = {kind: dataclasses.asdict(c) for kind, c in self.traffic.collectives.items()}
-        fields |= {
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {
             "topology": self.topology.name,
             "slices": self.topology.slices,
             "devices": self.num_devices,
             "device_memory": self.topology.chip.memory,
-            "traffic": {"memory_bytes": self.traffic.memory_bytes, "collectives": collectives},
+            "traffic": dataclasses.asdict(self.traffic),
             "total_bytes": self.total_bytes,
             "fits": self.fits,
             "limits": self.limits,
         }
-        return fields
 
     def table(self, mfu: float) -> str:
         """For people: a line a figure. `mfu` is the model-FLOPs utilisation that times are told for."""

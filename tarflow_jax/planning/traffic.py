@@ -18,30 +18,19 @@ _SLICES = {"dynamic-slice", "slice", "gather", "slice-start", "dynamic-slice-sta
 
 @dataclasses.dataclass
 class Collective:
-    """All of a step's collectives of one kind.
-
-    Attributes:
-      count: how many run.
-      bytes: that each device sends to others of its slice, by the algorithm that sends least.
-      network_bytes: that each device sends to other slices.
-    """
+    """All of a step's collectives of one kind: how many run, and the bytes that each device sends."""
 
     count: int = 0
-    bytes: float = 0.0
-    network_bytes: float = 0.0
+    bytes: float = 0.0  # to others of its slice, by the algorithm that sends least
+    network_bytes: float = 0.0  # to other slices
 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Of one run of a program, on each device; loops are counted by their lengths.
+    """Of one run of a program, on each device; loops are counted by their lengths."""
 
-    Attributes:
-      memory_bytes: read and written, but not what XLA placed in on-chip memory; of a slice, the slice.
-      collectives: by kind.
-    """
-
-    memory_bytes: float
-    collectives: dict[str, Collective]
+    memory_bytes: float  # read and written, but not what XLA placed in on-chip memory; of a slice, the slice
+    collectives: dict[str, Collective]  # by kind
 
 
 def traffic(text: str, num_devices: int, slices: int = 1) -> Traffic:

@@ -14,19 +14,12 @@ Decoder = Sequential | Jacobi | GaussSeidelJacobi
 
 
 class Decoded(NamedTuple):
-    """What `decode` returns.
+    """What `decode` returns."""
 
-    Attributes:
-      images: float32 [B, H, W, K].
-      trajectory: the images after 0, 1, … F inverted blocks, [B, F + 1, H, W, K], or None.
-      iterations: updates that each block took, int32 [B, F], by block number.
-      residual: each block's last change, float32 [B, F]; 0 where it was sequential.
-    """
-
-    images: jax.Array
-    trajectory: jax.Array | None
-    iterations: jax.Array
-    residual: jax.Array
+    images: jax.Array  # float32 [B, H, W, K]
+    trajectory: jax.Array | None  # the images after 0, 1, … F inverted blocks, [B, F + 1, H, W, K]
+    iterations: jax.Array  # updates that each block took, int32 [B, F], by block number
+    residual: jax.Array  # each block's last change, float32 [B, F]; 0 where it was sequential
 
 
 def decode(

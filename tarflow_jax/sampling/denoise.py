@@ -22,10 +22,8 @@ def denoise(
       images: noisy images y, float32 [B, H, W, K]; labels: int32 [B], -1 for no class, or None.
       noise_std: σ, in [-1, 1] units. multiplier: s; 1 is the theory.
 
-    In VP mode log p is the density that the blocks were trained on (`unit_prior`), as in the reference.
-
-    Returns:
-      float32 [B, H, W, K].
+    Returns float32 [B, H, W, K]. In VP mode log p is the density that the blocks were trained on (`unit_prior`), as in
+    the reference.
     """
     variables = unit_prior(variables)
     # The examples are independent, so the gradient of the summed log-likelihood holds each one's own score.

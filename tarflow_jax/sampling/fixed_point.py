@@ -41,8 +41,7 @@ class Jacobi:
       max_iterations: updates at most, then `Sequential` takes over; None is T - 1, after which every token is exact.
       init: tokens to begin with: the block's own input ("latents") or "zeros".
 
-    Raises:
-      ValueError: one line naming the field.
+    Raises ValueError: one line naming the field.
     """
 
     tolerance: float = DEFAULT_TOLERANCE
@@ -50,20 +49,14 @@ class Jacobi:
     init: str = "latents"
 
     def __post_init__(self) -> None:
-        _check(self.tolerance, self.max_iterations, self.init)
+        _check(self)
 
     def invert(self, block: GuidedBlock, z: jax.Array) -> Inverted:
         """Inverts a block for z [B, T, D] in block order."""
         if z.shape[1] == 1:
             return unchanged(z)
         first, following = z[:, :1], z[:, 1:]
-        settled, done, _ = _settle(
-            lambda x, _: update(block, first, following, x),
-            initial(self.init, following),
-            None,
-            self.tolerance,
-            self.max_iterations,
-        )
+        settled, done, _ = _settle(self, following, lambda x, _: update(block, first, following, x), None)
         settled = settled._replace(x=jnp.concatenate([first, settled.x], axis=1))
         return _finish(settled, done, block, z)
 
@@ -77,8 +70,7 @@ class GaussSeidelJacobi:
         turn.
       tolerance, max_iterations, init: as `Jacobi` has them, for each segment.
 
-    Raises:
-      ValueError: one line naming the field.
+    Raises ValueError: one line naming the field.
     """
 
     num_segments: int
@@ -87,7 +79,7 @@ class GaussSeidelJacobi:
     init: str = "latents"
 
     def __post_init__(self) -> None:
-        _check(self.tolerance, self.max_iterations, self.init)
+        _check(self)
         if self.num_segments < 1:
             raise UserError(f"num_segments is {self.num_segments}; expected a positive number")
 
@@ -104,11 +96,7 @@ class GaussSeidelJacobi:
             before = jax.lax.dynamic_slice_in_dim(inverted.x, start, 1, axis=1)
             own = jax.lax.dynamic_slice_in_dim(z, start + 1, size, axis=1)
             settled, settled_done, caches = _settle(
-                lambda x, caches: update(block, before, own, x, caches, start),
-                initial(self.init, own),
-                caches,
-                self.tolerance,
-                self.max_iterations,
+                self, own, lambda x, caches: update(block, before, own, x, caches, start), caches
             )
             x = jax.lax.dynamic_update_slice_in_dim(inverted.x, settled.x, start + 1, axis=1)
             iterations = inverted.iterations + settled.iterations
@@ -123,12 +111,8 @@ class GaussSeidelJacobi:
         while start < following:
             count = min(max(CACHE_GROWTH // length, 1), (following - start) // length)
             caches = tuple(cache.grow(start + count * length) for cache in progress.caches)
-            progress = jax.lax.fori_loop(
-                0,
-                count,
-                lambda i, progress, start=start: invert_segment(start + i * length, length, progress),
-                progress._replace(caches=caches),
-            )
+            segment = lambda i, progress, start=start: invert_segment(start + i * length, length, progress)  # noqa: E731
+            progress = jax.lax.fori_loop(0, count, segment, progress._replace(caches=caches))
             start += count * length
         return _finish(progress.inverted, progress.done, block, z)
 
@@ -161,23 +145,21 @@ def update(
       z, x: the tokens start + 1 .. start + S, [B, S, D] in block order; x may be far from the inverse.
       caches: of the tokens before `start`.
 
-    Returns:
-      The new x, and the caches with tokens start .. start + S - 1 written.
+    Returns the new x, and the caches with tokens start .. start + S - 1 written.
     """
     affine, caches = block(jnp.concatenate([before, x[:, :-1]], axis=1), caches, start)
     return affine.inverse(z), caches
 
 
 def _settle(
-    step: _Update, x: jax.Array, state: Any, tolerance: float, max_iterations: int | None
+    decoder: Jacobi | GaussSeidelJacobi, z: jax.Array, step: _Update, state: Any
 ) -> tuple[Inverted, jax.Array, Any]:
-    """Takes steps from x [B, S, D] until each example's largest change is at most `tolerance`; then it changes no more.
+    """Takes steps for z [B, S, D] until each example changes by at most the tolerance; then it changes no more.
 
-    Returns:
-      What was found, whether it is the inverse (bool [B]), and the state.
+    Returns what was found, whether it is the inverse (bool [B]), and the state.
     """
-    batch_size, length, _ = x.shape
-    limit = length if max_iterations is None else min(max_iterations, length)
+    batch_size, length, _ = z.shape
+    tolerance, limit = decoder.tolerance, min(decoder.max_iterations or length, length)
 
     def unsettled(carry: tuple) -> jax.Array:
         (_, iterations, residual), _ = carry
@@ -194,7 +176,7 @@ def _settle(
         residual = jnp.where(active, change, residual)
         return Inverted(x, iterations + active.astype(jnp.int32), residual), state
 
-    begin = Inverted(x, jnp.zeros((batch_size,), jnp.int32), jnp.full((batch_size,), jnp.inf, jnp.float32))
+    begin = unchanged(initial(decoder.init, z))._replace(residual=jnp.full((batch_size,), jnp.inf, jnp.float32))
     found, state = jax.lax.while_loop(unsettled, body, (begin, state))
     done = (found.residual <= tolerance) | ((found.iterations == length) & jnp.isfinite(found.residual))
     return found, done, state
@@ -202,15 +184,14 @@ def _settle(
 
 def _finish(found: Inverted, done: jax.Array, block: GuidedBlock, z: jax.Array) -> Inverted:
     """`Sequential`'s result for the images that are not done; iterations and residual stay those of the updates."""
-    sequential = lambda: Sequential().invert(block, z).x  # noqa: E731
-    x = jax.lax.cond(done.all(), lambda: found.x, sequential)
+    x = jax.lax.cond(done.all(), lambda: found.x, lambda: Sequential().invert(block, z).x)
     return found._replace(x=jnp.where(done[:, None, None], found.x, x))
 
 
-def _check(tolerance: float, max_iterations: int | None, init: str) -> None:
-    if not (math.isfinite(tolerance) and tolerance >= 0):
-        raise UserError(f"tolerance is {tolerance}; expected a number from 0")
-    if max_iterations is not None and max_iterations < 1:
-        raise UserError(f"max_iterations is {max_iterations}; expected a positive number or None")
-    if init not in INITS:
-        raise UserError(f"init is {init!r}; expected one of {', '.join(INITS)}")
+def _check(decoder: Jacobi | GaussSeidelJacobi) -> None:
+    if not 0 <= decoder.tolerance < math.inf:
+        raise UserError(f"tolerance is {decoder.tolerance}; expected a number from 0")
+    if decoder.max_iterations is not None and decoder.max_iterations < 1:
+        raise UserError(f"max_iterations is {decoder.max_iterations}; expected a positive number or None")
+    if decoder.init not in INITS:
+        raise UserError(f"init is {decoder.init!r}; expected one of {', '.join(INITS)}")

@@ -29,8 +29,7 @@ class Guidance:
       schedule: "linear" grows w_i to w along the tokens, w_i = w (i + 1) / (T - 1); "constant" is w_i = w.
       attention_temperature: τ > 0; 1 leaves attention as it is.
 
-    Raises:
-      ValueError: one line naming the field.
+    Raises ValueError: one line naming the field.
     """
 
     weight: float = 0.0
@@ -75,17 +74,12 @@ class GuidedBlock:
     """A block's map from tokens to the affine map of the tokens that follow, guidance included.
 
     With guidance, whatever its weight, the guided and the unguided pass run as one batch of 2B.
-
-    Attributes:
-      block: the unrolled block; params: its own parameters (see `unstack_layers`).
-      labels: int32 [B] or None.
-      guidance: None for a single pass.
     """
 
-    block: FlowBlock
-    params: dict
-    labels: jax.Array | None
-    guidance: Guidance | None
+    block: FlowBlock  # unrolled
+    params: dict  # its own (see `unstack_layers`)
+    labels: jax.Array | None  # int32 [B]
+    guidance: Guidance | None  # None for a single pass
 
     def caches(self, batch_size: int, length: int) -> tuple[KVCache, ...]:
         """Empty caches for `length` tokens, one a layer."""

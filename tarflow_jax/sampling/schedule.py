@@ -21,27 +21,17 @@ from tarflow_jax.sampling.inverse import Sequential
 
 FILE = "decoder.json"
 VERSION = 2
-_KINDS: dict[str, type[Decoder]] = {
-    "sequential": Sequential,
-    "jacobi": Jacobi,
-    "gs_jacobi": GaussSeidelJacobi,
-}
+_KINDS: dict[str, type[Decoder]] = {"sequential": Sequential, "jacobi": Jacobi, "gs_jacobi": GaussSeidelJacobi}
 _MAX_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Decoders by block number, for each batch size that was measured.
+    """Decoders by block number, for each batch size that was measured."""
 
-    Attributes:
-      decoders: {batch size: one decoder a block}.
-      weights: `fingerprint` of the variables that were tuned.
-      guidance: that they were tuned with, None for none.
-    """
-
-    decoders: Mapping[int, tuple[Decoder, ...]]
-    weights: str
-    guidance: Guidance | None = None
+    decoders: Mapping[int, tuple[Decoder, ...]]  # by batch size, one a block
+    weights: str  # `fingerprint` of the variables that were tuned
+    guidance: Guidance | None = None  # that they were tuned with
 
     def of(self, batch_size: int) -> tuple[Decoder, ...]:
         """The decoders of the largest measured batch that is no larger, or of the smallest of all."""
@@ -72,11 +62,7 @@ class Schedule:
 
     @classmethod
     def read(cls, folder: epath.PathLike, num_blocks: int) -> "Schedule | None":
-        """The schedule in a folder; None where there is none.
-
-        Raises:
-          ValueError: the file is of an earlier release, or no schedule for `num_blocks` blocks.
-        """
+        """The schedule in a folder, None if there is none; ValueError for one of an earlier release or other model."""
         path = epath.Path(folder) / FILE
         if not path.exists():
             return None

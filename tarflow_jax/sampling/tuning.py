@@ -101,10 +101,8 @@ def tune(
 def least_worth(reports: Sequence[BlockReport], per_error: bool) -> int | None:
     """The parallel block that gains least over `Sequential` and so goes back to it; None where all are sequential.
 
-    Args:
-      reports: by block number, the first trial of each the sequential one.
-      per_error: the images are too far off, so a block's gain is in seconds for each unit of its error; otherwise they
-        take too long, and it is in seconds.
+    `reports` are by block number, the first trial of each the sequential one. With `per_error` the images are too far
+    off, so a block's gain is in seconds for each unit of its error; otherwise they take too long, and it is in seconds.
     """
 
     def gain(i: int) -> float:
@@ -158,11 +156,7 @@ def _seconds(run: Any, *args: Any, give_up: float = math.inf) -> float:
 
 
 def better_init(block: GuidedBlock, z: jax.Array, exact: jax.Array) -> str:
-    """The init that one update brings nearer to the inverse (IGM, arXiv 2505.12849).
-
-    Args:
-      z: [B, T, D] in block order; exact: its inverse.
-    """
+    """The init that one update brings nearer to `exact`, the inverse of z [B, T, D] (IGM, arXiv 2505.12849)."""
 
     def distance(init: str) -> float:
         found, _ = update(block, z[:, :1], z[:, 1:], initial(init, z[:, 1:]))

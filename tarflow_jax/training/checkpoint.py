@@ -63,9 +63,8 @@ class Checkpoints:
           step: of the run. state: its arrays. config: its config, as JSON has it.
           test_loss: by which the best checkpoint is known; None if it was not measured.
 
-        Raises:
-          OSError: this checkpoint, or the one before it, could not be written (disk full, not allowed, …).
-          Errors that are not of the disk stay what they are.
+        Raises OSError if this checkpoint, or the one before it, could not be written (disk full, not allowed, …).
+        Errors that are not of the disk stay what they are.
         """
         self.wait()
         items = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), CONFIG: ocp.args.JsonSave(dict(config))})
@@ -75,11 +74,7 @@ class Checkpoints:
         self._sealing = self._sealer.submit(self._seal_when_complete, step)
 
     def wait(self) -> None:
-        """Returns when the checkpoint being written is complete and sealed.
-
-        Raises:
-          OSError: it could not be written.
-        """
+        """Returns when the checkpoint being written is complete and sealed; OSError if it cannot be written."""
         sealing, self._sealing = self._sealing, None
         with plain_write_errors(self._folder):
             try:

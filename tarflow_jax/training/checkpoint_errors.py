@@ -79,9 +79,8 @@ def plain_write_errors(folder: epath.Path) -> Iterator[None]:
 def on_all_processes(action: Callable[[], T]) -> T:
     """What `action` returns here, once it has succeeded on every process; all call this together.
 
-    Raises:
-      What it raised here. If it succeeded here, or showed only damage, but failed on another process:
-      DamagedError if that was all, else OSError, with what the other says.
+    Raises what it raised here. If it succeeded here, or showed only damage, but failed on another process:
+    DamagedError if that was all, else OSError, with what the other says.
     """
     if jax.process_count() == 1:
         return action()

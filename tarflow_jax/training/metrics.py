@@ -21,14 +21,10 @@ class MetricsWriter:
     def __init__(self, workdir: epath.PathLike, start_step: int) -> None:
         """Continues the files; lines of steps after `start_step` are dropped, for they will be written again."""
         self._path = epath.Path(workdir) / "metrics.jsonl"
-        kept = []
-        if self._path.exists():
-            kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= start_step]
-        self._text = "".join(line + "\n" for line in kept)
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        self._text = "".join(f"{line}\n" for line in lines if _step_of(line) <= start_step)
         write_text(self._path, self._text)
-        self._file = None
-        if not is_remote(self._path):
-            self._file = Path(self._path).open("a", buffering=1)  # noqa: SIM115 (for as long as this is)
+        self._file = None if is_remote(self._path) else Path(self._path).open("a", buffering=1)  # noqa: SIM115
         self._tensorboard = SummaryWriter(os.fspath(epath.Path(workdir) / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:

@@ -1,8 +1,9 @@
 """A training run's folder, read back."""
 
 import contextlib
+import dataclasses
 import json
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,8 +11,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from tarflow_jax.files import write_text
-from tarflow_jax.flow import TarFlowConfig
-from tarflow_jax.noise import Noise
+from tarflow_jax.interop import SavedModel
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.recipe import Recipe
@@ -20,20 +20,10 @@ from tarflow_jax.training.state import abstract_state
 RESULTS = "results.json"
 
 
-class TrainedRun(NamedTuple):
-    """What a run's checkpoint holds, and what a model card tells of the run.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainedRun(SavedModel):
+    """What a run's checkpoint holds, and what a model card tells of the run, see `interop.save_model`."""
 
-    Attributes:
-      config, noise: of the recipe.
-      variables: {"params": …} and, in VP mode, {"prior": …}.
-      ema_params: the parameters' average, or None.
-      card: see `interop.save_model`.
-    """
-
-    config: TarFlowConfig
-    noise: Noise
-    variables: dict[str, Any]
-    ema_params: dict[str, Any] | None
     card: dict[str, Any]
 
 
@@ -55,7 +45,7 @@ def read_workdir(workdir: epath.PathLike, mesh: Mesh | None = None, *, best: boo
     if found is None:
         raise FileNotFoundError(f"{workdir} holds no checkpoint yet; train until train.checkpoint_every first")
     step, model = found
-    return TrainedRun(recipe.model, recipe.noise, model["variables"], model["ema_params"], _card(recipe, workdir, step))
+    return TrainedRun(config=recipe.model, noise=recipe.noise, **model, card=_card(recipe, workdir, step))
 
 
 def write_results(workdir: epath.PathLike, results: dict[str, float]) -> None:
