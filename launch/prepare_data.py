@@ -17,7 +17,9 @@ from absl import flags
 from launch import common
 from tarflow_jax import data
 from tarflow_jax.errors import UserError
+from tarflow_jax.evaluation.sample_files import file_stem
 from tarflow_jax.figures import grid, save_png
+from tarflow_jax.files import sole_user
 
 DATA = flags.DEFINE_string("data", None, "Data set to prepare; docs/data.md lists the names.")
 DATA_DIR = flags.DEFINE_string(
@@ -28,19 +30,22 @@ PREPROCESSING = flags.DEFINE_string(
     "preprocessing", "none", "How images are resized: none, tarflow or adm; see docs/data.md."
 )
 SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "Leave out files that are no images instead of refusing.")
-PREVIEW = flags.DEFINE_string("preview", "preview.png", "PNG file for a grid of training images.")
+PREVIEW = flags.DEFINE_string("preview", None, "PNG file for a grid of training images; in --data_dir if not given.")
 flags.mark_flags_as_required(["data"])
 
 
 def main(argv: Sequence[str]) -> None:
     """Prepares, counts and previews."""
+    data_dir = Path(DATA_DIR.value).expanduser() if DATA_DIR.value else data.default_data_dir()
     options = {
         "image_size": _parse_size(IMAGE_SIZE.value),
         "preprocessing": PREPROCESSING.value,
-        "data_dir": DATA_DIR.value,
+        "data_dir": data_dir,
         "skip_bad": SKIP_BAD.value,
     }
-    name = data.prepare_source(DATA.value, **options)
+    with sole_user(data_dir):
+        name = data.prepare_source(DATA.value, **options)
+    preview = Path(PREVIEW.value) if PREVIEW.value else data_dir / "previews" / f"{file_stem(name)}.png"
     for split in ("train", "test"):
         source = data.open_source(name, split, **options)
         shape = "x".join(map(str, source.image_shape))
@@ -49,8 +54,8 @@ def main(argv: Sequence[str]) -> None:
         if split == "train":
             # The images that training with seed 0 would see first.
             batch = next(data.train_batches(source, batch_size=64, seed=0))
-            save_png(Path(PREVIEW.value), grid(batch.image))
-    print(f"train with --config.data.source={name}; a preview is in {PREVIEW.value}")
+            save_png(preview, grid(batch.image))
+    print(f"train with --config.data.source={name}; a preview is in {preview}")
 
 
 def _parse_size(texts: list[str] | None) -> tuple[int, int] | None:

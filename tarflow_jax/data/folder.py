@@ -18,7 +18,10 @@ from tarflow_jax.errors import UserError
 from tarflow_jax.files import write_text
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif")
-TEST_FOLDERS = ("test", "val", "validation")
+SPLIT_FOLDERS = {  # in any case; the first one that is there
+    "train": ("train", "training"),
+    "test": ("test", "testing", "val", "valid", "validation", "dev", "eval"),
+}
 MAX_LISTED = 20
 
 
@@ -34,21 +37,20 @@ class Item(NamedTuple):
 def list_folder(root: Path, split: str) -> tuple[list[Item], tuple[str, ...]]:
     """The images under `root` that belong to a split, sorted by name, and the names of the classes, () without any.
 
-    `root` holds one subfolder a class, or images without classes; or folders `train` and `test` (or `val`,
-    `validation`) that do. Without these two, a tenth of the images is the test split, by a hash of their
-    path. Links to folders are not followed; files whose name does not end like an image's are not looked at.
+    `root` holds one subfolder a class, or images without classes; or folders `train` and `test` (or another name of
+    `SPLIT_FOLDERS`, in any case) that do. Without these two, a tenth of the images is the test split, by a hash of
+    their path. Links to folders are not followed; files whose name does not end like an image's are not looked at.
 
     Raises:
       FileNotFoundError: there is no such folder.
-      ValueError: there are no images, or images are both beside and inside class folders.
+      ValueError: there are no images, images are both beside and inside class folders, or it cannot be told whether
+        folders are splits or classes.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"folder:{root}: no such folder")
-    train = root / "train"
-    test = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
-    if train.is_dir() and test is not None:
-        label_names = _classes(_walk(train), train)
-        chosen = {"train": train, "test": test}[split]
+    if splits := _splits(root):
+        label_names = _classes(_walk(splits["train"]), splits["train"])
+        chosen = splits[split]
         paths = sorted(_walk(chosen))
     else:
         chosen, paths = root, sorted(_walk(root))
@@ -57,6 +59,26 @@ def list_folder(root: Path, split: str) -> tuple[list[Item], tuple[str, ...]]:
     if not paths:
         raise UserError(f"folder:{root}: no {', '.join(EXTENSIONS)} files for the {split} split")
     return [_item(root, chosen, path, label_names) for path in paths], label_names
+
+
+def _splits(root: Path) -> dict[str, Path]:
+    """The folders of the splits; {} where no folder is named like one."""
+    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found: dict[str, list[str]] = {
+        split: [name for known in SPLIT_FOLDERS[split] for name in names if name.lower() == known]
+        for split in SPLIT_FOLDERS
+    }
+    named = [*found["train"], *found["test"]]
+    others = [name for name in names if name not in named and any(_walk(root / name))]
+    unclear = (
+        len(found["train"]) != 1 or not found["test"] or others or len({name.lower() for name in named}) < len(named)
+    )
+    if named and unclear:
+        raise UserError(
+            f"folder:{root}: {', '.join(named + others)} may be splits or classes; expected train and test (or val), each "
+            "with a folder a class, and nothing beside them, or a folder a class, none with such a name"
+        )
+    return {split: root / of_split[0] for split, of_split in found.items() if of_split}
 
 
 def _walk(root: Path) -> Iterator[str]:

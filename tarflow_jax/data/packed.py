@@ -127,8 +127,11 @@ class _Recipe(NamedTuple):
         except (OSError, ValueError, TypeError, KeyError):
             pass  # not packed yet, or not wholly
         partial = path.with_name(f".{path.name}.partial")
-        report = {"fingerprint": self.key, "file": path.name, **self._write(partial, items)}
-        os.replace(partial, path)
+        try:
+            report = {"fingerprint": self.key, "file": path.name, **self._write(partial, items)}
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)  # there only if the disk is full, or the like
         write_text(_report_of(path), json.dumps(report, indent=1) + "\n")
         return report
 

@@ -3,13 +3,18 @@
 import contextlib
 import difflib
 import io
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import requests
 import tensorflow_datasets as tfds
 
 from tarflow_jax.data.source import NO_LABEL, EncodedSource, Options
-from tarflow_jax.errors import UserError
+from tarflow_jax.errors import UserError, one_line
+
+TIMEOUT_S = 25  # of a host that does not answer
 
 # What stands in for "test" where a set has none, as ImageNet's published figures do.
 TEST_SPLITS = ("test", "validation")
@@ -43,7 +48,8 @@ def prepare_tfds(argument: str, data_dir: Path) -> str:
     PNG with TensorFlow (`pip install tensorflow-cpu`); preparing is the only step that needs it.
     """
     try:
-        load_builder(argument, tfds_folder(data_dir)).download_and_prepare()
+        with download_timeouts(TIMEOUT_S):
+            load_builder(argument, tfds_folder(data_dir)).download_and_prepare()
     except ImportError as error:
         package = {"tensorflow": "tensorflow-cpu"}.get((error.name or "").split(".")[0], error.name)
         raise UserError(
@@ -52,7 +58,27 @@ def prepare_tfds(argument: str, data_dir: Path) -> str:
         ) from None
     except AssertionError as error:  # how TFDS asks for files that one has to fetch by hand
         raise UserError(f"tfds:{argument}: {' '.join(str(error).split())}") from None
+    except requests.RequestException as error:
+        raise UserError(
+            f"tfds:{argument}: the download failed ({one_line(error)}); prepare it where there is a network, and copy "
+            f"{tfds_folder(data_dir)} here"
+        ) from None
     return f"tfds:{argument}"
+
+
+@contextlib.contextmanager
+def download_timeouts(seconds: float) -> Iterator[None]:
+    """Within it a host that does not answer is an error after `seconds`; TFDS itself waits for ever."""
+    send = requests.adapters.HTTPAdapter.send
+
+    def send_in_time(self: Any, request: Any, *args: Any, **options: Any) -> Any:
+        return send(self, request, *args, **options | {"timeout": options.get("timeout") or seconds})
+
+    requests.adapters.HTTPAdapter.send = send_in_time  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        requests.adapters.HTTPAdapter.send = send  # type: ignore[method-assign]
 
 
 def prepare_quietly(builder: tfds.core.DatasetBuilder) -> None:

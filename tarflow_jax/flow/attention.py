@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from tarflow_jax.errors import UserError
+
 KERNELS = ("auto", "plain", "cudnn", "splash")
 SPLASH_MIN_TOKENS = 1024
 BATCH_AXES = ("data", "fsdp")  # of the mesh, over which a batch is sharded
@@ -44,10 +46,15 @@ def choose_kernel(kernel: str, num_tokens: int, dtype: jnp.dtype) -> str:
     The device is the mesh's in force (`jax.set_mesh`), which need not be of this machine (launch.plan), else the
     default one.
     """
-    if kernel != "auto":
-        return kernel
     mesh = jax.sharding.get_abstract_mesh()
     kind = jax.devices()[0].device_kind if mesh.empty else mesh.abstract_device.device_kind
+    if kernel != "auto":
+        maker = {"cudnn": "NVIDIA", "splash": "TPU"}.get(kernel, "")
+        if not kind.startswith(maker):
+            raise UserError(
+                f"model.attention is {kernel!r}, which needs a device of kind {maker}; this is {kind}: auto fits"
+            )
+        return kernel
     if kind.startswith("NVIDIA") and dtype == jnp.bfloat16:
         return "cudnn"
     if kind.startswith("TPU") and num_tokens >= SPLASH_MIN_TOKENS and num_tokens % 128 == 0:

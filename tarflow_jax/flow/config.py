@@ -76,7 +76,8 @@ class TarFlowConfig:
         }
         for name, size in sizes.items():
             if size < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; expected a positive number")
+                expected = "0 (no classes) or a positive number" if name == "num_classes" else "a positive number"
+                raise UserError(f"{name} is {getattr(self, name)}; expected {expected}")
         height, width = self.image_size
         if height % self.patch_size or width % self.patch_size:
             raise UserError(

@@ -91,7 +91,10 @@ def _read_state_dict(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the reader meets hostile bytes: whatever it raises means "not a state dict"
-        raise UserError(f"{path} is not a plain PyTorch state dict: {one_line(error)}") from error
+        reason = one_line(error)
+        if "weights only" in reason.lower():  # what follows is advice to load it all the same
+            reason = "it holds more than tensors, and other objects are never loaded; save `model.state_dict()` alone"
+        raise UserError(f"{path} is not a plain PyTorch state dict: {reason}") from error
     if not isinstance(state, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
     ):
@@ -103,7 +106,8 @@ def _read_state_dict(path: Path) -> dict[str, Any]:
     # A view may repeat its numbers without end; a state dict's tensors each own theirs.
     if sum(tensor.nelement() * tensor.element_size() for tensor in state.values()) > path.stat().st_size:
         raise UserError(f"{path}: the tensors claim more bytes than the file has")
-    return dict(state)
+    wrapped = all(name.startswith("module.") for name in state)  # by DistributedDataParallel
+    return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in state.items()}
 
 
 def _check_archive(path: Path) -> None:

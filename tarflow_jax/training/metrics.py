@@ -21,7 +21,7 @@ class MetricsWriter:
     def __init__(self, workdir: epath.PathLike, start_step: int) -> None:
         """Continues the files; lines of steps after `start_step` are dropped, for they will be written again."""
         self._path = epath.Path(workdir) / "metrics.jsonl"
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        lines = self._path.read_bytes().decode(errors="replace").splitlines() if self._path.exists() else []
         self._text = "".join(f"{line}\n" for line in lines if _step_of(line) <= start_step)
         write_text(self._path, self._text)
         self._file = None if is_remote(self._path) else Path(self._path).open("a", buffering=1)  # noqa: SIM115

@@ -208,6 +208,10 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
         raise UserError(f"{path} is not JSON: {one_line(error)}") from error
     if not isinstance(fields, dict):
         raise UserError(f"{path} is not what a training run wrote: it is no JSON object")
+    if "format" in fields:
+        raise UserError(
+            f"{path.parent} is a saved model, no training run's folder; launch.evaluate takes it as --model"
+        )
     return fields
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from tarflow_jax.errors import one_line
 from tarflow_jax.files import write_text
 from tarflow_jax.interop import SavedModel
 from tarflow_jax.runtime import make_mesh
@@ -18,6 +20,7 @@ from tarflow_jax.training.recipe import Recipe
 from tarflow_jax.training.state import abstract_state
 
 RESULTS = "results.json"
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,10 +58,22 @@ def write_results(workdir: epath.PathLike, results: dict[str, float]) -> None:
 
 def _card(recipe: Recipe, workdir: epath.Path, step: int) -> dict[str, Any]:
     fields = recipe.config.train
-    results = json.loads((workdir / RESULTS).read_text()) if (workdir / RESULTS).exists() else {}
+    results = _read_results(workdir / RESULTS)
     return {
         "name": workdir.resolve().name,
         "datasets": [recipe.config.data.source],
         "training": {"steps": step, "batch size": fields.batch_size, "seed": fields.seed},
         "metrics": {name: float(np.round(value, 4)) for name, value in results.items()},
     }
+
+
+def _read_results(path: epath.Path) -> dict[str, float]:
+    """A finished run's figures; {} where there are none, or, with a warning, where they are damaged."""
+    if not path.exists():
+        return {}
+    try:
+        results = json.loads(path.read_bytes())
+        return {str(name): float(value) for name, value in results.items()}
+    except (ValueError, TypeError, AttributeError) as error:
+        logger.warning("%s is damaged, and its figures are left out: %s", path, one_line(error))
+        return {}
