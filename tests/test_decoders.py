@@ -62,6 +62,7 @@ def test_slow_convergence_is_exact_in_at_most_t_updates():
     np.testing.assert_allclose(actual.images, expected.images, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_settled_image_changes_no_more():
     variables, key = random_variables(LONGER, scale=0.09), jax.random.key(3)
     latents = jax.random.normal(key, (3, *LONGER.image_shape)) * jnp.array([0.01, 1.0, 1.0])[:, None, None, None]
@@ -85,6 +86,7 @@ def test_where_max_iterations_comes_first_sequential_finishes(kind):
     np.testing.assert_allclose(found.images, expected.images, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Jacobi, functools.partial(GaussSeidelJacobi, 2)])
 def test_overflow_on_the_way_leaves_the_inverse_as_it_is(kind):
     config = dataclasses.replace(LONGER, num_blocks=1, layers_per_block=2)
@@ -200,6 +202,7 @@ def test_impossible_decoders_are_refused(make, message):
         make()
 
 
+@pytest.mark.slow
 def test_a_long_sequence_is_inverted_in_segments_of_cache():
     config = TarFlowConfig((2, 140), 1, 1, 8, 2, 1, head_dim=8)  # 280 tokens
     variables = random_variables(config, scale=0.02)

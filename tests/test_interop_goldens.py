@@ -69,11 +69,17 @@ def test_decode(load_golden, name):
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [("cond", mode) for mode in GUIDED] + [("vp", mode) for mode in GUIDED if "temp" in mode],
+    [("cond", "sample_cfg1.5_ab"), ("vp", "sample_temp0.7_w1_annealed")]
+    + [pytest.param("cond", mode, marks=pytest.mark.slow) for mode in GUIDED if mode != "sample_cfg1.5_ab"]
+    + [pytest.param("vp", "sample_temp1.4_w0.5", marks=pytest.mark.slow)],
 )
 @pytest.mark.parametrize(
     "decoder",
-    [Sequential(), Jacobi(tolerance=0), GaussSeidelJacobi(3, tolerance=0)],
+    [
+        Sequential(),
+        pytest.param(Jacobi(tolerance=0), marks=pytest.mark.slow),
+        pytest.param(GaussSeidelJacobi(3, tolerance=0), marks=pytest.mark.slow),
+    ],
     ids=lambda d: type(d).__name__,
 )
 def test_guided_decode(load_golden, name, mode, decoder):

@@ -216,6 +216,7 @@ def test_missing_file(folder, name):
         load_model(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_damaged_files_are_refused_or_read_the_same(folder, damage, name):
     good, errors = load_model(folder), []

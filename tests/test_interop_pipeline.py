@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import pytest
 
 from configs import digits
 from tarflow_jax import Noise, TarFlowPipeline
@@ -18,6 +19,7 @@ def assert_same(pipe, other):
         np.testing.assert_array_equal(theirs[name], ours[name])
 
 
+@pytest.mark.slow
 def test_trained_run_saved_and_opened_samples_the_same(tmp_path):
     config = digits.get_config("smoke")
     config.train.num_steps = 2

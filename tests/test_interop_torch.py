@@ -185,6 +185,7 @@ def test_missing_torch_says_what_to_install(small_file, monkeypatch):
         load_torch(small_file, *SMALL_ARGUMENTS)
 
 
+@pytest.mark.slow
 def test_importing_needs_no_extra():
     code = "import sys; sys.modules.update(torch=None, huggingface_hub=None); import tarflow_jax; print('fine')"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "fine\n"
@@ -204,6 +205,7 @@ def test_what_the_reference_cannot_hold_is_not_written(tmp_path, config, message
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_damaged_files_are_refused_or_read_the_same(small_file, damage):
     _, good = load_torch(small_file, *SMALL_ARGUMENTS)
     good, errors = flatten(good), []

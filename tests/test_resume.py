@@ -69,6 +69,7 @@ class StopsWhenRead(ArraySource):
         return super().read(indices)
 
 
+@pytest.mark.slow
 def test_sigterm_in_a_preview_or_an_evaluation(whole, tmp_path, monkeypatch):
     def preview(step, variables):
         ask_to_stop()
@@ -133,6 +134,7 @@ class Poisoned(ArraySource):
         return images, labels
 
 
+@pytest.mark.slow
 def test_a_nan_in_a_batch_stops_the_run_and_reaches_no_checkpoint(tmp_path, monkeypatch, compiled_once):
     config = small_config(checkpoint_every=1)
     images = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 1), np.uint8)
@@ -236,6 +238,7 @@ def test_a_workdir_is_read_by_its_best_checkpoint_and_without_its_config_file(tm
     assert read_workdir(tmp_path).card["training"]["steps"] == 4
 
 
+@pytest.mark.slow
 def test_a_run_takes_damaged_steps_again_and_saves_them(whole, tmp_path, compiled_once, caplog):
     train(small_config(), tmp_path)
     for step in (4, 6):
@@ -250,6 +253,7 @@ def test_a_run_takes_damaged_steps_again_and_saves_them(whole, tmp_path, compile
     chex.assert_trees_all_equal(jax.tree.map(np.asarray, run.variables), whole.variables)
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_a_run_ends_bit_for_bit_the_same(tmp_path):
     finished = subprocess.run(
         [sys.executable, "tests/kill.py", str(tmp_path), "3"],

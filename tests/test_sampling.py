@@ -38,8 +38,8 @@ def decode_by_recomputing(config, variables, latents, labels, guidance):
     return to_images(config, tokens)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("schedule", ["linear", "constant"])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.6])
+@pytest.mark.parametrize("schedule", ["linear", pytest.param("constant", marks=pytest.mark.slow)])
 def test_the_cached_inverse_equals_the_one_that_recomputes(schedule, temperature):
     variables, latents = random_variables(TINY), images_of(TINY)
     guidance = Guidance(0.7, "both", schedule, temperature)
@@ -71,7 +71,7 @@ def test_another_weight_or_temperature_compiles_nothing_new():
 
 @pytest.mark.parametrize(
     ("config", "weight", "temperature"),
-    [(TINY, 0.0, 0.5), (UNCONDITIONAL, 3.0, 1.0)],
+    [(TINY, 0.0, 0.5), pytest.param(UNCONDITIONAL, 3.0, 1.0, marks=pytest.mark.slow)],
     ids=["weight-0", "unconditional-temperature-1"],
 )
 def test_guidance_that_changes_nothing(config, weight, temperature):

@@ -37,6 +37,7 @@ class AsGiven(Noise):
         return images
 
 
+@pytest.mark.slow
 def test_the_reference_s_training_run(load_golden):
     golden = load_golden("training")
     config = common.get_config()

@@ -70,13 +70,11 @@ def _splits(root: Path) -> dict[str, Path]:
     }
     named = [*found["train"], *found["test"]]
     others = [name for name in names if name not in named and any(_walk(root / name))]
-    unclear = (
-        len(found["train"]) != 1 or not found["test"] or others or len({name.lower() for name in named}) < len(named)
-    )
-    if named and unclear:
+    twice = len({name.lower() for name in named}) < len(named)
+    if named and (len(found["train"]) != 1 or not found["test"] or others or twice):
         raise UserError(
-            f"folder:{root}: {', '.join(named + others)} may be splits or classes; expected train and test (or val), each "
-            "with a folder a class, and nothing beside them, or a folder a class, none with such a name"
+            f"folder:{root}: {', '.join(named + others)} may be splits or classes; expected train and test (or val), "
+            "each with a folder a class, and nothing beside them, or a folder a class, none with such a name"
         )
     return {split: root / of_split[0] for split, of_split in found.items() if of_split}
 
