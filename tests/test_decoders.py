@@ -52,6 +52,7 @@ def test_tolerance_0_is_the_sequential_inverse_in_every_mode(config, guidance):
         assert actual.iterations.shape == actual.residual.shape == (3, config.num_blocks)
 
 
+@pytest.mark.slow
 def test_slow_convergence_is_exact_in_at_most_t_updates():
     variables = random_variables(LONGER, scale=0.09)
     expected = run(LONGER, variables, Sequential())

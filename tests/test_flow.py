@@ -20,7 +20,9 @@ from tarflow_jax.likelihood import bits_per_dim, log_prob, training_loss
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling import denoise
 
-CASES = pytest.mark.parametrize("config", [TINY, VP], ids=["nvp-conditional", "vp"])
+CASES = pytest.mark.parametrize(
+    "config", [TINY, pytest.param(VP, marks=pytest.mark.slow)], ids=["nvp-conditional", "vp"]
+)
 
 
 def test_tokens_are_row_major_and_channels_last():

@@ -35,6 +35,7 @@ def test_encode_decode_and_log_prob(config):
     np.testing.assert_allclose(pipe.log_prob(images, labels), gaussian + log_det, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_split_batches_change_nothing_and_compile_once(pipe):
     images = np.asarray(images_of(TINY, 7))
     labels = np.array([0, 1, 2, -1, 0, 1, 2])
@@ -57,6 +58,7 @@ def test_samples_do_not_depend_on_batches_and_are_denoised(pipe):
     np.testing.assert_allclose(sharded.sample(key, 5, labels, guidance), images, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_denoise_follows_the_score(pipe):
     image = images_of(TINY, 1)
     denoised = pipe.denoise(image, noise_std=0.1, multiplier=2.0)

@@ -38,8 +38,9 @@ def decode_by_recomputing(config, variables, latents, labels, guidance):
     return to_images(config, tokens)
 
 
-@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.6])
-@pytest.mark.parametrize("schedule", ["linear", pytest.param("constant", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("schedule", ["linear", "constant"])
 def test_the_cached_inverse_equals_the_one_that_recomputes(schedule, temperature):
     variables, latents = random_variables(TINY), images_of(TINY)
     guidance = Guidance(0.7, "both", schedule, temperature)
@@ -96,6 +97,7 @@ def test_targets_differ_and_unlabelled_images_are_not_guided_by_class():
     assert float(jnp.abs(drawn["log_scale"] - drawn["shift"]).max()) > 0.01
 
 
+@pytest.mark.slow
 def test_single_token_images():
     config = TarFlowConfig(2, 1, 2, 8, 2, 1, head_dim=8)
     variables, latents = random_variables(config), images_of(config)
