@@ -1,22 +1,34 @@
 """Mistakes and accidents that a stranger meets, each in one line and before anything is lost."""
 
+import errno
 import os
+import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
 
+import chex
 import commands
 import jax
 import numpy as np
 import pytest
+import requests
 from etils import epath
+from PIL import Image
 from tiny_models import TINY, random_variables
 
 from configs import digits
 from launch import common
 from tarflow_jax import Noise, TarFlowPipeline, data, files
-from tarflow_jax.training import Recipe, train
+from tarflow_jax.data import packed
+from tarflow_jax.data.folder import list_folder
+from tarflow_jax.data.tfds import download_timeouts
+from tarflow_jax.flow.attention import attend_whole
+from tarflow_jax.interop import load_torch
+from tarflow_jax.training import Recipe, train, workdir
+from tarflow_jax.training.metrics import MetricsWriter
 from tarflow_jax.training.recipe import label_names
 
 SMOKE = ("-m", "launch.train", "--config=configs/digits.py:smoke")
@@ -192,3 +204,95 @@ def test_classes_have_names_where_the_data_set_has_them(tmp_path):
     with pytest.raises(ValueError, match="expected a number or one of trouser, sneaker"):
         common.class_number("x", names)
     assert label_names(tmp_path / "none") == []
+
+
+def png(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(path)
+
+
+@pytest.mark.parametrize(
+    ("folders", "classes", "count"),
+    [
+        (["train/a", "valid/a"], ("a",), 1),
+        (["TRAIN/a", "TRAIN/b", "Test/a"], ("a", "b"), 2),
+        (["training/a", "testing/a", "val/a"], ("a",), 1),
+        (["a", "b"], ("a", "b"), None),
+    ],
+)
+def test_folders_of_splits_are_known_by_their_usual_names(tmp_path, folders, classes, count):
+    for name in folders:
+        png(tmp_path / name / "x.png")
+    for i in range(40):  # some of which are in the training split, where there are no folders of splits
+        png(tmp_path / folders[0] / f"{i}.png")
+        png(tmp_path / folders[-1] / f"{i}.png")
+    items, label_names = list_folder(tmp_path, "train")
+    assert label_names == classes
+    if count:
+        assert len(items) == 40 + count
+
+
+@pytest.mark.parametrize(
+    "folders", [["train/a"], ["test/a", "other/a"], ["train/a", "Train/a", "test/a"], ["train/a", "test/a", "cats"]]
+)
+def test_folders_that_may_be_splits_or_classes_are_refused(tmp_path, folders):
+    for name in folders:
+        png(tmp_path / name / "x.png")
+    with pytest.raises(ValueError, match=r"may be splits or classes; expected train and test \(or val\), each with"):
+        list_folder(tmp_path, "train")
+
+
+def test_damaged_side_files_are_named_and_passed_over(tmp_path, caplog):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.0}\n\xff\xfe\n{"step": 2')
+    MetricsWriter(tmp_path, 5).close()
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'
+    for content in (b'{"loss": 1', b"[1]", b'{"loss": "x"}', b"\xff"):
+        (tmp_path / "results.json").write_bytes(content)
+        caplog.clear()
+        assert workdir._read_results(epath.Path(tmp_path / "results.json")) == {}
+        assert f"{tmp_path / 'results.json'} is damaged, and its figures are left out" in caplog.text
+
+
+def test_a_full_disk_leaves_no_part_of_a_shard(tmp_path, monkeypatch):
+    for i in range(20):
+        png(tmp_path / "images" / "a" / f"{i}.png")
+
+    def write(self, path, items):
+        path.write_bytes(b"half a shard")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(packed._Recipe, "_write", write)
+    with pytest.raises(OSError, match="No space left on device"):
+        data.prepare_source(f"folder:{tmp_path / 'images'}", image_size=(8, 8), data_dir=tmp_path / "data")
+    assert not [path for path in (tmp_path / "data").rglob("*") if "partial" in path.name]
+
+
+def test_pytorch_files_of_ddp_are_read_and_others_never_with_advice_to_run_them(tmp_path, load_golden):
+    golden, torch = load_golden("cond"), pytest.importorskip("torch")
+    shape = (golden.config.image_size, golden.config.image_channels, golden.config.patch_size)
+    state = torch.load(golden.path, weights_only=True)
+    torch.save({f"module.{name}": tensor for name, tensor in state.items()}, tmp_path / "ddp.pth")
+    _, variables = load_torch(tmp_path / "ddp.pth", *shape)
+    chex.assert_trees_all_equal(variables, golden.variables)
+    torch.save({"optimizer": pathlib.PurePosixPath("x")}, tmp_path / "objects.pth")
+    with pytest.raises(ValueError, match="holds more than tensors, and other objects are never loaded") as refused:
+        load_torch(tmp_path / "objects.pth", *shape)
+    assert "weights_only" not in str(refused.value)
+
+
+def test_a_kernel_of_another_device_is_refused():
+    query = np.zeros((1, 1, 2, 8), np.float32)
+    with pytest.raises(ValueError, match=r"model\.attention is 'cudnn', which needs a device of kind NVIDIA"):
+        attend_whole(query, query, query, "cudnn")
+
+
+def test_a_saved_model_is_no_run(tmp_path, model):
+    with pytest.raises(ValueError, match=r"is a saved model, no training run's folder; launch\.evaluate takes it"):
+        Recipe.from_workdir(model)
+
+
+def test_a_download_that_hangs_ends():
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
+        with download_timeouts(0.2), pytest.raises(requests.exceptions.ReadTimeout):
+            requests.get(url)
