@@ -24,8 +24,8 @@ def model_card(config: TarFlowConfig, noise: Noise | None, card: Mapping[str, An
     name, datasets = card.get("name", "TarFlow"), list(card.get("datasets", ()))
     header = {
         "library_name": "tarflow_jax",
-        "pipeline_tag": "unconditional-image-generation",
-        "tags": ["tarflow", "normalizing-flow", "jax", "flax"],
+        "pipeline_tag": "image-generation" if config.num_classes else "unconditional-image-generation",
+        "tags": ["tarflow", "normalizing-flow", "jax", "flax", *(["class-conditional"] if config.num_classes else [])],
         **({"datasets": datasets} if datasets else {}),
     }
     classes = f"conditional on {config.num_classes} classes" if config.num_classes else "unconditional"

@@ -155,8 +155,9 @@ class Recipe:
                 if stored.get(name) != ours.get(name) and not name.startswith(_FREE_FIELDS)
             ]
             if differing:
+                schedule = " (the learning rate follows from train.num_steps)" if "num_steps" in str(differing) else ""
                 raise UserError(
-                    f"{workdir} holds another configuration: {', '.join(differing)}; choose another workdir"
+                    f"{workdir} holds another configuration: {', '.join(differing)}{schedule}; choose another workdir"
                 )
         data = source and {"fingerprint": source.fingerprint, "label_names": source.label_names}
         if data and (workdir / DATA).exists() and _read_json(workdir / DATA).get("fingerprint") != data["fingerprint"]:
