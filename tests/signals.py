@@ -111,10 +111,10 @@ def main(folder, tries=50, seed=0):
     shares = [tries // 4 + (i < tries % 4) for i in range(4)]
     with ThreadPoolExecutor(2) as pool:
         rngs = [np.random.default_rng((seed, i)) for i in range(4)]
-        problems = sum(pool.map(disturb, names, [folder / name for name in names], shares, rngs), [])
-    print(
-        "\n\n".join(problems) or f"{tries} of each of SIGINT, SIGTERM and SIGHUP: one line each, and the same results"
-    )
+        found = list(pool.map(disturb, names, [folder / name for name in names], shares, rngs))
+    problems = [problem for of_command in found for problem in of_command]
+    done = f"{tries} of each of SIGINT, SIGTERM and SIGHUP: one line each, and the same results"
+    print("\n\n".join(problems) or done)
     sys.exit(bool(problems))
 
 
