@@ -18,7 +18,7 @@ def exit_code(number: int) -> int:
 
 
 def end_at_signals() -> None:
-    """To be called again once JAX has taken SIGTERM for itself (`common.join_processes`)."""
+    """To be called again where JAX has taken SIGTERM for itself (`common.join_processes`), but for training."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
             signal.signal(number, _end)

@@ -152,7 +152,6 @@ def join_processes() -> bool:
     explicit = (values.coordinator_address, values.num_processes, values.process_id)
     if values.distributed:
         start_processes(*explicit)
-        end_at_signals()  # JAX has taken SIGTERM
     elif any(value is not None for value in explicit):
         raise UserError("--coordinator_address, --num_processes and --process_id mean nothing without --distributed")
     return values.distributed

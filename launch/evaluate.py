@@ -22,7 +22,7 @@ from absl import flags
 from etils import epath
 from jax.experimental import multihost_utils
 
-from launch import common
+from launch import common, end_at_signals
 from tarflow_jax.arguments import check_guidance
 from tarflow_jax.data import ImageSource, default_data_dir, open_source
 from tarflow_jax.errors import UserError
@@ -280,6 +280,7 @@ def main(argv: Sequence[str]) -> None:
     if not metrics:
         raise UserError(f"--metrics is empty; expected some of {', '.join(ALL_METRICS)}")
     common.join_processes()
+    end_at_signals()  # JAX may have taken SIGTERM
     subject = open_subject()
     check_metrics(subject, metrics)
     results: dict[str, Any] = {}

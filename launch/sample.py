@@ -11,7 +11,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from launch import common
+from launch import common, end_at_signals
 from tarflow_jax.evaluation.generation import quantise
 from tarflow_jax.evaluation.sample_files import write_samples
 from tarflow_jax.figures import grid, save_gif, save_png, to_uint8
@@ -47,6 +47,7 @@ def main(argv: Sequence[str]) -> int:
     """Draws and writes; 1 if no image is one."""
     guidance = Guidance(GUIDANCE.value, TARGET.value, SCHEDULE.value, TEMPERATURE.value)
     distributed = common.join_processes()
+    end_at_signals()  # JAX may have taken SIGTERM
     workdir = common.folder("workdir")
     pipe = common.open_pipeline(workdir, make_mesh() if distributed else None)
     count = NUM_IMAGES.value
