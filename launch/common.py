@@ -67,7 +67,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         except (UserError, OSError, NonFiniteError) as error:
             if TRACEBACK.value:
                 raise
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
             return EXIT_ERROR
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() == 1:
@@ -164,7 +164,9 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except (AttributeError, KeyError) as error:
         message = _unknown_field(error)
     except (flags.Error, TypeError, ValueError, OSError, ImportError) as error:
-        message = " ".join(str(error).split())
+        # A recipe that raises: absl wraps its whole traceback.
+        reason = error.__context__ if isinstance(error.__context__, UserError) else error
+        message = " ".join(str(reason).split())
     print(f"error: {message}", file=sys.stderr)
     sys.exit(EXIT_ERROR)
 

@@ -23,7 +23,7 @@ MISTAKES = (
     "launch.train --config=configs/digits.py:smoke --workdir=",
     "launch.train --config=configs/digits.py:smoke --workdir={model}",
     f"{TRAIN} --config.train.num_step=5",
-    f"{TRAIN} --config.model.image_size=8",
+    f"{TRAIN} --config.model.image_size=16",
     f"{TRAIN} --config.model.attention=cudnn",
     f"{TRAIN} --config.optimizer.beta1=2",
     f"{TRAIN} --config.optimizer.learning_rate=nan",

@@ -20,7 +20,7 @@ class TarFlowConfig:
     """Everything that determines a TarFlow's parameters and its arithmetic.
 
     Attributes:
-      image_size: (height, width); a single int means a square.
+      image_size: (height, width); a single number means a square.
       image_channels: 1 or 3 (any positive number works).
       patch_size: side of the square patches that become tokens.
       width: dimension of the transformer's residual stream.
@@ -56,7 +56,8 @@ class TarFlowConfig:
     def __post_init__(self) -> None:
         if isinstance(self.image_size, int):
             object.__setattr__(self, "image_size", (self.image_size, self.image_size))
-        object.__setattr__(self, "image_size", tuple(self.image_size))
+        sides = tuple(self.image_size)
+        object.__setattr__(self, "image_size", sides * 2 if len(sides) == 1 else sides)  # (8,): a flag's one number
         if not isinstance(self.layers_per_block, int):
             object.__setattr__(self, "layers_per_block", tuple(self.layers_per_block))
         self._check()
