@@ -164,9 +164,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except (AttributeError, KeyError) as error:
         message = _unknown_field(error)
     except (flags.Error, TypeError, ValueError, OSError, ImportError) as error:
-        # A recipe that raises: absl wraps its whole traceback.
-        reason = error.__context__ if isinstance(error.__context__, UserError) else error
-        message = " ".join(str(reason).split())
+        reason: BaseException = error
+        while reason.__context__ and not isinstance(
+            reason, UserError
+        ):  # a recipe's own, within absl's with a traceback
+            reason = reason.__context__
+        message = " ".join(str(reason if isinstance(reason, UserError) else error).split())
     print(f"error: {message}", file=sys.stderr)
     sys.exit(EXIT_ERROR)
 
