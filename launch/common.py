@@ -67,7 +67,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         except (UserError, OSError, NonFiniteError) as error:
             if TRACEBACK.value:
                 raise
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            print(f"error: {_plain(error)}", file=sys.stderr)
             return EXIT_ERROR
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() == 1:
@@ -172,6 +172,12 @@ def _parse_flags(argv: list[str]) -> list[str]:
         message = " ".join(str(reason if isinstance(reason, UserError) else error).split())
     print(f"error: {message}", file=sys.stderr)
     sys.exit(EXIT_ERROR)
+
+
+def _plain(error: Exception) -> str:
+    """A message in one line; of a recipe that raises, its own error, of which ml_collections tells the traceback."""
+    text = " ".join(str(error).split())
+    return text.rpartition("Error: ")[2] if "Error whilst parsing config file" in text else text
 
 
 def _unknown_field(error: Exception) -> str:
