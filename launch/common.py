@@ -164,12 +164,7 @@ def _parse_flags(argv: list[str]) -> list[str]:
     except (AttributeError, KeyError) as error:
         message = _unknown_field(error)
     except (flags.Error, TypeError, ValueError, OSError, ImportError) as error:
-        reason: BaseException = error
-        while reason.__context__ and not isinstance(
-            reason, UserError
-        ):  # a recipe's own, within absl's with a traceback
-            reason = reason.__context__
-        message = " ".join(str(reason if isinstance(reason, UserError) else error).split())
+        message = _plain(error)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(EXIT_ERROR)
 
