@@ -9,6 +9,7 @@ import signal
 import sys
 from types import FrameType
 
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 EXIT_PREEMPTED = 75  # "try again later" (sysexits.h), for SIGTERM: the same command continues
 
 
@@ -19,9 +20,15 @@ def exit_code(number: int) -> int:
 
 def end_at_signals() -> None:
     """To be called again where JAX has taken SIGTERM for itself (`common.join_processes`), but for training."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
             signal.signal(number, _end)
+
+
+def ignore_signals() -> None:
+    """From here to the end of the process."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 from absl import app, flags
 from etils import epath
 
-from launch import end_at_signals, exit_code
+from launch import end_at_signals, exit_code, ignore_signals
 from tarflow_jax.data import default_data_dir
 from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.figures import grid, save_png, to_uint8
@@ -60,7 +60,9 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             _keep_compiled_programs(flags.FLAGS.compilation_cache)
             if argv[1:]:
                 raise UserError(f"unexpected argument {argv[1]!r}; see --help for the flags")
-            return main(argv) or 0
+            code = main(argv) or 0
+            ignore_signals()  # all is done, and Python would take its handlers away before it ends
+            return code
         except Preempted as stop:
             print(f"stopped: {stop}", file=sys.stderr)
             return exit_code(stop.signal)
