@@ -5,8 +5,8 @@ python -m launch.prepare_data --data=emoji64:emoji-datasource-google-16.0.0.tgz
 python -m launch.train --config=configs/emoji64.py --workdir=runs/emoji64
 
 Measured 2026-11-25 (commit 8559728, where seed 0 drew other initial weights than now), float32: test loss -1.679;
-docs/emoji64.png shows samples, guidance 1 and denoised. 3.9 steps/s on 2 cores of an Intel Xeon (355 GFLOP/s) that does nothing else, so 22 minutes and the figures;
-the run itself had one of these cores, shared, and took 37.
+docs/emoji64.png shows samples, guidance 1 and denoised. 3.9 steps/s on 2 cores of an Intel Xeon (355 GFLOP/s) that
+does nothing else, so 22 minutes and the figures; the run itself had one of these cores, shared, and took 37.
 """
 
 from ml_collections import ConfigDict
