@@ -40,21 +40,21 @@ def attend(
     return jnp.einsum("BNSR,BNRH->BNSH", weights, value)
 
 
+def _device_kind() -> str:
+    """Of the mesh in force, which need not be of this machine (launch.plan), else of the default device."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.devices()[0].device_kind if mesh.empty else mesh.abstract_device.device_kind
+
+
 def choose_kernel(kernel: str, num_tokens: int, dtype: jnp.dtype) -> str:
     """ "auto" made definite: cuDNN's on NVIDIA in bfloat16, splash on a TPU from 1,024 tokens, else the plain one.
 
     The device is the mesh's in force (`jax.set_mesh`), which need not be of this machine (launch.plan), else the
     default one.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    kind = jax.devices()[0].device_kind if mesh.empty else mesh.abstract_device.device_kind
     if kernel != "auto":
-        maker = {"cudnn": "NVIDIA", "splash": "TPU"}.get(kernel, "")
-        if not kind.startswith(maker):
-            raise UserError(
-                f"model.attention is {kernel!r}, which needs a device of kind {maker}; this is {kind}: auto fits"
-            )
         return kernel
+    kind = _device_kind()
     if kind.startswith("NVIDIA") and dtype == jnp.bfloat16:
         return "cudnn"
     if kind.startswith("TPU") and num_tokens >= SPLASH_MIN_TOKENS and num_tokens % 128 == 0:
@@ -65,6 +65,11 @@ def choose_kernel(kernel: str, num_tokens: int, dtype: jnp.dtype) -> str:
 def attend_whole(query: jax.Array, key: jax.Array, value: jax.Array, kernel: str = "auto") -> jax.Array:
     """`attend` for a whole sequence, T queries and T keys [B, N, T, H], by one of `KERNELS`."""
     chosen = choose_kernel(kernel, query.shape[2], query.dtype)
+    maker = {"cudnn": "NVIDIA", "splash": "TPU"}.get(chosen, "")
+    if not _device_kind().startswith(maker):
+        raise UserError(
+            f"model.attention is {chosen!r}, which needs a device of kind {maker}; this is {_device_kind()}"
+        )
     if chosen == "cudnn":
         heads_last = (x.swapaxes(1, 2) for x in (query, key, value))
         out = jax.nn.dot_product_attention(*heads_last, is_causal=True, implementation="cudnn")
