@@ -11,7 +11,7 @@ from jax.experimental import multihost_utils
 def fingerprint(variables: Any) -> str:
     """16 hexadecimal digits from the names, order and bytes of all arrays; it reads every one of them.
 
-    Arrays that lie on several processes are gathered, one at a time: all processes must call it together.
+    Arrays placed on several processes are gathered, one at a time: all processes must call it together.
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):

@@ -19,7 +19,7 @@ kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 class KVCache(NamedTuple):
     """Keys and values of the tokens a layer has seen, by position: each [B, N, R, H].
 
-    Positions come next to the head dimension, so that attending reads a head's cache as it lies in memory.
+    Positions come next to the head dimension, so that attending reads a head's cache in the order of memory.
     """
 
     key: jax.Array

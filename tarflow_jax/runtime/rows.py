@@ -10,11 +10,11 @@ from tarflow_jax.runtime.mesh import batch_sharding
 
 
 class Rows:
-    """What of a batch lies on this process's devices, wherever in the mesh they are.
+    """The part of a batch that is placed on this process's devices, wherever in the mesh they are.
 
     Attributes:
-      local: int64 [n], these rows' numbers in the global batch, ascending. Processes among which only heads are
-        cut (`tensor`) have the same rows.
+      local: int64 [n], these rows' numbers in the global batch, ascending. Processes that share out heads alone
+        (`tensor`) have the same rows.
     """
 
     def __init__(self, mesh: Mesh, batch_size: int) -> None:

@@ -56,7 +56,7 @@ def _spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
     for size, axis in zip(shape, specs[0], strict=False):
         if axis is not None and size % mesh.shape[axis]:
             raise UserError(
-                f"{name} {shape} cannot be cut in {mesh.shape[axis]} along its dimension of {size}; "
+                f"{name} {shape} cannot be sharded {mesh.shape[axis]} ways along its dimension of {size}; "
                 f"choose a mesh.{axis} that divides it"
             )
     return specs[0]

@@ -94,7 +94,7 @@ class Recipe:
         """The config's mesh over `devices`; None is all that there are.
 
         Raises:
-          ValueError: it does not cover them, or the batch cannot be cut over it.
+          ValueError: it does not cover them, or the batch cannot be sharded over it.
         """
         mesh = make_mesh(**self.config.mesh, devices=devices)
         shards = mesh.shape["data"] * mesh.shape["fsdp"] * self.config.train.accumulation
