@@ -269,6 +269,7 @@ def test_part_of_a_state_is_restored_whatever_optimizer_it_had(tmp_path, arrays_
     checkpoints.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 def test_a_workdir_is_read_without_its_optimizer(tmp_path, arrays_read, ema_decay):
     config = small_config(num_steps=2)

@@ -76,6 +76,7 @@ def test_a_settled_image_changes_no_more():
     np.testing.assert_allclose(together.images[0], alone.images[0], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Jacobi, functools.partial(GaussSeidelJacobi, 3)])
 def test_where_max_iterations_comes_first_sequential_finishes(kind):
     variables = random_variables(LONGER, scale=0.09)
@@ -104,6 +105,7 @@ def test_overflow_on_the_way_leaves_the_inverse_as_it_is(kind):
     np.testing.assert_allclose(found.images, images, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_nan_weights_give_nan_images():
     variables = jax.tree.map(lambda x: x * jnp.nan, random_variables(LONGER))
     found = run(LONGER, variables, Jacobi(tolerance=1e-3))
@@ -166,6 +168,7 @@ def test_a_damaged_schedule_is_refused(tmp_path, damage):
         Schedule.read(tmp_path, 3)
 
 
+@pytest.mark.slow
 def test_auto_is_refused_with_other_weights_or_guidance(tmp_path):
     latents, guided = images_of(TINY), Guidance(0.5)
     pipe = TarFlowPipeline(TINY, random_variables(TINY))

@@ -103,6 +103,7 @@ def test_reference_file_of_adm(tmp_path):
     assert reference.protocol == {"file": "adm.npz"}
 
 
+@pytest.mark.slow
 def test_classifier_learns_is_cached_and_states_its_accuracy(tmp_path, monkeypatch):
     monkeypatch.setattr(classifier, "MIN_STEPS", 40)
     random = np.random.default_rng(0)

@@ -19,6 +19,7 @@ def pipe():
     return TarFlowPipeline(TINY, random_variables(TINY, scale=0.03), Noise("gaussian", 0.1))
 
 
+@pytest.mark.slow
 def test_gradients_of_log_prob_are_the_score_time_and_again(pipe):
     images = images_of(TINY)
     score = jax.grad(lambda x: pipe.log_prob(x, LABELS).sum())
@@ -28,6 +29,7 @@ def test_gradients_of_log_prob_are_the_score_time_and_again(pipe):
     np.testing.assert_allclose(jax.jit(score)(images), score(images), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_methods_under_jit_and_vmap_give_what_they_give_outside(pipe):
     images, labels = np.asarray(images_of(TINY)), jnp.asarray(LABELS)
     expected = pipe.log_prob(images, labels)

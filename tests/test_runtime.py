@@ -58,7 +58,7 @@ def test_the_memory_bound_holds_for_all_that_runs_at_once(monkeypatch, bound):
         with lock:
             at_once[0] += len(x)
             most[0] = max(most[0], at_once[0])
-        time.sleep(0.03)
+        time.sleep(0.015)
         with lock:
             at_once[0] -= len(x)
         return x

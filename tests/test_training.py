@@ -235,6 +235,7 @@ def test_recipes_refuse_what_cannot_be(field, value, message):
         Recipe(config)
 
 
+@pytest.mark.slow
 def test_test_loss_and_training_loss_are_the_same_quantity():
     config = digits.get_config("smoke")
     config.model.update({"volume_preserving": True, "num_classes": 0})
@@ -304,6 +305,7 @@ def test_the_clock_counts_steps_alone(monkeypatch):
     assert steps.first_seconds == 30.0
 
 
+@pytest.mark.slow
 def test_closing_goes_through_all_although_one_fails(tmp_path, monkeypatch):
     closed, close_checkpoints = [], Checkpoints.close
 
