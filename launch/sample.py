@@ -15,6 +15,7 @@ from launch import common, end_at_signals
 from tarflow_jax.evaluation.generation import quantise
 from tarflow_jax.evaluation.sample_files import write_samples
 from tarflow_jax.figures import grid, save_gif, save_png, to_uint8
+from tarflow_jax.pipeline import FAR_OUTSIDE
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling.guidance import SCHEDULES, TARGETS, Guidance
 from tarflow_jax.training.recipe import label_names
@@ -38,9 +39,6 @@ DECODER = flags.DEFINE_enum(
 common.define_checkpoint_flag()
 common.define_process_flags()
 flags.mark_flags_as_required(["workdir"])
-
-
-FAR_OUTSIDE = 4.0  # twice the range of an image from its middle
 
 
 def main(argv: Sequence[str]) -> int:

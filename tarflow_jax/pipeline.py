@@ -267,7 +267,8 @@ class TarFlowPipeline:
 
     def log_prob(self, images: Any, labels: Any = None) -> jax.Array:
         """log p(x | label), float32 [B], nats; arguments and errors as of `encode`."""
-        if not is_traced(images) and np.abs(images).max() > FAR_OUTSIDE:
+        images = check_images(self.config, images)
+        if not is_traced(images) and jnp.abs(images).max() > FAR_OUTSIDE:
             _warn_of_range()
         program = functools.partial(programs.log_prob, programs.exact(self.config))
         return self._run(program, images, labels, bytes_per_image=forward_bytes(self.config))

@@ -76,6 +76,7 @@ def test_it_says_what_it_is(pipe):
         (lambda pipe, x: pipe.denoise(x, noise_std=-1.0), "noise_std is -1.0; expected a finite number from 0"),
         (lambda pipe, x: pipe.denoise(x, multiplier=float("nan")), "multiplier is nan; expected a finite number"),
         (lambda pipe, x: pipe.denoise(x, multiplier=float("inf")), "multiplier is inf; expected a finite number"),
+        (lambda pipe, x: pipe.log_prob(x[:0]), r"images have shape \(0, 4, 6, 3\); expected"),
         (lambda pipe, x: pipe.sample(jax.random.key(0), -1), "num_images is -1; expected a positive number"),
         (lambda pipe, x: pipe.sample(jax.random.key(0), 1, guidance=Guidance(float("nan"))), "weight is nan"),
     ],

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import ml_collections
 from etils import epath
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from tarflow_jax.data import ImageSource, open_source
@@ -148,7 +149,8 @@ class Recipe:
         """
         workdir = epath.Path(workdir)
         if (workdir / CONFIG).exists():
-            stored, ours = _NEW_FIELDS | _flatten(_read_json(workdir / CONFIG)), _flatten(json.loads(self.to_json()))
+            stored = _NEW_FIELDS | flatten_dict(_read_json(workdir / CONFIG), sep=".")
+            ours = flatten_dict(json.loads(self.to_json()), sep=".")
             differing = [
                 f"{name} ({stored.get(name)!r} there, {ours.get(name)!r} here)"
                 for name in sorted(stored.keys() | ours.keys())
@@ -214,13 +216,3 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
             f"{path.parent} is a saved model, no training run's folder; launch.evaluate takes it as --model"
         )
     return fields
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat
