@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from tiny_models import LABELS, TINY, VP, decode, encode, images_of, new_variables, random_variables
+from tiny_models import LABELS, TINY, TRIANGULAR, VP, decode, encode, images_of, new_variables, random_variables
 
 from tarflow_jax import TarFlow, TarFlowConfig
 from tarflow_jax.flow import FlowBlock, permute, to_images, to_tokens, unstack_layers, updated_prior
@@ -21,7 +21,9 @@ from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling import denoise
 
 CASES = pytest.mark.parametrize(
-    "config", [TINY, pytest.param(VP, marks=pytest.mark.slow)], ids=["nvp-conditional", "vp"]
+    "config",
+    [TINY, pytest.param(VP, marks=pytest.mark.slow), TRIANGULAR],
+    ids=["nvp-conditional", "vp", "triangular"],
 )
 
 
@@ -49,8 +51,9 @@ def test_gelu_and_its_gradient():
     np.testing.assert_allclose(jax.vmap(jax.grad(gelu))(x), jax.vmap(jax.grad(exact))(x), atol=1e-6)
 
 
-def test_a_new_flow_is_the_identity():
-    config = dataclasses.replace(TINY, num_classes=0)
+@pytest.mark.parametrize("config", [TINY, TRIANGULAR], ids=["diagonal", "triangular"])
+def test_a_new_flow_is_the_identity(config):
+    config = dataclasses.replace(config, num_classes=0)
     images = images_of(config)
     latents, log_det = encode(config, new_variables(config), images)
     np.testing.assert_array_equal(latents, images)

@@ -20,8 +20,11 @@ def made_shapes(config):
 @pytest.mark.parametrize("depths", [2, (1, 3)], ids=str)
 @pytest.mark.parametrize("num_classes", [0, 5])
 @pytest.mark.parametrize("volume_preserving", [False, True], ids=["nvp", "vp"])
-def test_table_has_the_names_and_shapes_that_the_network_makes(depths, num_classes, volume_preserving):
-    config = TarFlowConfig((4, 8), 3, 2, 128, 2, depths, num_classes, volume_preserving, head_dim=32)
+@pytest.mark.parametrize("triangular", [False, True], ids=["diagonal", "triangular"])
+def test_table_has_the_names_and_shapes_that_the_network_makes(depths, num_classes, volume_preserving, triangular):
+    config = TarFlowConfig(
+        (4, 8), 3, 2, 128, 2, depths, num_classes, volume_preserving, head_dim=32, triangular=triangular
+    )
     made = made_shapes(config)
     assert variables_shapes(config) == made
     assert params_shapes(config) == {
@@ -30,7 +33,7 @@ def test_table_has_the_names_and_shapes_that_the_network_makes(depths, num_class
 
 
 def test_every_variable_has_one_row_and_every_row_a_variable():
-    config = TarFlowConfig((4, 8), 3, 2, 128, 2, 1, num_classes=5, volume_preserving=True, head_dim=32)
+    config = TarFlowConfig((4, 8), 3, 2, 128, 2, 1, num_classes=5, volume_preserving=True, head_dim=32, triangular=True)
     rows = [rows_of(name) for name in made_shapes(config)]
     assert {len(matches) for matches in rows} == {1}
     assert {row for matches in rows for row in matches} == set(PARAMETERS)

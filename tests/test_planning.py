@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from configs import digits
+from tarflow_jax.flow import TarFlow
 from tarflow_jax.flow.attention import choose_kernel
 from tarflow_jax.planning import (
     Plan,
@@ -141,6 +142,10 @@ def test_the_plan_of_a_training_step_on_eight_cpu_devices():
     ends = width * (4 + 2 * 4)  # from tokens of 4 numbers, to a scale and a shift of each
     assert forward_flops(model) == 2 * tokens * (layer + ends)
     assert plan.flops * 8 == batch * 3 * forward_flops(model)  # backwards is twice forwards
+    triangular = dataclasses.replace(model, triangular=True)
+    flow, images = TarFlow(triangular), jnp.zeros((1, *model.image_shape))
+    program = jax.make_jaxpr(flow.apply)(jax.eval_shape(flow.init, jax.random.key(0), images), images)
+    assert program_flops(program) == forward_flops(triangular)
     # Every parameter's gradient is summed once; so are a few numbers for the metrics.
     gradients = 2 * 7 / 8 * plan.state_bytes["parameters"]
     assert gradients <= plan.traffic.collectives["all-reduce"].bytes < gradients + 2000

@@ -13,6 +13,7 @@ TINY = TarFlowConfig(
     image_size=(4, 6), image_channels=3, patch_size=2, width=16, num_blocks=3, layers_per_block=(1, 2, 1),
     num_classes=3, head_dim=8,
 )  # fmt: skip
+TRIANGULAR = dataclasses.replace(TINY, triangular=True)
 VP = dataclasses.replace(TINY, volume_preserving=True, num_classes=0, image_channels=1)
 
 
@@ -41,6 +42,9 @@ def random_variables(config, seed=0, scale=0.1):
     variables = _moved(new_variables(config, seed), seed, scale)
     if config.volume_preserving:
         variables["prior"] = jax.tree.map(jnp.exp, variables["prior"])
+    if config.triangular:  # random triangles of larger numbers are nearly singular
+        for block in variables["params"].values():
+            block["project_lower"] = jax.tree.map(lambda p: 0.3 * p, block["project_lower"])
     return variables
 
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.flow.permutation import permute
@@ -22,18 +23,31 @@ _REMAT = {
 
 
 class Affine(NamedTuple):
-    """z = (x - shift) exp(-log_scale), and its inverse x = z exp(log_scale) + shift; all float32 [B, S, D].
+    """z = (I + L) u with u = (x - shift) exp(-log_scale), and its inverse; x and z float32 [B, S, D].
 
-    Section 3.1 of the paper.
+    Section 3.1 of the paper, where L = 0; otherwise (see `TarFlowConfig.triangular`) it is strictly lower triangular.
     """
 
-    log_scale: jax.Array
-    shift: jax.Array
+    log_scale: jax.Array  # float32 [B, S, D]
+    shift: jax.Array  # float32 [B, S, D]
+    lower: jax.Array | None = None  # L's numbers below the diagonal, row by row, float32 [B, S, D (D - 1) / 2]
 
     def forward(self, x: jax.Array) -> jax.Array:
-        return (x - self.shift) * jnp.exp(-self.log_scale)
+        u = (x - self.shift) * jnp.exp(-self.log_scale)
+        if self.lower is None:
+            return u
+        # Products with matrices of zeros and ones: the gradient of indexing would be a scatter.
+        rows, columns = (np.eye(x.shape[2], dtype=np.float32)[i] for i in np.tril_indices(x.shape[2], -1))
+        factors = jnp.einsum("BSD,ED->BSE", u, columns, precision="highest")
+        return u + jnp.einsum("BSE,ED->BSD", self.lower * factors, rows, precision="highest")
 
     def inverse(self, z: jax.Array) -> jax.Array:
+        if self.lower is not None:
+            size = z.shape[2]
+            matrix = jnp.zeros((*z.shape, size), z.dtype).at[..., *np.tril_indices(size, -1)].set(self.lower)
+            z = jax.lax.linalg.triangular_solve(
+                matrix, z[..., None], left_side=True, lower=True, unit_diagonal=True
+            ).squeeze(3)
         return z * jnp.exp(self.log_scale) + self.shift
 
     @property
@@ -66,6 +80,8 @@ class FlowBlock(nn.Module):
         if config.num_classes:
             self.class_embedding = self.param("class_embedding", _embedding_init, (config.num_classes, config.width))
         self.project_out = dense(outputs, kernel_init=nn.initializers.zeros)  # a new flow is the identity
+        if config.triangular:
+            self.project_lower = dense(config.triangle_size, kernel_init=nn.initializers.zeros)
         self.layers: Any = (
             [TransformerLayer(config) for _ in range(depth)] if self.unrolled else _scanned_layers(config, depth)
         )
@@ -79,7 +95,7 @@ class FlowBlock(nn.Module):
     def affine(self, x: jax.Array, labels: jax.Array | None = None, temperature: jax.Array | None = None) -> Affine:
         """Of tokens x [B, T, D] in block order; zero for the first."""
         following, _ = self.following_affine(x, labels, temperature)
-        return Affine(*(jnp.pad(a[:, :-1], ((0, 0), (1, 0), (0, 0))) for a in following))
+        return jax.tree.map(lambda a: jnp.pad(a[:, :-1], ((0, 0), (1, 0), (0, 0))), following)
 
     def following_affine(
         self,
@@ -114,10 +130,11 @@ class FlowBlock(nn.Module):
             caches = tuple(written) if caches else None
         else:
             h, _ = self.layers(h, temperature)
-        out = self.project_out(h.astype(self.config.compute_dtype)).astype(jnp.float32)
-        if self.config.volume_preserving:
-            return Affine(jnp.zeros_like(out), out), caches
-        return Affine(*jnp.split(out, 2, axis=-1)), caches
+        h = h.astype(self.config.compute_dtype)
+        out = self.project_out(h).astype(jnp.float32)
+        log_scale, shift = (jnp.zeros_like(out), out) if self.config.volume_preserving else jnp.split(out, 2, axis=-1)
+        lower = self.project_lower(h).astype(jnp.float32) if self.config.triangular else None
+        return Affine(log_scale, shift, lower), caches
 
     def _class_vectors(self, labels: jax.Array | None, batch_size: int) -> jax.Array:
         """Class embeddings [B, C]; no class is the mean of them all."""

@@ -34,6 +34,9 @@ class TarFlowConfig:
       remat: what the backward pass recomputes in a layer: "none", "dots" (all but matrix products), "full".
       position_init: how a new model's position embeddings begin: "normal", as the reference's, or "grid", sines and
         cosines of a patch's row and column, from which attention learns in fewer steps to look at the row above.
+      triangular: the map of a token is an affine map with a triangular matrix, no longer a diagonal one: also how its
+        numbers depend on each other is a function of the tokens before. For the digits' and the like's small patches:
+        D (D - 1) / 2 more outputs a token.
       attention: the kernel for whole sequences: "auto" (the platform's best), "plain", "cudnn" or "splash".
 
     Raises ValueError: one line naming the field, when the shape is impossible.
@@ -52,6 +55,7 @@ class TarFlowConfig:
     remat: str = "none"
     attention: str = "auto"
     position_init: str = "normal"
+    triangular: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.image_size, int):
@@ -119,6 +123,11 @@ class TarFlowConfig:
         return self.patch_size**2 * self.image_channels
 
     @property
+    def triangle_size(self) -> int:
+        """D (D - 1) / 2, the numbers below the diagonal of a [D, D] matrix."""
+        return self.token_dim * (self.token_dim - 1) // 2
+
+    @property
     def num_dims(self) -> int:
         """H W K = T D, the numbers in an image."""
         return self.num_tokens * self.token_dim
@@ -154,6 +163,7 @@ class TarFlowConfig:
 
 
 _STRINGS = ("dtype", "remat", "attention", "position_init")
+_BOOLS = ("volume_preserving", "triangular")
 _LISTS = ("image_size", "layers_per_block")
 
 
@@ -163,7 +173,7 @@ def _check_type(name: str, value: Any) -> None:
 
     if name in _STRINGS:
         valid, expected = isinstance(value, str), "a string"
-    elif name == "volume_preserving":
+    elif name in _BOOLS:
         valid, expected = isinstance(value, bool), "true or false"
     elif name in _LISTS and isinstance(value, list | tuple):
         valid, expected = all(map(is_int, value)), "whole numbers"

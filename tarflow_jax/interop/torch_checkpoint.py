@@ -186,5 +186,7 @@ def _check_representable(config: TarFlowConfig) -> None:
         raise UserError(f"the PyTorch reference has only square images; this model's are {height}x{width}")
     if len(set(config.depths)) != 1:
         raise UserError(f"the PyTorch reference has blocks of equal depth; this model's are {config.depths}")
+    if config.triangular:
+        raise UserError("the PyTorch reference has diagonal affine maps; this model's are triangular")
     if config.head_dim != HEAD_DIM:
         raise UserError(f"the PyTorch reference has head_dim {HEAD_DIM}; this model's is {config.head_dim}")

@@ -13,7 +13,8 @@ def forward_flops(config: TarFlowConfig) -> float:
     """Multiplications and additions of one image's matrix products, encoded; attention counted whole."""
     tokens, width = config.num_tokens, config.width
     outputs = config.token_dim * (1 if config.volume_preserving else 2)
-    ends = config.num_blocks * width * (config.token_dim + outputs)
+    triangle = config.triangle_size if config.triangular else 0
+    ends = config.num_blocks * (width * (config.token_dim + outputs + triangle) + 2 * config.token_dim * triangle)
     layers = sum(config.depths) * (12 * width**2 + 2 * tokens * width)
     return 2.0 * tokens * (ends + layers)
 

@@ -2,7 +2,7 @@
 
 A new parameter of the network is a new row here. Shapes are plain arithmetic on a config, with no tracing, because
 files of unknown origin are checked against them. Letters: T tokens, D token dimension, C width, L layers of the block,
-N heads, H head dimension, 4C hidden units of the MLP, 2D outputs of a block (D in VP mode).
+N heads, H head dimension, 4C hidden units of the MLP, 2D outputs of a block (D in VP mode), triangle D (D - 1) / 2.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ class Parameter:
       dims: its dimensions (that first axis left out), each a letter (see `_shape`) or a number, with
         ":axis" behind it where it is sharded over that axis of the mesh. "inputs -> outputs" is a dense kernel,
         "-> outputs" a dense bias; PyTorch joins the dimensions of a side into one.
-      torch: its name in the reference's state dict (of its block, or of its layer).
+      torch: its name in the reference's state dict (of its block, or of its layer); "" if that has none.
       torch_dims: the reference's dimensions, where they do not follow from `dims`.
       when: the field of the config without which (0 or False) there is no such variable; "" if it is always there.
     """
@@ -98,6 +98,8 @@ PARAMETERS = (
     Parameter("project_in/bias", "-> C", "proj_in.bias"),
     Parameter("project_out/kernel", "C:fsdp -> 2D", "proj_out.weight"),
     Parameter("project_out/bias", "-> 2D", "proj_out.bias"),
+    Parameter("project_lower/kernel", "C:fsdp -> triangle", "", when="triangular"),
+    Parameter("project_lower/bias", "-> triangle", "", when="triangular"),
     Parameter("class_embedding", "classes C:fsdp", "class_embed", "classes 1 C", when="num_classes"),
     Parameter("layers/attention_norm/scale", "C", "attention.norm.weight"),
     Parameter("layers/attention_norm/bias", "C", "attention.norm.bias"),
@@ -145,6 +147,7 @@ def _shape(letters: Iterable[str], config: TarFlowConfig, depth: int = 0) -> Sha
         "T": config.num_tokens,
         "D": token_dim,
         "2D": token_dim * (1 if config.volume_preserving else 2),  # log_scale and shift; VP has shift alone
+        "triangle": config.triangle_size,
         "C": width,
         "4C": MLP_EXPANSION * width,
         "N": config.num_heads,

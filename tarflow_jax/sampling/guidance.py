@@ -116,4 +116,6 @@ def _guided(guidance: Guidance, passes: Affine, start: jax.Array | int, num_toke
         guided, unguided = jnp.split(both, 2)
         return guided + weights * (guided - unguided) if guidance.target in ("both", name) else guided
 
-    return Affine(guide("log_scale", passes.log_scale), guide("shift", passes.shift))
+    # With the scales, a triangular map's other numbers make up its matrix.
+    lower = None if passes.lower is None else guide("log_scale", passes.lower)
+    return Affine(guide("log_scale", passes.log_scale), guide("shift", passes.shift), lower)

@@ -42,7 +42,12 @@ _FREE_FIELDS = (
     "train.profile_steps",
 )
 # What configs of earlier releases mean that lack these fields.
-_NEW_FIELDS = {"optimizer.name": "adamw", "optimizer.muon_learning_rate": 0.0, "data.missing_labels": False}
+_NEW_FIELDS = {
+    "model.triangular": False,
+    "optimizer.name": "adamw",
+    "optimizer.muon_learning_rate": 0.0,
+    "data.missing_labels": False,
+}
 
 
 @dataclasses.dataclass(frozen=True)
