@@ -19,7 +19,7 @@ from etils import epath
 from launch import end_at_signals, exit_code, ignore_signals
 from tarflow_jax.data import default_data_dir
 from tarflow_jax.errors import UserError, one_line
-from tarflow_jax.figures import grid, save_png, to_uint8
+from tarflow_jax.figures import class_rows, grid, save_png, to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import Preempted, start_processes
 from tarflow_jax.runtime.programs import use_compilation_cache
@@ -39,8 +39,8 @@ DECODERS = {
 COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache",
     None,
-    "Folder that keeps compiled programs for the next start; if not given, compiled/ beside the data sets "
-    "($TARFLOW_DATA_DIR or ~/.cache/tarflow_jax). none: compile anew.",
+    "Keep compiled programs for the next start in this folder; if not given, in compiled/ beside the data sets "
+    "($TARFLOW_DATA_DIR or ~/.cache/tarflow_jax). With none, compile anew.",
 )
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from, not only what it says.")
 
@@ -119,7 +119,10 @@ def folder(name: str) -> str:
 def define_checkpoint_flag() -> None:
     """--checkpoint, for the commands that open a workdir."""
     flags.DEFINE_enum(
-        "checkpoint", "last", ["last", "best"], "Of a workdir; best is of the lowest test loss (train.evaluate_every)."
+        "checkpoint",
+        "last",
+        ["last", "best"],
+        "Open this checkpoint of a workdir; best has the lowest test loss (needs train.evaluate_every).",
     )
 
 
@@ -133,12 +136,12 @@ def define_process_flags() -> None:
     flags.DEFINE_bool(
         "distributed",
         False,
-        "One of several processes, each started by this command; Cloud TPU, SLURM (srun), GKE and Open MPI say who "
-        "takes part, elsewhere the next three flags do.",
+        "Run as one of several processes, each started by this command. Cloud TPU, SLURM (srun), GKE and Open MPI say "
+        "who takes part; elsewhere the next three flags do.",
     )
-    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0.")
-    flags.DEFINE_integer("num_processes", None, "Of the run.", lower_bound=1)
-    flags.DEFINE_integer("process_id", None, "This one's, from 0 on.", lower_bound=0)
+    flags.DEFINE_string("coordinator_address", None, "Meet the other processes at HOST:PORT, process 0's.")
+    flags.DEFINE_integer("num_processes", None, "Wait for this many processes.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Be this process, counted from 0.", lower_bound=0)
 
 
 def join_processes() -> bool:
@@ -192,21 +195,28 @@ def example_labels(num_classes: int, count: int) -> np.ndarray | None:
 
 
 def showcase(
-    pipe: TarFlowPipeline, folder: epath.Path, guidance: Guidance, *, denoise_multiplier: float, num_images: int = 100
+    pipe: TarFlowPipeline,
+    folder: epath.Path,
+    guidance: Guidance,
+    *,
+    denoise_multiplier: float,
+    names: Sequence[str] = (),
+    num_images: int = 100,
 ) -> list[epath.Path]:
     """Draws the same latents raw, denoised, guided and denoised, and on their way; returns the PNGs' paths.
 
-    Every process draws, the first one writes.
+    `names` are the classes'. Every process draws, the first one writes.
     """
     latents = pipe.latents(jax.random.key(0), num_images)
     labels = example_labels(pipe.config.num_classes, num_images)
     raw, trajectory = pipe.decode(latents, labels, return_trajectory=True)
-    sheets = {"samples_raw": grid(to_uint8(raw))}
+    sheets = {"samples_raw": class_rows(to_uint8(raw), labels, names)}
     guided = pipe.decode(latents, labels, guidance)
     if pipe.noise_std is not None:
-        sheets["samples_denoised"] = grid(to_uint8(pipe.denoise(raw, labels, multiplier=denoise_multiplier)))
+        denoised = pipe.denoise(raw, labels, multiplier=denoise_multiplier)
+        sheets["samples_denoised"] = class_rows(to_uint8(denoised), labels, names)
         guided = pipe.denoise(guided, labels, multiplier=denoise_multiplier)
-    sheets["samples_guided"] = grid(to_uint8(guided))
+    sheets["samples_guided"] = class_rows(to_uint8(guided), labels, names)
     steps = np.asarray(trajectory[:, :8])  # [F + 1, 8, H, W, K]: a column an image, down from its latents
     sheets["trajectory"] = grid(to_uint8(steps.reshape(-1, *steps.shape[2:])), columns=steps.shape[1])
     paths = []

@@ -45,28 +45,50 @@ ALL_METRICS = ("bits_per_dim", *distances.METRICS, "classification", "outliers")
 CHUNK_SIZE = 500
 NUM_FEATURES = {"inception": 2048, "classifier": 128}
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a training run.")
-MODEL = flags.DEFINE_string("model", None, "Folder or hub name of a saved model, in place of --workdir.")
-DATA = flags.DEFINE_string("data", None, "Data set; the one the run was trained on if not given.")
-PREPROCESSING = flags.DEFINE_string("preprocessing", None, "How --data is prepared: none, tarflow or adm.")
-METRICS = flags.DEFINE_list("metrics", ["bits_per_dim"], f"What to measure: {', '.join(ALL_METRICS)}.")
-SPLIT = flags.DEFINE_string("split", "test", "Of the data, for likelihood, classification and outliers.")
-SEED = common.define_seed("Seed of noise and samples.")
-OUT = flags.DEFINE_string("out", None, "Folder of the results; WORKDIR/evaluation or ./evaluation if not given.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Measure the model of this training run's folder.")
+MODEL = flags.DEFINE_string(
+    "model", None, "Measure this saved model, by its folder or hub name, in place of --workdir."
+)
+DATA = flags.DEFINE_string("data", None, "Measure on this data set; on the one the run was trained on if not given.")
+PREPROCESSING = flags.DEFINE_string("preprocessing", None, "Prepare --data this way: none, tarflow or adm.")
+METRICS = flags.DEFINE_list(
+    "metrics",
+    ["bits_per_dim"],
+    "Measure these: bits_per_dim, fid, sfid, inception_score, kid, precision_recall, classification, outliers.",
+)
+SPLIT = flags.DEFINE_string(
+    "split", "test", "Measure likelihood, classification and outliers on this split of the data."
+)
+SEED = common.define_seed("Draw noise and samples from this seed.")
+OUT = flags.DEFINE_string(
+    "out", None, "Write the results to this folder; to WORKDIR/evaluation or ./evaluation if not given."
+)
 ALLOW_NOISY = flags.DEFINE_bool("allow_noisy", False, "Report nats/dim of noisy data for Gaussian training noise.")
-DRAWS = flags.DEFINE_integer("dequantisation_draws", 1, "K of the importance-weighted bound.", lower_bound=1)
-OUTLIERS = flags.DEFINE_string("outliers", None, "Data set whose images are the outliers.")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 50_000, "Samples drawn for each setting.", lower_bound=2)
-GUIDANCE = flags.DEFINE_list("guidance", ["0"], "Guidance weights, each a setting of its own.")
-TARGET = flags.DEFINE_enum("guidance_target", "both", TARGETS, "What is guided.")
-SCHEDULE = flags.DEFINE_enum("guidance_schedule", "linear", SCHEDULES, "How the weight grows along the tokens.")
-TEMPERATURE = common.define_number("attention_temperature", 1.0, "τ of the unguided pass.")
-DENOISE = flags.DEFINE_list("denoise", None, "true, false or both; if not given, true for Gaussian training noise.")
-MULTIPLIER = common.define_number("denoise_multiplier", 1.0, "s, the factor of the score.")
-INCEPTION = flags.DEFINE_string("inception", None, "PyTorch file of FID's weights; a classifier if not given.")
-REFERENCE = flags.DEFINE_string("reference", None, "npz of reference statistics, in place of a split's own.")
-REFERENCE_SPLIT = flags.DEFINE_string("reference_split", "train", "Split that samples are compared with.")
-SAVE_SAMPLES = flags.DEFINE_string("save_samples", None, "npz for the samples of the last setting, in ADM's format.")
+DRAWS = flags.DEFINE_integer("dequantisation_draws", 1, "Take the importance-weighted bound of K draws.", lower_bound=1)
+OUTLIERS = flags.DEFINE_string("outliers", None, "Take this data set's images for outliers.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 50_000, "Draw this many samples for each setting.", lower_bound=2)
+GUIDANCE = flags.DEFINE_list("guidance", ["0"], "Guide with these weights, each a setting of its own.")
+TARGET = flags.DEFINE_enum("guidance_target", "both", TARGETS, "Guide these affine parameters.")
+SCHEDULE = flags.DEFINE_enum(
+    "guidance_schedule", "linear", SCHEDULES, "Let the weight grow along the tokens, or be the same for all."
+)
+TEMPERATURE = common.define_number(
+    "attention_temperature", 1.0, "Divide the attention logits of the unguided pass by τ."
+)
+DENOISE = flags.DEFINE_list(
+    "denoise", None, "Denoise: true, false or both; if not given, true for Gaussian training noise."
+)
+MULTIPLIER = common.define_number("denoise_multiplier", 1.0, "Multiply the score by s in denoising.")
+INCEPTION = flags.DEFINE_string(
+    "inception", None, "Read FID's weights from this PyTorch file; train a classifier in its place if not given."
+)
+REFERENCE = flags.DEFINE_string(
+    "reference", None, "Compare with the statistics in this npz file, in place of a split's own."
+)
+REFERENCE_SPLIT = flags.DEFINE_string("reference_split", "train", "Compare samples with this split.")
+SAVE_SAMPLES = flags.DEFINE_string(
+    "save_samples", None, "Write the samples of the last setting to this npz file, in ADM's format."
+)
 common.define_checkpoint_flag()
 common.define_process_flags()
 

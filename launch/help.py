@@ -19,7 +19,8 @@ def show(command: str) -> str:
     shared = ast.parse((_FOLDER / "common.py").read_text())
     defined = {node.name: node for node in shared.body if isinstance(node, ast.FunctionDef)}
     lines += _flags(tree)
-    for name in sorted({call.attr for call in ast.walk(tree) if isinstance(call, ast.Attribute)} & defined.keys()):
+    used = {call.attr for call in ast.walk(tree) if isinstance(call, ast.Attribute)} - {"define_seed"}  # a flag itself
+    for name in sorted(used & defined.keys()):
         lines += _flags(defined[name])
     lines += [line for node in shared.body if not isinstance(node, ast.FunctionDef) for line in _flags(node)]
     if "DEFINE_config_file" in ast.dump(tree):
@@ -31,11 +32,15 @@ def _flags(tree: ast.AST) -> list[str]:
     calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute))
     found = []
     for call in calls:
-        if re.match("DEFINE_|define_number", call.func.attr) and isinstance(call.args[0], ast.Constant):
-            name, default = call.args[0].value, ast.unparse(call.args[1])
+        if call.func.attr == "define_seed":
+            name, default, text = "seed", "0", ast.literal_eval(call.args[0])
+        elif re.match("DEFINE_|define_number", call.func.attr) and isinstance(call.args[0], ast.Constant):
+            name, default = call.args[0].value, re.sub(r"[\[\]' ]", "", ast.unparse(call.args[1]))
             text = next((a.value for a in call.args[:1:-1] if isinstance(a, ast.Constant) and a.value), "")
-            shown = "" if default in ("None", "False", "''") else f" [{default}]"
-            found.append(textwrap.fill(f"  --{name:<22} {text}{shown}", _WIDTH, subsequent_indent=" " * 27))
+        else:
+            continue
+        shown = "" if default in ("None", "False", "") else f" [{default}]"
+        found.append(textwrap.fill(f"  --{name:<22} {text}{shown}", _WIDTH, subsequent_indent=" " * 27))
     return found
 
 

@@ -26,15 +26,17 @@ from tarflow_jax.training import Recipe
 
 EXIT_DOES_NOT_FIT = 2
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe file, such as configs/imagenet64_cond.py.")
-TOPOLOGY = flags.DEFINE_string("topology", None, "Devices: v5e:16x16, v5p:4x4x4, …; cpu:8; gpu:1 if there is one.")
-NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Number of TPU slices of that topology.", lower_bound=1)
-MESH = flags.DEFINE_list("mesh", None, "Mesh sizes data,fsdp,tensor, as --config.mesh; one may be -1.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "Plan this recipe, such as configs/imagenet64_cond.py.")
+TOPOLOGY = flags.DEFINE_string(
+    "topology", None, "Plan for these devices: v5e:16x16, v5p:4x4x4, …; cpu:8; gpu:1 if there is one."
+)
+NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Plan for this many TPU slices of that topology.", lower_bound=1)
+MESH = flags.DEFINE_list("mesh", None, "Plan for meshes of sizes data,fsdp,tensor, as --config.mesh; one may be -1.")
 SAMPLER = flags.DEFINE_bool("sampler", False, "Compile the sampler of a training batch, not the training step.")
 MFU = flags.DEFINE_float(
     "mfu", 0.4, "Model-FLOPs utilisation that times are told for.", lower_bound=0.01, upper_bound=1.0
 )
-JSON = flags.DEFINE_string("json", None, "JSON lines file that the figures are appended to.")
+JSON = flags.DEFINE_string("json", None, "Append the figures to this file of JSON lines.")
 flags.mark_flags_as_required(["config", "topology"])
 
 

@@ -21,16 +21,18 @@ from tarflow_jax.evaluation.sample_files import file_stem
 from tarflow_jax.figures import grid, save_png
 from tarflow_jax.files import sole_user
 
-DATA = flags.DEFINE_string("data", None, "Data set to prepare; docs/data.md lists the names.")
+DATA = flags.DEFINE_string("data", None, "Prepare this data set; docs/data.md lists the names.")
 DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "Folder of prepared sets; $TARFLOW_DATA_DIR or ~/.cache/tarflow_jax if not given."
+    "data_dir", None, "Keep prepared sets in this folder; in $TARFLOW_DATA_DIR or ~/.cache/tarflow_jax if not given."
 )
-IMAGE_SIZE = flags.DEFINE_list("image_size", None, "Size of the packed images: one number, or height,width.")
+IMAGE_SIZE = flags.DEFINE_list("image_size", None, "Pack images of this size: one number, or height,width.")
 PREPROCESSING = flags.DEFINE_string(
-    "preprocessing", "none", "How images are resized: none, tarflow or adm; see docs/data.md."
+    "preprocessing", "none", "Resize images this way: none, tarflow or adm; see docs/data.md."
 )
 SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "Leave out files that are no images instead of refusing.")
-PREVIEW = flags.DEFINE_string("preview", None, "PNG file for a grid of training images; in --data_dir if not given.")
+PREVIEW = flags.DEFINE_string(
+    "preview", None, "Write a grid of training images to this PNG file; in --data_dir if not given."
+)
 flags.mark_flags_as_required(["data"])
 
 

@@ -20,21 +20,29 @@ from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling.guidance import SCHEDULES, TARGETS, Guidance
 from tarflow_jax.training.recipe import label_names
 
-WORKDIR = flags.DEFINE_string("workdir", None, "A training run's folder, a saved model's, or a hub name.")
-OUT = flags.DEFINE_string("out", None, "Folder for the results; WORKDIR/samples if not given.")
-NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "Images to draw.", lower_bound=1)
-LABELS = flags.DEFINE_list(
-    "labels", None, "Classes, by number or name, repeated in turn; all of them if not given; -1 is no class."
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Draw from the model of this training run's folder, saved model's folder, or hub name."
 )
-SEED = common.define_seed("Seed of the latents.")
-GUIDANCE = common.define_number("guidance", 0.0, "Guidance weight w.")
-TARGET = flags.DEFINE_enum("guidance_target", "both", TARGETS, "Which affine parameters are guided.")
-SCHEDULE = flags.DEFINE_enum("guidance_schedule", "linear", SCHEDULES, "How the weight grows along the tokens.")
-TEMPERATURE = common.define_number("attention_temperature", 1.0, "Attention temperature τ of the unguided pass.")
-DENOISE = flags.DEFINE_bool("denoise", None, "Denoise; if not given, where the training noise was Gaussian.")
-MULTIPLIER = common.define_number("denoise_multiplier", 1.0, "Factor s of the score in denoising.")
+OUT = flags.DEFINE_string("out", None, "Write the results to this folder; to WORKDIR/samples if not given.")
+NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "Draw this many images.", lower_bound=1)
+LABELS = flags.DEFINE_list(
+    "labels", None, "Draw these classes, by number or name, in turn; all of them if not given. -1 is no class."
+)
+SEED = common.define_seed("Draw the latents from this seed.")
+GUIDANCE = common.define_number("guidance", 0.0, "Guide with this weight w; 0 is no guidance.")
+TARGET = flags.DEFINE_enum("guidance_target", "both", TARGETS, "Guide these affine parameters.")
+SCHEDULE = flags.DEFINE_enum(
+    "guidance_schedule", "linear", SCHEDULES, "Let the weight grow along the tokens, or be the same for all."
+)
+TEMPERATURE = common.define_number(
+    "attention_temperature", 1.0, "Divide the attention logits of the unguided pass by τ."
+)
+DENOISE = flags.DEFINE_bool(
+    "denoise", None, "Denoise the samples; if not given, where the training noise was Gaussian."
+)
+MULTIPLIER = common.define_number("denoise_multiplier", 1.0, "Multiply the score by s in denoising.")
 DECODER = flags.DEFINE_enum(
-    "decoder", "sequential", list(common.DECODERS), "How blocks are inverted; auto is what tune_decoder found."
+    "decoder", "sequential", list(common.DECODERS), "Invert blocks this way; auto takes what tune_decoder found."
 )
 common.define_checkpoint_flag()
 common.define_process_flags()

@@ -26,13 +26,15 @@ from tarflow_jax.runtime import Preempted
 from tarflow_jax.training import Recipe
 from tarflow_jax.training.workdir import RESULTS
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe file that defines sweep().")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep, on a disk; made if it is missing.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "Train the runs of this recipe's sweep().")
+WORKDIR = flags.DEFINE_string("workdir", None, "Keep the sweep in this folder, on a disk; it is made if it is missing.")
 EXECUTOR = flags.DEFINE_enum(
     "executor", "local", ["local", "slurm", "print"], "Run here, submit by sbatch, or print the commands."
 )
-PARALLEL = flags.DEFINE_integer("parallel", 1, "Number of runs at a time, if they run here.", lower_bound=1)
-METRIC = flags.DEFINE_string("metric", None, "Metric to plot, by a part of its name; the last one if not given.")
+PARALLEL = flags.DEFINE_integer("parallel", 1, "Train this many runs at a time, if they run here.", lower_bound=1)
+METRIC = flags.DEFINE_string(
+    "metric", None, "Plot this metric, named by a part of its name; the last one if not given."
+)
 flags.mark_flags_as_required(["config", "workdir"])
 
 _LONGEST_NAME = 160  # of a folder; file systems allow 255 bytes

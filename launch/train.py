@@ -16,17 +16,22 @@ from ml_collections import config_flags
 
 from launch import common
 from tarflow_jax.arguments import check_guidance
-from tarflow_jax.figures import grid, save_png, to_uint8
+from tarflow_jax.figures import class_rows, save_png, to_uint8
 from tarflow_jax.likelihood import LOG_2PI
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import PreemptionGuard
 from tarflow_jax.sampling import Guidance
 from tarflow_jax.training import Recipe, train
 from tarflow_jax.training.loop import evaluate_loss
+from tarflow_jax.training.recipe import label_names
 from tarflow_jax.training.workdir import write_results
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, as configs/digits.py or configs/digits.py:smoke.")
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, or gs://; made if it is missing.")
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Train by this recipe: configs/digits.py, or a variant, configs/digits.py:smoke."
+)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Keep the run in this folder, or gs:// bucket; it is made if it is missing."
+)
 common.define_process_flags()
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -48,19 +53,21 @@ def main(argv: Sequence[str]) -> None:
         labels = common.example_labels(pipe.config.num_classes, 64)
         images = pipe.sample(jax.random.key(0), 64, labels, guidance)
         if jax.process_index() == 0:
-            save_png(figures / f"step_{step:07d}.png", grid(to_uint8(images)))
+            save_png(figures / f"step_{step:07d}.png", class_rows(to_uint8(images), labels, label_names(workdir)))
 
     state = train(config, workdir, preview)
     variables = state.sampling_variables
     with PreemptionGuard():
         test_loss = evaluate_loss(recipe, variables)
         pipe = TarFlowPipeline(recipe.model, variables, recipe.noise, mesh=recipe.mesh())
-        paths = common.showcase(pipe, figures, guidance, denoise_multiplier=config.sample.denoise_multiplier)
+        names, multiplier = label_names(workdir), config.sample.denoise_multiplier
+        paths = common.showcase(pipe, figures, guidance, denoise_multiplier=multiplier, names=names)
     if jax.process_index():
         return
     write_results(workdir, {"test loss (nats/dim, less ½ log 2π)": test_loss})  # last: the run is complete
     rows = {
         "steps": int(state.step),
+        **({"classes": ", ".join(names[:20]) + ", …" * (len(names) > 20)} if names else {}),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
         "test loss (nats/dim, less ½ log 2π)": f"{test_loss:.4f}",
         "nats/dim of noisy data": f"{test_loss + LOG_2PI / 2:.4f}",

@@ -20,19 +20,22 @@ from tarflow_jax.errors import UserError
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Decoder, Guidance, Schedule
-from tarflow_jax.sampling.fixed_point import DEFAULT_TOLERANCE
 from tarflow_jax.sampling.guidance import SCHEDULES, TARGETS
 from tarflow_jax.sampling.tuning import Tuning, tune
 
-WORKDIR = flags.DEFINE_string("workdir", None, "A training run's folder, or a saved model's.")
-NUM_IMAGES = flags.DEFINE_list("num_images", ["100", "16", "1"], "Batch sizes to tune for.")
-GUIDANCE = flags.DEFINE_float("guidance", 0.0, "Guidance weight to tune for.")
-TARGET = flags.DEFINE_enum("guidance_target", "both", TARGETS, "Which affine parameters are guided.")
-SCHEDULE = flags.DEFINE_enum("guidance_schedule", "linear", SCHEDULES, "How the weight grows along the tokens.")
-TEMPERATURE = flags.DEFINE_float("attention_temperature", 1.0, "Attention temperature τ of the unguided pass.")
-TOLERANCE = flags.DEFINE_float("tolerance", DEFAULT_TOLERANCE, "Tolerance of the parallel decoders.", lower_bound=0.0)
-MAX_ERROR = flags.DEFINE_float("max_error", 1 / 255, "Largest error of a pixel in [-1, 1] units.", lower_bound=0.0)
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the latents.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Tune for the model of this training run's folder, or saved model's.")
+NUM_IMAGES = flags.DEFINE_list("num_images", ["100", "16", "1"], "Tune for batches of these sizes.")
+GUIDANCE = flags.DEFINE_float("guidance", 0.0, "Tune for this guidance weight w.")
+TARGET = flags.DEFINE_enum("guidance_target", "both", TARGETS, "Guide these affine parameters.")
+SCHEDULE = flags.DEFINE_enum(
+    "guidance_schedule", "linear", SCHEDULES, "Let the weight grow along the tokens, or be the same for all."
+)
+TEMPERATURE = flags.DEFINE_float("attention_temperature", 1.0, "Divide the attention logits of the unguided pass by τ.")
+TOLERANCE = flags.DEFINE_float("tolerance", 1e-4, "Let parallel decoders stop at changes this small.", lower_bound=0.0)
+MAX_ERROR = flags.DEFINE_float(
+    "max_error", 1 / 255, "Accept errors of a pixel up to this, in [-1, 1] units.", lower_bound=0.0
+)
+SEED = flags.DEFINE_integer("seed", 0, "Draw the latents from this seed.")
 common.define_checkpoint_flag()
 flags.mark_flags_as_required(["workdir"])
 

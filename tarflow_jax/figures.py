@@ -1,14 +1,16 @@
 """Pictures of images: grids, and the path from noise to image."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from tarflow_jax.files import replacing
 
 _MIN_SIDE = 32  # smaller images are enlarged, in whole steps, to be seen
+_FONT_SIZE, _TITLE_GAP = 12, 6  # pixels
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
@@ -16,8 +18,11 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
     return np.clip(np.rint((np.asarray(images, np.float64) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
-def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
-    """Lays uint8 images [B, H, W, K] out row by row: uint8 [rows H', columns W', K], 2 white pixels between."""
+def grid(images: np.ndarray, columns: int | None = None, titles: Sequence[str] = ()) -> np.ndarray:
+    """Lays uint8 images [B, H, W, K] out row by row: uint8 [rows H', columns W', K], 2 white pixels between.
+
+    Titles, one a row, stand to the left.
+    """
     images = np.asarray(images)
     count, height, width, channels = images.shape
     scale = max(1, _MIN_SIDE // min(height, width))
@@ -27,7 +32,33 @@ def grid(images: np.ndarray, columns: int | None = None) -> np.ndarray:
     cell = np.full((rows * columns, height * scale + 2, width * scale + 2, channels), 255, np.uint8)
     cell[:count, : height * scale, : width * scale] = images
     sheet = cell.reshape(rows, columns, *cell.shape[1:]).swapaxes(1, 2)
-    return sheet.reshape(rows * cell.shape[1], columns * cell.shape[2], channels)[:-2, :-2]
+    sheet = sheet.reshape(rows * cell.shape[1], columns * cell.shape[2], channels)[:-2, :-2]
+    return np.concatenate([_margin(titles, cell.shape[1], sheet.shape), sheet], 1) if titles else sheet
+
+
+def class_rows(images: np.ndarray, labels: np.ndarray | None, names: Sequence[str]) -> np.ndarray:
+    """A `grid` with a row for each class and its name beside it, if each has several images, as many as the others.
+
+    Args:
+      labels: int [B], or None. names: one a class; () where they are not known.
+    """
+    if labels is None or not names:
+        return grid(images)
+    classes, counts = np.unique(labels, return_counts=True)
+    if len(classes) < 2 or counts.min() < 2 or counts.min() < counts.max():
+        return grid(images)
+    return grid(images[np.argsort(labels, kind="stable")], counts[0], [names[label] for label in classes])
+
+
+def _margin(titles: Sequence[str], row_height: int, sheet: tuple[int, ...]) -> np.ndarray:
+    """White, as high as the sheet [H, W, K], with black titles."""
+    font = ImageFont.load_default(_FONT_SIZE)
+    width = math.ceil(max(map(font.getlength, titles))) + 2 * _TITLE_GAP
+    margin = Image.new("L", (width, sheet[0]), 255)
+    for i, title in enumerate(titles):
+        place = (width - _TITLE_GAP, i * row_height + row_height // 2)
+        ImageDraw.Draw(margin).text(place, title, 0, font, anchor="rm")
+    return np.asarray(margin)[..., None].repeat(sheet[2], 2)
 
 
 def save_png(path: epath.PathLike, sheet: np.ndarray) -> None:

@@ -3,6 +3,7 @@
 import errno
 import os
 import pathlib
+import re
 import signal
 import socket
 import subprocess
@@ -21,10 +22,13 @@ from tiny_models import TINY, random_variables
 
 from configs import digits
 from launch import common
+from launch.help import show
 from tarflow_jax import Noise, TarFlowPipeline, data, files
 from tarflow_jax.data import packed
 from tarflow_jax.data.folder import list_folder
 from tarflow_jax.data.tfds import download_timeouts
+from tarflow_jax.evaluation import distances
+from tarflow_jax.figures import class_rows, grid
 from tarflow_jax.flow.attention import attend_whole
 from tarflow_jax.interop import load_torch
 from tarflow_jax.training import Recipe, train, workdir
@@ -194,6 +198,14 @@ def test_help_is_quick_shows_examples_and_a_recipe_s_fields():
     assert jax.__name__ not in imported
 
 
+@pytest.mark.parametrize("command", ["convert", "evaluate", "plan", "prepare_data", "sample", "sweep", "train"])
+def test_help_says_of_every_flag_what_it_does(command):
+    flags = re.findall(r"^  --(\w+) +(.*)$", show(command), re.MULTILINE)
+    assert {"compilation_cache", "traceback"} < {name for name, _ in flags}
+    assert [name for name, text in flags if not re.match("[A-Z][^.]+", text)] == []
+    assert command != "evaluate" or all(re.search(rf"\b{metric}[,.]", show(command)) for metric in distances.METRICS)
+
+
 def test_classes_have_names_where_the_data_set_has_them(tmp_path):
     source = data.ArraySource("npz:x", np.zeros((2, 8, 8, 1), np.uint8), np.array([0, 1]), 2, ("trouser", "sneaker"))
     Recipe(digits.get_config()).write_to(tmp_path, source)
@@ -204,6 +216,20 @@ def test_classes_have_names_where_the_data_set_has_them(tmp_path):
     with pytest.raises(ValueError, match="expected a number or one of trouser, sneaker"):
         common.class_number("x", names)
     assert label_names(tmp_path / "none") == []
+
+
+def test_figures_name_the_classes():
+    images = np.zeros((6, 16, 16, 1), np.uint8)
+    images[:, 0, 0, 0] = labels = np.array([0, 1, 2, 0, 1, 2])
+    plain = grid(images[np.argsort(labels, kind="stable")], columns=2)
+    named = class_rows(images, labels, ("trouser", "sneaker", "ankle boot"))
+    margin = named[:, : -plain.shape[1]]
+    np.testing.assert_array_equal(named[:, -plain.shape[1] :], plain)  # a row a class
+    assert margin.shape[1] < 100
+    rows = np.split(margin[:100], [32, 66], axis=0)  # 16 pixels, enlarged twice
+    assert all((row < 128).sum() > 50 and (row[0] == row[-1]).all() for row in rows)  # written within each
+    np.testing.assert_array_equal(class_rows(images, labels, ()), grid(images))
+    np.testing.assert_array_equal(class_rows(images[:5], labels[:5], ("a", "b", "c")), grid(images[:5]))
 
 
 def png(path):
@@ -265,6 +291,23 @@ def test_a_full_disk_leaves_no_part_of_a_shard(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space left on device"):
         data.prepare_source(f"folder:{tmp_path / 'images'}", image_size=(8, 8), data_dir=tmp_path / "data")
     assert not [path for path in (tmp_path / "data").rglob("*") if "partial" in path.name]
+
+
+def test_a_full_disk_leaves_no_part_of_the_digits(tmp_path, monkeypatch):
+    def close(self):
+        raise RuntimeError("write() failed: No space left on device; at byte 36864")
+
+    monkeypatch.setattr("array_record.python.array_record_module.ArrayRecordWriter.close", close, raising=True)
+    with pytest.raises(ValueError, match=r"digits/1.0.0 cannot be written to .*: .*No space left on device"):
+        data.open_source("digits", "train", data_dir=tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_two_do_not_prepare_into_one_folder(tmp_path):
+    with files.sole_user(tmp_path):
+        code, _, err = commands.run("-m", "launch.prepare_data", "--data=digits", f"--data_dir={tmp_path}")
+    assert code == 1
+    assert re.fullmatch(rf"error: process {os.getpid()} on \S+ works in .*; wait for it, or stop it\n", err)
 
 
 def test_pytorch_files_of_ddp_are_read_and_others_never_with_advice_to_run_them(tmp_path, load_golden):

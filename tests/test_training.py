@@ -1,5 +1,6 @@
 """The step, its sharding, the recipe, checkpoints and metrics."""
 
+import contextlib
 import dataclasses
 import functools
 import gzip
@@ -191,6 +192,34 @@ def test_schedule_and_workdir(tmp_path):
     assert Recipe.from_workdir(tmp_path).noise == Noise("gaussian", 0.1)
     with pytest.raises(FileNotFoundError, match="expected the workdir"):
         Recipe.from_workdir(tmp_path / "none")
+
+
+def test_a_run_may_grow_before_its_end_where_its_learning_rates_were_the_same(tmp_path, caplog):
+    config = digits.get_config()
+    config.train.num_steps = 10
+    config.optimizer.warmup_steps = 4
+    recipe = Recipe(config)
+    recipe.write_to(tmp_path)
+
+    def grow(num_steps):
+        longer = config.copy_and_resolve_references()
+        longer.train.num_steps = num_steps
+        Recipe(longer).write_to(tmp_path)
+
+    def take(step):
+        with contextlib.closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
+            checkpoints.save(step, {"x": jnp.zeros(8)}, json.loads(recipe.to_json()))
+
+    take(4)  # of the warm-up, which the number of steps does not change
+    with caplog.at_level("INFO", logger="tarflow_jax"):
+        grow(20)
+    assert "train.num_steps grows from 10 to 20; the 4 steps taken are its first" in caplog.text
+    assert Recipe.from_workdir(tmp_path).config.train.num_steps == 20
+    with pytest.raises(ValueError, match="a run of 20 steps, 4 taken, and cannot become one of 12"):
+        grow(12)
+    take(7)
+    with pytest.raises(ValueError, match=r"7 taken, and cannot become one of 30: the learning rate follows from"):
+        grow(30)
 
 
 def test_a_run_goes_on_with_the_data_it_began_with(tmp_path):

@@ -91,6 +91,10 @@ def prepare_quietly(builder: tfds.core.DatasetBuilder) -> None:
         if not Path(builder.data_dir, "dataset_info.json").exists():
             raise
         builder.info.read_from_directory(builder.data_dir)
+    except RuntimeError as error:  # array_record's, of a disk that is full or fails
+        raise UserError(
+            f"{builder.info.full_name} cannot be written to {builder.data_dir}: {one_line(error)}"
+        ) from error
 
 
 def open_tfds(argument: str, split: str, options: Options) -> EncodedSource:

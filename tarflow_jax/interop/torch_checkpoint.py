@@ -9,6 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from tqdm import tqdm
 
 from tarflow_jax.errors import MissingPackageError, UserError, one_line
 from tarflow_jax.files import replacing
@@ -47,7 +48,7 @@ def load_torch(
     check_tensors(str(path), shapes, torch_shapes(config))
     _check_constants(path, config, state)
     variables = {}
-    for name in variables_shapes(config):
+    for name in tqdm(variables_shapes(config), f"reading {path.name}", disable=None, leave=False):
         # Popped, so that the file's copy of a tensor is freed as soon as ours is made.
         parts = [state.pop(part).float().numpy() for part in torch_names(config, name)]
         variables[name] = jnp.asarray(from_torch(config, name, parts))

@@ -116,6 +116,10 @@ class Checkpoints:
             on_all_processes(functools.partial(self._set_aside, later))
             self._manager.reload()
 
+    def latest_step(self) -> int:
+        """Of the newest checkpoint; 0 in a folder without any."""
+        return max(self._steps(), default=0)
+
     def config(self) -> dict[str, Any] | None:
         """The config in the newest whole checkpoint; None in a folder without any. Raises as `restore`."""
         found = self._first_whole(self._steps(), lambda path: ocp.JsonCheckpointHandler().restore(path / CONFIG))

@@ -3,12 +3,14 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import ml_collections
+import numpy as np
 from etils import epath
 from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
@@ -22,6 +24,8 @@ from tarflow_jax.runtime import make_mesh
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.optimizer import Optimizer
 from tarflow_jax.training.state import TrainConfig
+
+logger = logging.getLogger(__name__)
 
 CONFIG, DATA = "config.json", "data.json"
 
@@ -146,6 +150,9 @@ class Recipe:
     def write_to(self, workdir: epath.PathLike, source: ImageSource | None = None) -> None:
         """Writes workdir/config.json, and data.json of what it is trained on, unless others are there.
 
+        A run may be given more steps before its end, where the steps that it has taken would have had the same learning
+        rates.
+
         Args:
           source: the training split; None is not looked at.
 
@@ -161,10 +168,11 @@ class Recipe:
                 for name in sorted(stored.keys() | ours.keys())
                 if stored.get(name) != ours.get(name) and not name.startswith(_FREE_FIELDS)
             ]
-            if differing:
-                schedule = " (the learning rate follows from train.num_steps)" if "num_steps" in str(differing) else ""
+            if len(differing) == 1 and differing[0].startswith("train.num_steps "):
+                self._check_growth(workdir, stored["train.num_steps"])
+            elif differing:
                 raise UserError(
-                    f"{workdir} holds another configuration: {', '.join(differing)}{schedule}; choose another workdir"
+                    f"{workdir} holds another configuration: {', '.join(differing)}; choose another workdir"
                 )
         data = source and {"fingerprint": source.fingerprint, "label_names": source.label_names}
         if data and (workdir / DATA).exists() and _read_json(workdir / DATA).get("fingerprint") != data["fingerprint"]:
@@ -176,6 +184,25 @@ class Recipe:
             write_text(workdir / CONFIG, self.to_json())
             if data:
                 write_text(workdir / DATA, json.dumps(data) + "\n")
+
+    def _check_growth(self, workdir: epath.Path, planned: int) -> None:
+        """Raises UserError where a run of `planned` steps cannot become this one."""
+        grown = self.train_config.optimizer
+        with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
+            step = checkpoints.latest_step()
+        plans = [dataclasses.replace(grown, num_steps=num_steps) for num_steps in (planned, grown.num_steps)]
+        same = all(
+            np.array_equal(*(jax.vmap(plan.schedule(peak))(np.arange(step, dtype=np.float32)) for plan in plans))
+            for peak in (grown.learning_rate, grown.muon_learning_rate)
+        )
+        if not (same and step < planned < grown.num_steps):
+            raise UserError(
+                f"{workdir} holds a run of {planned} steps, {step} taken, and cannot become one of {grown.num_steps}: "
+                "the learning rate follows from train.num_steps; choose another workdir"
+            )
+        logger.info(
+            "train.num_steps grows from %d to %d; the %d steps taken are its first", planned, grown.num_steps, step
+        )
 
     def to_json(self) -> str:
         return self.config.to_json(indent=2) + "\n"

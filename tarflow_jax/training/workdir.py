@@ -16,7 +16,7 @@ from tarflow_jax.files import write_text
 from tarflow_jax.interop import SavedModel
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.training.checkpoint import Checkpoints
-from tarflow_jax.training.recipe import Recipe
+from tarflow_jax.training.recipe import Recipe, label_names
 from tarflow_jax.training.state import abstract_state
 
 RESULTS = "results.json"
@@ -58,11 +58,16 @@ def write_results(workdir: epath.PathLike, results: dict[str, float]) -> None:
 
 def _card(recipe: Recipe, workdir: epath.Path, step: int) -> dict[str, Any]:
     fields = recipe.config.train
-    results = _read_results(workdir / RESULTS)
+    results, names = _read_results(workdir / RESULTS), label_names(workdir)
     return {
         "name": workdir.resolve().name,
         "datasets": [recipe.config.data.source],
-        "training": {"steps": step, "batch size": fields.batch_size, "seed": fields.seed},
+        "training": {
+            **({"classes": ", ".join(names)} if names else {}),
+            "steps": step,
+            "batch size": fields.batch_size,
+            "seed": fields.seed,
+        },
         "metrics": {name: float(np.round(value, 4)) for name, value in results.items()},
     }
 
