@@ -162,6 +162,22 @@ def test_unstacked_layers_with_a_cache_equal_the_scanned_block():
     chex.assert_trees_all_close(actual, expected, atol=1e-5)
 
 
+def test_a_limit_of_the_inputs_changes_what_the_map_is_a_function_of_alone():
+    config, variables = dataclasses.replace(TINY, input_limit=2), random_variables(TINY)
+    images = images_of(TINY)
+    assert float(jnp.abs(images).max()) < 2
+    far = images.at[:, 0, 0].multiply(1000.0)
+    block = FlowBlock(config, 0).bind({"params": variables["params"]["block_0"]})
+    affine, of_far = block.affine(to_tokens(config, images), LABELS), block.affine(to_tokens(config, far), LABELS)
+    clipped = jnp.clip(far, -2, 2)
+    chex.assert_trees_all_equal(of_far, block.affine(to_tokens(config, clipped), LABELS))
+    unlimited = FlowBlock(TINY, 0).bind({"params": variables["params"]["block_0"]})
+    chex.assert_trees_all_equal(affine, unlimited.affine(to_tokens(config, images), LABELS))
+    latents, _ = encode(config, variables, far, LABELS)
+    decoded, *_ = decode(config, variables, latents, LABELS)
+    np.testing.assert_allclose(decoded, far, rtol=1e-4, atol=1e-4)
+
+
 def test_no_class_is_the_mean_embedding():
     variables, images = random_variables(TINY), images_of(TINY)
     none = encode(TINY, variables, images, None)
@@ -248,6 +264,7 @@ def test_remat_dots_keeps_every_dense_product():
         ("layers_per_block", (1, 2), "lists 2 blocks"),
         ("num_blocks", 0, "num_blocks is 0"),
         ("num_classes", -1, "num_classes is -1"),
+        ("input_limit", -1, r"input_limit is -1; expected 0 \(none\) or a positive number"),
         ("dtype", "float16", "dtype is 'float16'"),
         ("remat", "some", "remat is 'some'"),
     ],

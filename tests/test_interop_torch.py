@@ -197,6 +197,7 @@ def test_importing_needs_no_extra():
         (TarFlowConfig((4, 8), 1, 2, 64, 1, 1), "only square images"),
         (TarFlowConfig((4, 4), 1, 2, 64, 2, (1, 2)), "blocks of equal depth"),
         (TarFlowConfig((4, 4), 1, 2, 64, 1, 1, head_dim=32), "has head_dim 64"),
+        (TarFlowConfig((4, 4), 1, 2, 64, 1, 1, input_limit=8), "clips no inputs"),
         (TarFlowConfig((4, 4), 1, 2, 64, 1, 1, triangular=True), "has diagonal affine maps"),
     ],
 )

@@ -116,6 +116,8 @@ class FlowBlock(nn.Module):
 
         Returns (affine, caches): of the tokens start + 1 .. start + S.
         """
+        if limit := self.config.input_limit:
+            x = jnp.clip(x, -limit, limit)
         h = self.project_in(x.astype(self.config.compute_dtype)).astype(jnp.float32)
         positions = permute(self.position_embedding, self.index, axis=0)
         h = h + jax.lax.dynamic_slice_in_dim(positions, start, x.shape[1])[None]

@@ -34,9 +34,10 @@ class TarFlowConfig:
       remat: what the backward pass recomputes in a layer: "none", "dots" (all but matrix products), "full".
       position_init: how a new model's position embeddings begin: "normal", as the reference's, or "grid", sines and
         cosines of a patch's row and column, from which attention learns in fewer steps to look at the row above.
-      triangular: the map of a token is an affine map with a triangular matrix, no longer a diagonal one: also how its
-        numbers depend on each other is a function of the tokens before. For the digits' and the like's small patches:
-        D (D - 1) / 2 more outputs a token.
+      input_limit: c of clip(x, -c, c), by which tokens enter the transformer; 0 for none. An outlier of one block then
+        makes no larger ones in the blocks behind it, which training by small batches does not survive.
+      triangular: the affine map of a token has a triangular matrix, not a diagonal one: how the token's numbers depend on
+        each other is a function of the tokens before it too. For small patches: D (D - 1) / 2 more outputs a token.
       attention: the kernel for whole sequences: "auto" (the platform's best), "plain", "cudnn" or "splash".
 
     Raises ValueError: one line naming the field, when the shape is impossible.
@@ -55,6 +56,7 @@ class TarFlowConfig:
     remat: str = "none"
     attention: str = "auto"
     position_init: str = "normal"
+    input_limit: int = 0
     triangular: bool = False
 
     def __post_init__(self) -> None:
@@ -78,10 +80,12 @@ class TarFlowConfig:
             "layers_per_block": min(self.depths, default=0),
             "head_dim": self.head_dim,
             "num_classes": self.num_classes + 1,
+            "input_limit": self.input_limit + 1,
         }
         for name, size in sizes.items():
             if size < 1:
-                expected = "0 (no classes) or a positive number" if name == "num_classes" else "a positive number"
+                none = {"num_classes": "0 (no classes) or ", "input_limit": "0 (none) or "}
+                expected = f"{none.get(name, '')}a positive number"
                 raise UserError(f"{name} is {getattr(self, name)}; expected {expected}")
         height, width = self.image_size
         if height % self.patch_size or width % self.patch_size:

@@ -32,7 +32,8 @@ def model_card(config: TarFlowConfig, noise: Noise | None, card: Mapping[str, An
     height, width = config.image_size
     shape = {
         "images": f"{height} x {width}, {config.image_channels} channel(s), values in [-1, 1]",
-        "flow": f"{'volume-preserving' if config.volume_preserving else 'affine'}, {classes}",
+        "flow": f"{'volume-preserving' if config.volume_preserving else 'affine'}"
+        f"{', triangular' if config.triangular else ''}, {classes}",
         "shape": f"patch {config.patch_size}, width {config.width}, {config.num_blocks} blocks of"
         f" {config.layers_per_block} layers",
         "training noise": f"{noise.kind}, standard deviation {noise.std:g}" if noise else "unknown",

@@ -189,5 +189,7 @@ def _check_representable(config: TarFlowConfig) -> None:
         raise UserError(f"the PyTorch reference has blocks of equal depth; this model's are {config.depths}")
     if config.triangular:
         raise UserError("the PyTorch reference has diagonal affine maps; this model's are triangular")
+    if config.input_limit:
+        raise UserError(f"the PyTorch reference clips no inputs; this model's input_limit is {config.input_limit}")
     if config.head_dim != HEAD_DIM:
         raise UserError(f"the PyTorch reference has head_dim {HEAD_DIM}; this model's is {config.head_dim}")
