@@ -36,7 +36,7 @@ class TarFlowConfig:
         cosines of a patch's row and column, from which attention learns in fewer steps to look at the row above.
       input_limit: c of clip(x, -c, c), by which tokens enter the transformer; 0 for none. An outlier of one block then
         makes no larger ones in the blocks behind it, which training by small batches does not survive.
-      triangular: the affine map of a token has a triangular matrix, not a diagonal one: how the token's numbers depend on
+      triangular: the affine map of a token has a triangular matrix, not a diagonal one: how its numbers depend on
         each other is a function of the tokens before it too. For small patches: D (D - 1) / 2 more outputs a token.
       attention: the kernel for whole sequences: "auto" (the platform's best), "plain", "cudnn" or "splash".
 
