@@ -21,6 +21,7 @@ def get_config() -> ConfigDict:
             "dtype": "float32",  # of matrix products; or bfloat16
             "remat": "none",  # what the backward pass recomputes; or dots, full
             "attention": "auto",  # kernel for whole sequences; or plain, cudnn, splash
+            "rotary": False,  # position embeddings in attention, by row and column
             "input_limit": 0,  # of the tokens that blocks read, for small batches; 0: none
             "triangular": False,  # affine maps with triangular matrices instead of diagonal ones
             "position_init": "normal",  # of the position embeddings; or grid, which learns sooner

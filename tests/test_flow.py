@@ -14,8 +14,9 @@ from tiny_models import LABELS, TINY, TRIANGULAR, VP, decode, encode, images_of,
 from tarflow_jax import TarFlow, TarFlowConfig
 from tarflow_jax.flow import FlowBlock, permute, to_images, to_tokens, unstack_layers, updated_prior
 from tarflow_jax.flow.attention import attend, choose_kernel, splash
+from tarflow_jax.flow.block import rotary_angles
 from tarflow_jax.flow.product import dense_product
-from tarflow_jax.flow.transformer import gelu
+from tarflow_jax.flow.transformer import gelu, turn
 from tarflow_jax.likelihood import bits_per_dim, log_prob, training_loss
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling import denoise
@@ -101,6 +102,23 @@ def test_position_embeddings_that_begin_as_waves_tell_rows_and_columns_apart():
         dataclasses.replace(config, width=66, head_dim=2)
 
 
+def test_rotary_attention_tells_distances_not_places():
+    config = dataclasses.replace(TINY, image_size=(4, 8), rotary=True)
+    angles = rotary_angles(config)
+    assert angles.shape == (8, 4)  # half the pairs by row, half by column
+    chex.assert_trees_all_equal(angles[:, :2], np.repeat(angles[[0, 4], :2], 4, axis=0))
+    chex.assert_trees_all_equal(angles[:, 2:], np.tile(angles[:4, 2:], (2, 1)))
+    x = jax.random.normal(jax.random.key(0), (2, 8))
+    turned = turn(x[None, :, None].repeat(8, 2), angles)[0]  # the same query and key everywhere
+    products = jnp.einsum("SH,RH->SR", *turned)
+    np.testing.assert_allclose(jnp.diag(products), x[0] @ x[1], rtol=1e-5)
+    np.testing.assert_allclose(products[:4, :4], products[4:, 4:], rtol=1e-5)
+    np.testing.assert_allclose(jnp.diag(products, 1)[:3], jnp.full(3, products[0, 1]), rtol=1e-5)
+    assert abs(products[0, 1] - products[0, 4]) > 0.01  # a column away, a row away
+    with pytest.raises(ValueError, match="head_dim 2 is not a multiple of 4"):
+        dataclasses.replace(config, head_dim=2)
+
+
 @pytest.mark.slow
 @CASES
 def test_round_trip_and_log_det_of_the_inverse(config):
@@ -152,11 +170,11 @@ def test_a_block_is_causal_in_its_own_order(index):
 
 
 def test_unstacked_layers_with_a_cache_equal_the_scanned_block():
-    params = random_variables(TINY)["params"]["block_1"]
+    params = random_variables(TRIANGULAR)["params"]["block_1"]
     x = to_tokens(TINY, images_of(TINY))
-    block = FlowBlock(TINY, 1)
+    block = FlowBlock(TRIANGULAR, 1)
     expected, _ = block.apply({"params": params}, x, LABELS, method="following_affine")
-    unrolled = FlowBlock(TINY, 1, unrolled=True)
+    unrolled = FlowBlock(TRIANGULAR, 1, unrolled=True)
     actual, caches = unrolled.apply({"params": unstack_layers(params, 2)}, x, LABELS, method="following_affine")
     assert caches is None
     chex.assert_trees_all_close(actual, expected, atol=1e-5)

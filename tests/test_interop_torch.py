@@ -197,8 +197,9 @@ def test_importing_needs_no_extra():
         (TarFlowConfig((4, 8), 1, 2, 64, 1, 1), "only square images"),
         (TarFlowConfig((4, 4), 1, 2, 64, 2, (1, 2)), "blocks of equal depth"),
         (TarFlowConfig((4, 4), 1, 2, 64, 1, 1, head_dim=32), "has head_dim 64"),
-        (TarFlowConfig((4, 4), 1, 2, 64, 1, 1, input_limit=8), "clips no inputs"),
-        (TarFlowConfig((4, 4), 1, 2, 64, 1, 1, triangular=True), "has diagonal affine maps"),
+        (TarFlowConfig((4, 4), 1, 2, 64, 1, 1, rotary=True), "has no rotary"),
+        (TarFlowConfig((4, 4), 1, 2, 64, 1, 1, input_limit=8), "has no input_limit; this model's is 8"),
+        (TarFlowConfig((4, 4), 1, 2, 64, 1, 1, triangular=True), "has no triangular"),
     ],
 )
 def test_what_the_reference_cannot_hold_is_not_written(tmp_path, config, message):

@@ -13,7 +13,7 @@ TINY = TarFlowConfig(
     image_size=(4, 6), image_channels=3, patch_size=2, width=16, num_blocks=3, layers_per_block=(1, 2, 1),
     num_classes=3, head_dim=8,
 )  # fmt: skip
-TRIANGULAR = dataclasses.replace(TINY, triangular=True)
+TRIANGULAR = dataclasses.replace(TINY, triangular=True, rotary=True)
 VP = dataclasses.replace(TINY, volume_preserving=True, num_classes=0, image_channels=1)
 
 

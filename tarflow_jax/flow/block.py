@@ -123,15 +123,19 @@ class FlowBlock(nn.Module):
         h = h + jax.lax.dynamic_slice_in_dim(positions, start, x.shape[1])[None]
         if self.config.num_classes:
             h = h + self._class_vectors(labels, x.shape[0])[:, None]
+        angles = None
+        if self.config.rotary:
+            table = permute(jnp.asarray(rotary_angles(self.config)), self.index, axis=0)
+            angles = jax.lax.dynamic_slice_in_dim(table, start, x.shape[1])
         if self.unrolled:
             layer_caches = caches or (None,) * len(self.layers)
             written = []
             for layer, cache in zip(self.layers, layer_caches, strict=True):
-                h, cache = layer(h, temperature, cache, start)
+                h, cache = layer(h, temperature, angles, cache, start)
                 written.append(cache)
             caches = tuple(written) if caches else None
         else:
-            h, _ = self.layers(h, temperature)
+            h, _ = self.layers(h, temperature, angles)
         h = h.astype(self.config.compute_dtype)
         out = self.project_out(h).astype(jnp.float32)
         log_scale, shift = (jnp.zeros_like(out), out) if self.config.volume_preserving else jnp.split(out, 2, axis=-1)
@@ -159,6 +163,15 @@ def _position_init(key: jax.Array, config: TarFlowConfig) -> jax.Array:
 
     halves = jnp.repeat(waves(rows), columns, axis=0), jnp.tile(waves(columns), (rows, 1))
     return _WAVE_AMPLITUDE * jnp.concatenate(halves, axis=1)
+
+
+def rotary_angles(config: TarFlowConfig) -> np.ndarray:
+    """Angles float32 [T, H / 2] by which a head's pairs turn: half of them by a patch's row, half by its column."""
+    rows, columns = (side // config.patch_size for side in config.image_size)
+    frequencies = _LONGEST_WAVE ** -np.linspace(0, 1, config.head_dim // 4, endpoint=False)
+    by_row = np.outer(np.repeat(np.arange(rows), columns), frequencies)
+    by_column = np.outer(np.tile(np.arange(columns), rows), frequencies)
+    return np.concatenate([by_row, by_column], axis=1).astype(np.float32)
 
 
 def _scanned_layers(config: TarFlowConfig, depth: int) -> nn.Module:

@@ -34,6 +34,8 @@ class TarFlowConfig:
       remat: what the backward pass recomputes in a layer: "none", "dots" (all but matrix products), "full".
       position_init: how a new model's position embeddings begin: "normal", as the reference's, or "grid", sines and
         cosines of a patch's row and column, from which attention learns in fewer steps to look at the row above.
+      rotary: queries and keys are turned, half of a head's pairs by the patch's row and half by its column (`turn`), so
+        that attention begins with a sense of distance.
       input_limit: c of clip(x, -c, c), by which tokens enter the transformer; 0 for none. An outlier of one block then
         makes no larger ones in the blocks behind it, which training by small batches does not survive.
       triangular: the affine map of a token has a triangular matrix, not a diagonal one: how its numbers depend on
@@ -56,6 +58,7 @@ class TarFlowConfig:
     remat: str = "none"
     attention: str = "auto"
     position_init: str = "normal"
+    rotary: bool = False
     input_limit: int = 0
     triangular: bool = False
 
@@ -103,6 +106,8 @@ class TarFlowConfig:
                 raise UserError(f"{name} is {value!r}; expected one of {', '.join(valid)}")
         if self.position_init == "grid" and self.width % 4:
             raise UserError(f"width {self.width} is not a multiple of 4, as position_init 'grid' needs")
+        if self.rotary and self.head_dim % 4:
+            raise UserError(f"head_dim {self.head_dim} is not a multiple of 4, as rotary needs")
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -167,7 +172,7 @@ class TarFlowConfig:
 
 
 _STRINGS = ("dtype", "remat", "attention", "position_init")
-_BOOLS = ("volume_preserving", "triangular")
+_BOOLS = ("volume_preserving", "rotary", "triangular")
 _LISTS = ("image_size", "layers_per_block")
 
 

@@ -67,6 +67,16 @@ def _gelu_and_derivative(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (x32 * cdf).astype(x.dtype), (cdf + x32 * pdf).astype(x.dtype)
 
 
+def turn(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Turns the pairs (x_i, x_{i + H/2}) of x [B, N, S, H] by angles [S, H / 2] (rotary embeddings, arXiv 2104.09864).
+
+    The product of a query and a key then depends on where they are by the difference of their angles alone.
+    """
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    sin, cos = jnp.sin(angles)[None, None], jnp.cos(angles)[None, None]
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
+
+
 class TransformerLayer(nn.Module):
     """x += Attention(LayerNorm(x)); x += MLP(LayerNorm(x)). The residual stream is float32."""
 
@@ -77,12 +87,14 @@ class TransformerLayer(nn.Module):
         self,
         x: jax.Array,
         temperature: jax.Array | None = None,
+        angles: jax.Array | None = None,
         cache: KVCache | None = None,
         start: jax.Array | int = 0,
     ) -> tuple[jax.Array, KVCache | None]:
         """Runs S tokens [B, S, C] that begin at position `start`, behind those in `cache`.
 
-        Without a cache the tokens are the whole sequence. `temperature` is [B] or None (see `attend`).
+        Without a cache the tokens are the whole sequence. `temperature` is [B] or None (see `attend`). By `angles`
+        [S, H / 2], or None, queries and keys turn (see `turn`).
         """
         config, dtype = self.config, self.config.compute_dtype
         heads = (config.num_heads, config.head_dim)
@@ -94,6 +106,8 @@ class TransformerLayer(nn.Module):
         query, key, value = (
             x.squeeze(2).swapaxes(1, 2) for x in jax.lax.split(qkv, (1, 1, 1), axis=2)
         )  # each [B, N, S, H]
+        if angles is not None:
+            query, key = turn(query, angles), turn(key, angles)
         if cache is not None:
             cache = cache.write(key, value, start)
             key, value = cache

@@ -187,9 +187,8 @@ def _check_representable(config: TarFlowConfig) -> None:
         raise UserError(f"the PyTorch reference has only square images; this model's are {height}x{width}")
     if len(set(config.depths)) != 1:
         raise UserError(f"the PyTorch reference has blocks of equal depth; this model's are {config.depths}")
-    if config.triangular:
-        raise UserError("the PyTorch reference has diagonal affine maps; this model's are triangular")
-    if config.input_limit:
-        raise UserError(f"the PyTorch reference clips no inputs; this model's input_limit is {config.input_limit}")
+    for name in ("rotary", "input_limit", "triangular"):
+        if value := getattr(config, name):
+            raise UserError(f"the PyTorch reference has no {name}; this model's is {value}")
     if config.head_dim != HEAD_DIM:
         raise UserError(f"the PyTorch reference has head_dim {HEAD_DIM}; this model's is {config.head_dim}")

@@ -47,6 +47,7 @@ _FREE_FIELDS = (
 )
 # What configs of earlier releases mean that lack these fields.
 _NEW_FIELDS = {
+    "model.rotary": False,
     "model.input_limit": 0,
     "model.triangular": False,
     "optimizer.name": "adamw",
