@@ -28,20 +28,31 @@ def get_config(variant: str = "") -> ConfigDict:
             "num_blocks": 4,
             "layers_per_block": 2,
             "num_classes": 10,
+            "position_init": "grid",
+            "rotary": True,
+            "input_limit": 10,
+            "triangular": True,
             "remat": "full",  # on a CPU computing again is faster than keeping (docs/performance.md)
         }
     )
     config.data.source = "fashion_mnist"
     config.noise.std = 0.1
-    config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 200})
+    config.optimizer.update(
+        {
+            "name": "muon",
+            "muon_learning_rate": 5e-3,
+            "learning_rate": 3e-3,
+            "warmup_steps": 500,
+            "clip_norm": 1.0,
+        }
+    )
     config.train.update(
         {
-            "num_steps": 2000,
-            "batch_size": 128,
-            "accumulation": 4,  # on a CPU few images at a time stay in its caches (docs/performance.md)
+            "num_steps": 8600,
+            "batch_size": 16,  # many steps of few images: docs/optimizers.md
             "drop_label": 0.1,
-            "checkpoint_every": 500,
-            "sample_every": 1000,
+            "checkpoint_every": 2500,
+            "sample_every": 5000,
         }
     )
     config.sample.guidance.weight = 1.0

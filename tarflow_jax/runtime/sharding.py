@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from tarflow_jax.errors import UserError
 from tarflow_jax.runtime.parameters import rows_of
 
-REPLICATED = ("step", "count", "ns_coeffs")  # of the state and of its optimizer, beside what is a parameter's
+REPLICATED = ("step", "count")  # of the state and of its optimizer, beside what is a parameter's
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:

@@ -7,12 +7,9 @@ import jax
 import optax
 
 from tarflow_jax.errors import UserError
-from tarflow_jax.runtime import leaf_name
-from tarflow_jax.runtime.parameters import rows_of
+from tarflow_jax.training.muon import is_hidden_matrix, muon
 
 NAMES = ("adamw", "muon")
-MUON_BETA = 0.95
-MUON_RMS = 0.2  # of an update's numbers: as large as AdamW's, so that rates and weight decay carry over (2502.16982)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +24,7 @@ class Optimizer:
       clip_norm: largest norm of the whole gradient; 0 for no clipping.
       ema_decay: of the exponential moving average of the parameters; 0 for none.
       name: "adamw", or "muon": the momentum of each hidden matrix, orthogonalised by five Newton-Schulz steps (Jordan
-        et al. 2024), and AdamW with Nesterov momentum (optax's) for all else.
+        et al. 2024), and AdamW for all else.
       muon_learning_rate: the peak for the hidden matrices.
 
     Raises:
@@ -75,34 +72,13 @@ class Optimizer:
 
     def transformation(self) -> optax.GradientTransformation:
         """The update rule."""
+        update = optax.adamw(self.schedule(), b1=self.beta1, b2=self.beta2, weight_decay=self.weight_decay)
         if self.name == "muon":
-            update = optax.contrib.muon(
-                self.schedule(self.muon_learning_rate),
-                beta=MUON_BETA,
-                weight_decay=self.weight_decay,
-                adam_b1=self.beta1,
-                adam_b2=self.beta2,
-                adam_weight_decay=self.weight_decay,
-                adam_learning_rate=self.schedule(),
-                muon_weight_dimension_numbers=_hidden_matrices,
-                consistent_rms=MUON_RMS,
-            )
-        else:
-            update = optax.adamw(self.schedule(), b1=self.beta1, b2=self.beta2, weight_decay=self.weight_decay)
+            hidden = muon(self.schedule(self.muon_learning_rate), self.weight_decay)
+            update = optax.partition({"muon": hidden, "adamw": update}, _by_optimizer)
         return optax.chain(optax.clip_by_global_norm(self.clip_norm), update) if self.clip_norm else update
 
 
-def _hidden_matrices(params: Any) -> Any:
-    """Which axes of a kernel are its matrix's rows and columns; None for what AdamW updates.
-
-    Left to itself Muon takes every array of two axes, which here are stacked biases and norms, embeddings, and the
-    projections to and from pixels.
-    """
-
-    def matrix(path: tuple[Any, ...], _: Any) -> optax.contrib.MuonDimensionNumbers | None:
-        (row,) = rows_of(leaf_name(path))
-        if not (row.stacked and row.input_axes):
-            return None
-        return optax.contrib.MuonDimensionNumbers(row.input_axes, row.output_axes)
-
-    return jax.tree_util.tree_map_with_path(matrix, params)
+def _by_optimizer(params: Any) -> Any:
+    """Of every parameter the optimizer, "muon" or "adamw"."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if is_hidden_matrix(path) else "adamw", params)
