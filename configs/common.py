@@ -22,7 +22,9 @@ def get_config() -> ConfigDict:
             "remat": "none",  # what the backward pass recomputes; or dots, full
             "attention": "auto",  # kernel for whole sequences; or plain, cudnn, splash
             "rotary": False,  # position embeddings in attention, by row and column
-            "input_limit": 0,  # of the tokens that blocks read, for small batches; 0: none
+            "input_limit": 0.0,  # of what blocks read, for small batches; 0: none
+            "image_limit": 0.0,  # of what the first block reads: the images' range and some noise; 0: none
+            "noise_conditional": False,  # one flow for all noise levels
             "triangular": False,  # affine maps with triangular matrices instead of diagonal ones
             "position_init": "normal",  # of the position embeddings; or grid, which learns sooner
         }
@@ -39,7 +41,16 @@ def get_config() -> ConfigDict:
             "cache_bytes": 0,  # keep decoded images in memory up to this size
         }
     )
-    config.noise = ConfigDict({"kind": "gaussian", "std": 0.05})
+    config.noise = ConfigDict(
+        {
+            "kind": "gaussian",  # or uniform, levels
+            "std": 0.05,
+            "std_min": 0.0,  # of levels
+            "std_max": 0.0,
+            "draw": "uniform",  # of a level, in σ; or variance, lognormal
+            "weight": "std",  # of an image in the loss, its σ; or one
+        }
+    )
     config.optimizer = ConfigDict(
         {
             "name": "adamw",  # or muon, for the hidden matrices alone
@@ -71,7 +82,14 @@ def get_config() -> ConfigDict:
     )
     config.sample = ConfigDict(
         {
-            "guidance": {"weight": 0.0, "target": "both", "schedule": "linear", "attention_temperature": 1.0},
+            "guidance": {
+                "weight": 0.0,
+                "target": "both",  # or log_scale, shift
+                "schedule": "linear",  # or constant
+                "attention_temperature": 1.0,
+                "rule": "log_scale",  # or scale, product
+                "blocks": "all",  # or how many, from the noise
+            },
             "denoise_multiplier": 1.0,
         }
     )

@@ -23,19 +23,33 @@ def get_config(variant: str = "") -> ConfigDict:
             "num_blocks": 4,
             "layers_per_block": 2,
             "num_classes": 10,
+            "position_init": "grid",
+            "rotary": True,
+            "input_limit": 10.0,
+            "image_limit": 1.5,
+            "triangular": True,
             "remat": "full",  # on a CPU computing again is faster than keeping (docs/performance.md)
         }
     )
     config.data.source = "digits"
     config.noise.std = 0.1
-    config.optimizer.update({"learning_rate": 1e-3, "warmup_steps": 100})
+    config.optimizer.update(
+        {
+            "name": "muon",
+            "muon_learning_rate": 3e-3,
+            "learning_rate": 3e-3,
+            "warmup_steps": 70,
+            "weight_decay": 0.1,  # 1,500 images, each seen 15 times
+            "clip_norm": 1.0,
+        }
+    )
     config.train.update(
         {
-            "num_steps": 1000,
-            "batch_size": 128,
+            "num_steps": 700,
+            "batch_size": 32,
             "drop_label": 0.1,
-            "checkpoint_every": 500,
-            "sample_every": 500,
+            "checkpoint_every": 350,
+            "sample_every": 350,
         }
     )
     config.sample.guidance.weight = 1.0

@@ -30,7 +30,8 @@ def get_config(variant: str = "") -> ConfigDict:
             "num_classes": 10,
             "position_init": "grid",
             "rotary": True,
-            "input_limit": 10,
+            "input_limit": 10.0,
+            "image_limit": 1.5,
             "triangular": True,
             "remat": "full",  # on a CPU computing again is faster than keeping (docs/performance.md)
         }
@@ -56,4 +57,7 @@ def get_config(variant: str = "") -> ConfigDict:
         }
     )
     config.sample.guidance.weight = 1.0
-    return common.with_variant(config, variant)
+    config = common.with_variant(config, variant)
+    if variant == "likelihood":
+        config.model.image_limit = 1.0
+    return config

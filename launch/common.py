@@ -209,13 +209,14 @@ def showcase(
     """
     latents = pipe.latents(jax.random.key(0), num_images)
     labels = example_labels(pipe.config.num_classes, num_images)
-    raw, trajectory = pipe.decode(latents, labels, return_trajectory=True)
+    level = pipe.drawn_level
+    raw, trajectory = pipe.decode(latents, labels, return_trajectory=True, noise_std=level)
     sheets = {"samples_raw": class_rows(to_uint8(raw), labels, names)}
-    guided = pipe.decode(latents, labels, guidance)
+    guided = pipe.decode(latents, labels, guidance, noise_std=level)
     if pipe.noise_std is not None:
-        denoised = pipe.denoise(raw, labels, multiplier=denoise_multiplier)
+        denoised = pipe.denoise_drawn(raw, labels, denoise_multiplier)
         sheets["samples_denoised"] = class_rows(to_uint8(denoised), labels, names)
-        guided = pipe.denoise(guided, labels, multiplier=denoise_multiplier)
+        guided = pipe.denoise_drawn(guided, labels, denoise_multiplier)
     sheets["samples_guided"] = class_rows(to_uint8(guided), labels, names)
     steps = np.asarray(trajectory[:, :8])  # [F + 1, 8, H, W, K]: a column an image, down from its latents
     sheets["trajectory"] = grid(to_uint8(steps.reshape(-1, *steps.shape[2:])), columns=steps.shape[1])

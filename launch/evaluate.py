@@ -8,6 +8,7 @@ to DIR/evaluation/.
 """
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -43,6 +44,7 @@ from tarflow_jax.training import Recipe
 
 ALL_METRICS = ("bits_per_dim", *distances.METRICS, "classification", "outliers")
 CHUNK_SIZE = 500
+TUNING_LEVELS, TUNING_IMAGES = 8, 500  # to find the best level for classification
 NUM_FEATURES = {"inception": 2048, "classifier": 128}
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Measure the model of this training run's folder.")
@@ -71,6 +73,9 @@ GUIDANCE = flags.DEFINE_list("guidance", ["0"], "Guide with these weights, each 
 TARGET = flags.DEFINE_enum("guidance_target", "both", TARGETS, "Guide these affine parameters.")
 SCHEDULE = flags.DEFINE_enum(
     "guidance_schedule", "linear", SCHEDULES, "Let the weight grow along the tokens, or be the same for all."
+)
+NOISE_STD = flags.DEFINE_float(
+    "noise_std", None, "Ask a model of many noise levels at this σ; at the lowest, or the best one, if not given."
 )
 TEMPERATURE = common.define_number(
     "attention_temperature", 1.0, "Divide the attention logits of the unguided pass by τ."
@@ -139,7 +144,7 @@ def open_subject() -> Subject:
     protocol = {
         "model": str(name),
         "fingerprint": fingerprint(pipe.variables),
-        "training_noise": "unknown" if pipe.noise is None else f"{pipe.noise.kind} {pipe.noise.std:g}",
+        "training_noise": "unknown" if pipe.noise is None else str(pipe.noise),
         "data_set": data,
         "preprocessing": preprocessing,
         "compute": pipe.config.dtype,
@@ -159,10 +164,13 @@ def measure_likelihood(subject: Subject) -> dict[str, Any]:
         bits = BitsPerDim.of(image_bits_per_dim(runner, pipe.config, variables, images, key, num_draws=DRAWS.value))
         found = {"bits/dim": bits.mean, "standard error": bits.standard_error, "images": bits.num_images}
         return found | {"dequantisation draws": DRAWS.value, "precision": "float32, full matmul"}
-    log_probs = split_log_prob(runner, pipe.config, variables, source, pipe.noise, key)
+    level = NOISE_STD.value or (pipe.noise.std_min if pipe.config.noise_conditional else None)
+    levels = None if level is None else np.array([level], np.float32)
+    log_probs = split_log_prob(runner, pipe.config, variables, source, pipe.noise, key, levels)
     nats = -log_probs.astype(np.float64) / pipe.config.num_dims
     error = float(nats.std(ddof=1) / np.sqrt(len(nats)))
-    return {"nats/dim of noisy data": float(nats.mean()), "standard error": error, "images": len(nats)}
+    found = {"nats/dim of noisy data": float(nats.mean()), "standard error": error, "images": len(nats)}
+    return found if level is None else found | {"noise level": level}
 
 
 def check_metrics(subject: Subject, metrics: Sequence[str]) -> None:
@@ -173,6 +181,8 @@ def check_metrics(subject: Subject, metrics: Sequence[str]) -> None:
             "bits/dim is defined for models trained with uniform noise, this one's was gaussian; "
             "train with noise.kind=uniform, or pass --allow_noisy for nats/dim of noisy data"
         )
+    if NOISE_STD.value is not None and not pipe.config.noise_conditional:
+        raise UserError("--noise_std is for models of many noise levels; this one is of a single level")
     if "classification" in metrics and not pipe.config.num_classes:
         raise UserError("classification needs a class-conditional model, this one has no classes")
     if "outliers" in metrics and OUTLIERS.value is None:
@@ -188,23 +198,42 @@ def check_metrics(subject: Subject, metrics: Sequence[str]) -> None:
     subject.source(SPLIT.value)
 
 
-def noisy_images(subject: Subject, images: np.ndarray, key: jax.Array) -> jax.Array:
-    """Images [N, H, W, K] as the model has seen them in training, float32."""
+def noisy_images(subject: Subject, images: np.ndarray, key: jax.Array, level: float | None) -> jax.Array:
+    """Images [N, H, W, K] as the model has seen them in training, of many levels at `level`; float32."""
     noise = subject.pipe.noise
-    return to_float(jnp.asarray(images)) if noise is None else noise(key, jnp.asarray(images))
+    if noise is None:
+        return to_float(jnp.asarray(images))
+    return noise(key, jnp.asarray(images), None if level is None else jnp.full(len(images), level))
+
+
+def class_log_probs(subject: Subject, images: np.ndarray, level: float | None) -> np.ndarray:
+    """log p(x | y) in nats of 8-bit images, with noise, under every label: float64 [N, num_classes]."""
+    pipe, key = subject.pipe, jax.random.key(SEED.value)
+    log_prob = functools.partial(pipe.log_prob, noise_std=level)
+    noisy = noisy_images(subject, images, key, level)
+    return classification.class_log_probs(log_prob, noisy, pipe.config.num_classes)
+
+
+def best_level(subject: Subject) -> float:
+    """The noise level at which Bayes' rule reads most of some training images right."""
+    source = subject.source("train")
+    images, labels = source.read(np.arange(min(len(source), TUNING_IMAGES)))
+    levels = [float(level) for level in subject.pipe.noise.quantiles(TUNING_LEVELS)]
+    right = [(class_log_probs(subject, images, level).argmax(1) == labels).sum() for level in levels]
+    return levels[int(np.argmax(right))]
 
 
 def measure_classification(subject: Subject) -> dict[str, Any]:
     """Bayes' rule over the split."""
-    classes = subject.pipe.config.num_classes
     source = subject.source(SPLIT.value)
     if not source.num_classes:
         raise UserError(f"{source.name} has no labels; classification needs them")
     images, labels = source.read(np.arange(len(source)))
-    noisy = noisy_images(subject, images, jax.random.key(SEED.value))
-    return classification.bayes_classification(
-        classification.class_log_probs(subject.pipe.log_prob, noisy, classes), labels
-    )
+    level = NOISE_STD.value
+    if level is None and subject.pipe.config.noise_conditional:
+        level = best_level(subject)
+    found = classification.bayes_classification(class_log_probs(subject, images, level), labels)
+    return found if level is None else found | {"noise_level": level}
 
 
 def measure_outliers(subject: Subject) -> dict[str, Any]:
@@ -213,10 +242,12 @@ def measure_outliers(subject: Subject) -> dict[str, Any]:
         subject.source(SPLIT.value),
         open_source(OUTLIERS.value, SPLIT.value, data_dir=subject.data_dir),
     )
-    log_probs = []
+    noise, log_probs = subject.pipe.noise, []
+    level = NOISE_STD.value or (noise.std_min if subject.pipe.config.noise_conditional and noise else None)
     for source, key in zip((inside, outside), jax.random.split(jax.random.key(SEED.value)), strict=True):
         images = classification.fit_images(source.read(np.arange(len(source)))[0], subject.pipe.config.image_shape)
-        log_probs.append(np.asarray(subject.pipe.log_prob(noisy_images(subject, images, key))))
+        noisy = noisy_images(subject, images, key, level)
+        log_probs.append(np.asarray(subject.pipe.log_prob(noisy, noise_std=level)))
     return classification.outlier_scores(*log_probs, subject.pipe.config.num_dims)
 
 

@@ -17,6 +17,7 @@ from tarflow_jax.evaluation.sample_files import write_samples
 from tarflow_jax.figures import grid, save_gif, save_png, to_uint8
 from tarflow_jax.pipeline import FAR_OUTSIDE
 from tarflow_jax.runtime import make_mesh
+from tarflow_jax.sampling import IterativeDenoising
 from tarflow_jax.sampling.guidance import SCHEDULES, TARGETS, Guidance
 from tarflow_jax.training.recipe import label_names
 
@@ -41,6 +42,9 @@ DENOISE = flags.DEFINE_bool(
     "denoise", None, "Denoise the samples; if not given, where the training noise was Gaussian."
 )
 MULTIPLIER = common.define_number("denoise_multiplier", 1.0, "Multiply the score by s in denoising.")
+STEPS = flags.DEFINE_integer(
+    "denoise_steps", None, "Denoise in this many steps, with a model of many noise levels.", lower_bound=1
+)
 DECODER = flags.DEFINE_enum(
     "decoder", "sequential", list(common.DECODERS), "Invert blocks this way; auto takes what tune_decoder found."
 )
@@ -65,12 +69,18 @@ def main(argv: Sequence[str]) -> int:
 
     latents = pipe.latents(jax.random.key(SEED.value), count)
     images, trajectory = pipe.decode(
-        latents, labels, guidance, return_trajectory=True, decoder=common.DECODERS[DECODER.value]
+        latents,
+        labels,
+        guidance,
+        return_trajectory=True,
+        decoder=common.DECODERS[DECODER.value],
+        noise_std=pipe.drawn_level,
     )
     denoise = pipe.noise_std is not None if DENOISE.value is None else DENOISE.value
     frames = list(np.asarray(trajectory))
     if denoise:
-        images = pipe.denoise(images, labels, multiplier=MULTIPLIER.value)
+        method = IterativeDenoising(STEPS.value) if STEPS.value else None
+        images = pipe.denoise_drawn(images, labels, MULTIPLIER.value, method)
         frames.append(np.asarray(images))
     if jax.process_index():
         return 0

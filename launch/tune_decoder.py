@@ -15,7 +15,7 @@ from absl import flags
 from etils import epath
 
 from launch import common
-from tarflow_jax.arguments import check_guidance
+from tarflow_jax.arguments import check_guidance, check_levels
 from tarflow_jax.errors import UserError
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.pipeline import TarFlowPipeline
@@ -62,12 +62,13 @@ def tune_for(pipe: TarFlowPipeline, count: int, guidance: Guidance | None) -> Tu
     latents = pipe.latents(jax.random.key(SEED.value), count)
     labels = common.example_labels(pipe.config.num_classes, count)
     return tune(
-        lambda decoders: pipe.decode(latents, labels, guidance, decoder=decoders),
+        lambda decoders: pipe.decode(latents, labels, guidance, decoder=decoders, noise_std=pipe.drawn_level),
         pipe.config,
         pipe.variables,
         latents,
         None if labels is None else jax.numpy.asarray(labels),
         guidance,
+        check_levels(pipe.config, pipe.drawn_level, count),
         tolerance=TOLERANCE.value,
         max_error=MAX_ERROR.value,
     )

@@ -3,6 +3,6 @@
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.noise import Noise
 from tarflow_jax.pipeline import TarFlowPipeline
-from tarflow_jax.sampling import Guidance
+from tarflow_jax.sampling import Guidance, IterativeDenoising
 
-__all__ = ["Guidance", "Noise", "TarFlow", "TarFlowConfig", "TarFlowPipeline"]
+__all__ = ["Guidance", "IterativeDenoising", "Noise", "TarFlow", "TarFlowConfig", "TarFlowPipeline"]

@@ -56,6 +56,28 @@ def check_labels(config: TarFlowConfig, labels: Any, batch_size: int) -> jax.Arr
     return jnp.asarray(array, jnp.int32) if classes else None
 
 
+def check_levels(config: TarFlowConfig, noise_std: Any, batch_size: int) -> jax.Array | None:
+    """Noise levels σ as float32 [B], None for a flow that is not conditional on them; ValueError for what does not fit.
+
+    Args:
+      noise_std: a number, or [B]; None where it is not given.
+    """
+    if not config.noise_conditional:
+        if noise_std is not None:
+            raise UserError(f"noise_std is {noise_std}, but this model is of one noise level; leave it out")
+        return None
+    if noise_std is None:
+        raise UserError(
+            "this model is of many noise levels; say at which, noise_std=σ (a number, or one for each image)"
+        )
+    levels = jnp.asarray(noise_std, jnp.float32)
+    if levels.shape not in ((), (batch_size,)):
+        raise UserError(f"noise_std has shape {levels.shape}; expected a number or ({batch_size},)")
+    if not is_traced(levels) and not bool(((levels > 0) & (levels < math.inf)).all()):
+        raise UserError(f"noise_std is {noise_std}; expected positive numbers")
+    return jnp.broadcast_to(levels, (batch_size,))
+
+
 def check_decoder(
     config: TarFlowConfig, schedule: Schedule | None, decoder: DecoderChoice, guidance: Guidance | None, batch_size: int
 ) -> tuple[Decoder, ...] | None:

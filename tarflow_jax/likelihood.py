@@ -8,28 +8,40 @@ import jax.numpy as jnp
 import numpy as np
 
 from tarflow_jax.flow import TarFlow
+from tarflow_jax.noise import Levels
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
 LOG_2PI = 1.8378770664093453
 LEVELS_PER_UNIT = 128  # half the 256 levels, because images span 2 units
 
 
-def log_prob(flow: TarFlow, variables: dict[str, Any], images: jax.Array, labels: jax.Array | None = None) -> jax.Array:
+def log_prob(
+    flow: TarFlow,
+    variables: dict[str, Any],
+    images: jax.Array,
+    labels: jax.Array | None = None,
+    noise_std: jax.Array | None = None,
+) -> jax.Array:
     """log p(x) = Σ log N(latents; 0, 1) + log_det (equation 3 of the paper).
 
     Args:
       images: float32 [B, H, W, K]; labels: int32 [B], -1 for no class, or None.
+      noise_std: σ [B] of a flow that is conditional on it.
 
     Returns:
       float32 [B], nats.
     """
-    latents, log_det = flow.apply(variables, images, labels)
+    latents, log_det = flow.apply(variables, images, labels, noise_std)
     energy = 0.5 * (jnp.square(latents) + LOG_2PI).sum((1, 2, 3))
     return log_det - energy
 
 
 def training_loss(
-    flow: TarFlow, variables: dict[str, Any], images: jax.Array, labels: jax.Array | None = None
+    flow: TarFlow,
+    variables: dict[str, Any],
+    images: jax.Array,
+    labels: jax.Array | None = None,
+    levels: Levels | None = None,
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
     """Mean over batch and dimensions of ½ z² - log_det / (T D): -log p in nats per dimension, less ½ log 2π.
 
@@ -37,12 +49,15 @@ def training_loss(
 
     Args:
       images: noisy float32 [B, H, W, K]; labels: int32 [B], -1 for no class, or None.
+      levels: of a flow that is conditional on them; each image then counts by its weight.
 
     Returns:
-      (loss, (metrics, z)): metrics are scalars and `block_norms` [F], the root mean square of each block's output;
+      (loss, (metrics, z)): metrics are scalars and `block_norms` [F], the root mean square of each block's output, with
+      levels also `quarter_losses` and `quarter_shares` [4];
       z [B, T, D] is what the VP prior learns from.
     """
-    (_, log_det), sown = flow.apply(variables, images, labels, mutable=["intermediates"])
+    noise_std = None if levels is None else levels.std
+    (_, log_det), sown = flow.apply(variables, images, labels, noise_std, mutable=["intermediates"])
     outputs = sown["intermediates"]["block_outputs"]
     half_square = 0.5 * jnp.square(outputs[-1]).mean()
     log_det_per_dim = log_det.mean() / flow.config.num_dims
@@ -55,6 +70,12 @@ def training_loss(
         "log_det_per_dim": log_det_per_dim,
         "block_norms": jnp.stack([jnp.sqrt(jnp.square(x).mean()) for x in outputs]),
     }
+    if levels is not None:
+        of_image = 0.5 * jnp.square(outputs[-1]).mean((1, 2)) - log_det / flow.config.num_dims
+        metrics["loss"] = loss = (levels.weight * of_image).mean()
+        # Means over all images; their quotient is the loss of a quarter of the levels.
+        metrics["quarter_losses"] = (levels.quarter * of_image[:, None]).mean(0)
+        metrics["quarter_shares"] = levels.quarter.mean(0)
     return loss, (metrics, outputs[-1])
 
 

@@ -21,6 +21,7 @@ from tarflow_jax.arguments import (
     check_guidance,
     check_images,
     check_labels,
+    check_levels,
     check_number,
     is_traced,
 )
@@ -30,7 +31,8 @@ from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.noise import Noise, to_float
 from tarflow_jax.runtime import BatchRunner
 from tarflow_jax.runtime.batches import DEFAULT_MEMORY_BOUND
-from tarflow_jax.sampling import Guidance, Schedule, Sequential
+from tarflow_jax.sampling import Guidance, IterativeDenoising, Schedule, Sequential
+from tarflow_jax.sampling.iterative import DEFAULT_DENOISING
 from tarflow_jax.sampling.memory import backward_bytes, decode_bytes, forward_bytes
 from tarflow_jax.training.workdir import read_workdir
 
@@ -95,7 +97,7 @@ class TarFlowPipeline:
     def __repr__(self) -> str:
         config, devices = self.config, {str(device) for device in jax.tree.leaves(self.variables)[0].devices()}
         shape = f"{'x'.join(map(str, config.image_shape))}, {config.patch_size}-{config.width}-{config.depths}"
-        noise = "unknown" if self.noise is None else f"{self.noise.kind} {self.noise.std:g}".removesuffix(" 0")
+        noise = "unknown" if self.noise is None else str(self.noise)
         number = sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
         return (
             f"TarFlowPipeline({shape}, {config.num_classes or 'no'} classes, noise {noise}, {number:,} parameters on "
@@ -116,8 +118,18 @@ class TarFlowPipeline:
 
     @property
     def noise_std(self) -> float | None:
-        """σ of the Gaussian training noise; None for a model trained otherwise."""
-        return self.noise.std if self.noise and self.noise.kind == "gaussian" else None
+        """σ of the Gaussian noise in what is drawn; None for a model trained otherwise.
+
+        That of the training, or the highest of its levels.
+        """
+        if self.noise is None or self.noise.kind == "uniform":
+            return None
+        return self.noise.std_max if self.noise.kind == "levels" else self.noise.std
+
+    @property
+    def drawn_level(self) -> float | None:
+        """`noise_std` for a flow that is conditional on it, as `decode` takes it; None for one of a single level."""
+        return self.noise_std if self.config.noise_conditional else None
 
     @functools.cached_property
     def schedule(self) -> Schedule | None:
@@ -200,21 +212,25 @@ class TarFlowPipeline:
             if dtype == "float32" and self.schedule:
                 self.schedule.write(Path(folder))
 
-    def encode(self, images: Any, labels: Any = None) -> tuple[jax.Array, jax.Array]:
+    def encode(self, images: Any, labels: Any = None, noise_std: Any = None) -> tuple[jax.Array, jax.Array]:
         """Images -> latents.
 
         Args:
           images: float [B, H, W, K] in [-1, 1].
           labels: int [B], -1 for no class; None for no class anywhere.
+          noise_std: σ of the images, a number or [B], for flows of many noise levels, and for them alone.
 
         Returns:
           (latents, log_det): float32 [B, H, W, K], standard normal under the model, and float32 [B], nats.
 
         Raises:
-          ValueError: a shape, dtype or label that does not fit the model.
+          ValueError: a shape, dtype, label or noise level that does not fit the model.
         """
-        program = functools.partial(programs.encode, self.config)
-        return self._run(program, images, labels, bytes_per_image=forward_bytes(self.config))
+        program, levels = (
+            functools.partial(programs.encode, self.config),
+            check_levels(self.config, noise_std, len(images)),
+        )
+        return self._run(program, images, labels, levels, bytes_per_image=forward_bytes(self.config))
 
     def decode(
         self,
@@ -224,6 +240,7 @@ class TarFlowPipeline:
         return_trajectory: bool = False,
         decoder: DecoderChoice = None,
         return_statistics: bool = False,
+        noise_std: Any = None,
     ) -> Any:
         """Latents -> images, the exact inverse of `encode` when there is no guidance.
 
@@ -235,6 +252,7 @@ class TarFlowPipeline:
           decoder: `Sequential()` (None; exact), `Jacobi()`, `GaussSeidelJacobi(…)`, a sequence of them by block
             number, or "auto": what launch.tune_decoder found, `Sequential()` where it did not look.
           return_statistics: also return each block's updates and last change.
+          noise_std: as of `encode`; samples are drawn at the highest level, `drawn_level`.
 
         Returns:
           float32 images [B, H, W, K]; if more is asked for, a tuple with the trajectory [F + 1, B, H, W, K] and
@@ -253,6 +271,7 @@ class TarFlowPipeline:
             program,
             latents,
             labels,
+            check_levels(self.config, noise_std, len(latents)),
             guidance,
             bytes_per_image=decode_bytes(self.config, guided=guidance is not None, parallel=decoders is not None),
             # For one image XLA's CPU code copies the caches at every token; for two it does not.
@@ -265,39 +284,55 @@ class TarFlowPipeline:
             results.append((decoded.iterations.T, decoded.residual.T))
         return tuple(results) if results[1:] else decoded.images
 
-    def log_prob(self, images: Any, labels: Any = None) -> jax.Array:
+    def log_prob(self, images: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
         """log p(x | label), float32 [B], nats; arguments and errors as of `encode`."""
         images = check_images(self.config, images)
         if not is_traced(images) and jnp.abs(images).max() > FAR_OUTSIDE:
             _warn_of_range()
         program = functools.partial(programs.log_prob, programs.exact(self.config))
-        return self._run(program, images, labels, bytes_per_image=forward_bytes(self.config))
+        levels = check_levels(self.config, noise_std, len(images))
+        return self._run(program, images, labels, levels, bytes_per_image=forward_bytes(self.config))
 
-    def bits_per_dim(self, key: jax.Array, images_uint8: Any, labels: Any = None) -> jax.Array:
+    def bits_per_dim(self, key: jax.Array, images_uint8: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
         """Bits per dimension of 8-bit images [B, H, W, K] under uniform dequantisation, float32 [B].
 
-        An upper bound in expectation over the noise that `key` draws. Raises ValueError as `encode` does.
+        An upper bound in expectation over the noise that `key` draws. A flow of many levels is asked at `noise_std`, a
+        number. Raises ValueError as `encode` does.
         """
         images = np.asarray(images_uint8)
         if images.dtype != np.uint8:
             raise UserError(f"images are {images.dtype}; expected uint8 in 0..255")
         check_images(self.config, to_float(images))
         labels = check_labels(self.config, labels, len(images))
-        bits = image_bits_per_dim(self._runner, self.config, self.variables, (images, labels), key)
+        level = check_levels(self.config, noise_std, 1)
+        levels = None if level is None else np.asarray(level)
+        bits = image_bits_per_dim(self._runner, self.config, self.variables, (images, labels), key, levels=levels)
         return jnp.asarray(bits, jnp.float32)
 
     def denoise(
-        self, images: Any, labels: Any = None, noise_std: float | None = None, multiplier: float = 1.0
+        self,
+        images: Any,
+        labels: Any = None,
+        noise_std: Any = None,
+        multiplier: float = 1.0,
+        method: IterativeDenoising | None = None,
+        key: jax.Array | None = None,
     ) -> jax.Array:
-        """Tweedie's formula, x + s σ² ∇ log p(x | label): float32 [B, H, W, K].
+        """Tweedie's formula, x + s σ² ∇ log p(x | label), or steps of it: float32 [B, H, W, K].
 
         Args:
           images: float [B, H, W, K]. labels: int [B], -1 for no class, or None.
-          noise_std: σ; None is the one the model was trained with. multiplier: s; 1 is the theory.
+          noise_std: σ; None is the one the model was trained with. A flow of many levels must be told (a number, or for
+            a single step one for each image).
+          multiplier: s of a single step; 1 is the theory.
+          method: the steps, for a flow of many noise levels; None is a single one.
+          key: of the noise that a method of kind "sde" draws.
 
         Raises:
-          ValueError: the model was not trained with Gaussian noise, or as `encode`.
+          ValueError: the model was not trained with Gaussian noise, a method without levels, or as `encode`.
         """
+        if method is not None:
+            return self._iterate(images, labels, noise_std, method, key)
         std = self.noise_std if noise_std is None else noise_std
         if std is None or (self.noise is not None and self.noise_std is None):
             kind = self.noise.kind if self.noise else "unknown"
@@ -305,12 +340,44 @@ class TarFlowPipeline:
                 f"denoising needs a model trained with gaussian noise, this one's was {kind}; "
                 + ("pass noise_std if you know it" if self.noise is None else "sample without denoising")
             )
+        if self.config.noise_conditional:
+            levels = check_levels(self.config, noise_std, len(images))
+        else:
+            levels = jnp.full(len(images), check_number("noise_std", std, least=0))
         return self._run(
             functools.partial(programs.denoise, self._denoiser),
             images,
             labels,
-            check_number("noise_std", std, least=0),
+            levels,
             check_number("multiplier", multiplier),
+            bytes_per_image=backward_bytes(self._denoiser),
+        )
+
+    def _iterate(
+        self, images: Any, labels: Any, noise_std: Any, method: IterativeDenoising, key: jax.Array | None
+    ) -> jax.Array:
+        """`denoise` by steps."""
+        if not self.config.noise_conditional:
+            raise UserError("iterative denoising needs a model of many noise levels; this one is of a single level")
+        std_min = method.std_min or (self.noise and self.noise.std_min)
+        if not std_min:
+            raise UserError("the lowest noise level of this model is not known; give IterativeDenoising a std_min")
+        if method.kind == "sde" and key is None:
+            raise UserError("a method of kind 'sde' draws noise; give denoise a key")
+        keys = None
+        if method.kind == "sde" and key is not None:
+            keys = jax.random.key_data(jax.random.split(key, len(images)))
+        if noise_std is None or jnp.ndim(noise_std):
+            raise UserError(f"noise_std is {noise_std}; expected one number, the level that the steps begin at")
+        program = dataclasses.replace(method, num_steps=1, std_min=None)  # the numbers are traced
+        return self._run(
+            functools.partial(programs.iterate, self._denoiser, method=program),
+            images,
+            labels,
+            keys,
+            check_number("noise_std", noise_std, least=1e-6),
+            jnp.int32(method.num_steps),
+            check_number("std_min", std_min),
             bytes_per_image=backward_bytes(self._denoiser),
         )
 
@@ -320,7 +387,7 @@ class TarFlowPipeline:
         num_images: int,
         labels: Any = None,
         guidance: Guidance | None = None,
-        denoise: bool | None = None,
+        denoise: bool | IterativeDenoising | None = None,
         denoise_multiplier: float = 1.0,
         decoder: DecoderChoice = None,
     ) -> jax.Array:
@@ -331,7 +398,8 @@ class TarFlowPipeline:
           num_images: B.
           labels: int [B], -1 for no class; None for no class anywhere.
           guidance: see `Guidance`.
-          denoise: apply `denoise` to what was drawn; None does so for models trained with Gaussian noise.
+          denoise: apply `denoise` to what was drawn; None does so for models trained with Gaussian noise. Flows of many
+            levels do so by `IterativeDenoising`, which may be given in place of True.
           denoise_multiplier: see `denoise`.
           decoder: see `decode`.
 
@@ -345,8 +413,25 @@ class TarFlowPipeline:
             denoise = self.noise_std is not None
         if denoise and self.noise_std is None:
             self.denoise(jnp.zeros((1, *self.config.image_shape)))  # says why not
-        images = self.decode(self.latents(key, num_images), labels, guidance, decoder=decoder)
-        return self.denoise(images, labels, multiplier=denoise_multiplier) if denoise else images
+        latents = self.latents(key, num_images)
+        images = self.decode(latents, labels, guidance, decoder=decoder, noise_std=self.drawn_level)
+        if not denoise:
+            return images
+        method = denoise if isinstance(denoise, IterativeDenoising) else None
+        return self.denoise_drawn(images, labels, denoise_multiplier, method, jax.random.fold_in(key, 1))
+
+    def denoise_drawn(
+        self,
+        images: jax.Array,
+        labels: Any = None,
+        multiplier: float = 1.0,
+        method: IterativeDenoising | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """`denoise` for what `decode` drew: by one step; of many levels by `method`, None for the default."""
+        if method is None and self.config.noise_conditional:
+            method = DEFAULT_DENOISING
+        return self.denoise(images, labels, self.drawn_level, multiplier, method, key)
 
     def latents(self, key: jax.Array, num_images: int) -> jax.Array:
         """Standard normal latents [num_images, H, W, K], as `sample` draws them."""
@@ -354,11 +439,17 @@ class TarFlowPipeline:
             raise UserError(f"num_images is {num_images}; expected a positive number")
         return jax.random.normal(key, (num_images, *self.config.image_shape), jnp.float32)
 
-    def _run(self, program: functools.partial, images: Any, labels: Any, *args: Any, **options: Any) -> Any:
-        """One of `programs` on images and labels that are checked first; options as of `BatchRunner.run`."""
+    def _run(
+        self, program: functools.partial, images: Any, labels: Any, of_image: Any, *args: Any, **options: Any
+    ) -> Any:
+        """One of `programs` on images and labels that are checked first; options as of `BatchRunner.run`.
+
+        `of_image` is what else each image has of its own, an array [B, …] or None.
+        """
         images, labels = check_images(self.config, images), check_labels(self.config, labels, len(images))
-        if is_traced((images, labels, args)):
-            return program(self.variables, images, labels, *args)
+        if is_traced((images, labels, of_image, args)):
+            return program(self.variables, images, labels, of_image, *args)
         name = program.func.__name__.strip("_")
-        results = self._runner.run(program, self.variables, (images, labels), *args, progress=name, **options)
+        rows = (images, labels, of_image)
+        results = self._runner.run(program, self.variables, rows, *args, progress=name, **options)
         return jax.tree.map(jnp.asarray, results)

@@ -30,12 +30,24 @@ def _compiled(function: Callable[..., Any], *static: str) -> Any:
     return jax.jit(at_full_precision, static_argnames=("config", *static))
 
 
-def _encode(config: TarFlowConfig, variables: Any, images: jax.Array, labels: jax.Array | None) -> Any:
-    return TarFlow(config).apply(variables, images, labels)
+def _encode(
+    config: TarFlowConfig,
+    variables: Any,
+    images: jax.Array,
+    labels: jax.Array | None,
+    noise_std: jax.Array | None = None,
+) -> Any:
+    return TarFlow(config).apply(variables, images, labels, noise_std)
 
 
-def _log_prob(config: TarFlowConfig, variables: Any, images: jax.Array, labels: jax.Array | None) -> jax.Array:
-    return likelihood.log_prob(TarFlow(config), variables, images, labels)
+def _log_prob(
+    config: TarFlowConfig,
+    variables: Any,
+    images: jax.Array,
+    labels: jax.Array | None,
+    noise_std: jax.Array | None = None,
+) -> jax.Array:
+    return likelihood.log_prob(TarFlow(config), variables, images, labels, noise_std)
 
 
 def _noisy_log_prob(
@@ -45,12 +57,19 @@ def _noisy_log_prob(
     images: jax.Array,
     labels: jax.Array | None,
     index: jax.Array,
+    noise_std: jax.Array | None,
     key: jax.Array,
 ) -> jax.Array:
-    """log p of 8-bit images [B, H, W, K] with noise; image number i of a data set gets that of fold_in(key, i)."""
+    """log p of 8-bit images [B, H, W, K] with noise; image number i of a data set gets that of fold_in(key, i).
+
+    `noise_std` [B] is the level of a noise with levels, and what a flow that is conditional on it is told.
+    """
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-    noisy = jax.vmap(noise)(keys, images)
-    return _log_prob(config, variables, noisy, labels if config.num_classes else None)
+    levels = noise_std if noise.kind == "levels" else None
+    noisy = jax.vmap(lambda key, image, std: noise(key, image[None], None if std is None else std[None])[0])(
+        keys, images, levels
+    )
+    return _log_prob(config, variables, noisy, labels if config.num_classes else None, noise_std)
 
 
 def _denoise(
@@ -64,8 +83,39 @@ def _denoise(
     return sampling.denoise(TarFlow(config), variables, images, labels, noise_std, multiplier)
 
 
+def _iterate(
+    config: TarFlowConfig,
+    variables: Any,
+    images: jax.Array,
+    labels: jax.Array | None,
+    key_data: jax.Array | None,
+    noise_std: jax.Array,
+    num_steps: jax.Array,
+    std_min: jax.Array,
+    *,
+    method: sampling.IterativeDenoising,
+) -> jax.Array:
+    keys = None if key_data is None else jax.random.wrap_key_data(key_data)
+    return sampling.iterate(
+        TarFlow(config), variables, images, labels, noise_std, keys, num_steps, std_min, method=method
+    )
+
+
+def _decode(
+    config: TarFlowConfig,
+    variables: Any,
+    latents: jax.Array,
+    labels: jax.Array | None,
+    noise_std: jax.Array | None,
+    guidance: sampling.Guidance | None,
+    **options: Any,
+) -> sampling.Decoded:
+    return sampling.decode(config, variables, latents, labels, guidance, noise_std, **options)
+
+
 encode = _compiled(_encode)
 log_prob = _compiled(_log_prob)
 noisy_log_prob = _compiled(_noisy_log_prob, "noise")
 denoise = _compiled(_denoise)
-decode = _compiled(sampling.decode, "trajectory", "decoders")
+iterate = _compiled(_iterate, "method")
+decode = _compiled(_decode, "trajectory", "decoders")

@@ -72,14 +72,15 @@ def _load_golden(name: str) -> Golden:
 
     model = json.loads((DATA / f"{name}.json").read_text())["model"]
     path = DATA / f"{name}.pth"
-    config, variables = load_torch(path, model["img_size"], model["in_channels"], model["patch_size"])
+    patch_size = model.get("patch_size") or model["patch_sizes"][0]
+    config, variables = load_torch(path, model["img_size"], model["in_channels"], patch_size)
     with np.load(DATA / f"{name}.npz") as arrays:
         return Golden(path, config, variables, dict(arrays))
 
 
 @pytest.fixture(scope="session")
 def load_golden():
-    """A function: "cond", "vp" or "training" -> Golden, the same object every time."""
+    """A function: "cond" and so on, see tests/data/README.md -> Golden, the same object every time."""
     return _load_golden
 
 

@@ -13,7 +13,8 @@ from tarflow_jax.training.state import initial_state
 QUICK = ("digits:smoke", "fashion_mnist:likelihood", "imagenet64_cond")
 OTHERS = (
     "digits", "digits:likelihood", "fashion_mnist", "fashion_mnist:smoke", "imagenet64_likelihood",
-    "imagenet64_uncond", "imagenet128_cond", "afhq256_cond", "emoji64",
+    "imagenet64_uncond", "imagenet128_cond", "afhq256_cond", "emoji64", "imagenet64_levels", "imagenet128_levels",
+    "imagenet256_levels", "fashion_mnist_levels", "fashion_mnist_levels:smoke",
 )  # fmt: skip
 RECIPES = (*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS))
 PAPER_PARAMETERS = {"imagenet64_uncond": 463e6, "imagenet64_cond": 824e6, "afhq256_cond": 463e6}
@@ -24,6 +25,10 @@ def expected_parameters(model):
     width, token = model.width, model.token_dim
     layer = 2 * 2 * width + (12 * width**2 + 9 * width)  # two norms; qkv, out, and the MLP's two products
     ends = (token + 1) * width + (width + 1) * 2 * token
+    if model.triangular:
+        ends += (width + 1) * token * (token - 1) // 2
+    if model.noise_conditional:
+        ends += (width + 1) * 4 * width + (4 * width + 1) * width
     block = ends + (model.num_tokens + model.num_classes) * width
     return model.num_blocks * block + sum(model.depths) * layer
 

@@ -181,7 +181,7 @@ def test_unstacked_layers_with_a_cache_equal_the_scanned_block():
 
 
 def test_a_limit_of_the_inputs_changes_what_the_map_is_a_function_of_alone():
-    config, variables = dataclasses.replace(TINY, input_limit=2), random_variables(TINY)
+    config, variables = dataclasses.replace(TINY, image_limit=2.0, input_limit=3), random_variables(TINY)
     images = images_of(TINY)
     assert float(jnp.abs(images).max()) < 2
     far = images.at[:, 0, 0].multiply(1000.0)
@@ -191,6 +191,10 @@ def test_a_limit_of_the_inputs_changes_what_the_map_is_a_function_of_alone():
     chex.assert_trees_all_equal(of_far, block.affine(to_tokens(config, clipped), LABELS))
     unlimited = FlowBlock(TINY, 0).bind({"params": variables["params"]["block_0"]})
     chex.assert_trees_all_equal(affine, unlimited.affine(to_tokens(config, images), LABELS))
+    first, second = (FlowBlock(config, k).bind({"params": variables["params"][f"block_{k}"]}) for k in (0, 1))
+    tokens = to_tokens(config, far)
+    chex.assert_trees_all_equal(second.affine(tokens, LABELS), second.affine(jnp.clip(tokens, -3, 3), LABELS))
+    chex.assert_trees_all_equal(first.affine(tokens, LABELS), of_far)
     latents, _ = encode(config, variables, far, LABELS)
     decoded, *_ = decode(config, variables, latents, LABELS)
     np.testing.assert_allclose(decoded, far, rtol=1e-4, atol=1e-4)

@@ -1,5 +1,7 @@
 """The table of parameters is the network's: its names, its shapes, and a row each."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -12,18 +14,28 @@ from tarflow_jax.runtime.parameters import PARAMETERS, params_shapes, rows_of, v
 
 def made_shapes(config):
     """Shapes of the variables that the network makes, by name."""
-    images = jax.ShapeDtypeStruct((1, *config.image_shape), np.float32)
-    made = flatten(jax.eval_shape(TarFlow(config).init, jax.random.key(0), images))
+    images, noise_std = np.zeros((1, *config.image_shape), np.float32), np.ones(1, np.float32)
+    made = flatten(jax.eval_shape(lambda: TarFlow(config).init(jax.random.key(0), images, noise_std=noise_std)))
     return {name: leaf.shape for name, leaf in made.items() if not name.startswith("intermediates")}
 
 
 @pytest.mark.parametrize("depths", [2, (1, 3)], ids=str)
 @pytest.mark.parametrize("num_classes", [0, 5])
 @pytest.mark.parametrize("volume_preserving", [False, True], ids=["nvp", "vp"])
-@pytest.mark.parametrize("triangular", [False, True], ids=["diagonal", "triangular"])
-def test_table_has_the_names_and_shapes_that_the_network_makes(depths, num_classes, volume_preserving, triangular):
+@pytest.mark.parametrize("extended", [False, True], ids=["plain", "triangular-noise"])
+def test_table_has_the_names_and_shapes_that_the_network_makes(depths, num_classes, volume_preserving, extended):
     config = TarFlowConfig(
-        (4, 8), 3, 2, 128, 2, depths, num_classes, volume_preserving, head_dim=32, triangular=triangular
+        (4, 8),
+        3,
+        2,
+        128,
+        2,
+        depths,
+        num_classes,
+        volume_preserving,
+        head_dim=32,
+        triangular=extended,
+        noise_conditional=extended,
     )
     made = made_shapes(config)
     assert variables_shapes(config) == made
@@ -33,7 +45,8 @@ def test_table_has_the_names_and_shapes_that_the_network_makes(depths, num_class
 
 
 def test_every_variable_has_one_row_and_every_row_a_variable():
-    config = TarFlowConfig((4, 8), 3, 2, 128, 2, 1, num_classes=5, volume_preserving=True, head_dim=32, triangular=True)
+    config = TarFlowConfig((4, 8), 3, 2, 128, 2, 1, num_classes=5, volume_preserving=True, head_dim=32)
+    config = dataclasses.replace(config, triangular=True, noise_conditional=True)
     rows = [rows_of(name) for name in made_shapes(config)]
     assert {len(matches) for matches in rows} == {1}
     assert {row for matches in rows for row in matches} == set(PARAMETERS)

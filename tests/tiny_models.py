@@ -19,7 +19,7 @@ VP = dataclasses.replace(TINY, volume_preserving=True, num_classes=0, image_chan
 
 @functools.partial(jax.jit, static_argnums=0)
 def _initialised(config, seed):
-    variables = TarFlow(config).init(jax.random.key(seed), jnp.zeros((1, *config.image_shape)))
+    variables = TarFlow(config).init(jax.random.key(seed), jnp.zeros((1, *config.image_shape)), noise_std=jnp.ones(1))
     return {name: variables[name] for name in ("params", "prior") if name in variables}
 
 

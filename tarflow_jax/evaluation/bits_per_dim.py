@@ -34,15 +34,17 @@ def image_bits_per_dim(
     images: LazyRows | tuple[Any, Any],
     key: jax.Array,
     num_draws: int = 1,
+    levels: np.ndarray | None = None,
 ) -> np.ndarray:
     """Each image's, float64 [N]: an upper bound in expectation over the noise, computed in float32.
 
     Args:
       images: as of `noisy_log_prob`.
       key: draw k of the noise has the key fold_in(key, k), and of that each image its own, see `noisy_log_prob`.
+      levels: as of `noisy_log_prob`.
       num_draws: K of the importance-weighted bound log 1/K Σ p(x + u_k); 1 is the paper's protocol.
     """
     keys = [jax.random.fold_in(key, draw) for draw in range(num_draws)]
-    draws = [noisy_log_prob(runner, config, variables, images, Noise("uniform"), key) for key in keys]
+    draws = [noisy_log_prob(runner, config, variables, images, Noise("uniform"), key, levels) for key in keys]
     log_probs = np.logaddexp.reduce(np.asarray(draws, np.float64), axis=0) - np.log(num_draws)
     return bits_per_dim(log_probs, config.num_dims)

@@ -22,18 +22,22 @@ def noisy_log_prob(
     images: LazyRows | tuple[Any, Any],
     noise: Noise,
     key: jax.Array,
+    levels: np.ndarray | None = None,
 ) -> np.ndarray:
     """log p(x | label) of 8-bit images with noise, float32 [N], nats, computed in float32 at full precision.
 
     The one rule for the noise of evaluations: image i has that of fold_in(key, i), i its place among the images.
     So it does not depend on the devices, nor on how many images there are. `images` are uint8 [N, H, W, K] and labels
-    int32 [N] (or None), in memory or read when their turn comes.
+    int32 [N] (or None), in memory or read when their turn comes. A flow that is conditional on noise levels is asked at
+    the `levels` [n] in turn, image i at that of number i mod n, and images have noise of that level where `noise` has.
     """
+    level_of = lambda index: None if levels is None else levels[index % len(levels)]  # noqa: E731
     if isinstance(images, LazyRows):
         read = images.read
-        rows: Any = LazyRows(lambda index: (*read(index), index.astype(np.int32)), images.total)
+        rows: Any = LazyRows(lambda index: (*read(index), index.astype(np.int32), level_of(index)), images.total)
     else:
-        rows = (*images, np.arange(len(images[0]), dtype=np.int32))
+        index = np.arange(len(images[0]), dtype=np.int32)
+        rows = (*images, index, level_of(index))
     program = functools.partial(programs.noisy_log_prob, programs.exact(config), noise)
     return runner.run(program, variables, rows, key, bytes_per_image=forward_bytes(config), progress="log-likelihoods")
 
@@ -45,9 +49,10 @@ def split_log_prob(
     source: ImageSource,
     noise: Noise,
     key: jax.Array,
+    levels: np.ndarray | None = None,
 ) -> np.ndarray:
     """`noisy_log_prob` of every image of a split; on every process the whole array."""
-    return noisy_log_prob(runner, config, variables, LazyRows(source.read, len(source)), noise, key)
+    return noisy_log_prob(runner, config, variables, LazyRows(source.read, len(source)), noise, key, levels)
 
 
 def loss_of(log_probs: np.ndarray, num_dims: int) -> float:

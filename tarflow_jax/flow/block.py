@@ -8,14 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tarflow_jax.errors import UserError
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.flow.permutation import permute
 from tarflow_jax.flow.product import PRODUCT, dense_product
-from tarflow_jax.flow.transformer import KVCache, TransformerLayer, kernel_init
+from tarflow_jax.flow.transformer import MLP_EXPANSION, KVCache, TransformerLayer, gelu, kernel_init
 
 _embedding_init = nn.initializers.normal(0.01)
 _WAVE_AMPLITUDE = 0.5  # as large as the projected patches
 _LONGEST_WAVE = 100.0  # times 2 π, in patches
+_LONGEST_NOISE_WAVE = 1e4  # times 2 π, in units of log σ
 _REMAT = {
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -42,18 +44,22 @@ class Affine(NamedTuple):
         return u + jnp.einsum("BSE,ED->BSD", self.lower * factors, rows, precision="highest")
 
     def inverse(self, z: jax.Array) -> jax.Array:
-        if self.lower is not None:
-            size = z.shape[2]
-            matrix = jnp.zeros((*z.shape, size), z.dtype).at[..., *np.tril_indices(size, -1)].set(self.lower)
-            z = jax.lax.linalg.triangular_solve(
-                matrix, z[..., None], left_side=True, lower=True, unit_diagonal=True
-            ).squeeze(3)
-        return z * jnp.exp(self.log_scale) + self.shift
+        return solve_unit_lower(self.lower, z) * jnp.exp(self.log_scale) + self.shift
 
     @property
     def log_det(self) -> jax.Array:
         """log |det dz / dx|, [B] in nats."""
         return -self.log_scale.sum((1, 2))
+
+
+def solve_unit_lower(lower: jax.Array | None, z: jax.Array) -> jax.Array:
+    """u [B, S, D] of z = (I + L) u, L given as `Affine.lower`; z where that is None."""
+    if lower is None:
+        return z
+    size = z.shape[2]
+    matrix = jnp.zeros((*z.shape, size), z.dtype).at[..., *np.tril_indices(size, -1)].set(lower)
+    solved = jax.lax.linalg.triangular_solve(matrix, z[..., None], left_side=True, lower=True, unit_diagonal=True)
+    return solved.squeeze(3)
 
 
 class FlowBlock(nn.Module):
@@ -79,6 +85,9 @@ class FlowBlock(nn.Module):
         self.position_embedding = self.param("position_embedding", _position_init, config)
         if config.num_classes:
             self.class_embedding = self.param("class_embedding", _embedding_init, (config.num_classes, config.width))
+        if config.noise_conditional:
+            self.noise_in = dense(MLP_EXPANSION * config.width, kernel_init=kernel_init)
+            self.noise_out = dense(config.width, kernel_init=kernel_init)
         self.project_out = dense(outputs, kernel_init=nn.initializers.zeros)  # a new flow is the identity
         if config.triangular:
             self.project_lower = dense(config.triangle_size, kernel_init=nn.initializers.zeros)
@@ -86,15 +95,23 @@ class FlowBlock(nn.Module):
             [TransformerLayer(config) for _ in range(depth)] if self.unrolled else _scanned_layers(config, depth)
         )
 
-    def __call__(self, tokens: jax.Array, labels: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, tokens: jax.Array, labels: jax.Array | None = None, noise_std: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Forward: tokens [B, T, D] in image order -> (z [B, T, D] in image order, log_det [B] in nats)."""
         x = permute(tokens, self.index)
-        affine = self.affine(x, labels)
+        affine = self.affine(x, labels, noise_std=noise_std)
         return permute(affine.forward(x), self.index), affine.log_det
 
-    def affine(self, x: jax.Array, labels: jax.Array | None = None, temperature: jax.Array | None = None) -> Affine:
+    def affine(
+        self,
+        x: jax.Array,
+        labels: jax.Array | None = None,
+        temperature: jax.Array | None = None,
+        noise_std: jax.Array | None = None,
+    ) -> Affine:
         """Of tokens x [B, T, D] in block order; zero for the first."""
-        following, _ = self.following_affine(x, labels, temperature)
+        following, _ = self.following_affine(x, labels, temperature, noise_std)
         return jax.tree.map(lambda a: jnp.pad(a[:, :-1], ((0, 0), (1, 0), (0, 0))), following)
 
     def following_affine(
@@ -102,6 +119,7 @@ class FlowBlock(nn.Module):
         x: jax.Array,
         labels: jax.Array | None = None,
         temperature: jax.Array | None = None,
+        noise_std: jax.Array | None = None,
         caches: tuple[KVCache, ...] | None = None,
         start: jax.Array | int = 0,
     ) -> tuple[Affine, tuple[KVCache, ...] | None]:
@@ -111,18 +129,21 @@ class FlowBlock(nn.Module):
           x: tokens [B, S, D] in block order.
           labels: int32 [B], -1 for no class, or None for no class anywhere.
           temperature: [B], divides the attention logits, or None for 1.
+          noise_std: σ [B] of a flow that is conditional on it.
           caches: one a layer, holding the tokens before `start` (only when `unrolled`).
           start: position of the first token, in block order.
 
         Returns (affine, caches): of the tokens start + 1 .. start + S.
         """
-        if limit := self.config.input_limit:
+        if limit := self.config.input_limit if self.index else self.config.image_limit:
             x = jnp.clip(x, -limit, limit)
         h = self.project_in(x.astype(self.config.compute_dtype)).astype(jnp.float32)
         positions = permute(self.position_embedding, self.index, axis=0)
         h = h + jax.lax.dynamic_slice_in_dim(positions, start, x.shape[1])[None]
         if self.config.num_classes:
             h = h + self._class_vectors(labels, x.shape[0])[:, None]
+        if self.config.noise_conditional:
+            h = h + self._noise_vectors(noise_std)[:, None]
         angles = None
         if self.config.rotary:
             table = permute(jnp.asarray(rotary_angles(self.config)), self.index, axis=0)
@@ -141,6 +162,16 @@ class FlowBlock(nn.Module):
         log_scale, shift = (jnp.zeros_like(out), out) if self.config.volume_preserving else jnp.split(out, 2, axis=-1)
         lower = self.project_lower(h).astype(jnp.float32) if self.config.triangular else None
         return Affine(log_scale, shift, lower), caches
+
+    def _noise_vectors(self, noise_std: jax.Array | None) -> jax.Array:
+        """Embeddings [B, C] of noise levels σ [B]: sines and cosines of log σ through a perceptron of two layers."""
+        if noise_std is None:
+            raise UserError("this flow is conditional on the noise level; give it noise_std, σ of each image")
+        half = self.config.width // 2
+        frequencies = _LONGEST_NOISE_WAVE ** -(jnp.arange(half, dtype=jnp.float32) / half)
+        angles = jnp.log(noise_std)[:, None] * frequencies[None]
+        features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1).astype(self.config.compute_dtype)
+        return self.noise_out(gelu(self.noise_in(features))).astype(jnp.float32)
 
     def _class_vectors(self, labels: jax.Array | None, batch_size: int) -> jax.Array:
         """Class embeddings [B, C]; no class is the mean of them all."""

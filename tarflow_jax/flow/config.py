@@ -27,6 +27,8 @@ class TarFlowConfig:
       num_blocks: autoregressive flow blocks; their directions alternate.
       layers_per_block: transformer layers in a block, one int or one per block.
       num_classes: 0 for an unconditional model.
+      noise_conditional: the flow is told the noise level σ of its images and is their density at every level
+        ("Normalizing Flows with Iterative Denoising", arXiv 2604.20041).
       volume_preserving: VP flow (log_scale = 0, learned prior variance) instead of NVP.
       head_dim: dimension of an attention head; divides `width`.
       dtype: of the matrix products, "float32" or "bfloat16". Parameters, the residual stream,
@@ -36,8 +38,10 @@ class TarFlowConfig:
         cosines of a patch's row and column, from which attention learns in fewer steps to look at the row above.
       rotary: queries and keys are turned, half of a head's pairs by the patch's row and half by its column (`turn`), so
         that attention begins with a sense of distance.
-      input_limit: c of clip(x, -c, c), by which tokens enter the transformer; 0 for none. An outlier of one block then
+      input_limit: c of clip(x, -c, c), by which tokens enter a transformer; 0 for none. An outlier of one block then
         makes no larger ones in the blocks behind it, which training by small batches does not survive.
+      image_limit: that of the first block, which reads images. Samples overshoot the range that it was trained on (1
+        and a few standard deviations of the noise), and from there on what it makes of them grows without bound.
       triangular: the affine map of a token has a triangular matrix, not a diagonal one: how its numbers depend on
         each other is a function of the tokens before it too. For small patches: D (D - 1) / 2 more outputs a token.
       attention: the kernel for whole sequences: "auto" (the platform's best), "plain", "cudnn" or "splash".
@@ -59,8 +63,10 @@ class TarFlowConfig:
     attention: str = "auto"
     position_init: str = "normal"
     rotary: bool = False
-    input_limit: int = 0
+    input_limit: float = 0
+    image_limit: float = 0
     triangular: bool = False
+    noise_conditional: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.image_size, int):
@@ -83,13 +89,14 @@ class TarFlowConfig:
             "layers_per_block": min(self.depths, default=0),
             "head_dim": self.head_dim,
             "num_classes": self.num_classes + 1,
-            "input_limit": self.input_limit + 1,
         }
         for name, size in sizes.items():
             if size < 1:
-                none = {"num_classes": "0 (no classes) or ", "input_limit": "0 (none) or "}
-                expected = f"{none.get(name, '')}a positive number"
+                expected = "0 (no classes) or a positive number" if name == "num_classes" else "a positive number"
                 raise UserError(f"{name} is {getattr(self, name)}; expected {expected}")
+        for name in _NUMBERS:
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UserError(f"{name} is {getattr(self, name)}; expected 0 (none) or a positive number")
         height, width = self.image_size
         if height % self.patch_size or width % self.patch_size:
             raise UserError(
@@ -106,6 +113,8 @@ class TarFlowConfig:
                 raise UserError(f"{name} is {value!r}; expected one of {', '.join(valid)}")
         if self.position_init == "grid" and self.width % 4:
             raise UserError(f"width {self.width} is not a multiple of 4, as position_init 'grid' needs")
+        if self.noise_conditional and self.width % 2:
+            raise UserError(f"width {self.width} is odd; noise_conditional needs an even one")
         if self.rotary and self.head_dim % 4:
             raise UserError(f"head_dim {self.head_dim} is not a multiple of 4, as rotary needs")
 
@@ -172,7 +181,8 @@ class TarFlowConfig:
 
 
 _STRINGS = ("dtype", "remat", "attention", "position_init")
-_BOOLS = ("volume_preserving", "rotary", "triangular")
+_BOOLS = ("volume_preserving", "rotary", "triangular", "noise_conditional")
+_NUMBERS = ("input_limit", "image_limit")
 _LISTS = ("image_size", "layers_per_block")
 
 
@@ -182,6 +192,8 @@ def _check_type(name: str, value: Any) -> None:
 
     if name in _STRINGS:
         valid, expected = isinstance(value, str), "a string"
+    elif name in _NUMBERS:
+        valid, expected = is_int(value) or isinstance(value, float), "a number"
     elif name in _BOOLS:
         valid, expected = isinstance(value, bool), "true or false"
     elif name in _LISTS and isinstance(value, list | tuple):

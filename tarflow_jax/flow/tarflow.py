@@ -21,12 +21,15 @@ class TarFlow(nn.Module):
     config: TarFlowConfig
 
     @nn.compact
-    def __call__(self, images: jax.Array, labels: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+    def __call__(
+        self, images: jax.Array, labels: jax.Array | None = None, noise_std: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array]:
         """Encodes images.
 
         Args:
           images: float32 [B, H, W, K], in [-1, 1] plus noise.
           labels: int32 [B], -1 for no class; None for no class anywhere.
+          noise_std: σ of each image's noise, float32 [B], for a flow that is conditional on it.
 
         Returns (latents, log_det): float32 [B, H, W, K], standard normal under the model, and float32 [B] in nats, the
         log absolute determinant of the Jacobian d latents / d images.
@@ -35,7 +38,7 @@ class TarFlow(nn.Module):
         tokens = to_tokens(config, images.astype(jnp.float32))
         log_det = jnp.zeros(images.shape[0], jnp.float32)
         for k in range(config.num_blocks):
-            tokens, block_log_det = FlowBlock(config, k, name=f"block_{k}")(tokens, labels)
+            tokens, block_log_det = FlowBlock(config, k, name=f"block_{k}")(tokens, labels, noise_std)
             log_det = log_det + block_log_det
             self.sow("intermediates", "block_outputs", tokens)
         if config.volume_preserving:

@@ -43,6 +43,8 @@ def load_torch(
     """
     path = Path(path)
     state = _read_state_dict(path)
+    if any(".time_embed." in name for name in state):  # older files have the other release's name
+        state = {name.replace(".attn_blocks.", ".head_blocks."): tensor for name, tensor in state.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     config = _config_of(path, shapes, image_size, image_channels, patch_size)
     check_tensors(str(path), shapes, torch_shapes(config))
@@ -145,16 +147,20 @@ def _config_of(
     outputs = shape_of("proj_out.weight", 2)[0]
     if outputs not in (token_dim, 2 * token_dim):
         raise UserError(f"{path}: proj_out has {outputs} outputs; expected {token_dim} (VP) or {2 * token_dim} (NVP)")
+    noise_conditional = "blocks.0.time_embed.mlp.0.weight" in shapes
+    num_blocks, layers = _count(shapes, r"blocks\.(\d+)\."), "head_blocks" if noise_conditional else "attn_blocks"
+    depths = tuple(_count(shapes, rf"blocks\.{k}\.{layers}\.(\d+)\.") for k in range(num_blocks))
     config = TarFlowConfig(
         image_size=image_size,  # type: ignore[arg-type]  # an int becomes a pair
         image_channels=image_channels,
         patch_size=patch_size,
         width=width,
-        layers_per_block=_count(shapes, r"blocks\.0\.attn_blocks\.(\d+)\."),
-        num_blocks=_count(shapes, r"blocks\.(\d+)\."),
+        layers_per_block=depths[0] if len(set(depths)) == 1 else depths,
+        num_blocks=num_blocks,
         num_classes=shape_of("class_embed", 3)[0] if "blocks.0.class_embed" in shapes else 0,
         volume_preserving=outputs == token_dim,
         head_dim=HEAD_DIM,
+        noise_conditional=noise_conditional,
     )
     if config.num_tokens != num_tokens:
         raise UserError(
@@ -185,9 +191,9 @@ def _check_representable(config: TarFlowConfig) -> None:
     height, width = config.image_size
     if height != width:
         raise UserError(f"the PyTorch reference has only square images; this model's are {height}x{width}")
-    if len(set(config.depths)) != 1:
+    if len(set(config.depths)) != 1 and not config.noise_conditional:
         raise UserError(f"the PyTorch reference has blocks of equal depth; this model's are {config.depths}")
-    for name in ("rotary", "input_limit", "triangular"):
+    for name in ("rotary", "input_limit", "image_limit", "triangular"):
         if value := getattr(config, name):
             raise UserError(f"the PyTorch reference has no {name}; this model's is {value}")
     if config.head_dim != HEAD_DIM:

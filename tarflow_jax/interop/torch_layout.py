@@ -1,4 +1,4 @@
-"""The reference's tensors (apple/ml-tarflow, PyTorch) and ours: names, shapes, and how one becomes the other.
+"""The references' tensors (apple/ml-tarflow, apple/ml-itarflow) and ours: names, shapes, and how one becomes the other.
 
 A Linear's weight [out, in] is our kernel [in, out], with `out` or `in` split into axes. Its qkv outputs are
 ordered (q or k or v, head, head dimension), as ours are. It orders the numbers inside a token (channel, row,
@@ -21,7 +21,8 @@ def torch_names(config: TarFlowConfig, name: str) -> list[str]:
     k = int(re.findall(r"block_(\d+)/", name)[0])
     if not row.stacked:
         return [f"blocks.{k}.{row.torch}"]
-    return [f"blocks.{k}.attn_blocks.{layer}.{row.torch}" for layer in range(config.depths[k])]
+    layers = "head_blocks" if config.noise_conditional else "attn_blocks"
+    return [f"blocks.{k}.{layers}.{layer}.{row.torch}" for layer in range(config.depths[k])]
 
 
 def torch_shapes(config: TarFlowConfig) -> dict[str, Shape]:

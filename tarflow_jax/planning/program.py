@@ -53,14 +53,17 @@ def sample_program(recipe: Recipe, mesh: Mesh) -> Planned:
     latents, labels = _images(recipe, mesh, jnp.float32)
     guidance = check_guidance(config, Guidance(**recipe.config.sample.guidance))
     number = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated(mesh))
+    level = jax.ShapeDtypeStruct(latents.shape[:1], jnp.float32, sharding=batch_sharding(mesh))
+    levels = level if config.noise_conditional else None
 
-    def sample(variables: Any, latents: jax.Array, labels: jax.Array, guidance: Guidance | None) -> jax.Array:
-        return programs.decode(config, variables, latents, labels if config.num_classes else None, guidance).images
+    def sample(variables: Any, latents: jax.Array, labels: jax.Array, levels: Any, guidance: Any) -> jax.Array:
+        given = labels if config.num_classes else None
+        return programs.decode(config, variables, latents, given, levels, guidance).images
 
     program = Program(jax.jit(sample, out_shardings=batch_sharding(mesh)), mesh)
     parts = {"parameters": state.variables, "batch": (latents, labels)}
     flops = (2 if guidance else 1) * recipe.config.train.batch_size * forward_flops(config)
-    arguments = (state.variables, latents, labels, jax.tree.map(lambda _: number, guidance))
+    arguments = (state.variables, latents, labels, levels, jax.tree.map(lambda _: number, guidance))
     return Planned(program, arguments, parts, flops, 0)
 
 

@@ -5,6 +5,7 @@ from tarflow_jax.sampling.denoise import denoise
 from tarflow_jax.sampling.fixed_point import GaussSeidelJacobi, Jacobi
 from tarflow_jax.sampling.guidance import Guidance
 from tarflow_jax.sampling.inverse import Sequential
+from tarflow_jax.sampling.iterative import IterativeDenoising, iterate
 from tarflow_jax.sampling.schedule import Schedule
 
 __all__ = [
@@ -12,9 +13,11 @@ __all__ = [
     "Decoder",
     "GaussSeidelJacobi",
     "Guidance",
+    "IterativeDenoising",
     "Jacobi",
     "Schedule",
     "Sequential",
     "decode",
     "denoise",
+    "iterate",
 ]

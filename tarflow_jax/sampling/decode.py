@@ -28,6 +28,7 @@ def decode(
     latents: jax.Array,
     labels: jax.Array | None = None,
     guidance: Guidance | None = None,
+    noise_std: jax.Array | None = None,
     *,
     trajectory: bool = False,
     decoders: tuple[Decoder, ...] | None = None,
@@ -38,6 +39,7 @@ def decode(
       latents: float32 [B, H, W, K], standard normal for samples.
       labels: int32 [B], -1 for no class; None for no class anywhere.
       guidance: None for one pass a block; with guidance there are two, even where its weight is 0.
+      noise_std: σ of the images, float32 [B], of a flow that is conditional on it.
       trajectory: whether to return the images on the way.
       decoders: how each block is inverted, by block number; None is `Sequential` for all.
     """
@@ -46,7 +48,7 @@ def decode(
     if config.volume_preserving:
         tokens = tokens * jnp.sqrt(variables["prior"]["variance"])[None]
     for k in reversed(range(config.num_blocks)):
-        block = guided_block(config, variables["params"], k, labels, guidance)
+        block = guided_block(config, variables["params"], k, labels, guidance, noise_std)
         inverted = (decoders[k] if decoders else Sequential()).invert(block, permute(tokens, k))
         tokens = permute(inverted.x, k)
         images.append(to_images(config, tokens))
@@ -61,8 +63,15 @@ def decode(
 
 
 def guided_block(
-    config: TarFlowConfig, params: dict[str, Any], k: int, labels: jax.Array | None, guidance: Guidance | None
+    config: TarFlowConfig,
+    params: dict[str, Any],
+    k: int,
+    labels: jax.Array | None,
+    guidance: Guidance | None,
+    noise_std: jax.Array | None = None,
 ) -> GuidedBlock:
     """Block number k with its own parameters, ready to be inverted; arguments as of `decode`."""
     own = unstack_layers(params[f"block_{k}"], config.depths[k])
-    return GuidedBlock(FlowBlock(config, k, unrolled=True), own, labels, guidance)
+    if guidance is not None and not guidance.covers(k, config.num_blocks):
+        guidance = None
+    return GuidedBlock(FlowBlock(config, k, unrolled=True), own, labels, noise_std, guidance)

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from tarflow_jax.flow import TarFlow
 from tarflow_jax.likelihood import log_prob, unit_prior
@@ -20,12 +21,13 @@ def denoise(
 
     Args:
       images: noisy images y, float32 [B, H, W, K]; labels: int32 [B], -1 for no class, or None.
-      noise_std: σ, in [-1, 1] units. multiplier: s; 1 is the theory.
+      noise_std: σ, in [-1, 1] units, a scalar or [B]. multiplier: s; 1 is the theory.
 
     Returns float32 [B, H, W, K]. In VP mode log p is the density that the blocks were trained on (`unit_prior`), as in
     the reference.
     """
     variables = unit_prior(variables)
     # The examples are independent, so the gradient of the summed log-likelihood holds each one's own score.
-    score = jax.grad(lambda y: log_prob(flow, variables, y, labels).sum())(images)
-    return images + multiplier * noise_std**2 * score
+    levels = jnp.broadcast_to(jnp.asarray(noise_std, jnp.float32), images.shape[:1])
+    score = jax.grad(lambda y: log_prob(flow, variables, y, labels, levels).sum())(images)
+    return images + multiplier * jnp.square(levels)[:, None, None, None] * score

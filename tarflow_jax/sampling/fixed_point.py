@@ -147,8 +147,8 @@ def update(
 
     Returns the new x, and the caches with tokens start .. start + S - 1 written.
     """
-    affine, caches = block(jnp.concatenate([before, x[:, :-1]], axis=1), caches, start)
-    return affine.inverse(z), caches
+    inverse, caches = block(jnp.concatenate([before, x[:, :-1]], axis=1), caches, start)
+    return inverse(z), caches
 
 
 def _settle(

@@ -2,21 +2,22 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from tarflow_jax.errors import UserError
-from tarflow_jax.flow import Affine, FlowBlock, KVCache
+from tarflow_jax.flow import Affine, FlowBlock, KVCache, solve_unit_lower
 
 TARGETS = ("both", "log_scale", "shift")
 SCHEDULES = ("linear", "constant")
+RULES = ("log_scale", "scale", "product")
 
 
 @dataclasses.dataclass(frozen=True)
 class Guidance:
-    """a <- a + w_i (a - a°), for log_scale and shift a of every block and token.
+    """a <- a + w_i (a - a°), for log_scale and shift a of blocks and tokens.
 
     The unguided a° comes from the same model without a label, and with attention logits divided by
     `attention_temperature`; for an unconditional model the temperature alone makes the difference.
@@ -28,6 +29,9 @@ class Guidance:
       target: what is guided: "both", "log_scale" or "shift".
       schedule: "linear" grows w_i to w along the tokens, w_i = w (i + 1) / (T - 1); "constant" is w_i = w.
       attention_temperature: τ > 0; 1 leaves attention as it is.
+      rule: "log_scale", as above; "scale", which guides s = exp(log_scale) in its place; "product", the product
+        p(x | label)^(1 + w) / p(x)^w of the Gaussians, with s / s° clipped at 1 (arXiv 2506.06276), of both parameters.
+      blocks: "all", or how many are guided, counted from the noise.
 
     Raises ValueError: one line naming the field.
     """
@@ -36,6 +40,8 @@ class Guidance:
     target: str = "both"
     schedule: str = "linear"
     attention_temperature: float = 1.0
+    rule: str = "log_scale"
+    blocks: int | str = "all"
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.weight):
@@ -46,6 +52,18 @@ class Guidance:
             raise UserError(f"guidance schedule is {self.schedule!r}; expected one of {', '.join(SCHEDULES)}")
         if not 0 < self.attention_temperature < math.inf:
             raise UserError(f"attention temperature is {self.attention_temperature}; expected a positive number")
+        if self.rule not in RULES:
+            raise UserError(f"guidance rule is {self.rule!r}; expected one of {', '.join(RULES)}")
+        if self.rule == "product" and self.target != "both":
+            raise UserError(f"guidance target is {self.target!r}; rule 'product' guides both")
+        if isinstance(self.blocks, str) and self.blocks.isdecimal():  # a flag's
+            object.__setattr__(self, "blocks", int(self.blocks))
+        if self.blocks != "all" and not (isinstance(self.blocks, int) and self.blocks > 0):
+            raise UserError(f"guidance blocks is {self.blocks!r}; expected 'all' or a positive number")
+
+    def covers(self, k: int, num_blocks: int) -> bool:
+        """Whether block number k is guided."""
+        return self.blocks == "all" or k >= num_blocks - int(self.blocks)
 
     def weights(self, num_tokens: int) -> jax.Array:
         """w_i of the step that makes token i + 1, float32 [T]; the last has no use. The weight may be traced."""
@@ -54,15 +72,17 @@ class Guidance:
         return self.weight * jnp.arange(1, num_tokens + 1, dtype=jnp.float32) / max(num_tokens - 1, 1)
 
 
-def _flatten(guidance: Guidance) -> tuple[tuple[Any, ...], tuple[str, str]]:
-    return (guidance.weight, guidance.attention_temperature), (guidance.target, guidance.schedule)
+_TRACED, _STATIC = ("weight", "attention_temperature"), ("target", "schedule", "rule", "blocks")
 
 
-def _unflatten(static: tuple[str, str], leaves: tuple[Any, ...]) -> Guidance:
+def _flatten(guidance: Guidance) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    return tuple(getattr(guidance, name) for name in _TRACED), tuple(getattr(guidance, name) for name in _STATIC)
+
+
+def _unflatten(static: tuple[Any, ...], leaves: tuple[Any, ...]) -> Guidance:
     # Without the constructor, whose checks need numbers: the leaves may be traced, or no arrays at all.
     guidance = object.__new__(Guidance)
-    names = ("weight", "attention_temperature", "target", "schedule")
-    vars(guidance).update(zip(names, (*leaves, *static), strict=True))
+    vars(guidance).update(zip((*_TRACED, *_STATIC), (*leaves, *static), strict=True))
     return guidance
 
 
@@ -71,7 +91,7 @@ jax.tree_util.register_pytree_node(Guidance, _flatten, _unflatten)
 
 @dataclasses.dataclass(frozen=True)
 class GuidedBlock:
-    """A block's map from tokens to the affine map of the tokens that follow, guidance included.
+    """A block's map from tokens to the inverse of the affine map of the tokens that follow, guidance included.
 
     With guidance, whatever its weight, the guided and the unguided pass run as one batch of 2B.
     """
@@ -79,6 +99,7 @@ class GuidedBlock:
     block: FlowBlock  # unrolled
     params: dict  # its own (see `unstack_layers`)
     labels: jax.Array | None  # int32 [B]
+    noise_std: jax.Array | None  # float32 [B], of a flow that is conditional on it
     guidance: Guidance | None  # None for a single pass
 
     def caches(self, batch_size: int, length: int) -> tuple[KVCache, ...]:
@@ -89,26 +110,39 @@ class GuidedBlock:
 
     def __call__(
         self, x: jax.Array, caches: tuple[KVCache, ...] | None = None, start: jax.Array | int = 0
-    ) -> tuple[Affine, tuple[KVCache, ...] | None]:
-        """The affine map of tokens start + 1 .. start + S, from tokens x [B, S, D] at start .. start + S - 1."""
-        labels, temperature = self.labels, None
+    ) -> tuple["Inverse", tuple[KVCache, ...] | None]:
+        """The map to tokens start + 1 .. start + S, from tokens x [B, S, D] at start .. start + S - 1."""
+        labels, noise_std, temperature = self.labels, self.noise_std, None
         if self.guidance is not None:
             batch_size = x.shape[0]
             x = jnp.concatenate([x, x])  # [2B, S, D]
             if labels is not None:
                 labels = jnp.concatenate([labels, jnp.full_like(labels, -1)])
+            if noise_std is not None:
+                noise_std = jnp.concatenate([noise_std, noise_std])
             unguided = jnp.float32(self.guidance.attention_temperature)
             temperature = jnp.repeat(jnp.stack([jnp.ones_like(unguided), unguided]), batch_size)
         affine, caches = self.block.apply(
-            {"params": self.params}, x, labels, temperature, caches, start, method="following_affine"
+            {"params": self.params}, x, labels, temperature, noise_std, caches, start, method="following_affine"
         )
-        if self.guidance is not None:
-            affine = _guided(self.guidance, affine, start, self.block.config.num_tokens)
-        return affine, caches
+        if self.guidance is None:
+            return Inverse(jnp.exp(affine.log_scale), affine.shift, affine.lower), caches
+        return _guided(self.guidance, affine, start, self.block.config.num_tokens), caches
 
 
-def _guided(guidance: Guidance, passes: Affine, start: jax.Array | int, num_tokens: int) -> Affine:
-    """The guided map [B, S, D] of tokens start + 1 .. start + S, from those of both passes, [2B, S, D]."""
+class Inverse(NamedTuple):
+    """x = u scale + shift with z = (I + L) u, of tokens z; see `Affine`. Guidance may turn a scale's sign."""
+
+    scale: jax.Array  # float32 [B, S, D]
+    shift: jax.Array  # float32 [B, S, D]
+    lower: jax.Array | None  # float32 [B, S, D (D - 1) / 2]
+
+    def __call__(self, z: jax.Array) -> jax.Array:
+        return solve_unit_lower(self.lower, z) * self.scale + self.shift
+
+
+def _guided(guidance: Guidance, passes: Affine, start: jax.Array | int, num_tokens: int) -> Inverse:
+    """The guided map [B, S, D] to tokens start + 1 .. start + S, from those of both passes, [2B, S, D]."""
     weights = guidance.weights(num_tokens)
     weights = jax.lax.dynamic_slice_in_dim(weights, start, passes.shift.shape[1])[None, :, None]  # [1, S, 1]
 
@@ -118,4 +152,19 @@ def _guided(guidance: Guidance, passes: Affine, start: jax.Array | int, num_toke
 
     # With the scales, a triangular map's other numbers make up its matrix.
     lower = None if passes.lower is None else guide("log_scale", passes.lower)
-    return Affine(guide("log_scale", passes.log_scale), guide("shift", passes.shift), lower)
+    if guidance.rule == "log_scale":
+        return Inverse(jnp.exp(guide("log_scale", passes.log_scale)), guide("shift", passes.shift), lower)
+    if guidance.rule == "scale":
+        return Inverse(guide("log_scale", jnp.exp(passes.log_scale)), guide("shift", passes.shift), lower)
+    scale, shift = product(passes, weights)
+    return Inverse(scale, shift, lower)
+
+
+def product(passes: Affine, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scale and shift [B, S, D] of the rule of this name, from both passes, [2B, S, D]."""
+    log_scale, unguided_log_scale = jnp.split(passes.log_scale, 2)
+    shift, unguided_shift = jnp.split(passes.shift, 2)
+    ratio = jnp.exp(2 * jnp.minimum(log_scale - unguided_log_scale, 0))  # of the variances
+    precision = 1 + weights - weights * ratio  # relative to that with the label
+    shift = ((1 + weights) * shift - weights * ratio * unguided_shift) / precision
+    return jnp.exp(log_scale) * jax.lax.rsqrt(precision), shift

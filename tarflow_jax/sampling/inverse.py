@@ -38,8 +38,8 @@ class Sequential:
 
         def step(i: jax.Array, carry: tuple) -> tuple:
             x, caches = carry
-            affine, caches = block(jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1), caches, i)
-            x_next = affine.inverse(jax.lax.dynamic_slice_in_dim(z, i + 1, 1, axis=1))
+            inverse, caches = block(jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1), caches, i)
+            x_next = inverse(jax.lax.dynamic_slice_in_dim(z, i + 1, 1, axis=1))
             return jax.lax.dynamic_update_slice_in_dim(x, x_next, i + 1, axis=1), caches
 
         x, caches = z, block.caches(batch_size, 0)

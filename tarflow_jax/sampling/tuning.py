@@ -61,6 +61,7 @@ def tune(
     latents: jax.Array,
     labels: jax.Array | None = None,
     guidance: Guidance | None = None,
+    noise_std: jax.Array | None = None,
     *,
     tolerance: float,
     max_error: float,
@@ -69,7 +70,7 @@ def tune(
 
     Args:
       decode_with: decoders -> images of `latents`, as they will be drawn; it times and checks them together.
-      latents, labels, guidance: as of `decode`; the batch size is the one that is tuned for.
+      latents, labels, guidance, noise_std: as of `decode`; the batch size is the one that is tuned for.
       tolerance: of the candidates.
       max_error: of any pixel of the images, against `Sequential`, in [-1, 1] units. Blocks whose errors exceed it,
         alone or together, stay sequential.
@@ -79,7 +80,7 @@ def tune(
     if config.volume_preserving:
         tokens = tokens * jnp.sqrt(variables["prior"]["variance"])[None]
     for k in reversed(range(config.num_blocks)):
-        block = guided_block(config, variables["params"], k, labels, guidance)
+        block = guided_block(config, variables["params"], k, labels, guidance, noise_std)
         report, x = _tune_block(block, permute(tokens, k), tolerance, max_error)
         reports.append(report)
         tokens = permute(x, k)
@@ -167,10 +168,10 @@ def better_init(block: GuidedBlock, z: jax.Array, exact: jax.Array) -> str:
 
 def _crm(block: GuidedBlock, x: jax.Array) -> float:
     """|mean(exp(-log_scale) x)| |W_s| + |W_u|, W_s and W_u the halves of the output projection (Frobenius norms)."""
-    affine, _ = block(x[:, :-1])
+    inverse, _ = block(x[:, :-1])
     kernel = block.params["project_out"]["kernel"]
     if block.block.config.volume_preserving:
         return float(jnp.linalg.norm(kernel))
     scale_half, shift_half = jnp.split(kernel, 2, axis=1)
-    mean = jnp.abs((jnp.exp(-affine.log_scale) * x[:, 1:]).mean())
+    mean = jnp.abs((x[:, 1:] / inverse.scale).mean())
     return float(mean * jnp.linalg.norm(scale_half) + jnp.linalg.norm(shift_half))

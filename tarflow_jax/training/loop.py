@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
@@ -28,6 +29,7 @@ from tarflow_jax.training.step import Metrics, compiled_step
 logger = logging.getLogger(__name__)
 Preview = Callable[[int, dict[str, Any]], None]
 # Folded into a run's seed, so that no key of training is one that sampling or evaluation makes of the same seed.
+_TEST_LEVELS = 8  # noise levels that a test loss is the mean of
 _TRAINING = 0x747261696E % 2**31
 
 
@@ -175,12 +177,15 @@ class _Run:
 
     def log(self) -> None:
         """Writes the last step's metrics."""
-        metrics = self.settle()
+        metrics = dict(self.settle())
         images_per_second = self.clock.rate() * self.fields.batch_size
         self.bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {images_per_second:.0f} images/s")
         if self.metrics:
             learning_rate = self.recipe.train_config.optimizer.schedule()(self.step - 1)
             rates = {"learning_rate": learning_rate, "images_per_second": images_per_second}
+            if "quarter_losses" in metrics:  # a quarter without an image has none
+                with np.errstate(invalid="ignore"):
+                    rates["level_losses"] = metrics.pop("quarter_losses") / metrics.pop("quarter_shares")
             self.metrics.write(self.step, {**metrics, **rates})
 
     def preview(self, draw: Preview) -> None:
@@ -214,13 +219,22 @@ def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
 
 
 def evaluate_loss(recipe: Recipe, variables: dict[str, Any]) -> float:
-    """The training loss of the test split: its noise fixed, its labels kept; nats per dimension less ½ log 2π."""
+    """The training loss of the test split: its noise fixed, its labels kept; nats per dimension less ½ log 2π.
+
+    Noise levels come in turn, from image to image.
+    """
+    noise = recipe.noise
+    levels = noise.quantiles(_TEST_LEVELS) if noise.kind == "levels" else None
     log_probs = split_log_prob(
         BatchRunner(recipe.mesh()),
         recipe.model,
         unit_prior(variables),
         recipe.source("test"),
-        recipe.noise,
+        noise,
         jax.random.key(0),
+        levels,
     )
-    return loss_of(log_probs, recipe.model.num_dims)
+    if levels is None:
+        return loss_of(log_probs, recipe.model.num_dims)
+    of_level = [loss_of(log_probs[i::_TEST_LEVELS], recipe.model.num_dims) for i in range(_TEST_LEVELS)]
+    return float(np.mean(np.asarray(noise.weights(jnp.asarray(levels))) * of_level))

@@ -48,8 +48,14 @@ _FREE_FIELDS = (
 # What configs of earlier releases mean that lack these fields.
 _NEW_FIELDS = {
     "model.rotary": False,
-    "model.input_limit": 0,
+    "model.input_limit": 0.0,
+    "model.image_limit": 0.0,
     "model.triangular": False,
+    "model.noise_conditional": False,
+    "noise.std_min": 0.0,
+    "noise.std_max": 0.0,
+    "noise.draw": "uniform",
+    "noise.weight": "std",
     "optimizer.name": "adamw",
     "optimizer.muon_learning_rate": 0.0,
     "data.missing_labels": False,
@@ -93,7 +99,7 @@ class Recipe:
 
     @property
     def noise(self) -> Noise:
-        return Noise(self.config.noise.kind, float(self.config.noise.std))
+        return Noise.from_dict(self.config.noise.to_dict())
 
     @property
     def train_config(self) -> TrainConfig:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from tarflow_jax.errors import UserError
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.noise import Noise
 from tarflow_jax.runtime import shardings
@@ -24,6 +25,8 @@ class TrainConfig:
       model, noise, optimizer: of the recipe.
       drop_label: probability of training an image without its label.
       accumulation: microbatches of a step.
+
+    Raises ValueError: noise levels that the model is not told, or the other way round.
     """
 
     model: TarFlowConfig
@@ -31,6 +34,13 @@ class TrainConfig:
     optimizer: Optimizer
     drop_label: float = 0.0
     accumulation: int = 1
+
+    def __post_init__(self) -> None:
+        if self.model.noise_conditional != (self.noise.kind == "levels"):
+            raise UserError(
+                f"model.noise_conditional is {self.model.noise_conditional} with noise.kind {self.noise.kind!r}; "
+                "expected True with 'levels', False otherwise"
+            )
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -60,7 +70,7 @@ def initial_state(config: TrainConfig, key: jax.Array) -> TrainState:
     """The state before the first step."""
     # Parameters do not depend on the attention kernel, and splash cannot shard the one image over a mesh.
     flow = TarFlow(dataclasses.replace(config.model, attention="plain"))
-    variables = flow.init(key, jnp.zeros((1, *config.model.image_shape)))
+    variables = flow.init(key, jnp.zeros((1, *config.model.image_shape)), noise_std=jnp.ones(1))
     variables = {name: variables[name] for name in ("params", "prior") if name in variables}
     params = variables["params"]
     return TrainState(

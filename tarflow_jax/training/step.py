@@ -11,10 +11,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from tarflow_jax.flow import TarFlow, updated_prior
 from tarflow_jax.likelihood import training_loss
+from tarflow_jax.noise import Levels
 from tarflow_jax.runtime import Program
 from tarflow_jax.training.state import TrainConfig, TrainState, abstract_state
 
 Metrics = dict[str, jax.Array]
+Batch = tuple[jax.Array, jax.Array, Levels | None]  # noisy images, labels, noise levels
 
 
 @functools.cache
@@ -37,9 +39,11 @@ def train_step(
     """
     flow, optimizer = TarFlow(config.model), config.optimizer
     noise_key, drop_key = jax.random.split(jax.random.fold_in(key, state.step))
-    noisy = config.noise(noise_key, images)
+    levels = config.noise.levels(jax.random.fold_in(noise_key, 1), len(images))
+    noisy = config.noise(noise_key, images, None if levels is None else levels.std)
     labels = jnp.where(jax.random.bernoulli(drop_key, config.drop_label, labels.shape), -1, labels)
-    gradients, metrics, z = accumulated_gradients(flow, state.variables, noisy, labels, config.accumulation)
+    batch = (noisy, labels, levels)
+    gradients, metrics, z = accumulated_gradients(flow, state.variables, batch, config.accumulation)
 
     params = state.variables["params"]
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
@@ -56,7 +60,7 @@ def train_step(
 
 
 def accumulated_gradients(
-    flow: TarFlow, variables: dict[str, Any], images: jax.Array, labels: jax.Array, count: int
+    flow: TarFlow, variables: dict[str, Any], batch: Batch, count: int
 ) -> tuple[Any, Metrics, jax.Array]:
     """Mean gradients and metrics of `count` microbatches, and the last blocks' outputs z [B, T, D].
 
@@ -65,46 +69,45 @@ def accumulated_gradients(
     fails on a sum of one axis within a program that it partitions along the others.
     """
 
-    def loss(params: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
-        return training_loss(flow, {**variables, "params": params}, images, labels)
+    def loss(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
+        return training_loss(flow, {**variables, "params": params}, *batch)
 
     gradient = jax.grad(loss, has_aux=True)
     if count == 1:
-        gradients, (metrics, z) = gradient(variables["params"], images, labels)
+        gradients, (metrics, z) = gradient(variables["params"], batch)
         return gradients, metrics, z
 
     means = functools.partial(_means, gradient, count)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.shape["data"] < mesh.size:
-        return means(variables["params"], images, labels)
+        return means(variables["params"], batch)
 
-    def of_own_rows(params: Any, images: jax.Array, labels: jax.Array) -> tuple[Any, Metrics, jax.Array]:
-        gradients, metrics, z = means(params, images, labels)
+    def of_own_rows(params: Any, batch: Batch) -> tuple[Any, Metrics, jax.Array]:
+        gradients, metrics, z = means(params, batch)
         return *jax.lax.pmean((gradients, metrics), mesh.axis_names), z
 
     rows, everywhere = PartitionSpec("data"), PartitionSpec()
     run = jax.shard_map(
-        of_own_rows, in_specs=(everywhere, rows, rows), out_specs=(everywhere, everywhere, rows), check_vma=False
+        of_own_rows, in_specs=(everywhere, rows), out_specs=(everywhere, everywhere, rows), check_vma=False
     )
-    return run(variables["params"], images, labels)
+    return run(variables["params"], batch)
 
 
-def _means(
-    gradient: Callable[..., Any], count: int, params: Any, images: jax.Array, labels: jax.Array
-) -> tuple[Any, Metrics, jax.Array]:
+def _means(gradient: Callable[..., Any], count: int, params: Any, batch: Batch) -> tuple[Any, Metrics, jax.Array]:
     """`gradient`'s values over `count` microbatches, one after another: what `accumulated_gradients` returns."""
 
     def split(x: jax.Array) -> jax.Array:
         # Strided, so that each device keeps its own rows in every microbatch.
         return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
 
-    def accumulate(total: Any, microbatch: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
-        gradients, (metrics, z) = gradient(params, *microbatch)
+    def accumulate(total: Any, microbatch: Batch) -> tuple[Any, jax.Array]:
+        gradients, (metrics, z) = gradient(params, microbatch)
         return jax.tree.map(jnp.add, total, (gradients, metrics)), z
 
-    shapes = jax.eval_shape(gradient, params, split(images)[0], split(labels)[0])
+    microbatches = jax.tree.map(split, batch)
+    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], microbatches))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[0], shapes[1][0]))
-    total, z = jax.lax.scan(accumulate, zeros, (split(images), split(labels)))
+    total, z = jax.lax.scan(accumulate, zeros, microbatches)
     gradients, metrics = jax.tree.map(lambda leaf: leaf / count, total)
     # Norms are means of microbatches' norms; z's order does not matter to its only use, a mean over rows.
     return gradients, metrics, z.reshape(-1, *z.shape[2:])

@@ -1,0 +1,18 @@
+"""Fashion-MNIST, 28x28, class-conditional, at all noise levels (arXiv 2604.20041).
+
+python -m launch.train --config=configs/fashion_mnist_levels.py --workdir=runs/fashion_mnist_levels
+
+Unmeasured; network, optimizer and steps are those of configs/fashion_mnist.py.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, fashion_mnist
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The recipe; the variant is "smoke" (seconds)."""
+    config = fashion_mnist.get_config()
+    config.model.update({"noise_conditional": True, "image_limit": 0.0})
+    config.noise.update({"kind": "levels", "std": 0.0, "std_min": 0.01, "std_max": 0.5})
+    return common.with_variant(config, variant)

@@ -1,0 +1,293 @@
+"""Flows of many noise levels: the reference's figures, guidance, iterative denoising, training."""
+
+import dataclasses
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import DATA
+from tiny_models import LABELS, TINY, images_of, new_variables, random_variables
+
+from configs import digits
+from tarflow_jax import Guidance, IterativeDenoising, Noise, TarFlow, TarFlowPipeline, sampling
+from tarflow_jax.interop import load_torch
+from tarflow_jax.likelihood import training_loss
+from tarflow_jax.noise import Levels
+from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi
+from tarflow_jax.sampling.guidance import product
+from tarflow_jax.training import Recipe, TrainConfig
+from tarflow_jax.training.optimizer import Optimizer
+
+LEVELS = Noise("levels", std_min=0.01, std_max=0.3)
+CONDITIONAL = dataclasses.replace(TINY, noise_conditional=True)
+
+
+def assert_close(ours, reference, tolerance=2e-4):
+    assert np.shape(ours) == np.shape(reference)
+    assert (np.abs(np.asarray(ours) - reference) / np.maximum(np.abs(reference), 1)).max() <= tolerance
+
+
+@pytest.fixture(scope="module")
+def golden(load_golden):
+    return load_golden("noise_cond")
+
+
+@pytest.fixture(scope="module")
+def pipe(golden):
+    return TarFlowPipeline(golden.config, golden.variables, LEVELS)
+
+
+@pytest.fixture(scope="module")
+def given():
+    return json.loads((DATA / "noise_cond.json").read_text())
+
+
+def test_the_reference_s_encoding_and_likelihood(golden, pipe):
+    images, labels, levels = golden.images("x"), golden.labels("y"), golden.arrays["t"]
+    latents, log_det = pipe.encode(images, labels, levels)
+    assert_close(latents, golden.latents("z"))
+    assert_close(log_det, golden.arrays["logdet_per_dim"] * golden.config.num_dims)
+    assert_close(pipe.log_prob(images, labels, levels), golden.arrays["log_prob"])
+    std = jnp.asarray(levels)
+    for name, weights in (("loss", jnp.ones_like(std)), ("loss_weighted_t", std)):
+        batch = Levels(std, weights, jnp.zeros((len(std), 4)))
+        loss, _ = jax.jit(training_loss, static_argnums=0)(
+            TarFlow(golden.config), golden.variables, images, labels, batch
+        )
+        assert_close(loss, golden.arrays[name])
+
+
+def test_the_reference_s_denoising(golden, pipe, given):
+    images, labels = golden.images("x"), golden.labels("sample_y")
+    assert_close(pipe.denoise(images, labels, given["t1"]), golden.images("denoised_t1"))
+    for name, clip in (("iterated", False), ("iterated_clip", True)):
+        method = IterativeDenoising(given["steps"], given["t0"], clip=clip)
+        assert_close(pipe.denoise(images, labels, given["t1"], method=method), golden.images(name))
+
+
+@pytest.mark.parametrize(
+    "decoder", [None, pytest.param(Jacobi(0), marks=pytest.mark.slow), GaussSeidelJacobi(3, 0)], ids=str
+)
+def test_the_reference_s_samples(golden, pipe, given, decoder):
+    latents, labels = golden.latents("noise"), golden.labels("sample_y")
+    names = [name for name in golden.arrays if name.startswith("sample") and name != "sample_y"]
+    assert len(names) == 9
+    for name in names if decoder is None else names[::4]:
+        guidance = None
+        if name != "sample":
+            rule, weight, temperature, schedule, blocks = re.fullmatch(
+                r"sample_(\w+?)_w([\d.]+)(?:_temp([\d.]+))?_([a-z]+)_([a-z]+)", name
+            ).groups()
+            guidance = Guidance(
+                float(weight),
+                schedule=schedule,
+                attention_temperature=float(temperature or 1),
+                rule={"tarflow": "scale", "starflow": "product"}[rule],
+                blocks={"last": 1, "all": "all"}[blocks],
+            )
+        images = pipe.decode(latents, labels, guidance, decoder=decoder, noise_std=given["t1"])
+        if "starflow" in name:  # the others' shifts have the first image's ratio of variances there, see below
+            assert_close(images[:1], golden.images(name)[:1])
+        else:
+            assert_close(images, golden.images(name))
+
+
+def test_the_reference_s_product_rule_mixes_images_and_is_ours_otherwise(golden, given, monkeypatch):
+    def of_the_release(passes, weights):
+        scale, _ = product(passes, weights)
+        log_scale, unguided = jnp.split(passes.log_scale, 2)
+        # Its scales lack the axis of the tokens that its shifts have, and so image b meets the ratio of image 0.
+        first = jnp.broadcast_to((log_scale - unguided)[:1], log_scale.shape)
+        mixed = passes._replace(log_scale=jnp.concatenate([first, jnp.zeros_like(first)]))
+        return scale, product(mixed, weights)[1]
+
+    monkeypatch.setattr(sampling.guidance, "product", of_the_release)
+    latents, labels = golden.latents("noise"), golden.labels("sample_y")
+    levels = jnp.full(len(latents), given["t1"])
+    for schedule in ("constant", "linear"):
+        guidance = Guidance(1.5, schedule=schedule, rule="product", blocks=1)
+        decode = jax.jit(lambda z: sampling.decode(golden.config, golden.variables, z, labels, guidance, levels).images)  # noqa: B023
+        assert_close(decode(latents), golden.images(f"sample_starflow_w1.5_{schedule}_last"))
+
+
+@pytest.mark.slow
+def test_the_reference_s_training_run(load_golden):
+    golden = load_golden("noise_training")
+    flow, optimizer = TarFlow(golden.config), Optimizer(20, 1e-3, 1e-3, 0, 0.9, 0.95, 1e-4, 0.0, 0.0).transformation()
+
+    @jax.jit
+    def step(params, state, images, labels, std):
+        levels = Levels(std, std, jnp.zeros((len(std), 4)))
+        loss = lambda params: training_loss(flow, {"params": params}, images, labels, levels)[0]  # noqa: E731
+        value, gradients = jax.value_and_grad(loss)(params)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, state = optimizer.update(gradients, state, params)
+        return jax.tree.map(jnp.add, params, updates), state, value
+
+    params, losses = golden.variables["params"], []
+    state = optimizer.init(params)
+    for batch in zip(golden.images("x"), golden.labels("y"), golden.arrays["t"], strict=True):
+        params, state, loss = step(params, state, *batch)
+        losses.append(float(loss))
+    np.testing.assert_allclose(losses, golden.arrays["losses"], rtol=1e-4, atol=1e-6)
+
+
+def test_weights_go_to_pytorch_and_back_bit_for_bit(golden, pipe, tmp_path):
+    pipe.to_torch(tmp_path / "model.pth")
+    config, variables = load_torch(tmp_path / "model.pth", 8, 3, 2)
+    assert config == golden.config
+    assert config.depths == (1, 1, 3)
+    jax.tree.map(np.testing.assert_array_equal, variables, golden.variables)
+
+
+def gaussian_flow():
+    """A flow whose density of noisy images is, at every level, N(0, s²) in all but the first token."""
+    config = dataclasses.replace(
+        CONDITIONAL, num_blocks=1, layers_per_block=1, num_classes=0, image_channels=1, width=64, head_dim=64
+    )
+    params = jax.tree.map(jnp.zeros_like, new_variables(config)["params"])
+    params["block_0"]["project_out"]["bias"] = jnp.concatenate([jnp.full(4, jnp.log(0.5)), jnp.zeros(4)])
+    return TarFlowPipeline(config, {"params": params}, LEVELS)
+
+
+def test_steps_follow_the_flow_of_a_gaussian_with_the_order_they_say():
+    pipe = gaussian_flow()
+    images = images_of(pipe.config)[:1]
+    # dy/dσ = (y - x̂) / σ = σ y / s², so y goes as exp(σ² / 2 s²); s = 0.5 at all levels.
+    exact = np.asarray(images[0, 2:]) * np.exp((0.01**2 - 1.0**2) / (2 * 0.25)) * (1 - 0.01**2 / 0.25)
+
+    def error(num_steps, order):
+        method = IterativeDenoising(num_steps, order=order)
+        return float(np.abs(pipe.denoise(images, None, 1.0, method=method)[0, 2:] - exact).max())
+
+    for order in (1, 2):
+        errors = [error(num_steps, order) for num_steps in (9, 17, 33)]
+        orders = np.log2(np.divide(errors[:-1], errors[1:]))
+        np.testing.assert_allclose(orders, order, atol=0.2)
+    single = pipe.denoise(images, None, 0.3, method=IterativeDenoising(1))
+    np.testing.assert_allclose(single, pipe.denoise(images, None, 0.3), atol=1e-6)
+
+
+def test_one_program_takes_any_number_of_steps():
+    from tarflow_jax import programs
+
+    pipe, images = gaussian_flow(), images_of(CONDITIONAL)[..., :1]
+    found = [pipe.denoise(images, None, 0.3, method=IterativeDenoising(3))]
+    before = programs.iterate._cache_size()
+    for num_steps, std_min, std in ((7, None, 0.3), (3, 0.02, 0.2)):
+        found.append(pipe.denoise(images, None, std, method=IterativeDenoising(num_steps, std_min)))
+    assert programs.iterate._cache_size() == before
+    assert all(np.isfinite(images).all() for images in found)
+
+
+def test_the_sde_draws_by_its_key():
+    pipe, images = gaussian_flow(), images_of(CONDITIONAL)[..., :1]
+    method = IterativeDenoising(4, kind="sde")
+    drawn = [pipe.denoise(images, None, 0.3, method=method, key=jax.random.key(seed)) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert float(jnp.abs(drawn[0] - drawn[2]).max()) > 0.01
+    with pytest.raises(ValueError, match="give denoise a key"):
+        pipe.denoise(images, None, 0.3, method=method)
+
+
+def test_samples_are_drawn_at_the_highest_level_and_denoised_to_none():
+    pipe = TarFlowPipeline(CONDITIONAL, random_variables(CONDITIONAL, scale=0.05), LEVELS)
+    key, method = jax.random.key(0), IterativeDenoising(2)
+    noisy = pipe.sample(key, 3, LABELS, denoise=False)
+    np.testing.assert_array_equal(noisy, pipe.decode(pipe.latents(key, 3), LABELS, noise_std=0.3))
+    expected = pipe.denoise(noisy, LABELS, 0.3, method=method)
+    np.testing.assert_array_equal(pipe.sample(key, 3, LABELS, denoise=method), expected)
+    latents, _ = pipe.encode(noisy, LABELS, 0.3)
+    np.testing.assert_allclose(latents, pipe.latents(key, 3), atol=1e-4)
+    assert float(jnp.abs(pipe.encode(noisy, LABELS, 0.1)[0] - latents).max()) > 1e-3
+
+
+def test_bits_per_dim_are_asked_at_a_level():
+    pipe = TarFlowPipeline(CONDITIONAL, random_variables(CONDITIONAL), LEVELS)
+    images, key = np.random.default_rng(0).integers(0, 256, (3, *TINY.image_shape), np.uint8), jax.random.key(0)
+    at_low, at_high = (pipe.bits_per_dim(key, images, LABELS, std) for std in (0.01, 0.3))
+    assert float(jnp.abs(at_low - at_high).min()) > 1e-4
+    keys = [jax.random.fold_in(jax.random.fold_in(key, 0), i) for i in range(3)]
+    noisy = (images + np.stack([jax.random.uniform(key, TINY.image_shape) for key in keys])) / 128 - 1
+    nats = pipe.log_prob(noisy.astype(np.float32), LABELS, 0.01)
+    np.testing.assert_allclose(at_low, (-nats / TINY.num_dims + np.log(128)) / np.log(2), rtol=1e-5)
+    with pytest.raises(ValueError, match="say at which"):
+        pipe.bits_per_dim(key, images, LABELS)
+
+
+def test_guidance_leaves_the_blocks_it_does_not_cover():
+    config = dataclasses.replace(CONDITIONAL, num_blocks=2, layers_per_block=1)
+    pipe = TarFlowPipeline(config, random_variables(config), LEVELS)
+    latents = pipe.latents(jax.random.key(0), 3)
+    images = {
+        blocks: pipe.decode(latents, LABELS, Guidance(1.0, blocks=blocks), noise_std=0.3) for blocks in (1, 2, "all")
+    }
+    np.testing.assert_array_equal(images[2], images["all"])
+    assert float(jnp.abs(images[1] - images[2]).max()) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pipe, x: pipe.encode(x), "say at which, noise_std"),
+        (lambda pipe, x: pipe.log_prob(x, None, -1.0), "noise_std is -1.0; expected positive"),
+        (lambda pipe, x: pipe.decode(x, noise_std=[0.1, 0.2]), r"noise_std has shape \(2,\); expected"),
+        (lambda pipe, x: pipe.denoise(x), "say at which, noise_std"),
+        (lambda pipe, x: pipe.denoise(x, method=IterativeDenoising(2)), "expected one number"),
+        (lambda _, x: one_level().encode(x, noise_std=0.1), "this model is of one noise level"),
+        (lambda _, x: one_level().denoise(x, method=IterativeDenoising(2)), "needs a model of many noise levels"),
+        (lambda *_: IterativeDenoising(0), "num_steps is 0"),
+        (lambda *_: IterativeDenoising(2, kind="sde", order=2), "steps of order 1 alone"),
+        (lambda *_: Guidance(1.0, "shift", rule="product"), "rule 'product' guides both"),
+        (lambda *_: Guidance(1.0, blocks=0), "guidance blocks is 0"),
+        (lambda *_: Noise("levels", std_min=0.3, std_max=0.1), "expected 0 < std_min < std_max"),
+        (lambda *_: TrainConfig(TINY, LEVELS, None), "expected True with 'levels'"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(call, message):
+    pipe = TarFlowPipeline(CONDITIONAL, random_variables(CONDITIONAL), LEVELS)
+    with pytest.raises(ValueError, match=message) as error:
+        call(pipe, images_of(TINY))
+    assert "\n" not in str(error.value)
+
+
+def one_level():
+    return TarFlowPipeline(TINY, random_variables(TINY), Noise("gaussian", 0.1))
+
+
+@pytest.mark.parametrize("draw", ["uniform", "variance", "lognormal"])
+def test_levels_are_drawn_from_their_range(draw):
+    noise = Noise("levels", std_min=0.1, std_max=0.5, draw=draw, weight="one")
+    levels = noise.levels(jax.random.key(0), 4000)
+    assert float(levels.std.min()) >= 0.1
+    assert float(levels.std.max()) <= 0.5
+    np.testing.assert_array_equal(levels.weight, 1)
+    np.testing.assert_array_equal(levels.quarter.sum(1), 1)
+    np.testing.assert_array_equal(levels.quarter.argmax(1), np.clip((np.asarray(levels.std) - 0.1) / 0.1, 0, 3) // 1)
+    drawn = np.quantile(np.asarray(levels.std), (np.arange(8) + 0.5) / 8)
+    np.testing.assert_allclose(noise.quantiles(8), drawn, atol=0.015)
+    assert Noise.from_dict(noise.to_dict()) == noise
+    assert Noise.from_dict({"kind": "gaussian", "std": 0.1}) == Noise("gaussian", 0.1)
+
+
+@pytest.mark.slow
+def test_a_trained_flow_is_surer_of_cleaner_images(tmp_path):
+    from tarflow_jax.training import train
+
+    config = digits.get_config()
+    config.model.update({"noise_conditional": True, "width": 64, "num_blocks": 2, "layers_per_block": 1})
+    config.noise.update({"kind": "levels", "std": 0.0, "std_min": 0.05, "std_max": 0.5})
+    config.train.update({"num_steps": 150, "batch_size": 32, "sample_every": 0, "log_every": 50, "accumulation": 2})
+    state = train(config, tmp_path)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(len(line["level_losses"]) == 4 for line in lines)
+    pipe = TarFlowPipeline.from_pretrained(tmp_path)
+    images, labels = Recipe(config).source("test").read(np.arange(64))
+    images = jnp.asarray(images, jnp.float32) / 127.5 - 1
+    noise = jax.random.normal(jax.random.key(0), images.shape)
+    low, high = (pipe.log_prob(images + std * noise, labels, std).mean() for std in (0.05, 0.5))
+    assert low > high + 10
+    assert int(state.step) == 150
