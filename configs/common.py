@@ -102,6 +102,7 @@ def likelihood(config: ConfigDict) -> ConfigDict:
     """The variant for bits per dimension: uniform dequantisation, no labels, float32."""
     config.noise.update({"kind": "uniform", "std": 0.0})
     config.model.update({"num_classes": 0, "dtype": "float32"})
+    config.model.image_limit = min(config.model.image_limit, 1.0)  # no noise reaches beyond
     config.train.drop_label = 0.0
     config.sample.guidance.update({"weight": 0.3, "attention_temperature": 0.5})
     return config

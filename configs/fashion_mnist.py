@@ -57,7 +57,4 @@ def get_config(variant: str = "") -> ConfigDict:
         }
     )
     config.sample.guidance.weight = 1.0
-    config = common.with_variant(config, variant)
-    if variant == "likelihood":
-        config.model.image_limit = 1.0
-    return config
+    return common.with_variant(config, variant)
