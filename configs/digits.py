@@ -2,8 +2,10 @@
 
 python -m launch.train --config=configs/digits.py --workdir=runs/digits
 
-Measured 2026-11-26, float32, jax 0.10.2, seed 0, figures included: test loss -1.037, 2.8 minutes on 2 cores of an Intel
-Xeon (512-bit units, 2 MB of level-2 cache a core) that does nothing else.
+Measured 2026-11-26 (commit 95cf614), float32, jax 0.10.2, 2 cores of an Intel Xeon (512-bit units, 2 MB of level-2
+cache a core) that does nothing else: 1.3 minutes, compilation and figures included; seeds 1 to 5: test loss -1.0765
+(standard deviation 0.003), still falling at the end. A classifier of real digits (0.993 on the test digits;
+benchmarks/digits_judge.py) reads 0.978 of 1,000 denoised samples as their label, 0.999 with guidance 1.
 """
 
 from ml_collections import ConfigDict

@@ -9,8 +9,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tarflow_jax.files import replacing
 
-_MIN_SIDE = 32  # smaller images are enlarged, in whole steps, to be seen
-_FONT_SIZE, _TITLE_GAP = 12, 6  # pixels
+_MIN_SIDE = 56  # smaller images are enlarged, in whole steps, to be seen
+_FONT_SIZE, _TITLE_GAP = 16, 8  # pixels
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:

@@ -5,12 +5,12 @@ Section 3.2 of the paper; many levels as arXiv 2604.20041 has them.
 
 import dataclasses
 from collections.abc import Mapping
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.stats
 
 from tarflow_jax.errors import UserError
 
@@ -109,7 +109,7 @@ class Noise:
         """`count` levels that stand for those of training, float32 [count]: the middles of as many equal shares."""
         shares = (np.arange(count) + 0.5) / count
         if self.draw == "lognormal":
-            drawn = np.exp(scipy.stats.norm.ppf(shares, _LOG_MEAN, _LOG_STD))
+            drawn = np.exp([NormalDist(_LOG_MEAN, _LOG_STD).inv_cdf(share) for share in shares])
             return np.clip(drawn, self.std_min, self.std_max).astype(np.float32)
         power = 2 if self.draw == "variance" else 1
         low, high = self.std_min**power, self.std_max**power

@@ -14,6 +14,7 @@ import pytest
 from test_resume import small_config, steps_in
 from tiny_models import TINY
 
+from tarflow_jax import Noise
 from tarflow_jax.runtime import Preempted, make_mesh
 from tarflow_jax.training import Checkpoints, Recipe, train
 from tarflow_jax.training.state import TrainConfig, initial_state
@@ -33,7 +34,9 @@ def shapes_of(state):
 
 def state_of(optimizer):
     """A state with an average and the moments of an optax optimizer."""
-    config = TrainConfig(TINY, None, types.SimpleNamespace(transformation=lambda: optimizer, ema_decay=0.9))
+    config = TrainConfig(
+        TINY, Noise("gaussian", 0.1), types.SimpleNamespace(transformation=lambda: optimizer, ema_decay=0.9)
+    )
     return jax.jit(functools.partial(initial_state, config))(jax.random.key(0))
 
 

@@ -13,7 +13,7 @@ import pytest
 import runs
 from tiny_models import TINY, new_variables
 
-from configs import digits
+from configs import imagenet64_cond
 from tarflow_jax.runtime import leaf_name, make_mesh
 from tarflow_jax.training import Recipe
 from tarflow_jax.training.optimizer import Optimizer
@@ -112,7 +112,7 @@ def test_what_cannot_be_is_refused(fields, message):
 
 
 def test_a_run_of_a_release_without_muon_goes_on(tmp_path):
-    config = digits.get_config()
+    config = imagenet64_cond.get_config()
     Recipe(config).write_to(tmp_path)
     text = (tmp_path / "config.json").read_text()
     for field in ('"name": "adamw",', '"muon_learning_rate": 0.0,'):

@@ -78,7 +78,8 @@ ENTRY %main (x: f32[3,4,8], y: bf16[16]) -> bf16[64] {
 
 def tiny_recipe(**fields):
     config = digits.get_config("smoke")
-    config.update_from_flattened_dict({"model.remat": "none", "model.num_blocks": 1, **fields})
+    plain = {"model.triangular": False, "optimizer.name": "adamw", "optimizer.muon_learning_rate": 0.0}
+    config.update_from_flattened_dict({"model.remat": "none", "model.num_blocks": 1, **plain, **fields})
     return Recipe(config)
 
 

@@ -219,14 +219,14 @@ def test_classes_have_names_where_the_data_set_has_them(tmp_path):
 
 
 def test_figures_name_the_classes():
-    images = np.zeros((6, 16, 16, 1), np.uint8)
+    images = np.zeros((6, 64, 64, 1), np.uint8)
     images[:, 0, 0, 0] = labels = np.array([0, 1, 2, 0, 1, 2])
     plain = grid(images[np.argsort(labels, kind="stable")], columns=2)
     named = class_rows(images, labels, ("trouser", "sneaker", "ankle boot"))
     margin = named[:, : -plain.shape[1]]
     np.testing.assert_array_equal(named[:, -plain.shape[1] :], plain)  # a row a class
-    assert margin.shape[1] < 100
-    rows = np.split(margin[:100], [32, 66], axis=0)  # 16 pixels, enlarged twice
+    assert margin.shape[1] < 120
+    rows = np.split(margin, [64, 130], axis=0)
     assert all((row < 128).sum() > 50 and (row[0] == row[-1]).all() for row in rows)  # written within each
     np.testing.assert_array_equal(class_rows(images, labels, ()), grid(images))
     np.testing.assert_array_equal(class_rows(images[:5], labels[:5], ("a", "b", "c")), grid(images[:5]))

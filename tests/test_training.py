@@ -34,7 +34,7 @@ from tarflow_jax.training.step import compiled_step
 class AsGiven(Noise):
     """For images that are noisy already."""
 
-    def __call__(self, key, images):
+    def __call__(self, key, images, noise_std=None):
         return images
 
 
@@ -179,7 +179,7 @@ def test_schedule_and_workdir(tmp_path):
     recipe = Recipe(config)
     schedule = recipe.train_config.optimizer.schedule()
     assert float(schedule(0)) == pytest.approx(1e-6, rel=1e-4)
-    assert float(schedule(config.optimizer.warmup_steps)) == pytest.approx(1e-3)
+    assert float(schedule(config.optimizer.warmup_steps)) == pytest.approx(config.optimizer.learning_rate)
     assert float(schedule(config.train.num_steps)) == pytest.approx(1e-6, rel=1e-4)
     recipe.write_to(tmp_path)
     free = {"train.log_every": 7, "data.data_dir": "/elsewhere", "data.num_workers": 3, "data.cache_bytes": 5}
