@@ -31,7 +31,7 @@ PREPROCESSING = flags.DEFINE_string(
 )
 SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "Leave out files that are no images instead of refusing.")
 PREVIEW = flags.DEFINE_string(
-    "preview", None, "Write a grid of training images to this PNG file; in --data_dir if not given."
+    "preview", None, "Write a grid of training images to this PNG file; in the set's folder if not given."
 )
 flags.mark_flags_as_required(["data"])
 
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     }
     with sole_user(data_dir):
         name = data.prepare_source(DATA.value, **options)
-    preview = Path(PREVIEW.value) if PREVIEW.value else data_dir / "previews" / f"{file_stem(name)}.png"
+    preview = Path(PREVIEW.value) if PREVIEW.value else _folder_of(name, data_dir) / "preview.png"
     for split in ("train", "test"):
         source = data.open_source(name, split, **options)
         shape = "x".join(map(str, source.image_shape))
@@ -58,6 +58,14 @@ def main(argv: Sequence[str]) -> None:
             batch = next(data.train_batches(source, batch_size=64, seed=0))
             save_png(preview, grid(batch.image))
     print(f"train with --config.data.source={name}; a preview is in {preview}")
+
+
+def _folder_of(name: str, data_dir: Path) -> Path:
+    """Where a set is kept, or for one that is kept elsewhere a folder of its name."""
+    kind, _, argument = name.partition(":")
+    if kind == "packed":
+        return Path(argument)
+    return data_dir / "tfds" / kind if kind == "digits" else data_dir / kind / file_stem(argument)
 
 
 def _parse_size(texts: list[str] | None) -> tuple[int, int] | None:

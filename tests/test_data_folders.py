@@ -285,6 +285,9 @@ def test_prepare_data_command(classes, tmp_path):
     first = next(data.train_batches(source, batch_size=64, seed=0)).image
     with Image.open(tmp_path / "p.png") as preview:
         np.testing.assert_array_equal(np.asarray(preview), grid(first))
+    code, out, _ = prepare(f"--data=folder:{classes}", "--image_size=16", "--preprocessing=adm")
+    assert (code, out.split()[-1]) == (0, f"{tmp_path}/data/packed/images-16x16-adm/preview.png")
+    assert len(data.open_source(name, "train")) == len(source)
     code, _, err = prepare("--data=fold:x")
     assert code == 1
     assert err.startswith("error: unknown data set 'fold:x'")
