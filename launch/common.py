@@ -24,9 +24,11 @@ from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import Preempted, start_processes
 from tarflow_jax.runtime.programs import use_compilation_cache
 from tarflow_jax.sampling import GaussSeidelJacobi, Guidance, Jacobi, Sequential
+from tarflow_jax.sampling.guidance import SCHEDULES, TARGETS
 from tarflow_jax.training.loop import NonFiniteError
 
 EXIT_ERROR = 1
+GUIDANCE_FLAGS = ("guidance_target", "guidance_schedule", "attention_temperature")
 
 DECODERS = {
     "sequential": Sequential(),
@@ -106,6 +108,20 @@ def define_number(name: str, default: float, text: str) -> flags.FlagHolder[floa
 def define_seed(text: str) -> flags.FlagHolder[int]:
     """--seed, which JAX takes up to 63 bits."""
     return flags.DEFINE_integer("seed", 0, text, lower_bound=0, upper_bound=2**63 - 1)
+
+
+def define_guidance_flags() -> None:
+    """What beside its weight makes up a `Guidance`, for the commands that draw."""
+    flags.DEFINE_enum("guidance_target", "both", TARGETS, "Guide these affine parameters.")
+    flags.DEFINE_enum(
+        "guidance_schedule", "linear", SCHEDULES, "Let the weight grow along the tokens, or be the same for all."
+    )
+    define_number("attention_temperature", 1.0, "Divide the attention logits of the unguided pass by τ.")
+
+
+def guidance(weight: float) -> Guidance:
+    """Of this weight, the rest by `define_guidance_flags`."""
+    return Guidance(weight, *(flags.FLAGS[name].value for name in GUIDANCE_FLAGS))
 
 
 def folder(name: str) -> str:

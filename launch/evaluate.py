@@ -39,11 +39,12 @@ from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.noise import to_float
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import BatchRunner, LazyRows, make_mesh
-from tarflow_jax.sampling.guidance import SCHEDULES, TARGETS, Guidance
+from tarflow_jax.sampling import Guidance
 from tarflow_jax.training import Recipe
 
 ALL_METRICS = ("bits_per_dim", *distances.METRICS, "classification", "outliers")
 CHUNK_SIZE = 500
+UNKNOWN_LEVELS = "the noise levels of this model are not known; name one, --noise_std=σ"
 TUNING_LEVELS, TUNING_IMAGES = 8, 500  # to find the best level for classification
 NUM_FEATURES = {"inception": 2048, "classifier": 128}
 
@@ -70,15 +71,9 @@ DRAWS = flags.DEFINE_integer("dequantisation_draws", 1, "Take the importance-wei
 OUTLIERS = flags.DEFINE_string("outliers", None, "Take this data set's images for outliers.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 50_000, "Draw this many samples for each setting.", lower_bound=2)
 GUIDANCE = flags.DEFINE_list("guidance", ["0"], "Guide with these weights, each a setting of its own.")
-TARGET = flags.DEFINE_enum("guidance_target", "both", TARGETS, "Guide these affine parameters.")
-SCHEDULE = flags.DEFINE_enum(
-    "guidance_schedule", "linear", SCHEDULES, "Let the weight grow along the tokens, or be the same for all."
-)
+common.define_guidance_flags()
 NOISE_STD = flags.DEFINE_float(
     "noise_std", None, "Ask a model of many noise levels at this σ; at the lowest, or the best one, if not given."
-)
-TEMPERATURE = common.define_number(
-    "attention_temperature", 1.0, "Divide the attention logits of the unguided pass by τ."
 )
 DENOISE = flags.DEFINE_list(
     "denoise", None, "Denoise: true, false or both; if not given, true for Gaussian training noise."
@@ -154,18 +149,27 @@ def open_subject() -> Subject:
     return Subject(pipe, source, data_dir, epath.Path(out), protocol)
 
 
+def level_of(pipe: TarFlowPipeline) -> float | None:
+    """The noise level that a flow of many is asked at; None for a flow of a single one."""
+    if not pipe.config.noise_conditional or NOISE_STD.value is not None:
+        return NOISE_STD.value
+    if pipe.noise is None:
+        raise UserError(UNKNOWN_LEVELS)
+    return pipe.noise.std_min
+
+
 def measure_likelihood(subject: Subject) -> dict[str, Any]:
     """Bits per dimension, or for Gaussian training noise what may be said in its place."""
     runner = BatchRunner(make_mesh())  # of all processes, which share the split
     pipe, source = subject.pipe, subject.source(SPLIT.value)
     variables, key = runner.place(pipe.variables), jax.random.key(SEED.value)
+    level = level_of(pipe)
+    levels = None if level is None else np.array([level], np.float32)
     if pipe.noise_std is None:
         images = LazyRows(source.read, len(source))
-        bits = BitsPerDim.of(image_bits_per_dim(runner, pipe.config, variables, images, key, num_draws=DRAWS.value))
+        bits = BitsPerDim.of(image_bits_per_dim(runner, pipe.config, variables, images, key, DRAWS.value, levels))
         found = {"bits/dim": bits.mean, "standard error": bits.standard_error, "images": bits.num_images}
         return found | {"dequantisation draws": DRAWS.value, "precision": "float32, full matmul"}
-    level = NOISE_STD.value or (pipe.noise.std_min if pipe.config.noise_conditional else None)
-    levels = None if level is None else np.array([level], np.float32)
     log_probs = split_log_prob(runner, pipe.config, variables, source, pipe.noise, key, levels)
     nats = -log_probs.astype(np.float64) / pipe.config.num_dims
     error = float(nats.std(ddof=1) / np.sqrt(len(nats)))
@@ -216,6 +220,8 @@ def class_log_probs(subject: Subject, images: np.ndarray, level: float | None) -
 
 def best_level(subject: Subject) -> float:
     """The noise level at which Bayes' rule reads most of some training images right."""
+    if subject.pipe.noise is None:
+        raise UserError(UNKNOWN_LEVELS)
     source = subject.source("train")
     images, labels = source.read(np.arange(min(len(source), TUNING_IMAGES)))
     levels = [float(level) for level in subject.pipe.noise.quantiles(TUNING_LEVELS)]
@@ -242,8 +248,7 @@ def measure_outliers(subject: Subject) -> dict[str, Any]:
         subject.source(SPLIT.value),
         open_source(OUTLIERS.value, SPLIT.value, data_dir=subject.data_dir),
     )
-    noise, log_probs = subject.pipe.noise, []
-    level = NOISE_STD.value or (noise.std_min if subject.pipe.config.noise_conditional and noise else None)
+    log_probs, level = [], level_of(subject.pipe)
     for source, key in zip((inside, outside), jax.random.split(jax.random.key(SEED.value)), strict=True):
         images = classification.fit_images(source.read(np.arange(len(source)))[0], subject.pipe.config.image_shape)
         noisy = noisy_images(subject, images, key, level)
@@ -283,9 +288,7 @@ def measure_samples(subject: Subject, metrics: list[str]) -> tuple[list[dict[str
         "num_samples": NUM_SAMPLES.value,
         "labels": "in turn" if subject.pipe.config.num_classes else "none",
         "decoder": "sequential",
-        "guidance_target": TARGET.value,
-        "guidance_schedule": SCHEDULE.value,
-        "attention_temperature": TEMPERATURE.value,
+        **{name: flags.FLAGS[name].value for name in common.GUIDANCE_FLAGS},
         "denoise_multiplier": MULTIPLIER.value,
         "network": f"{network.name}, {network.identity}",
         "reference": reference.protocol,
@@ -302,7 +305,7 @@ def sample_settings(pipe: TarFlowPipeline) -> list[tuple[Guidance, bool]]:
         weights = [float(weight) for weight in GUIDANCE.value]
     except ValueError:
         raise UserError(f"--guidance has {','.join(GUIDANCE.value)!r}; expected numbers") from None
-    guidances = [Guidance(weight, TARGET.value, SCHEDULE.value, TEMPERATURE.value) for weight in weights]
+    guidances = map(common.guidance, weights)
     return [(guidance, word == "true") for guidance, word in itertools.product(guidances, words)]
 
 

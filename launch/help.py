@@ -29,12 +29,12 @@ def show(command: str) -> str:
 
 
 def _flags(tree: ast.AST) -> list[str]:
-    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute))
     found = []
-    for call in calls:
-        if call.func.attr == "define_seed":
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        function = ast.unparse(call.func).rpartition(".")[2]
+        if function == "define_seed":
             name, default, text = "seed", "0", ast.literal_eval(call.args[0])
-        elif re.match("DEFINE_|define_number", call.func.attr) and isinstance(call.args[0], ast.Constant):
+        elif re.match("DEFINE_|define_number", function) and isinstance(call.args[0], ast.Constant):
             name, default = call.args[0].value, re.sub(r"[\[\]' ]", "", ast.unparse(call.args[1]))
             text = next((a.value for a in call.args[:1:-1] if isinstance(a, ast.Constant) and a.value), "")
         else:

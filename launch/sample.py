@@ -18,7 +18,6 @@ from tarflow_jax.figures import grid, save_gif, save_png, to_uint8
 from tarflow_jax.pipeline import FAR_OUTSIDE
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling import IterativeDenoising
-from tarflow_jax.sampling.guidance import SCHEDULES, TARGETS, Guidance
 from tarflow_jax.training.recipe import label_names
 
 WORKDIR = flags.DEFINE_string(
@@ -31,13 +30,7 @@ LABELS = flags.DEFINE_list(
 )
 SEED = common.define_seed("Draw the latents from this seed.")
 GUIDANCE = common.define_number("guidance", 0.0, "Guide with this weight w; 0 is no guidance.")
-TARGET = flags.DEFINE_enum("guidance_target", "both", TARGETS, "Guide these affine parameters.")
-SCHEDULE = flags.DEFINE_enum(
-    "guidance_schedule", "linear", SCHEDULES, "Let the weight grow along the tokens, or be the same for all."
-)
-TEMPERATURE = common.define_number(
-    "attention_temperature", 1.0, "Divide the attention logits of the unguided pass by τ."
-)
+common.define_guidance_flags()
 DENOISE = flags.DEFINE_bool(
     "denoise", None, "Denoise the samples; if not given, where the training noise was Gaussian."
 )
@@ -55,7 +48,7 @@ flags.mark_flags_as_required(["workdir"])
 
 def main(argv: Sequence[str]) -> int:
     """Draws and writes; 1 if no image is one."""
-    guidance = Guidance(GUIDANCE.value, TARGET.value, SCHEDULE.value, TEMPERATURE.value)
+    guidance = common.guidance(GUIDANCE.value)
     distributed = common.join_processes()
     end_at_signals()  # JAX may have taken SIGTERM
     workdir = common.folder("workdir")

@@ -20,17 +20,12 @@ from tarflow_jax.errors import UserError
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Decoder, Guidance, Schedule
-from tarflow_jax.sampling.guidance import SCHEDULES, TARGETS
 from tarflow_jax.sampling.tuning import Tuning, tune
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Tune for the model of this training run's folder, or saved model's.")
 NUM_IMAGES = flags.DEFINE_list("num_images", ["100", "16", "1"], "Tune for batches of these sizes.")
 GUIDANCE = flags.DEFINE_float("guidance", 0.0, "Tune for this guidance weight w.")
-TARGET = flags.DEFINE_enum("guidance_target", "both", TARGETS, "Guide these affine parameters.")
-SCHEDULE = flags.DEFINE_enum(
-    "guidance_schedule", "linear", SCHEDULES, "Let the weight grow along the tokens, or be the same for all."
-)
-TEMPERATURE = flags.DEFINE_float("attention_temperature", 1.0, "Divide the attention logits of the unguided pass by τ.")
+common.define_guidance_flags()
 TOLERANCE = flags.DEFINE_float("tolerance", 1e-4, "Let parallel decoders stop at changes this small.", lower_bound=0.0)
 MAX_ERROR = flags.DEFINE_float(
     "max_error", 1 / 255, "Accept errors of a pixel up to this, in [-1, 1] units.", lower_bound=0.0
@@ -42,7 +37,7 @@ flags.mark_flags_as_required(["workdir"])
 
 def main(argv: Sequence[str]) -> None:
     """Measures, prints a table for each batch size, writes decoder.json."""
-    guidance = Guidance(GUIDANCE.value, TARGET.value, SCHEDULE.value, TEMPERATURE.value)
+    guidance = common.guidance(GUIDANCE.value)
     counts = [common.whole_number("num_images", text) for text in NUM_IMAGES.value]
     if min(counts, default=0) < 1:
         raise UserError(f"num_images is {NUM_IMAGES.value}; expected positive numbers")

@@ -5,7 +5,6 @@ Section 3.2 of the paper; many levels as arXiv 2604.20041 has them.
 
 import dataclasses
 from collections.abc import Mapping
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +17,6 @@ KINDS = ("gaussian", "uniform", "levels")
 DRAWS = ("uniform", "variance", "lognormal")
 WEIGHTS = ("std", "one")
 _LOG_MEAN, _LOG_STD = -1.2, 1.0  # of a lognormal σ
-_NEW_FIELDS = {"std_min": 0.0, "std_max": 0.0, "draw": "uniform", "weight": "std"}
 
 
 class Levels(NamedTuple):
@@ -79,25 +77,17 @@ class Noise:
         Raises:
           ValueError: for missing, unknown or impossible fields.
         """
-        given: dict[str, Any] = _NEW_FIELDS | dict(fields)
-        numbers: list[Any] = [given.get(name) for name in ("std", "std_min", "std_max")]
-        known = set(given) == {field.name for field in dataclasses.fields(cls)}
-        if not known or not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers):
+        known = {"kind", "std"} <= set(fields) <= {field.name for field in dataclasses.fields(cls)}
+        numbers = {name: fields[name] for name in ("std", "std_min", "std_max") if name in fields}
+        if not known or not all(isinstance(n, int | float) and not isinstance(n, bool) for n in numbers.values()):
             raise UserError(f"noise is {dict(fields)}; expected a kind and a numeric std")
-        std, std_min, std_max = map(float, numbers)
-        return cls(given["kind"], std, std_min, std_max, given["draw"], given["weight"])
+        return cls(**{**fields, **{name: float(number) for name, number in numbers.items()}})
 
     def levels(self, key: jax.Array, count: int) -> Levels | None:
         """Of `count` images in training; None for kinds without levels."""
         if self.kind != "levels":
             return None
-        if self.draw == "lognormal":
-            drawn = jnp.exp(_LOG_MEAN + _LOG_STD * jax.random.normal(key, (count,), jnp.float32))
-            std = jnp.clip(drawn, self.std_min, self.std_max)
-        else:
-            power = 2 if self.draw == "variance" else 1
-            drawn = jax.random.uniform(key, (count,), jnp.float32, self.std_min**power, self.std_max**power)
-            std = drawn ** (1 / power)
+        std = self._quantiles(jax.random.uniform(key, (count,), jnp.float32))
         quarter = jnp.floor(4 * (std - self.std_min) / (self.std_max - self.std_min)).astype(jnp.int32)
         return Levels(std, self.weights(std), jax.nn.one_hot(jnp.clip(quarter, 0, 3), 4))
 
@@ -107,13 +97,16 @@ class Noise:
 
     def quantiles(self, count: int) -> np.ndarray:
         """`count` levels that stand for those of training, float32 [count]: the middles of as many equal shares."""
-        shares = (np.arange(count) + 0.5) / count
+        return np.asarray(self._quantiles((jnp.arange(count, dtype=jnp.float32) + 0.5) / count))
+
+    def _quantiles(self, shares: jax.Array) -> jax.Array:
+        """The levels below which these shares of all are, float32 [count]."""
         if self.draw == "lognormal":
-            drawn = np.exp([NormalDist(_LOG_MEAN, _LOG_STD).inv_cdf(share) for share in shares])
-            return np.clip(drawn, self.std_min, self.std_max).astype(np.float32)
+            drawn = jnp.exp(_LOG_MEAN + _LOG_STD * jax.scipy.special.ndtri(shares))
+            return jnp.clip(drawn, self.std_min, self.std_max)
         power = 2 if self.draw == "variance" else 1
         low, high = self.std_min**power, self.std_max**power
-        return ((low + (high - low) * shares) ** (1 / power)).astype(np.float32)
+        return (low + (high - low) * shares) ** (1 / power)
 
     def __call__(self, key: jax.Array, images: jax.Array, noise_std: jax.Array | None = None) -> jax.Array:
         """Noisy float32 images from uint8 images [B, H, W, K], with levels at σ = noise_std [B]."""

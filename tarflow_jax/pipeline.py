@@ -226,10 +226,8 @@ class TarFlowPipeline:
         Raises:
           ValueError: a shape, dtype, label or noise level that does not fit the model.
         """
-        program, levels = (
-            functools.partial(programs.encode, self.config),
-            check_levels(self.config, noise_std, len(images)),
-        )
+        program = functools.partial(programs.encode, self.config)
+        levels = check_levels(self.config, noise_std, len(images))
         return self._run(program, images, labels, levels, bytes_per_image=forward_bytes(self.config))
 
     def decode(
@@ -362,10 +360,10 @@ class TarFlowPipeline:
         std_min = method.std_min or (self.noise and self.noise.std_min)
         if not std_min:
             raise UserError("the lowest noise level of this model is not known; give IterativeDenoising a std_min")
-        if method.kind == "sde" and key is None:
-            raise UserError("a method of kind 'sde' draws noise; give denoise a key")
         keys = None
-        if method.kind == "sde" and key is not None:
+        if method.kind == "sde":
+            if key is None:
+                raise UserError("a method of kind 'sde' draws noise; give denoise a key")
             keys = jax.random.key_data(jax.random.split(key, len(images)))
         if noise_std is None or jnp.ndim(noise_std):
             raise UserError(f"noise_std is {noise_std}; expected one number, the level that the steps begin at")

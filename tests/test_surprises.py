@@ -203,6 +203,7 @@ def test_help_says_of_every_flag_what_it_does(command):
     flags = re.findall(r"^  --(\w+) +(.*)$", show(command), re.MULTILINE)
     assert {"compilation_cache", "traceback"} < {name for name, _ in flags}
     assert [name for name, text in flags if not re.match("[A-Z][^.]+", text)] == []
+    assert command != "sample" or {"attention_temperature", "seed"} < {name for name, _ in flags}
     assert command != "evaluate" or all(re.search(rf"\b{metric}[,.]", show(command)) for metric in distances.METRICS)
 
 

@@ -36,7 +36,7 @@ def model_card(config: TarFlowConfig, noise: Noise | None, card: Mapping[str, An
         f"{', triangular' if config.triangular else ''}, {classes}",
         "shape": f"patch {config.patch_size}, width {config.width}, {config.num_blocks} blocks of"
         f" {config.layers_per_block} layers",
-        "training noise": f"{noise}" if noise else "unknown",
+        "training noise": str(noise) if noise else "unknown",
     }
     training = {"data": ", ".join(datasets)} if datasets else {}
     sections = [
