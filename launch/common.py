@@ -24,11 +24,17 @@ from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import Preempted, start_processes
 from tarflow_jax.runtime.programs import use_compilation_cache
 from tarflow_jax.sampling import GaussSeidelJacobi, Guidance, Jacobi, Sequential
-from tarflow_jax.sampling.guidance import SCHEDULES, TARGETS
+from tarflow_jax.sampling.guidance import RULES, SCHEDULES, TARGETS
 from tarflow_jax.training.loop import NonFiniteError
 
 EXIT_ERROR = 1
-GUIDANCE_FLAGS = ("guidance_target", "guidance_schedule", "attention_temperature")
+GUIDANCE_FLAGS = (
+    "guidance_target",
+    "guidance_schedule",
+    "attention_temperature",
+    "guidance_rule",
+    "guidance_blocks",
+)
 
 DECODERS = {
     "sequential": Sequential(),
@@ -117,6 +123,8 @@ def define_guidance_flags() -> None:
         "guidance_schedule", "linear", SCHEDULES, "Let the weight grow along the tokens, or be the same for all."
     )
     define_number("attention_temperature", 1.0, "Divide the attention logits of the unguided pass by τ.")
+    flags.DEFINE_enum("guidance_rule", "log_scale", RULES, "Guide log-scales or scales, or multiply densities.")
+    flags.DEFINE_string("guidance_blocks", "all", "Guide all blocks, or this many, counted from the noise.")
 
 
 def guidance(weight: float) -> Guidance:

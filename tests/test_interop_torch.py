@@ -82,6 +82,14 @@ class Payload:
         return print, ("pickled code ran",)
 
 
+def share_layers(state):
+    state["shared_backbone.0.attention.norm.weight"] = torch.ones(64)
+
+
+def change_patches(state):
+    state["blocks.1.pos_embed"] = torch.cat([state["blocks.1.pos_embed"]] * 4)
+
+
 def drop(state):
     del state["blocks.1.attn_blocks.0.mlp.norm.bias"]
 
@@ -128,6 +136,8 @@ def add_code(state):
         (drop, "lacks tensor blocks.1.attn_blocks.0.mlp.norm.bias"),
         (add, "has tensor blocks.0.extra, which no TarFlow of this shape has"),
         (reshape, r"blocks.1.proj_in.weight has shape \[64, 5\]; expected \[64, 4\]"),
+        (share_layers, "layers that its blocks share"),
+        (change_patches, r"blocks of \[4, 16\] tokens, so several patch_sizes"),
         (unmask, "buffer blocks.1.attn_mask is not the causal mask"),
         (vary, "buffer var is not all ones"),
         (use_integers, "blocks.0.proj_in.bias is torch.int32"),

@@ -46,6 +46,7 @@ def load_torch(
     if any(".time_embed." in name for name in state):  # older files have the other release's name
         state = {name.replace(".attn_blocks.", ".head_blocks."): tensor for name, tensor in state.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    _check_supported(path, shapes)
     config = _config_of(path, shapes, image_size, image_channels, patch_size)
     check_tensors(str(path), shapes, torch_shapes(config))
     _check_constants(path, config, state)
@@ -129,6 +130,17 @@ def _check_archive(path: Path) -> None:
                 raise UserError(f"entry {damaged} fails its checksum")
     except Exception as error:
         raise UserError(f"{path} is not an intact PyTorch checkpoint (zip format): {one_line(error)}") from error
+
+
+def _check_supported(path: Path, shapes: Mapping[str, Shape]) -> None:
+    """Refuses what the noise-conditional release has and we have not."""
+    if any("shared_backbone" in name for name in shapes):
+        raise UserError(f"{path} has layers that its blocks share (shared_backbone_layers); expected none")
+    tokens = {shape[0] for name, shape in shapes.items() if re.fullmatch(r"blocks\.\d+\.pos_embed", name) and shape}
+    if len(tokens) > 1:
+        raise UserError(
+            f"{path} has blocks of {sorted(tokens)} tokens, so several patch_sizes; expected one for all blocks"
+        )
 
 
 def _config_of(
