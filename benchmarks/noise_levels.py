@@ -1,0 +1,102 @@
+"""Quality of guided and denoised samples of one model: a row a setting, as docs/noise_levels.md shows them.
+
+    python -m benchmarks.noise_levels --workdir=DIR --queue=QUEUE.jsonl [--rows=docs/results/noise_levels.jsonl]
+
+A line of the queue is {"guidance": {…}, "denoising": [{…}, …], "num_images": 2500, "seed": 0}: fields of `Guidance` and
+of as many `IterativeDenoising` as shall be measured on the same drawn images; {} is no denoising, {"tweedie": n} n
+steps of Tweedie's formula at the level that was drawn. Settings that have a row are left out. Distances are of the
+classifier's features to the training images; seconds are of this machine, whatever else it does.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tarflow_jax.data import default_data_dir
+from tarflow_jax.evaluation.classifier import classifier_network
+from tarflow_jax.evaluation.distances import data_set_reference, sample_metrics
+from tarflow_jax.evaluation.features import FeatureExtractor
+from tarflow_jax.evaluation.generation import balanced_labels, quantise
+from tarflow_jax.pipeline import TarFlowPipeline
+from tarflow_jax.sampling import Guidance, IterativeDenoising
+from tarflow_jax.training import Recipe
+
+
+def denoised(pipe: TarFlowPipeline, images: jax.Array, labels: Any, method: dict[str, Any]) -> jax.Array:
+    """Drawn images, denoised as a setting says."""
+    if "num_steps" in method:
+        key = jax.random.key(1) if method.get("kind") == "sde" else None
+        return pipe.denoise_drawn(images, labels, method=IterativeDenoising(**method), key=key)
+    level = pipe.drawn_level or pipe.noise_std
+    for _ in range(method.get("tweedie", 0)):
+        images = pipe.denoise(images, labels, noise_std=level)
+    return images
+
+
+def measured(pipe: TarFlowPipeline, judge: Any, setting: dict[str, Any], methods: list[Any]) -> Iterator[dict]:
+    """A row for each of the methods."""
+    extractor, reference = judge
+    count = setting["num_images"]
+    labels = balanced_labels(0, count, pipe.config.num_classes)
+    latents = pipe.latents(jax.random.key(setting["seed"]), count)
+    began = time.perf_counter()
+    drawn = pipe.decode(latents, labels, Guidance(**setting["guidance"]), noise_std=pipe.drawn_level)
+    drawn.block_until_ready()
+    decoding = time.perf_counter() - began
+    for method in methods:
+        began = time.perf_counter()
+        images = np.asarray(denoised(pipe, drawn, labels, method))
+        denoising = time.perf_counter() - began
+        pixels, bad = quantise(images)
+        scores = sample_metrics(["fid", "precision_recall"], extractor.network.name, extractor(pixels), reference)
+        distance, precision, recall = scores.values()
+        yield {
+            "distance": distance,
+            "precision": precision,
+            "recall": recall,
+            "not_finite": int(bad.sum()),
+            "decode_seconds": round(decoding, 2),
+            "denoise_seconds": round(denoising, 2),
+        }
+
+
+def main() -> None:
+    """Measures what the queue holds and the rows do not."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, help="a training run's folder")
+    parser.add_argument("--queue", required=True, help="settings, a line each")
+    parser.add_argument("--rows", default="docs/results/noise_levels.jsonl", help="where rows are added")
+    args = parser.parse_args()
+    pipe = TarFlowPipeline.from_pretrained(args.workdir)
+    recipe = Recipe.from_workdir(args.workdir)
+    data_dir = default_data_dir() / "evaluation"
+    train = recipe.source("train")
+    extractor = FeatureExtractor(classifier_network(train, recipe.source("test"), data_dir))
+    judge = extractor, data_set_reference(extractor, train, "train", "none", data_dir)
+    path = Path(args.rows)
+    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    for line in Path(args.queue).read_text().splitlines():
+        setting = json.loads(line)
+        about = {"run": Path(args.workdir).name, **{k: v for k, v in setting.items() if k != "denoising"}}
+        methods = [
+            method
+            for method in setting["denoising"]
+            if not any(row.items() >= (about | {"denoising": method}).items() for row in done)
+        ]
+        if not methods:
+            continue
+        for method, row in zip(methods, measured(pipe, judge, setting, methods), strict=True):
+            row = {**about, "denoising": method, **row}
+            print(json.dumps(row), flush=True)
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
