@@ -92,13 +92,10 @@ def _iterate(
     noise_std: jax.Array,
     num_steps: jax.Array,
     std_min: jax.Array,
-    *,
-    method: sampling.IterativeDenoising,
+    **options: Any,
 ) -> jax.Array:
     keys = None if key_data is None else jax.random.wrap_key_data(key_data)
-    return sampling.iterate(
-        TarFlow(config), variables, images, labels, noise_std, keys, num_steps, std_min, method=method
-    )
+    return sampling.iterate(TarFlow(config), variables, images, labels, noise_std, keys, num_steps, std_min, **options)
 
 
 def _decode(
@@ -117,5 +114,5 @@ encode = _compiled(_encode)
 log_prob = _compiled(_log_prob)
 noisy_log_prob = _compiled(_noisy_log_prob, "noise")
 denoise = _compiled(_denoise)
-iterate = _compiled(_iterate, "method")
+iterate = _compiled(_iterate, "method", "trajectory")
 decode = _compiled(_decode, "trajectory", "decoders")

@@ -1,6 +1,5 @@
-"""The step, its sharding, the recipe, checkpoints and metrics."""
+"""The step, its sharding, checkpoints and metrics."""
 
-import contextlib
 import dataclasses
 import functools
 import gzip
@@ -19,7 +18,6 @@ from tiny_models import TINY, VP, random_variables
 
 from configs import common, digits
 from tarflow_jax import Noise, TarFlow
-from tarflow_jax.data import ArraySource
 from tarflow_jax.evaluation.split import loss_of
 from tarflow_jax.likelihood import training_loss
 from tarflow_jax.runtime import make_mesh, replicated, shardings
@@ -172,96 +170,6 @@ def test_metrics_are_cut_where_a_run_continues(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 9.0)]
     assert lines[0]["block_norms"] == [1.0, 1.0]
-
-
-def test_schedule_and_workdir(tmp_path):
-    config = digits.get_config()
-    recipe = Recipe(config)
-    schedule = recipe.train_config.optimizer.schedule()
-    assert float(schedule(0)) == pytest.approx(1e-6, rel=1e-4)
-    assert float(schedule(config.optimizer.warmup_steps)) == pytest.approx(config.optimizer.learning_rate)
-    assert float(schedule(config.train.num_steps)) == pytest.approx(1e-6, rel=1e-4)
-    recipe.write_to(tmp_path)
-    free = {"train.log_every": 7, "data.data_dir": "/elsewhere", "data.num_workers": 3, "data.cache_bytes": 5}
-    free |= {"data.skip_bad": True, "sample.guidance.weight": 3.0, "sample.denoise_multiplier": 0.5}
-    config.update_from_flattened_dict(free)
-    Recipe(config).write_to(tmp_path)
-    config.noise.std = 0.2
-    with pytest.raises(ValueError, match=r"another configuration: noise.std \(0.1 there, 0.2 here\)"):
-        Recipe(config).write_to(tmp_path)
-    assert Recipe.from_workdir(tmp_path).noise == Noise("gaussian", 0.1)
-    with pytest.raises(FileNotFoundError, match="expected the workdir"):
-        Recipe.from_workdir(tmp_path / "none")
-
-
-def test_a_run_may_grow_before_its_end_where_its_learning_rates_were_the_same(tmp_path, caplog):
-    config = digits.get_config()
-    config.train.num_steps = 10
-    config.optimizer.warmup_steps = 4
-    recipe = Recipe(config)
-    recipe.write_to(tmp_path)
-
-    def grow(num_steps):
-        longer = config.copy_and_resolve_references()
-        longer.train.num_steps = num_steps
-        Recipe(longer).write_to(tmp_path)
-
-    def take(step):
-        with contextlib.closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
-            checkpoints.save(step, {"x": jnp.zeros(8)}, json.loads(recipe.to_json()))
-
-    take(4)  # of the warm-up, which the number of steps does not change
-    with caplog.at_level("INFO", logger="tarflow_jax"):
-        grow(20)
-    assert "train.num_steps grows from 10 to 20; the 4 steps taken are its first" in caplog.text
-    assert Recipe.from_workdir(tmp_path).config.train.num_steps == 20
-    with pytest.raises(ValueError, match="a run of 20 steps, 4 taken, and cannot become one of 12"):
-        grow(12)
-    take(7)
-    with pytest.raises(ValueError, match=r"7 taken, and cannot become one of 30: the learning rate follows from"):
-        grow(30)
-
-
-def test_a_run_goes_on_with_the_data_it_began_with(tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 1), np.uint8)
-    labels = np.array([0, 1, 2, 1, 0])
-    begun, same, moved, fewer = (
-        ArraySource(name, *arrays, num_classes=3)
-        for name, arrays in {
-            "npz:here": (images, labels),
-            "npz:there": (images.copy(), labels.copy()),
-            "npz:shifted": (images, (labels + 1) % 3),
-            "npz:fewer": (images[:4], labels[:4]),
-        }.items()
-    )
-    recipe = Recipe(digits.get_config())
-    recipe.write_to(tmp_path, begun)
-    recipe.write_to(tmp_path, same)
-    for changed in (moved, fewer):
-        with pytest.raises(ValueError, match=r"digits is not what .* was trained on: images, labels or their order"):
-            recipe.write_to(tmp_path, changed)
-
-
-@pytest.mark.parametrize(
-    ("field", "value", "message"),
-    [
-        ("train.batch_size", 0, "batch_size is 0"),
-        ("train.accumulation", 3, "not divisible by train.accumulation"),
-        ("train.drop_label", 1.5, "expected a probability"),
-        ("optimizer.ema_decay", 1.0, "ema_decay is 1.0"),
-        ("optimizer.beta1", 2.0, "beta1 is 2.0"),
-        ("optimizer.clip_norm", -1.0, "clip_norm is -1.0"),
-        ("optimizer.warmup_steps", -1, "warmup_steps is -1"),
-        ("optimizer.learning_rate", float("nan"), "learning_rate is nan"),
-        ("model.patch_size", 3, "not divisible by patch_size 3"),
-        ("noise.kind", "none", "noise kind is 'none'"),
-    ],
-)
-def test_recipes_refuse_what_cannot_be(field, value, message):
-    config = digits.get_config()
-    config.update_from_flattened_dict({field: value})
-    with pytest.raises(ValueError, match=message):
-        Recipe(config)
 
 
 @pytest.mark.slow

@@ -63,6 +63,7 @@ def iterate(
     std_min: jax.Array,
     *,
     method: IterativeDenoising,
+    trajectory: bool = False,
 ) -> jax.Array:
     """Denoises images of noise level σ = noise_std.
 
@@ -74,6 +75,7 @@ def iterate(
       noise_std: σ_0, scalar. std_min: σ_{N-1}, scalar. num_steps: N, int32.
       keys: of the noise that "sde" draws, one an image, [B].
       method: its clip, kind, levels and order; the numbers are the arguments'.
+      trajectory: return the image after every step, [B, N, H, W, K]; N is then method.num_steps.
 
     Returns float32 [B, H, W, K].
     """
@@ -106,4 +108,12 @@ def iterate(
             direction = jax.lax.cond(there > 0, averaged, lambda: direction)
         return y - (here - there) * direction
 
-    return jax.lax.fori_loop(0, num_steps, step, images)
+    if not trajectory:
+        return jax.lax.fori_loop(0, num_steps, step, images)
+
+    def recorded(y: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        y = step(i, y)
+        return y, y
+
+    _, path = jax.lax.scan(recorded, images, jnp.arange(method.num_steps))
+    return jnp.moveaxis(path, 0, 1)
