@@ -3,8 +3,8 @@
     python -m launch.sweep --config=configs/sweeps/depth.py --workdir=runs/depth --parallel=2
 
 The recipe's file defines `sweep()`, a list of overrides (configs/sweeping.py), and may define EVALUATE, the flags
-of a launch.evaluate after each training. Leaves a folder for each run, and sweep.csv, sweep.md and sweep.png.
-Stopping, continuing, Slurm: docs/launching.md.
+of a launch.evaluate after each training, or a list of such. Leaves a folder for each run, and sweep.csv, sweep.md and
+sweep.png. Stopping, continuing, Slurm: docs/launching.md.
 """
 
 import functools
@@ -90,8 +90,8 @@ def report(runs: Sequence[Run], workdir: Path) -> None:
         return
     rows = []
     for run in runs:
-        found = [next(run.job.folder.glob(step.result)) for step in run.job.steps]
-        rows += sweep_report.read_rows(run.settings, *found)
+        results, *evaluations = [next(run.job.folder.glob(step.result)) for step in run.job.steps]
+        rows += sweep_report.read_rows(run.settings, results, evaluations)
     print(sweep_report.write_table(rows, workdir))
     sweep_report.write_plot(rows, sweep_report.choose_metric(rows, METRIC.value), workdir / "sweep.png")
     print(workdir / "sweep.png")
@@ -151,13 +151,15 @@ def _recipe(config: ConfigDict, overrides: Mapping[str, Any]) -> Recipe:
         raise UserError(f"the sweep's {_plain(overrides)}: {reason}") from error
 
 
-def _steps(source: str, overrides: Mapping[str, Any], folder: Path, evaluate: Sequence[str]) -> tuple[jobs.Step, ...]:
+def _steps(
+    source: str, overrides: Mapping[str, Any], folder: Path, evaluate: Sequence[str] | Sequence[Sequence[str]]
+) -> tuple[jobs.Step, ...]:
     fields = [f"--config.{name}={value}" for name, value in overrides.items()]
     train = ("launch.train", f"--config={source}", f"--workdir={folder}", *fields)
     steps = [jobs.Step(train, RESULTS)]
-    if evaluate:
-        out = f"evaluation/{hashlib.sha256(repr(evaluate).encode()).hexdigest()[:8]}"  # other flags, other folder
-        measure = ("launch.evaluate", f"--workdir={folder}", f"--out={folder / out}", *evaluate)
+    for given in [evaluate] if evaluate and isinstance(evaluate[0], str) else evaluate:
+        out = f"evaluation/{hashlib.sha256(repr(given).encode()).hexdigest()[:8]}"  # other flags, other folder
+        measure = ("launch.evaluate", f"--workdir={folder}", f"--out={folder / out}", *given)
         steps.append(jobs.Step(measure, f"{out}/*.json"))
     return tuple(steps)
 

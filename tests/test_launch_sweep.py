@@ -16,6 +16,7 @@ from launch.sweep import plan, run_name
 from launch.sweep_report import (
     Row,
     choose_metric,
+    over_seeds,
     plot_lines,
     read_rows,
     require_matplotlib,
@@ -100,6 +101,9 @@ def test_a_plan_holds_each_run_s_commands_and_settings(tmp_path):
     assert (module, workdir) == ("launch.evaluate", f"--workdir={folder}")
     assert evaluation_flags == ["--metrics=fid", "--guidance=0,1"]
     assert evaluate.result == f"{out.removeprefix(f'--out={folder}/')}/*.json"
+    several = recipe_file(tmp_path, "[{'noise.std': 1}]", "EVALUATE = [['--guidance=0'], ['--guidance=1']]")
+    (run,) = plan(config(), several, {}, tmp_path)
+    assert [step.arguments[3:] for step in run.job.steps[1:]] == [("--guidance=0",), ("--guidance=1",)]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +143,7 @@ def test_rows_of_a_training_and_of_its_samples(tmp_path):
     ]
     found = {"classification": {"accuracy": 0.5, "histogram": [1, 2]}, "samples": samples}
     evaluation.write_text(json.dumps({"protocol": {}, "results": found}))
-    rows = read_rows({"noise.std": 0.1}, results, evaluation)
+    rows = read_rows({"noise.std": 0.1}, results, [evaluation])
     assert rows[1] == Row(
         {"noise.std": 0.1, "guidance": 1.0, "denoised": True},
         {LOSS: -1.5, "accuracy": 0.5, "not finite": 0, "Fréchet distance": 8.0},
@@ -160,14 +164,38 @@ def rows_of(points, field="loss"):
 def test_a_plot_has_a_line_for_each_of_the_other_settings():
     assert plot_lines(rows_of(grid({"a": [2, 1], "b": ["x", "y"], "c": [5]})), "loss") == (
         "a",
-        {"b x": [(1, 2.0), (2, 0.0)], "b y": [(1, 3.0), (2, 1.0)]},
+        {"b x": [(1, 2.0, 0), (2, 0.0, 0)], "b y": [(1, 3.0, 0), (2, 1.0, 0)]},
     )
     assert plot_lines(rows_of(zipped({"a": [1, 2], "b": [2, 1]})), "loss") == (
         "a",
-        {"": [(1, 0.0), (2, 1.0)]},
+        {"": [(1, 0.0, 0), (2, 1.0, 0)]},
     )
-    assert plot_lines(rows_of([{"a": True}, {"a": "x"}]), "loss") == ("a", {"": [("True", 0.0), ("x", 1.0)]})
-    assert plot_lines(rows_of([{"a": 1}]), "loss") == ("a", {"": [(1, 0.0)]})
+    assert plot_lines(rows_of([{"a": True}, {"a": "x"}]), "loss") == ("a", {"": [("True", 0.0, 0), ("x", 1.0, 0)]})
+    assert plot_lines(rows_of([{"a": 1}]), "loss") == ("a", {"": [(1, 0.0, 0)]})
+
+
+def test_rows_of_several_evaluations_are_told_apart_by_their_flags(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({LOSS: -1.5}))
+    evaluations = [tmp_path / f"{multiplier}.json" for multiplier in (0.5, 1.0)]
+    for path in evaluations:
+        protocol = {"decoder": "sequential", "denoise_multiplier": float(path.stem), "seed": 0}
+        samples = [{"guidance": 1.0, "distance": float(path.stem) + 3}]
+        path.write_text(json.dumps({"protocol": protocol, "results": {"samples": samples}}))
+    assert read_rows({}, tmp_path / "results.json", evaluations) == [
+        Row({"guidance": 1.0, "denoise_multiplier": 0.5}, {LOSS: -1.5, "distance": 3.5}),
+        Row({"guidance": 1.0, "denoise_multiplier": 1.0}, {LOSS: -1.5, "distance": 4.0}),
+    ]
+
+
+def test_seeds_become_means_and_spreads(tmp_path):
+    rows = rows_of(grid({"train.seed": [0, 1, 2], "a": [1, 2]}))  # losses 0, 2, 4 of a = 1, and 1, 3, 5
+    assert plot_lines(rows, "loss") == ("a", {"": [(1, 2.0, 2.0), (2, 3.0, 2.0)]})
+    assert over_seeds(rows) == [{"a": 1, "loss": "2 ± 2"}, {"a": 2, "loss": "3 ± 2"}]
+    assert "2 ± 2" in write_table(rows, tmp_path)
+    with (tmp_path / "sweep.csv").open(encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == 6
+    write_plot(rows, "loss", tmp_path / "sweep.png")
+    assert plot_lines(rows_of(grid({"train.seed": [0, 1]})), "loss")[0] == "train.seed"
 
 
 def test_table_and_plot_are_files(tmp_path):
