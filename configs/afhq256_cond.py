@@ -13,8 +13,8 @@ from configs import common
 IMAGES, BATCH, EPOCHS = 14630, 256, 4000
 
 
-def get_config() -> ConfigDict:
-    """The recipe."""
+def get_config(variant: str = "") -> ConfigDict:
+    """The recipe; the variant "tuned" has another optimizer and network (docs/optimizers.md), unmeasured."""
     config = common.get_config()
     config.model.update(
         {
@@ -43,4 +43,4 @@ def get_config() -> ConfigDict:
     )
     config.sample.guidance.weight = 3.4
     config.sample.denoise_multiplier = 1.4
-    return config
+    return common.with_variant(config, variant, common.tuned)

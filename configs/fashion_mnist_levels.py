@@ -15,4 +15,4 @@ def get_config(variant: str = "") -> ConfigDict:
     config = fashion_mnist.get_config()
     config.model.update({"noise_conditional": True, "image_limit": 0.0})
     config.noise.update({"kind": "levels", "std": 0.0, "std_min": 0.01, "std_max": 0.5})
-    return common.with_variant(config, variant)
+    return common.with_variant(config, variant, common.smoke)

@@ -13,8 +13,8 @@ from configs import common
 IMAGES, BATCH, EPOCHS = 1281167, 480, 300
 
 
-def get_config() -> ConfigDict:
-    """The recipe."""
+def get_config(variant: str = "") -> ConfigDict:
+    """The recipe; the variant "tuned" has another optimizer and network (docs/optimizers.md), unmeasured."""
     config = common.get_config()
     config.model.update(
         {
@@ -42,4 +42,4 @@ def get_config() -> ConfigDict:
         }
     )
     config.sample.guidance.weight = 2.0
-    return config
+    return common.with_variant(config, variant, common.tuned)

@@ -13,8 +13,8 @@ from configs import common
 IMAGES, BATCH, EPOCHS = 1281149, 256, 100
 
 
-def get_config() -> ConfigDict:
-    """The recipe."""
+def get_config(variant: str = "") -> ConfigDict:
+    """The recipe; the variant "tuned" has another optimizer and network (docs/optimizers.md), unmeasured."""
     config = common.get_config()
     config.model.update(
         {
@@ -48,4 +48,4 @@ def get_config() -> ConfigDict:
         }
     )
     config.sample.guidance.update({"weight": 0.2, "attention_temperature": 0.3})
-    return config
+    return common.with_variant(config, variant, common.tuned)
