@@ -7,53 +7,32 @@ What each metric is, and what it compares with: docs/evaluation.md. Prints table
 to DIR/evaluation/.
 """
 
-import dataclasses
 import functools
 import hashlib
-import itertools
 import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from etils import epath
-from jax.experimental import multihost_utils
 
 from launch import common, end_at_signals
-from tarflow_jax.arguments import check_guidance
-from tarflow_jax.data import ImageSource, default_data_dir, open_source
+from launch.evaluate_samples import DENOISE, GUIDANCE, check_samples, measure_samples
+from launch.evaluate_subject import NOISE_STD, SEED, UNKNOWN_LEVELS, Subject, level_of, open_subject
+from tarflow_jax.data import open_source
 from tarflow_jax.errors import UserError
-from tarflow_jax.evaluation import classification, distances, generation
+from tarflow_jax.evaluation import classification, distances
 from tarflow_jax.evaluation.bits_per_dim import BitsPerDim, image_bits_per_dim
-from tarflow_jax.evaluation.classifier import classifier_network
-from tarflow_jax.evaluation.features import FeatureExtractor
-from tarflow_jax.evaluation.inception import inception_network
 from tarflow_jax.evaluation.report import format_protocol, format_table, write_json
-from tarflow_jax.evaluation.sample_files import write_samples
 from tarflow_jax.evaluation.split import split_log_prob
-from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.noise import to_float
-from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import BatchRunner, LazyRows, make_mesh
-from tarflow_jax.sampling import Guidance
-from tarflow_jax.training import Recipe
 
 ALL_METRICS = ("bits_per_dim", *distances.METRICS, "classification", "outliers")
-CHUNK_SIZE = 500
-UNKNOWN_LEVELS = "the noise levels of this model are not known; name one, --noise_std=σ"
 TUNING_LEVELS, TUNING_IMAGES = 8, 500  # to find the best level for classification
-NUM_FEATURES = {"inception": 2048, "classifier": 128}
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Measure the model of this training run's folder.")
-MODEL = flags.DEFINE_string(
-    "model", None, "Measure this saved model, by its folder or hub name, in place of --workdir."
-)
-DATA = flags.DEFINE_string("data", None, "Measure on this data set; on the one the run was trained on if not given.")
-PREPROCESSING = flags.DEFINE_string("preprocessing", None, "Prepare --data this way: none, tarflow or adm.")
 METRICS = flags.DEFINE_list(
     "metrics",
     ["bits_per_dim"],
@@ -62,100 +41,10 @@ METRICS = flags.DEFINE_list(
 SPLIT = flags.DEFINE_string(
     "split", "test", "Measure likelihood, classification and outliers on this split of the data."
 )
-SEED = common.define_seed("Draw noise and samples from this seed.")
-OUT = flags.DEFINE_string(
-    "out", None, "Write the results to this folder; to WORKDIR/evaluation or ./evaluation if not given."
-)
 ALLOW_NOISY = flags.DEFINE_bool("allow_noisy", False, "Report nats/dim of noisy data for Gaussian training noise.")
 DRAWS = flags.DEFINE_integer("dequantisation_draws", 1, "Take the importance-weighted bound of K draws.", lower_bound=1)
 OUTLIERS = flags.DEFINE_string("outliers", None, "Take this data set's images for outliers.")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 50_000, "Draw this many samples for each setting.", lower_bound=2)
-GUIDANCE = flags.DEFINE_list("guidance", ["0"], "Guide with these weights, each a setting of its own.")
-common.define_guidance_flags()
-NOISE_STD = flags.DEFINE_float(
-    "noise_std", None, "Ask a model of many noise levels at this σ; at the lowest, or the best one, if not given."
-)
-DENOISE = flags.DEFINE_list(
-    "denoise", None, "Denoise: true, false or both; if not given, true for Gaussian training noise."
-)
-MULTIPLIER = common.define_number("denoise_multiplier", 1.0, "Multiply the score by s in denoising.")
-INCEPTION = flags.DEFINE_string(
-    "inception", None, "Read FID's weights from this PyTorch file; train a classifier in its place if not given."
-)
-REFERENCE = flags.DEFINE_string(
-    "reference", None, "Compare with the statistics in this npz file, in place of a split's own."
-)
-REFERENCE_SPLIT = flags.DEFINE_string("reference_split", "train", "Compare samples with this split.")
-SAVE_SAMPLES = flags.DEFINE_string(
-    "save_samples", None, "Write the samples of the last setting to this npz file, in ADM's format."
-)
-common.define_checkpoint_flag()
 common.define_process_flags()
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """The model, its data by split, and what to print about both."""
-
-    pipe: TarFlowPipeline
-    source: Callable[[str], ImageSource]
-    data_dir: Path
-    out: epath.Path
-    protocol: dict[str, Any]
-
-
-def open_subject() -> Subject:
-    """What --workdir or --model, and --data, name.
-
-    The pipeline runs on the devices of this process: processes share the samples, chunk by chunk.
-    """
-    if (WORKDIR.value is None) == (MODEL.value is None):
-        raise UserError("expected one of --workdir and --model")
-    workdir = None if WORKDIR.value is None else common.folder("workdir")
-    name = workdir or common.folder("model")
-    recipe = Recipe.from_workdir(workdir) if workdir else None
-    if recipe is None and DATA.value is None:
-        raise UserError("a saved model does not say what data it was trained on; name it, --data=NAME")
-    pipe = common.open_pipeline(name, make_mesh(devices=jax.local_devices()))
-    fields = recipe.config.data if recipe else None
-    data = DATA.value or fields.source
-    preprocessing = PREPROCESSING.value or (fields.preprocessing if fields else "none")
-    data_dir = Path(fields.data_dir) if fields and fields.data_dir else default_data_dir()
-    skip_bad = bool(fields and fields.skip_bad)
-
-    def source(split: str) -> ImageSource:
-        found = open_source(
-            data,
-            split,
-            image_size=pipe.config.image_size,
-            preprocessing=preprocessing,
-            data_dir=data_dir,
-            skip_bad=skip_bad,
-        )
-        if found.image_shape != pipe.config.image_shape:
-            raise UserError(f"{data} has images {found.image_shape}, the model {pipe.config.image_shape}")
-        return found
-
-    protocol = {
-        "model": str(name),
-        "fingerprint": fingerprint(pipe.variables),
-        "training_noise": "unknown" if pipe.noise is None else str(pipe.noise),
-        "data_set": data,
-        "preprocessing": preprocessing,
-        "compute": pipe.config.dtype,
-        "seed": SEED.value,
-    }
-    out = common.folder("out") if OUT.value else f"{workdir}/evaluation" if workdir else "evaluation"
-    return Subject(pipe, source, data_dir, epath.Path(out), protocol)
-
-
-def level_of(pipe: TarFlowPipeline) -> float | None:
-    """The noise level that a flow of many is asked at; None for a flow of a single one."""
-    if not pipe.config.noise_conditional or NOISE_STD.value is not None:
-        return NOISE_STD.value
-    if pipe.noise is None:
-        raise UserError(UNKNOWN_LEVELS)
-    return pipe.noise.std_min
 
 
 def measure_likelihood(subject: Subject) -> dict[str, Any]:
@@ -192,13 +81,7 @@ def check_metrics(subject: Subject, metrics: Sequence[str]) -> None:
     if "outliers" in metrics and OUTLIERS.value is None:
         raise UserError("outliers needs a second data set, --outliers=NAME")
     if of_samples:
-        network = "inception" if INCEPTION.value else "classifier"
-        distances.check_metrics(of_samples, network)
-        needed = NUM_FEATURES[network]
-        if {"fid", "sfid"} & set(of_samples) and NUM_SAMPLES.value < needed:
-            raise UserError(f"--num_samples is {NUM_SAMPLES.value}; a Fréchet distance needs at least {needed}")
-        for guidance, _ in sample_settings(pipe):
-            check_guidance(pipe.config, guidance)
+        check_samples(pipe, of_samples)
     subject.source(SPLIT.value)
 
 
@@ -254,78 +137,6 @@ def measure_outliers(subject: Subject) -> dict[str, Any]:
         noisy = noisy_images(subject, images, key, level)
         log_probs.append(np.asarray(subject.pipe.log_prob(noisy, noise_std=level)))
     return classification.outlier_scores(*log_probs, subject.pipe.config.num_dims)
-
-
-def measure_samples(subject: Subject, metrics: list[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows of a table, one a setting of guidance and denoising; and the protocol they share."""
-    train, test = subject.source("train"), subject.source("test")
-    settings = sample_settings(subject.pipe)
-    folders = [draw(subject, guidance, denoise) for guidance, denoise in settings]
-    if jax.process_index():
-        return [], {}
-    if INCEPTION.value:
-        network = inception_network(INCEPTION.value)
-    else:
-        network = classifier_network(train, test, subject.data_dir / "evaluation")
-    extractor = FeatureExtractor(network)
-    if REFERENCE.value:
-        reference = distances.file_reference(extractor, REFERENCE.value, metrics)
-    else:
-        split, preprocessing = REFERENCE_SPLIT.value, subject.protocol["preprocessing"]
-        source = train if split == "train" else test
-        reference = distances.data_set_reference(
-            extractor, source, split, preprocessing, subject.data_dir / "evaluation"
-        )
-    rows = []
-    for (guidance, denoise), folder in zip(settings, folders, strict=True):
-        samples = generation.read_chunks(folder, NUM_SAMPLES.value, CHUNK_SIZE, subject.pipe.config.num_classes)
-        row = {"guidance": guidance.weight, "denoised": denoise, "not finite": samples.num_not_finite}
-        features = extractor(samples.images, f"features, guidance {guidance.weight:g}")
-        rows.append(row | distances.sample_metrics(metrics, network.name, features, reference))
-    if SAVE_SAMPLES.value:
-        write_samples(SAVE_SAMPLES.value, samples.images, samples.labels)
-    protocol = {
-        "num_samples": NUM_SAMPLES.value,
-        "labels": "in turn" if subject.pipe.config.num_classes else "none",
-        "decoder": "sequential",
-        **{name: flags.FLAGS[name].value for name in common.GUIDANCE_FLAGS},
-        "denoise_multiplier": MULTIPLIER.value,
-        "network": f"{network.name}, {network.identity}",
-        "reference": reference.protocol,
-    }
-    return rows, protocol
-
-
-def sample_settings(pipe: TarFlowPipeline) -> list[tuple[Guidance, bool]]:
-    """Every --guidance with every --denoise."""
-    words = DENOISE.value or ["true" if pipe.noise_std is not None else "false"]
-    if set(words) - {"true", "false"}:
-        raise UserError(f"--denoise has {','.join(words)!r}; expected true, false, or false,true")
-    try:
-        weights = [float(weight) for weight in GUIDANCE.value]
-    except ValueError:
-        raise UserError(f"--guidance has {','.join(GUIDANCE.value)!r}; expected numbers") from None
-    guidances = map(common.guidance, weights)
-    return [(guidance, word == "true") for guidance, word in itertools.product(guidances, words)]
-
-
-def draw(subject: Subject, guidance: Guidance, denoise: bool) -> epath.Path:
-    """Draws what is missing of a setting's samples; returns their folder when all processes are done."""
-    protocol = {
-        **{name: subject.protocol[name] for name in ("fingerprint", "seed", "compute")},
-        "guidance": dataclasses.asdict(guidance) if guidance.weight else None,
-        "denoise": MULTIPLIER.value if denoise else None,
-        "chunk_size": CHUNK_SIZE,
-    }
-    folder = generation.chunk_folder(subject.out / "samples", protocol)
-
-    def sample(key: jax.Array, number: int, labels: jax.Array | None) -> jax.Array:
-        return subject.pipe.sample(key, number, labels, guidance, denoise, MULTIPLIER.value)
-
-    generation.generate(sample, folder, NUM_SAMPLES.value, CHUNK_SIZE, subject.pipe.config.num_classes, SEED.value)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"samples in {folder}")
-    return folder
 
 
 def main(argv: Sequence[str]) -> None:

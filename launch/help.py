@@ -18,14 +18,22 @@ def show(command: str) -> str:
     lines = [ast.get_docstring(tree) or "", "", "Flags:"]
     shared = ast.parse((_FOLDER / "common.py").read_text())
     defined = {node.name: node for node in shared.body if isinstance(node, ast.FunctionDef)}
-    lines += _flags(tree)
-    used = {call.attr for call in ast.walk(tree) if isinstance(call, ast.Attribute)} - {"define_seed"}  # a flag itself
+    trees = [tree, *(ast.parse(path.read_text()) for path in _parts(tree))]
+    lines += [line for part in trees for line in _flags(part)]
+    used = {node.attr for part in trees for node in ast.walk(part) if isinstance(node, ast.Attribute)}
+    used -= {"define_seed"}  # a flag itself
     for name in sorted(used & defined.keys()):
         lines += _flags(defined[name])
     lines += [line for node in shared.body if not isinstance(node, ast.FunctionDef) for line in _flags(node)]
     if "DEFINE_config_file" in ast.dump(tree):
         lines += ["", "Fields of a recipe, each a flag: --config.GROUP.FIELD=VALUE", *_fields()]
     return "\n".join(lines)
+
+
+def _parts(tree: ast.Module) -> list[Path]:
+    """The other modules of launch/ that a command is made of."""
+    imported = [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
+    return [_FOLDER / f"{name.removeprefix('launch.')}.py" for name in imported if name.startswith("launch.")]
 
 
 def _flags(tree: ast.AST) -> list[str]:

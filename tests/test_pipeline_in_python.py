@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_models import LABELS, TINY, images_of, random_variables
 
-from tarflow_jax import Guidance, Noise, TarFlowPipeline, pipeline
+from tarflow_jax import Guidance, Noise, TarFlowPipeline, density
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling import Jacobi
 
@@ -88,7 +88,7 @@ def test_what_cannot_be_is_refused_in_one_line(pipe, call, message):
 
 
 def test_images_of_another_range_are_told_of_once(pipe, caplog):
-    pipeline._warn_of_range.cache_clear()
+    density._warn_of_range.cache_clear()
     for _ in range(2):
         pipe.log_prob(255 * np.abs(images_of(TINY)), LABELS)
     assert [record.message.partition(";")[0] for record in caplog.records] == ["images reach far outside [-1, 1]"]
