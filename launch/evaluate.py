@@ -43,6 +43,9 @@ SPLIT = flags.DEFINE_string(
 )
 ALLOW_NOISY = flags.DEFINE_bool("allow_noisy", False, "Report nats/dim of noisy data for Gaussian training noise.")
 DRAWS = flags.DEFINE_integer("dequantisation_draws", 1, "Take the importance-weighted bound of K draws.", lower_bound=1)
+CLASSIFICATION_DRAWS = flags.DEFINE_integer(
+    "classification_draws", 1, "Classify by the mean of log p over K draws of the training noise.", lower_bound=1
+)
 OUTLIERS = flags.DEFINE_string("outliers", None, "Take this data set's images for outliers.")
 common.define_process_flags()
 
@@ -93,12 +96,13 @@ def noisy_images(subject: Subject, images: np.ndarray, key: jax.Array, level: fl
     return noise(key, jnp.asarray(images), None if level is None else jnp.full(len(images), level))
 
 
-def class_log_probs(subject: Subject, images: np.ndarray, level: float | None) -> np.ndarray:
-    """log p(x | y) in nats of 8-bit images, with noise, under every label: float64 [N, num_classes]."""
-    pipe, key = subject.pipe, jax.random.key(SEED.value)
-    log_prob = functools.partial(pipe.log_prob, noise_std=level)
-    noisy = noisy_images(subject, images, key, level)
-    return classification.class_log_probs(log_prob, noisy, pipe.config.num_classes)
+def class_log_probs(subject: Subject, images: np.ndarray, level: float | None, draws: int = 1) -> np.ndarray:
+    """log p(x | y) in nats of 8-bit images under every label, the mean over draws of noise: float64 [N, classes]."""
+    first = jax.random.key(SEED.value)
+    keys = [first, *(jax.random.fold_in(first, draw) for draw in range(1, draws))]
+    noisy = [noisy_images(subject, images, key, level) for key in keys]
+    log_prob = functools.partial(subject.pipe.log_prob, noise_std=level)
+    return classification.class_log_probs(log_prob, noisy, subject.pipe.config.num_classes)
 
 
 def best_level(subject: Subject) -> float:
@@ -121,7 +125,8 @@ def measure_classification(subject: Subject) -> dict[str, Any]:
     level = NOISE_STD.value
     if level is None and subject.pipe.config.noise_conditional:
         level = best_level(subject)
-    found = classification.bayes_classification(class_log_probs(subject, images, level), labels)
+    log_probs = class_log_probs(subject, images, level, CLASSIFICATION_DRAWS.value)
+    found = classification.bayes_classification(log_probs, labels) | {"draws": CLASSIFICATION_DRAWS.value}
     return found if level is None else found | {"noise_level": level}
 
 

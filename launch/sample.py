@@ -36,7 +36,10 @@ DENOISE = flags.DEFINE_bool(
 )
 MULTIPLIER = common.define_number("denoise_multiplier", 1.0, "Multiply the score by s in denoising.")
 STEPS = flags.DEFINE_integer(
-    "denoise_steps", None, "Denoise in this many steps, with a model of many noise levels.", lower_bound=1
+    "denoise_steps",
+    None,
+    "Denoise in this many steps, equal in log σ, with a model of many noise levels.",
+    lower_bound=1,
 )
 DECODER = flags.DEFINE_enum(
     "decoder", "sequential", list(common.DECODERS), "Invert blocks this way; auto takes what tune_decoder found."
@@ -72,9 +75,12 @@ def main(argv: Sequence[str]) -> int:
     denoise = pipe.noise_std is not None if DENOISE.value is None else DENOISE.value
     frames = list(np.asarray(trajectory))
     if denoise:
-        method = IterativeDenoising(STEPS.value) if STEPS.value else None
-        images = pipe.denoise_drawn(images, labels, MULTIPLIER.value, method)
-        frames.append(np.asarray(images))
+        method, in_steps = None, pipe.config.noise_conditional
+        if STEPS.value:
+            method = IterativeDenoising(STEPS.value, levels="log")
+        found = pipe.denoise_drawn(images, labels, MULTIPLIER.value, method, return_trajectory=in_steps)
+        images, path = found if in_steps else (found, [None, found])
+        frames += [np.asarray(step) for step in path[1:]]
     if jax.process_index():
         return 0
     values = np.asarray(images)

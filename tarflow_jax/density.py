@@ -88,7 +88,8 @@ class FlowDensity(TrainedFlow):
         multiplier: float = 1.0,
         method: IterativeDenoising | None = None,
         key: jax.Array | None = None,
-    ) -> jax.Array:
+        return_trajectory: bool = False,
+    ) -> Any:
         """Tweedie's formula, x + s σ² ∇ log p(x | label), or steps of it: float32 [B, H, W, K].
 
         Args:
@@ -98,12 +99,16 @@ class FlowDensity(TrainedFlow):
           multiplier: s of a single step; 1 is the theory.
           method: the steps, for a flow of many noise levels; None is a single one.
           key: of the noise that a method of kind "sde" draws.
+          return_trajectory: also return the images before and after each of the method's N steps, [N + 1, B, H, W, K].
 
         Raises:
           ValueError: the model was not trained with Gaussian noise, a method without levels, or as `encode`.
         """
         if method is not None:
-            return self._iterate(images, labels, noise_std, method, key)
+            path = self._iterate(images, labels, noise_std, method, key, return_trajectory)
+            return (path[-1], path) if return_trajectory else path
+        if return_trajectory:
+            raise UserError("a trajectory is of a method's steps; give denoise a method, IterativeDenoising(…)")
         std = self.noise_std if noise_std is None else noise_std
         if std is None or (self.noise is not None and self.noise_std is None):
             kind = self.noise.kind if self.noise else "unknown"
@@ -131,16 +136,23 @@ class FlowDensity(TrainedFlow):
         multiplier: float = 1.0,
         method: IterativeDenoising | None = None,
         key: jax.Array | None = None,
-    ) -> jax.Array:
+        return_trajectory: bool = False,
+    ) -> Any:
         """`denoise` for what `decode` drew: by one step; of many levels by `method`, None for the default."""
         if method is None and self.config.noise_conditional:
             method = DEFAULT_DENOISING
-        return self.denoise(images, labels, self.drawn_level, multiplier, method, key)
+        return self.denoise(images, labels, self.drawn_level, multiplier, method, key, return_trajectory)
 
     def _iterate(
-        self, images: Any, labels: Any, noise_std: Any, method: IterativeDenoising, key: jax.Array | None
+        self,
+        images: Any,
+        labels: Any,
+        noise_std: Any,
+        method: IterativeDenoising,
+        key: jax.Array | None,
+        trajectory: bool,
     ) -> jax.Array:
-        """`denoise` by steps."""
+        """`denoise` by steps: the images, or their trajectory."""
         if not self.config.noise_conditional:
             raise UserError("iterative denoising needs a model of many noise levels; this one is of a single level")
         std_min = method.std_min or (self.noise and self.noise.std_min)
@@ -153,9 +165,10 @@ class FlowDensity(TrainedFlow):
             keys = jax.random.key_data(jax.random.split(key, len(images)))
         if noise_std is None or jnp.ndim(noise_std):
             raise UserError(f"noise_std is {noise_std}; expected one number, the level that the steps begin at")
-        program = dataclasses.replace(method, num_steps=1, std_min=None)  # the numbers are traced
-        return self._run(
-            functools.partial(programs.iterate, self._denoiser, method=program),
+        # The numbers are traced, but for how many images a trajectory holds.
+        program = dataclasses.replace(method, num_steps=method.num_steps if trajectory else 1, std_min=None)
+        found = self._run(
+            functools.partial(programs.iterate, self._denoiser, method=program, trajectory=trajectory),
             images,
             labels,
             keys,
@@ -164,3 +177,4 @@ class FlowDensity(TrainedFlow):
             check_number("std_min", std_min),
             bytes_per_image=backward_bytes(self._denoiser),
         )
+        return jnp.concatenate([jnp.asarray(images)[None], jnp.moveaxis(found, 1, 0)]) if trajectory else found

@@ -183,6 +183,18 @@ def test_one_program_takes_any_number_of_steps():
     assert all(np.isfinite(images).all() for images in found)
 
 
+def test_a_trajectory_has_the_image_after_every_step():
+    pipe, images = gaussian_flow(), images_of(CONDITIONAL)[..., :1]
+    method = IterativeDenoising(3, levels="log")
+    last, path = pipe.denoise(images, None, 0.3, method=method, return_trajectory=True)
+    assert path.shape == (4, *images.shape)
+    np.testing.assert_array_equal(path[0], images)
+    np.testing.assert_array_equal(path[-1], last)
+    np.testing.assert_allclose(last, pipe.denoise(images, None, 0.3, method=method), atol=1e-6)
+    middle = pipe.denoise(path[1], None, np.sqrt(0.3 * LEVELS.std_min), method=IterativeDenoising(2, levels="log"))
+    np.testing.assert_allclose(middle, last, atol=1e-6)  # the second level is between the first and the last
+
+
 def test_the_sde_draws_by_its_key():
     pipe, images = gaussian_flow(), images_of(CONDITIONAL)[..., :1]
     method = IterativeDenoising(4, kind="sde")
@@ -238,6 +250,7 @@ def test_guidance_leaves_the_blocks_it_does_not_cover():
         (lambda pipe, x: pipe.denoise(x), "say at which, noise_std"),
         (lambda pipe, x: pipe.denoise(x, method=IterativeDenoising(2)), "expected one number"),
         (lambda _, x: one_level().encode(x, noise_std=0.1), "this model is of one noise level"),
+        (lambda _, x: one_level().denoise(x, return_trajectory=True), "a trajectory is of a method's steps"),
         (lambda _, x: one_level().denoise(x, method=IterativeDenoising(2)), "needs a model of many noise levels"),
         (lambda *_: IterativeDenoising(0), "num_steps is 0"),
         (lambda *_: IterativeDenoising(2, kind="sde", order=2), "steps of order 1 alone"),
