@@ -150,11 +150,26 @@ def _student_error(
     return jax.numpy.square(found - to_float(images)).mean((1, 2, 3))
 
 
+def _decode_from(
+    config: TarFlowConfig,
+    variables: Any,
+    latents: jax.Array,
+    labels: jax.Array | None,
+    of_image: tuple[jax.Array | None, jax.Array],
+    guidance: sampling.Guidance | None,
+    **options: Any,
+) -> sampling.Decoded:
+    """`of_image` are noise levels [B] or None, and the guess."""
+    noise_std, guess = of_image
+    return sampling.decode_from(config, variables, latents, guess, labels, guidance, noise_std, **options)
+
+
 encode = _compiled(_encode)
 log_prob = _compiled(_log_prob)
 noisy_log_prob = _compiled(_noisy_log_prob, "noise")
 denoise = _compiled(_denoise)
 iterate = _compiled(_iterate, "method")
 decode = _compiled(_decode, "trajectory", "decoders")
+decode_from = _compiled(_decode_from, "trajectory", "decoders")
 student = _compiled(_student)
 student_error = _compiled(_student_error, "flow", "noise")

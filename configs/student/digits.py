@@ -15,5 +15,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.update(
         {"name": "muon", "muon_learning_rate": 3e-3, "learning_rate": 3e-3, "warmup_steps": 100, "clip_norm": 1.0}
     )
-    config.train.update({"num_steps": 1000, "batch_size": 64, "checkpoint_every": 500, "evaluate_every": 250})
+    config.train.update({"num_steps": 900, "batch_size": 64, "checkpoint_every": 500, "evaluate_every": 250})
     return common.with_variant(config, variant)
