@@ -12,6 +12,7 @@ from absl import flags
 from etils import epath
 
 from launch import common, end_at_signals
+from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.generation import quantise
 from tarflow_jax.evaluation.sample_files import write_samples
 from tarflow_jax.figures import grid, save_gif, save_png, to_uint8
@@ -38,9 +39,7 @@ MULTIPLIER = common.define_number("denoise_multiplier", 1.0, "Multiply the score
 STEPS = flags.DEFINE_integer(
     "denoise_steps", None, "Denoise in this many steps, with a model of many noise levels.", lower_bound=1
 )
-DECODER = flags.DEFINE_enum(
-    "decoder", "sequential", list(common.DECODERS), "Invert blocks this way; auto takes what tune_decoder found."
-)
+common.define_decoder_flags()
 common.define_checkpoint_flag()
 common.define_process_flags()
 flags.mark_flags_as_required(["workdir"])
@@ -48,7 +47,9 @@ flags.mark_flags_as_required(["workdir"])
 
 def main(argv: Sequence[str]) -> int:
     """Draws and writes; 1 if no image is one."""
-    guidance = common.guidance(GUIDANCE.value)
+    guidance, decoder = common.guidance(GUIDANCE.value), common.decoder()
+    if common.draws_clean_images() and DENOISE.value is False:
+        raise UserError("--nodenoise is not for --decoder=student, whose images are clean; with --polish they are not")
     distributed = common.join_processes()
     end_at_signals()  # JAX may have taken SIGTERM
     workdir = common.folder("workdir")
@@ -66,12 +67,14 @@ def main(argv: Sequence[str]) -> int:
         labels,
         guidance,
         return_trajectory=True,
-        decoder=common.DECODERS[DECODER.value],
         noise_std=pipe.drawn_level,
+        **decoder,
     )
     denoise = pipe.noise_std is not None if DENOISE.value is None else DENOISE.value
     frames = list(np.asarray(trajectory))
-    if denoise:
+    if common.draws_clean_images():
+        frames.append(np.asarray(images))
+    elif denoise:
         method = IterativeDenoising(STEPS.value) if STEPS.value else None
         images = pipe.denoise_drawn(images, labels, MULTIPLIER.value, method)
         frames.append(np.asarray(images))
