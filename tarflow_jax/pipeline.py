@@ -78,19 +78,20 @@ class TarFlowPipeline(FlowDensity):
         if decoder == "student" and not polish:
             return self._by_student(latents, labels, guidance, return_trajectory, return_statistics)
         schedule = self.schedule if decoder == "auto" else None
-        decoders: Any = polish or check_decoder(self.config, schedule, decoder, guidance, len(latents))
+        decoders = None if polish else check_decoder(self.config, schedule, decoder, guidance, len(latents))
         one_by_one = not polish and (decoders is None or Sequential() in decoders)
         of_image: Any = check_levels(self.config, noise_std, len(latents))
-        function = programs.decode
+        function, given = programs.decode, [guidance]
         if polish or begins_at_student(decoders):
-            of_image, function = (of_image, self._guess(latents, labels, guidance)), programs.decode_from
+            of_image = of_image, self._guess(latents, labels, guidance)
+            function, given = programs.decode_from, [guidance, jnp.int32(polish)]
         decoded = self._run(
             functools.partial(function, self.config, trajectory=return_trajectory, decoders=decoders),
             latents,
             labels,
             of_image,
-            guidance,
-            bytes_per_image=decode_bytes(self.config, guided=guidance is not None, parallel=decoders is not None),
+            *given,
+            bytes_per_image=decode_bytes(self.config, guided=guidance is not None, parallel=bool(polish or decoders)),
             # For one image XLA's CPU code copies the caches at every token; for two it does not.
             smallest=2 if self._runner.on_cores and one_by_one else 1,
         )

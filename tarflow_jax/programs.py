@@ -157,11 +157,12 @@ def _decode_from(
     labels: jax.Array | None,
     of_image: tuple[jax.Array | None, jax.Array],
     guidance: sampling.Guidance | None,
+    num_updates: jax.Array,
     **options: Any,
 ) -> sampling.Decoded:
     """`of_image` are noise levels [B] or None, and the guess."""
     noise_std, guess = of_image
-    return sampling.decode_from(config, variables, latents, guess, labels, guidance, noise_std, **options)
+    return sampling.decode_from(config, variables, latents, guess, labels, guidance, noise_std, num_updates, **options)
 
 
 encode = _compiled(_encode)

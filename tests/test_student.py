@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib
 import json
 import math
 import os
@@ -30,8 +31,8 @@ from tarflow_jax.student import METHODS, Student, StudentConfig, TrainedStudent,
 from tarflow_jax.student.loss import flow_trajectory
 from tarflow_jax.training import Recipe, TrainConfig, train
 from tarflow_jax.training.optimizer import Optimizer
-from tarflow_jax.training.state import new_state
-from tarflow_jax.training.step import compiled_step
+from tarflow_jax.training.state import initial_state, new_state
+from tarflow_jax.training.step import compiled_step, train_step
 
 GAUSSIAN = Noise("gaussian", 0.1)
 
@@ -266,6 +267,33 @@ def test_a_hostile_folder_is_refused_in_one_line(pipe, tmp_path, damage):
         with pytest.raises(ValueError, match=message) as refused:
             load_student(tmp_path)
         assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["digits:smoke", pytest.param("fashion_mnist", marks=pytest.mark.slow)])
+def test_recipes_make_a_full_train_step_and_small_students(name):
+    module, _, variant = name.partition(":")
+    flow, recipe = (importlib.import_module(f"configs.{folder}{module}") for folder in ("", "student."))
+    recipe = Recipe(of_flow(recipe.get_config(variant), flow.get_config()))
+    count, config = recipe.config.train.batch_size, recipe.train_config
+    state = jax.eval_shape(functools.partial(initial_state, config), jax.random.key(0))
+    frozen = jax.eval_shape(
+        functools.partial(initial_state, dataclasses.replace(config, student=None)), jax.random.key(0)
+    )
+    images = jax.ShapeDtypeStruct((count, *recipe.model.image_shape), jnp.uint8)
+    labels = jax.ShapeDtypeStruct((count,), jnp.int32)
+    step = functools.partial(train_step, config)
+    new, metrics = jax.eval_shape(step, state, images, labels, jax.random.key(0), frozen.variables)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert metrics["block_errors"].shape == (recipe.model.num_blocks,)
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(s.variables)) for s in (state, frozen)]
+    assert sizes[0] <= 1.2 * sizes[1]
+
+
+def test_a_student_s_recipe_alone_is_no_flow_s():
+    with pytest.raises(ValueError, match=r"no model: it is a student's, for launch\.distill"):
+        Recipe(student_digits.get_config())
+    with pytest.raises(ValueError, match="is no student's recipe"):
+        of_flow(digits.get_config(), digits.get_config())
 
 
 def run_steps(mesh, accumulation=1, count=3):

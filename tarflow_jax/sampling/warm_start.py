@@ -20,17 +20,18 @@ def decode_from(
     labels: jax.Array | None = None,
     guidance: Guidance | None = None,
     noise_std: jax.Array | None = None,
+    num_updates: jax.Array | int = 0,
     *,
     trajectory: bool = False,
-    decoders: tuple[Decoder, ...] | int,
+    decoders: tuple[Decoder, ...] | None = None,
 ) -> Decoded:
     """`decode`, which begins at a guess.
 
     Args:
       latents, labels, guidance, noise_std, trajectory: as of `decode`.
       guess: of what each block reads, as images [B, F, H, W, K] by block number; the first one is the noisy image.
-      decoders: by block number, of which those `Jacobi(init="student")` begin at the guess; or a number of updates that
-        every block takes from there, after which it is taken for inverted.
+      num_updates: that every block takes from there, after which it is taken for inverted; where there are no decoders.
+      decoders: by block number, of which those `Jacobi(init="student")` begin at the guess.
     """
     tokens = to_tokens(config, latents)
     images, found = [latents], []
@@ -39,14 +40,13 @@ def decode_from(
     for k in reversed(range(config.num_blocks)):
         block = guided_block(config, variables["params"], k, labels, guidance, noise_std)
         z, start = permute(tokens, k), permute(to_tokens(config, guess[:, k]), k)
-        if isinstance(decoders, int):
-            inverted = _updated(block, z, start, decoders)
+        decoder = decoders[k] if decoders else None
+        if decoder is None:
+            inverted = _updated(block, z, start, num_updates)
+        elif isinstance(decoder, Jacobi) and decoder.init == STUDENT:
+            inverted = decoder.invert(block, z, start)
         else:
-            decoder = decoders[k]
-            if isinstance(decoder, Jacobi) and decoder.init == STUDENT:
-                inverted = decoder.invert(block, z, start)
-            else:
-                inverted = decoder.invert(block, z)
+            inverted = decoder.invert(block, z)
         tokens = permute(inverted.x, k)
         images.append(to_images(config, tokens))
         found.append(inverted)
@@ -59,7 +59,7 @@ def decode_from(
     )
 
 
-def _updated(block: GuidedBlock, z: jax.Array, start: jax.Array, count: int) -> Inverted:
+def _updated(block: GuidedBlock, z: jax.Array, start: jax.Array, count: jax.Array | int) -> Inverted:
     """z's inverse after `count` updates from `start`, both [B, T, D] in block order."""
     if z.shape[1] == 1:
         return unchanged(z)

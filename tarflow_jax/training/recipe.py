@@ -76,6 +76,8 @@ class Recipe:
     config: ml_collections.ConfigDict
 
     def __post_init__(self) -> None:
+        if "model" not in self.config:
+            raise UserError("this recipe has no model: it is a student's, for launch.distill")
         train = self.config.train
         for name in ("num_steps", "batch_size", "checkpoint_every", "log_every", "accumulation", "keep_checkpoints"):
             if train[name] < 1:
