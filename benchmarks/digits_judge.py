@@ -114,6 +114,14 @@ def reads(pipe: TarFlowPipeline) -> dict[str, float]:
     for weight in (1.0, 2.0):
         guided = pipe.decode(latents, labels, Guidance(weight))
         figures[f"read_guided_{weight:g}"] = share(pipe.denoise(guided, labels))
+    if pipe.student is not None:
+        denoised = np.asarray(pipe.denoise(raw, labels), np.float64)
+        for weight in (0.0, 1.0, 2.0):
+            drawn = pipe.decode(latents, labels, Guidance(weight), decoder="student")
+            figures[f"read_student_{weight:g}"] = share(drawn)
+            if not weight:
+                pair = (np.asarray(drawn, np.float64) - denoised.mean(0)).ravel(), (denoised - denoised.mean(0)).ravel()
+                figures["student_correlation"] = float(np.corrcoef(*pair)[0, 1])
     return figures
 
 

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from absl import app, flags
 from etils import epath
 
 from launch import end_at_signals, exit_code, ignore_signals
+from tarflow_jax.arguments import check_polish
 from tarflow_jax.data import default_data_dir
 from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.figures import class_rows, grid, save_png, to_uint8
@@ -41,6 +42,7 @@ DECODERS = {
     "jacobi": Jacobi(),
     "gs_jacobi": GaussSeidelJacobi(num_segments=8),
     "auto": "auto",
+    "student": "student",
 }
 
 
@@ -125,6 +127,31 @@ def define_guidance_flags() -> None:
     define_number("attention_temperature", 1.0, "Divide the attention logits of the unguided pass by τ.")
     flags.DEFINE_enum("guidance_rule", "log_scale", RULES, "Guide log-scales or scales, or multiply densities.")
     flags.DEFINE_string("guidance_blocks", "all", "Guide all blocks, or this many, counted from the noise.")
+
+
+def define_decoder_flags() -> None:
+    """--decoder and --polish, for the commands that draw."""
+    flags.DEFINE_enum(
+        "decoder",
+        "sequential",
+        list(DECODERS),
+        "Invert blocks this way; auto takes what tune_decoder found, student the network of launch.distill.",
+    )
+    flags.DEFINE_integer(
+        "polish", 0, "Bring a student's images nearer to the inverse by this many updates of a block.", lower_bound=0
+    )
+
+
+def decoder() -> dict[str, Any]:
+    """What --decoder and --polish say, as `pipe.decode` takes it."""
+    values = flags.FLAGS
+    check_polish(values.polish, values.decoder)
+    return {"decoder": DECODERS[values.decoder], "polish": values.polish}
+
+
+def draws_clean_images() -> bool:
+    """Whether the decoder is one whose images are not to be denoised."""
+    return flags.FLAGS.decoder == "student" and not flags.FLAGS.polish
 
 
 def guidance(weight: float) -> Guidance:

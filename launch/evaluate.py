@@ -20,7 +20,9 @@ from absl import flags
 
 from launch import common, end_at_signals
 from launch.evaluate_samples import DENOISE, GUIDANCE, check_samples, measure_samples
+from launch.evaluate_student import measure_student
 from launch.evaluate_subject import NOISE_STD, SEED, UNKNOWN_LEVELS, Subject, level_of, open_subject
+from tarflow_jax.arguments import check_student
 from tarflow_jax.data import open_source
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation import classification, distances
@@ -30,13 +32,14 @@ from tarflow_jax.evaluation.split import split_log_prob
 from tarflow_jax.noise import to_float
 from tarflow_jax.runtime import BatchRunner, LazyRows, make_mesh
 
-ALL_METRICS = ("bits_per_dim", *distances.METRICS, "classification", "outliers")
+ALL_METRICS = ("bits_per_dim", *distances.METRICS, "classification", "outliers", "student")
 TUNING_LEVELS, TUNING_IMAGES = 8, 500  # to find the best level for classification
 
 METRICS = flags.DEFINE_list(
     "metrics",
     ["bits_per_dim"],
-    "Measure these: bits_per_dim, fid, sfid, inception_score, kid, precision_recall, classification, outliers.",
+    "Measure these: bits_per_dim, fid, sfid, inception_score, kid, precision_recall, classification, outliers, "
+    "student.",
 )
 SPLIT = flags.DEFINE_string(
     "split", "test", "Measure likelihood, classification and outliers on this split of the data."
@@ -81,6 +84,8 @@ def check_metrics(subject: Subject, metrics: Sequence[str]) -> None:
         raise UserError("--noise_std is for models of many noise levels; this one is of a single level")
     if "classification" in metrics and not pipe.config.num_classes:
         raise UserError("classification needs a class-conditional model, this one has no classes")
+    if "student" in metrics:
+        check_student(pipe.student)
     if "outliers" in metrics and OUTLIERS.value is None:
         raise UserError("outliers needs a second data set, --outliers=NAME")
     if of_samples:
@@ -161,13 +166,14 @@ def main(argv: Sequence[str]) -> None:
         "bits_per_dim": measure_likelihood,
         "classification": measure_classification,
         "outliers": measure_outliers,
+        "student": measure_student,
     }
     for metric in metrics:
         if metric in measures:
             results[metric] = measures[metric](subject)
             row = {k: v for k, v in results[metric].items() if not isinstance(v, list)}
             if jax.process_index() == 0:
-                print(format_table([row]), flush=True)
+                print(format_table(results[metric].get("rows", [row])), flush=True)
     if of_samples := [metric for metric in metrics if metric in distances.METRICS]:
         results["samples"], more = measure_samples(subject, of_samples)
         protocol |= more

@@ -12,13 +12,14 @@ from jax.experimental import multihost_utils
 
 from launch import common
 from launch.evaluate_subject import SEED, Subject
-from tarflow_jax.arguments import check_guidance
+from tarflow_jax.arguments import check_guidance, check_student, check_student_guidance
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation import distances, generation
 from tarflow_jax.evaluation.classifier import classifier_network
 from tarflow_jax.evaluation.features import FeatureExtractor
 from tarflow_jax.evaluation.inception import inception_network
 from tarflow_jax.evaluation.sample_files import write_samples
+from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance
 
@@ -42,6 +43,7 @@ SAVE_SAMPLES = flags.DEFINE_string(
     "save_samples", None, "Write the samples of the last setting to this npz file, in ADM's format."
 )
 common.define_guidance_flags()
+common.define_decoder_flags()
 
 
 def check_samples(pipe: TarFlowPipeline, metrics: Sequence[str]) -> None:
@@ -52,7 +54,9 @@ def check_samples(pipe: TarFlowPipeline, metrics: Sequence[str]) -> None:
     if {"fid", "sfid"} & set(metrics) and NUM_SAMPLES.value < needed:
         raise UserError(f"--num_samples is {NUM_SAMPLES.value}; a Fréchet distance needs at least {needed}")
     for guidance, _ in sample_settings(pipe):
-        check_guidance(pipe.config, guidance)
+        checked = check_guidance(pipe.config, guidance)
+        if common.draws_clean_images():
+            check_student_guidance(check_student(pipe.student).config, checked)
 
 
 def measure_samples(subject: Subject, metrics: list[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -87,6 +91,7 @@ def measure_samples(subject: Subject, metrics: list[str]) -> tuple[list[dict[str
         "num_samples": NUM_SAMPLES.value,
         "labels": "in turn" if subject.pipe.config.num_classes else "none",
         "decoder": "sequential",
+        **decoder_protocol(subject.pipe),
         **{name: flags.FLAGS[name].value for name in common.GUIDANCE_FLAGS},
         "denoise_multiplier": MULTIPLIER.value,
         "network": f"{network.name}, {network.identity}",
@@ -97,7 +102,15 @@ def measure_samples(subject: Subject, metrics: list[str]) -> tuple[list[dict[str
 
 def sample_settings(pipe: TarFlowPipeline) -> list[tuple[Guidance, bool]]:
     """Every --guidance with every --denoise."""
-    words = DENOISE.value or ["true" if pipe.noise_std is not None else "false"]
+    if common.draws_clean_images() and "false" in (DENOISE.value or ()):
+        raise UserError(
+            "--denoise=false is not for --decoder=student, whose images are clean; with --polish they are not"
+        )
+    words = (
+        ["true"]
+        if common.draws_clean_images()
+        else DENOISE.value or ["true" if pipe.noise_std is not None else "false"]
+    )
     if set(words) - {"true", "false"}:
         raise UserError(f"--denoise has {','.join(words)!r}; expected true, false, or false,true")
     try:
@@ -108,6 +121,17 @@ def sample_settings(pipe: TarFlowPipeline) -> list[tuple[Guidance, bool]]:
     return [(guidance, word == "true") for guidance, word in itertools.product(guidances, words)]
 
 
+def decoder_protocol(pipe: TarFlowPipeline) -> dict[str, Any]:
+    """What figures say of the decoder; nothing of the sequential one."""
+    name, polish = flags.FLAGS.decoder, flags.FLAGS.polish
+    if name == "sequential":
+        return {}
+    if name != "student":
+        return {"decoder": name}
+    weights = fingerprint(check_student(pipe.student).variables)
+    return {"decoder": f"student, polish {polish}" if polish else name, "student": weights}
+
+
 def draw(subject: Subject, guidance: Guidance, denoise: bool) -> epath.Path:
     """Draws what is missing of a setting's samples; returns their folder when all processes are done."""
     protocol = {
@@ -115,11 +139,12 @@ def draw(subject: Subject, guidance: Guidance, denoise: bool) -> epath.Path:
         "guidance": dataclasses.asdict(guidance) if guidance.weight else None,
         "denoise": MULTIPLIER.value if denoise else None,
         "chunk_size": CHUNK_SIZE,
+        **decoder_protocol(subject.pipe),
     }
     folder = generation.chunk_folder(subject.out / "samples", protocol)
 
     def sample(key: jax.Array, number: int, labels: jax.Array | None) -> jax.Array:
-        return subject.pipe.sample(key, number, labels, guidance, denoise, MULTIPLIER.value)
+        return subject.pipe.sample(key, number, labels, guidance, denoise, MULTIPLIER.value, **common.decoder())
 
     generation.generate(sample, folder, NUM_SAMPLES.value, CHUNK_SIZE, subject.pipe.config.num_classes, SEED.value)
     if jax.process_count() > 1:

@@ -6,7 +6,8 @@ import textwrap
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
-_RECIPE = _FOLDER.parent / "configs" / "common.py"
+_CONFIGS = _FOLDER.parent / "configs"
+_NOT_A_STUDENTS = ("model", "data", "noise")  # they are its flow's
 _FIELD = re.compile(r'^ {12}"(\w+)": (.+?),(?:  # (.*))?$')
 _GROUP = re.compile(r"^    config\.(\w+) = ")
 _WIDTH = 110
@@ -26,7 +27,7 @@ def show(command: str) -> str:
         lines += _flags(defined[name])
     lines += [line for node in shared.body if not isinstance(node, ast.FunctionDef) for line in _flags(node)]
     if "DEFINE_config_file" in ast.dump(tree):
-        lines += ["", "Fields of a recipe, each a flag: --config.GROUP.FIELD=VALUE", *_fields()]
+        lines += ["", "Fields of a recipe, each a flag: --config.GROUP.FIELD=VALUE", *_fields(command == "distill")]
     return "\n".join(lines)
 
 
@@ -52,11 +53,14 @@ def _flags(tree: ast.AST) -> list[str]:
     return found
 
 
-def _fields() -> list[str]:
+def _fields(of_student: bool) -> list[str]:
     lines, group = [], ""
-    for line in _RECIPE.read_text().partition("return config")[0].splitlines():
+    text = (_CONFIGS / "common.py").read_text().partition("return config")[0]
+    if of_student:
+        text += (_CONFIGS / "student" / "common.py").read_text().partition("return config")[0]
+    for line in text.splitlines():
         if named := _GROUP.match(line):
             group = named[1]
-        elif field := _FIELD.match(line):
+        elif (field := _FIELD.match(line)) and not (of_student and group in _NOT_A_STUDENTS):
             lines.append(f"  {group}.{field[1]:<{26 - len(group)}} {field[2]}" + (f"  {field[3]}" if field[3] else ""))
     return lines

@@ -12,10 +12,11 @@ from absl import flags
 from etils import epath
 
 from launch import common, end_at_signals
+from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.generation import quantise
 from tarflow_jax.evaluation.sample_files import write_samples
 from tarflow_jax.figures import grid, save_gif, save_png, to_uint8
-from tarflow_jax.pipeline import FAR_OUTSIDE
+from tarflow_jax.pipeline import FAR_OUTSIDE, TarFlowPipeline
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling import IterativeDenoising
 from tarflow_jax.training.recipe import label_names
@@ -41,17 +42,26 @@ STEPS = flags.DEFINE_integer(
     "Denoise in this many steps, equal in log σ, with a model of many noise levels.",
     lower_bound=1,
 )
-DECODER = flags.DEFINE_enum(
-    "decoder", "sequential", list(common.DECODERS), "Invert blocks this way; auto takes what tune_decoder found."
-)
+common.define_decoder_flags()
 common.define_checkpoint_flag()
 common.define_process_flags()
 flags.mark_flags_as_required(["workdir"])
 
 
+def denoised(pipe: TarFlowPipeline, images: jax.Array, labels: np.ndarray | None) -> list[np.ndarray]:
+    """Drawn images [B, H, W, K] after each step of denoising."""
+    method = IterativeDenoising(STEPS.value, levels="log") if STEPS.value else None
+    if pipe.config.noise_conditional:
+        _, path = pipe.denoise_drawn(images, labels, method=method, return_trajectory=True)
+        return list(np.asarray(path[1:]))
+    return [np.asarray(pipe.denoise_drawn(images, labels, MULTIPLIER.value, method))]
+
+
 def main(argv: Sequence[str]) -> int:
     """Draws and writes; 1 if no image is one."""
-    guidance = common.guidance(GUIDANCE.value)
+    guidance, decoder = common.guidance(GUIDANCE.value), common.decoder()
+    if common.draws_clean_images() and DENOISE.value is False:
+        raise UserError("--nodenoise is not for --decoder=student, whose images are clean; with --polish they are not")
     distributed = common.join_processes()
     end_at_signals()  # JAX may have taken SIGTERM
     workdir = common.folder("workdir")
@@ -69,21 +79,18 @@ def main(argv: Sequence[str]) -> int:
         labels,
         guidance,
         return_trajectory=True,
-        decoder=common.DECODERS[DECODER.value],
         noise_std=pipe.drawn_level,
+        **decoder,
     )
     denoise = pipe.noise_std is not None if DENOISE.value is None else DENOISE.value
     frames = list(np.asarray(trajectory))
-    if denoise:
-        method, in_steps = None, pipe.config.noise_conditional
-        if STEPS.value:
-            method = IterativeDenoising(STEPS.value, levels="log")
-        found = pipe.denoise_drawn(images, labels, MULTIPLIER.value, method, return_trajectory=in_steps)
-        images, path = found if in_steps else (found, [None, found])
-        frames += [np.asarray(step) for step in path[1:]]
+    if common.draws_clean_images():
+        frames.append(np.asarray(images))
+    elif denoise:
+        frames += denoised(pipe, images, labels)
     if jax.process_index():
         return 0
-    values = np.asarray(images)
+    values = frames[-1]
     pixels, bad = quantise(values)
     bad |= (np.abs(np.nan_to_num(values)) > FAR_OUTSIDE).any((1, 2, 3))
     save_png(out / "samples.png", grid(pixels))

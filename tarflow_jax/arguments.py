@@ -1,5 +1,6 @@
 """What callers hand to the pipeline, checked: arrays of the right shape, or one clear line."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 from tarflow_jax.errors import UserError
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.sampling import Decoder, GaussSeidelJacobi, Guidance, Jacobi, Schedule, Sequential
+from tarflow_jax.student import StudentConfig, TrainedStudent
 
 DecoderChoice = Decoder | Sequence[Decoder] | str | None
 
@@ -87,7 +89,7 @@ def check_decoder(
     """
     if isinstance(decoder, str):
         if decoder != "auto":
-            raise UserError(f'decoder is {decoder!r}; expected a decoder, one for each block, or "auto"')
+            raise UserError(f'decoder is {decoder!r}; expected a decoder, one for each block, "auto" or "student"')
         if schedule is None:
             return None
         if schedule.guidance != guidance:
@@ -120,3 +122,37 @@ def check_guidance(config: TarFlowConfig, guidance: Guidance | None) -> Guidance
             "set an attention temperature other than 1"
         )
     return guidance
+
+
+def begins_at_student(decoders: Sequence[Decoder] | None) -> bool:
+    """Whether any decoder begins at a student's trajectory."""
+    return any(isinstance(one, Jacobi) and one.init == "student" for one in decoders or ())
+
+
+def check_polish(polish: int, decoder: DecoderChoice) -> None:
+    """ValueError unless `polish` is a number of updates that fits the decoder."""
+    if not isinstance(polish, int) or polish < 0:
+        raise UserError(f"polish is {polish!r}; expected a whole number from 0")
+    if polish and decoder != "student":
+        raise UserError(f'polish is {polish}, which is for decoder="student"; leave it out')
+
+
+def check_student(student: TrainedStudent | None) -> TrainedStudent:
+    """ValueError where there is none."""
+    if student is None:
+        raise UserError("this model has no student; train one with launch.distill, or name another decoder")
+    return student
+
+
+def check_student_guidance(config: StudentConfig, guidance: Guidance | None) -> float:
+    """The weight; ValueError for guidance that a student did not learn. `guidance` as `check_guidance` returns it."""
+    if guidance is None:
+        return 0.0
+    if dataclasses.replace(guidance, weight=0.0) != Guidance():
+        raise UserError(f"guidance is {guidance}; a student takes a weight alone, Guidance(weight=w)")
+    if not 0 <= guidance.weight <= config.max_guidance:
+        raise UserError(
+            f"guidance weight is {guidance.weight}; this student learned 0 to {config.max_guidance:g} "
+            "(student.max_guidance)"
+        )
+    return guidance.weight

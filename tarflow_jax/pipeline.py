@@ -9,15 +9,19 @@ import jax.numpy as jnp
 from tarflow_jax import programs
 from tarflow_jax.arguments import (
     DecoderChoice,
+    begins_at_student,
     check_decoder,
     check_guidance,
     check_levels,
+    check_polish,
+    check_student,
+    check_student_guidance,
 )
 from tarflow_jax.density import FAR_OUTSIDE as FAR_OUTSIDE
 from tarflow_jax.density import FlowDensity
 from tarflow_jax.errors import UserError
 from tarflow_jax.sampling import Guidance, IterativeDenoising, Sequential
-from tarflow_jax.sampling.memory import decode_bytes
+from tarflow_jax.sampling.memory import decode_bytes, forward_bytes
 
 
 class TarFlowPipeline(FlowDensity):
@@ -44,8 +48,9 @@ class TarFlowPipeline(FlowDensity):
         decoder: DecoderChoice = None,
         return_statistics: bool = False,
         noise_std: Any = None,
+        polish: int = 0,
     ) -> Any:
-        """Latents -> images, the exact inverse of `encode` when there is no guidance.
+        """Latents -> images, the exact inverse of `encode` when there is no guidance, but for a student's.
 
         Args:
           latents: float [B, H, W, K], standard normal for samples.
@@ -53,9 +58,12 @@ class TarFlowPipeline(FlowDensity):
           guidance: see `Guidance`; None or weight 0 for none.
           return_trajectory: also return the images after 0, 1, … F inverted blocks.
           decoder: `Sequential()` (None; exact), `Jacobi()`, `GaussSeidelJacobi(…)`, a sequence of them by block
-            number, or "auto": what launch.tune_decoder found, `Sequential()` where it did not look.
+            number; "auto", what launch.tune_decoder found, `Sequential()` where it did not look; or "student", which
+            makes clean images in one pass, and is not the inverse. `Jacobi(init="student")` is: it begins there.
           return_statistics: also return each block's updates and last change.
           noise_std: as of `encode`; samples are drawn at the highest level, `drawn_level`.
+          polish: updates of each block that bring the student's images nearer to the inverse, which is noisy; 0 for
+            the student's clean images.
 
         Returns:
           float32 images [B, H, W, K]; if more is asked for, a tuple with the trajectory [F + 1, B, H, W, K] and
@@ -63,20 +71,27 @@ class TarFlowPipeline(FlowDensity):
 
         Raises:
           ValueError: a shape, dtype or label that does not fit the model, class guidance of an unconditional one, not
-            one decoder a block, or "auto" with other weights or guidance than were tuned.
+            one decoder a block, "auto" with other weights or guidance than were tuned, or no student of these weights.
         """
         guidance = check_guidance(self.config, guidance)
+        check_polish(polish, decoder)
+        if decoder == "student" and not polish:
+            return self._by_student(latents, labels, guidance, return_trajectory, return_statistics)
         schedule = self.schedule if decoder == "auto" else None
-        decoders = check_decoder(self.config, schedule, decoder, guidance, len(latents))
-        one_by_one = decoders is None or Sequential() in decoders
-        program = functools.partial(programs.decode, self.config, trajectory=return_trajectory, decoders=decoders)
+        decoders = None if polish else check_decoder(self.config, schedule, decoder, guidance, len(latents))
+        one_by_one = not polish and (decoders is None or Sequential() in decoders)
+        of_image: Any = check_levels(self.config, noise_std, len(latents))
+        function, given = programs.decode, [guidance]
+        if polish or begins_at_student(decoders):
+            of_image = of_image, self._guess(latents, labels, guidance)
+            function, given = programs.decode_from, [guidance, jnp.int32(polish)]
         decoded = self._run(
-            program,
+            functools.partial(function, self.config, trajectory=return_trajectory, decoders=decoders),
             latents,
             labels,
-            check_levels(self.config, noise_std, len(latents)),
-            guidance,
-            bytes_per_image=decode_bytes(self.config, guided=guidance is not None, parallel=decoders is not None),
+            of_image,
+            *given,
+            bytes_per_image=decode_bytes(self.config, guided=guidance is not None, parallel=bool(polish or decoders)),
             # For one image XLA's CPU code copies the caches at every token; for two it does not.
             smallest=2 if self._runner.on_cores and one_by_one else 1,
         )
@@ -87,6 +102,39 @@ class TarFlowPipeline(FlowDensity):
             results.append((decoded.iterations.T, decoded.residual.T))
         return tuple(results) if results[1:] else decoded.images
 
+    def _by_student(
+        self, latents: Any, labels: Any, guidance: Guidance | None, return_trajectory: bool, return_statistics: bool
+    ) -> Any:
+        """`decode` in one pass; the trajectory ends with the noisy images."""
+        if return_statistics:
+            raise UserError('decoder="student" takes no updates, of which statistics could tell; polish it')
+        weight = check_student_guidance(check_student(self.student).config, guidance)
+        images, guess = self._ask_student(latents, labels, weight)
+        if not return_trajectory:
+            return images
+        between = [] if guess is None else [guess[:, k] for k in reversed(range(self.config.num_blocks))]
+        return images, jnp.stack([jnp.asarray(latents), *between])
+
+    def _guess(self, latents: Any, labels: Any, guidance: Guidance | None) -> jax.Array:
+        """The student's trajectory [B, F, H, W, K], with the guidance weight that is nearest of those it knows."""
+        student = check_student(self.student)
+        weight = 0.0 if guidance is None else min(max(guidance.weight, 0.0), student.config.max_guidance)
+        _, guess = self._ask_student(latents, labels, weight)
+        if guess is None:
+            raise UserError("this student's method is 'naive': it has no trajectory to begin at")
+        return guess
+
+    def _ask_student(self, latents: Any, labels: Any, weight: float) -> tuple[jax.Array, jax.Array | None]:
+        student = check_student(self.student)
+        return self._run(
+            functools.partial(programs.student, student.config),
+            latents,
+            labels,
+            jnp.full(len(latents), weight, jnp.float32),
+            variables=student.variables,
+            bytes_per_image=forward_bytes(student.config.shape),
+        )
+
     def sample(
         self,
         key: jax.Array,
@@ -96,6 +144,7 @@ class TarFlowPipeline(FlowDensity):
         denoise: bool | IterativeDenoising | None = None,
         denoise_multiplier: float = 1.0,
         decoder: DecoderChoice = None,
+        polish: int = 0,
     ) -> jax.Array:
         """Draws images.
 
@@ -107,7 +156,7 @@ class TarFlowPipeline(FlowDensity):
           denoise: apply `denoise` to what was drawn; None does so for models trained with Gaussian noise. Flows of many
             levels do so by `IterativeDenoising`, which may be given in place of True.
           denoise_multiplier: see `denoise`.
-          decoder: see `decode`.
+          decoder, polish: see `decode`. What a student draws is clean, and not to be denoised; polished, it is noisy.
 
         Returns:
           float32 [B, H, W, K], around [-1, 1] but not clipped to it.
@@ -115,12 +164,16 @@ class TarFlowPipeline(FlowDensity):
         Raises:
           ValueError: as `decode` and `denoise`.
         """
+        if decoder == "student" and not polish:
+            if denoise not in (None, True) or denoise_multiplier != 1:
+                raise UserError('decoder="student" gives clean images by itself; leave denoise out, or polish')
+            return self.decode(self.latents(key, num_images), labels, guidance, decoder=decoder)
         if denoise is None:
             denoise = self.noise_std is not None
         if denoise and self.noise_std is None:
             self.denoise(jnp.zeros((1, *self.config.image_shape)))  # says why not
         latents = self.latents(key, num_images)
-        images = self.decode(latents, labels, guidance, decoder=decoder, noise_std=self.drawn_level)
+        images = self.decode(latents, labels, guidance, decoder=decoder, noise_std=self.drawn_level, polish=polish)
         if not denoise:
             return images
         method = denoise if isinstance(denoise, IterativeDenoising) else None

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -21,7 +22,10 @@ from tarflow_jax.runtime import BatchRunner
 from tarflow_jax.runtime.batches import DEFAULT_MEMORY_BOUND
 from tarflow_jax.sampling import Schedule
 from tarflow_jax.sampling.memory import backward_bytes
-from tarflow_jax.training.workdir import read_workdir
+from tarflow_jax.student import TrainedStudent
+from tarflow_jax.training.workdir import read_student, read_workdir
+
+logger = logging.getLogger(__name__)
 
 
 class TrainedFlow:
@@ -42,6 +46,7 @@ class TrainedFlow:
         ema_params: Mapping[str, Any] | None = None,
         card: Mapping[str, Any] | None = None,
         schedule: Schedule | epath.PathLike | None = None,
+        student: TrainedStudent | epath.PathLike | None = None,
         mesh: Mesh | None = None,
         memory_bound: int = DEFAULT_MEMORY_BOUND,
     ) -> None:
@@ -52,11 +57,12 @@ class TrainedFlow:
           ema_params: the parameters' average, used instead of the raw ones, which are kept to be saved beside it.
           card: what a saved model's card tells, see `interop.save_model`.
           schedule: what `decoder="auto"` uses, or the folder that holds it, where it is looked for at its first use.
+          student: what `decoder="student"` uses, or the folder that holds it, where it is looked for at its first use.
           mesh: devices to spread over (`tarflow_jax.runtime.make_mesh`); None is the default device.
           memory_bound: bytes that a batch's activations may take, on all devices together.
         """
         self.config, self.noise = config, noise
-        self._schedule, self._card, self._raw_params = schedule, card, None
+        self._schedule, self._student, self._card, self._raw_params = schedule, student, card, None
         if ema_params is not None:
             self._raw_params = variables["params"]
             variables = {**variables, "params": ema_params}
@@ -114,6 +120,18 @@ class TrainedFlow:
             found.check_weights(self.variables)
         return found
 
+    @functools.cached_property
+    def student(self) -> TrainedStudent | None:
+        """What `decoder="student"` uses; None where there is none; ValueError if it is of other weights than these."""
+        found = self._student
+        if found is not None and not isinstance(found, TrainedStudent):
+            in_workdir = (epath.Path(found) / "checkpoints").is_dir()
+            found = read_student(found, self._runner.mesh) if in_workdir else interop.load_student(found)
+        if found is None:
+            return None
+        found.check_flow(self.config, self.variables)
+        return dataclasses.replace(found, variables=self._runner.place(found.variables))
+
     @classmethod
     def from_pretrained(cls, name: epath.PathLike, *, best: bool = False, **options: Any) -> Self:
         """Opens a training workdir, a saved model's folder, or a model of the hub ("owner/name").
@@ -136,12 +154,14 @@ class TrainedFlow:
                 ema_params=run.ema_params,
                 card=run.card,
                 schedule=workdir,
+                student=workdir,
                 **options,
             )
         if best:
             raise UserError(f"{name} is no training workdir; only these have a best checkpoint")
         saved = interop.load_model(name)
-        return cls(saved.config, saved.variables, saved.noise, ema_params=saved.ema_params, schedule=name, **options)
+        beside = {"schedule": name, "student": name}
+        return cls(saved.config, saved.variables, saved.noise, ema_params=saved.ema_params, **beside, **options)
 
     @classmethod
     def from_torch(
@@ -167,7 +187,7 @@ class TrainedFlow:
         """Writes config.json, model.safetensors and a model card; see `interop.save_model`.
 
         `card` is added to what is known of the run. The average and the raw parameters are both kept. The decoder
-        schedule goes with weights that it was tuned for: not with those that bfloat16 rounds.
+        schedule and the student go with the weights that they were made for: not with those that bfloat16 rounds.
         """
         variables, ema_params = self.variables, None
         if self._raw_params is not None:
@@ -184,18 +204,32 @@ class TrainedFlow:
         with contextlib.suppress(UserError):  # an unusable schedule
             if dtype == "float32" and self.schedule:
                 self.schedule.write(Path(folder))
+        student = None
+        try:
+            student = self.student
+        except UserError as error:
+            logger.warning("the student is left out: %s", error)
+        interop.save_student(folder, student if dtype == "float32" else None)
 
     def _run(
-        self, program: functools.partial, images: Any, labels: Any, of_image: Any, *args: Any, **options: Any
+        self,
+        program: functools.partial,
+        images: Any,
+        labels: Any,
+        of_image: Any,
+        *args: Any,
+        variables: Any = None,
+        **options: Any,
     ) -> Any:
         """One of `programs` on images and labels that are checked first; options as of `BatchRunner.run`.
 
-        `of_image` is what else each image has of its own, an array [B, …] or None.
+        `of_image` is what else each image has of its own, arrays [B, …] or None; `variables` None are the flow's.
         """
+        variables = self.variables if variables is None else variables
         images, labels = check_images(self.config, images), check_labels(self.config, labels, len(images))
         if is_traced((images, labels, of_image, args)):
-            return program(self.variables, images, labels, of_image, *args)
+            return program(variables, images, labels, of_image, *args)
         name = program.func.__name__.strip("_")
         rows = (images, labels, of_image)
-        results = self._runner.run(program, self.variables, rows, *args, progress=name, **options)
+        results = self._runner.run(program, variables, rows, *args, progress=name, **options)
         return jax.tree.map(jnp.asarray, results)

@@ -1,4 +1,4 @@
-"""Causal attention: the plain one, and the kernels that platforms have for whole sequences."""
+"""Attention: the plain one, and the kernels that platforms have for whole sequences."""
 
 import functools
 
@@ -62,8 +62,13 @@ def choose_kernel(kernel: str, num_tokens: int, dtype: jnp.dtype) -> str:
     return "plain"
 
 
-def attend_whole(query: jax.Array, key: jax.Array, value: jax.Array, kernel: str = "auto") -> jax.Array:
-    """`attend` for a whole sequence, T queries and T keys [B, N, T, H], by one of `KERNELS`."""
+def attend_whole(
+    query: jax.Array, key: jax.Array, value: jax.Array, kernel: str = "auto", causal: bool = True
+) -> jax.Array:
+    """`attend` for a whole sequence, T queries and T keys [B, N, T, H], by one of `KERNELS`.
+
+    If it is not `causal`, every query sees every key.
+    """
     chosen = choose_kernel(kernel, query.shape[2], query.dtype)
     maker = {"cudnn": "NVIDIA", "splash": "TPU"}.get(chosen, "")
     if not _device_kind().startswith(maker):
@@ -72,11 +77,11 @@ def attend_whole(query: jax.Array, key: jax.Array, value: jax.Array, kernel: str
         )
     if chosen == "cudnn":
         heads_last = (x.swapaxes(1, 2) for x in (query, key, value))
-        out = jax.nn.dot_product_attention(*heads_last, is_causal=True, implementation="cudnn")
+        out = jax.nn.dot_product_attention(*heads_last, is_causal=causal, implementation="cudnn")
         return out.swapaxes(1, 2)
     if chosen == "splash":
-        return splash(query, key, value)
-    return attend(query, key, value)
+        return splash(query, key, value, causal=causal)
+    return attend(query, key, value, start=0 if causal else key.shape[2])
 
 
 def shard_batch(x: jax.Array) -> jax.Array:
@@ -93,24 +98,26 @@ def _many_devices() -> bool:
     return not mesh.empty and mesh.size > 1 and not mesh.manual_axes
 
 
-def splash(query: jax.Array, key: jax.Array, value: jax.Array, *, interpret: bool = False) -> jax.Array:
+def splash(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool = True, interpret: bool = False
+) -> jax.Array:
     """Pallas's blockwise attention for TPUs, which keeps no [T, T] in memory; T is a multiple of 128.
 
     XLA cannot partition a Pallas call, so under a mesh (`jax.set_mesh`) each device runs its own examples and heads.
     `interpret` runs it on a CPU, for tests.
     """
-    run = functools.partial(_splash, interpret=interpret)
+    run = functools.partial(_splash, causal=causal, interpret=interpret)
     if _many_devices():
         spec = PartitionSpec(BATCH_AXES, "tensor")
         run = jax.shard_map(run, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
     return run(query * query.shape[-1] ** -0.5, key, value)
 
 
-def _splash(query: jax.Array, key: jax.Array, value: jax.Array, *, interpret: bool) -> jax.Array:
+def _splash(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool, interpret: bool) -> jax.Array:
     from jax.experimental.pallas.ops.tpu import splash_attention
 
     _, num_heads, num_tokens, _ = query.shape
-    mask = splash_attention.CausalMask((num_tokens, num_tokens))
+    mask = (splash_attention.CausalMask if causal else splash_attention.FullMask)((num_tokens, num_tokens))
     block = next(size for size in (512, 256, 128) if num_tokens % size == 0)
     kernel = splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([mask] * num_heads),

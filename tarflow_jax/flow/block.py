@@ -14,7 +14,7 @@ from tarflow_jax.flow.permutation import permute
 from tarflow_jax.flow.product import PRODUCT, dense_product
 from tarflow_jax.flow.transformer import MLP_EXPANSION, KVCache, TransformerLayer, gelu, kernel_init
 
-_embedding_init = nn.initializers.normal(0.01)
+embedding_init = nn.initializers.normal(0.01)
 _WAVE_AMPLITUDE = 0.5  # as large as the projected patches
 _LONGEST_WAVE = 100.0  # times 2 π, in patches
 _LONGEST_NOISE_WAVE = 1e4  # times 2 π, in units of log σ
@@ -82,9 +82,9 @@ class FlowBlock(nn.Module):
         outputs = config.token_dim * (1 if config.volume_preserving else 2)
         dense = functools.partial(nn.Dense, dtype=config.compute_dtype, dot_general=dense_product)
         self.project_in = dense(config.width, kernel_init=kernel_init)
-        self.position_embedding = self.param("position_embedding", _position_init, config)
+        self.position_embedding = self.param("position_embedding", position_init, config)
         if config.num_classes:
-            self.class_embedding = self.param("class_embedding", _embedding_init, (config.num_classes, config.width))
+            self.class_embedding = self.param("class_embedding", embedding_init, (config.num_classes, config.width))
         if config.noise_conditional:
             self.noise_in = dense(MLP_EXPANSION * config.width, kernel_init=kernel_init)
             self.noise_out = dense(config.width, kernel_init=kernel_init)
@@ -92,7 +92,7 @@ class FlowBlock(nn.Module):
         if config.triangular:
             self.project_lower = dense(config.triangle_size, kernel_init=nn.initializers.zeros)
         self.layers: Any = (
-            [TransformerLayer(config) for _ in range(depth)] if self.unrolled else _scanned_layers(config, depth)
+            [TransformerLayer(config) for _ in range(depth)] if self.unrolled else scanned_layers(config, depth)
         )
 
     def __call__(
@@ -141,7 +141,7 @@ class FlowBlock(nn.Module):
         positions = permute(self.position_embedding, self.index, axis=0)
         h = h + jax.lax.dynamic_slice_in_dim(positions, start, x.shape[1])[None]
         if self.config.num_classes:
-            h = h + self._class_vectors(labels, x.shape[0])[:, None]
+            h = h + class_vectors(self.class_embedding, labels, x.shape[0])[:, None]
         if self.config.noise_conditional:
             h = h + self._noise_vectors(noise_std)[:, None]
         angles = None
@@ -173,18 +173,19 @@ class FlowBlock(nn.Module):
         features = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=1).astype(self.config.compute_dtype)
         return self.noise_out(gelu(self.noise_in(features))).astype(jnp.float32)
 
-    def _class_vectors(self, labels: jax.Array | None, batch_size: int) -> jax.Array:
-        """Class embeddings [B, C]; no class is the mean of them all."""
-        mean = self.class_embedding.mean(0, keepdims=True)
-        if labels is None:
-            return jnp.broadcast_to(mean, (batch_size, mean.shape[1]))
-        return jnp.where((labels < 0)[:, None], mean, self.class_embedding[jnp.maximum(labels, 0)])
+
+def class_vectors(embedding: jax.Array, labels: jax.Array | None, batch_size: int) -> jax.Array:
+    """Rows [B, C] of class embeddings [classes, C]; no class, label -1 or None, is the mean of them all."""
+    mean = embedding.mean(0, keepdims=True)
+    if labels is None:
+        return jnp.broadcast_to(mean, (batch_size, mean.shape[1]))
+    return jnp.where((labels < 0)[:, None], mean, embedding[jnp.maximum(labels, 0)])
 
 
-def _position_init(key: jax.Array, config: TarFlowConfig) -> jax.Array:
+def position_init(key: jax.Array, config: TarFlowConfig) -> jax.Array:
     """Position embeddings [T, C] of a new model, see `TarFlowConfig.position_init`."""
     if config.position_init == "normal":
-        return _embedding_init(key, (config.num_tokens, config.width))
+        return embedding_init(key, (config.num_tokens, config.width))
     rows, columns = (side // config.patch_size for side in config.image_size)
     frequencies = _LONGEST_WAVE ** -jnp.linspace(0, 1, config.width // 4, endpoint=False)
 
@@ -205,12 +206,13 @@ def rotary_angles(config: TarFlowConfig) -> np.ndarray:
     return np.concatenate([by_row, by_column], axis=1).astype(np.float32)
 
 
-def _scanned_layers(config: TarFlowConfig, depth: int) -> nn.Module:
+def scanned_layers(config: TarFlowConfig, depth: int, causal: bool = True, name: str | None = None) -> nn.Module:
+    """`depth` layers with stacked parameters, one `nn.scan`: (x, temperature, angles) -> (x, None)."""
     layer: Any = TransformerLayer
     if config.remat != "none":
         layer = nn.remat(layer, policy=_REMAT[config.remat], prevent_cse=False)
     axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": nn.broadcast}
-    return nn.scan(layer, **axes, length=depth)(config)
+    return nn.scan(layer, **axes, length=depth)(config, causal, name=name)
 
 
 def unstack_layers(block_params: dict[str, Any], depth: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The causal transformer inside a block: one layer, and its key/value cache."""
+"""The transformer inside a block: one layer, and its key/value cache."""
 
 from typing import NamedTuple
 
@@ -78,9 +78,13 @@ def turn(x: jax.Array, angles: jax.Array) -> jax.Array:
 
 
 class TransformerLayer(nn.Module):
-    """x += Attention(LayerNorm(x)); x += MLP(LayerNorm(x)). The residual stream is float32."""
+    """x += Attention(LayerNorm(x)); x += MLP(LayerNorm(x)). The residual stream is float32.
+
+    If it is not `causal`, every token sees every other, and there are no caches.
+    """
 
     config: TarFlowConfig
+    causal: bool = True
 
     @nn.compact
     def __call__(
@@ -112,7 +116,7 @@ class TransformerLayer(nn.Module):
             cache = cache.write(key, value, start)
             key, value = cache
         if cache is None and temperature is None:
-            h = attend_whole(query, key, value, config.attention)
+            h = attend_whole(query, key, value, config.attention, self.causal)
         else:
             h = attend(query, key, value, start, temperature)
         h = self._dense(config.width, "attention_out", axis=(-2, -1))(h.swapaxes(1, 2))

@@ -29,6 +29,7 @@ from tarflow_jax.runtime.parameters import Shape, params_shapes, variables_shape
 FORMAT = "tarflow_jax"
 VERSION = 1
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+STUDENT = "student"  # the folder of the model's student
 _MAX_CONFIG_BYTES = 1 << 20
 _MAX_BLOCKS = 1 << 12
 
@@ -74,7 +75,7 @@ def save_model(
     folder = Path(folder)
     if dtype not in CODES:
         raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(CODES)}")
-    if (folder / CONFIG).exists() and "format" not in _read_json(folder / CONFIG):
+    if (folder / CONFIG).exists() and "format" not in read_json(folder / CONFIG):
         raise UserError(f"{folder / CONFIG} belongs to something else than a saved model; choose another folder")
     tensors = flatten(variables) | flatten({"ema": ema_params} if ema_params else {})
     shapes = _shapes(config, ema_params is not None)
@@ -108,7 +109,7 @@ def load_model(name: str | os.PathLike[str]) -> SavedModel:
       ImportError: a hub model, but huggingface_hub is not installed.
       ValueError: an unknown layout version, a damaged file, or files that contradict each other.
     """
-    folder = local_folder(name, (CONFIG, WEIGHTS, CARD))
+    folder = local_folder(name, (CONFIG, WEIGHTS, CARD, f"{STUDENT}/{CONFIG}", f"{STUDENT}/{WEIGHTS}"))
     path, weights = folder / CONFIG, folder / WEIGHTS
     fields = _read_fields(path)
     try:
@@ -117,7 +118,7 @@ def load_model(name: str | os.PathLike[str]) -> SavedModel:
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: {one_line(error)}") from error
     stored = fields["weights"]
-    _check_weights_file(weights, stored)
+    check_weights_file(weights, stored)
     shapes = _shapes(config, stored["ema"])
     tensors = read_tensors(weights, shapes, _dtypes(shapes, stored["dtype"]))
     tree = unflatten({name: jnp.asarray(array.astype(jnp.float32, copy=False)) for name, array in tensors})
@@ -135,7 +136,8 @@ def _dtypes(shapes: Mapping[str, Shape], dtype: str) -> dict[str, str]:
     return {name: "float32" if name.startswith("prior/") else dtype for name in shapes}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object that is not too large; FileNotFoundError, and ValueError for anything else."""
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}; expected a folder that save_pretrained wrote")
     if path.stat().st_size > _MAX_CONFIG_BYTES:
@@ -151,7 +153,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_fields(path: Path) -> dict[str, Any]:
     """config.json, with the types of everything but the model and the noise checked."""
-    fields = _read_json(path)
+    fields = read_json(path)
     if fields.get("format") != FORMAT:
         raise UserError(f"{path} is not a saved model's; expected a folder that save_pretrained wrote")
     if fields.get("format_version") != VERSION:
@@ -182,7 +184,8 @@ def fingerprint(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def _check_weights_file(path: Path, stored: Mapping[str, Any]) -> None:
+def check_weights_file(path: Path, stored: Mapping[str, Any]) -> None:
+    """Raises FileNotFoundError, or ValueError where a file is not of the bytes and sha256 that are stored of it."""
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {path.parent}; copy the whole folder again")
     if path.stat().st_size != stored["bytes"]:

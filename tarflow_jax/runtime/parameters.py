@@ -1,4 +1,4 @@
-"""The table of the network's variables: shape, sharding and PyTorch name of each, in one row.
+"""The table of the networks' variables: shape, sharding and PyTorch name of each, in one row.
 
 A new parameter of the network is a new row here. Shapes are plain arithmetic on a config, with no tracing, because
 files of unknown origin are checked against them. Letters: T tokens, D token dimension, C width, L layers of the block,
@@ -14,6 +14,8 @@ from jax.sharding import PartitionSpec
 
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.flow.transformer import MLP_EXPANSION
+from tarflow_jax.student.config import StudentConfig
+from tarflow_jax.student.network import NUM_WAVES
 
 Shape = tuple[int, ...]
 
@@ -119,6 +121,12 @@ PARAMETERS = (
     Parameter("layers/mlp_out/bias", "-> C", "mlp.main.2.bias"),
     Parameter("prior/variance", "T D", "var", when="volume_preserving"),
 )
+# Of a student, beside those of layers, inputs and classes that it shares with the flow.
+STUDENT_PARAMETERS = (
+    Parameter("guidance/kernel", f"{NUM_WAVES} -> C:fsdp", ""),
+    Parameter("head/kernel", "C:fsdp -> D", ""),
+    Parameter("head/bias", "-> D", ""),
+)
 
 
 def params_shapes(config: TarFlowConfig) -> dict[str, Shape]:
@@ -133,9 +141,27 @@ def variables_shapes(config: TarFlowConfig) -> dict[str, Shape]:
     return shapes | {row.name: row.shape(config, depth=0) for row in _rows(config, in_block=False)}
 
 
+def student_shapes(config: StudentConfig) -> dict[str, Shape]:
+    """Shapes of a student's variables, "params/block_0/project_in/kernel" and so on."""
+    reading = ("project_in/kernel", "project_in/bias", "position_embedding")
+    shapes = {}
+    for j, depth in enumerate(config.shape.depths):
+        here = {
+            "layers": True,
+            "class_embedding": bool(config.shape.num_classes),
+            "guidance": bool(config.max_guidance),
+            "head": config.has_head(j),
+            **dict.fromkeys(reading, config.reads_tokens(j)),
+        }
+        for row in (*PARAMETERS, *STUDENT_PARAMETERS):
+            if here.get(row.name, here.get(row.name.partition("/")[0], False)):
+                shapes[f"params/block_{j}/{row.name}"] = row.shape(config.shape, depth)
+    return shapes
+
+
 def rows_of(path: str) -> list[Parameter]:
     """The rows whose name ends `path`, that of a variable or of an optimizer's moment of it; it should be one."""
-    return [row for row in PARAMETERS if f"/{path}".endswith(f"/{row.name}")]
+    return [row for row in (*PARAMETERS, *STUDENT_PARAMETERS) if f"/{path}".endswith(f"/{row.name}")]
 
 
 def _rows(config: TarFlowConfig, in_block: bool) -> list[Parameter]:

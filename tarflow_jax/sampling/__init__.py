@@ -7,6 +7,7 @@ from tarflow_jax.sampling.guidance import Guidance
 from tarflow_jax.sampling.inverse import Sequential
 from tarflow_jax.sampling.iterative import IterativeDenoising, iterate
 from tarflow_jax.sampling.schedule import Schedule
+from tarflow_jax.sampling.warm_start import decode_from
 
 __all__ = [
     "Decoded",
@@ -18,6 +19,7 @@ __all__ = [
     "Schedule",
     "Sequential",
     "decode",
+    "decode_from",
     "denoise",
     "iterate",
 ]

@@ -24,6 +24,7 @@ from tarflow_jax.sampling.guidance import GuidedBlock
 from tarflow_jax.sampling.inverse import CACHE_GROWTH, Inverted, Sequential, unchanged
 
 INITS = ("latents", "zeros")
+STUDENT = "student"  # an init that the caller gives
 DEFAULT_TOLERANCE = 1e-4
 _LARGEST = 1e4  # of a token's numbers between updates
 
@@ -39,7 +40,7 @@ class Jacobi:
       tolerance: the largest change of a token's numbers, in the images' [-1, 1] units, at which an image is done; 0
         runs until nothing changes, which is the sequential result up to rounding.
       max_iterations: updates at most, then `Sequential` takes over; None is T - 1, after which every token is exact.
-      init: tokens to begin with: the block's own input ("latents") or "zeros".
+      init: tokens to begin with: the block's own input ("latents"), "zeros", or what a "student" says (`decode_from`).
 
     Raises ValueError: one line naming the field.
     """
@@ -49,14 +50,15 @@ class Jacobi:
     init: str = "latents"
 
     def __post_init__(self) -> None:
-        _check(self)
+        _check(self, (*INITS, STUDENT))
 
-    def invert(self, block: GuidedBlock, z: jax.Array) -> Inverted:
-        """Inverts a block for z [B, T, D] in block order."""
+    def invert(self, block: GuidedBlock, z: jax.Array, start: jax.Array | None = None) -> Inverted:
+        """Inverts a block for z [B, T, D] in block order; from `start`, of that shape, where that is given."""
         if z.shape[1] == 1:
             return unchanged(z)
         first, following = z[:, :1], z[:, 1:]
-        settled, done, _ = _settle(self, following, lambda x, _: update(block, first, following, x), None)
+        begin = initial(self.init, following) if start is None else start[:, 1:]
+        settled, done, _ = _settle(self, begin, lambda x, _: update(block, first, following, x), None)
         settled = settled._replace(x=jnp.concatenate([first, settled.x], axis=1))
         return _finish(settled, done, block, z)
 
@@ -79,7 +81,7 @@ class GaussSeidelJacobi:
     init: str = "latents"
 
     def __post_init__(self) -> None:
-        _check(self)
+        _check(self, INITS)
         if self.num_segments < 1:
             raise UserError(f"num_segments is {self.num_segments}; expected a positive number")
 
@@ -96,7 +98,7 @@ class GaussSeidelJacobi:
             before = jax.lax.dynamic_slice_in_dim(inverted.x, start, 1, axis=1)
             own = jax.lax.dynamic_slice_in_dim(z, start + 1, size, axis=1)
             settled, settled_done, caches = _settle(
-                self, own, lambda x, caches: update(block, before, own, x, caches, start), caches
+                self, initial(self.init, own), lambda x, caches: update(block, before, own, x, caches, start), caches
             )
             x = jax.lax.dynamic_update_slice_in_dim(inverted.x, settled.x, start + 1, axis=1)
             iterations = inverted.iterations + settled.iterations
@@ -130,6 +132,11 @@ def initial(init: str, z: jax.Array) -> jax.Array:
     return z if init == "latents" else jnp.zeros_like(z)
 
 
+def bounded(x: jax.Array) -> jax.Array:
+    """Tokens between updates, clipped to numbers beyond any image."""
+    return jnp.clip(jnp.nan_to_num(x), -_LARGEST, _LARGEST)
+
+
 def update(
     block: GuidedBlock,
     before: jax.Array,
@@ -152,13 +159,13 @@ def update(
 
 
 def _settle(
-    decoder: Jacobi | GaussSeidelJacobi, z: jax.Array, step: _Update, state: Any
+    decoder: Jacobi | GaussSeidelJacobi, begin: jax.Array, step: _Update, state: Any
 ) -> tuple[Inverted, jax.Array, Any]:
-    """Takes steps for z [B, S, D] until each example changes by at most the tolerance; then it changes no more.
+    """Takes steps from tokens [B, S, D] until each example changes by at most the tolerance; then it changes no more.
 
     Returns what was found, whether it is the inverse (bool [B]), and the state.
     """
-    batch_size, length, _ = z.shape
+    batch_size, length, _ = begin.shape
     tolerance, limit = decoder.tolerance, min(decoder.max_iterations or length, length)
 
     def unsettled(carry: tuple) -> jax.Array:
@@ -170,14 +177,14 @@ def _settle(
         new, state = step(x, state)
         # A clipped number is an infinite change: its example goes on instead of passing for settled.
         change = jnp.where(jnp.abs(new) <= _LARGEST, jnp.abs(new - x), jnp.inf).max((1, 2))
-        new = jnp.clip(jnp.nan_to_num(new), -_LARGEST, _LARGEST)
+        new = bounded(new)
         active = residual > tolerance
         x = jnp.where(active[:, None, None], new, x)
         residual = jnp.where(active, change, residual)
         return Inverted(x, iterations + active.astype(jnp.int32), residual), state
 
-    begin = unchanged(initial(decoder.init, z))._replace(residual=jnp.full((batch_size,), jnp.inf, jnp.float32))
-    found, state = jax.lax.while_loop(unsettled, body, (begin, state))
+    unsettled_yet = jnp.full((batch_size,), jnp.inf, jnp.float32)
+    found, state = jax.lax.while_loop(unsettled, body, (unchanged(begin)._replace(residual=unsettled_yet), state))
     done = (found.residual <= tolerance) | ((found.iterations == length) & jnp.isfinite(found.residual))
     return found, done, state
 
@@ -188,10 +195,10 @@ def _finish(found: Inverted, done: jax.Array, block: GuidedBlock, z: jax.Array) 
     return found._replace(x=jnp.where(done[:, None, None], found.x, x))
 
 
-def _check(decoder: Jacobi | GaussSeidelJacobi) -> None:
+def _check(decoder: Jacobi | GaussSeidelJacobi, inits: tuple[str, ...]) -> None:
     if not 0 <= decoder.tolerance < math.inf:
         raise UserError(f"tolerance is {decoder.tolerance}; expected a number from 0")
     if decoder.max_iterations is not None and decoder.max_iterations < 1:
         raise UserError(f"max_iterations is {decoder.max_iterations}; expected a positive number or None")
-    if decoder.init not in INITS:
-        raise UserError(f"init is {decoder.init!r}; expected one of {', '.join(INITS)}")
+    if decoder.init not in inits:
+        raise UserError(f"init is {decoder.init!r}; expected one of {', '.join(inits)}")

@@ -25,6 +25,7 @@ from tarflow_jax.training.metrics import MetricsWriter
 from tarflow_jax.training.recipe import Recipe
 from tarflow_jax.training.state import TrainState, abstract_state, new_state
 from tarflow_jax.training.step import Metrics, compiled_step
+from tarflow_jax.training.student_error import split_errors
 
 logger = logging.getLogger(__name__)
 Preview = Callable[[int, dict[str, Any]], None]
@@ -37,7 +38,12 @@ class NonFiniteError(ArithmeticError):
     """A metric of a step is not a finite number; the run has stopped, its last checkpoint stays."""
 
 
-def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, preview: Preview | None = None) -> TrainState:
+def train(
+    config: ml_collections.ConfigDict,
+    workdir: epath.PathLike,
+    preview: Preview | None = None,
+    frozen_flow: dict[str, Any] | None = None,
+) -> TrainState:
     """Trains until `config.train.num_steps`, from the workdir's last checkpoint on.
 
     Args:
@@ -45,6 +51,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, preview: P
       workdir: holds one run: config.json, checkpoints/, metrics.jsonl, tensorboard/. A local folder, which all
         processes see, or gs://.
       preview: called as preview(step, variables) every `train.sample_every` steps, on every process.
+      frozen_flow: variables of the flow by which a recipe's student is trained.
 
     Returns:
       The final state, sharded over the config's mesh.
@@ -63,7 +70,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.PathLike, preview: P
         if jax.process_index() == 0:
             resources.enter_context(sole_user(workdir))
         recipe.write_to(workdir, source)
-        run = _Run(recipe, source, epath.Path(workdir), resources)
+        run = _Run(recipe, source, epath.Path(workdir), resources, frozen_flow)
         for images, labels in run.batches():
             run.take_step(images, labels)
             done = run.step == fields.num_steps
@@ -97,7 +104,12 @@ class _Run:
     """
 
     def __init__(
-        self, recipe: Recipe, source: ImageSource, workdir: epath.Path, resources: contextlib.ExitStack
+        self,
+        recipe: Recipe,
+        source: ImageSource,
+        workdir: epath.Path,
+        resources: contextlib.ExitStack,
+        frozen_flow: dict[str, Any] | None,
     ) -> None:
         """Begins or continues; closing `resources` closes everything, although one of it fails."""
         fields = recipe.config.train
@@ -112,6 +124,7 @@ class _Run:
         else:
             self.step, self.state = found
             self.checkpoints.set_aside_after(self.step)
+        self.frozen_flow = None if frozen_flow is None else BatchRunner(self.mesh).place(frozen_flow)
         self.program = compiled_step(recipe.train_config, self.mesh)
         self.rows = Rows(self.mesh, fields.batch_size)
         first_process = jax.process_index() == 0
@@ -152,7 +165,7 @@ class _Run:
     def take_step(self, images: jax.Array, labels: jax.Array) -> None:
         """Starts a step, and checks the one before: so the host never keeps the devices waiting."""
         with self.profiler.step(self.step + 1):
-            state, metrics = self.program(self.state, images, labels, self.key)
+            state, metrics = self.program(self.state, images, labels, self.key, self.frozen_flow)
         self.settle()
         self.step, self.state, self._pending = self.step + 1, state, metrics
         self.bar.update()
@@ -197,7 +210,7 @@ class _Run:
     def evaluate(self) -> float:
         """The test loss, which is written too."""
         self.settle()
-        test_loss = evaluate_loss(self.recipe, self.state.sampling_variables)
+        test_loss = evaluate_loss(self.recipe, self.state.sampling_variables, self.frozen_flow)
         if self.metrics:
             self.metrics.write(self.step, {"test_loss": test_loss})
         self.clock.pause()
@@ -218,12 +231,21 @@ def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
     return init_key, step_key
 
 
-def evaluate_loss(recipe: Recipe, variables: dict[str, Any]) -> float:
+def evaluate_loss(recipe: Recipe, variables: dict[str, Any], frozen_flow: dict[str, Any] | None = None) -> float:
     """The training loss of the test split: its noise fixed, its labels kept; nats per dimension less ½ log 2π.
 
-    Noise levels come in turn, from image to image.
+    Noise levels come in turn, from image to image. Of a student, the mean square error of the clean images.
     """
     noise = recipe.noise
+    if recipe.student:
+        errors = split_errors(
+            BatchRunner(recipe.mesh()),
+            recipe.train_config,
+            (frozen_flow, variables),
+            recipe.source("test"),
+            jax.random.key(0),
+        )
+        return float(errors.mean(dtype=np.float64))
     levels = noise.quantiles(_TEST_LEVELS) if noise.kind == "levels" else None
     log_probs = split_log_prob(
         BatchRunner(recipe.mesh()),

@@ -21,6 +21,7 @@ from tarflow_jax.files import write_text
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.noise import Noise
 from tarflow_jax.runtime import make_mesh
+from tarflow_jax.student import StudentConfig
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.optimizer import Optimizer
 from tarflow_jax.training.state import TrainConfig
@@ -66,6 +67,8 @@ _NEW_FIELDS = {
 class Recipe:
     """A training run's config and what follows from it.
 
+    One with a group `student` trains that, by the flow that its model and noise tell of.
+
     Raises:
       ValueError: one line naming the field that is unknown, missing, or cannot be.
     """
@@ -73,6 +76,8 @@ class Recipe:
     config: ml_collections.ConfigDict
 
     def __post_init__(self) -> None:
+        if "model" not in self.config:
+            raise UserError("this recipe has no model: it is a student's, for launch.distill")
         train = self.config.train
         for name in ("num_steps", "batch_size", "checkpoint_every", "log_every", "accumulation", "keep_checkpoints"):
             if train[name] < 1:
@@ -106,7 +111,16 @@ class Recipe:
         """What determines the state and the step."""
         fields = self.config.train
         optimizer = Optimizer(num_steps=fields.num_steps, **self.config.optimizer)
-        return TrainConfig(self.model, self.noise, optimizer, fields.drop_label, fields.accumulation)
+        return TrainConfig(self.model, self.noise, optimizer, fields.drop_label, fields.accumulation, self.student)
+
+    @property
+    def student(self) -> StudentConfig | None:
+        """What a recipe of a student trains; None for a flow's."""
+        if "student" not in self.config:
+            return None
+        fields = self.config.student.to_dict()
+        del fields["flow"]  # its fingerprint
+        return StudentConfig.of_flow(self.model, **fields)
 
     def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """The config's mesh over `devices`; None is all that there are.

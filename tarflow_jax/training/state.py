@@ -14,6 +14,7 @@ from tarflow_jax.errors import UserError
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.noise import Noise
 from tarflow_jax.runtime import shardings
+from tarflow_jax.student import Student, StudentConfig
 from tarflow_jax.training.optimizer import Optimizer
 
 
@@ -25,6 +26,7 @@ class TrainConfig:
       model, noise, optimizer: of the recipe.
       drop_label: probability of training an image without its label.
       accumulation: microbatches of a step.
+      student: what is trained, by the flow that `model` and `noise` tell of; None where that flow is.
 
     Raises ValueError: noise levels that the model is not told, or the other way round.
     """
@@ -34,6 +36,7 @@ class TrainConfig:
     optimizer: Optimizer
     drop_label: float = 0.0
     accumulation: int = 1
+    student: StudentConfig | None = None
 
     def __post_init__(self) -> None:
         if self.model.noise_conditional != (self.noise.kind == "levels"):
@@ -41,6 +44,8 @@ class TrainConfig:
                 f"model.noise_conditional is {self.model.noise_conditional} with noise.kind {self.noise.kind!r}; "
                 "expected True with 'levels', False otherwise"
             )
+        if self.student:
+            self.student.check_flow(self.model)
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -69,8 +74,13 @@ class TrainState(flax.struct.PyTreeNode):
 def initial_state(config: TrainConfig, key: jax.Array) -> TrainState:
     """The state before the first step."""
     # Parameters do not depend on the attention kernel, and splash cannot shard the one image over a mesh.
-    flow = TarFlow(dataclasses.replace(config.model, attention="plain"))
-    variables = flow.init(key, jnp.zeros((1, *config.model.image_shape)), noise_std=jnp.ones(1))
+    image = jnp.zeros((1, *config.model.image_shape))
+    if config.student:
+        shape = dataclasses.replace(config.student.shape, attention="plain")
+        variables = Student(dataclasses.replace(config.student, shape=shape)).init(key, image)
+    else:
+        flow = TarFlow(dataclasses.replace(config.model, attention="plain"))
+        variables = flow.init(key, image, noise_std=jnp.ones(1))
     variables = {name: variables[name] for name in ("params", "prior") if name in variables}
     params = variables["params"]
     return TrainState(

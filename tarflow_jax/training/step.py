@@ -11,24 +11,31 @@ from jax.sharding import Mesh, PartitionSpec
 
 from tarflow_jax.flow import TarFlow, updated_prior
 from tarflow_jax.likelihood import training_loss
-from tarflow_jax.noise import Levels
+from tarflow_jax.noise import to_float
 from tarflow_jax.runtime import Program
+from tarflow_jax.student import distillation_loss
 from tarflow_jax.training.state import TrainConfig, TrainState, abstract_state
 
 Metrics = dict[str, jax.Array]
-Batch = tuple[jax.Array, jax.Array, Levels | None]  # noisy images, labels, noise levels
+Batch = tuple[Any, ...]  # arrays [B, …]
+Loss = Callable[[Any, Batch], tuple[jax.Array, tuple[Metrics, Any]]]  # of parameters and a batch
 
 
 @functools.cache
 def compiled_step(config: TrainConfig, mesh: Mesh) -> Program:
-    """`train_step` of a config, as a program (state, images, labels, key) -> (state, metrics); the state is donated."""
+    """`train_step` of a config, as a program; the state is donated."""
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     step = jax.jit(functools.partial(train_step, config), donate_argnums=0, out_shardings=(layout, None))
     return Program(step, mesh)
 
 
 def train_step(
-    config: TrainConfig, state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array
+    config: TrainConfig,
+    state: TrainState,
+    images: jax.Array,
+    labels: jax.Array,
+    key: jax.Array,
+    frozen_flow: dict[str, Any] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One step of the optimizer.
 
@@ -36,21 +43,22 @@ def train_step(
       images: uint8 [B, H, W, K]. labels: int32 [B].
       key: all randomness is a function of it, of the step, and of an image's row in the global batch, so that it does
         not depend on the devices.
+      frozen_flow: variables of the flow by which a student is trained.
     """
-    flow, optimizer = TarFlow(config.model), config.optimizer
+    optimizer, params = config.optimizer, state.variables["params"]
     noise_key, drop_key = jax.random.split(jax.random.fold_in(key, state.step))
-    levels = config.noise.levels(jax.random.fold_in(noise_key, 1), len(images))
-    noisy = config.noise(noise_key, images, None if levels is None else levels.std)
     labels = jnp.where(jax.random.bernoulli(drop_key, config.drop_label, labels.shape), -1, labels)
-    batch = (noisy, labels, levels)
-    gradients, metrics, z = accumulated_gradients(flow, state.variables, batch, config.accumulation)
+    if config.student:
+        batch, loss = _distillation(config, frozen_flow, images, labels, noise_key)
+    else:
+        batch, loss = _likelihood(config, state.variables, images, labels, noise_key)
+    gradients, metrics, z = accumulated_gradients(loss, params, batch, config.accumulation)
 
-    params = state.variables["params"]
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
         updates, opt_state = optimizer.transformation().update(gradients, state.opt_state, params)
     params = optax.apply_updates(params, updates)
     variables = {**state.variables, "params": params}
-    if config.model.volume_preserving:
+    if "prior" in variables:
         variables["prior"] = {"variance": updated_prior(state.variables["prior"]["variance"], z)}
     ema_params = state.ema_params
     if ema_params is not None:
@@ -59,30 +67,60 @@ def train_step(
     return TrainState(state.step + 1, variables, opt_state, ema_params), metrics
 
 
-def accumulated_gradients(
-    flow: TarFlow, variables: dict[str, Any], batch: Batch, count: int
-) -> tuple[Any, Metrics, jax.Array]:
-    """Mean gradients and metrics of `count` microbatches, and the last blocks' outputs z [B, T, D].
+def _likelihood(
+    config: TrainConfig, variables: dict[str, Any], images: jax.Array, labels: jax.Array, key: jax.Array
+) -> tuple[Batch, Loss]:
+    """What a flow is trained on, noise included, and its loss."""
+    levels = config.noise.levels(jax.random.fold_in(key, 1), len(images))
+    noisy = config.noise(key, images, None if levels is None else levels.std)
+
+    def loss(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
+        return training_loss(TarFlow(config.model), {**variables, "params": params}, *batch)
+
+    return (noisy, labels, levels), loss
+
+
+def _distillation(
+    config: TrainConfig, frozen_flow: Any, images: jax.Array, labels: jax.Array, key: jax.Array
+) -> tuple[Batch, Loss]:
+    """What a student is trained on, noise included, and its loss.
+
+    The noise is of the level at which samples are drawn. Half of the images have guidance weights, uniformly drawn.
+    """
+    student = config.student
+    assert student is not None
+    levels = jnp.full(len(images), config.noise.std_max) if config.noise.kind == "levels" else None
+    noisy = config.noise(key, images, levels)
+    draw_key, guide_key = jax.random.split(jax.random.fold_in(key, 1))
+    weights = student.max_guidance * jax.random.uniform(draw_key, labels.shape)
+    weights = jnp.where((labels >= 0) & jax.random.bernoulli(guide_key, 0.5, labels.shape), weights, 0.0)
+
+    def loss(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
+        value, metrics = distillation_loss(student, config.model, frozen_flow, {"params": params}, *batch)
+        return value, (metrics, None)
+
+    return (to_float(images), noisy, labels, levels, weights), loss
+
+
+def accumulated_gradients(loss: Loss, params: Any, batch: Batch, count: int) -> tuple[Any, Metrics, Any]:
+    """Mean gradients and metrics of `count` microbatches, and what else the loss gives: a flow's z [B, T, D].
 
     If the mesh in force shards the batch alone, each device sums its own microbatches, and gradients cross the
     devices once a step. Where parameters are sharded too, they cross them with every microbatch: XLA's partitioner
     fails on a sum of one axis within a program that it partitions along the others.
     """
 
-    def loss(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
-        return training_loss(flow, {**variables, "params": params}, *batch)
-
     gradient = jax.grad(loss, has_aux=True)
     if count == 1:
-        gradients, (metrics, z) = gradient(variables["params"], batch)
+        gradients, (metrics, z) = gradient(params, batch)
         return gradients, metrics, z
 
     means = functools.partial(_means, gradient, count)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.shape["data"] < mesh.size:
-        return means(variables["params"], batch)
+        return means(params, batch)
 
-    def of_own_rows(params: Any, batch: Batch) -> tuple[Any, Metrics, jax.Array]:
+    def of_own_rows(params: Any, batch: Batch) -> tuple[Any, Metrics, Any]:
         gradients, metrics, z = means(params, batch)
         return *jax.lax.pmean((gradients, metrics), mesh.axis_names), z
 
@@ -90,17 +128,17 @@ def accumulated_gradients(
     run = jax.shard_map(
         of_own_rows, in_specs=(everywhere, rows), out_specs=(everywhere, everywhere, rows), check_vma=False
     )
-    return run(variables["params"], batch)
+    return run(params, batch)
 
 
-def _means(gradient: Callable[..., Any], count: int, params: Any, batch: Batch) -> tuple[Any, Metrics, jax.Array]:
+def _means(gradient: Callable[..., Any], count: int, params: Any, batch: Batch) -> tuple[Any, Metrics, Any]:
     """`gradient`'s values over `count` microbatches, one after another: what `accumulated_gradients` returns."""
 
     def split(x: jax.Array) -> jax.Array:
         # Strided, so that each device keeps its own rows in every microbatch.
         return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
 
-    def accumulate(total: Any, microbatch: Batch) -> tuple[Any, jax.Array]:
+    def accumulate(total: Any, microbatch: Batch) -> tuple[Any, Any]:
         gradients, (metrics, z) = gradient(params, microbatch)
         return jax.tree.map(jnp.add, total, (gradients, metrics)), z
 
@@ -110,4 +148,4 @@ def _means(gradient: Callable[..., Any], count: int, params: Any, batch: Batch) 
     total, z = jax.lax.scan(accumulate, zeros, microbatches)
     gradients, metrics = jax.tree.map(lambda leaf: leaf / count, total)
     # Norms are means of microbatches' norms; z's order does not matter to its only use, a mean over rows.
-    return gradients, metrics, z.reshape(-1, *z.shape[2:])
+    return gradients, metrics, jax.tree.map(lambda z: z.reshape(-1, *z.shape[2:]), z)

@@ -11,15 +11,16 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from tarflow_jax.errors import one_line
+from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.files import write_text
 from tarflow_jax.interop import SavedModel
 from tarflow_jax.runtime import make_mesh
+from tarflow_jax.student import TrainedStudent
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.recipe import Recipe, label_names
 from tarflow_jax.training.state import abstract_state
 
-RESULTS = "results.json"
+RESULTS, STUDENT = "results.json", "student"
 logger = logging.getLogger(__name__)
 
 
@@ -41,14 +42,34 @@ def read_workdir(workdir: epath.PathLike, mesh: Mesh | None = None, *, best: boo
     """
     workdir = epath.Path(workdir)
     recipe = Recipe.from_workdir(workdir)
+    if recipe.student:
+        raise UserError(f"{workdir} holds a student; open the workdir of its flow, {workdir.parent}")
+    step, model = _restored(recipe, workdir, mesh, best=best)
+    return TrainedRun(config=recipe.model, noise=recipe.noise, **model, card=_card(recipe, workdir, step))
+
+
+def read_student(workdir: epath.PathLike, mesh: Mesh | None = None) -> TrainedStudent | None:
+    """The student kept in a flow's workdir, from its last whole checkpoint; None if there is none. Raises as above."""
+    folder = epath.Path(workdir) / STUDENT
+    if not (folder / "checkpoints").is_dir():
+        return None
+    recipe = Recipe.from_workdir(folder)
+    if recipe.student is None:
+        raise UserError(f"{folder} holds a flow; expected a student, which launch.distill keeps there")
+    _, model = _restored(recipe, folder, mesh, best=False)
+    variables = {"params": model["ema_params"]} if model["ema_params"] else model["variables"]
+    return TrainedStudent(recipe.student, variables, recipe.config.student.flow)
+
+
+def _restored(recipe: Recipe, workdir: epath.Path, mesh: Mesh | None, *, best: bool) -> tuple[int, dict[str, Any]]:
+    """The step, the variables and the averaged parameters of a checkpoint."""
     state = abstract_state(recipe.train_config, mesh or make_mesh(devices=jax.local_devices()[:1]))
     wanted = {"variables": state.variables, "ema_params": state.ema_params}
     with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
         found = checkpoints.restore(wanted, best=best, partial=True)
     if found is None:
         raise FileNotFoundError(f"{workdir} holds no checkpoint yet; train until train.checkpoint_every first")
-    step, model = found
-    return TrainedRun(config=recipe.model, noise=recipe.noise, **model, card=_card(recipe, workdir, step))
+    return found
 
 
 def write_results(workdir: epath.PathLike, results: dict[str, float]) -> None:

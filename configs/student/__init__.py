@@ -1,0 +1,1 @@
+"""Recipes of students, which learn the inverse of a trained flow in one pass (docs/sampling.md)."""

@@ -1,0 +1,38 @@
+"""The fields that every student's recipe shares, with their defaults.
+
+Model, data and noise are those of the flow; `launch.distill` takes them from its workdir.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+from tarflow_jax.errors import UserError
+
+
+def get_config() -> ConfigDict:
+    """A recipe without a number of steps."""
+    config = common.get_config()
+    for group in ("model", "data", "noise"):
+        del config[group]
+    config.student = ConfigDict(
+        {
+            "width": 0,  # of its transformers; 0: the flow's
+            "layers_per_block": (2,),  # one number, or one a block: the flow's, last to first, and the denoiser
+            "method": "hidden_alignment",  # or hidden_distillation, naive
+            "max_guidance": 0.0,  # largest guidance weight that it takes
+            "flow": "",  # fingerprint of its flow's weights; launch.distill fills it in
+        }
+    )
+    config.train.drop_label = 0.1
+    return config
+
+
+def with_variant(config: ConfigDict, variant: str) -> ConfigDict:
+    """Applies "smoke", a variant of seconds; raises ValueError for another name."""
+    if variant not in ("", "smoke"):
+        raise UserError(f"unknown variant {variant!r}; expected smoke")
+    if variant:
+        config.student.layers_per_block = (1,)
+        config.train.update({"num_steps": 20, "batch_size": 16, "checkpoint_every": 10, "log_every": 5})
+        config.optimizer.warmup_steps = 5
+    return config

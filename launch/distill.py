@@ -1,0 +1,108 @@
+"""Trains a student of a flow: a second network that makes a clean image from latents in one pass.
+
+python -m launch.distill --workdir=runs/digits --config=configs/student/digits.py [--config.train.num_steps=…]
+
+It is trained on the flow's data, and kept in the workdir's folder student/. To continue, run the same command again;
+then draw with launch.sample --decoder=student.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+from launch import common
+from tarflow_jax.arguments import check_student
+from tarflow_jax.errors import UserError
+from tarflow_jax.figures import grid, save_png, to_uint8
+from tarflow_jax.fingerprint import fingerprint
+from tarflow_jax.pipeline import TarFlowPipeline
+from tarflow_jax.runtime import PreemptionGuard, use_cores_as_devices
+from tarflow_jax.student import TrainedStudent
+from tarflow_jax.training import Recipe, train
+from tarflow_jax.training.loop import evaluate_loss
+from tarflow_jax.training.workdir import STUDENT, write_results
+
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Train by this recipe: configs/student/digits.py, or its variant, configs/student/digits.py:smoke."
+)
+WORKDIR = flags.DEFINE_string("workdir", None, "Train a student of the flow in this training run's folder.")
+COLUMNS, POLISH = 10, 2  # of the figures
+common.define_checkpoint_flag()
+common.define_process_flags()
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: Sequence[str]) -> None:
+    """Trains, and prints a table."""
+    begin = time.perf_counter()
+    workdir = epath.Path(common.folder("workdir"))
+    common.join_processes()
+    config = of_flow(CONFIG.value, Recipe.from_workdir(workdir).config)
+    if config.mesh.data == -1:
+        use_cores_as_devices(config.train.batch_size // config.train.accumulation)
+    recipe = Recipe(config)
+    pipe = common.open_pipeline(workdir, recipe.mesh())
+    config.student.flow = fingerprint(pipe.variables)
+    recipe = Recipe(config)
+    recipe.source("test")
+    figures = workdir / STUDENT / "figures"
+
+    def preview(step: int, variables: dict[str, Any]) -> None:
+        student = TrainedStudent(recipe.student, variables, config.student.flow)
+        drawing = TarFlowPipeline(pipe.config, pipe.variables, pipe.noise, student=student, mesh=recipe.mesh())
+        sheet = compare(drawing)
+        if jax.process_index() == 0:
+            save_png(figures / f"step_{step:07d}.png", sheet)
+
+    state = train(config, workdir / STUDENT, preview, pipe.variables)
+    with PreemptionGuard():
+        error = evaluate_loss(recipe, state.sampling_variables, pipe.variables)
+        preview(int(state.step), state.sampling_variables)
+    if jax.process_index():
+        return
+    write_results(workdir / STUDENT, {"mean square error of clean test images": error})
+    counts = [sum(leaf.size for leaf in jax.tree.leaves(v["params"])) for v in (state.variables, pipe.variables)]
+    rows = {
+        "steps": int(state.step),
+        "parameters": f"{counts[0]}, {counts[0] / counts[1]:.2f} times the flow's",
+        "test error": f"{error:.4f}",
+        "minutes": f"{(time.perf_counter() - begin) / 60:.1f}",
+        "metrics": workdir / STUDENT / "metrics.jsonl",
+        "figures": figures,
+    }
+    print("\n".join(f"{name:<22} {value}" for name, value in rows.items()))
+
+
+def compare(pipe: TarFlowPipeline) -> np.ndarray:
+    """Images of the same latents, uint8, a row for each way that leads to them."""
+    latents = pipe.latents(jax.random.key(0), COLUMNS)
+    labels, level = common.example_labels(pipe.config.num_classes, COLUMNS), pipe.drawn_level
+    rows = {"exact": pipe.decode(latents, labels, noise_std=level)}
+    denoised = pipe.noise_std is not None
+    if denoised:
+        rows["exact, denoised"] = pipe.denoise_drawn(rows["exact"], labels)
+    rows["student"] = pipe.decode(latents, labels, decoder="student")
+    if check_student(pipe.student).config.method != "naive":
+        polished = pipe.decode(latents, labels, decoder="student", polish=POLISH, noise_std=level)
+        name = f"polished by {POLISH}{', denoised' * denoised}"
+        rows[name] = pipe.denoise_drawn(polished, labels) if denoised else polished
+    return grid(np.concatenate([to_uint8(images) for images in rows.values()]), COLUMNS, list(rows))
+
+
+def of_flow(config: ConfigDict, flow: ConfigDict) -> ConfigDict:
+    """The recipe of a student, with the model, data and noise of its flow's."""
+    if "student" not in config:
+        raise UserError("--config is no student's recipe; expected one such as configs/student/digits.py")
+    whole = ConfigDict({name: flow[name] for name in ("model", "data", "noise")})
+    whole.update(config)
+    return whole
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,73 @@
+"""What a student is trained on: trajectories of real images through the frozen flow."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tarflow_jax.flow import TarFlow, TarFlowConfig, to_images
+from tarflow_jax.student.config import StudentConfig
+from tarflow_jax.student.network import Student
+
+_SOFTENING = 0.01  # c
+
+
+def flow_trajectory(
+    flow: TarFlowConfig, variables: Any, noisy: jax.Array, labels: jax.Array | None, noise_std: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """(latents [B, H, W, K], trajectory [B, F, H, W, K]: what each block reads, as images); with no gradient."""
+    (latents, _), sown = TarFlow(flow).apply(variables, noisy, labels, noise_std, mutable=["intermediates"])
+    outputs = sown["intermediates"]["block_outputs"][:-1]
+    trajectory = jnp.stack([noisy, *(to_images(flow, tokens) for tokens in outputs)], axis=1)
+    return jax.lax.stop_gradient((latents, trajectory))
+
+
+def distillation_loss(
+    student: StudentConfig,
+    flow: TarFlowConfig,
+    flow_variables: Any,
+    variables: Any,
+    clean: jax.Array,
+    noisy: jax.Array,
+    labels: jax.Array,
+    noise_std: jax.Array | None,
+    weights: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The sum of the clean image's error and, unless the method is naive, of the errors of the trajectory's F images.
+
+    An image's error on the trajectory is relative to its mean square, which normalises the trajectory; each error D
+    then counts as D / (D + c), the divisor detached. With a weight w > 0 what is learned is the guided result,
+    h + w (h(label) - h(no label)), the two being the network's own, of weight 0 and detached.
+
+    Args:
+      flow, flow_variables: the frozen flow.
+      variables: the student's.
+      clean, noisy: float32 [B, H, W, K]; labels: int32 [B], -1 for no class.
+      noise_std: σ [B] of the noise, for a flow that is conditional on it.
+      weights: of guidance, float32 [B]; 0 where there is no label.
+
+    Returns (loss, metrics): metrics are scalars, and `block_errors` [F], the relative errors.
+    """
+    latents, trajectory = flow_trajectory(flow, flow_variables, noisy, labels, noise_std)
+    network = Student(student)
+    images, found = network.apply(variables, latents, labels, weights)
+    if student.max_guidance:
+        both = jnp.stack([labels, jnp.full_like(labels, -1)])  # one program, run twice
+        unguided = jax.lax.map(lambda labels: network.apply(variables, latents, labels), both)
+        image_push, push = jax.tree.map(lambda found: jax.lax.stop_gradient(found[0] - found[1]), unguided)
+        clean = clean + weights[:, None, None, None] * image_push
+        if push is not None:
+            trajectory = trajectory + weights[:, None, None, None, None] * push
+    image_error = jnp.square(images - clean).mean((1, 2, 3))  # [B]
+    metrics = {"image_error": image_error.mean()}
+    loss = _adapted(image_error).mean()
+    if found is not None:
+        sizes = jnp.square(trajectory).mean((2, 3, 4))  # [B, F]
+        errors = jnp.square(found - trajectory).mean((2, 3, 4)) / sizes
+        metrics["block_errors"] = errors.mean(0)
+        loss = loss + _adapted(errors).mean(0).sum()
+    return loss, metrics | {"loss": loss}
+
+
+def _adapted(errors: jax.Array) -> jax.Array:
+    return errors / (jax.lax.stop_gradient(errors) + _SOFTENING)
