@@ -2,10 +2,12 @@
 
 python -m launch.plan --config=configs/imagenet64_cond.py --topology=v5e:16x16 --mesh=32,1,8
 python -m launch.plan --config=configs/imagenet64_uncond.py --topology=v5e:16x16 --num_slices=2 --mesh=256,1,2
+python -m launch.plan --config=configs/imagenet64_cond.py --topology=h100:8x4
 python -m launch.plan --config=configs/digits.py --topology=cpu:8
 
-A TPU topology needs no TPU, but its compiler: pip install -r requirements-plan.txt. Exit code 2 when the program
-does not fit; then changes are tried, the smallest first, until one does. docs/scaling.md tells how to read it.
+A TPU topology needs no TPU, but its compiler: pip install -r requirements-plan.txt. So do GPUs (a100, h100, h200, b200;
+h100:8x4 is 4 hosts of 8), from requirements-plan-gpu.txt. Exit code 2 when the program does not fit; then changes are
+tried, the smallest first, until one does. docs/scaling.md tells how to read it.
 """
 
 import functools
@@ -20,7 +22,7 @@ from ml_collections import config_flags
 
 from launch import common
 from tarflow_jax.errors import UserError
-from tarflow_jax.planning import Plan, Topology, compile_program, open_topology, sample_program, train_program
+from tarflow_jax.planning import Plan, Topology, compile_program, gpus, open_topology, sample_program, train_program
 from tarflow_jax.planning.changes import as_flags, dividing_options, smallest_change
 from tarflow_jax.training import Recipe
 
@@ -28,7 +30,9 @@ EXIT_DOES_NOT_FIT = 2
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Plan this recipe, such as configs/imagenet64_cond.py.")
 TOPOLOGY = flags.DEFINE_string(
-    "topology", None, "Plan for these devices: v5e:16x16, v5p:4x4x4, …; cpu:8; gpu:1 if there is one."
+    "topology",
+    None,
+    "Plan for these devices: v5e:16x16, v5p:4x4x4, …; h100:8, h100:8x4, …; cpu:8; gpu:1 if there is one.",
 )
 NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Plan for this many TPU slices of that topology.", lower_bound=1)
 MESH = flags.DEFINE_list("mesh", None, "Plan for meshes of sizes data,fsdp,tensor, as --config.mesh; one may be -1.")
@@ -82,6 +86,8 @@ def _open(name: str, num_slices: int) -> Topology:
     platform, _, size = name.partition(":")
     if platform == "gpu":
         return open_topology(name, num_slices)
+    if platform in gpus.GPUS:
+        gpus.prepare()
     jax.config.update("jax_platforms", "cpu")
     forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if platform == "cpu" and size.isdigit() and not forced:

@@ -10,6 +10,7 @@ import jax
 from jax.experimental import topologies
 
 from tarflow_jax.errors import MissingPackageError, UserError, one_line
+from tarflow_jax.planning import gpus
 
 GIB = 2**30
 # libtpu otherwise asks the network which TPU this is, and lets one process in at a time.
@@ -29,31 +30,36 @@ class Chip:
     memory: int
     flops: float = 0.0  # dense bfloat16; float32 products run as bfloat16 ones on a TPU unless told otherwise
     memory_rate: float = 0.0
-    link_rate: float = 0.0  # sent to chips of its slice, all links together, one way
-    network_rate: float = 0.0  # sent to other slices; 0 where there are none
+    link_rate: float = 0.0  # sent to chips of its slice, or GPUs of its host, all links together, one way
+    network_rate: float = 0.0  # sent to other slices or hosts; 0 where there are none
 
 
 # By device kind. TPU: cloud.google.com/tpu/docs (its interconnect figures are for both ways together, and a pod's
-# network is divided by its chips); NVIDIA: data sheets.
+# network is divided by its chips); NVIDIA: data sheets of the GPUs and of the DGX systems, one network port a GPU.
 CHIPS = {
     "TPU v4": Chip(32 * GIB, 275e12, 1228e9),
     "TPU v5 lite": Chip(16 * GIB, 197e12, 819e9, 200e9, 3.1e9),
     "TPU v5": Chip(95 * GIB, 459e12, 2765e9, 600e9, 6.2e9),
     "TPU v6 lite": Chip(32 * GIB, 918e12, 1640e9, 400e9, 12.5e9),
-    "NVIDIA A100": Chip(80 * GIB, 312e12, 2039e9, 300e9),
-    "NVIDIA H100": Chip(80 * GIB, 989e12, 3350e9, 450e9),
-    "NVIDIA H200": Chip(141 * GIB, 989e12, 4800e9, 450e9),
+    "NVIDIA A100": Chip(80 * GIB, 312e12, 2039e9, 300e9, 25e9),
+    "NVIDIA H100": Chip(80 * GIB, 989e12, 3350e9, 450e9, 50e9),
+    "NVIDIA H200": Chip(141 * GIB, 989e12, 4800e9, 450e9, 50e9),
+    "NVIDIA B200": Chip(180 * GIB, 2250e12, 8000e9, 900e9, 50e9),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """Devices to compile for, by a name as "v5e:16x16"; TPUs need not exist here, a network joins slices of them."""
+    """Devices to compile for, by a name as "v5e:16x16" or "h100:8"; they need not exist here.
+
+    A network joins slices of TPUs, and hosts of as many GPUs each.
+    """
 
     name: str
     devices: Sequence[jax.Device]
     chip: Chip
     slices: int = 1
+    hosts: int = 1  # of GPUs
 
 
 def known_chip(kind: str) -> Chip | None:
@@ -63,15 +69,19 @@ def known_chip(kind: str) -> Chip | None:
 
 
 def open_topology(name: str, num_slices: int = 1) -> Topology:
-    """The devices of "v5e:16x16" and other TPU topologies (libtpu is needed, a TPU is not), of "cpu:8" or "gpu:1".
+    """The devices of "v5e:16x16" and other TPU topologies, of "h100:8" or "h100:8x4" (4 hosts), of "cpu:8" or "gpu:1".
 
-    Raises ValueError if there is no such topology, or fewer devices; ImportError if libtpu is not installed.
+    The first two need the compiler, libtpu or JAX's CUDA plugin, but no such device; for GPUs, after `gpus.prepare`.
+    Raises ValueError if there is no such topology, or fewer devices; ImportError if the compiler is not installed.
     """
     platform, _, size = name.partition(":")
-    if platform not in ("cpu", "gpu"):
+    if platform not in ("cpu", "gpu", *gpus.GPUS):
         return _tpu(name, num_slices)
     if num_slices != 1:
         raise UserError(f"num_slices is {num_slices}; only TPU topologies have slices")
+    if platform in gpus.GPUS:
+        compiled_for, hosts = gpus.devices(name)
+        return Topology(name, compiled_for, _chip_of(compiled_for[0]), hosts=hosts)
     count = int(size) if size.isdigit() else 0
     try:
         devices = jax.devices(platform)

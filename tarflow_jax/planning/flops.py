@@ -43,6 +43,11 @@ def _flops(equation: Any) -> float:
         return inner * params["length"]
     if name == "shard_map":  # the shapes inside are one device's
         return inner * params["mesh"].size
+    if name.startswith("dot_product_attention"):  # cuDNN's, flow.attention's only use of it: causal, in blocks too
+        batch, tokens, heads, dim = equation.invars[0].aval.shape
+        products = 2 if "fwd" in name else 5  # backwards, the logits once more
+        blocks = -(-tokens // 128)
+        return products * 2.0 * batch * heads * tokens**2 * dim * (blocks + 1) / (2 * blocks)
     if name == "pallas_call":
         # The only kernel is flow.attention.splash: causal, so that of n x n blocks n (n + 1) / 2 run.
         grid = params["grid_mapping"].grid

@@ -61,6 +61,7 @@ class Plan:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {
             "topology": self.topology.name,
             "slices": self.topology.slices,
+            "hosts": self.topology.hosts,
             "devices": self.num_devices,
             "device_memory": self.topology.chip.memory,
             "traffic": dataclasses.asdict(self.traffic),
@@ -86,7 +87,8 @@ class Plan:
             "bytes moved": f"{self.traffic.memory_bytes / 1e9:,.2f} GB a step",
         }
         for kind, collective in sorted(self.traffic.collectives.items()):
-            network = f", {collective.network_bytes / 1e6:,.1f} to other slices" if self.topology.slices > 1 else ""
+            others = "slices" if self.topology.slices > 1 else "hosts" if self.topology.hosts > 1 else ""
+            network = f", {collective.network_bytes / 1e6:,.1f} to other {others}" if others else ""
             rows[kind] = f"{collective.count:,} a step, {collective.bytes / 1e6:,.1f} MB sent{network}"
         rows["compiled in"] = f"{self.compile_seconds:.0f} s of processor time"
         return _lines(rows | self._times(mfu))

@@ -86,7 +86,7 @@ def compile_program(planned: Planned, recipe: Recipe, topology: Topology, mesh: 
         seconds, memory, problem = time.process_time() - begin, compiled.memory_analysis(), ""
         temporary_bytes = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         code_bytes = memory.generated_code_size_in_bytes
-        moved = traffic(compiled.as_text(), mesh.size, topology.slices)
+        moved = traffic(compiled.as_text(), mesh.size, topology.slices, topology.hosts)
     return Plan(
         topology=topology,
         mesh=dict(mesh.shape),

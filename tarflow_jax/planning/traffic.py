@@ -5,6 +5,8 @@ import math
 import re
 from collections import defaultdict
 
+import numpy as np
+
 from tarflow_jax.planning.hlo import Computation, Instruction, Program, arrays, executed, parse
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
@@ -13,6 +15,8 @@ _MOVE_NOTHING = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "replica-id", "opt-barrier", "async-start", "async-update", "recv",
 }  # fmt: skip
+_ROOM = re.compile(r"[su]8\[\d+\](\{0\})?")
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 _SLICES = {"dynamic-slice", "slice", "gather", "slice-start", "dynamic-slice-start"}
 
 
@@ -21,8 +25,8 @@ class Collective:
     """All of a step's collectives of one kind: how many run, and the bytes that each device sends."""
 
     count: int = 0
-    bytes: float = 0.0  # to others of its slice, by the algorithm that sends least
-    network_bytes: float = 0.0  # to other slices
+    bytes: float = 0.0  # to others of its slice or host, by the algorithm that sends least
+    network_bytes: float = 0.0  # to other slices or hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +37,11 @@ class Traffic:
     collectives: dict[str, Collective]  # by kind
 
 
-def traffic(text: str, num_devices: int, slices: int = 1) -> Traffic:
-    """Reads `compiled.as_text()`; ValueError where it does not tell a loop's length or the size of device groups."""
+def traffic(text: str, num_devices: int, slices: int = 1, hosts: int = 1) -> Traffic:
+    """Reads `compiled.as_text()` of a program for TPUs, in slices, or for GPUs, on hosts, or for a CPU.
+
+    Raises ValueError where it does not tell a loop's length or the groups of devices.
+    """
     program, entry = parse(text)
     memory = 0.0
     collectives: dict[str, Collective] = defaultdict(Collective)
@@ -44,9 +51,17 @@ def traffic(text: str, num_devices: int, slices: int = 1) -> Traffic:
             kind = "reduce-scatter"  # as XLA writes it for TPUs: a fusion of an all-reduce and a slice
         if kind in _COLLECTIVES:
             size = sum(_size(siblings, name) for name in instruction.operands)
-            group = _group_size(instruction.attributes, num_devices // slices)
+            of_host = num_devices // hosts
+            if kind == "collective-permute":
+                pairs = re.findall(r"\{(\d+),(\d+)\}", instruction.attributes)
+                across = any(int(source) // of_host != int(target) // of_host for source, target in pairs)
+                sent = (0.0, size) if across else (size, 0.0)
+            else:
+                group = _group(instruction.attributes, num_devices // slices)
+                sent = _sent(kind, size, len(group), len(set(group // of_host)))
             collectives[kind].count += times
-            collectives[kind].bytes += times * _sent(kind, size, group)
+            collectives[kind].bytes += times * sent[0]
+            collectives[kind].network_bytes += times * sent[1]
         elif kind == "send":
             _add_send(collectives, instruction, _size(siblings, instruction.operands[0]), times, slices)
         if not fused:
@@ -60,35 +75,52 @@ def _add_send(collectives: dict[str, Collective], send: Instruction, size: float
     if named is None:
         raise ValueError(f"send {send.name} does not name its collective; expected those between TPU slices only")
     kind = _NETWORK_KINDS.get(named[1], named[1].lower().replace("_", "-"))
+    sent = size if kind == "collective-permute" else _sent(kind, size, slices, slices)[1]
     collectives[kind].count += times
-    collectives[kind].network_bytes += times * _sent(kind, size, slices)
+    collectives[kind].network_bytes += times * sent
 
 
-def _sent(kind: str, size: float, group: int) -> float:
-    """Bytes that each of a group's devices must send, of operands of `size` bytes a device."""
-    if kind == "collective-permute":
-        return size
+def _sent(kind: str, size: float, group: int, hosts: int) -> tuple[float, float]:
+    """Bytes that each of a group's devices must send to others of its host and to other hosts, of operands of `size`.
+
+    Hosts exchange parts: of what a host's devices have in common, each sends a part of its own over the network.
+    """
     factor = {"all-reduce": 2 / group, "all-gather": 1, "reduce-scatter": 1 / group, "all-to-all": 1 / group}
-    return size * (group - 1) * factor[kind]
+    others = (hosts - 1) * (group // hosts if kind == "all-to-all" else 1)
+    return size * factor[kind] * (group - 1 - others), size * factor[kind] * others
 
 
-def _group_size(attributes: str, devices: int) -> int:
-    if "source_target_pairs=" in attributes:
-        return devices
+def _group(attributes: str, devices: int) -> np.ndarray:
+    """The numbers of the devices of the first group of a collective."""
     groups = re.search(r"replica_groups=(.*)", attributes)
     text = groups[1] if groups else ""
     if listed := re.match(r"\{\{([\d,]+)\}", text):
-        return listed[1].count(",") + 1
+        return np.array(_numbers(listed[1]))
     if text.startswith("{}"):
-        return devices
-    if counted := re.match(r"\[\d+,(\d+)\]<=", text):
-        return int(counted[1])
+        return np.arange(devices)
+    if counted := re.match(rf"\[\d+,(\d+)\]<={_IOTA}", text):
+        return _iota(counted[2], counted[3])[: int(counted[1])]
     # mesh['a'=32,'b'=8], device_ids=(…) {'a','b':(1)4}: named axes, or parts of them.
-    if named := re.match(r"mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", named[2])
-        return math.prod(int(part or sizes[axis]) for axis, part in parts)
+    if named := re.match(rf"mesh\[([^\]]*)\](?:, device_ids=\({_IOTA}\))? \{{([^}}]*)\}}", text):
+        sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        shape = tuple(sizes.values())
+        numbers = (_iota(named[2], named[3]) if named[2] else np.arange(math.prod(shape))).reshape(shape)
+        chosen = dict.fromkeys(sizes, slice(1))
+        for axis, before, part in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[4]):
+            step = sizes[axis] // (int(before) * int(part)) if part else 1
+            chosen[axis] = slice(0, step * int(part or sizes[axis]), step)
+        return numbers[tuple(chosen.values())].ravel()
     raise ValueError(f"cannot read the groups of devices in {attributes[:120]!r}")
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray:
+    """0, 1, … in an array of a shape, transposed, and flat again."""
+    numbers = np.arange(math.prod(_numbers(shape))).reshape(_numbers(shape))
+    return numbers.transpose(_numbers(order)).ravel() if order else numbers.ravel()
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def _size(siblings: Computation, name: str) -> float:
@@ -115,8 +147,10 @@ def _moved(program: Program, siblings: Computation, instruction: Instruction) ->
     if opcode == "dynamic-update-slice":
         update = _in_memory(operands[1].type)
         return update + (_size(siblings, operands[1].name) if _in_memory(instruction.type) else 0.0)
-    if opcode.endswith("-start"):
+    if opcode.endswith("-start") and opcode != "all-reduce-start":
         return _in_memory(instruction.type)  # a tuple of operands and results
+    if opcode == "custom-call" and "__cu" in instruction.attributes:  # their room to work is no result
+        return sum(_in_memory(operand.type) for operand in operands) + _in_memory(_ROOM.sub("", instruction.type))
     return sum(_in_memory(operand.type) for operand in operands) + _in_memory(instruction.type)
 
 

@@ -1,0 +1,140 @@
+"""Plans for NVIDIA GPUs that are not here: their names, what is read off a program for them, and a compiled one."""
+
+import commands
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tarflow_jax.planning import gpus, open_topology
+from tarflow_jax.planning.flops import program_flops
+from tarflow_jax.planning.traffic import Collective, traffic
+
+# On 2 hosts of 4 GPUs, a loop of 3 rounds: cuDNN's attention and a product by cuBLAS, each with room to work, a fusion
+# by Triton and a gather in pairs; then a sum over all GPUs, another over the pairs that hosts make, and a permutation.
+PROGRAM = """\
+HloModule jit_train_step, is_scheduled=true, entry_computation_layout={(bf16[2,16,1,8]{3,2,1,0})->f32[16]{0}}
+
+%gemm_fusion_dot.1_computation (parameter_0: bf16[32,8], parameter_1: bf16[8,8]) -> bf16[32,8] {
+  %parameter_0 = bf16[32,8]{1,0} parameter(0)
+  %parameter_1 = bf16[8,8]{1,0} parameter(1)
+  ROOT %dot.1 = bf16[32,8]{1,0} dot(%parameter_0, %parameter_1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%body (param: (s32[], bf16[2,16,1,8], bf16[8,8])) -> (s32[], bf16[2,16,1,8], bf16[8,8]) {
+  %param = (s32[], bf16[2,16,1,8]{3,2,1,0}, bf16[8,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%param), index=0
+  %x = bf16[2,16,1,8]{3,2,1,0} get-tuple-element(%param), index=1
+  %w = bf16[8,8]{1,0} get-tuple-element(%param), index=2
+  %attention = (bf16[2,1,16,8]{3,1,2,0}, u8[64]{0}) custom-call(%x, %x, %x), custom_call_target="__cudnn$fmhaSoftmax", backend_config={"operation_queue_id":"0"}
+  %out = bf16[2,1,16,8]{3,1,2,0} get-tuple-element(%attention), index=0
+  %rows = bf16[32,8]{1,0} bitcast(%out)
+  %product = (bf16[32,8]{1,0}, s8[4194304]{0}) custom-call(%rows, %w), custom_call_target="__cublas$gemm", backend_config={"operation_queue_id":"0"}
+  %result = bf16[32,8]{1,0} get-tuple-element(%product), index=0
+  %gemm_fusion_dot.1 = bf16[32,8]{1,0} fusion(%result, %w), kind=kCustom, calls=%gemm_fusion_dot.1_computation, backend_config={"fusion_backend_config":{"kind":"__triton_nested_gemm_fusion"}}
+  %all-gather-start.1 = (bf16[8,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%w), channel_id=1, replica_groups=[4,2]<=[8], dimensions={0}, use_global_device_ids=true
+  %all-gather-done.1 = bf16[16,8]{1,0} all-gather-done(%all-gather-start.1)
+  ROOT %tuple.1 = (s32[], bf16[2,16,1,8]{3,2,1,0}, bf16[8,8]{1,0}) tuple(%i, %x, %w)
+}
+
+%condition (param.1: (s32[], bf16[2,16,1,8], bf16[8,8])) -> pred[] {
+  %param.1 = (s32[], bf16[2,16,1,8]{3,2,1,0}, bf16[8,8]{1,0}) parameter(0)
+  ROOT %go = pred[] constant(true)
+}
+
+ENTRY %main (a: bf16[2,16,1,8], b: bf16[8,8], c: f32[16]) -> f32[16] {
+  %a = bf16[2,16,1,8]{3,2,1,0} parameter(0)
+  %b = bf16[8,8]{1,0} parameter(1)
+  %c = f32[16]{0} parameter(2)
+  %zero = s32[] constant(0)
+  %tuple.2 = (s32[], bf16[2,16,1,8]{3,2,1,0}, bf16[8,8]{1,0}) tuple(%zero, %a, %b)
+  %while.1 = (s32[], bf16[2,16,1,8]{3,2,1,0}, bf16[8,8]{1,0}) while(%tuple.2), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %all-reduce-start.1 = f32[16]{0} all-reduce-start(%c), channel_id=2, replica_groups={{0,1,2,3,4,5,6,7}}, use_global_device_ids=true, to_apply=%add
+  %all-reduce-done.1 = f32[16]{0} all-reduce-done(%all-reduce-start.1)
+  %all-reduce-start.2 = f32[16]{0} all-reduce-start(%all-reduce-done.1), channel_id=3, replica_groups=[4,2]<=[2,4]T(1,0), use_global_device_ids=true, to_apply=%add
+  %all-reduce-done.2 = f32[16]{0} all-reduce-done(%all-reduce-start.2)
+  ROOT %permuted = f32[16]{0} collective-permute(%all-reduce-done.2), channel_id=4, source_target_pairs={{0,4},{4,0}}
+}
+"""  # noqa: E501
+
+
+def test_names_of_gpus():
+    assert gpus.parse("h100:8") == (gpus.GPUS["h100"], 8, 1)
+    assert gpus.parse("a100:8x4") == (gpus.GPUS["a100"], 8, 4)
+    for wrong in ("h100", "h100:0", "h100:8x", "h100:8x0", "h100:8x4x2", "h101:8"):
+        with pytest.raises(ValueError, match="expected one as h100:8, or of several hosts h100:8x4"):
+            gpus.parse(wrong)
+    with pytest.raises(ValueError, match="only TPU topologies have slices"):
+        open_topology("h100:8", num_slices=2)
+    text = gpus.target_config(gpus.GPUS["b200"])
+    assert "core_count: 148" in text
+    assert 'device_description_str: "NVIDIA B200"' in text
+
+
+def test_bytes_and_collectives_of_a_program_for_gpus():
+    found = traffic(PROGRAM, num_devices=8, hosts=2)
+    attention, product, gather = 4 * 512, 512 + 128 + 512, 128 + 256
+    assert found.memory_bytes == 3 * (attention + 2 * product + gather) + 3 * (64 + 64)
+    assert found.collectives == {
+        "all-gather": Collective(3, 3 * 128),
+        # Over all, 2 S (n - 1) / n, of which a quarter's exchange with the other host; over pairs, that alone.
+        "all-reduce": Collective(2, 2 * 64 * 6 / 8, 2 * 64 * 1 / 8 + 64),
+        "collective-permute": Collective(1, 0, 64),
+    }
+    on_one = traffic(PROGRAM, num_devices=8)
+    assert sum(collective.network_bytes for collective in on_one.collectives.values()) == 0
+
+
+@pytest.mark.parametrize(
+    ("groups", "links", "network"),
+    [
+        ("{}", 64 * 6, 64),
+        ("mesh['a'=2,'b'=4] {'b'}", 64 * 3, 0),
+        ("mesh['a'=2,'b'=4] {'a'}", 0, 64),
+        ("mesh['a'=8] {'a':(1)2}", 0, 64),
+        ("mesh['a'=8] {'a':(2)4}", 64 * 3, 0),
+        ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a'}", 64, 0),
+    ],
+)
+def test_what_of_a_gather_crosses_the_hosts(groups, links, network):
+    text = PROGRAM.replace("channel_id=1, replica_groups=[4,2]<=[8]", f"channel_id=1, replica_groups={groups}")
+    gathered = traffic(text.replace("bf16[8,8]{1,0} get", "bf16[32]{0} get"), num_devices=8, hosts=2)
+    assert gathered.collectives["all-gather"] == Collective(3, 3 * links, 3 * network)
+
+
+def test_flops_of_cudnns_attention():
+    pytest.importorskip("jax_cuda12_plugin")
+
+    def attend(x):
+        return jax.nn.dot_product_attention(x, x, x, is_causal=True, implementation="cudnn").sum()
+
+    x = jax.ShapeDtypeStruct((2, 256, 3, 64), jnp.bfloat16)
+    product = 2 * 2 * 3 * 256**2 * 64 * 3 / 4  # of 2 x 2 blocks, 3 are not masked
+    assert program_flops(jax.make_jaxpr(attend)(x)) == 2 * product
+    assert program_flops(jax.make_jaxpr(jax.grad(attend))(x)) == 7 * product
+
+
+@pytest.mark.slow
+def test_a_step_compiles_for_gpus_that_are_not_here_with_cudnns_attention(tmp_path):
+    pytest.importorskip("jax_cuda12_plugin")
+    flags = {"num_blocks": 1, "dtype": "bfloat16", "patch_size": 1, "image_size": "(16, 16)", "triangular": False}
+    program = (
+        "import os, runpy; from tarflow_jax.planning import program; real = program.traffic; "
+        "program.traffic = lambda text, *args: (open(os.environ['TEXT'], 'w').write(text), real(text, *args))[1]; "
+        "runpy.run_module('launch.plan', run_name='__main__', alter_sys=True)"
+    )
+    code, out, err = commands.run(
+        "-c",
+        program,
+        "--config=configs/digits.py:smoke",
+        "--topology=h100:4x2",
+        *(f"--config.model.{name}={value}" for name, value in flags.items()),
+        "--config.optimizer.name=adamw",
+        "--config.optimizer.muon_learning_rate=0.",
+        TEXT=str(tmp_path / "text"),
+    )
+    assert code == 0, err
+    text = (tmp_path / "text").read_text()
+    assert "__cudnn$fmhaSoftmax" in text
+    assert "__cudnn$fmhaSoftmaxBackward" in text
+    assert "to other hosts" in out
+    assert "ms a step at least" in out
