@@ -38,7 +38,7 @@ from tarflow_jax.evaluation.split import split_log_prob
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.noise import to_float
 from tarflow_jax.pipeline import TarFlowPipeline
-from tarflow_jax.runtime import BatchRunner, LazyRows, make_mesh
+from tarflow_jax.runtime import BatchRunner, LazyRows, environment, make_mesh
 from tarflow_jax.sampling import Guidance
 from tarflow_jax.training import Recipe
 
@@ -361,7 +361,7 @@ def main(argv: Sequence[str]) -> None:
         print(format_protocol(protocol))
         name = hashlib.sha256(json.dumps([protocol, GUIDANCE.value, DENOISE.value]).encode()).hexdigest()[:8]
         path = subject.out / f"{'+'.join(metrics)}-{SPLIT.value}-{name}.json"
-        write_json(path, {"protocol": protocol, "results": results})
+        write_json(path, {"protocol": protocol, "results": results, "environment": environment()})
         print(path)
 
 
