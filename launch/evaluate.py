@@ -30,7 +30,7 @@ from tarflow_jax.evaluation.bits_per_dim import BitsPerDim, image_bits_per_dim
 from tarflow_jax.evaluation.report import format_protocol, format_table, write_json
 from tarflow_jax.evaluation.split import split_log_prob
 from tarflow_jax.noise import to_float
-from tarflow_jax.runtime import BatchRunner, LazyRows, make_mesh
+from tarflow_jax.runtime import BatchRunner, LazyRows, environment, make_mesh
 
 ALL_METRICS = ("bits_per_dim", *distances.METRICS, "classification", "outliers", "student")
 TUNING_LEVELS, TUNING_IMAGES = 8, 500  # to find the best level for classification
@@ -183,7 +183,7 @@ def main(argv: Sequence[str]) -> None:
         print(format_protocol(protocol))
         name = hashlib.sha256(json.dumps([protocol, GUIDANCE.value, DENOISE.value]).encode()).hexdigest()[:8]
         path = subject.out / f"{'+'.join(metrics)}-{SPLIT.value}-{name}.json"
-        write_json(path, {"protocol": protocol, "results": results})
+        write_json(path, {"protocol": protocol, "results": results, "environment": environment()})
         print(path)
 
 

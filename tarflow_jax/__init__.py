@@ -4,5 +4,6 @@ from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.noise import Noise
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance, IterativeDenoising
+from tarflow_jax.version import __version__
 
-__all__ = ["Guidance", "IterativeDenoising", "Noise", "TarFlow", "TarFlowConfig", "TarFlowPipeline"]
+__all__ = ["Guidance", "IterativeDenoising", "Noise", "TarFlow", "TarFlowConfig", "TarFlowPipeline", "__version__"]

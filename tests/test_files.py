@@ -15,7 +15,7 @@ from tarflow_jax.evaluation import generation
 from tarflow_jax.files import checksums, replacing, write_text
 from tarflow_jax.sampling import Schedule, Sequential
 from tarflow_jax.training import Recipe, metrics
-from tarflow_jax.training.workdir import write_results
+from tarflow_jax.training.workdir import write_results, write_start
 
 
 @pytest.fixture
@@ -49,12 +49,15 @@ def test_all_of_a_workdir_but_orbax_s_part_goes_through_epath(bucket, monkeypatc
     assert Recipe.from_workdir(bucket).to_json() == recipe.to_json()
     write_results(bucket, {"loss": 1.0})
     for start in (0, 2):
+        write_start(bucket, start)
         writer = metrics.MetricsWriter(bucket, start)
         for step in range(start + 1, start + 4):
             writer.write(step, {"loss": float(start)})
         writer.close()
     found = [json.loads(line) for line in (bucket / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in found] == [(1, 0), (2, 0), (3, 2), (4, 2), (5, 2)]
+    starts = [json.loads(line) for line in (bucket / "starts.jsonl").read_text().splitlines()]
+    assert [start["step"] for start in starts] == [0, 2]
     assert folders == ["gs://bucket/run/tensorboard"] * 2
     figures.save_gif(bucket / "figures" / "way.gif", [np.zeros((4, 4, 1), np.uint8)] * 2)
     chunks = generation.chunk_folder(bucket / "evaluation", {"seed": 0})
@@ -66,6 +69,7 @@ def test_all_of_a_workdir_but_orbax_s_part_goes_through_epath(bucket, monkeypatc
     assert written == {
         "config.json",
         "results.json",
+        "starts.jsonl",
         "metrics.jsonl",
         "figures",
         "evaluation",

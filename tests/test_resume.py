@@ -233,6 +233,8 @@ def test_a_workdir_is_read_by_its_best_checkpoint_and_without_its_config_file(tm
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = {line["step"]: line["test_loss"] for line in lines if "test_loss" in line}
     assert losses.keys() == {1, 2, 3, 4}
+    (start,) = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
+    assert (start["step"], start["jax"], start["devices"]) == (0, jax.__version__, "8 x cpu")
     (tmp_path / "config.json").unlink()
     assert read_workdir(tmp_path, best=True).card["training"]["steps"] == min(losses, key=losses.get)
     assert read_workdir(tmp_path).card["training"]["steps"] == 4

@@ -1,6 +1,7 @@
 """Batches of any size, cores, and programs that compile once a process."""
 
 import functools
+import json
 import os
 import signal
 import subprocess
@@ -14,9 +15,19 @@ import numpy as np
 import pytest
 from tiny_models import LABELS, TINY, images_of, random_variables
 
+import tarflow_jax
 from tarflow_jax import Guidance, Noise, TarFlowPipeline
-from tarflow_jax.runtime import BatchRunner, LazyRows, Preempted, PreemptionGuard, batches, make_mesh
+from tarflow_jax.runtime import (
+    BatchRunner,
+    LazyRows,
+    Preempted,
+    PreemptionGuard,
+    batches,
+    environment,
+    make_mesh,
+)
 from tarflow_jax.runtime.cores import usable_cores
+from tarflow_jax.runtime.environment import commit_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -162,3 +173,21 @@ def test_each_core_is_a_device_and_each_device_has_its_rows():
         environment = os.environ | {"XLA_FLAGS": flags}
         out = subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, env=environment, text=True)
         assert list(map(int, out.split())) == [count, count]
+
+
+def test_an_environment_names_release_commit_and_machine(tmp_path):
+    found = environment()
+    assert found["tarflow_jax"] == tarflow_jax.__version__
+    assert (found["jax"], found["devices"], found["processes"]) == (jax.__version__, "8 x cpu", 1)
+    assert json.loads(json.dumps(found)) == found
+    assert not [name for name, value in found.items() if name != "commit" and not value]
+    git = ("git", "-C", str(tmp_path), "-c", "user.name=A", "-c", "user.email=a@b")
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "file").write_text("1")
+    for words in (("init",), ("add", "file"), ("commit", "-m", "first")):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+    commit = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
+    assert commit_of(tmp_path) == commit
+    (tmp_path / "file").write_text("2")
+    assert commit_of(tmp_path) == f"{commit}-dirty"
+    assert commit_of(tmp_path / "inside") is None  # as a package that is installed in somebody's repository

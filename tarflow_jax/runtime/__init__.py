@@ -2,6 +2,7 @@
 
 from tarflow_jax.runtime.batches import BatchRunner, LazyRows
 from tarflow_jax.runtime.cores import use_cores_as_devices
+from tarflow_jax.runtime.environment import environment, release
 from tarflow_jax.runtime.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated
 from tarflow_jax.runtime.preemption import Preempted, PreemptionGuard, stop_if_requested
 from tarflow_jax.runtime.processes import start_processes
@@ -18,8 +19,10 @@ __all__ = [
     "Program",
     "Rows",
     "batch_sharding",
+    "environment",
     "leaf_name",
     "make_mesh",
+    "release",
     "replicated",
     "shardings",
     "start_processes",

@@ -26,6 +26,7 @@ from tarflow_jax.training.recipe import Recipe
 from tarflow_jax.training.state import TrainState, abstract_state, new_state
 from tarflow_jax.training.step import Metrics, compiled_step
 from tarflow_jax.training.student_error import split_errors
+from tarflow_jax.training.workdir import write_start
 
 logger = logging.getLogger(__name__)
 Preview = Callable[[int, dict[str, Any]], None]
@@ -48,8 +49,8 @@ def train(
 
     Args:
       config: see configs/common.py.
-      workdir: holds one run: config.json, checkpoints/, metrics.jsonl, tensorboard/. A local folder, which all
-        processes see, or gs://.
+      workdir: holds one run: config.json, starts.jsonl, checkpoints/, metrics.jsonl, tensorboard/. A local folder,
+        which all processes see, or gs://.
       preview: called as preview(step, variables) every `train.sample_every` steps, on every process.
       frozen_flow: variables of the flow by which a recipe's student is trained.
 
@@ -132,6 +133,7 @@ class _Run:
             logger.info("%s", summary(self.mesh, shapes.variables))
             if self.step:
                 logger.info("continuing from step %d", self.step)
+            write_start(workdir, self.step)
         self.metrics = MetricsWriter(workdir, self.step) if first_process else None
         if self.metrics:
             resources.callback(self.metrics.close)

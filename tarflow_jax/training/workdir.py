@@ -1,7 +1,8 @@
-"""A training run's folder, read back."""
+"""A training run's folder: what it keeps beside checkpoints and metrics, read back as a model."""
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import logging
 from typing import Any
@@ -14,13 +15,13 @@ from jax.sharding import Mesh
 from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.files import write_text
 from tarflow_jax.interop import SavedModel
-from tarflow_jax.runtime import make_mesh
+from tarflow_jax.runtime import environment, make_mesh
 from tarflow_jax.student import TrainedStudent
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.recipe import Recipe, label_names
 from tarflow_jax.training.state import abstract_state
 
-RESULTS, STUDENT = "results.json", "student"
+RESULTS, STUDENT, STARTS = "results.json", "student", "starts.jsonl"
 logger = logging.getLogger(__name__)
 
 
@@ -70,6 +71,14 @@ def _restored(recipe: Recipe, workdir: epath.Path, mesh: Mesh | None, *, best: b
     if found is None:
         raise FileNotFoundError(f"{workdir} holds no checkpoint yet; train until train.checkpoint_every first")
     return found
+
+
+def write_start(workdir: epath.PathLike, step: int) -> None:
+    """Adds a line to starts.jsonl: when the run began, or went on, after which step, and on what (`environment`)."""
+    path = epath.Path(workdir) / STARTS
+    earlier = path.read_bytes().decode(errors="replace") if path.exists() else ""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    write_text(path, earlier + json.dumps({"step": step, "time": now, **environment()}) + "\n")
 
 
 def write_results(workdir: epath.PathLike, results: dict[str, float]) -> None:

@@ -1,0 +1,55 @@
+"""What a program runs on: release, commit, versions, machine. So a figure can be compared, and found again."""
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tarflow_jax.runtime.cores import usable_cores
+from tarflow_jax.version import __version__
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def release() -> dict[str, str | None]:
+    """The package's version, and its commit where it runs from a clone, else None. Asks for no device."""
+    return {"tarflow_jax": __version__, "commit": commit_of(Path(__file__).parents[2])}
+
+
+def environment() -> dict[str, Any]:
+    """`release`, versions, machine and devices by name: strings and numbers."""
+    devices = jax.devices()
+    return {
+        **release(),
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        "system": platform.platform(),
+        "processor": _processor(),
+        "cores": usable_cores(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "processes": jax.process_count(),
+    }
+
+
+def commit_of(clone: Path) -> str | None:
+    """Of git's HEAD, with -dirty behind it where files differ from it; None where `clone` is none or git is missing."""
+    if not (clone / ".git").exists():  # git would look in the folders above, whose commit is not ours
+        return None
+    command = ["git", "-C", str(clone), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
