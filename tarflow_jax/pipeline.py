@@ -58,6 +58,7 @@ class TarFlowPipeline:
       config: the model's shape.
       variables: the parameters in use (the averaged ones where an average was kept) and, in VP mode, the prior.
       noise: what it was trained with; None if unknown.
+      card: what is known of the training, as `interop.save_model` takes it; {} for what was saved.
     """
 
     def __init__(
@@ -83,7 +84,8 @@ class TarFlowPipeline:
           memory_bound: bytes that a batch's activations may take, on all devices together.
         """
         self.config, self.noise = config, noise
-        self._schedule, self._card, self._raw_params = schedule, card, None
+        self.card: Mapping[str, Any] = card or {}
+        self._schedule, self._raw_params = schedule, None
         if ema_params is not None:
             self._raw_params = variables["params"]
             variables = {**variables, "params": ema_params}
@@ -206,7 +208,7 @@ class TarFlowPipeline:
             noise=self.noise,
             ema_params=ema_params,
             dtype=dtype,
-            card={**(self._card or {}), **(card or {})},
+            card={**self.card, **(card or {})},
         )
         with contextlib.suppress(UserError):  # an unusable schedule
             if dtype == "float32" and self.schedule:
@@ -288,6 +290,15 @@ class TarFlowPipeline:
         if not is_traced(images) and jnp.abs(images).max() > FAR_OUTSIDE:
             _warn_of_range()
         program = functools.partial(programs.log_prob, programs.exact(self.config))
+        levels = check_levels(self.config, noise_std, len(images))
+        return self._run(program, images, labels, levels, bytes_per_image=forward_bytes(self.config))
+
+    def patch_log_prob(self, images: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
+        """log p(x | label) by patch, float32 [B, H / P, W / P], nats, which add up to `log_prob`.
+
+        `likelihood.patch_log_prob` says what a patch's share means. Arguments and errors as of `encode`.
+        """
+        program = functools.partial(programs.patch_log_prob, programs.exact(self.config))
         levels = check_levels(self.config, noise_std, len(images))
         return self._run(program, images, labels, levels, bytes_per_image=forward_bytes(self.config))
 
