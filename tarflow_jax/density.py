@@ -64,6 +64,15 @@ class FlowDensity(TrainedFlow):
         levels = check_levels(self.config, noise_std, len(images))
         return self._run(program, images, labels, levels, bytes_per_image=forward_bytes(self.config))
 
+    def patch_log_prob(self, images: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
+        """log p(x | label) by patch, float32 [B, H / P, W / P], nats, which add up to `log_prob`.
+
+        `likelihood.patch_log_prob` says what a patch's share means. Arguments and errors as of `encode`.
+        """
+        program = functools.partial(programs.patch_log_prob, programs.exact(self.config))
+        levels = check_levels(self.config, noise_std, len(images))
+        return self._run(program, images, labels, levels, bytes_per_image=forward_bytes(self.config))
+
     def bits_per_dim(self, key: jax.Array, images_uint8: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
         """Bits per dimension of 8-bit images [B, H, W, K] under uniform dequantisation, float32 [B].
 

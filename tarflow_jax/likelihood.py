@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tarflow_jax.flow import TarFlow
+from tarflow_jax.flow import TarFlow, to_tokens
 from tarflow_jax.noise import Levels
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
@@ -34,6 +34,37 @@ def log_prob(
     latents, log_det = flow.apply(variables, images, labels, noise_std)
     energy = 0.5 * (jnp.square(latents) + LOG_2PI).sum((1, 2, 3))
     return log_det - energy
+
+
+def patch_log_prob(
+    flow: TarFlow,
+    variables: dict[str, Any],
+    images: jax.Array,
+    labels: jax.Array | None = None,
+    noise_std: jax.Array | None = None,
+) -> jax.Array:
+    """log p(x) by the patches where its terms arise: arguments as of `log_prob`.
+
+    Both terms of log p are sums over patches, so with z the latents, α^k the log-scales of block k, and i a patch,
+
+        log p(x) = Σ_i s_i,    s_i = Σ_d log N(z_id; 0, 1) - Σ_k Σ_d α^k_id    (in VP mode also -½ Σ_d log var_id).
+
+    In a flow of one block s_i = log p(x_i | patches before i), the chain rule. With more blocks it is no conditional
+    density: z_i and α^k_i depend on patches before i and, through the blocks that read backwards, on those behind it.
+    s_i then says at which patch the flow pays, not what the patch would cost alone or given all others.
+
+    Returns:
+      s, float32 [B, H / P, W / P], nats, whose sum over patches is log p(x).
+    """
+    config = flow.config
+    (latents, _), sown = flow.apply(variables, images, labels, noise_std, mutable=["intermediates"])
+    shares = -0.5 * (jnp.square(to_tokens(config, latents)) + LOG_2PI).sum(2)  # [B, T]
+    for k in range(config.num_blocks):
+        shares = shares + sown["intermediates"][f"block_{k}"]["token_log_det"][0]
+    if config.volume_preserving:
+        shares = shares - 0.5 * jnp.log(variables["prior"]["variance"]).sum(1)[None]
+    height, width = config.image_size
+    return shares.reshape(-1, height // config.patch_size, width // config.patch_size)
 
 
 def training_loss(

@@ -37,6 +37,7 @@ class TarFlowPipeline(FlowDensity):
       config: the model's shape.
       variables: the parameters in use (the averaged ones where an average was kept) and, in VP mode, the prior.
       noise: what it was trained with; None if unknown.
+      card: what is known of the training, as `interop.save_model` takes it; {} for what was saved.
     """
 
     def decode(

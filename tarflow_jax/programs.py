@@ -52,6 +52,16 @@ def _log_prob(
     return likelihood.log_prob(TarFlow(config), variables, images, labels, noise_std)
 
 
+def _patch_log_prob(
+    config: TarFlowConfig,
+    variables: Any,
+    images: jax.Array,
+    labels: jax.Array | None,
+    noise_std: jax.Array | None = None,
+) -> jax.Array:
+    return likelihood.patch_log_prob(TarFlow(config), variables, images, labels, noise_std)
+
+
 def _noisy_log_prob(
     config: TarFlowConfig,
     noise: Noise,
@@ -164,6 +174,7 @@ def _decode_from(
 
 encode = _compiled(_encode)
 log_prob = _compiled(_log_prob)
+patch_log_prob = _compiled(_patch_log_prob)
 noisy_log_prob = _compiled(_noisy_log_prob, "noise")
 denoise = _compiled(_denoise)
 iterate = _compiled(_iterate, "method", "trajectory")

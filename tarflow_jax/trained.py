@@ -62,7 +62,8 @@ class TrainedFlow:
           memory_bound: bytes that a batch's activations may take, on all devices together.
         """
         self.config, self.noise = config, noise
-        self._schedule, self._student, self._card, self._raw_params = schedule, student, card, None
+        self.card: Mapping[str, Any] = card or {}
+        self._schedule, self._student, self._raw_params = schedule, student, None
         if ema_params is not None:
             self._raw_params = variables["params"]
             variables = {**variables, "params": ema_params}
@@ -199,7 +200,7 @@ class TrainedFlow:
             noise=self.noise,
             ema_params=ema_params,
             dtype=dtype,
-            card={**(self._card or {}), **(card or {})},
+            card={**self.card, **(card or {})},
         )
         with contextlib.suppress(UserError):  # an unusable schedule
             if dtype == "float32" and self.schedule:

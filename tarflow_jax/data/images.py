@@ -42,15 +42,15 @@ def read_file(path: Path) -> bytes:
         raise UserError(str(error.strerror)) from None
 
 
-def decode_image(content: bytes, channels: int = 3) -> Image.Image:
+def decode_image(content: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes a PNG, JPEG, WebP or GIF (its first frame) into a Pillow image, RGB, or L for one channel.
 
     Turns it upright by its EXIF orientation and composites transparency over white. Raises ValueError for anything that
-    is no whole image of at least 8x8, at most 80 million pixels and at most 32 times as long as wide.
+    is no whole image of at least 8x8, at most `max_pixels`, and at most 32 times as long as wide.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            refusal = _refusal(image)
+            refusal = _refusal(image, max_pixels)
             if refusal is None:
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
@@ -58,7 +58,7 @@ def decode_image(content: bytes, channels: int = 3) -> Image.Image:
                 flat = _flatten(image)
                 return flat if flat.mode == mode else flat.convert(mode)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        refusal = f"more than the {MAX_PIXELS} pixels allowed"
+        refusal = f"more than the {max_pixels} pixels allowed"
     except Image.UnidentifiedImageError:
         refusal = f"not an image of {', '.join(FORMATS)}"
     except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
@@ -66,11 +66,11 @@ def decode_image(content: bytes, channels: int = 3) -> Image.Image:
     raise UserError(refusal)
 
 
-def _refusal(image: Image.Image) -> str | None:
+def _refusal(image: Image.Image, max_pixels: int) -> str | None:
     """Why an image that has been opened but not yet decoded is not to be."""
     size = f"{image.width}x{image.height}"
-    if image.width * image.height > MAX_PIXELS:
-        return f"{size}, more than the {MAX_PIXELS} pixels allowed"
+    if image.width * image.height > max_pixels:
+        return f"{size}, more than the {max_pixels} pixels allowed"
     if min(image.size) < MIN_SIDE:
         return f"{size}, smaller than {MIN_SIDE}x{MIN_SIDE}"
     if max(image.size) > MAX_ASPECT * min(image.size):  # enlarging a thread to a square would fill the memory

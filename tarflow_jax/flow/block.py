@@ -71,6 +71,8 @@ class FlowBlock(nn.Module):
       unrolled: layers as separate modules `layers_0`, `layers_1`, … that take key/value caches, for decoding;
         otherwise one `nn.scan` over stacked parameters. `unstack_layers` turns the latter's parameters into
         the former's.
+
+    Sows `intermediates/token_log_det`: each token's part of log_det, [B, T] in image order.
     """
 
     config: TarFlowConfig
@@ -101,6 +103,7 @@ class FlowBlock(nn.Module):
         """Forward: tokens [B, T, D] in image order -> (z [B, T, D] in image order, log_det [B] in nats)."""
         x = permute(tokens, self.index)
         affine = self.affine(x, labels, noise_std=noise_std)
+        self.sow("intermediates", "token_log_det", permute(-affine.log_scale.sum(2), self.index))
         return permute(affine.forward(x), self.index), affine.log_det
 
     def affine(

@@ -1,0 +1,67 @@
+"""A page to play with a trained model: draw, watch the images emerge, ask about an image, go from one to another.
+
+python -m launch.demo --workdir=runs/fashion_mnist
+"""
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+from launch import common
+from launch.demo_app.model import DemoModel
+from tarflow_jax.errors import MissingPackageError, UserError, one_line
+
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Show the model of this training run's folder, saved model's folder, or hub name."
+)
+HOST = flags.DEFINE_string("host", "127.0.0.1", "Listen at this address; 0.0.0.0 is reached from other machines.")
+PORT = flags.DEFINE_integer("port", 7860, "Listen at this port.", lower_bound=1, upper_bound=65535)
+NUM_IMAGES = flags.DEFINE_integer("num_images", 16, "Draw this many images at a time.", lower_bound=1, upper_bound=100)
+common.define_checkpoint_flag()
+flags.mark_flags_as_required(["workdir"])
+
+MAX_UPLOAD_SIZE = "16mb"
+
+
+def main(argv: Sequence[str]) -> None:
+    """Opens the model, draws the first images, and serves until it is stopped."""
+    build = _page_builder()
+    workdir = common.folder("workdir")
+    model = DemoModel.of(common.open_pipeline(workdir, None), workdir, NUM_IMAGES.value)
+    print(f"drawing the first {model.num_images} images", flush=True)
+    page, options = build(model)
+    try:
+        page.launch(
+            server_name=HOST.value,
+            server_port=PORT.value,
+            max_file_size=MAX_UPLOAD_SIZE,
+            prevent_thread_lock=True,
+            quiet=True,
+            **options,
+        )
+    except OSError as error:
+        raise UserError(
+            f"nothing can listen at --host={HOST.value} --port={PORT.value}: {one_line(error)}; choose another port"
+        ) from error
+    print(f"http://{HOST.value}:{PORT.value}", flush=True)
+    page.block_thread()
+
+
+def _page_builder() -> Callable[[DemoModel], Any]:
+    """`demo_app.page.build`; MissingPackageError without Gradio."""
+    # Before the import, which reads them: nobody is told of this page, its readers, or its weights.
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    if importlib.util.find_spec("gradio") is None:
+        raise MissingPackageError("the demo needs Gradio; pip install 'gradio>=6.31,<7'")
+    from launch.demo_app.page import build
+
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # tells of Gradio's look at its own address
+    return build
+
+
+if __name__ == "__main__":
+    common.run(main)

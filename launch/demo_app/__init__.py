@@ -1,0 +1,1 @@
+"""The demo: `model` computes, without Gradio; `page` is what is served, of `samples` and `questions`."""

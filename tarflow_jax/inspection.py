@@ -1,0 +1,147 @@
+"""What a flow can be asked of an image: its likelihood and where it arises, its class, its latents; and the way between
+two images."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import scipy.special
+
+from tarflow_jax.arguments import check_levels
+from tarflow_jax.errors import UserError
+from tarflow_jax.evaluation.classification import class_log_probs
+from tarflow_jax.likelihood import bits_per_dim
+from tarflow_jax.noise import to_float
+from tarflow_jax.pipeline import TarFlowPipeline
+from tarflow_jax.sampling.interpolation import spherical
+
+Progress = Callable[[float, str], Any]  # the share that is done, and what comes now
+
+
+class Inspection(NamedTuple):
+    """What `inspect` finds out. H, W, K of the image, P the patch size, C the classes."""
+
+    noisy: np.ndarray  # x, the image with the noise that the flow was trained with, float32 [H, W, K]
+    log_prob: float  # log p(x | label), nats
+    bits_per_dim: float
+    patch_bits: np.ndarray  # bits per dimension of each patch, whose mean is `bits_per_dim`; float64 [H / P, W / P]
+    latents: np.ndarray  # float32 [H, W, K]
+    reconstruction: np.ndarray  # decode(encode(x)), float32 [H, W, K]
+    class_log_probs: np.ndarray | None  # log p(x | y), nats, float64 [C]; None of a flow without classes
+
+    @property
+    def error(self) -> float:
+        """The largest error of a number of the reconstruction, in [-1, 1] units."""
+        return float(np.abs(self.reconstruction - self.noisy).max())
+
+    def posterior(self, temperature: float = 1.0) -> np.ndarray:
+        """p(y | x), float64 [C], by Bayes' rule under equal priors: softmax_y(log p(x | y) / temperature).
+
+        A temperature of 1 is the rule itself, and far too sure; `launch.evaluate --metrics=classification` finds the
+        one that calibrates it. Raises ValueError where the flow has no classes.
+        """
+        if self.class_log_probs is None:
+            raise UserError("this model has no classes, and so no class probabilities")
+        return scipy.special.softmax(self.class_log_probs / temperature)
+
+
+def with_noise(
+    pipe: TarFlowPipeline, images_uint8: np.ndarray, key: jax.Array, noise_std: float | None = None
+) -> jax.Array:
+    """8-bit images [B, H, W, K] with the noise of the flow's training, float32; as they are where that is unknown.
+
+    Image i has the noise of `pipe.bits_per_dim`. `noise_std` is the level, for a noise with levels.
+    """
+    if pipe.noise is None:
+        return to_float(images_uint8)
+    levels = check_levels(pipe.config, noise_std, 1)
+    keys = [jax.random.fold_in(jax.random.fold_in(key, 0), i) for i in range(len(images_uint8))]
+    pairs = zip(keys, jnp.asarray(images_uint8), strict=True)
+    return jnp.concatenate([pipe.noise(key, image[None], levels) for key, image in pairs])
+
+
+def inspect(
+    pipe: TarFlowPipeline,
+    image_uint8: np.ndarray,
+    key: jax.Array,
+    label: int = -1,
+    noise_std: float | None = None,
+    progress: Progress = lambda share, what: None,
+) -> Inspection:
+    """Asks a flow about one 8-bit image [H, W, K].
+
+    The flow is a density of images with noise, so it is asked about this one with noise that `key` draws. For uniform
+    noise `bits_per_dim` is the field's figure of 8-bit data; for Gaussian noise it is that of the noisy image, in the
+    same unit, and compares only under the same noise.
+
+    Args:
+      label: the condition y of log p(x | y), of the patches and of the latents; -1 for no class.
+      noise_std: σ, for a flow of many noise levels, and for it alone.
+      progress: is told the share of the work that is done.
+
+    Raises:
+      ValueError: a shape, label or noise level that does not fit the model.
+    """
+    image = np.asarray(image_uint8)
+    if image.dtype != np.uint8 or image.shape != pipe.config.image_shape:
+        raise UserError(f"the image is {image.dtype} {image.shape}; expected uint8 {pipe.config.image_shape}")
+    num_classes, labels = pipe.config.num_classes, np.array([label], np.int32)
+    steps = num_classes + 3
+
+    progress(0, "log p, patch by patch")
+    noisy = with_noise(pipe, image[None], key, noise_std)
+    shares = np.asarray(pipe.patch_log_prob(noisy, labels, noise_std), np.float64)[0]
+    progress(1 / steps, "latents")
+    latents, _ = pipe.encode(noisy, labels, noise_std)
+    progress(2 / steps, "back from the latents")
+    reconstruction = pipe.decode(latents, labels, noise_std=noise_std)
+
+    def log_prob(images: jax.Array, labels: jax.Array) -> jax.Array:
+        progress((3 + int(labels[0])) / steps, "log p under each class")
+        return pipe.log_prob(images, labels, noise_std)
+
+    return Inspection(
+        noisy=np.asarray(noisy[0]),
+        log_prob=float(shares.sum()),
+        bits_per_dim=float(bits_per_dim(shares.sum(), pipe.config.num_dims)),
+        patch_bits=bits_per_dim(shares, pipe.config.token_dim),
+        latents=np.asarray(latents[0]),
+        reconstruction=np.asarray(reconstruction[0]),
+        class_log_probs=class_log_probs(log_prob, noisy, num_classes)[0] if num_classes else None,
+    )
+
+
+def interpolate(
+    pipe: TarFlowPipeline,
+    images_uint8: np.ndarray,
+    key: jax.Array,
+    count: int,
+    label: int = -1,
+    noise_std: float | None = None,
+    progress: Progress = lambda share, what: None,
+) -> np.ndarray:
+    """From one image to another, by `spherical` interpolation of their latents.
+
+    Both get noise as in `inspect`; what is decoded is denoised where the noise is Gaussian. So the first and the last
+    are the images themselves, up to what denoising by one step leaves.
+
+    Args:
+      images_uint8: [2, H, W, K]. key: of the noise. count: N, the images from first to last.
+      label: of all images on the way, -1 for no class. noise_std, progress: as of `inspect`.
+
+    Returns:
+      float32 [N, H, W, K].
+    """
+    progress(0, "latents of both")
+    noisy = with_noise(pipe, images_uint8, key, noise_std)
+    (start, end), _ = pipe.encode(noisy, np.full(2, label, np.int32), noise_std)
+    latents = spherical(start, end, jnp.linspace(0, 1, count))
+    labels = np.full(count, label, np.int32)
+    progress(0.2, f"decoding {count} images")
+    images = pipe.decode(latents, labels, noise_std=noise_std)
+    if pipe.noise_std is not None:
+        progress(0.7, "denoising")
+        images = pipe.denoise(images, labels, noise_std)
+    return np.asarray(images)

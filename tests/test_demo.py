@@ -1,0 +1,152 @@
+"""What the demo computes, without its page."""
+
+import importlib.util
+import io
+import json
+
+import chex
+import numpy as np
+import pytest
+from PIL import Image
+from runs import SMALL
+from tiny_models import VP, random_variables
+
+from launch import demo
+from launch.demo_app.model import IN_TURN, MAX_UPLOAD_PIXELS, DemoModel, Settings
+from tarflow_jax import Noise, TarFlowPipeline, programs
+from tarflow_jax.errors import MissingPackageError
+from tarflow_jax.figures import COLOURS, enlarge, overlay
+from tarflow_jax.fingerprint import fingerprint
+
+COUNT = 4
+GUIDED = Settings(guidance=1.0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    pipe = TarFlowPipeline(SMALL, random_variables(SMALL), Noise("gaussian", 0.1))
+    return DemoModel.of(pipe, "models/tiny", COUNT)
+
+
+def test_a_draw_has_the_frames_from_latents_to_denoised_images_and_its_classes(model):
+    told = []
+    drawn = model.draw(GUIDED, lambda share, what: told.append(share))
+    chex.assert_shape(drawn.frames, (COUNT, *SMALL.image_shape))
+    assert [frame.dtype for frame in drawn.frames] == [np.uint8] * 4
+    assert model.frame_titles(drawn) == ["latents", "1 of 2 blocks inverted", "2 of 2 blocks inverted", "denoised"]
+    np.testing.assert_array_equal(drawn.labels, [0, 1, 2, 0])
+    assert drawn.num_bad == 0
+    assert told == sorted(told)
+    noisy = model.draw(Settings(guidance=1.0, denoise=False, decoder="Jacobi"))
+    assert len(noisy.frames) == 3
+    np.testing.assert_allclose(noisy.images.astype(int), drawn.frames[2], atol=1)
+
+
+def test_no_slider_compiles_anything(model):
+    model.draw(GUIDED)
+    before = programs.decode._cache_size(), programs.denoise._cache_size()
+    other = model.draw(Settings(label=2, guidance=2.5, attention_temperature=0.9, temperature=0.7, seed=5))
+    np.testing.assert_array_equal(other.labels, [2] * COUNT)
+    assert (programs.decode._cache_size(), programs.denoise._cache_size()) == before
+
+
+def test_images_far_outside_the_range_are_counted(model):
+    assert model.draw(Settings(guidance=1.0, temperature=1e4)).num_bad == COUNT
+
+
+@pytest.mark.parametrize("seed", [-1, 2**40])
+def test_a_seed_that_cannot_be_is_refused(model, seed):
+    with pytest.raises(ValueError, match=f"the seed is {seed}; expected a whole number"):
+        model.draw(Settings(seed=seed))
+
+
+def test_a_model_without_classes_draws_none():
+    pipe = TarFlowPipeline(VP, random_variables(VP), Noise("uniform"))
+    model = DemoModel.of(pipe, "models/vp", 2)
+    drawn = model.draw(Settings(label=IN_TURN))
+    np.testing.assert_array_equal(drawn.labels, [-1, -1])
+    assert len(drawn.frames) == VP.num_blocks + 1  # uniform noise is not denoised
+    assert model.choices == [("no class", -1)]
+
+
+def picture(mode, size, kind="PNG", **options):
+    content = io.BytesIO()
+    Image.new(mode, size).save(content, kind, **options)
+    return content.getvalue()
+
+
+def test_an_upload_is_decoded_as_data_are_upright_and_over_white(model, tmp_path):
+    path = tmp_path / "upload"
+    path.write_bytes(picture("RGBA", (40, 30)))
+    np.testing.assert_array_equal(model.read_upload(path), np.full(SMALL.image_shape, 255))
+    upright = Image.new("RGB", (60, 40))
+    upright.paste((255, 0, 0), (0, 0, 60, 20))
+    exif = Image.Exif()
+    exif[274] = 8  # the camera lay on its side
+    upright.rotate(-90, expand=True).save(path, "JPEG", exif=exif, quality=95)
+    upload = model.read_upload(path)
+    assert upload.shape == SMALL.image_shape
+    assert upload[0, :, 0].min() > 200
+    assert upload[-1].max() < 50
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "empty file"),
+        (b"no image", "not an image of PNG"),
+        (picture("RGB", (60, 40))[:80], "damaged image"),
+        (picture("1", (MAX_UPLOAD_PIXELS // 4000 + 1, 4000)), f"more than the {MAX_UPLOAD_PIXELS} pixels allowed"),
+    ],
+    ids=["empty", "text", "cut", "large"],
+)
+def test_an_upload_that_is_no_image_is_refused_in_one_line(model, tmp_path, content, message):
+    path = tmp_path / "upload.png"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as refused:
+        model.read_upload(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_probabilities_are_calibrated_where_these_weights_were_evaluated(model, tmp_path):
+    assert DemoModel.of(model.pipe, str(tmp_path), COUNT).temperature is None
+    for name, weights, temperature in (("a", fingerprint(model.pipe.variables), 3.5), ("b", "others", 2.0)):
+        report = {"protocol": {"fingerprint": weights}, "results": {"classification": {"temperature": temperature}}}
+        path = tmp_path / "evaluation" / f"classification-{name}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(report))
+    (path.parent / "classification-c.json").write_text("{")
+    assert DemoModel.of(model.pipe, str(tmp_path), COUNT).temperature == 3.5
+
+
+def test_the_head_tells_what_is_known(model):
+    facts = model.facts()
+    assert facts["images"] == "4 × 6 × 3"
+    assert facts["training noise"] == "gaussian 0.1"
+    assert "steps" not in facts
+    card = {"datasets": ["digits"], "training": {"steps": 1200}, "metrics": {"test loss": -1.25}}
+    known = TarFlowPipeline(SMALL, model.pipe.variables, Noise("gaussian", 0.1), card=card)
+    facts = DemoModel.of(known, "runs/digits", COUNT).facts()
+    assert [facts[name] for name in ("data", "steps", "test loss")] == ["digits", "1,200", "-1.25"]
+
+
+def test_without_gradio_one_line_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackageError, match="the demo needs Gradio; pip install 'gradio"):
+        demo._page_builder()
+
+
+def test_overlay_colours_patches_from_the_lowest_to_the_highest():
+    image = np.zeros((4, 6, 1), np.uint8)
+    coloured = overlay(image, np.arange(6.0).reshape(2, 3))
+    assert coloured.shape == (4, 6, 3)
+    np.testing.assert_allclose(coloured[0, 0], 0.75 * np.array(COLOURS[0]), atol=0.5)
+    np.testing.assert_allclose(coloured[3, 5], 0.75 * np.array(COLOURS[-1]), atol=0.5)
+    np.testing.assert_array_equal(overlay(image, np.ones((2, 3))), coloured[:1, :1].repeat(4, 0).repeat(6, 1))
+
+
+def test_enlarging_repeats_pixels_and_never_shrinks():
+    images = np.arange(24, dtype=np.uint8).reshape(1, 4, 6, 1)
+    np.testing.assert_array_equal(enlarge(images, 9)[0, ::2, ::2], images[0])
+    assert enlarge(images, 9).shape == (1, 8, 12, 1)
+    assert enlarge(images, 3).shape == images.shape

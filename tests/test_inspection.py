@@ -1,0 +1,126 @@
+"""What a flow is asked of an image, and the way between two."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from runs import SMALL, random_images
+from tiny_models import LABELS, TINY, TRIANGULAR, VP, images_of, random_variables
+
+from tarflow_jax import Noise, TarFlowPipeline, inspection
+from tarflow_jax.flow import FlowBlock, permute, to_tokens
+from tarflow_jax.likelihood import LOG_2PI, bits_per_dim
+from tarflow_jax.sampling.interpolation import spherical
+
+GAUSSIAN, UNIFORM = Noise("gaussian", 0.1), Noise("uniform")
+LEVELS = Noise("levels", std_min=0.1, std_max=0.5)
+CONDITIONAL = dataclasses.replace(SMALL, noise_conditional=True)
+KEY = jax.random.key(5)
+
+
+def pipeline(config, noise):
+    return TarFlowPipeline(config, random_variables(config), noise)
+
+
+@pytest.mark.parametrize("config", [TINY, TRIANGULAR, VP], ids=["nvp", "triangular", "vp"])
+def test_the_shares_of_the_patches_add_up_to_log_p(config):
+    pipe, labels = pipeline(config, None), LABELS if config.num_classes else None
+    images = images_of(config)
+    shares = pipe.patch_log_prob(images, labels)
+    chex.assert_shape(shares, (3, 2, 3))
+    np.testing.assert_allclose(shares.sum((1, 2)), pipe.log_prob(images, labels), rtol=1e-5)
+
+
+def test_a_patch_pays_for_its_latents_and_for_its_log_scales_in_every_block():
+    pipe, images = pipeline(TINY, None), images_of(TINY)
+    tokens, expected = to_tokens(TINY, images), 0.0
+    for k in range(TINY.num_blocks):
+        apply = {"params": pipe.variables["params"][f"block_{k}"]}
+        affine = FlowBlock(TINY, k).apply(apply, permute(tokens, k), LABELS, method="affine")
+        tokens, _ = FlowBlock(TINY, k).apply(apply, tokens, LABELS)
+        expected = expected - permute(affine.log_scale, k).sum(2)
+    expected = expected - 0.5 * (jnp.square(tokens) + LOG_2PI).sum(2)
+    np.testing.assert_allclose(pipe.patch_log_prob(images, LABELS).reshape(3, -1), expected, atol=1e-4)
+
+
+def test_in_a_flow_of_one_block_a_share_is_the_conditional_density_of_the_chain_rule():
+    config = dataclasses.replace(TINY, num_blocks=1, layers_per_block=1)
+    pipe, images = pipeline(config, None), images_of(config)
+    later = jnp.zeros(config.image_shape).at[2:].set(1)  # patches 3 to 5, the second row
+    shares, others = (pipe.patch_log_prob(x) for x in (images, images + later[None]))
+    np.testing.assert_allclose(shares[:, 0], others[:, 0], rtol=1e-5)
+    assert (np.abs(shares - others)[:, 1] > 1e-3).all()
+
+
+@pytest.mark.parametrize("noise", [GAUSSIAN, UNIFORM, None], ids=["gaussian", "uniform", "unknown"])
+def test_inspection_reports_one_image_by_one_noise(noise):
+    pipe, (image, *_) = pipeline(SMALL, noise), random_images(SMALL, 1)[0]
+    found = inspection.inspect(pipe, image, KEY, label=2)
+    np.testing.assert_allclose(found.log_prob, pipe.log_prob(found.noisy[None], np.array([2]))[0], rtol=1e-5)
+    np.testing.assert_allclose(found.patch_bits.mean(), found.bits_per_dim, rtol=1e-6)
+    np.testing.assert_allclose(found.bits_per_dim, bits_per_dim(found.log_prob, SMALL.num_dims), rtol=1e-6)
+    np.testing.assert_allclose(found.class_log_probs[2], found.log_prob, rtol=1e-5)
+    assert found.error < 2e-5
+    assert (np.abs(found.noisy - (image / 127.5 - 1)).max() > 1e-6) == (noise is not None)
+
+
+def test_bits_per_dim_of_an_inspection_are_those_of_the_pipeline():
+    pipe, (image, *_) = pipeline(SMALL, UNIFORM), random_images(SMALL, 1)[0]
+    found = inspection.inspect(pipe, image, KEY)
+    np.testing.assert_allclose(found.bits_per_dim, pipe.bits_per_dim(KEY, image[None])[0], rtol=1e-5)
+
+
+def test_posterior_is_bayes_rule_and_a_temperature_evens_it_out():
+    found = inspection.Inspection(*[None] * 6, class_log_probs=np.log([0.2, 0.6, 0.8]) - 1000)
+    np.testing.assert_allclose(found.posterior(), [0.125, 0.375, 0.5])
+    np.testing.assert_allclose(found.posterior(1e9), [1 / 3] * 3)
+    with pytest.raises(ValueError, match="no classes"):
+        found._replace(class_log_probs=None).posterior()
+
+
+def test_inspection_of_a_flow_of_many_levels_asks_at_one_and_of_an_unconditional_one_has_no_classes():
+    (image, *_) = random_images(SMALL, 1)[0]
+    found = inspection.inspect(pipeline(CONDITIONAL, LEVELS), image, KEY, noise_std=0.2)
+    assert 0.1 < np.std(found.noisy - (image / 127.5 - 1)) < 0.3
+    (image, *_) = random_images(VP, 1)[0]
+    assert inspection.inspect(pipeline(VP, GAUSSIAN), image, KEY).class_log_probs is None
+
+
+def test_inspection_refuses_an_image_of_another_shape():
+    with pytest.raises(ValueError, match=r"the image is uint8 \(2, 2, 3\); expected uint8 \(4, 6, 3\)"):
+        inspection.inspect(pipeline(SMALL, GAUSSIAN), np.zeros((2, 2, 3), np.uint8), KEY)
+
+
+def test_progress_rises_from_0_and_ends_below_1():
+    told = []
+    (image, *_) = random_images(SMALL, 1)[0]
+    inspection.inspect(pipeline(SMALL, GAUSSIAN), image, KEY, progress=lambda share, what: told.append(share))
+    assert told == sorted(told)
+    assert told[0] == 0
+    assert told[-1] < 1
+
+
+def test_spherical_interpolation_keeps_the_norm_and_the_ends():
+    a, b = jax.random.normal(KEY, (2, 8, 8, 3))
+    b = b * jnp.linalg.norm(a) / jnp.linalg.norm(b)
+    between = spherical(a, b, jnp.linspace(0, 1, 5))
+    np.testing.assert_allclose(between[0], a, atol=1e-6)
+    np.testing.assert_allclose(between[-1], b, atol=1e-6)
+    np.testing.assert_allclose(jnp.linalg.norm(between.reshape(5, -1), axis=1), jnp.linalg.norm(a), rtol=1e-5)
+    np.testing.assert_allclose(between[2], (a + b) / jnp.sqrt(2 + 2 * (a * b).sum() / (a * a).sum()), atol=1e-5)
+    np.testing.assert_allclose(spherical(a, a, jnp.linspace(0, 1, 3)), jnp.stack([a, a, a]), atol=1e-6)
+
+
+@pytest.mark.parametrize(("config", "noise"), [(SMALL, UNIFORM), (SMALL, GAUSSIAN), (CONDITIONAL, LEVELS)])
+def test_interpolation_goes_from_one_image_to_the_other(config, noise):
+    pipe, images = pipeline(config, noise), random_images(config, 2)[0]
+    level = 0.1 if noise is LEVELS else None
+    between = inspection.interpolate(pipe, images, KEY, 4, label=1, noise_std=level)
+    chex.assert_shape(between, (4, *config.image_shape))
+    ends = inspection.with_noise(pipe, images, KEY, level)
+    if noise is not UNIFORM:
+        ends = pipe.denoise(ends, np.array([1, 1]), level)
+    np.testing.assert_allclose(between[[0, -1]], ends, atol=1e-4)
