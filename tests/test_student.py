@@ -1,12 +1,7 @@
 """The student: what it is told, what it learns from, whose it is, and how it is polished to the inverse."""
 
-import dataclasses
 import functools
-import importlib
 import json
-import math
-import os
-import signal
 
 import chex
 import jax
@@ -16,23 +11,15 @@ import pytest
 import runs
 from tiny_models import LABELS, TINY, TRIANGULAR, VP, images_of, random_variables
 
-from configs import digits
-from configs.student import digits as student_digits
-from launch.distill import of_flow
-from tarflow_jax import Guidance, Noise, TarFlowPipeline
+from tarflow_jax import Guidance, Noise, TarFlowPipeline, programs
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.interop import load_student, save_student
 from tarflow_jax.interop.layout import flatten
 from tarflow_jax.interop.model_folder import fingerprint as fields_fingerprint
-from tarflow_jax.runtime import Preempted, Rows, make_mesh
 from tarflow_jax.runtime.parameters import rows_of, student_shapes
 from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Sequential
 from tarflow_jax.student import METHODS, Student, StudentConfig, TrainedStudent, distillation_loss
 from tarflow_jax.student.loss import flow_trajectory
-from tarflow_jax.training import Recipe, TrainConfig, train
-from tarflow_jax.training.optimizer import Optimizer
-from tarflow_jax.training.state import initial_state, new_state
-from tarflow_jax.training.step import compiled_step, train_step
 
 GAUSSIAN = Noise("gaussian", 0.1)
 
@@ -143,20 +130,27 @@ def test_loss_is_what_it_says():
 
 
 @pytest.mark.parametrize("flow", [TRIANGULAR, pytest.param(VP, marks=pytest.mark.slow)], ids=["triangular", "vp"])
-def test_polished_it_is_the_inverse(flow):
-    pipe = pipeline(flow)
-    exact, labels = images_of(flow), LABELS if flow.num_classes else None
+def test_polished_it_nears_the_inverse_and_reaches_it(flow):
+    pipe, exact = pipeline(flow), images_of(flow)
+    labels = LABELS if flow.num_classes else None
     latents, _ = pipe.encode(exact, labels)
-    decode = functools.partial(pipe.decode, latents, labels)
-    images, (iterations, _) = decode(decoder=Jacobi(0.0, init="student"), return_statistics=True)
+    before = programs.decode_from._cache_size()
+    errors = [
+        float(jnp.abs(pipe.decode(latents, labels, decoder="student", polish=count) - exact).max())
+        for count in (1, 3, flow.num_tokens - 1)
+    ]
+    assert errors[0] > errors[1] > 1e-4 > 2e-5 > errors[2]
+    assert programs.decode_from._cache_size() == before + 1
+
+
+def test_the_parallel_inverse_that_begins_at_it_is_exact(pipe):
+    exact = images_of(TINY)
+    latents, _ = pipe.encode(exact, LABELS)
+    from_student = Jacobi(0.0, init="student")
+    decoders = [from_student, Sequential(), from_student]
+    images, (iterations, _) = pipe.decode(latents, LABELS, decoder=decoders, return_statistics=True)
     np.testing.assert_allclose(images, exact, atol=2e-5)
-    assert int(iterations.max()) <= flow.num_tokens - 1
-    enough = decode(decoder="student", polish=flow.num_tokens - 1)
-    np.testing.assert_allclose(enough, exact, atol=2e-5)
-    errors = [float(jnp.abs(decode(decoder="student", polish=count) - exact).max()) for count in (1, 3)]
-    assert errors[0] > errors[1] > 1e-4
-    mixed = [Jacobi(0.0, init="student"), *[Sequential()] * (flow.num_blocks - 1)]
-    np.testing.assert_allclose(decode(decoder=mixed), exact, atol=2e-5)
+    assert int(iterations.max()) <= TINY.num_tokens - 1
 
 
 def test_a_perfect_guess_takes_one_update(pipe):
@@ -267,87 +261,3 @@ def test_a_hostile_folder_is_refused_in_one_line(pipe, tmp_path, damage):
         with pytest.raises(ValueError, match=message) as refused:
             load_student(tmp_path)
         assert "\n" not in str(refused.value)
-
-
-@pytest.mark.parametrize("name", ["digits:smoke", pytest.param("fashion_mnist", marks=pytest.mark.slow)])
-def test_recipes_make_a_full_train_step_and_small_students(name):
-    module, _, variant = name.partition(":")
-    flow, recipe = (importlib.import_module(f"configs.{folder}{module}") for folder in ("", "student."))
-    recipe = Recipe(of_flow(recipe.get_config(variant), flow.get_config()))
-    count, config = recipe.config.train.batch_size, recipe.train_config
-    state = jax.eval_shape(functools.partial(initial_state, config), jax.random.key(0))
-    frozen = jax.eval_shape(
-        functools.partial(initial_state, dataclasses.replace(config, student=None)), jax.random.key(0)
-    )
-    images = jax.ShapeDtypeStruct((count, *recipe.model.image_shape), jnp.uint8)
-    labels = jax.ShapeDtypeStruct((count,), jnp.int32)
-    step = functools.partial(train_step, config)
-    new, metrics = jax.eval_shape(step, state, images, labels, jax.random.key(0), frozen.variables)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
-    assert metrics["block_errors"].shape == (recipe.model.num_blocks,)
-    sizes = [sum(leaf.size for leaf in jax.tree.leaves(s.variables)) for s in (state, frozen)]
-    assert sizes[0] <= 1.2 * sizes[1]
-
-
-def test_a_student_s_recipe_alone_is_no_flow_s():
-    with pytest.raises(ValueError, match=r"no model: it is a student's, for launch\.distill"):
-        Recipe(student_digits.get_config())
-    with pytest.raises(ValueError, match="is no student's recipe"):
-        of_flow(digits.get_config(), digits.get_config())
-
-
-def run_steps(mesh, accumulation=1, count=3):
-    """Losses of a tiny student's first steps."""
-    flow = dataclasses.replace(TINY, num_blocks=1, layers_per_block=1)
-    student = StudentConfig.of_flow(flow, 0, (1,), max_guidance=1.0)
-    optimizer = Optimizer(count, 1e-3, 1e-3, 0, 0.9, 0.999, 1e-4, 0.0, 0.0)
-    config = TrainConfig(flow, GAUSSIAN, optimizer, 0.2, accumulation, student)
-    state, step = new_state(config, mesh, jax.random.key(0)), compiled_step(config, mesh)
-    rows, losses = Rows(mesh, runs.BATCH_SIZE), []
-    frozen = random_variables(flow)
-    for i in range(count):
-        batch = (rows.put(values[rows.local]) for values in runs.random_images(flow, runs.BATCH_SIZE, i))
-        state, metrics = step(state, *batch, jax.random.key(1), frozen)
-        losses.append(float(metrics["loss"]))
-    assert step.function._cache_size() <= 2  # the state's first placement, and a step's
-    assert set(metrics) == {"loss", "image_error", "block_errors", "grad_norm"}
-    return losses
-
-
-@functools.cache
-def on_one_device():
-    return run_steps(make_mesh(devices=jax.devices()[:1]))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("sizes", "accumulation"), [((8, 1, 1), 1), ((2, 2, 2), 1), ((8, 1, 1), 2)])
-def test_losses_do_not_depend_on_the_mesh(sizes, accumulation):
-    mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
-    np.testing.assert_allclose(run_steps(mesh, accumulation), on_one_device(), rtol=1e-5)
-
-
-@pytest.mark.slow
-def test_stopped_and_resumed_it_ends_bit_for_bit_the_same(tmp_path, monkeypatch, compiled_once):
-    monkeypatch.setattr(Recipe, "mesh", lambda self, devices=None: make_mesh(devices=jax.devices()[:1]))
-    flow = digits.get_config("smoke")
-    flow.model.num_blocks = 1
-    config = of_flow(student_digits.get_config("smoke"), flow)
-    config.student.flow = "0" * 16
-    config.train.update({"num_steps": 4, "checkpoint_every": 2, "evaluate_every": 2, "log_every": 1, "sample_every": 3})
-    frozen = random_variables(Recipe(flow).model)
-    whole = train(config, tmp_path / "whole", frozen_flow=frozen)
-
-    def stop(step, variables):
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.raises(Preempted, match="stop at step 3"):
-        train(config, tmp_path / "stopped", stop, frozen)
-    resumed = train(config, tmp_path / "stopped", frozen_flow=frozen)
-    chex.assert_trees_all_equal(jax.tree.map(np.asarray, resumed), jax.tree.map(np.asarray, whole))
-    lines = [json.loads(line) for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
-    assert {"image_error", "block_errors", "loss"} <= lines[0].keys()
-    assert sum("test_loss" in line for line in lines) == 2
-    config.student.flow = "1" * 16  # another flow's
-    with pytest.raises(ValueError, match=r"holds another configuration: student\.flow"):
-        train(config, tmp_path / "stopped", frozen_flow=frozen)

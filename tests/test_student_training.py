@@ -1,0 +1,103 @@
+"""A student's training: the same loop, meshes and checkpoints as a flow's."""
+
+import dataclasses
+import functools
+import importlib
+import json
+import math
+import os
+import signal
+
+import chex
+import jax
+import numpy as np
+import pytest
+import runs
+from tiny_models import TINY, random_variables
+
+from configs import digits
+from configs.student import digits as student_digits
+from launch.distill import of_flow
+from tarflow_jax import Noise
+from tarflow_jax.runtime import Preempted, Rows, make_mesh
+from tarflow_jax.runtime.parameters import params_shapes, student_shapes
+from tarflow_jax.student import StudentConfig
+from tarflow_jax.training import Recipe, TrainConfig, train
+from tarflow_jax.training.optimizer import Optimizer
+from tarflow_jax.training.state import new_state
+from tarflow_jax.training.step import compiled_step
+
+GAUSSIAN = Noise("gaussian", 0.1)
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist"])
+def test_recipes_fit_their_flows_and_are_hardly_larger(name):
+    flow, student = (importlib.import_module(f"configs.{folder}{name}").get_config() for folder in ("", "student."))
+    recipe = Recipe(of_flow(student, flow))
+    shapes = (student_shapes(recipe.student), params_shapes(recipe.model))
+    sizes = [sum(map(math.prod, of_one.values())) for of_one in shapes]
+    assert sizes[0] <= 1.2 * sizes[1]
+
+
+def test_a_student_s_recipe_alone_is_no_flow_s():
+    with pytest.raises(ValueError, match=r"no model: it is a student's, for launch\.distill"):
+        Recipe(student_digits.get_config())
+    with pytest.raises(ValueError, match="is no student's recipe"):
+        of_flow(digits.get_config(), digits.get_config())
+
+
+def run_steps(mesh, accumulation=1, count=3):
+    """Losses of a tiny student's first steps."""
+    flow = dataclasses.replace(TINY, num_blocks=1, layers_per_block=1)
+    student = StudentConfig.of_flow(flow, 0, (1,), max_guidance=1.0)
+    optimizer = Optimizer(count, 1e-3, 1e-3, 0, 0.9, 0.999, 1e-4, 0.0, 0.0)
+    config = TrainConfig(flow, GAUSSIAN, optimizer, 0.2, accumulation, student)
+    state, step = new_state(config, mesh, jax.random.key(0)), compiled_step(config, mesh)
+    rows, losses = Rows(mesh, runs.BATCH_SIZE), []
+    frozen = random_variables(flow)
+    for i in range(count):
+        batch = (rows.put(values[rows.local]) for values in runs.random_images(flow, runs.BATCH_SIZE, i))
+        state, metrics = step(state, *batch, jax.random.key(1), frozen)
+        losses.append(float(metrics["loss"]))
+    assert step.function._cache_size() <= 2  # the state's first placement, and a step's
+    assert set(metrics) == {"loss", "image_error", "block_errors", "grad_norm"}
+    return losses
+
+
+@functools.cache
+def on_one_device():
+    return run_steps(make_mesh(devices=jax.devices()[:1]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sizes", "accumulation"), [((8, 1, 1), 2), ((2, 2, 2), 1)])
+def test_losses_do_not_depend_on_the_mesh(sizes, accumulation):
+    mesh = make_mesh(*sizes, devices=jax.devices()[: math.prod(sizes)])
+    np.testing.assert_allclose(run_steps(mesh, accumulation), on_one_device(), rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed_it_ends_bit_for_bit_the_same(tmp_path, monkeypatch, compiled_once):
+    monkeypatch.setattr(Recipe, "mesh", lambda self, devices=None: make_mesh(devices=jax.devices()[:1]))
+    flow = digits.get_config("smoke")
+    flow.model.num_blocks = 1
+    config = of_flow(student_digits.get_config("smoke"), flow)
+    config.student.flow = "0" * 16
+    config.train.update({"num_steps": 4, "checkpoint_every": 2, "evaluate_every": 2, "log_every": 1, "sample_every": 3})
+    frozen = random_variables(Recipe(flow).model)
+    whole = train(config, tmp_path / "whole", frozen_flow=frozen)
+
+    def stop(step, variables):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Preempted, match="stop at step 3"):
+        train(config, tmp_path / "stopped", stop, frozen)
+    resumed = train(config, tmp_path / "stopped", frozen_flow=frozen)
+    chex.assert_trees_all_equal(jax.tree.map(np.asarray, resumed), jax.tree.map(np.asarray, whole))
+    lines = [json.loads(line) for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
+    assert {"image_error", "block_errors", "loss"} <= lines[0].keys()
+    assert sum("test_loss" in line for line in lines) == 2
+    config.student.flow = "1" * 16  # another flow's
+    with pytest.raises(ValueError, match=r"holds another configuration: student\.flow"):
+        train(config, tmp_path / "stopped", frozen_flow=frozen)
