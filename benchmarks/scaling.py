@@ -52,7 +52,7 @@ def row(plan: dict[str, Any]) -> list[str]:
         f"{plan['total_bytes'] / memory:.0%}",
         f"{plan['flops'] / 1e12:.2f}",
         f"{traffic['memory_bytes'] / 1e9:.1f}",
-        f"{sent / 1e9:.2f}" + (f" + {network / 1e9:.2f}" if plan["slices"] > 1 else ""),
+        f"{sent / 1e9:.2f}" + (f" + {network / 1e9:.2f}" if plan["slices"] * plan["hosts"] > 1 else ""),
         f"{limits[slowest] * 1e3:.1f}",
         slowest,
         f"{plan['batch_size'] / limits[slowest]:,.0f}",

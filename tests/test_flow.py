@@ -12,7 +12,7 @@ import scipy.stats
 from tiny_models import LABELS, TINY, TRIANGULAR, VP, decode, encode, images_of, new_variables, random_variables
 
 from tarflow_jax import TarFlow, TarFlowConfig
-from tarflow_jax.flow import FlowBlock, permute, to_images, to_tokens, unstack_layers, updated_prior
+from tarflow_jax.flow import FlowBlock, in_block_order, permute, to_images, to_tokens, unstack_layers, updated_prior
 from tarflow_jax.flow.attention import attend, choose_kernel, splash
 from tarflow_jax.flow.block import rotary_angles
 from tarflow_jax.flow.product import dense_product
@@ -175,7 +175,8 @@ def test_unstacked_layers_with_a_cache_equal_the_scanned_block():
     block = FlowBlock(TRIANGULAR, 1)
     expected, _ = block.apply({"params": params}, x, LABELS, method="following_affine")
     unrolled = FlowBlock(TRIANGULAR, 1, unrolled=True)
-    actual, caches = unrolled.apply({"params": unstack_layers(params, 2)}, x, LABELS, method="following_affine")
+    own = unstack_layers(in_block_order(TRIANGULAR, 1, params), 2)
+    actual, caches = unrolled.apply({"params": own}, x, LABELS, method="following_affine")
     assert caches is None
     chex.assert_trees_all_close(actual, expected, atol=1e-5)
 

@@ -96,13 +96,12 @@ def test_the_reference_s_samples(golden, pipe, given, decoder):
 
 
 def test_the_reference_s_product_rule_mixes_images_and_is_ours_otherwise(golden, given, monkeypatch):
-    def of_the_release(passes, weights):
-        scale, _ = product(passes, weights)
-        log_scale, unguided = jnp.split(passes.log_scale, 2)
+    def of_the_release(guided, unguided, weights):
+        scale, _ = product(guided, unguided, weights)
         # Its scales lack the axis of the tokens that its shifts have, and so image b meets the ratio of image 0.
-        first = jnp.broadcast_to((log_scale - unguided)[:1], log_scale.shape)
-        mixed = passes._replace(log_scale=jnp.concatenate([first, jnp.zeros_like(first)]))
-        return scale, product(mixed, weights)[1]
+        ratio = (guided.log_scale - unguided.log_scale)[:1]
+        mixed = guided._replace(log_scale=jnp.broadcast_to(ratio, guided.log_scale.shape))
+        return scale, product(mixed, unguided._replace(log_scale=jnp.zeros_like(mixed.log_scale)), weights)[1]
 
     monkeypatch.setattr(sampling.guidance, "product", of_the_release)
     latents, labels = golden.latents("noise"), golden.labels("sample_y")

@@ -164,6 +164,16 @@ def test_accumulated_gradients_cross_the_devices_once():
     assert reduced(4) == pytest.approx(reduced(1), rel=0.01)
 
 
+def test_a_sampler_gathers_sharded_parameters_once():
+    recipe = tiny_recipe(**{"mesh.data": 1, "mesh.fsdp": 8, "model.num_blocks": 2})
+    topology = open_topology("cpu:8")
+    mesh = recipe.mesh(topology.devices)
+    plan = compile_program(sample_program(recipe, mesh), recipe, topology, mesh)
+    gathered = plan.traffic.collectives["all-gather"].bytes
+    assert 6 * plan.state_bytes["parameters"] < gathered < 7 * plan.state_bytes["parameters"]
+    assert plan.traffic.collectives.keys() == {"all-gather"}
+
+
 def test_changes_are_tried_from_the_smallest_to_the_largest():
     recipe = tiny_recipe(**{"train.batch_size": 64, "mesh.data": 8})
     topology = dataclasses.replace(open_topology("cpu:8"), chip=Chip(1000))

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks import plan_check
 from tarflow_jax.planning import gpus, open_topology
 from tarflow_jax.planning.flops import program_flops
 from tarflow_jax.planning.traffic import Collective, traffic
@@ -138,3 +139,15 @@ def test_a_step_compiles_for_gpus_that_are_not_here_with_cudnns_attention(tmp_pa
     assert "__cudnn$fmhaSoftmaxBackward" in text
     assert "to other hosts" in out
     assert "ms a step at least" in out
+
+
+def test_a_plan_is_held_against_what_a_gpu_measured():
+    figures = {"total_bytes": 10 * 2**30, "limits": {"products": 0.01, "memory": 0.02}}
+    text, holds = plan_check.verdict(figures, int(10.9 * 2**30), 0.03)
+    assert holds
+    assert "+9.0%" in text
+    assert "1.50 times the bound" in text
+    for peak, seconds, problem in ((11.2, 0.03, "more than 10 % apart"), (10, 0.015, "below the bound")):
+        text, holds = plan_check.verdict(figures, int(peak * 2**30), seconds)
+        assert not holds
+        assert problem in text

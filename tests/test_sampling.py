@@ -12,6 +12,8 @@ from tiny_models import LABELS, TINY, TRIANGULAR, decode, images_of, random_vari
 from tarflow_jax import Guidance, Noise
 from tarflow_jax.flow import FlowBlock, TarFlowConfig, permute, to_images, to_tokens
 from tarflow_jax.noise import dequantise, to_float
+from tarflow_jax.sampling import GaussSeidelJacobi, Sequential
+from tarflow_jax.sampling.blocks import alike, guided_block
 
 UNCONDITIONAL = dataclasses.replace(TINY, num_classes=0)
 
@@ -48,6 +50,45 @@ def test_the_cached_inverse_equals_the_one_that_recomputes(schedule, temperature
     expected = decode_by_recomputing(config, variables, latents, LABELS, guidance)
     actual, *_ = decode(config, variables, latents, LABELS, guidance)
     np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+def test_which_blocks_are_alike():
+    config = dataclasses.replace(TINY, num_blocks=6, layers_per_block=(2, 2, 2, 2, 1, 1))
+    sequential = (Sequential(),) * 6
+    assert alike(config, sequential, Guidance(1.0)) == [range(4), range(4, 6)]
+    assert alike(config, sequential, Guidance(1.0, blocks=4)) == [range(2), range(2, 4), range(4, 6)]
+    limited = dataclasses.replace(config, image_limit=1.0)
+    assert alike(limited, sequential, None) == [range(1), range(1, 4), range(4, 6)]
+    mixed = (*sequential[:3], GaussSeidelJacobi(2), GaussSeidelJacobi(2), GaussSeidelJacobi(3))
+    assert alike(config, mixed, None) == [range(3), range(3, 4), range(4, 5), range(5, 6)]
+
+
+def test_blocks_in_one_loop_give_what_each_gives_by_itself():
+    config = dataclasses.replace(TRIANGULAR, num_blocks=5, layers_per_block=1, image_limit=2.0, input_limit=3.0)
+    variables, latents, guidance = random_variables(config, scale=0.05), images_of(config), Guidance(0.7, blocks=2)
+    assert alike(config, (Sequential(),) * 5, guidance) == [range(1), range(1, 3), range(3, 5)]
+    actual = decode(config, variables, latents, LABELS, guidance, trajectory=True)
+
+    @jax.jit
+    def one_by_one(variables, latents):
+        tokens, images = to_tokens(config, latents), [latents]
+        for k in reversed(range(5)):
+            block = guided_block(config, variables["params"], k, LABELS, guidance)
+            tokens = permute(Sequential().invert(block, permute(tokens, k)).x, k)
+            images.append(to_images(config, tokens))
+        return jnp.stack(images, 1)
+
+    np.testing.assert_allclose(actual.trajectory, one_by_one(variables, latents), atol=1e-5)
+    np.testing.assert_array_equal(actual.iterations, np.full((3, 5), config.num_tokens - 1))
+
+
+def test_twice_as_many_blocks_are_no_larger_a_program():
+    def products(num_blocks):
+        config = dataclasses.replace(TINY, num_blocks=num_blocks, layers_per_block=1)
+        variables = jax.eval_shape(lambda: random_variables(config))
+        return str(jax.make_jaxpr(functools.partial(decode, config))(variables, images_of(config))).count("dot_general")
+
+    assert products(8) == products(4) > 0
 
 
 def test_guidance_weights():

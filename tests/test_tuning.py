@@ -9,7 +9,7 @@ from tiny_models import LABELS, TINY, random_variables
 from tarflow_jax import Guidance, Noise, TarFlowPipeline
 from tarflow_jax.flow import FlowBlock, permute, to_tokens
 from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Sequential, tuning
-from tarflow_jax.sampling.decode import guided_block
+from tarflow_jax.sampling.blocks import guided_block
 
 MILLISECOND = 1e-3
 

@@ -1,6 +1,6 @@
 """The flow: images <-> latents, in pure Flax linen. Knows nothing of data, training, files or devices."""
 
-from tarflow_jax.flow.block import Affine, FlowBlock, solve_unit_lower, unstack_layers
+from tarflow_jax.flow.block import Affine, FlowBlock, in_block_order, solve_unit_lower, unstack_layers
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.flow.patches import to_images, to_tokens
 from tarflow_jax.flow.permutation import permute
@@ -13,6 +13,7 @@ __all__ = [
     "KVCache",
     "TarFlow",
     "TarFlowConfig",
+    "in_block_order",
     "permute",
     "solve_unit_lower",
     "to_images",

@@ -89,10 +89,10 @@ def shard_batch(x: jax.Array) -> jax.Array:
 
     XLA otherwise answers parameters sharded over `fsdp` by gathering the batch, which is larger, instead of them.
     """
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES)) if _many_devices() else x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES)) if many_devices() else x
 
 
-def _many_devices() -> bool:
+def many_devices() -> bool:
     """Whether the mesh in force has several devices; inside `jax.shard_map` each device works alone."""
     mesh = jax.sharding.get_abstract_mesh()
     return not mesh.empty and mesh.size > 1 and not mesh.manual_axes
@@ -107,7 +107,7 @@ def splash(
     `interpret` runs it on a CPU, for tests.
     """
     run = functools.partial(_splash, causal=causal, interpret=interpret)
-    if _many_devices():
+    if many_devices():
         spec = PartitionSpec(BATCH_AXES, "tensor")
         run = jax.shard_map(run, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
     return run(query * query.shape[-1] ** -0.5, key, value)

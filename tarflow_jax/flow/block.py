@@ -68,9 +68,9 @@ class FlowBlock(nn.Module):
     Attributes:
       config: of the whole flow.
       index: the block's number; odd blocks read the tokens backwards.
-      unrolled: layers as separate modules `layers_0`, `layers_1`, … that take key/value caches, for decoding;
-        otherwise one `nn.scan` over stacked parameters. `unstack_layers` turns the latter's parameters into
-        the former's.
+      unrolled: for decoding: layers as separate modules `layers_0`, `layers_1`, … that take key/value caches, and
+        parameters in block order; otherwise one `nn.scan` over stacked parameters. `in_block_order` and
+        `unstack_layers` turn the latter's parameters into the former's.
 
     Sows `intermediates/token_log_det`: each token's part of log_det, [B, T] in image order.
     """
@@ -93,6 +93,9 @@ class FlowBlock(nn.Module):
         self.project_out = dense(outputs, kernel_init=nn.initializers.zeros)  # a new flow is the identity
         if config.triangular:
             self.project_lower = dense(config.triangle_size, kernel_init=nn.initializers.zeros)
+        if config.rotary:
+            angles = rotary_angles(config)
+            self.rotary_angles = self.param("rotary_angles", lambda _: jnp.asarray(angles)) if self.unrolled else angles
         self.layers: Any = (
             [TransformerLayer(config) for _ in range(depth)] if self.unrolled else scanned_layers(config, depth)
         )
@@ -141,16 +144,12 @@ class FlowBlock(nn.Module):
         if limit := self.config.input_limit if self.index else self.config.image_limit:
             x = jnp.clip(x, -limit, limit)
         h = self.project_in(x.astype(self.config.compute_dtype)).astype(jnp.float32)
-        positions = permute(self.position_embedding, self.index, axis=0)
-        h = h + jax.lax.dynamic_slice_in_dim(positions, start, x.shape[1])[None]
+        h = h + self._at(self.position_embedding, start, x.shape[1])[None]
         if self.config.num_classes:
             h = h + class_vectors(self.class_embedding, labels, x.shape[0])[:, None]
         if self.config.noise_conditional:
             h = h + self._noise_vectors(noise_std)[:, None]
-        angles = None
-        if self.config.rotary:
-            table = permute(jnp.asarray(rotary_angles(self.config)), self.index, axis=0)
-            angles = jax.lax.dynamic_slice_in_dim(table, start, x.shape[1])
+        angles = self._at(jnp.asarray(self.rotary_angles), start, x.shape[1]) if self.config.rotary else None
         if self.unrolled:
             layer_caches = caches or (None,) * len(self.layers)
             written = []
@@ -165,6 +164,12 @@ class FlowBlock(nn.Module):
         log_scale, shift = (jnp.zeros_like(out), out) if self.config.volume_preserving else jnp.split(out, 2, axis=-1)
         lower = self.project_lower(h).astype(jnp.float32) if self.config.triangular else None
         return Affine(log_scale, shift, lower), caches
+
+    def _at(self, table: jax.Array, start: jax.Array | int, length: int) -> jax.Array:
+        """The rows of a table [T, …] for `length` tokens from position `start`, in block order."""
+        return jax.lax.dynamic_slice_in_dim(
+            table if self.unrolled else permute(table, self.index, axis=0), start, length
+        )
 
     def _noise_vectors(self, noise_std: jax.Array | None) -> jax.Array:
         """Embeddings [B, C] of noise levels σ [B]: sines and cosines of log σ through a perceptron of two layers."""
@@ -216,6 +221,18 @@ def scanned_layers(config: TarFlowConfig, depth: int, causal: bool = True, name:
         layer = nn.remat(layer, policy=_REMAT[config.remat], prevent_cse=False)
     axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": nn.broadcast}
     return nn.scan(layer, **axes, length=depth)(config, causal, name=name)
+
+
+def in_block_order(config: TarFlowConfig, index: int, block_params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of block number `index` with all that depends on its direction among them (see `unrolled`).
+
+    These are the tables of positions, in the order in which the block reads tokens. So blocks of one depth are one
+    function of different parameters.
+    """
+    tables = {"position_embedding": block_params["position_embedding"]}
+    if config.rotary:
+        tables["rotary_angles"] = jnp.asarray(rotary_angles(config))
+    return block_params | {name: permute(table, index, axis=0) for name, table in tables.items()}
 
 
 def unstack_layers(block_params: dict[str, Any], depth: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from tarflow_jax.runtime.preemption import Preempted, PreemptionGuard, stop_if_r
 from tarflow_jax.runtime.processes import start_processes
 from tarflow_jax.runtime.programs import Program
 from tarflow_jax.runtime.rows import Rows
-from tarflow_jax.runtime.sharding import leaf_name, shardings, summary
+from tarflow_jax.runtime.sharding import gathered, leaf_name, shardings, summary
 
 __all__ = [
     "BATCH_AXES",
@@ -20,6 +20,7 @@ __all__ = [
     "Rows",
     "batch_sharding",
     "environment",
+    "gathered",
     "leaf_name",
     "make_mesh",
     "release",

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tarflow_jax.errors import UserError
+from tarflow_jax.flow.attention import many_devices
 from tarflow_jax.runtime.parameters import rows_of
 
 REPLICATED = ("step", "count")  # of the state and of its optimizer, beside what is a parameter's
@@ -31,6 +32,20 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, _spec(mesh, leaf_name(path), leaf.shape)), tree
     )
+
+
+def gathered(block_params: Any) -> Any:
+    """A block's parameters, those that the mesh in force shards over `fsdp` gathered; without a mesh, the same.
+
+    For loops that use them often: XLA would gather them inside, with every use.
+    """
+
+    def whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        rows = rows_of(leaf_name(path))  # none of what is no parameter
+        spec = P(*(axis if axis != "fsdp" else None for row in rows for axis in row.spec))
+        return jax.lax.with_sharding_constraint(leaf, spec)
+
+    return jax.tree_util.tree_map_with_path(whole, block_params) if many_devices() else block_params
 
 
 def summary(mesh: Mesh, tree: Any) -> str:

@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tarflow_jax.flow import FlowBlock, TarFlowConfig, permute, to_images, to_tokens, unstack_layers
+from tarflow_jax.flow import TarFlowConfig, permute, to_images, to_tokens
+from tarflow_jax.sampling.blocks import alike, of_stack, stacked_blocks
 from tarflow_jax.sampling.fixed_point import GaussSeidelJacobi, Jacobi
-from tarflow_jax.sampling.guidance import Guidance, GuidedBlock
-from tarflow_jax.sampling.inverse import Sequential
+from tarflow_jax.sampling.guidance import Guidance
+from tarflow_jax.sampling.inverse import Inverted, Sequential
 
 Decoder = Sequential | Jacobi | GaussSeidelJacobi
 
@@ -33,7 +34,7 @@ def decode(
     trajectory: bool = False,
     decoders: tuple[Decoder, ...] | None = None,
 ) -> Decoded:
-    """Inverts the flow.
+    """Inverts the flow: blocks that are alike in one compiled loop, so that compiling takes no longer for many of them.
 
     Args:
       latents: float32 [B, H, W, K], standard normal for samples.
@@ -44,34 +45,25 @@ def decode(
       decoders: how each block is inverted, by block number; None is `Sequential` for all.
     """
     tokens = to_tokens(config, latents)
-    images, found = [latents], []
     if config.volume_preserving:
         tokens = tokens * jnp.sqrt(variables["prior"]["variance"])[None]
-    for k in reversed(range(config.num_blocks)):
-        block = guided_block(config, variables["params"], k, labels, guidance, noise_std)
-        inverted = (decoders[k] if decoders else Sequential()).invert(block, permute(tokens, k))
-        tokens = permute(inverted.x, k)
-        images.append(to_images(config, tokens))
-        found.append(inverted)
-    found.reverse()
+    decoders = decoders or (Sequential(),) * config.num_blocks
+    images: list[jax.Array] = [latents]
+    found: list[Inverted] = []
+    for numbers in reversed(alike(config, decoders, guidance)):
+
+        def invert(z: jax.Array, prepared: Any, k: int = numbers[-1]) -> tuple[jax.Array, Inverted]:
+            inverted = decoders[k].invert(of_stack(config, k, prepared, labels, guidance, noise_std), z)
+            return jnp.flip(inverted.x, 1), inverted  # the block before this one reads the other way
+
+        stack = stacked_blocks(config, variables["params"], numbers)
+        flipped, inverted = jax.lax.scan(invert, permute(tokens, numbers[-1]), stack, reverse=True)
+        tokens = permute(flipped, numbers[0] + 1)
+        images += [to_images(config, permute(x, k)) for k, x in zip(numbers, inverted.x, strict=True)][::-1]
+        found.insert(0, inverted)
     return Decoded(
-        images[-1],
+        to_images(config, tokens),
         jnp.stack(images, axis=1) if trajectory else None,
-        jnp.stack([inverted.iterations for inverted in found], axis=1),
-        jnp.stack([inverted.residual for inverted in found], axis=1),
+        jnp.concatenate([inverted.iterations for inverted in found]).T,
+        jnp.concatenate([inverted.residual for inverted in found]).T,
     )
-
-
-def guided_block(
-    config: TarFlowConfig,
-    params: dict[str, Any],
-    k: int,
-    labels: jax.Array | None,
-    guidance: Guidance | None,
-    noise_std: jax.Array | None = None,
-) -> GuidedBlock:
-    """Block number k with its own parameters, ready to be inverted; arguments as of `decode`."""
-    own = unstack_layers(params[f"block_{k}"], config.depths[k])
-    if guidance is not None and not guidance.covers(k, config.num_blocks):
-        guidance = None
-    return GuidedBlock(FlowBlock(config, k, unrolled=True), own, labels, noise_std, guidance)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from tarflow_jax.errors import UserError
 from tarflow_jax.flow import KVCache
 from tarflow_jax.sampling.guidance import GuidedBlock
-from tarflow_jax.sampling.inverse import CACHE_GROWTH, Inverted, Sequential, unchanged
+from tarflow_jax.sampling.inverse import Inverted, Sequential, cache_growth, unchanged
 
 INITS = ("latents", "zeros")
 STUDENT = "student"  # an init that the caller gives
@@ -111,7 +111,7 @@ class GaussSeidelJacobi:
         progress = _Progress(unchanged(z), jnp.ones((batch_size,), bool), caches)
         progress = invert_segment(0, start, progress)
         while start < following:
-            count = min(max(CACHE_GROWTH // length, 1), (following - start) // length)
+            count = min(max(cache_growth(z.shape[1]) // length, 1), (following - start) // length)
             caches = tuple(cache.grow(start + count * length) for cache in progress.caches)
             segment = lambda i, progress, start=start: invert_segment(start + i * length, length, progress)  # noqa: E731
             progress = jax.lax.fori_loop(0, count, segment, progress._replace(caches=caches))

@@ -93,7 +93,8 @@ jax.tree_util.register_pytree_node(Guidance, _flatten, _unflatten)
 class GuidedBlock:
     """A block's map from tokens to the inverse of the affine map of the tokens that follow, guidance included.
 
-    With guidance, whatever its weight, the guided and the unguided pass run as one batch of 2B.
+    With guidance, whatever its weight, the guided and the unguided pass run as one batch of 2B. An image's two are
+    neighbours, so that a batch that is sharded over devices stays where it is.
     """
 
     block: FlowBlock  # unrolled
@@ -114,20 +115,24 @@ class GuidedBlock:
         """The map to tokens start + 1 .. start + S, from tokens x [B, S, D] at start .. start + S - 1."""
         labels, noise_std, temperature = self.labels, self.noise_std, None
         if self.guidance is not None:
-            batch_size = x.shape[0]
-            x = jnp.concatenate([x, x])  # [2B, S, D]
             if labels is not None:
-                labels = jnp.concatenate([labels, jnp.full_like(labels, -1)])
+                labels = _in_turns(labels, jnp.full_like(labels, -1))
             if noise_std is not None:
-                noise_std = jnp.concatenate([noise_std, noise_std])
-            unguided = jnp.float32(self.guidance.attention_temperature)
-            temperature = jnp.repeat(jnp.stack([jnp.ones_like(unguided), unguided]), batch_size)
+                noise_std = _in_turns(noise_std, noise_std)
+            unguided = jnp.full(len(x), self.guidance.attention_temperature, jnp.float32)
+            temperature = _in_turns(jnp.ones_like(unguided), unguided)
+            x = _in_turns(x, x)  # [2B, S, D]
         affine, caches = self.block.apply(
             {"params": self.params}, x, labels, temperature, noise_std, caches, start, method="following_affine"
         )
         if self.guidance is None:
             return Inverse(jnp.exp(affine.log_scale), affine.shift, affine.lower), caches
         return _guided(self.guidance, affine, start, self.block.config.num_tokens), caches
+
+
+def _in_turns(guided: jax.Array, unguided: jax.Array) -> jax.Array:
+    """[B, …] of each pass as [2B, …]: an image's guided one, its unguided one, the next image's."""
+    return jnp.stack([guided, unguided], axis=1).reshape(-1, *guided.shape[1:])
 
 
 class Inverse(NamedTuple):
@@ -142,29 +147,28 @@ class Inverse(NamedTuple):
 
 
 def _guided(guidance: Guidance, passes: Affine, start: jax.Array | int, num_tokens: int) -> Inverse:
-    """The guided map [B, S, D] to tokens start + 1 .. start + S, from those of both passes, [2B, S, D]."""
+    """The guided map [B, S, D] to tokens start + 1 .. start + S, from those of both passes in turns, [2B, S, D]."""
+    pairs = jax.tree.map(lambda both: both.reshape(-1, 2, *both.shape[1:]), passes)
+    guided, unguided = (jax.tree.map(lambda pair, i=i: pair[:, i], pairs) for i in range(2))
     weights = guidance.weights(num_tokens)
-    weights = jax.lax.dynamic_slice_in_dim(weights, start, passes.shift.shape[1])[None, :, None]  # [1, S, 1]
+    weights = jax.lax.dynamic_slice_in_dim(weights, start, guided.shift.shape[1])[None, :, None]  # [1, S, 1]
 
-    def guide(name: str, both: jax.Array) -> jax.Array:
-        guided, unguided = jnp.split(both, 2)
-        return guided + weights * (guided - unguided) if guidance.target in ("both", name) else guided
+    def guide(name: str, a: jax.Array, of_unguided: jax.Array) -> jax.Array:
+        return a + weights * (a - of_unguided) if guidance.target in ("both", name) else a
 
     # With the scales, a triangular map's other numbers make up its matrix.
-    lower = None if passes.lower is None else guide("log_scale", passes.lower)
-    if guidance.rule == "log_scale":
-        return Inverse(jnp.exp(guide("log_scale", passes.log_scale)), guide("shift", passes.shift), lower)
+    lower = None if passes.lower is None else guide("log_scale", guided.lower, unguided.lower)
+    if guidance.rule == "product":
+        return Inverse(*product(guided, unguided, weights), lower)
+    shift = guide("shift", guided.shift, unguided.shift)
     if guidance.rule == "scale":
-        return Inverse(guide("log_scale", jnp.exp(passes.log_scale)), guide("shift", passes.shift), lower)
-    scale, shift = product(passes, weights)
-    return Inverse(scale, shift, lower)
+        return Inverse(guide("log_scale", jnp.exp(guided.log_scale), jnp.exp(unguided.log_scale)), shift, lower)
+    return Inverse(jnp.exp(guide("log_scale", guided.log_scale, unguided.log_scale)), shift, lower)
 
 
-def product(passes: Affine, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Scale and shift [B, S, D] of the rule of this name, from both passes, [2B, S, D]."""
-    log_scale, unguided_log_scale = jnp.split(passes.log_scale, 2)
-    shift, unguided_shift = jnp.split(passes.shift, 2)
-    ratio = jnp.exp(2 * jnp.minimum(log_scale - unguided_log_scale, 0))  # of the variances
+def product(guided: Affine, unguided: Affine, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scale and shift [B, S, D] of the rule of this name, from both passes' maps."""
+    ratio = jnp.exp(2 * jnp.minimum(guided.log_scale - unguided.log_scale, 0))  # of the variances
     precision = 1 + weights - weights * ratio  # relative to that with the label
-    shift = ((1 + weights) * shift - weights * ratio * unguided_shift) / precision
-    return jnp.exp(log_scale) * jax.lax.rsqrt(precision), shift
+    shift = ((1 + weights) * guided.shift - weights * ratio * unguided.shift) / precision
+    return jnp.exp(guided.log_scale) * jax.lax.rsqrt(precision), shift

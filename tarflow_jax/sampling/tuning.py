@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from tarflow_jax.flow import TarFlowConfig, permute, to_tokens
-from tarflow_jax.sampling.decode import Decoder, guided_block
+from tarflow_jax.sampling.blocks import guided_block
+from tarflow_jax.sampling.decode import Decoder
 from tarflow_jax.sampling.fixed_point import INITS, GaussSeidelJacobi, Jacobi, initial, update
 from tarflow_jax.sampling.guidance import Guidance, GuidedBlock
 from tarflow_jax.sampling.inverse import Sequential
@@ -169,7 +170,7 @@ def better_init(block: GuidedBlock, z: jax.Array, exact: jax.Array) -> str:
 def _crm(block: GuidedBlock, x: jax.Array) -> float:
     """|mean(exp(-log_scale) x)| |W_s| + |W_u|, W_s and W_u the halves of the output projection (Frobenius norms)."""
     inverse, _ = block(x[:, :-1])
-    kernel = block.params["project_out"]["kernel"]
+    kernel = block.params["project_out"]["kernel"].astype(jnp.float32)
     if block.block.config.volume_preserving:
         return float(jnp.linalg.norm(kernel))
     scale_half, shift_half = jnp.split(kernel, 2, axis=1)

@@ -1,0 +1,66 @@
+"""The blocks of a flow as the inverses take them, those that are alike in one compiled loop."""
+
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from tarflow_jax.flow import FlowBlock, TarFlowConfig, in_block_order, unstack_layers
+from tarflow_jax.runtime import gathered, leaf_name
+from tarflow_jax.runtime.parameters import rows_of
+from tarflow_jax.sampling.guidance import Guidance, GuidedBlock
+
+
+def alike(config: TarFlowConfig, decoders: tuple[Any, ...], guidance: Guidance | None) -> list[range]:
+    """All block numbers, in runs of blocks whose inverses are one function of different parameters and tokens."""
+
+    def kind(k: int) -> tuple[Any, ...]:
+        limit = config.input_limit if k else config.image_limit
+        return config.depths[k], limit, decoders[k], guidance is None or guidance.covers(k, config.num_blocks)
+
+    runs = [list(numbers) for _, numbers in itertools.groupby(range(config.num_blocks), kind)]
+    return [range(run[0], run[-1] + 1) for run in runs]
+
+
+def stacked_blocks(config: TarFlowConfig, params: dict[str, Any], numbers: range) -> dict[str, Any]:
+    """The parameters of some blocks of one depth, stacked: one copy of them, in the dtype that they are used in."""
+    blocks = [_prepared(config, k, params[f"block_{k}"]) for k in numbers]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+
+
+def of_stack(
+    config: TarFlowConfig,
+    k: int,
+    prepared: dict[str, Any],
+    labels: jax.Array | None,
+    guidance: Guidance | None,
+    noise_std: jax.Array | None,
+) -> GuidedBlock:
+    """A block of a run of `alike` ones to which block number k belongs, from its part of `stacked_blocks`."""
+    own = unstack_layers(gathered(prepared), config.depths[k])
+    if guidance is not None and not guidance.covers(k, config.num_blocks):
+        guidance = None
+    return GuidedBlock(FlowBlock(config, k, unrolled=True), own, labels, noise_std, guidance)
+
+
+def guided_block(
+    config: TarFlowConfig,
+    params: dict[str, Any],
+    k: int,
+    labels: jax.Array | None,
+    guidance: Guidance | None,
+    noise_std: jax.Array | None = None,
+) -> GuidedBlock:
+    """Block number k with its own parameters, ready to be inverted; arguments as of `decode`."""
+    return of_stack(config, k, _prepared(config, k, params[f"block_{k}"]), labels, guidance, noise_std)
+
+
+def _prepared(config: TarFlowConfig, k: int, block_params: dict[str, Any]) -> dict[str, Any]:
+    """A block's parameters in block order; what dense layers compute with in the dtype of their products."""
+
+    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        (row,) = rows_of(leaf_name(path))
+        return leaf.astype(config.compute_dtype) if row.output_axes else leaf
+
+    return in_block_order(config, k, jax.tree_util.tree_map_with_path(cast, block_params))
