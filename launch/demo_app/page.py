@@ -12,7 +12,7 @@ CSS = """
 .head h1 { font-size: 1.9rem; margin: 0; } .head h1 span { color: var(--primary-500); }
 .gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
 .pixels img { image-rendering: pixelated; }
-.pixels [data-testid="block-label"] { position: static; border: 0; }
+.pixels:not(.upload) [data-testid="block-label"] { position: static; border: 0; }
 .pixels .image-frame img { width: 100%; height: 100%; object-fit: contain !important; }
 .pixels .grid-wrap { height: auto !important; min-height: 0 !important; max-height: none !important; }
 .pixels .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; padding-top: 0; }

@@ -34,15 +34,14 @@ def _ask_tab(model: DemoModel, page: gr.Blocks, first: Drawn) -> None:
             image = upload("An image")
             own = gallery("None at hand? Take one that the model drew", NUM_EXAMPLES, allow_preview=False, buttons=[])
             conditions = _conditions(model)
+            classes = gr.Label(label="Class probabilities", visible=bool(model.pipe.config.num_classes))
         with gr.Column(scale=5, min_width=300):
             figures = gr.HTML()
             with gr.Row():
-                noisy = "x with its noise" if model.pipe.noise else "x"
-                pictures = [picture(label) for label in (noisy, "Bits/dim by patch")]
+                pictures = [picture("x with its noise" if model.pipe.noise else "x"), picture("Bits/dim by patch")]
             scale = gr.HTML()
             with gr.Row():
-                pictures += [picture(label) for label in ("Latents z = f(x)", "And back: f⁻¹(z)")]
-            classes = gr.Label(label="Class probabilities", visible=bool(model.pipe.config.num_classes))
+                pictures += [picture("Latents z = f(x)"), picture("And back: f⁻¹(z)")]
     outputs = [figures, *pictures, scale, classes]
 
     def ask(path: str | None, label: int, level: float, progress: Progress = PROGRESS) -> Iterator[Any]:
@@ -56,7 +55,14 @@ def _ask_tab(model: DemoModel, page: gr.Blocks, first: Drawn) -> None:
     def take(event: gr.SelectData) -> Any:
         return to_pil(first.images[event.index])
 
-    gr.on([image.change, *(control.input for control in conditions)], ask, [image, *conditions], outputs, **EVENT)
+    gr.on(
+        [image.change, *(control.input for control in conditions)],
+        ask,
+        [image, *conditions],
+        outputs,
+        show_progress_on=figures,
+        **EVENT,
+    )
     page.load(lambda: list(map(to_pil, first.images[:NUM_EXAMPLES])), None, own, **EVENT)
     own.select(take, None, image, **EVENT)
 
@@ -107,9 +113,9 @@ def _scale(patch_bits: np.ndarray) -> str:
 def _class_probabilities(model: DemoModel, found: Inspection) -> Any:
     if found.class_log_probs is None:
         return None
-    calibrated = "as Bayes' rule has them, not calibrated"
+    calibrated = "not calibrated"
     if model.temperature:
-        calibrated = f"calibrated, at the temperature {model.temperature:.2f} that launch.evaluate found"
+        calibrated = f"at temperature {model.temperature:.2f}"
     posterior = found.posterior(model.temperature or 1.0)
     named = dict(zip(model.class_names, posterior.tolist(), strict=True))
     return gr.Label(named, label=f"Class probabilities, {calibrated}", num_top_classes=10)
@@ -141,7 +147,7 @@ def _interpolate_tab(model: DemoModel, first: Drawn) -> None:
             yield list(map(to_pil, pixels)), film([*pixels, *pixels[-2:0:-1]], "from one image to the other")
 
     changes = [control.change for control in uploads] + [control.input for control in conditions]
-    gr.on(changes, go, [*uploads, *conditions], [between, animation], **EVENT)
+    gr.on(changes, go, [*uploads, *conditions], [between, animation], show_progress_on=between, **EVENT)
     clicks = itertools.count()
 
     def take_two() -> list[Any]:

@@ -50,11 +50,11 @@ def tabs(model: DemoModel, page: gr.Blocks) -> Drawn:
         return _pictures(model, drawn)
 
     shown = [images, animation, frames]
-    button.click(draw, controls, shown, **EVENT)
-    following.click(lambda seed: (int(seed or 0) + 1) % SEED_LIMIT, seed, seed, **EVENT).then(
-        draw, controls, shown, **EVENT
-    )
-    page.load(lambda: _pictures(model, first), None, shown, **EVENT)
+    options = {"show_progress_on": images, **EVENT}
+    button.click(draw, controls, shown, **options)
+    advanced = following.click(lambda seed: (int(seed or 0) + 1) % SEED_LIMIT, seed, seed, **EVENT)
+    advanced.then(draw, controls, shown, **options)
+    page.load(lambda: _pictures(model, first), None, shown, **options)
     return first
 
 

@@ -37,7 +37,7 @@ def upload(label: str) -> gr.Image:
     """An image to drop, of which functions get the file's path: Gradio's own decoder fails where ours says why."""
     image = gr.Image(
         label=label, sources=["upload", "clipboard"], type="filepath", image_mode=None, height=280, format="png",
-        elem_classes="pixels",
+        elem_classes=["pixels", "upload"],
     )  # fmt: skip
     image.preprocess = lambda payload: None if payload is None else payload.path or ""
     return image
