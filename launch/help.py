@@ -2,18 +2,23 @@
 
 import ast
 import re
+import shutil
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
 _RECIPE = _FOLDER.parent / "configs" / "common.py"
 _FIELD = re.compile(r'^ {12}"(\w+)": (.+?),(?:  # (.*))?$')
 _GROUP = re.compile(r"^    config\.(\w+) = ")
-_WIDTH = 110
+_WIDTH = min(shutil.get_terminal_size((110, 50)).columns, 110)
 
 
-def show(command: str) -> str:
-    """What `python -m launch.COMMAND --help` prints: what it does, examples, flags, and fields of a recipe."""
+def show(command: str, fields: bool = False) -> str:
+    """What `python -m launch.COMMAND --help` prints: what it does, examples, flags, and names of a recipe's fields.
+
+    With `fields`, as `--helpfull` prints it, also each field's default and what it is.
+    """
     tree = ast.parse((_FOLDER / f"{command}.py").read_text())
     lines = [ast.get_docstring(tree) or "", "", "Flags:"]
     shared = ast.parse((_FOLDER / "common.py").read_text())
@@ -24,7 +29,8 @@ def show(command: str) -> str:
         lines += _flags(defined[name])
     lines += [line for node in shared.body if not isinstance(node, ast.FunctionDef) for line in _flags(node)]
     if "DEFINE_config_file" in ast.dump(tree):
-        lines += ["", "Fields of a recipe, each a flag: --config.GROUP.FIELD=VALUE", *_fields()]
+        lines += ["", "Fields of a recipe, each a flag: --config.GROUP.FIELD=VALUE"]
+        lines += _fields() if fields else [*_names(), "--helpfull has their defaults, and what they are."]
     return "\n".join(lines)
 
 
@@ -44,11 +50,24 @@ def _flags(tree: ast.AST) -> list[str]:
     return found
 
 
-def _fields() -> list[str]:
-    lines, group = [], ""
+def _recipe() -> Iterator[tuple[str, re.Match[str]]]:
+    """Group and line of every field."""
+    group = ""
     for line in _RECIPE.read_text().partition("return config")[0].splitlines():
         if named := _GROUP.match(line):
             group = named[1]
         elif field := _FIELD.match(line):
-            lines.append(f"  {group}.{field[1]:<{26 - len(group)}} {field[2]}" + (f"  {field[3]}" if field[3] else ""))
-    return lines
+            yield group, field
+
+
+def _fields() -> list[str]:
+    lines = [(f"{group}.{field[1]}", field[2], field[3] or "") for group, field in _recipe()]
+    return [f"  {name:<27} {default}  {text}".rstrip() for name, default, text in lines]
+
+
+def _names() -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for group, field in _recipe():
+        groups.setdefault(group, []).append(field[1])
+    lines = (f"  {group:<10} {' '.join(names)}" for group, names in groups.items())
+    return [textwrap.fill(line, _WIDTH, subsequent_indent=" " * 13) for line in lines]

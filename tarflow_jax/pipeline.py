@@ -449,5 +449,5 @@ class TarFlowPipeline:
             return program(self.variables, images, labels, of_image, *args)
         name = program.func.__name__.strip("_")
         rows = (images, labels, of_image)
-        results = self._runner.run(program, self.variables, rows, *args, progress=name, **options)
+        results = self._runner.run(program, self.variables, rows, *args, description=name, **options)
         return jax.tree.map(jnp.asarray, results)

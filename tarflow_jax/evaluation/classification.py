@@ -10,6 +10,7 @@ import scipy.special
 from sklearn.metrics import roc_auc_score
 
 from tarflow_jax.errors import UserError
+from tarflow_jax.runtime import progress
 
 CALIBRATION_BINS = 15
 
@@ -18,8 +19,9 @@ def class_log_probs(
     log_prob: Callable[[jax.Array, jax.Array], jax.Array], images: jax.Array, num_classes: int
 ) -> np.ndarray:
     """log p(x | y) in nats of float images [N, H, W, K] under every label: float64 [N, num_classes]."""
-    columns = [log_prob(images, jnp.full(len(images), label, jnp.int32)) for label in range(num_classes)]
-    return np.stack([np.asarray(column, np.float64) for column in columns], axis=1)
+    labels = progress(range(num_classes), "log-likelihoods", unit="class")
+    columns = [np.asarray(log_prob(images, jnp.full(len(images), label, jnp.int32)), np.float64) for label in labels]
+    return np.stack(columns, axis=1)
 
 
 def bayes_classification(log_probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
