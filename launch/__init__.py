@@ -42,8 +42,8 @@ def _end(number: int, frame: FrameType | None) -> None:
 if sys.argv[0] == "-m":  # as `python -m` has it while it looks for the command; others may import this package
     end_at_signals()
     command = sys.orig_argv[sys.orig_argv.index("-m") + 1].removeprefix("launch.")
-    if {"--help", "-h"} & set(sys.argv[1:]) and command.isidentifier():
+    if {"--help", "-h", "--helpfull"} & set(sys.argv[1:]) and command.isidentifier():
         from launch.help import show
 
-        print(show(command))
+        print(show(command, fields="--helpfull" in sys.argv))
         sys.exit(0)

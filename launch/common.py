@@ -20,7 +20,7 @@ from launch import end_at_signals, exit_code, ignore_signals
 from tarflow_jax.arguments import check_polish
 from tarflow_jax.data import default_data_dir
 from tarflow_jax.errors import UserError, one_line
-from tarflow_jax.figures import class_rows, grid, save_png, to_uint8
+from tarflow_jax.figures import class_names, class_rows, grid, save_png, to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import Preempted, start_processes
 from tarflow_jax.runtime.programs import use_compilation_cache
@@ -49,8 +49,7 @@ DECODERS = {
 COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache",
     None,
-    "Keep compiled programs for the next start in this folder; if not given, in compiled/ beside the data sets "
-    "($TARFLOW_DATA_DIR or ~/.cache/tarflow_jax). With none, compile anew.",
+    "Keep compiled programs in this folder, or with none nowhere; beside the data sets if not given.",
 )
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from, not only what it says.")
 
@@ -173,7 +172,7 @@ def define_checkpoint_flag() -> None:
         "checkpoint",
         "last",
         ["last", "best"],
-        "Open this checkpoint of a workdir; best has the lowest test loss (needs train.evaluate_every).",
+        "Open this checkpoint of a workdir; best has the lowest test loss.",
     )
 
 
@@ -187,8 +186,7 @@ def define_process_flags() -> None:
     flags.DEFINE_bool(
         "distributed",
         False,
-        "Run as one of several processes, each started by this command. Cloud TPU, SLURM (srun), GKE and Open MPI say "
-        "who takes part; elsewhere the next three flags do.",
+        "Be one of several processes, which the cluster names, or else the next three flags.",
     )
     flags.DEFINE_string("coordinator_address", None, "Meet the other processes at HOST:PORT, process 0's.")
     flags.DEFINE_integer("num_processes", None, "Wait for this many processes.", lower_bound=1)
@@ -217,12 +215,22 @@ def _parse_flags(argv: list[str]) -> list[str]:
     """absl's parser; a config field that does not exist is an error of one line, with a suggestion."""
     try:
         return flags.FLAGS(argv)
+    except flags.UnrecognizedFlagError as error:
+        message = _unknown_flag(error.flagname)
     except (AttributeError, KeyError) as error:
         message = _unknown_field(error)
     except (flags.Error, TypeError, ValueError, OSError, ImportError) as error:
         message = _plain(error)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(EXIT_ERROR)
+
+
+def _unknown_flag(name: str) -> str:
+    """Suggests the nearest of the command's own flags, not of those that absl brings along."""
+    modules = flags.FLAGS.flags_by_module_dict()
+    ours = [flag.name for module, found in modules.items() if not module.startswith("absl.") for flag in found]
+    nearest = difflib.get_close_matches(name, ours, n=1)
+    return f"unknown flag --{name}; " + (f"did you mean --{nearest[0]}?" if nearest else "see --help for the flags")
 
 
 def _plain(error: Exception) -> str:
@@ -270,7 +278,8 @@ def showcase(
         guided = pipe.denoise_drawn(guided, labels, denoise_multiplier)
     sheets["samples_guided"] = class_rows(to_uint8(guided), labels, names)
     steps = np.asarray(trajectory[:, :8])  # [F + 1, 8, H, W, K]: a column an image, down from its latents
-    sheets["trajectory"] = grid(to_uint8(steps.reshape(-1, *steps.shape[2:])), columns=steps.shape[1])
+    captions = class_names(labels[: steps.shape[1]], names) if labels is not None else ()
+    sheets["trajectory"] = grid(to_uint8(steps.reshape(-1, *steps.shape[2:])), steps.shape[1], captions=captions)
     paths = []
     for name, sheet in sheets.items():
         paths.append(folder / f"{name}.png")
@@ -287,16 +296,20 @@ def whole_number(name: str, text: str) -> int:
         raise UserError(f"--{name} has {text!r}; expected whole numbers") from None
 
 
-def class_number(text: str, names: Sequence[str]) -> int:
-    """A class by its number, or by its name where the data set has names; -1 is no class.
+def class_number(text: str, names: Sequence[str], flag: str = "labels") -> int:
+    """A class by its number, or by its name, in any case, where the data set has names; -1 is no class.
 
     Raises:
-      ValueError: neither; names the nearest one.
+      ValueError: neither; says what the flag has, and the nearest name.
     """
+    folded = [name.casefold() for name in names]
     if text in names:
-        return names.index(text)
+        return list(names).index(text)
+    if folded.count(text.casefold()) == 1:
+        return folded.index(text.casefold())
     if not names or text.lstrip("-").isdigit():
-        return whole_number("labels", text)
-    nearest = difflib.get_close_matches(text, names, n=1)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"expected a number or one of {', '.join(names)}"
-    raise UserError(f"--labels has {text!r}; {hint}")
+        return whole_number(flag, text)
+    nearest = difflib.get_close_matches(text.casefold(), folded, n=1)
+    known = f"expected a number or one of {', '.join(names)}"
+    hint = f"did you mean {names[folded.index(nearest[0])]!r}?" if nearest else known
+    raise UserError(f"--{flag} has {text!r}; {hint}")

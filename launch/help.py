@@ -2,7 +2,9 @@
 
 import ast
 import re
+import shutil
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
@@ -10,11 +12,14 @@ _CONFIGS = _FOLDER.parent / "configs"
 _NOT_A_STUDENTS = ("model", "data", "noise")  # they are its flow's
 _FIELD = re.compile(r'^ {12}"(\w+)": (.+?),(?:  # (.*))?$')
 _GROUP = re.compile(r"^    config\.(\w+) = ")
-_WIDTH = 110
+_WIDTH = min(shutil.get_terminal_size((110, 50)).columns, 110)
 
 
-def show(command: str) -> str:
-    """What `python -m launch.COMMAND --help` prints: what it does, examples, flags, and fields of a recipe."""
+def show(command: str, fields: bool = False) -> str:
+    """What `python -m launch.COMMAND --help` prints: what it does, examples, flags, and names of a recipe's fields.
+
+    With `fields`, as `--helpfull` prints it, also each field's default and what it is.
+    """
     tree = ast.parse((_FOLDER / f"{command}.py").read_text())
     lines = [ast.get_docstring(tree) or "", "", "Flags:"]
     shared = ast.parse((_FOLDER / "common.py").read_text())
@@ -27,7 +32,10 @@ def show(command: str) -> str:
         lines += _flags(defined[name])
     lines += [line for node in shared.body if not isinstance(node, ast.FunctionDef) for line in _flags(node)]
     if "DEFINE_config_file" in ast.dump(tree):
-        lines += ["", "Fields of a recipe, each a flag: --config.GROUP.FIELD=VALUE", *_fields(command == "distill")]
+        lines += ["", "Fields of a recipe, each a flag: --config.GROUP.FIELD=VALUE"]
+        of_student = command == "distill"
+        names = [*_names(of_student), "--helpfull has their defaults, and what they are."]
+        lines += _fields(of_student) if fields else names
     return "\n".join(lines)
 
 
@@ -53,14 +61,24 @@ def _flags(tree: ast.AST) -> list[str]:
     return found
 
 
-def _fields(of_student: bool) -> list[str]:
-    lines, group = [], ""
-    text = (_CONFIGS / "common.py").read_text().partition("return config")[0]
-    if of_student:
-        text += (_CONFIGS / "student" / "common.py").read_text().partition("return config")[0]
-    for line in text.splitlines():
+def _recipe(of_student: bool) -> Iterator[tuple[str, re.Match[str]]]:
+    """Group and line of every field."""
+    group, files = "", [_CONFIGS / "common.py", *([_CONFIGS / "student" / "common.py"] if of_student else [])]
+    for line in "".join(file.read_text().partition("return config")[0] for file in files).splitlines():
         if named := _GROUP.match(line):
             group = named[1]
         elif (field := _FIELD.match(line)) and not (of_student and group in _NOT_A_STUDENTS):
-            lines.append(f"  {group}.{field[1]:<{26 - len(group)}} {field[2]}" + (f"  {field[3]}" if field[3] else ""))
-    return lines
+            yield group, field
+
+
+def _fields(of_student: bool) -> list[str]:
+    lines = [(f"{group}.{field[1]}", field[2], field[3] or "") for group, field in _recipe(of_student)]
+    return [f"  {name:<27} {default}  {text}".rstrip() for name, default, text in lines]
+
+
+def _names(of_student: bool) -> list[str]:
+    groups: dict[str, list[str]] = {}
+    for group, field in _recipe(of_student):
+        groups.setdefault(group, []).append(field[1])
+    lines = (f"  {group:<10} {' '.join(names)}" for group, names in groups.items())
+    return [textwrap.fill(line, _WIDTH, subsequent_indent=" " * 13) for line in lines]

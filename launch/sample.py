@@ -1,6 +1,7 @@
 """Draws images from a trained model: a PNG grid, the images as .npz, the way from noise as an animated GIF.
 
 python -m launch.sample --workdir=runs/digits --num_images=64 --guidance=1.5 --denoise
+python -m launch.sample --workdir=runs/fashion_mnist --label=sneaker --num_images=16 --out=sneakers
 """
 
 import sys
@@ -15,7 +16,7 @@ from launch import common, end_at_signals
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.generation import quantise
 from tarflow_jax.evaluation.sample_files import write_samples
-from tarflow_jax.figures import grid, save_gif, save_png, to_uint8
+from tarflow_jax.figures import class_columns, grid, save_gif, save_png, to_uint8
 from tarflow_jax.pipeline import FAR_OUTSIDE, TarFlowPipeline
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling import IterativeDenoising
@@ -29,6 +30,7 @@ NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "Draw this many images.", lo
 LABELS = flags.DEFINE_list(
     "labels", None, "Draw these classes, by number or name, in turn; all of them if not given. -1 is no class."
 )
+LABEL = flags.DEFINE_string("label", None, "Draw this class alone, by number or name.")
 SEED = common.define_seed("Draw the latents from this seed.")
 GUIDANCE = common.define_number("guidance", 0.0, "Guide with this weight w; 0 is no guidance.")
 common.define_guidance_flags()
@@ -68,9 +70,13 @@ def main(argv: Sequence[str]) -> int:
     pipe = common.open_pipeline(workdir, make_mesh() if distributed else None)
     count = NUM_IMAGES.value
     labels = common.example_labels(pipe.config.num_classes, count)
+    names = label_names(workdir)
+    if LABELS.value and LABEL.value is not None:
+        raise UserError("--label and --labels are both given; expected one of them")
     if LABELS.value:
-        names = label_names(workdir)
-        labels = np.resize(np.array([common.class_number(label, names) for label in LABELS.value]), count)
+        labels = np.resize([common.class_number(label, names) for label in LABELS.value], count)
+    if LABEL.value is not None:
+        labels = np.full(count, common.class_number(LABEL.value, names, "label"))
     out = epath.Path(common.folder("out") if OUT.value else epath.Path(workdir) / "samples")
 
     latents = pipe.latents(jax.random.key(SEED.value), count)
@@ -93,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
     values = frames[-1]
     pixels, bad = quantise(values)
     bad |= (np.abs(np.nan_to_num(values)) > FAR_OUTSIDE).any((1, 2, 3))
-    save_png(out / "samples.png", grid(pixels))
+    save_png(out / "samples.png", class_columns(pixels, labels, names))
     save_gif(out / "trajectory.gif", [grid(to_uint8(frame)) for frame in frames])
     write_samples(out / "samples.npz", pixels, labels)
     for name in ("samples.png", "samples.npz", "trajectory.gif"):

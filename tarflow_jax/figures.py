@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -11,7 +12,8 @@ from PIL import Image, ImageDraw, ImageFont
 from tarflow_jax.files import replacing
 
 _MIN_SIDE = 56  # smaller images are enlarged, in whole steps, to be seen
-_FONT_SIZE, _TITLE_GAP = 16, 8  # pixels
+_FONT_SIZE, _MIN_FONT_SIZE, _TITLE_GAP, _CAPTION_GAP = 16, 9, 8, 4  # pixels
+_MAX_COLUMNS = 20  # of classes
 # From cheap to dear; viridis at five places, which reads the same in grey and to the colour-blind.
 COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 _OPACITY = 0.75  # of colours over an image
@@ -45,10 +47,12 @@ def overlay(image: np.ndarray, values: np.ndarray) -> np.ndarray:
     return np.rint(_OPACITY * colours + (1 - _OPACITY) * grey).astype(np.uint8)
 
 
-def grid(images: np.ndarray, columns: int | None = None, titles: Sequence[str] = ()) -> np.ndarray:
+def grid(
+    images: np.ndarray, columns: int | None = None, titles: Sequence[str] = (), captions: Sequence[str] = ()
+) -> np.ndarray:
     """Lays uint8 images [B, H, W, K] out row by row: uint8 [rows H', columns W', K], 2 white pixels between.
 
-    Titles, one a row, stand to the left.
+    Titles, one a row, stand to the left; captions, one a column, below, if all of them fit the columns' width.
     """
     images = np.asarray(images)
     images = enlarge(images, _MIN_SIDE)
@@ -57,13 +61,33 @@ def grid(images: np.ndarray, columns: int | None = None, titles: Sequence[str] =
     rows = math.ceil(count / columns)
     cell = np.full((rows * columns, height + 2, width + 2, channels), 255, np.uint8)
     cell[:count, :height, :width] = images
+    row_height, column_width = cell.shape[1:3]
     sheet = cell.reshape(rows, columns, *cell.shape[1:]).swapaxes(1, 2)
-    sheet = sheet.reshape(rows * cell.shape[1], columns * cell.shape[2], channels)[:-2, :-2]
-    return np.concatenate([_margin(titles, cell.shape[1], sheet.shape), sheet], 1) if titles else sheet
+    sheet = sheet.reshape(rows * row_height, columns * column_width, channels)[:-2, :-2]
+    if font := _font_for(captions, column_width - 2):
+        baseline = _CAPTION_GAP + font.size
+        places = [(i * column_width + column_width // 2 - 1, baseline) for i in range(len(captions))]
+        size = (sheet.shape[1], math.ceil(baseline + 0.3 * font.size))
+        sheet = np.concatenate([sheet, _text(size, channels, captions, places, font, "ms")])
+    if titles:
+        font = ImageFont.load_default(_FONT_SIZE)
+        size = (math.ceil(max(map(font.getlength, titles))) + 2 * _TITLE_GAP, sheet.shape[0])
+        places = [(size[0] - _TITLE_GAP, i * row_height + row_height // 2) for i in range(len(titles))]
+        sheet = np.concatenate([_text(size, channels, titles, places, font, "rm"), sheet], 1)
+    return sheet
+
+
+def class_names(labels: np.ndarray, names: Sequence[str]) -> list[str]:
+    """The name of each label, int [B], "none" of -1; [] where one has no name."""
+    if not names or max(labels) >= len(names):
+        return []
+    return [names[label] if label >= 0 else "none" for label in labels]
 
 
 def class_rows(images: np.ndarray, labels: np.ndarray | None, names: Sequence[str]) -> np.ndarray:
     """A `grid` with a row for each class and its name beside it, if each has several images, as many as the others.
+
+    Else `class_columns`.
 
     Args:
       labels: int [B], or None. names: one a class; () where they are not known.
@@ -71,20 +95,47 @@ def class_rows(images: np.ndarray, labels: np.ndarray | None, names: Sequence[st
     if labels is None or not names:
         return grid(images)
     classes, counts = np.unique(labels, return_counts=True)
-    if len(classes) < 2 or counts.min() < 2 or counts.min() < counts.max():
+    titles = class_names(classes, names)
+    if len(classes) < 2 or counts.min() < 2 or counts.min() < counts.max() or not titles:
+        return class_columns(images, labels, names)
+    return grid(images[np.argsort(labels, kind="stable")], counts[0], titles)
+
+
+def class_columns(images: np.ndarray, labels: np.ndarray | None, names: Sequence[str]) -> np.ndarray:
+    """A `grid` with a column for each class and its name below it, if few classes come in turn; else a plain one.
+
+    Arguments as of `class_rows`. The images keep their order.
+    """
+    if labels is None:
         return grid(images)
-    return grid(images[np.argsort(labels, kind="stable")], counts[0], [names[label] for label in classes])
+    period = len(np.unique(labels))
+    if not 1 < period <= _MAX_COLUMNS or (labels != np.resize(labels[:period], len(labels))).any():
+        return grid(images)
+    return grid(images, period, captions=class_names(labels[:period], names))
 
 
-def _margin(titles: Sequence[str], row_height: int, sheet: tuple[int, ...]) -> np.ndarray:
-    """White, as high as the sheet [H, W, K], with black titles."""
-    font = ImageFont.load_default(_FONT_SIZE)
-    width = math.ceil(max(map(font.getlength, titles))) + 2 * _TITLE_GAP
-    margin = Image.new("L", (width, sheet[0]), 255)
-    for i, title in enumerate(titles):
-        place = (width - _TITLE_GAP, i * row_height + row_height // 2)
-        ImageDraw.Draw(margin).text(place, title, 0, font, anchor="rm")
-    return np.asarray(margin)[..., None].repeat(sheet[2], 2)
+def _font_for(texts: Sequence[str], width: int) -> Any:
+    """The largest font in which none of them is wider than `width` pixels; None for no texts, or no such font."""
+    for size in range(_FONT_SIZE, _MIN_FONT_SIZE - 1, -1) if texts else ():
+        font = ImageFont.load_default(size)
+        if max(map(font.getlength, texts)) <= width:
+            return font
+    return None
+
+
+def _text(
+    size: tuple[int, int],
+    channels: int,
+    texts: Sequence[str],
+    places: Sequence[tuple[int, int]],
+    font: Any,
+    anchor: str,
+) -> np.ndarray:
+    """White, uint8 [H, W, K] of size (W, H), with black texts at their (x, y)."""
+    image = Image.new("L", size, 255)
+    for text, place in zip(texts, places, strict=True):
+        ImageDraw.Draw(image).text(place, text, 0, font, anchor=anchor)
+    return np.asarray(image)[..., None].repeat(channels, 2)
 
 
 def save_png(path: epath.PathLike, sheet: np.ndarray) -> None:

@@ -232,5 +232,5 @@ class TrainedFlow:
             return program(variables, images, labels, of_image, *args)
         name = program.func.__name__.strip("_")
         rows = (images, labels, of_image)
-        results = self._runner.run(program, variables, rows, *args, progress=name, **options)
+        results = self._runner.run(program, variables, rows, *args, description=name, **options)
         return jax.tree.map(jnp.asarray, results)

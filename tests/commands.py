@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+COMMANDS = tuple(sorted(path.stem for path in ROOT.joinpath("launch").glob("*.py") if "__main__" in path.read_text()))
 
 
 def environment(**variables):

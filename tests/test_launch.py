@@ -42,25 +42,26 @@ def workdir(tmp_path_factory):
     return workdir
 
 
-MODULES = commands.ROOT.joinpath("launch").glob("*.py")
-COMMANDS = tuple(sorted(path.stem for path in MODULES if "__main__" in path.read_text()))
-
-
-def test_every_command_refuses_a_flag_it_does_not_know_in_one_line():
+def test_every_command_refuses_a_flag_it_does_not_know_in_one_line_and_names_the_nearest():
+    given = dict.fromkeys(commands.COMMANDS, "--tracebak") | {"sample": "--guidence=1", "train": "--surplus=1"}
     # Forked from a process that has imported most of what they need.
     program = (
         "import os, runpy, sys, warnings\n"
         "from launch import common\n"
         "warnings.filterwarnings('ignore', '.*fork')\n"
-        f"for name in {COMMANDS}:\n"
+        f"for name, flag in {given}.items():\n"
         "    if os.fork() == 0:\n"
-        "        sys.argv = [name, '--surplus=1']\n"
+        "        sys.argv = [name, flag]\n"
         "        runpy.run_module(f'launch.{name}', run_name='__main__')\n"
         "    print(name, os.waitstatus_to_exitcode(os.wait()[1]))\n"
     )
     code, out, err = commands.run("-c", program)
-    assert (code, err) == (0, "error: Unknown command line flag 'surplus'\n" * len(COMMANDS))
-    assert out.splitlines() == [f"{name} 1" for name in COMMANDS]
+    assert code == 0
+    told = dict.fromkeys(commands.COMMANDS, "error: unknown flag --tracebak; did you mean --traceback?")
+    told["sample"] = "error: unknown flag --guidence; did you mean --guidance?"
+    told["train"] = "error: unknown flag --surplus; see --help for the flags"
+    assert err.splitlines() == list(told.values())
+    assert out.splitlines() == [f"{name} 1" for name in commands.COMMANDS]
 
 
 @pytest.mark.slow
@@ -104,7 +105,9 @@ def test_sample_writes_grid_images_and_animation(workdir, tmp_path):
     with Image.open(tmp_path / "trajectory.gif") as animation:
         assert animation.n_frames == 4  # latents, two blocks, denoised
     with Image.open(tmp_path / "samples.png") as picture:
-        np.testing.assert_array_equal(np.asarray(picture), grid(images)[..., 0])
+        sheet = grid(images, 6)[..., 0]
+        np.testing.assert_array_equal(np.asarray(picture)[: len(sheet)], sheet)
+        assert picture.height > len(sheet)  # the classes' names
 
 
 @pytest.mark.slow

@@ -1,8 +1,10 @@
 """Batches of any size, cores, and programs that compile once a process."""
 
 import functools
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from tarflow_jax.runtime import (
     batches,
     environment,
     make_mesh,
+    progress,
 )
 from tarflow_jax.runtime.cores import usable_cores
 from tarflow_jax.runtime.environment import commit_of
@@ -191,3 +194,27 @@ def test_an_environment_names_release_commit_and_machine(tmp_path):
     (tmp_path / "file").write_text("2")
     assert commit_of(tmp_path) == f"{commit}-dirty"
     assert commit_of(tmp_path / "inside") is None  # as a package that is installed in somebody's repository
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "seconds", "description", "seen"),
+    [
+        (Terminal, 0, "things", True),
+        (Terminal, 9, "things", False),
+        (Terminal, 0, None, False),
+        (io.StringIO, 0, "things", False),
+    ],
+)
+def test_a_bar_with_the_time_left_is_seen_on_a_terminal_where_work_is_long(
+    monkeypatch, stream, seconds, description, seen
+):
+    monkeypatch.setattr(sys.modules[progress.__module__], "DELAY_S", seconds)
+    monkeypatch.setattr(sys, "stderr", stream())
+    assert [time.sleep(0.11) or i for i in progress(range(3), description)] == [0, 1, 2]
+    assert bool(re.search(r"things: +67%.*\[00:00<00:00", sys.stderr.getvalue())) == seen
+    assert seen or not sys.stderr.getvalue().strip("\r ")

@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import io
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,9 @@ def download_timeouts(seconds: float) -> Iterator[None]:
 
 
 def prepare_quietly(builder: tfds.core.DatasetBuilder) -> None:
-    """Prepares without a word; of processes that start together, the later take what the first one wrote."""
-    tfds.disable_progress_bar()
+    """Prepares, with TFDS's bars on a terminal; processes that start together: the later take what the first wrote."""
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             builder.download_and_prepare()

@@ -10,6 +10,7 @@ import scipy.special
 from sklearn.metrics import roc_auc_score
 
 from tarflow_jax.errors import UserError
+from tarflow_jax.runtime import progress
 
 CALIBRATION_BINS = 15
 
@@ -26,7 +27,8 @@ def class_log_probs(
         labels = jnp.full(len(draws[0]), label, jnp.int32)
         return np.mean([np.asarray(log_prob(images, labels), np.float64) for images in draws], axis=0)
 
-    return np.stack([column(label) for label in range(num_classes)], axis=1)
+    labels = progress(range(num_classes), "log-likelihoods", unit="class")
+    return np.stack([column(label) for label in labels], axis=1)
 
 
 def bayes_classification(log_probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:

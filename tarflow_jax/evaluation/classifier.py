@@ -18,13 +18,13 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from tqdm import tqdm
 
 from tarflow_jax.data import ImageSource
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.features import FeatureExtractor, FeatureNetwork, Features
 from tarflow_jax.evaluation.sample_files import file_stem
 from tarflow_jax.files import replacing, sha256
+from tarflow_jax.runtime import progress
 
 RECIPE = "3 strided convolutions of 32, 64, 128; AdamW 2e-3, cosine, batch 256, 6 epochs, at least 1,000 steps"
 BATCH_SIZE = 256
@@ -67,7 +67,7 @@ def train_classifier(source: ImageSource) -> dict[str, Any]:
         return optax.apply_updates(params, updates), state
 
     random = np.random.default_rng(0)
-    for _ in tqdm(range(steps), f"classifier of {source.name}", disable=None, leave=False):
+    for _ in progress(range(steps), f"classifier of {source.name}"):
         batch = random.choice(len(images), BATCH_SIZE)
         params, state = update(params, state, jnp.asarray(images[batch]), jnp.asarray(labels[batch]))
     return params

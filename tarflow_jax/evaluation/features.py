@@ -51,7 +51,7 @@ class FeatureExtractor:
             self._variables,
             (images,),
             bytes_per_image=self.network.bytes_per_image,
-            progress=description,
+            description=description,
         )
 
 

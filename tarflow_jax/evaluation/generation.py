@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from tqdm import tqdm
 
 from tarflow_jax.errors import UserError
 from tarflow_jax.figures import to_uint8
 from tarflow_jax.files import read_npz, write_npz, write_text
+from tarflow_jax.runtime import progress
 
 NOT_FINITE = 128  # the grey that stands for a pixel which is no number
 
@@ -70,7 +70,7 @@ def generate(
     first images do not depend on how many are asked for. Nothing is drawn twice, NaN or not.
     """
     mine = range(jax.process_index(), -(-num_images // chunk_size), jax.process_count())
-    for index in tqdm(mine, f"samples, {chunk_size} at a time", disable=None, leave=False):
+    for index in progress(mine, f"samples, {chunk_size} at a time"):
         path = _chunk_path(folder, index)
         if path.exists():
             continue

@@ -11,6 +11,7 @@ from sklearn.metrics.pairwise import polynomial_kernel
 from sklearn.neighbors import NearestNeighbors
 
 from tarflow_jax.errors import UserError
+from tarflow_jax.runtime import progress
 
 SEED = 2020
 
@@ -43,7 +44,7 @@ def kernel_distance(
         raise UserError(f"kernel distance takes subsets of {subset_size} images, got {len(first)} and {len(second)}")
     random = np.random.RandomState(SEED)
     distances = []
-    for _ in range(subsets):
+    for _ in progress(range(subsets), "kernel distance"):
         x = first[random.choice(len(first), subset_size, replace=False)].astype(np.float64)
         y = second[random.choice(len(second), subset_size, replace=False)].astype(np.float64)
         within = _mean_off_diagonal(polynomial_kernel(x, x)) + _mean_off_diagonal(polynomial_kernel(y, y))

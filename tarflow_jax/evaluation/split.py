@@ -39,7 +39,9 @@ def noisy_log_prob(
         index = np.arange(len(images[0]), dtype=np.int32)
         rows = (*images, index, level_of(index))
     program = functools.partial(programs.noisy_log_prob, programs.exact(config), noise)
-    return runner.run(program, variables, rows, key, bytes_per_image=forward_bytes(config), progress="log-likelihoods")
+    return runner.run(
+        program, variables, rows, key, bytes_per_image=forward_bytes(config), description="log-likelihoods"
+    )
 
 
 def split_log_prob(

@@ -13,6 +13,7 @@ import safetensors
 
 from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.interop.layout import check_tensors
+from tarflow_jax.runtime import progress
 from tarflow_jax.runtime.parameters import Shape
 
 CODES = {"float32": "F32", "bfloat16": "BF16"}  # dtype -> the format's name for it
@@ -31,7 +32,7 @@ def write_tensors(file: IO[bytes], tensors: Mapping[str, Any], dtypes: Mapping[s
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # the format aligns the data to eight bytes
     file.write(struct.pack("<Q", len(head)) + head)
-    for name, array in tensors.items():
+    for name, array in progress(tensors.items(), "writing weights"):
         data = np.ascontiguousarray(np.asarray(array).astype(jnp.dtype(dtypes[name])))
         file.write(data.reshape(-1).view(np.uint8).data)
 
@@ -49,7 +50,7 @@ def read_tensors(
         for name, tensor in found.items():
             if tensor.get_dtype() != CODES[dtypes[name]]:
                 raise UserError(f"{path}: tensor {name} is {tensor.get_dtype()}; expected {CODES[dtypes[name]]}")
-    for name in shapes:
+    for name in progress(shapes, f"reading {path.name}"):
         # Opened anew: the file is mapped into memory, and its pages count as ours until it is closed.
         with _opened(path) as file:
             array = file.get_tensor(name)

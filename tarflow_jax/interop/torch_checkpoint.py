@@ -9,13 +9,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from tarflow_jax.errors import MissingPackageError, UserError, one_line
 from tarflow_jax.files import replacing
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.interop.layout import check_tensors, flatten, unflatten
 from tarflow_jax.interop.torch_layout import constants, from_torch, to_torch, torch_names, torch_shapes
+from tarflow_jax.runtime import progress
 from tarflow_jax.runtime.parameters import Shape, variables_shapes
 
 HEAD_DIM = 64  # fixed in the reference, so no tensor tells it
@@ -51,7 +51,7 @@ def load_torch(
     check_tensors(str(path), shapes, torch_shapes(config))
     _check_constants(path, config, state)
     variables = {}
-    for name in tqdm(variables_shapes(config), f"reading {path.name}", disable=None, leave=False):
+    for name in progress(variables_shapes(config), f"reading {path.name}"):
         # Popped, so that the file's copy of a tensor is freed as soon as ours is made.
         parts = [state.pop(part).float().numpy() for part in torch_names(config, name)]
         variables[name] = jnp.asarray(from_torch(config, name, parts))
@@ -71,7 +71,7 @@ def save_torch(path: str | os.PathLike[str], config: TarFlowConfig, variables: M
     shapes = variables_shapes(config)
     check_tensors("the model", {name: value.shape for name, value in flat.items()}, shapes)
     state = {name: torch.from_numpy(array.copy()) for name, array in constants(config).items()}
-    for name in shapes:
+    for name in progress(shapes, "converting"):
         parts = to_torch(config, name, np.asarray(flat[name], np.float32))
         for torch_name, part in zip(torch_names(config, name), parts, strict=True):
             state[torch_name] = torch.from_numpy(np.array(part, order="C"))

@@ -7,6 +7,7 @@ from tarflow_jax.runtime.mesh import BATCH_AXES, batch_sharding, make_mesh, repl
 from tarflow_jax.runtime.preemption import Preempted, PreemptionGuard, stop_if_requested
 from tarflow_jax.runtime.processes import start_processes
 from tarflow_jax.runtime.programs import Program
+from tarflow_jax.runtime.progress import progress
 from tarflow_jax.runtime.rows import Rows
 from tarflow_jax.runtime.sharding import gathered, leaf_name, shardings, summary
 
@@ -23,6 +24,7 @@ __all__ = [
     "gathered",
     "leaf_name",
     "make_mesh",
+    "progress",
     "release",
     "replicated",
     "shardings",

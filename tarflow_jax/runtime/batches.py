@@ -11,17 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
-from tqdm import tqdm
 
 from tarflow_jax.runtime.cores import CPU_BATCH, usable_cores
 from tarflow_jax.runtime.mesh import batch_sharding
 from tarflow_jax.runtime.preemption import stop_if_requested
 from tarflow_jax.runtime.programs import Program
+from tarflow_jax.runtime.progress import progress
 from tarflow_jax.runtime.rows import Rows
 from tarflow_jax.runtime.sharding import shardings
 
 DEFAULT_MEMORY_BOUND = 2 * 2**30
-PROGRESS_DELAY_S = 3  # shorter work shows no progress bar
 
 _compiled: set[Any] = set()  # what this process has run before: threads need not wait for its compilation
 
@@ -70,7 +69,7 @@ class BatchRunner:
         *args: Any,
         bytes_per_image: int,
         smallest: int = 1,
-        progress: str | None = None,
+        description: str | None = None,
     ) -> Any:
         """program(variables, *rows, *args), some images at a time.
 
@@ -82,7 +81,7 @@ class BatchRunner:
           args: what every batch gets whole.
           bytes_per_image: of its activations.
           smallest: images of the smallest batch; fewer are padded.
-          progress: what the progress bar calls this; None for no bar.
+          description: what the progress bar calls this; None for no bar.
 
         Returns:
           A pytree of NumPy arrays [B, …].
@@ -105,15 +104,8 @@ class BatchRunner:
             return jax.tree.map(np.asarray, result)  # waits for it
 
         key = (program.func, program.args, *program.keywords.items(), self.mesh, size, jax.tree.structure(args))
-        bar = tqdm(
-            total=total,
-            desc=progress,
-            unit=" images",
-            disable=True if progress is None else None,
-            leave=False,
-            delay=PROGRESS_DELAY_S,
-        )
         results = []
+        bar = progress(None, description, total=total, unit=" images")
         with ThreadPoolExecutor(workers) as threads, bar:
             for result in _first_alone(run_from, range(0, total, size), threads, key):
                 results.append(result)

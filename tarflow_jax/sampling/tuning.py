@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tarflow_jax.flow import TarFlowConfig, permute, to_tokens
+from tarflow_jax.runtime import progress
 from tarflow_jax.sampling.blocks import guided_block
 from tarflow_jax.sampling.decode import Decoder
 from tarflow_jax.sampling.fixed_point import INITS, GaussSeidelJacobi, Jacobi, initial, update
@@ -80,7 +81,7 @@ def tune(
     tokens = to_tokens(config, latents)
     if config.volume_preserving:
         tokens = tokens * jnp.sqrt(variables["prior"]["variance"])[None]
-    for k in reversed(range(config.num_blocks)):
+    for k in progress(range(config.num_blocks - 1, -1, -1), f"decoders of {len(latents)} images", unit="block"):
         block = guided_block(config, variables["params"], k, labels, guidance, noise_std)
         report, x = _tune_block(block, permute(tokens, k), tolerance, max_error)
         reports.append(report)

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from tarflow_jax.flow import TarFlowConfig, permute, to_images, to_tokens
-from tarflow_jax.sampling.decode import Decoded, Decoder, guided_block
+from tarflow_jax.sampling.blocks import guided_block
+from tarflow_jax.sampling.decode import Decoded, Decoder
 from tarflow_jax.sampling.fixed_point import STUDENT, Jacobi, bounded, update
 from tarflow_jax.sampling.guidance import Guidance, GuidedBlock
 from tarflow_jax.sampling.inverse import Inverted, unchanged

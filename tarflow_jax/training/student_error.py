@@ -30,5 +30,5 @@ def split_errors(
     program = functools.partial(programs.student_error, config.student, config.model, config.noise)
     rows = LazyRows(read, len(source))
     return runner.run(
-        program, variables, rows, key, bytes_per_image=2 * forward_bytes(config.model), progress="student's errors"
+        program, variables, rows, key, bytes_per_image=2 * forward_bytes(config.model), description="student's errors"
     )
