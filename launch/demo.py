@@ -3,17 +3,14 @@
 python -m launch.demo --workdir=runs/fashion_mnist
 """
 
-import importlib.util
-import logging
-import os
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from absl import flags
 
 from launch import common
+from launch.demo_app.builder import page_builder
 from launch.demo_app.model import DemoModel
-from tarflow_jax.errors import MissingPackageError, UserError, one_line
+from tarflow_jax.errors import UserError, one_line
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Show the model of this training run's folder, saved model's folder, or hub name."
@@ -29,7 +26,7 @@ MAX_UPLOAD_SIZE = "16mb"
 
 def main(argv: Sequence[str]) -> None:
     """Opens the model, draws the first images, and serves until it is stopped."""
-    build = _page_builder()
+    build = page_builder()
     workdir = common.folder("workdir")
     model = DemoModel.of(common.open_pipeline(workdir, None), workdir, NUM_IMAGES.value)
     print(f"drawing the first {model.num_images} images", flush=True)
@@ -49,18 +46,6 @@ def main(argv: Sequence[str]) -> None:
         ) from error
     print(f"http://{HOST.value}:{PORT.value}", flush=True)
     page.block_thread()
-
-
-def _page_builder() -> Callable[[DemoModel], Any]:
-    """`demo_app.page.build`; MissingPackageError without Gradio."""
-    # Before the import, which reads them: nobody is told of this page, its readers, or its weights.
-    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    if importlib.util.find_spec("gradio") is None:
-        raise MissingPackageError("the demo needs Gradio; pip install 'gradio>=6.31,<7'")
-    from launch.demo_app.page import build
-
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # tells of Gradio's look at its own address
-    return build
 
 
 if __name__ == "__main__":

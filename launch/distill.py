@@ -14,11 +14,11 @@ import jax
 import numpy as np
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
+from configs.student.common import of_flow
 from launch import common
 from tarflow_jax.arguments import check_student
-from tarflow_jax.errors import UserError
 from tarflow_jax.figures import grid, save_png, to_uint8
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.pipeline import TarFlowPipeline
@@ -93,15 +93,6 @@ def compare(pipe: TarFlowPipeline) -> np.ndarray:
         name = f"polished by {POLISH}{', denoised' * denoised}"
         rows[name] = pipe.denoise_drawn(polished, labels) if denoised else polished
     return grid(np.concatenate([to_uint8(images) for images in rows.values()]), COLUMNS, list(rows))
-
-
-def of_flow(config: ConfigDict, flow: ConfigDict) -> ConfigDict:
-    """The recipe of a student, with the model, data and noise of its flow's."""
-    if "student" not in config:
-        raise UserError("--config is no student's recipe; expected one such as configs/student/digits.py")
-    whole = ConfigDict({name: flow[name] for name in ("model", "data", "noise")})
-    whole.update(config)
-    return whole
 
 
 if __name__ == "__main__":

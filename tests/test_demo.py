@@ -12,7 +12,7 @@ from PIL import Image
 from runs import SMALL
 from tiny_models import random_variables
 
-from launch import demo
+from launch.demo_app.builder import page_builder
 from launch.demo_app.model import IN_TURN, MAX_UPLOAD_PIXELS, DemoModel, Settings
 from tarflow_jax import Noise, TarFlowPipeline, programs
 from tarflow_jax.errors import MissingPackageError
@@ -134,7 +134,7 @@ def test_the_head_tells_what_is_known(model):
 def test_without_gradio_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match="the demo needs Gradio; pip install 'gradio"):
-        demo._page_builder()
+        page_builder()
 
 
 def test_overlay_colours_patches_from_the_lowest_to_the_highest():

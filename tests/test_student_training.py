@@ -17,7 +17,7 @@ from tiny_models import TINY, random_variables
 
 from configs import digits
 from configs.student import digits as student_digits
-from launch.distill import of_flow
+from configs.student.common import of_flow
 from tarflow_jax import Noise
 from tarflow_jax.runtime import Preempted, Rows, make_mesh
 from tarflow_jax.runtime.parameters import params_shapes, student_shapes

@@ -36,3 +36,12 @@ def with_variant(config: ConfigDict, variant: str) -> ConfigDict:
         config.train.update({"num_steps": 20, "batch_size": 16, "checkpoint_every": 10, "log_every": 5})
         config.optimizer.warmup_steps = 5
     return config
+
+
+def of_flow(config: ConfigDict, flow: ConfigDict) -> ConfigDict:
+    """The recipe of a student, with the model, data and noise of its flow's."""
+    if "student" not in config:
+        raise UserError("--config is no student's recipe; expected one such as configs/student/digits.py")
+    whole = ConfigDict({name: flow[name] for name in ("model", "data", "noise")})
+    whole.update(config)
+    return whole

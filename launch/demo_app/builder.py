@@ -1,0 +1,22 @@
+"""Gradio, imported when it is there, and told to keep what it sees to itself."""
+
+import importlib.util
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from launch.demo_app.model import DemoModel
+from tarflow_jax.errors import MissingPackageError
+
+
+def page_builder() -> Callable[[DemoModel], Any]:
+    """`page.build`; MissingPackageError without Gradio."""
+    # Before the import, which reads them: nobody is told of this page, its readers, or its weights.
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    if importlib.util.find_spec("gradio") is None:
+        raise MissingPackageError("the demo needs Gradio; pip install 'gradio>=6.31,<7'")
+    from launch.demo_app.page import build
+
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # tells of Gradio's look at its own address
+    return build
