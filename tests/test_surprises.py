@@ -198,7 +198,9 @@ def test_help_is_quick_shows_examples_and_a_recipe_s_fields():
     assert jax.__name__ not in imported
 
 
-@pytest.mark.parametrize("command", ["convert", "evaluate", "plan", "prepare_data", "sample", "sweep", "train"])
+@pytest.mark.parametrize(
+    "command", ["convert", "distill", "evaluate", "plan", "prepare_data", "sample", "sweep", "train"]
+)
 def test_help_says_of_every_flag_what_it_does(command):
     flags = re.findall(r"^  --(\w+) +(.*)$", show(command), re.MULTILINE)
     assert {"compilation_cache", "traceback"} < {name for name, _ in flags}
