@@ -1,6 +1,11 @@
 """One pass from noise to digit: a student of the flow that configs/digits.py trains.
 
 python -m launch.distill --workdir=runs/digits --config=configs/student/digits.py
+
+Measured 2026-11-26 (commit fe1eb9a), float32, jax 0.10.2, on 2 cores of an Intel Xeon beside much other work: 6.2 minutes of
+CPU time, compilation and test errors included, so about 3 minutes of two idle cores. Flow: configs/digits.py, seed 1.
+Mean square error of clean test images 0.0155. A classifier of real digits reads 0.990 of 1,000 samples as their label,
+0.999 with guidance 1 (the flow's, denoised: 0.977 and 0.998; benchmarks/digits_judge.py). docs/sampling.md has more.
 """
 
 from ml_collections import ConfigDict
@@ -15,5 +20,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config.optimizer.update(
         {"name": "muon", "muon_learning_rate": 3e-3, "learning_rate": 3e-3, "warmup_steps": 100, "clip_norm": 1.0}
     )
-    config.train.update({"num_steps": 900, "batch_size": 64, "checkpoint_every": 500, "evaluate_every": 250})
+    config.train.update({"num_steps": 900, "batch_size": 64, "checkpoint_every": 500, "evaluate_every": 300})
     return common.with_variant(config, variant)
