@@ -15,7 +15,8 @@ CSS = """
 .pixels:not(.upload) [data-testid="block-label"] { position: static; border: 0; }
 .pixels .image-frame img { width: 100%; height: 100%; object-fit: contain !important; }
 .pixels .grid-wrap { height: auto !important; min-height: 0 !important; max-height: none !important; }
-.pixels .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; padding-top: 0; }
+.pixels .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; }
+.pixels .grid-container { grid-template-rows: none !important; grid-auto-rows: auto !important; padding-top: 0; }
 .pixels .thumbnail-item { height: auto; min-height: 0; aspect-ratio: auto; }
 @media (max-width: 640px) { .many .grid-container { --grid-cols: 4 !important; gap: 4px; } }
 .facts { display: flex; flex-wrap: wrap; gap: .4rem 1.4rem; margin-top: .5rem; font-size: .9rem; }
