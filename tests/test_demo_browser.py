@@ -112,3 +112,10 @@ def test_an_upload_gets_its_log_p_and_a_broken_file_a_message_of_one_line(page):
 def test_two_images_become_a_way_between_them(page):
     upload(page, "Interpolate", ("a.png", png(1)), ("b.png", png(2)))
     expect(samples(page)).to_have_count(8)
+
+
+def test_the_page_fits_a_phone(page):
+    page.set_viewport_size({"width": 360, "height": 640})
+    for tab in ("Draw", "Watch it emerge", "Ask", "Interpolate"):
+        page.get_by_role("tab", name=tab).click()
+        assert page.evaluate("document.documentElement.scrollWidth") == 360, tab
