@@ -3,6 +3,7 @@
 python -m launch.demo --workdir=runs/fashion_mnist
 """
 
+import socket
 from collections.abc import Sequence
 
 from absl import flags
@@ -10,7 +11,7 @@ from absl import flags
 from launch import common
 from launch.demo_app.builder import page_builder
 from launch.demo_app.model import DemoModel
-from tarflow_jax.errors import UserError, one_line
+from tarflow_jax.errors import UserError
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Show the model of this training run's folder, saved model's folder, or hub name."
@@ -27,25 +28,30 @@ MAX_UPLOAD_SIZE = "16mb"
 def main(argv: Sequence[str]) -> None:
     """Opens the model, draws the first images, and serves until it is stopped."""
     build = page_builder()
+    _check_address(HOST.value, PORT.value)
     workdir = common.folder("workdir")
     model = DemoModel.of(common.open_pipeline(workdir, None), workdir, NUM_IMAGES.value)
     print(f"drawing the first {model.num_images} images", flush=True)
     page, options = build(model)
-    try:
-        page.launch(
-            server_name=HOST.value,
-            server_port=PORT.value,
-            max_file_size=MAX_UPLOAD_SIZE,
-            prevent_thread_lock=True,
-            quiet=True,
-            **options,
-        )
-    except OSError as error:
-        raise UserError(
-            f"nothing can listen at --host={HOST.value} --port={PORT.value}: {one_line(error)}; choose another port"
-        ) from error
+    page.launch(
+        server_name=HOST.value,
+        server_port=PORT.value,
+        max_file_size=MAX_UPLOAD_SIZE,
+        prevent_thread_lock=True,
+        quiet=True,
+        **options,
+    )
     print(f"http://{HOST.value}:{PORT.value}", flush=True)
     page.block_thread()
+
+
+def _check_address(host: str, port: int) -> None:
+    """Raises UserError where nothing can listen, before a model is read."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address[:2], family=family).close()
+    except OSError as error:
+        raise UserError(f"--host={host} --port={port}: {error.strerror}; choose another port or address") from error
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import socket
 
 import chex
 import numpy as np
@@ -14,10 +15,11 @@ from tiny_models import random_variables
 
 from launch.demo_app.builder import page_builder
 from launch.demo_app.model import IN_TURN, MAX_UPLOAD_PIXELS, DemoModel, Settings
-from tarflow_jax import Noise, TarFlowPipeline, programs
-from tarflow_jax.errors import MissingPackageError
+from tarflow_jax import Guidance, Noise, TarFlowPipeline, programs
+from tarflow_jax.errors import MissingPackageError, UserError
 from tarflow_jax.figures import COLOURS, enlarge, overlay
 from tarflow_jax.fingerprint import fingerprint
+from tarflow_jax.sampling import Jacobi, Schedule
 
 COUNT = 4
 GUIDED = Settings(guidance=1.0)
@@ -48,6 +50,22 @@ def test_no_slider_compiles_anything(model):
     other = model.draw(Settings(label=2, guidance=2.5, attention_temperature=0.9, temperature=0.7, seed=5))
     np.testing.assert_array_equal(other.labels, [2] * COUNT)
     assert (programs.decode._cache_size(), programs.denoise._cache_size()) == before
+
+
+def test_a_tuned_decoder_is_offered_for_these_weights_and_tells_of_its_guidance(model):
+    weights = fingerprint(model.pipe.variables)
+    pipe = lambda weights: TarFlowPipeline(  # noqa: E731
+        SMALL, model.pipe.variables, schedule=Schedule({COUNT: (Jacobi(), Jacobi())}, weights, Guidance(1.0))
+    )
+    tuned = DemoModel.of(pipe(weights), "models/tiny", COUNT)
+    assert list(tuned.decoders) == ["Sequential", "Jacobi", "Tuned"]
+    assert list(DemoModel.of(pipe("others"), "models/tiny", COUNT).decoders) == ["Sequential", "Jacobi"]
+    settings = Settings(guidance=1.0, denoise=False, decoder="Tuned")
+    np.testing.assert_array_equal(
+        tuned.draw(settings).images, model.draw(dataclasses.replace(settings, decoder="Jacobi")).images
+    )
+    with pytest.raises(UserError, match="was tuned for Guidance"):
+        tuned.draw(dataclasses.replace(settings, guidance=2.0))
 
 
 def test_images_far_outside_the_range_are_counted(model):
@@ -135,6 +153,12 @@ def test_without_gradio_one_line_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingPackageError, match="the demo needs Gradio; pip install 'gradio"):
         page_builder()
+
+
+@pytest.mark.parametrize(("host", "reason"), [("127.0.0.1", "in use"), ("no.such.host.invalid", "choose another")])
+def test_an_address_that_cannot_be_had_is_refused_before_the_model_is_read(host, reason):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match=reason):
+        demo._check_address(host, taken.getsockname()[1])
 
 
 def test_overlay_colours_patches_from_the_lowest_to_the_highest():

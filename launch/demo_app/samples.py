@@ -26,7 +26,7 @@ def tabs(model: DemoModel, page: gr.Blocks) -> Drawn:
                 images = gallery("Samples", 4)
     with gr.Tab("Watch it emerge"):
         gr.Markdown(
-            "The samples of *Draw* on their way: the latents, then what is left when each block is inverted, the last "
+            "The samples of *Draw* on their way: the latents, then what each inverted block makes of them, the last "
             "block first" + (", and at the end the denoised images." if model.pipe.noise_std is not None else ".")
         )
         with gr.Row():

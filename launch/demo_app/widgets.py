@@ -13,8 +13,7 @@ from tarflow_jax.figures import encode_gif
 
 TILE = 224  # side of a picture among others, pixels
 PROGRESS = gr.Progress()
-# One model, one event at a time; and no calls but the page's own.
-EVENT: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
+EVENT: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}  # one model: one event at a time
 
 
 @contextlib.contextmanager
