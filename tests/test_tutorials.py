@@ -23,7 +23,7 @@ def test_runs_at_smoke_size(path, tmp_path):
         "XLA_FLAGS": "--xla_backend_optimization_level=1",
     }
     notebook = nbformat.read(path, as_version=4)
-    client = NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(tmp_path)}})
+    client = NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}})
     client.execute(env=environment(**variables))
 
 
