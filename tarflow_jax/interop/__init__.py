@@ -1,6 +1,6 @@
 """Weights in and out: PyTorch checkpoints of the reference, and a model folder others can load."""
 
-from tarflow_jax.interop.model_folder import SavedModel, load_model, save_model
+from tarflow_jax.interop.model_folder import SavedModel, load_model, push_model, save_model
 from tarflow_jax.interop.torch_checkpoint import load_torch, save_torch
 
-__all__ = ["SavedModel", "load_model", "load_torch", "save_model", "save_torch"]
+__all__ = ["SavedModel", "load_model", "load_torch", "push_model", "save_model", "save_torch"]
