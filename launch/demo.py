@@ -3,15 +3,13 @@
 python -m launch.demo --workdir=runs/fashion_mnist
 """
 
-import socket
 from collections.abc import Sequence
 
 from absl import flags
 
 from launch import common
-from launch.demo_app.builder import page_builder
+from launch.demo_app.builder import check_address, page_builder
 from launch.demo_app.model import DemoModel
-from tarflow_jax.errors import UserError
 
 WORKDIR = flags.DEFINE_string(
     "workdir", None, "Show the model of this training run's folder, saved model's folder, or hub name."
@@ -28,7 +26,7 @@ MAX_UPLOAD_SIZE = "16mb"
 def main(argv: Sequence[str]) -> None:
     """Opens the model, draws the first images, and serves until it is stopped."""
     build = page_builder()
-    _check_address(HOST.value, PORT.value)
+    check_address(HOST.value, PORT.value)
     workdir = common.folder("workdir")
     model = DemoModel.of(common.open_pipeline(workdir, None), workdir, NUM_IMAGES.value)
     print(f"drawing the first {model.num_images} images", flush=True)
@@ -43,15 +41,6 @@ def main(argv: Sequence[str]) -> None:
     )
     print(f"http://{HOST.value}:{PORT.value}", flush=True)
     page.block_thread()
-
-
-def _check_address(host: str, port: int) -> None:
-    """Raises UserError where nothing can listen, before a model is read."""
-    try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        socket.create_server(address[:2], family=family).close()
-    except OSError as error:
-        raise UserError(f"--host={host} --port={port}: {error.strerror}; choose another port or address") from error
 
 
 if __name__ == "__main__":

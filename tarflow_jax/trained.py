@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 from tarflow_jax import interop
 from tarflow_jax.arguments import check_images, check_labels, is_traced
 from tarflow_jax.errors import UserError
+from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.noise import Noise
 from tarflow_jax.runtime import BatchRunner
@@ -187,9 +189,14 @@ class TrainedFlow:
     ) -> None:
         """Writes config.json, model.safetensors and a model card; see `interop.save_model`.
 
-        `card` is added to what is known of the run. The average and the raw parameters are both kept. The decoder
-        schedule and the student go with the weights that they were made for: not with those that bfloat16 rounds.
+        `card` is added to what is known of the run: its samples, and what launch.evaluate has measured of these
+        weights. The average and the raw parameters are both kept. The measured figures, the decoder schedule and the
+        student go with the weights that they are of: not with those that bfloat16 rounds.
         """
+        card = {**self.card, **(card or {})}
+        if found := card.get("evaluations"):
+            mine = fingerprint(self.variables) if dtype == "float32" else None
+            card["evaluations"] = [each for each in found if each["protocol"].get("fingerprint") == mine]
         variables, ema_params = self.variables, None
         if self._raw_params is not None:
             variables, ema_params = {**variables, "params": self._raw_params}, variables["params"]
@@ -200,7 +207,7 @@ class TrainedFlow:
             noise=self.noise,
             ema_params=ema_params,
             dtype=dtype,
-            card={**self.card, **(card or {})},
+            card=card,
         )
         with contextlib.suppress(UserError):  # an unusable schedule
             if dtype == "float32" and self.schedule:
@@ -211,6 +218,23 @@ class TrainedFlow:
         except UserError as error:
             logger.warning("the student is left out: %s", error)
         interop.save_student(folder, student if dtype == "float32" else None)
+
+    def push_to_hub(self, name: str, *, private: bool = False, token: str | None = None, **options: Any) -> str:
+        """Saves the model to the Hugging Face hub as "owner/name", which is made if it is missing.
+
+        Args:
+          private: of a model that is made. token: None is the one that `hf auth login` or HF_TOKEN gave.
+          options: `dtype` and `card`, see `save_pretrained`.
+
+        Returns:
+          The commit's address.
+
+        Raises:
+          ValueError: no such name, or the hub refused. ImportError: huggingface_hub is not installed.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **options | {"card": {"name": name, **(options.get("card") or {})}})
+            return interop.push_model(folder, name, private=private, token=token)
 
     def _run(
         self,

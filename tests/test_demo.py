@@ -13,7 +13,7 @@ from PIL import Image
 from runs import SMALL
 from tiny_models import random_variables
 
-from launch.demo_app.builder import page_builder
+from launch.demo_app.builder import check_address, page_builder
 from launch.demo_app.model import IN_TURN, MAX_UPLOAD_PIXELS, DemoModel, Settings
 from tarflow_jax import Guidance, Noise, TarFlowPipeline, programs
 from tarflow_jax.errors import MissingPackageError, UserError
@@ -158,7 +158,7 @@ def test_without_gradio_one_line_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize(("host", "reason"), [("127.0.0.1", "in use"), ("no.such.host.invalid", "choose another")])
 def test_an_address_that_cannot_be_had_is_refused_before_the_model_is_read(host, reason):
     with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match=reason):
-        demo._check_address(host, taken.getsockname()[1])
+        check_address(host, taken.getsockname()[1])
 
 
 def test_overlay_colours_patches_from_the_lowest_to_the_highest():

@@ -1,13 +1,14 @@
-"""Gradio, imported when it is there, and told to keep what it sees to itself."""
+"""Before the page: Gradio, told to keep what it sees to itself, and an address that is free."""
 
 import importlib.util
 import logging
 import os
+import socket
 from collections.abc import Callable
 from typing import Any
 
 from launch.demo_app.model import DemoModel
-from tarflow_jax.errors import MissingPackageError
+from tarflow_jax.errors import MissingPackageError, UserError
 
 
 def page_builder() -> Callable[[DemoModel], Any]:
@@ -20,3 +21,12 @@ def page_builder() -> Callable[[DemoModel], Any]:
 
     logging.getLogger("httpx").setLevel(logging.WARNING)  # tells of Gradio's look at its own address
     return build
+
+
+def check_address(host: str, port: int) -> None:
+    """Raises UserError where nothing can listen, before a model is read."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address[:2], family=family).close()
+    except OSError as error:
+        raise UserError(f"--host={host} --port={port}: {error.strerror}; choose another port or address") from error

@@ -1,14 +1,17 @@
-"""The README.md of a model folder: what the model is, how it was trained, and how to use it."""
+"""The README.md of a model folder: what the model is, how it was trained, how good it is, and how to use it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tarflow_jax.errors import UserError
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.noise import Noise
 
-FIELDS = ("name", "datasets", "training", "metrics")
+FIELDS = ("name", "datasets", "training", "metrics", "samples", "evaluations")
+PICTURE = "samples.png"  # beside the card
+_MAX_CELL = 300  # letters
+_PRIVATE = "model"  # of a protocol: a path on the machine that measured
 
 
 def model_card(config: TarFlowConfig, noise: Noise | None, card: Mapping[str, Any]) -> str:
@@ -17,7 +20,9 @@ def model_card(config: TarFlowConfig, noise: Noise | None, card: Mapping[str, An
     Args:
       noise: what it was trained with; None if unknown.
       card: any of "name" (str), "datasets" (list of str), "training" (dict: what to say of it, in words or
-        numbers) and "metrics" (dict: name, with its unit, -> measured number); ValueError for another field.
+        numbers), "metrics" (dict: name, with its unit, -> measured number), "samples" (path of an image file, which
+        is shown) and "evaluations" (list of what launch.evaluate writes, {"protocol": …, "results": …}); ValueError
+        for another field.
     """
     if unknown := sorted(set(card) - set(FIELDS)):
         raise UserError(f"unknown model card field {unknown[0]!r}; expected one of {', '.join(FIELDS)}")
@@ -40,20 +45,64 @@ def model_card(config: TarFlowConfig, noise: Noise | None, card: Mapping[str, An
     }
     training = {"data": ", ".join(datasets)} if datasets else {}
     sections = [
-        _table("Model", shape),
-        _table("Training", training | dict(card.get("training", {}))),
-        _table("Measured", card.get("metrics", {})),
+        f"\n![Samples]({PICTURE})\n" if card.get("samples") else "",
+        _use(config, noise),
+        _facts("Model", shape),
+        _facts("Training", training | dict(card.get("training", {}))),
+        _facts("Measured", card.get("metrics", {})),
+        *map(_evaluation, card.get("evaluations", ())),
     ]
     # JSON values are YAML.
     yaml = "".join(f"{key}: {json.dumps(value)}\n" for key, value in header.items())
-    return f"---\n{yaml}---\n\n# {name}\n\n{_INTRODUCTION}{''.join(sections)}{_USE}"
+    return f"---\n{yaml}---\n\n# {_cell(name)}\n\n{_INTRODUCTION}{''.join(sections)}"
 
 
-def _table(title: str, rows: Mapping[str, Any]) -> str:
-    if not rows:
-        return ""
-    lines = "".join(f"| {key} | {value} |\n" for key, value in rows.items())
-    return f"\n## {title}\n\n| | |\n| --- | --- |\n{lines}"
+def _facts(title: str, rows: Mapping[str, Any]) -> str:
+    return f"\n## {title}\n\n{_table(['', ''], [[key, value] for key, value in rows.items()])}" if rows else ""
+
+
+def _evaluation(found: Mapping[str, Any]) -> str:
+    """Each metric's table, and the protocol that says what it may be compared with."""
+    results, protocol = found["results"], {k: v for k, v in found["protocol"].items() if k != _PRIVATE}
+    text = ""
+    for metric, rows in results.items():
+        of_metric = [row for row in (rows if isinstance(rows, list) else [rows]) if isinstance(row, Mapping)]
+        columns = list(dict.fromkeys(k for row in of_metric for k, v in row.items() if not isinstance(v, list)))
+        if columns:
+            text += f"\n### {_cell(metric)}\n\n" + _table(
+                columns, [[row.get(k, "") for k in columns] for row in of_metric]
+            )
+    flat = [[name, value] for name, value in protocol.items() if not isinstance(value, Mapping)]
+    nested = [(name, value) for name, value in protocol.items() if isinstance(value, Mapping)]
+    flat += [[f"{name}, {inner}", leaf] for name, value in nested for inner, leaf in value.items()]
+    return text and f"{text}\n<details><summary>Protocol</summary>\n\n{_table(['', ''], flat)}\n</details>\n"
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "".join(f"| {' | '.join(map(_cell, line))} |\n" for line in lines)
+
+
+def _cell(value: Any) -> str:
+    """A value as Markdown that shows it: in one line, no markup in it."""
+    text = " ".join((f"{value:.5g}" if isinstance(value, float) else str(value)).split())[:_MAX_CELL]
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("[", "\\[").replace("`", "\\`")
+
+
+def _use(config: TarFlowConfig, noise: Noise | None) -> str:
+    """An example that runs as it stands, for this model."""
+    labels, guidance, level = "", "", ""
+    if config.num_classes:
+        labels, guidance = ", labels", ", guidance=Guidance(weight=1.0)"
+    if config.noise_conditional:
+        level = f", noise_std={noise.std_min:g}" if noise else ", noise_std=0.1"
+    return _USE.format(
+        imports="Guidance, " if guidance else "",
+        define=f"labels = [i % {config.num_classes} for i in range(16)]\n" if labels else "",
+        labels=labels,
+        guidance=guidance,
+        level=level,
+    )
 
 
 _INTRODUCTION = """\
@@ -66,9 +115,11 @@ _USE = """
 
 ```python
 import jax
-from tarflow_jax import TarFlowPipeline
+from tarflow_jax import {imports}TarFlowPipeline
 
-pipe = TarFlowPipeline.from_pretrained("path/of/this/folder")
-images = pipe.sample(jax.random.key(0), 16, None)  # [-1, 1], float32 [16, H, W, K]
+pipe = TarFlowPipeline.from_pretrained("path/of/this/folder")  # or its name on the hub
+{define}images = pipe.sample(jax.random.key(0), 16{labels}{guidance})  # float32 [16, H, W, K]
+latents, log_det = pipe.encode(images{labels}{level})
+print(pipe.log_prob(images{labels}{level}))  # nats
 ```
 """

@@ -1,4 +1,4 @@
-"""A saved model: a folder of config.json, model.safetensors and README.md, all plain data.
+"""A saved model: a folder of config.json, model.safetensors, README.md and perhaps samples.png, all plain data.
 
 config.json holds the layout's version, the model's config, its training noise, and the size and SHA-256 of
 model.safetensors; a SHA-256 of its own fields makes any damage to either file an error, not another model.
@@ -15,13 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
+from etils import epath
 
+from tarflow_jax.data.images import decode_image
 from tarflow_jax.errors import UserError, one_line
+from tarflow_jax.figures import save_png
 from tarflow_jax.files import replacing, sha256
 from tarflow_jax.flow.config import TarFlowConfig
-from tarflow_jax.interop.hub import local_folder
+from tarflow_jax.interop.hub import local_folder, push_folder
 from tarflow_jax.interop.layout import check_tensors, flatten, unflatten
-from tarflow_jax.interop.model_card import model_card
+from tarflow_jax.interop.model_card import PICTURE, model_card
 from tarflow_jax.interop.safetensors_file import CODES, read_tensors, write_tensors
 from tarflow_jax.noise import Noise
 from tarflow_jax.runtime.parameters import Shape, params_shapes, variables_shapes
@@ -80,7 +84,7 @@ def save_model(
     tensors = flatten(variables) | flatten({"ema": ema_params} if ema_params else {})
     shapes = _shapes(config, ema_params is not None)
     check_tensors("the model", {name: array.shape for name, array in tensors.items()}, shapes)
-    text = model_card(config, noise, card or {})
+    text, picture = model_card(config, noise, card or {}), _picture((card or {}).get("samples"))
     with (
         replacing(folder / WEIGHTS) as weights,
         replacing(folder / CONFIG) as description,
@@ -99,6 +103,15 @@ def save_model(
         fields["sha256"] = fingerprint(fields)
         description.write((json.dumps(fields, indent=2) + "\n").encode())
         readme.write(text.encode())
+    if picture is None:
+        (folder / PICTURE).unlink(missing_ok=True)  # of an earlier model
+    else:
+        save_png(folder / PICTURE, picture)
+
+
+def push_model(folder: str | os.PathLike[str], name: str, *, private: bool = False, token: str | None = None) -> str:
+    """Uploads a saved model to the hub; see `hub.push_folder`."""
+    return push_folder(Path(folder), name, (CONFIG, WEIGHTS, CARD, PICTURE), private=private, token=token)
 
 
 def load_model(name: str | os.PathLike[str]) -> SavedModel:
@@ -123,6 +136,18 @@ def load_model(name: str | os.PathLike[str]) -> SavedModel:
     tensors = read_tensors(weights, shapes, _dtypes(shapes, stored["dtype"]))
     tree = unflatten({name: jnp.asarray(array.astype(jnp.float32, copy=False)) for name, array in tensors})
     return SavedModel(config=config, noise=noise, ema_params=tree.pop("ema", None), variables=tree)
+
+
+def _picture(path: epath.PathLike | None) -> np.ndarray | None:
+    """The pixels of the card's samples, uint8 [H, W, 3]; ValueError where the file is no image."""
+    if path is None:
+        return None
+    try:
+        return np.asarray(decode_image(epath.Path(path).read_bytes()))
+    except (UserError, OSError) as error:
+        raise UserError(
+            f"the card's samples, {path}: {one_line(error)}; give card={{'samples': FILE}}, or None for none"
+        ) from error
 
 
 def _shapes(config: TarFlowConfig, ema: bool) -> dict[str, Shape]:

@@ -22,6 +22,7 @@ from tarflow_jax.training.recipe import Recipe, label_names
 from tarflow_jax.training.state import abstract_state
 
 RESULTS, STUDENT, STARTS = "results.json", "student", "starts.jsonl"
+_SAMPLES = ("samples_guided.png", "samples_denoised.png", "samples_raw.png")  # of a card, the first that there is
 logger = logging.getLogger(__name__)
 
 
@@ -99,6 +100,8 @@ def _card(recipe: Recipe, workdir: epath.Path, step: int) -> dict[str, Any]:
             "seed": fields.seed,
         },
         "metrics": {name: float(np.round(value, 4)) for name, value in results.items()},
+        "samples": next((path for name in _SAMPLES if (path := workdir / "figures" / name).exists()), None),
+        "evaluations": _read_evaluations(workdir / "evaluation"),
     }
 
 
@@ -112,3 +115,18 @@ def _read_results(path: epath.Path) -> dict[str, float]:
     except (ValueError, TypeError, AttributeError) as error:
         logger.warning("%s is damaged, and its figures are left out: %s", path, one_line(error))
         return {}
+
+
+def _read_evaluations(folder: epath.Path) -> list[dict[str, Any]]:
+    """What launch.evaluate wrote; files that are damaged are left out, with a warning."""
+    found = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(path.read_bytes())
+            if not (isinstance(content["protocol"], dict) and isinstance(content["results"], dict)):
+                raise TypeError("no protocol and results")
+        except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
+            logger.warning("%s is damaged, and left out: %s", path, one_line(error))
+        else:
+            found.append(content)
+    return found

@@ -1,0 +1,157 @@
+"""Models to the hub and back, through huggingface_hub, by a server here that speaks the hub's API."""
+
+import base64
+import dataclasses
+import hashlib
+import json
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import huggingface_hub.constants
+import huggingface_hub.hf_api
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_models import TINY, random_variables
+
+from tarflow_jax import Noise, TarFlowPipeline
+from tarflow_jax.fingerprint import fingerprint
+
+NAME = "owner/tiny"
+SMALL = dataclasses.replace(TINY, num_blocks=1, layers_per_block=1)
+COMMIT = "0" * 40
+
+
+class Hub(BaseHTTPRequestHandler):
+    """One model, whose files are all small; only requests with the token may write."""
+
+    files: dict[str, bytes]
+    made: list[dict]
+
+    def log_message(self, *_):
+        pass
+
+    def answer(self, code, content=b"", **headers):
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(code)
+        for name, value in (headers | {"Content-Length": len(body)}).items():
+            self.send_header(name.replace("_", "-"), str(value))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers["Authorization"] != "Bearer hf_token":
+            return self.answer(401, {"error": "Invalid credentials\nin two lines"})
+        if self.path == "/api/repos/create":
+            self.made.append(json.loads(body))
+            return self.answer(200, {"url": f"http://{self.headers['Host']}/{NAME}", "name": NAME})
+        if self.path == f"/api/models/{NAME}/preupload/main":
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            return self.answer(
+                200, {"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]}
+            )
+        if self.path == "/api/validate-yaml":
+            return self.answer(200, {"errors": [], "warnings": []})
+        assert self.path == f"/api/models/{NAME}/commit/main"
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+        return self.answer(
+            200, {"commitUrl": f"http://{self.headers['Host']}/{NAME}/commit/{COMMIT}", "commitOid": COMMIT}
+        )
+
+    def do_GET(self):
+        content = self.files.get(self.path.rpartition("/")[2])
+        if self.path.startswith(f"/api/models/{NAME}/revision/main"):
+            return self.answer(
+                200, {"id": NAME, "sha": COMMIT, "siblings": [{"rfilename": name} for name in self.files]}
+            )
+        if self.path.startswith(f"/api/models/{NAME}/tree/{COMMIT}"):
+            sizes = {name: len(content) for name, content in self.files.items()}
+            return self.answer(200, [{"type": "file", "path": n, "size": s, "oid": n} for n, s in sizes.items()])
+        if not self.path.startswith(f"/{NAME}/resolve/{COMMIT}/") or content is None:
+            return self.answer(404, {"error": "not found"})
+        etag = f'"{hashlib.sha256(content).hexdigest()}"'
+        return self.answer(200, content, ETag=etag, X_Repo_Commit=COMMIT)
+
+    do_HEAD = do_GET
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """The server's class: its files, and the models that were made."""
+    kind = type("OneHub", (Hub,), {"files": {}, "made": []})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    for module in (huggingface_hub.constants, huggingface_hub.hf_api):
+        monkeypatch.setattr(module, "ENDPOINT", address, raising=False)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    yield kind
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_model_goes_to_the_hub_and_comes_back_the_same(hub, tmp_path):
+    pipe = TarFlowPipeline(SMALL, random_variables(SMALL), Noise("gaussian", 0.1))
+    Image.new("RGB", (30, 20), (1, 2, 3)).save(tmp_path / "grid.png")
+    card = {"samples": tmp_path / "grid.png"}
+    with pytest.raises(ValueError, match=r"did not take owner/tiny \(.*401.*hf auth login") as caught:
+        pipe.push_to_hub(NAME, token="hf_other", card=card)
+    assert "\n" not in str(caught.value)
+    assert hub.files == {}
+    address = pipe.push_to_hub(NAME, private=True, token="hf_token", card=card)
+    assert address.endswith(COMMIT)
+    (made,) = hub.made
+    assert (made["name"], made["organization"]) == ("tiny", "owner")
+    assert "private" in (made.get("visibility"), *[name for name, value in made.items() if value is True])
+    assert sorted(hub.files) == ["README.md", "config.json", "model.safetensors", "samples.png"]
+    assert "\n# owner/tiny\n" in hub.files["README.md"].decode()
+    again = TarFlowPipeline.from_pretrained(NAME)
+    for mine, theirs in zip(jax.tree.leaves(pipe.variables), jax.tree.leaves(again.variables), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    with pytest.raises(ValueError, match="'tiny' is no name of a model on the hub; expected owner/name"):
+        pipe.push_to_hub("tiny")
+
+
+def test_a_card_shows_samples_and_the_figures_of_these_weights_and_its_example_runs(tmp_path, capsys):
+    variables = random_variables(SMALL)
+    Image.new("L", (30, 20), 77).save(tmp_path / "grid.png")
+    results = {"samples": [{"guidance": 0.5, "FID | <b>": 5.123456}], "outliers": {"auroc": 0.9, "edges": [1, 2]}}
+    protocol = {"model": "/home/me/runs", "fingerprint": fingerprint(variables), "reference": {"split": "train\n# x"}}
+    mine = {"protocol": protocol, "results": results}
+    others = {"protocol": {"fingerprint": "0" * 16}, "results": {"bits_per_dim": {"bits/dim": 9.99}}}
+    card = {"samples": tmp_path / "grid.png", "evaluations": [mine, others]}
+    pipe = TarFlowPipeline(SMALL, variables, Noise("gaussian", 0.1), card=card)
+    pipe.save_pretrained(tmp_path / "model")
+    text = (tmp_path / "model" / "README.md").read_text()
+    assert "\n![Samples](samples.png)\n" in text
+    with Image.open(tmp_path / "model" / "samples.png") as picture:
+        assert (picture.size, picture.getpixel((3, 4))) == ((30, 20), (77, 77, 77))
+    assert "| guidance | FID \\| &lt;b> |\n| --- | --- |\n| 0.5 | 5.1235 |\n" in text
+    assert "| auroc |\n| --- |\n| 0.9 |\n" in text
+    assert "| reference, split | train # x |" in text
+    assert "9.99" not in text
+    assert "/home" not in text
+
+    (example,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    exec(example.replace("path/of/this/folder", str(tmp_path / "model")), {})
+    assert len(capsys.readouterr().out.split()) >= 16
+
+    pipe.save_pretrained(tmp_path / "model", dtype="bfloat16", card={"samples": None})
+    text = (tmp_path / "model" / "README.md").read_text()
+    assert "![Samples]" not in text
+    assert "auroc" not in text  # of other weights than the rounded ones
+    assert not (tmp_path / "model" / "samples.png").exists()
+    before = text
+    (tmp_path / "grid.png").write_text("no image")
+    with pytest.raises(ValueError, match=r"the card's samples, .*grid.png: not an image of .*or None for none"):
+        pipe.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "README.md").read_text() == before
