@@ -89,6 +89,8 @@ def _open(name: str, num_slices: int) -> Topology:
     if platform in gpus.GPUS:
         gpus.prepare()
     jax.config.update("jax_platforms", "cpu")
+    # A program for devices that are not here can be kept, but not read again.
+    jax.config.update("jax_enable_compilation_cache", False)
     forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if platform == "cpu" and size.isdigit() and not forced:
         jax.config.update("jax_num_cpu_devices", int(size))
