@@ -82,7 +82,7 @@ def inspect(
       progress: is told the share of the work that is done.
 
     Raises:
-      ValueError: a shape, label or noise level that does not fit the model.
+      ValueError: a shape, label or noise level that does not fit the model, or log p is not finite.
     """
     image = np.asarray(image_uint8)
     if image.dtype != np.uint8 or image.shape != pipe.config.image_shape:
@@ -93,6 +93,8 @@ def inspect(
     progress(0, "log p, patch by patch")
     noisy = with_noise(pipe, image[None], key, noise_std)
     shares = np.asarray(pipe.patch_log_prob(noisy, labels, noise_std), np.float64)[0]
+    if not np.isfinite(shares).all():
+        raise UserError("log p(x) is not finite: the model has diverged, or the image is too far from its data")
     progress(1 / steps, "latents")
     latents, _ = pipe.encode(noisy, labels, noise_std)
     progress(2 / steps, "back from the latents")

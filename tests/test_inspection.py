@@ -94,6 +94,13 @@ def test_inspection_refuses_an_image_of_another_shape():
         inspection.inspect(pipeline(SMALL, GAUSSIAN), np.zeros((2, 2, 3), np.uint8), KEY)
 
 
+def test_a_model_that_has_diverged_is_told_of():
+    (image, *_) = random_images(SMALL, 1)[0]
+    broken = jax.tree.map(lambda leaf: leaf * jnp.nan, random_variables(SMALL))
+    with pytest.raises(ValueError, match="is not finite: the model has diverged"):
+        inspection.inspect(TarFlowPipeline(SMALL, broken, GAUSSIAN), image, KEY)
+
+
 def test_progress_rises_from_0_and_ends_below_1():
     told = []
     (image, *_) = random_images(SMALL, 1)[0]
