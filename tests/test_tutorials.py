@@ -1,6 +1,9 @@
 """The notebooks in docs/tutorials run, and what is committed of them is whole, small, and says nothing of a machine."""
 
 import json
+import os
+import sys
+from pathlib import Path
 
 import nbformat
 import pytest
@@ -21,6 +24,7 @@ def test_runs_at_smoke_size(path, tmp_path):
         "TARFLOW_DATA_DIR": str(tmp_path / "data"),
         "IPYTHONDIR": str(tmp_path / "ipython"),
         "XLA_FLAGS": "--xla_backend_optimization_level=1",
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # of `python` in shell cells
     }
     notebook = nbformat.read(path, as_version=4)
     client = NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(tmp_path)}})
