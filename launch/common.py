@@ -1,4 +1,4 @@
-"""What the commands share: one-line errors, start-up of several processes, the showcase figures."""
+"""What the commands share: one-line errors, flags of several commands, start-up of several processes."""
 
 import ast
 import contextlib
@@ -14,13 +14,11 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 from absl import app, flags
-from etils import epath
 
 from launch import end_at_signals, exit_code, ignore_signals
 from tarflow_jax.arguments import check_polish
 from tarflow_jax.data import default_data_dir
 from tarflow_jax.errors import UserError, one_line
-from tarflow_jax.figures import class_names, class_rows, grid, save_png, to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import Preempted, start_processes
 from tarflow_jax.runtime.programs import use_compilation_cache
@@ -251,41 +249,6 @@ def _unknown_field(error: Exception) -> str:
 def example_labels(num_classes: int, count: int) -> np.ndarray | None:
     """0, 1, 2, … over and over; None for an unconditional model."""
     return np.arange(count, dtype=np.int32) % num_classes if num_classes else None
-
-
-def showcase(
-    pipe: TarFlowPipeline,
-    folder: epath.Path,
-    guidance: Guidance,
-    *,
-    denoise_multiplier: float,
-    names: Sequence[str] = (),
-    num_images: int = 100,
-) -> list[epath.Path]:
-    """Draws the same latents raw, denoised, guided and denoised, and on their way; returns the PNGs' paths.
-
-    `names` are the classes'. Every process draws, the first one writes.
-    """
-    latents = pipe.latents(jax.random.key(0), num_images)
-    labels = example_labels(pipe.config.num_classes, num_images)
-    level = pipe.drawn_level
-    raw, trajectory = pipe.decode(latents, labels, return_trajectory=True, noise_std=level)
-    sheets = {"samples_raw": class_rows(to_uint8(raw), labels, names)}
-    guided = pipe.decode(latents, labels, guidance, noise_std=level)
-    if pipe.noise_std is not None:
-        denoised = pipe.denoise_drawn(raw, labels, denoise_multiplier)
-        sheets["samples_denoised"] = class_rows(to_uint8(denoised), labels, names)
-        guided = pipe.denoise_drawn(guided, labels, denoise_multiplier)
-    sheets["samples_guided"] = class_rows(to_uint8(guided), labels, names)
-    steps = np.asarray(trajectory[:, :8])  # [F + 1, 8, H, W, K]: a column an image, down from its latents
-    captions = class_names(labels[: steps.shape[1]], names) if labels is not None else ()
-    sheets["trajectory"] = grid(to_uint8(steps.reshape(-1, *steps.shape[2:])), steps.shape[1], captions=captions)
-    paths = []
-    for name, sheet in sheets.items():
-        paths.append(folder / f"{name}.png")
-        if jax.process_index() == 0:
-            save_png(paths[-1], sheet)
-    return paths
 
 
 def whole_number(name: str, text: str) -> int:

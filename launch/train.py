@@ -15,6 +15,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from launch import common
+from launch.showcase import showcase
 from tarflow_jax.arguments import check_guidance
 from tarflow_jax.figures import class_rows, save_png, to_uint8
 from tarflow_jax.likelihood import LOG_2PI
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
         test_loss = evaluate_loss(recipe, variables)
         pipe = TarFlowPipeline(recipe.model, variables, recipe.noise, mesh=recipe.mesh())
         names, multiplier = label_names(workdir), config.sample.denoise_multiplier
-        paths = common.showcase(pipe, figures, guidance, denoise_multiplier=multiplier, names=names)
+        paths = showcase(pipe, figures, guidance, denoise_multiplier=multiplier, names=names)
     if jax.process_index():
         return
     write_results(workdir, {"test loss (nats/dim, less ½ log 2π)": test_loss})  # last: the run is complete
