@@ -105,9 +105,11 @@ def class_log_probs(subject: Subject, images: np.ndarray, level: float | None, d
     """log p(x | y) in nats of 8-bit images under every label, the mean over draws of noise: float64 [N, classes]."""
     first = jax.random.key(SEED.value)
     keys = [first, *(jax.random.fold_in(first, draw) for draw in range(1, draws))]
-    noisy = [noisy_images(subject, images, key, level) for key in keys]
-    log_prob = functools.partial(subject.pipe.log_prob, noise_std=level)
-    return classification.class_log_probs(log_prob, noisy, subject.pipe.config.num_classes)
+    log_prob, classes = functools.partial(subject.pipe.log_prob, noise_std=level), subject.pipe.config.num_classes
+    of_draws = [
+        classification.class_log_probs(log_prob, noisy_images(subject, images, key, level), classes) for key in keys
+    ]
+    return np.mean(of_draws, axis=0)
 
 
 def best_level(subject: Subject) -> float:

@@ -111,7 +111,7 @@ def inspect(
         patch_bits=bits_per_dim(shares, pipe.config.token_dim),
         latents=np.asarray(latents[0]),
         reconstruction=np.asarray(reconstruction[0]),
-        class_log_probs=class_log_probs(log_prob, [noisy], num_classes)[0] if num_classes else None,
+        class_log_probs=class_log_probs(log_prob, noisy, num_classes)[0] if num_classes else None,
     )
 
 

@@ -74,6 +74,7 @@ def test_tables_and_file_state_the_protocol(model, tmp_path):
         "--allow_noisy",
         "--outliers=digits",
         "--num_samples=200",
+        "--classification_draws=2",
         "--denoise=false,true",
         "--save_samples=samples.npz",
     )
@@ -98,6 +99,7 @@ def test_tables_and_file_state_the_protocol(model, tmp_path):
     assert results["bits_per_dim"]["nats/dim of noisy data"] == pytest.approx(nats.mean(), rel=1e-6)
     assert results["bits_per_dim"]["standard error"] == pytest.approx(scipy.stats.sem(nats), rel=1e-4)
     assert results["classification"]["accuracy"] == (labels == 0).mean()  # of equals the first is taken
+    assert results["classification"]["draws"] == 2
     inside, outside = (log_prob(noise(key, jnp.asarray(images))) for key in jax.random.split(key))
     auroc = (inside[:, None] > outside).mean()
     assert results["outliers"]["auroc"] == pytest.approx(auroc, abs=1e-4)  # float32 has ties
