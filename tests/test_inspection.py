@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import SMALL, random_images
-from tiny_models import LABELS, TINY, TRIANGULAR, VP, images_of, random_variables
+from tiny_models import images_of, random_variables
 
 from tarflow_jax import Noise, TarFlowPipeline, inspection
 from tarflow_jax.flow import FlowBlock, permute, to_tokens
@@ -18,6 +18,9 @@ from tarflow_jax.sampling.interpolation import spherical
 GAUSSIAN, UNIFORM = Noise("gaussian", 0.1), Noise("uniform")
 LEVELS = Noise("levels", std_min=0.1, std_max=0.5)
 CONDITIONAL = dataclasses.replace(SMALL, noise_conditional=True)
+ONE_BLOCK = dataclasses.replace(SMALL, num_blocks=1, num_classes=0)
+TRIANGULAR = dataclasses.replace(SMALL, triangular=True, num_classes=0)
+VP = dataclasses.replace(SMALL, volume_preserving=True, num_classes=0)
 KEY = jax.random.key(5)
 
 
@@ -25,32 +28,30 @@ def pipeline(config, noise):
     return TarFlowPipeline(config, random_variables(config), noise)
 
 
-@pytest.mark.parametrize("config", [TINY, TRIANGULAR, VP], ids=["nvp", "triangular", "vp"])
+@pytest.mark.parametrize("config", [TRIANGULAR, VP], ids=["triangular", "vp"])
 def test_the_shares_of_the_patches_add_up_to_log_p(config):
-    pipe, labels = pipeline(config, None), LABELS if config.num_classes else None
-    images = images_of(config)
-    shares = pipe.patch_log_prob(images, labels)
-    chex.assert_shape(shares, (3, 2, 3))
-    np.testing.assert_allclose(shares.sum((1, 2)), pipe.log_prob(images, labels), rtol=1e-5)
+    pipe, images = pipeline(config, None), images_of(config, 1)
+    shares = pipe.patch_log_prob(images)
+    chex.assert_shape(shares, (1, 2, 3))
+    np.testing.assert_allclose(shares.sum(), pipe.log_prob(images)[0], rtol=1e-5)
 
 
 def test_a_patch_pays_for_its_latents_and_for_its_log_scales_in_every_block():
-    pipe, images = pipeline(TINY, None), images_of(TINY)
-    tokens, expected = to_tokens(TINY, images), 0.0
-    for k in range(TINY.num_blocks):
+    pipe, images, labels = pipeline(SMALL, None), images_of(SMALL, 1), np.array([2])
+    tokens, expected = to_tokens(SMALL, images), 0.0
+    for k in range(SMALL.num_blocks):
         apply = {"params": pipe.variables["params"][f"block_{k}"]}
-        affine = FlowBlock(TINY, k).apply(apply, permute(tokens, k), LABELS, method="affine")
-        tokens, _ = FlowBlock(TINY, k).apply(apply, tokens, LABELS)
+        affine = FlowBlock(SMALL, k).apply(apply, permute(tokens, k), labels, method="affine")
+        tokens, _ = FlowBlock(SMALL, k).apply(apply, tokens, labels)
         expected = expected - permute(affine.log_scale, k).sum(2)
     expected = expected - 0.5 * (jnp.square(tokens) + LOG_2PI).sum(2)
-    np.testing.assert_allclose(pipe.patch_log_prob(images, LABELS).reshape(3, -1), expected, atol=1e-4)
+    np.testing.assert_allclose(pipe.patch_log_prob(images, labels).reshape(1, -1), expected, atol=1e-4)
 
 
 def test_in_a_flow_of_one_block_a_share_is_the_conditional_density_of_the_chain_rule():
-    config = dataclasses.replace(TINY, num_blocks=1, layers_per_block=1)
-    pipe, images = pipeline(config, None), images_of(config)
-    later = jnp.zeros(config.image_shape).at[2:].set(1)  # patches 3 to 5, the second row
-    shares, others = (pipe.patch_log_prob(x) for x in (images, images + later[None]))
+    pipe, images = pipeline(ONE_BLOCK, None), images_of(ONE_BLOCK, 1)
+    later = jnp.zeros(images.shape).at[:, 2:].set(1)  # patches 3 to 5, the second row
+    shares, others = (pipe.patch_log_prob(x) for x in (images, images + later))
     np.testing.assert_allclose(shares[:, 0], others[:, 0], rtol=1e-5)
     assert (np.abs(shares - others)[:, 1] > 1e-3).all()
 
@@ -81,12 +82,17 @@ def test_posterior_is_bayes_rule_and_a_temperature_evens_it_out():
         found._replace(class_log_probs=None).posterior()
 
 
-def test_inspection_of_a_flow_of_many_levels_asks_at_one_and_of_an_unconditional_one_has_no_classes():
-    (image, *_) = random_images(SMALL, 1)[0]
-    found = inspection.inspect(pipeline(CONDITIONAL, LEVELS), image, KEY, noise_std=0.2)
-    assert 0.1 < np.std(found.noisy - (image / 127.5 - 1)) < 0.3
-    (image, *_) = random_images(VP, 1)[0]
-    assert inspection.inspect(pipeline(VP, GAUSSIAN), image, KEY).class_log_probs is None
+def test_an_image_has_the_noise_of_the_level_that_a_flow_of_many_is_asked_at():
+    pipe, images = pipeline(CONDITIONAL, LEVELS), random_images(CONDITIONAL, 1)[0]
+    noise = inspection.with_noise(pipe, images, KEY, 0.4) - (images / 127.5 - 1)
+    assert 0.3 < np.std(noise) < 0.5
+    with pytest.raises(ValueError, match="many noise levels"):
+        inspection.with_noise(pipe, images, KEY)
+
+
+def test_inspection_of_a_flow_without_classes_has_no_class():
+    (image, *_) = random_images(ONE_BLOCK, 1)[0]
+    assert inspection.inspect(pipeline(ONE_BLOCK, GAUSSIAN), image, KEY).class_log_probs is None
 
 
 def test_inspection_refuses_an_image_of_another_shape():
