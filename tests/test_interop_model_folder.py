@@ -236,7 +236,8 @@ def test_hub_names(folder, monkeypatch):
     import huggingface_hub
 
     def download(name, allow_patterns):
-        assert allow_patterns == ["config.json", "model.safetensors", "README.md"]
+        student = ["student/config.json", "student/model.safetensors"]
+        assert allow_patterns == ["config.json", "model.safetensors", "README.md", *student]
         if name != "owner/digits":
             raise OSError("Connection refused\nand more")
         return str(folder)
