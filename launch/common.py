@@ -47,7 +47,7 @@ DECODERS = {
 COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache",
     None,
-    "Keep compiled programs in this folder, or with none nowhere; beside the data sets if not given.",
+    "Keep compiled programs in this folder, not beside the data sets; none: nowhere.",
 )
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from, not only what it says.")
 
@@ -132,7 +132,7 @@ def define_decoder_flags() -> None:
         "decoder",
         "sequential",
         list(DECODERS),
-        "Invert blocks this way; auto takes what tune_decoder found, student the network of launch.distill.",
+        "Invert blocks this way; auto: as tune_decoder found, student: by launch.distill's.",
     )
     flags.DEFINE_integer(
         "polish", 0, "Bring a student's images nearer to the inverse by this many updates of a block.", lower_bound=0

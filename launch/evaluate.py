@@ -3,8 +3,7 @@
     python -m launch.evaluate --workdir=runs/fashion_mnist --metrics=bits_per_dim
     python -m launch.evaluate --workdir=DIR --metrics=fid,precision_recall --guidance=0,1,2 --denoise=false,true
 
-What each metric is, and what it compares with: docs/evaluation.md. Prints tables and writes them with their protocol
-to DIR/evaluation/.
+Prints tables, and writes them with their protocol to DIR/evaluation/. What each metric is: docs/evaluation.md.
 """
 
 import functools

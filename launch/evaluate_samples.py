@@ -33,7 +33,7 @@ DENOISE = flags.DEFINE_list(
 )
 MULTIPLIER = common.define_number("denoise_multiplier", 1.0, "Multiply the score by s in denoising.")
 INCEPTION = flags.DEFINE_string(
-    "inception", None, "Read FID's weights from this PyTorch file; train a classifier in its place if not given."
+    "inception", None, "Read FID's weights from this PyTorch file; if not given, train a classifier."
 )
 REFERENCE = flags.DEFINE_string(
     "reference", None, "Compare with the statistics in this npz file, in place of a split's own."

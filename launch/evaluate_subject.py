@@ -26,11 +26,9 @@ MODEL = flags.DEFINE_string(
 DATA = flags.DEFINE_string("data", None, "Measure on this data set; on the one the run was trained on if not given.")
 PREPROCESSING = flags.DEFINE_string("preprocessing", None, "Prepare --data this way: none, tarflow or adm.")
 SEED = common.define_seed("Draw noise and samples from this seed.")
-OUT = flags.DEFINE_string(
-    "out", None, "Write the results to this folder; to WORKDIR/evaluation or ./evaluation if not given."
-)
+OUT = flags.DEFINE_string("out", None, "Write to this folder; if not given, to WORKDIR/evaluation or ./evaluation.")
 NOISE_STD = flags.DEFINE_float(
-    "noise_std", None, "Ask a model of many noise levels at this σ; at the lowest, or the best one, if not given."
+    "noise_std", None, "Ask a model of many noise levels at this σ; if not given, at the lowest, or the best."
 )
 common.define_checkpoint_flag()
 

@@ -42,7 +42,11 @@ def show(command: str, fields: bool = False) -> str:
 def _parts(tree: ast.Module) -> list[Path]:
     """The other modules of launch/ that a command is made of."""
     imported = [node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)]
-    return [_FOLDER / f"{name.removeprefix('launch.')}.py" for name in imported if name.startswith("launch.")]
+    return [
+        _FOLDER / f"{name.removeprefix('launch.').replace('.', '/')}.py"
+        for name in imported
+        if name.startswith("launch.")
+    ]
 
 
 def _flags(tree: ast.AST) -> list[str]:
