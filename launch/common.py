@@ -132,7 +132,7 @@ def define_decoder_flags() -> None:
         "decoder",
         "sequential",
         list(DECODERS),
-        "Invert blocks this way; auto: as tune_decoder found, student: by launch.distill's.",
+        "Invert blocks this way; auto: tune_decoder's, student: launch.distill's.",
     )
     flags.DEFINE_integer(
         "polish", 0, "Bring a student's images nearer to the inverse by this many updates of a block.", lower_bound=0

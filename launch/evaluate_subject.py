@@ -28,7 +28,7 @@ PREPROCESSING = flags.DEFINE_string("preprocessing", None, "Prepare --data this 
 SEED = common.define_seed("Draw noise and samples from this seed.")
 OUT = flags.DEFINE_string("out", None, "Write to this folder; if not given, to WORKDIR/evaluation or ./evaluation.")
 NOISE_STD = flags.DEFINE_float(
-    "noise_std", None, "Ask a model of many noise levels at this σ; if not given, at the lowest, or the best."
+    "noise_std", None, "Ask a model of many noise levels at this σ; if not given, the lowest, or best."
 )
 common.define_checkpoint_flag()
 
