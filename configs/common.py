@@ -138,7 +138,8 @@ def tuned(config: ConfigDict) -> ConfigDict:
             "triangular": config.model.patch_size <= 4,  # its outputs grow as the fourth power of the patch size
         }
     )
-    config.optimizer.update({"name": "muon", "muon_learning_rate": 5e-3, "learning_rate": 1e-3, "clip_norm": 1.0})
+    rate = 5e-3 * 128 / config.model.width  # the best one fell so from width 64 to 128
+    config.optimizer.update({"name": "muon", "muon_learning_rate": rate, "learning_rate": 1e-3, "clip_norm": 1.0})
     return config
 
 

@@ -2,7 +2,9 @@
 
 python -m launch.train --config=configs/fashion_mnist_levels.py --workdir=runs/fashion_mnist_levels
 
-Unmeasured; network, optimizer and steps are those of configs/fashion_mnist.py.
+Network, optimizer and steps are those of configs/fashion_mnist.py. Measured 2026-11-26 (commit fe0a4d0), seed 1: test
+loss -0.137 (mean over the levels); Fréchet distance (classifier features) 6.15 (2,500 samples, guidance 1.5, 4 steps of
+denoising). docs/noise_levels.md has more.
 """
 
 from ml_collections import ConfigDict
