@@ -144,8 +144,11 @@ def tuned(config: ConfigDict) -> ConfigDict:
 
 
 def with_variant(config: ConfigDict, variant: str, *known: Callable[[ConfigDict], ConfigDict]) -> ConfigDict:
-    """Applies the one of the `known` variants that is named, "" for none; raises ValueError for another name."""
-    variants = {function.__name__: function for function in known}
+    """Applies the variant of this name, "" for none; raises ValueError for another than the `known` ones.
+
+    These are `likelihood` and `smoke` if none is given.
+    """
+    variants = {function.__name__: function for function in known or (likelihood, smoke)}
     if not variant:
         return config
     if variant not in variants:

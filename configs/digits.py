@@ -55,4 +55,4 @@ def get_config(variant: str = "") -> ConfigDict:
         }
     )
     config.sample.guidance.weight = 1.0
-    return common.with_variant(config, variant, common.likelihood, common.smoke)
+    return common.with_variant(config, variant)

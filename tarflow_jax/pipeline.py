@@ -157,7 +157,8 @@ class TarFlowPipeline(FlowDensity):
           denoise: apply `denoise` to what was drawn; None does so for models trained with Gaussian noise. Flows of many
             levels do so by `IterativeDenoising`, which may be given in place of True.
           denoise_multiplier: see `denoise`.
-          decoder, polish: see `decode`. What a student draws is clean, and not to be denoised; polished, it is noisy.
+          decoder: see `decode`. What a student draws is clean, and not to be denoised.
+          polish: see `decode`; polished, it is noisy.
 
         Returns:
           float32 [B, H, W, K], around [-1, 1] but not clipped to it.
