@@ -241,7 +241,7 @@ def test_damaged_files_are_left_out_with_a_note(workdir):
 @pytest.mark.parametrize("name", ["metrics.jsonl", "figures/samples_raw.png", "evaluation/fid-test-01234567.json"])
 def test_no_damage_stops_a_report(workdir, damage, name):
     for _ in damage(workdir / name, 20):
-        page(read_run(workdir))
+        assert "</html>" in page(read_run(workdir))
 
 
 def curve(points):

@@ -27,14 +27,11 @@ def get_config() -> ConfigDict:
     return config
 
 
-def with_variant(config: ConfigDict, variant: str) -> ConfigDict:
-    """Applies "smoke", a variant of seconds; raises ValueError for another name."""
-    if variant not in ("", "smoke"):
-        raise UserError(f"unknown variant {variant!r}; expected smoke")
-    if variant:
-        config.student.layers_per_block = (1,)
-        config.train.update({"num_steps": 20, "batch_size": 16, "checkpoint_every": 10, "log_every": 5})
-        config.optimizer.warmup_steps = 5
+def smoke(config: ConfigDict) -> ConfigDict:
+    """The variant of seconds."""
+    config.student.layers_per_block = (1,)
+    config.train.update({"num_steps": 20, "batch_size": 16, "checkpoint_every": 10, "log_every": 5})
+    config.optimizer.warmup_steps = 5
     return config
 
 

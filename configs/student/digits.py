@@ -11,6 +11,7 @@ benchmarks/digits_judge.py); but guidance costs it precision, which it does not 
 
 from ml_collections import ConfigDict
 
+from configs import common as of_all
 from configs.student import common
 
 
@@ -22,4 +23,4 @@ def get_config(variant: str = "") -> ConfigDict:
         {"name": "muon", "muon_learning_rate": 3e-3, "learning_rate": 3e-3, "warmup_steps": 100, "clip_norm": 1.0}
     )
     config.train.update({"num_steps": 900, "batch_size": 64, "checkpoint_every": 500, "evaluate_every": 300})
-    return common.with_variant(config, variant)
+    return of_all.with_variant(config, variant, common.smoke)

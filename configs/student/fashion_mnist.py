@@ -7,6 +7,7 @@ Unmeasured; steps and images a step are such that it should take no longer than 
 
 from ml_collections import ConfigDict
 
+from configs import common as of_all
 from configs.student import common
 
 
@@ -18,4 +19,4 @@ def get_config(variant: str = "") -> ConfigDict:
         {"name": "muon", "muon_learning_rate": 3e-3, "learning_rate": 3e-3, "warmup_steps": 300, "clip_norm": 1.0}
     )
     config.train.update({"num_steps": 3000, "batch_size": 32, "checkpoint_every": 1000, "evaluate_every": 1000})
-    return common.with_variant(config, variant)
+    return of_all.with_variant(config, variant, common.smoke)
