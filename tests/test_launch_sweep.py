@@ -123,8 +123,11 @@ def test_a_sweep_that_cannot_be_is_refused_before_anything_runs(tmp_path, sweep,
         plan(config(), recipe_file(tmp_path, sweep), {"train.log_every": 5}, tmp_path)
 
 
-@pytest.mark.parametrize(("name", "runs", "steps"), [("depth", 4, 1), ("noise_and_guidance", 4, 2)])
-def test_the_paper_s_ablations_can_be_planned(tmp_path, name, runs, steps):
+@pytest.mark.parametrize(
+    ("name", "runs", "steps"),
+    [("depth", 12, 2), ("deep_last", 3, 2), ("noise", 15, 5), ("guidance", 3, 5), ("patches", 9, 2)],
+)
+def test_the_sweeps_of_the_paper_s_claims_can_be_planned(tmp_path, name, runs, steps):
     module = importlib.import_module(f"configs.sweeps.{name}")
     found = plan(module.get_config(), module.__file__, {}, tmp_path)
     assert [len(run.job.steps) for run in found] == [steps] * runs

@@ -1,1 +1,1 @@
-"""Recipes with a sweep: `python -m launch.sweep --config=configs/sweeps/NAME.py --workdir=DIR`."""
+"""Recipes with a sweep: `python -m launch.sweep --config=configs/sweeps/NAME.py --workdir=DIR`; docs/results.md."""

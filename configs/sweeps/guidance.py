@@ -1,0 +1,29 @@
+"""Claim: guidance has an optimum away from 0, and a weight that grows over the tokens beats a constant one.
+
+python -m launch.sweep --config=configs/sweeps/guidance.py --workdir=runs/guidance --metric=Fréchet
+
+Guidance is a choice of sampling: one training a seed, and samples at every setting. Measured: docs/results.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.sweeping import Overrides, grid
+from configs.sweeps import small
+
+_SAMPLES = ("--metrics=fid,precision_recall", "--num_samples=2500")
+EVALUATE = [
+    (*_SAMPLES, "--guidance=0,0.5,1,2,3", "--guidance_schedule=linear"),
+    (*_SAMPLES, "--guidance=0.25,0.5,1,2", "--guidance_schedule=constant"),
+    (*_SAMPLES, "--guidance=0.5,1,2,3", "--guidance_target=log_scale"),
+    (*_SAMPLES, "--guidance=0.5,1,2,3", "--guidance_target=shift"),
+]
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """configs/sweeps/small.py and its variants."""
+    return small.get_config(variant)
+
+
+def sweep() -> list[Overrides]:
+    """Seeds."""
+    return grid({"train.seed": small.SEEDS})

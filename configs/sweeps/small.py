@@ -1,0 +1,19 @@
+"""What the sweeps of docs/results.md train: configs/fashion_mnist.py at half its width, for 1,000 steps in place of 8,600.
+
+A run takes some two minutes of one core (docs/results.md), so that a claim can be tried with three seeds.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, fashion_mnist
+
+SEEDS = [1, 2, 3]  # seed 0 took part in the search for rates (docs/optimizers.md)
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The recipe; variants are "likelihood" (uniform dequantisation, no labels) and "smoke" (seconds)."""
+    config = fashion_mnist.get_config()
+    config.model.width = 64
+    config.optimizer.warmup_steps = 100
+    config.train.update({"num_steps": 1000, "checkpoint_every": 250, "keep_checkpoints": 4, "sample_every": 0})
+    return common.with_variant(config, variant)

@@ -1,0 +1,31 @@
+"""Claim: a model without classes can be guided too, away from its own attention at another temperature.
+
+python -m launch.sweep --config=configs/sweeps/unconditional.py --workdir=runs/unconditional --metric=Fréchet
+
+Measured: docs/results.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.sweeping import Overrides, grid
+from configs.sweeps import small
+
+_SAMPLES = ("--metrics=fid,precision_recall", "--num_samples=2500")
+EVALUATE = [
+    (*_SAMPLES, "--guidance=0,0.2,0.5,1", "--attention_temperature=0.5"),
+    (*_SAMPLES, "--guidance=0.2,0.5,1", "--attention_temperature=0.8"),
+    (*_SAMPLES, "--guidance=0.2,0.5,1", "--attention_temperature=1.5"),
+]
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """configs/sweeps/small.py without classes; its variants."""
+    config = small.get_config(variant)
+    config.model.num_classes = 0
+    config.train.drop_label = 0.0
+    return config
+
+
+def sweep() -> list[Overrides]:
+    """Seeds."""
+    return grid({"train.seed": small.SEEDS})

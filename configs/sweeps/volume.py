@@ -1,0 +1,23 @@
+"""Claim: flows that change volumes (NVP) are far better than those that preserve them (VP).
+
+python -m launch.sweep --config=configs/sweeps/volume.py --workdir=runs/volume --metric=Fréchet
+
+Measured: docs/results.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.sweeping import Overrides, grid
+from configs.sweeps import small
+
+EVALUATE = ("--metrics=fid,precision_recall", "--num_samples=2500", "--guidance=0,0.5,1,2")
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """configs/sweeps/small.py and its variants."""
+    return small.get_config(variant)
+
+
+def sweep() -> list[Overrides]:
+    """Both kinds of affine map."""
+    return grid({"model.volume_preserving": [False, True], "train.seed": small.SEEDS})

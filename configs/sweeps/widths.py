@@ -1,0 +1,28 @@
+"""Claim: likelihood follows scale.
+
+python -m launch.sweep --config=configs/sweeps/widths.py --workdir=runs/widths --metric=bits/dim
+
+The likelihood variant, 600 steps, Muon's rate by the rule of docs/optimizers.md. Measured: docs/results.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.sweeping import Overrides, zipped
+from configs.sweeps import small
+
+EVALUATE = ("--metrics=bits_per_dim",)
+WIDTHS = [64, 128, 192]
+
+
+def get_config(variant: str = "likelihood") -> ConfigDict:
+    """configs/sweeps/small.py:likelihood, shorter, or another variant of it."""
+    config = small.get_config(variant)
+    config.optimizer.warmup_steps = 60
+    config.train.num_steps = 600
+    return config
+
+
+def sweep() -> list[Overrides]:
+    """Widths, each with its rate."""
+    shapes = zipped({"model.width": WIDTHS, "optimizer.muon_learning_rate": [0.64 / width for width in WIDTHS]})
+    return [shape | {"train.seed": seed} for shape in shapes for seed in small.SEEDS]
