@@ -1,4 +1,4 @@
-"""What the sweeps of docs/results.md train: configs/fashion_mnist.py at half its width, for 1,000 steps in place of 8,600.
+"""What the sweeps of docs/results.md train: configs/fashion_mnist.py at half its width, for 1,000 of its 8,600 steps.
 
 A run takes some two minutes of one core (docs/results.md), so that a claim can be tried with three seeds.
 """
