@@ -1,6 +1,7 @@
 """What the speed benchmarks share: shapes, floating-point work, timing in turns, the table and its JSON."""
 
 import argparse
+import csv
 import dataclasses
 import json
 import platform
@@ -123,3 +124,14 @@ def write_json(path: str, results: dict) -> None:
         "machine": platform.machine(),
     }
     Path(path).write_text(json.dumps({**about, "results": results}, indent=2) + "\n")
+
+
+def add_row(path: Path, row: dict[str, object]) -> None:
+    """Adds a row to a table, which its first row gave the head, and prints it."""
+    print(row, flush=True)
+    head = path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if not head:
+            writer.writeheader()
+        writer.writerow(row)

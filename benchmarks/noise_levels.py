@@ -18,11 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from tarflow_jax.data import default_data_dir
-from tarflow_jax.evaluation.classifier import classifier_network
-from tarflow_jax.evaluation.distances import data_set_reference, sample_metrics
-from tarflow_jax.evaluation.features import FeatureExtractor
-from tarflow_jax.evaluation.generation import balanced_labels, quantise
+from benchmarks.judge import Judge
+from tarflow_jax.evaluation.generation import balanced_labels
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance, IterativeDenoising
 from tarflow_jax.training import Recipe
@@ -39,9 +36,8 @@ def denoised(pipe: TarFlowPipeline, images: jax.Array, labels: Any, method: dict
     return images
 
 
-def measured(pipe: TarFlowPipeline, judge: Any, setting: dict[str, Any], methods: list[Any]) -> Iterator[dict]:
+def measured(pipe: TarFlowPipeline, judge: Judge, setting: dict[str, Any], methods: list[Any]) -> Iterator[dict]:
     """A row for each of the methods."""
-    extractor, reference = judge
     count = setting["num_images"]
     labels = balanced_labels(0, count, pipe.config.num_classes)
     latents = pipe.latents(jax.random.key(setting["seed"]), count)
@@ -53,17 +49,7 @@ def measured(pipe: TarFlowPipeline, judge: Any, setting: dict[str, Any], methods
         began = time.perf_counter()
         images = np.asarray(denoised(pipe, drawn, labels, method))
         denoising = time.perf_counter() - began
-        pixels, bad = quantise(images)
-        scores = sample_metrics(["fid", "precision_recall"], extractor.network.name, extractor(pixels), reference)
-        distance, precision, recall = scores.values()
-        yield {
-            "distance": distance,
-            "precision": precision,
-            "recall": recall,
-            "not_finite": int(bad.sum()),
-            "decode_seconds": round(decoding, 2),
-            "denoise_seconds": round(denoising, 2),
-        }
+        yield judge(images) | {"decode_seconds": round(decoding, 2), "denoise_seconds": round(denoising, 2)}
 
 
 def main() -> None:
@@ -74,11 +60,7 @@ def main() -> None:
     parser.add_argument("--rows", default="docs/results/noise_levels.jsonl", help="where rows are added")
     args = parser.parse_args()
     pipe = TarFlowPipeline.from_pretrained(args.workdir)
-    recipe = Recipe.from_workdir(args.workdir)
-    data_dir = default_data_dir() / "evaluation"
-    train = recipe.source("train")
-    extractor = FeatureExtractor(classifier_network(train, recipe.source("test"), data_dir))
-    judge = extractor, data_set_reference(extractor, train, "train", "none", data_dir)
+    judge = Judge(Recipe.from_workdir(args.workdir).config.data.source)
     path = Path(args.rows)
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for line in Path(args.queue).read_text().splitlines():

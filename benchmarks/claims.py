@@ -1,0 +1,161 @@
+"""What docs/results.md shows and no sweep can: figures of trained models, and of variants that nobody should train.
+
+    python -m benchmarks.claims bounds
+    python -m benchmarks.claims directions
+    python -m benchmarks.claims updates exactness density --workdir=runs/guidance
+
+Each adds rows to docs/results/NAME.csv; `--workdir` is the folder of a launch.sweep whose runs differ in their seed.
+bounds: distances of real test images and of noise, between which those of samples lie. directions: bits/dim of
+configs/sweeps/small.py:likelihood with blocks that alternate, and with all blocks reading forwards. updates: of
+fixed-point decoding, by block and step of the training. exactness: errors of the inverse and of log |det|. density:
+Bayes' rule on test images, and outliers told by log p.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.common import add_row
+from benchmarks.judge import Judge
+from benchmarks.optimizers import run_trial
+from configs.sweeps.small import SEEDS
+from tarflow_jax.data import open_source
+from tarflow_jax.evaluation import classification
+from tarflow_jax.evaluation.generation import balanced_labels
+from tarflow_jax.flow import TarFlow, TarFlowConfig, block
+from tarflow_jax.pipeline import TarFlowPipeline
+from tarflow_jax.sampling import Jacobi
+from tarflow_jax.training import Recipe
+
+NUM_IMAGES = 2500
+Rows = Iterator[dict[str, Any]]
+
+
+def bounds() -> Rows:
+    """Distances of real images that no flow has seen, and of noise."""
+    judge = Judge("fashion_mnist")
+    for seed in SEEDS:
+        rng = np.random.default_rng(seed)
+        chosen = rng.choice(len(judge.test), NUM_IMAGES, replace=False)
+        yield {"train.seed": seed, "images": "test images"} | judge(judge.test.read(np.sort(chosen))[0])
+        noise = rng.integers(256, size=(NUM_IMAGES, *judge.test.image_shape), dtype=np.uint8)
+        yield {"train.seed": seed, "images": "uniform noise"} | judge(noise)
+
+
+def directions() -> Rows:
+    """The same training, but for what flips the tokens of every second block."""
+    trial = {"name": "directions", "recipe": "sweeps.small:likelihood", "overrides": {}}
+    for seed in SEEDS:
+        for name in ("alternate", "all forwards"):
+            with contextlib.ExitStack() as stack:
+                if name == "all forwards":
+                    stack.enter_context(mock.patch.object(block, "permute", lambda tokens, index, axis=1: tokens))
+                jax.clear_caches()
+                row = run_trial(trial, seed)
+            yield {"train.seed": seed, "directions": name, "bits/dim": row["bits_per_dim"], "steps": row["steps"]}
+
+
+def runs_of(workdir: Path) -> Iterator[tuple[int, Path]]:
+    """The seed and the folder of each run of a sweep."""
+    for folder in sorted(path for path in workdir.iterdir() if (path / "config.json").exists()):
+        yield json.loads((folder / "config.json").read_text())["train"]["seed"], folder
+
+
+def updates(workdir: Path) -> Rows:
+    """Mean updates of `Jacobi()` for each block, at every checkpoint of the run."""
+    for seed, folder in runs_of(workdir):
+        steps = sorted(int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit())
+        for step in steps:
+            with tempfile.TemporaryDirectory() as copy:
+                shutil.copytree(folder, copy, dirs_exist_ok=True)
+                for later in steps[steps.index(step) + 1 :]:
+                    shutil.rmtree(Path(copy, "checkpoints", str(later)))
+                pipe = TarFlowPipeline.from_pretrained(copy)
+            labels, latents = balanced_labels(0, 100, 10), pipe.latents(jax.random.key(seed), 100)
+            _, (found, _) = pipe.decode(latents, labels, decoder=Jacobi(), return_statistics=True)
+            row = {"train.seed": seed, "step": step, "most": pipe.config.num_tokens - 1}
+            yield row | {f"block {k}": float(np.mean(of_block)) for k, of_block in enumerate(found)}
+
+
+def whole_log_det(config: TarFlowConfig, variables: Any, image: jax.Array, label: np.ndarray) -> float:
+    """log |det d latents / d image|, nats, of the Jacobian of all pixels; image [H, W, K], label [1]."""
+
+    def forward(x: jax.Array) -> jax.Array:
+        return TarFlow(config).apply(variables, x[None], label)[0].ravel()
+
+    jacobian = np.asarray(jax.jit(jax.jacrev(forward))(image), np.float64).reshape(config.num_dims, config.num_dims)
+    return float(np.linalg.slogdet(jacobian)[1])
+
+
+def exactness(workdir: Path) -> Rows:
+    """Largest error of decode(encode(x)) over 100 test images, and log |det| beside that of a whole Jacobian."""
+    for seed, folder in runs_of(workdir):
+        trained, recipe = TarFlowPipeline.from_pretrained(folder), Recipe.from_workdir(folder)
+        clean, labels = recipe.source("test").read(np.arange(100))
+        images = recipe.noise(jax.random.key(seed), jnp.asarray(clean))
+        for dtype in ("float32", "bfloat16"):
+            config = dataclasses.replace(trained.config, dtype=dtype)
+            pipe = TarFlowPipeline(config, trained.variables, trained.noise)
+            latents, log_det = pipe.encode(images, labels)
+            errors = np.abs(np.asarray(pipe.decode(latents, labels)) - np.asarray(images)).max((1, 2, 3))
+
+            yield {
+                "train.seed": seed,
+                "dtype": dtype,
+                "largest error of the inverse": float(errors.max()),
+                "median over images": float(np.median(errors)),
+                "log |det|, nats": float(log_det[0]),
+                "its error": float(log_det[0]) - whole_log_det(config, trained.variables, images[0], labels[:1]),
+            }
+
+
+def density(workdir: Path) -> Rows:
+    """Accuracy and calibration of Bayes' rule on test images, and AUROC of log p against digits and noise."""
+    for seed, folder in runs_of(workdir):
+        pipe, recipe = TarFlowPipeline.from_pretrained(folder), Recipe.from_workdir(folder)
+        clean, labels = recipe.source("test").read(np.arange(NUM_IMAGES))
+        digits = open_source("digits", "test")
+        rng = np.random.default_rng(seed)
+        others = {
+            "digits": classification.fit_images(digits.read(np.arange(len(digits)))[0], pipe.config.image_shape),
+            "noise": rng.integers(256, size=clean.shape, dtype=np.uint8),
+        }
+        key = jax.random.key(seed)
+        noisy = recipe.noise(key, jnp.asarray(clean))
+        row = {"train.seed": seed, "images": len(clean)}
+        log_probs = classification.class_log_probs(pipe.log_prob, noisy, pipe.config.num_classes)
+        row |= classification.bayes_classification(log_probs, labels)
+        inside = np.asarray(pipe.log_prob(noisy))
+        for name, images in others.items():
+            outside = np.asarray(pipe.log_prob(recipe.noise(key, jnp.asarray(images))))
+            row[f"AUROC against {name}"] = classification.outlier_scores(inside, outside, pipe.config.num_dims)["auroc"]
+        yield row
+
+
+def main() -> None:
+    """Measures what is asked for."""
+    known = {function.__name__: function for function in (bounds, directions, updates, exactness, density)}
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("claims", nargs="+", choices=known)
+    parser.add_argument("--workdir", type=Path, help="of a sweep over seeds")
+    parser.add_argument("--rows", type=Path, default=Path("docs/results"), help="the tables' folder")
+    args = parser.parse_args()
+    for name in args.claims:
+        needs_runs = name in ("updates", "exactness", "density")
+        for row in known[name](args.workdir) if needs_runs else known[name]():
+            add_row(args.rows / f"{name}.csv", row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""The pictures of docs/results.md, from the tables in docs/results: python -m benchmarks.results_plots [NAME …].
+
+Points are means over seeds, bars one standard deviation. Dotted lines are the distance of real test images (below) and,
+where it fits, of noise.
+"""
+
+import argparse
+import csv
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from configs.sweeps import widths as widths_recipe
+from tarflow_jax.planning.flops import program_flops
+from tarflow_jax.training import Recipe
+from tarflow_jax.training.state import new_state
+from tarflow_jax.training.step import compiled_step
+
+FOLDER = Path("docs/results")
+DISTANCE = "Fréchet distance (classifier features)"
+SEED = "train.seed"
+Row = dict[str, Any]
+
+
+def table(name: str) -> list[Row]:
+    """The rows of a table, numbers as numbers."""
+
+    def value(text: str) -> Any:
+        try:
+            return float(text)
+        except ValueError:
+            return text
+
+    with (FOLDER / f"{name}.csv").open(newline="") as file:
+        return [{key: value(text) for key, text in row.items()} for row in csv.DictReader(file)]
+
+
+def where(rows: list[Row], **fields: Any) -> list[Row]:
+    """The rows that have these values; in names of fields `__` stands for a dot."""
+    return [row for row in rows if all(row[key.replace("__", ".")] == value for key, value in fields.items())]
+
+
+def over_seeds(rows: list[Row], x: str, y: str) -> tuple[list[Any], list[float], list[float]]:
+    """Every x in order of appearance, with mean and standard deviation of y."""
+    groups: dict[Any, list[float]] = {}
+    for row in rows:
+        groups.setdefault(row[x], []).append(row[y])
+    spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in groups.values()]
+    return list(groups), [statistics.fmean(values) for values in groups.values()], spread
+
+
+def line(axes: Axes, rows: list[Row], x: str, y: str, label: str = "", **options: Any) -> None:
+    """Means and standard deviations, joined where x is a number."""
+    places, means, spread = over_seeds(rows, x, y)
+    joined = "-" if all(isinstance(place, float) for place in places) else ""
+    order = np.argsort(places) if joined else np.arange(len(places))
+    ordered = [np.array(values, dtype=object)[order] for values in (places, means, spread)]
+    options = {"marker": "o", "capsize": 3, "linestyle": joined, "ms": 4} | options
+    axes.errorbar(ordered[0], ordered[1].astype(float), ordered[2].astype(float), label=label or None, **options)
+
+
+def bounds(axes: Axes, *, noise: bool = False) -> None:
+    """Lines of what the distance is of real test images and of noise."""
+    of = {row["images"]: row["distance"] for row in table("bounds")}
+    axes.axhline(of["test images"], color="black", ls=":", lw=1)
+    if noise:
+        axes.axhline(of["uniform noise"], color="black", ls=":", lw=1)
+    axes.set_yscale("log")
+    axes.set_ylabel("Fréchet distance")
+
+
+def noise(axes: Axes) -> None:
+    """Distance over σ, raw and denoised."""
+    rows = table("noise")
+    raw, clean = where(rows, denoised="False"), where(rows, denoised="True", denoise_multiplier=1.0)
+    line(axes, raw, "noise.std", DISTANCE, "raw")
+    line(axes, clean, "noise.std", DISTANCE, "denoised")
+    uniform = where(table("dequantisation"), guidance=1.0)
+    line(axes, [row | {"noise.std": 1 / 128 / 12**0.5} for row in uniform], "noise.std", DISTANCE, "uniform")
+    bounds(axes, noise=True)
+    axes.set_xlabel("σ of the training noise")
+
+
+def multiplier(axes: Axes) -> None:
+    """Distance over the multiplier of the score, raw samples at 0."""
+    rows = table("noise")
+    for std in sorted({row["noise.std"] for row in rows}):
+        of_std = [
+            row | {"multiplier": row["denoise_multiplier"] if row["denoised"] == "True" else 0.0}
+            for row in where(rows, noise__std=std)
+        ]
+        line(axes, of_std, "multiplier", DISTANCE, f"σ {std:g}")
+    bounds(axes)
+    axes.set_xlabel("multiplier of the score")
+
+
+def guidance(axes: Axes) -> None:
+    """Distance over the weight, by schedule and target."""
+    rows = table("guidance")
+    unguided = where(rows, guidance=0.0)
+    for schedule, target in (("linear", "both"), ("constant", "both"), ("linear", "log_scale"), ("linear", "shift")):
+        chosen = where(rows, guidance_schedule=schedule, guidance_target=target)
+        chosen = [row for row in chosen if row["guidance"]] + unguided
+        line(axes, chosen, "guidance", DISTANCE, f"{schedule}, {target}")
+    bounds(axes)
+    axes.set_xlabel("guidance weight")
+
+
+def unconditional(axes: Axes) -> None:
+    """The same without classes, by temperature."""
+    rows = table("unconditional")
+    for temperature in sorted({row["attention_temperature"] for row in rows}):
+        chosen = [row for row in where(rows, attention_temperature=temperature) if row["guidance"]]
+        line(axes, chosen + where(rows, guidance=0.0), "guidance", DISTANCE, f"attention temperature {temperature:g}")
+    bounds(axes)
+    axes.set_xlabel("guidance weight")
+
+
+def volume(axes: Axes) -> None:
+    """Both kinds of affine map."""
+    for value, label in (("False", "changes volumes (NVP)"), ("True", "preserves them (VP)")):
+        line(axes, where(table("volume"), model__volume_preserving=value), "guidance", DISTANCE, label)
+    bounds(axes)
+    axes.set_xlabel("guidance weight")
+
+
+def depth(axes: Axes) -> None:
+    """Eight layers in blocks."""
+    rows = table("depth")
+    for blocks in sorted({row["model.num_blocks"] for row in rows}):
+        line(axes, where(rows, model__num_blocks=blocks), "guidance", DISTANCE, f"{blocks:g} x {8 / blocks:g}")
+    line(axes, table("deep_last"), "guidance", DISTANCE, "1 + 1 + 1 + 5")
+    bounds(axes)
+    axes.set_xlabel("guidance weight")
+
+
+def directions(axes: Axes) -> None:
+    """Blocks that alternate, and that do not."""
+    line(axes, table("directions"), "directions", "bits/dim")
+    axes.set_ylabel("bits/dim")
+    axes.margins(x=0.4)
+
+
+def coupling(axes: Axes) -> None:
+    """A coupling flow beside ours."""
+    ours = [row | {"flow": "TarFlow"} for row in where(table("patches"), model__patch_size=4.0)]
+    line(axes, ours + [row | {"flow": "coupling"} for row in table("coupling")], "flow", "bits/dim")
+    axes.set_ylabel("bits/dim")
+    axes.margins(x=0.4)
+
+
+def patches(axes: Axes) -> None:
+    """Bits/dim by patch size."""
+    line(axes, table("patches"), "model.patch_size", "bits/dim")
+    axes.set(xlabel="side of a patch", ylabel="bits/dim")
+
+
+def widths(axes: Axes) -> None:
+    """Bits/dim over the products of a run, by width."""
+    rows = [row | size_of(int(row["model.width"])) for row in table("widths")]
+    line(axes, rows, "flops", "bits/dim", linestyle="")
+    for row in {row["model.width"]: row for row in rows}.values():
+        text = f"width {row['model.width']:g}\n{row['parameters'] / 1e6:.2f} M"
+        axes.annotate(text, (row["flops"], row["bits/dim"]), (8, 4), textcoords="offset points", fontsize=8)
+    x, y = np.log([row["flops"] for row in rows]), [row["bits/dim"] for row in rows]
+    slope, offset = np.polyfit(x, y, 1)
+    axes.plot(np.exp(np.sort(x)), offset + slope * np.sort(x), color="grey", lw=1)
+    axes.set(xscale="log", xlabel="FLOPs of a step's products", ylabel="bits/dim")
+    axes.set_title(f"{slope * np.log(2):+.3f} bits/dim for twice the FLOPs", fontsize="small")
+    axes.margins(x=0.2)
+
+
+def size_of(width: int) -> Row:
+    """Parameters, and FLOPs of a training step's products, of configs/sweeps/widths.py at a width."""
+    config = widths_recipe.get_config()
+    config.model.width = width
+    recipe = Recipe(config)
+    mesh, fields = recipe.mesh(), config.train
+    abstract = jax.eval_shape(lambda: new_state(recipe.train_config, mesh, jax.random.key(0)))
+    images = jax.ShapeDtypeStruct((fields.batch_size, *recipe.model.image_shape), np.uint8)
+    labels = jax.ShapeDtypeStruct((fields.batch_size,), np.int32)
+    traced = compiled_step(recipe.train_config, mesh).trace(abstract, images, labels, jax.random.key(0))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.sampling_variables["params"]))
+    return {"parameters": parameters, "flops": program_flops(traced.jaxpr)}
+
+
+def updates(axes: Axes) -> None:
+    """Updates of fixed-point decoding along the training."""
+    rows = table("updates")
+    for name in [name for name in rows[0] if name.startswith("block ")]:
+        line(axes, rows, "step", name, name)
+    axes.axhline(rows[0]["most"], color="black", ls=":", lw=1)
+    axes.set(xlabel="training step", ylabel="updates to 1e-4", ylim=(0, None))
+
+
+def density(axes: Axes) -> None:
+    """The flow as a classifier and a judge of outliers."""
+    rows = table("density")
+    shown = {"accuracy": "Bayes' rule,\naccuracy", "AUROC against digits": "AUROC,\ndigits"}
+    shown |= {"AUROC against noise": "AUROC,\nnoise"}
+    line(axes, [{"x": text, "y": row[key]} for key, text in shown.items() for row in rows], "x", "y")
+    axes.set_ylim(0, 1.05)
+    axes.margins(x=0.3)
+
+
+def exactness(axes: Axes) -> None:
+    """Errors of the inverse."""
+    line(axes, table("exactness"), "dtype", "largest error of the inverse")
+    axes.set(yscale="log", ylabel="largest error, [-1, 1] units")
+    axes.margins(x=0.4)
+
+
+FIGURES: tuple[Callable[[Axes], None], ...] = (
+    noise, multiplier, guidance, unconditional, volume, depth, directions, coupling, patches, widths, density, updates,
+    exactness,
+)  # fmt: skip
+
+
+def main() -> None:
+    """Draws."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="of the pictures; all if none is given")
+    for draw in FIGURES:
+        if (given := parser.parse_args().names) and draw.__name__ not in given:
+            continue
+        figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.grid(alpha=0.3, which="both")
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize="small")
+        figure.savefig(FOLDER / f"{draw.__name__}.png", dpi=130)
+
+
+if __name__ == "__main__":
+    main()
