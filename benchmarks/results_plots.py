@@ -142,7 +142,8 @@ def depth(axes: Axes) -> None:
 
 def directions(axes: Axes) -> None:
     """Blocks that alternate, and that do not."""
-    line(axes, table("directions"), "directions", "bits/dim")
+    alternate = [row | {"directions": "alternate"} for row in where(table("dequantisation"), guidance=0.0)]
+    line(axes, alternate + table("directions"), "directions", "bits/dim")
     axes.set_ylabel("bits/dim")
     axes.margins(x=0.4)
 

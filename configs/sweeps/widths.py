@@ -2,7 +2,7 @@
 
 python -m launch.sweep --config=configs/sweeps/widths.py --workdir=runs/widths --metric=bits/dim
 
-The likelihood variant, 600 steps, Muon's rate by the rule of docs/optimizers.md. Measured: docs/results.md.
+The likelihood variant, 400 steps, Muon's rate by the rule of docs/optimizers.md. Measured: docs/results.md.
 """
 
 from ml_collections import ConfigDict
@@ -17,8 +17,8 @@ WIDTHS = [64, 128, 192]
 def get_config(variant: str = "likelihood") -> ConfigDict:
     """configs/sweeps/small.py:likelihood, shorter, or another variant of it."""
     config = small.get_config(variant)
-    config.optimizer.warmup_steps = 60
-    config.train.num_steps = 600
+    config.optimizer.warmup_steps = 40
+    config.train.num_steps = 400
     return config
 
 
