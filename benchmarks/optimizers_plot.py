@@ -14,7 +14,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 COLOURS = {"adamw": "tab:orange", "muon": "tab:blue"}
-TO_BITS = 0.5 * np.log(2 * np.pi) + np.log(128)  # of a loss, with uniform noise
+
+
+def to_bits(loss: float) -> float:
+    """Bits/dim of a loss, with uniform noise."""
+    return float((loss + 0.5 * np.log(2 * np.pi) + np.log(128)) / np.log(2))
 
 
 def optimizer(row: dict[str, Any]) -> str:
@@ -51,7 +55,7 @@ def main() -> None:
             width = row["overrides"]["model.width"]
             by_flops.annotate(str(width), (x, row["bits_per_dim"]), (4, 4), textcoords="offset points", fontsize=8)
             curve = row["curve"]
-            bits = [(point["loss"] + TO_BITS) / np.log(2) for point in curve]
+            bits = [to_bits(point["loss"]) for point in curve]
             shade = 0.35 + 0.65 * width / 256
             by_step.plot([point["step"] for point in curve], bits, color=colour, alpha=shade, label=f"{name}, {width}")
     by_flops.set(xscale="log", xlabel="FLOPs of the run's products", ylabel="test bits/dim")
