@@ -14,7 +14,7 @@ from tiny_models import LABELS, TINY, TRIANGULAR, VP, decode, encode, images_of,
 from tarflow_jax import TarFlow, TarFlowConfig
 from tarflow_jax.flow import FlowBlock, in_block_order, permute, to_images, to_tokens, unstack_layers, updated_prior
 from tarflow_jax.flow.attention import attend, choose_kernel, splash
-from tarflow_jax.flow.block import rotary_angles
+from tarflow_jax.flow.block import Affine, rotary_angles, solve_unit_lower
 from tarflow_jax.flow.product import dense_product
 from tarflow_jax.flow.transformer import gelu, turn
 from tarflow_jax.likelihood import bits_per_dim, log_prob, training_loss
@@ -345,3 +345,14 @@ def test_the_dense_product_has_the_gradients_of_a_plain_product():
         gradients = jax.grad(loss, argnums=(1, 2))
         expected = gradients(jax.lax.dot_general, x, kernel)
         chex.assert_trees_all_close(gradients(dense_product, x, kernel), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_triangular_maps_are_inverted_on_a_cpu_without_lapack_whose_threads_would_wait_for_each_other():
+    keys = jax.random.split(jax.random.key(0), 2)
+    z, lower = jax.random.normal(keys[0], (3, 5, 6)), jax.random.normal(keys[1], (3, 5, 15))
+    affine = Affine(jnp.zeros_like(z), jnp.zeros_like(z), lower)
+    np.testing.assert_allclose(affine.forward(solve_unit_lower(lower, z)), z, atol=1e-4)
+    assert "custom-call" not in jax.jit(solve_unit_lower).lower(lower, z).compile().as_text()
+    on_tpu = jax.jit(solve_unit_lower).trace(lower, z).lower(lowering_platforms=("tpu",)).as_text()
+    assert "triangular_solve" in on_tpu
+    assert "while" not in on_tpu

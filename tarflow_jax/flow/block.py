@@ -58,8 +58,22 @@ def solve_unit_lower(lower: jax.Array | None, z: jax.Array) -> jax.Array:
         return z
     size = z.shape[2]
     matrix = jnp.zeros((*z.shape, size), z.dtype).at[..., *np.tril_indices(size, -1)].set(lower)
+    return jax.lax.platform_dependent(matrix, z, cpu=_substitute, default=_solve)
+
+
+def _solve(matrix: jax.Array, z: jax.Array) -> jax.Array:
     solved = jax.lax.linalg.triangular_solve(matrix, z[..., None], left_side=True, lower=True, unit_diagonal=True)
     return solved.squeeze(3)
+
+
+def _substitute(matrix: jax.Array, z: jax.Array) -> jax.Array:
+    """The same in D - 1 steps. On a CPU XLA calls LAPACK, batch by batch on the threads that wait for it: two programs
+    that run at a time then wait for each other for ever."""
+
+    def step(i: int, u: jax.Array) -> jax.Array:
+        return u - matrix[..., i] * u[..., i, None]  # [B, S, D], column i of L is 0 down to its row i
+
+    return jax.lax.fori_loop(0, z.shape[2] - 1, step, z)
 
 
 class FlowBlock(nn.Module):
