@@ -23,6 +23,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config = small.get_config(variant)
     config.model.num_classes = 0
     config.train.drop_label = 0.0
+    config.sample.guidance.update({"weight": 0.5, "attention_temperature": 0.5})  # of the run's own pictures
     return config
 
 
