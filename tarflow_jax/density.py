@@ -102,7 +102,8 @@ class FlowDensity(TrainedFlow):
         """Tweedie's formula, x + s σ² ∇ log p(x | label), or steps of it: float32 [B, H, W, K].
 
         Args:
-          images: float [B, H, W, K]. labels: int [B], -1 for no class, or None.
+          images: float [B, H, W, K].
+          labels: int [B], -1 for no class, or None.
           noise_std: σ; None is the one the model was trained with. A flow of many levels must be told (a number, or for
             a single step one for each image).
           multiplier: s of a single step; 1 is the theory.

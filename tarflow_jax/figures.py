@@ -34,7 +34,8 @@ def overlay(image: np.ndarray, values: np.ndarray) -> np.ndarray:
     """Values of patches as `COLOURS`, from the lowest to the highest, over an image in grey.
 
     Args:
-      image: uint8 [H, W, K]. values: float [H / P, W / P].
+      image: uint8 [H, W, K].
+      values: float [H / P, W / P].
 
     Returns:
       uint8 [H, W, 3].
@@ -90,7 +91,8 @@ def class_rows(images: np.ndarray, labels: np.ndarray | None, names: Sequence[st
     Else `class_columns`.
 
     Args:
-      labels: int [B], or None. names: one a class; () where they are not known.
+      labels: int [B], or None.
+      names: one a class; () where they are not known.
     """
     if labels is None or not names:
         return grid(images)

@@ -130,7 +130,9 @@ def interpolate(
     are the images themselves, up to what denoising by one step leaves.
 
     Args:
-      images_uint8: [2, H, W, K]. key: of the noise. count: N, the images from first to last.
+      images_uint8: [2, H, W, K].
+      key: of the noise.
+      count: N, the images from first to last.
       label: of all images on the way, -1 for no class. noise_std, progress: as of `inspect`.
 
     Returns:

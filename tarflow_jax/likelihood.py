@@ -25,7 +25,8 @@ def log_prob(
     """log p(x) = Σ log N(latents; 0, 1) + log_det (equation 3 of the paper).
 
     Args:
-      images: float32 [B, H, W, K]; labels: int32 [B], -1 for no class, or None.
+      images: float32 [B, H, W, K].
+      labels: int32 [B], -1 for no class, or None.
       noise_std: σ [B] of a flow that is conditional on it.
 
     Returns:
@@ -79,7 +80,8 @@ def training_loss(
     z is the last block's output; in VP mode, whose blocks have log_det 0, the prior variance plays no part in it.
 
     Args:
-      images: noisy float32 [B, H, W, K]; labels: int32 [B], -1 for no class, or None.
+      images: noisy float32 [B, H, W, K].
+      labels: int32 [B], -1 for no class, or None.
       levels: of a flow that is conditional on them; each image then counts by its weight.
 
     Returns:

@@ -55,7 +55,9 @@ class TrainedFlow:
         """Wraps variables.
 
         Args:
-          config: the model's shape. variables: of that shape. noise: of its training.
+          config: the model's shape.
+          variables: of that shape.
+          noise: of its training.
           ema_params: the parameters' average, used instead of the raw ones, which are kept to be saved beside it.
           card: what a saved model's card tells, see `interop.save_model`.
           schedule: what `decoder="auto"` uses, or the folder that holds it, where it is looked for at its first use.
@@ -145,7 +147,8 @@ class TrainedFlow:
           options: `mesh` and `memory_bound`, see the constructor.
 
         Raises:
-          FileNotFoundError: nothing of the kind there. ValueError: what is there is damaged or of another kind.
+          FileNotFoundError: nothing of the kind there.
+          ValueError: what is there is damaged or of another kind.
         """
         workdir = epath.Path(name)
         if (workdir / "checkpoints").is_dir():
@@ -223,14 +226,16 @@ class TrainedFlow:
         """Saves the model to the Hugging Face hub as "owner/name", which is made if it is missing.
 
         Args:
-          private: of a model that is made. token: None is the one that `hf auth login` or HF_TOKEN gave.
+          private: of a model that is made.
+          token: None is the one that `hf auth login` or HF_TOKEN gave.
           options: `dtype` and `card`, see `save_pretrained`.
 
         Returns:
           The commit's address.
 
         Raises:
-          ValueError: no such name, or the hub refused. ImportError: huggingface_hub is not installed.
+          ValueError: no such name, or the hub refused.
+          ImportError: huggingface_hub is not installed.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **options | {"card": {"name": name, **(options.get("card") or {})}})

@@ -1,6 +1,6 @@
 """How tests start programs: as where only requirements.txt is installed.
 
-They share what they compile (see conftest.py).
+They share what they compile (see conftest.py), and hardly optimise it.
 """
 
 import os
@@ -9,13 +9,16 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+# Programs run for milliseconds and are compiled for seconds, a quarter of them in XLA's newer emitters of loops.
+QUICK_TO_COMPILE = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
+NOT_OPTIMISED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # a program runs a few times
 COMMANDS = tuple(sorted(path.stem for path in ROOT.joinpath("launch").glob("*.py") if "__main__" in path.read_text()))
 
 
 def environment(**variables):
-    """This process's environment, without its XLA flags: programs are optimised, on as many devices as they ask for."""
+    """This process's environment, with none of its devices: programs have as many as they ask for."""
     path = os.pathsep.join([str(Path(__file__).with_name("without_torch")), str(ROOT)])
-    return os.environ | {"PYTHONPATH": path, "XLA_FLAGS": ""} | variables
+    return os.environ | {"PYTHONPATH": path, "XLA_FLAGS": QUICK_TO_COMPILE} | variables
 
 
 def start(*arguments, cwd=ROOT, **variables):

@@ -10,12 +10,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# Before JAX is imported for the first time: it reads them only once. Programs run for milliseconds and are compiled for
-# seconds, so it does not pay to optimise them much; XLA_FLAGS=--xla_backend_optimization_level=3 has all tests do so.
+from commands import QUICK_TO_COMPILE
+
+# Before JAX is imported for the first time: it reads them only once. XLA_FLAGS="--xla_backend_optimization_level=3
+# --xla_cpu_use_fusion_emitters=true" has programs compiled as usual.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
     [
-        "--xla_backend_optimization_level=1",
+        QUICK_TO_COMPILE,
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
     ]

@@ -13,9 +13,11 @@ import sys
 import time
 from pathlib import Path
 
+from commands import NOT_OPTIMISED
+
 # Before JAX is imported for the first time.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{NOT_OPTIMISED} --xla_force_host_platform_device_count=2"
 
 import jax
 import numpy as np

@@ -28,7 +28,7 @@ def address(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = ("-m", "launch.demo", f"--workdir={folder}", f"--port={port}", "--num_images=4")
-    server = commands.start(*arguments, XLA_FLAGS="--xla_backend_optimization_level=1")
+    server = commands.start(*arguments)
     try:
         lines = [server.stdout.readline() for _ in range(2)]
         assert lines == ["drawing the first 4 images\n", f"http://127.0.0.1:{port}\n"], server.communicate()[1]

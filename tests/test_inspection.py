@@ -1,6 +1,7 @@
 """What a flow is asked of an image, and the way between two."""
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -38,12 +39,17 @@ def test_the_shares_of_the_patches_add_up_to_log_p(config):
 
 def test_a_patch_pays_for_its_latents_and_for_its_log_scales_in_every_block():
     pipe, images, labels = pipeline(SMALL, None), images_of(SMALL, 1), np.array([2])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def through(k, params, tokens):
+        """Block k's tokens, and the log-scales of its affine map."""
+        apply = functools.partial(FlowBlock(SMALL, k).apply, {"params": params})
+        return apply(tokens, labels)[0], apply(permute(tokens, k), labels, method="affine").log_scale
+
     tokens, expected = to_tokens(SMALL, images), 0.0
     for k in range(SMALL.num_blocks):
-        apply = {"params": pipe.variables["params"][f"block_{k}"]}
-        affine = FlowBlock(SMALL, k).apply(apply, permute(tokens, k), labels, method="affine")
-        tokens, _ = FlowBlock(SMALL, k).apply(apply, tokens, labels)
-        expected = expected - permute(affine.log_scale, k).sum(2)
+        tokens, log_scale = through(k, pipe.variables["params"][f"block_{k}"], tokens)
+        expected = expected - permute(log_scale, k).sum(2)
     expected = expected - 0.5 * (jnp.square(tokens) + LOG_2PI).sum(2)
     np.testing.assert_allclose(pipe.patch_log_prob(images, labels).reshape(1, -1), expected, atol=1e-4)
 

@@ -16,7 +16,7 @@ from tarflow_jax import Guidance, Noise, TarFlow, TarFlowConfig, TarFlowPipeline
 assert tarflow_jax.__file__.startswith(sys.argv[1]), tarflow_jax.__file__
 assert tarflow_jax.__version__ == importlib.metadata.version("tarflow_jax")
 config = TarFlowConfig((4, 4), 1, 2, 8, 2, 1, 3, head_dim=4)
-variables = TarFlow(config).init(jax.random.key(0), np.zeros((1, 4, 4, 1), np.float32))
+variables = jax.jit(TarFlow(config).init)(jax.random.key(0), np.zeros((1, 4, 4, 1), np.float32))
 pipe = TarFlowPipeline(config, variables, Noise("gaussian", 0.1))
 images = pipe.sample(jax.random.key(0), 2, labels=[0, 2], guidance=Guidance(weight=1.5))
 pipe.save_pretrained("model")

@@ -36,8 +36,7 @@ def start(count, arguments, devices, variables):
     """Processes of `devices` CPU devices each; `variables(index)` are added to their environment."""
     own = {
         "JAX_DEFAULT_MATMUL_PRECISION": "highest",
-        # Programs run for seconds: it does not pay to optimise them.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"{commands.NOT_OPTIMISED} --xla_force_host_platform_device_count={devices}",
     }
     return [commands.start(*arguments(index), **own, **variables(index)) for index in range(count)]
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import LABELS, TINY, TRIANGULAR, decode, images_of, random_variables
+from tiny_models import LABELS, TINY, TRIANGULAR, decode, images_of, new_variables, random_variables
 
 from tarflow_jax import Guidance, Noise
 from tarflow_jax.flow import FlowBlock, TarFlowConfig, permute, to_images, to_tokens
@@ -85,7 +85,7 @@ def test_blocks_in_one_loop_give_what_each_gives_by_itself():
 def test_twice_as_many_blocks_are_no_larger_a_program():
     def products(num_blocks):
         config = dataclasses.replace(TINY, num_blocks=num_blocks, layers_per_block=1)
-        variables = jax.eval_shape(lambda: random_variables(config))
+        variables = jax.eval_shape(lambda: new_variables(config))
         return str(jax.make_jaxpr(functools.partial(decode, config))(variables, images_of(config))).count("dot_general")
 
     assert products(8) == products(4) > 0

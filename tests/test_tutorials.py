@@ -23,7 +23,6 @@ def test_runs_at_smoke_size(path, tmp_path):
         "TARFLOW_TUTORIAL": "smoke",
         "TARFLOW_DATA_DIR": str(tmp_path / "data"),
         "IPYTHONDIR": str(tmp_path / "ipython"),
-        "XLA_FLAGS": "--xla_backend_optimization_level=1",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # of `python` in shell cells
     }
     notebook = nbformat.read(path, as_version=4)

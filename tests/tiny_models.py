@@ -17,7 +17,11 @@ TRIANGULAR = dataclasses.replace(TINY, triangular=True, rotary=True)
 VP = dataclasses.replace(TINY, volume_preserving=True, num_classes=0, image_channels=1)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+# These programs run once: it does not pay at all to optimise them.
+_once = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+
+
+@functools.partial(_once, static_argnums=0)
 def _initialised(config, seed):
     variables = TarFlow(config).init(jax.random.key(seed), jnp.zeros((1, *config.image_shape)), noise_std=jnp.ones(1))
     return {name: variables[name] for name in ("params", "prior") if name in variables}
@@ -29,11 +33,19 @@ def new_variables(config, seed=0):
     return _initialised(dataclasses.replace(config, dtype="float32", remat="none", attention="plain"), seed)
 
 
-@jax.jit
+@functools.partial(_once, static_argnums=1)
+def _normal(key, count):
+    return jax.random.normal(key, (count,))
+
+
 def _moved(variables, seed, scale):
     leaves, structure = jax.tree.flatten(variables)
     keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    moved = [leaf + scale * jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
+    moved = []
+    for key, leaf in zip(keys, leaves, strict=True):
+        # The first of a power of two: so all leaves of all flows share a few programs.
+        noise = np.asarray(_normal(key, 1 << max(leaf.size - 1, 4095).bit_length()))[: leaf.size]
+        moved.append(jnp.asarray(np.asarray(leaf) + np.float32(scale) * noise.reshape(leaf.shape)))
     return jax.tree.unflatten(structure, moved)
 
 

@@ -36,13 +36,15 @@ def push_folder(folder: Path, name: str, files: Sequence[str], *, private: bool,
     """Uploads these files of a folder, in one commit, to the hub's model "owner/name", made if it is missing.
 
     Args:
-      private: of a model that is made. token: None is the one that `hf auth login` or HF_TOKEN gave.
+      private: of a model that is made.
+      token: None is the one that `hf auth login` or HF_TOKEN gave.
 
     Returns:
       The commit's address.
 
     Raises:
-      ValueError: no such name, or the hub refused. ImportError: huggingface_hub is not installed.
+      ValueError: no such name, or the hub refused.
+      ImportError: huggingface_hub is not installed.
     """
     if not _HUB_NAME.fullmatch(name):
         raise UserError(f"{name!r} is no name of a model on the hub; expected owner/name")

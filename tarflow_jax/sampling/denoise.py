@@ -20,8 +20,10 @@ def denoise(
     """x̂ = y + s σ² ∇_y log p(y), the posterior mean of a clean image given a noisy one (equation 8 of the paper).
 
     Args:
-      images: noisy images y, float32 [B, H, W, K]; labels: int32 [B], -1 for no class, or None.
-      noise_std: σ, in [-1, 1] units, a scalar or [B]. multiplier: s; 1 is the theory.
+      images: noisy images y, float32 [B, H, W, K].
+      labels: int32 [B], -1 for no class, or None.
+      noise_std: σ, in [-1, 1] units, a scalar or [B].
+      multiplier: s; 1 is the theory.
 
     Returns float32 [B, H, W, K]. In VP mode log p is the density that the blocks were trained on (`unit_prior`), as in
     the reference.

@@ -71,8 +71,11 @@ def iterate(
     last step gives x̂. The loop's length is no part of the program.
 
     Args:
-      images: float32 [B, H, W, K]. labels: int32 [B], -1 for no class, or None.
-      noise_std: σ_0, scalar. std_min: σ_{N-1}, scalar. num_steps: N, int32.
+      images: float32 [B, H, W, K].
+      labels: int32 [B], -1 for no class, or None.
+      noise_std: σ_0, scalar.
+      std_min: σ_{N-1}, scalar.
+      num_steps: N, int32.
       keys: of the noise that "sde" draws, one an image, [B].
       method: its clip, kind, levels and order; the numbers are the arguments'.
       trajectory: return the image after every step, [B, N, H, W, K]; N is then method.num_steps.

@@ -40,9 +40,12 @@ def distillation_loss(
     h + w (h(label) - h(no label)), the two being the network's own, of weight 0 and detached.
 
     Args:
-      flow: the frozen flow's shape. flow_variables: its variables.
+      flow: the frozen flow's shape.
+      flow_variables: its variables.
       variables: the student's.
-      clean: float32 [B, H, W, K]. noisy: the same with noise. labels: int32 [B], -1 for no class.
+      clean: float32 [B, H, W, K].
+      noisy: the same with noise.
+      labels: int32 [B], -1 for no class.
       noise_std: σ [B] of the noise, for a flow that is conditional on it.
       weights: of guidance, float32 [B]; 0 where there is no label.
 

@@ -60,7 +60,9 @@ class Checkpoints:
         """Starts writing; returns once `state` is copied, so that it may be donated.
 
         Args:
-          step: of the run. state: its arrays. config: its config, as JSON has it.
+          step: of the run.
+          state: its arrays.
+          config: its config, as JSON has it.
           test_loss: by which the best checkpoint is known; None if it was not measured.
 
         Raises OSError if this checkpoint, or the one before it, could not be written (disk full, not allowed, …).

@@ -234,7 +234,8 @@ class Recipe:
         """The recipe that a workdir was trained by: its config.json, or if that is lost the last checkpoint's.
 
         Raises:
-          FileNotFoundError: neither is there. ValueError: it is no training config.
+          FileNotFoundError: neither is there.
+          ValueError: it is no training config.
         """
         path, folder = epath.Path(workdir) / CONFIG, epath.Path(workdir) / "checkpoints"
         stored = None

@@ -40,7 +40,8 @@ def train_step(
     """One step of the optimizer.
 
     Args:
-      images: uint8 [B, H, W, K]. labels: int32 [B].
+      images: uint8 [B, H, W, K].
+      labels: int32 [B].
       key: all randomness is a function of it, of the step, and of an image's row in the global batch, so that it does
         not depend on the devices.
       frozen_flow: variables of the flow by which a student is trained.

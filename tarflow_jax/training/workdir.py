@@ -39,7 +39,8 @@ def read_workdir(workdir: epath.PathLike, mesh: Mesh | None = None, *, best: boo
     The optimizer's state stays on the disk.
 
     Raises:
-      FileNotFoundError: no config or no checkpoint there. ValueError: they are damaged, or none has a test loss.
+      FileNotFoundError: no config or no checkpoint there.
+      ValueError: they are damaged, or none has a test loss.
       MemoryError, OSError: see `Checkpoints.restore`.
     """
     workdir = epath.Path(workdir)
