@@ -30,7 +30,7 @@ from tarflow_jax.training.step import compiled_step
 GAUSSIAN = Noise("gaussian", 0.1)
 
 
-@pytest.mark.parametrize("name", ["digits", "fashion_mnist"])
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist", "imagenet64_uncond"])
 def test_recipes_fit_their_flows_and_are_hardly_larger(name):
     flow, student = (importlib.import_module(f"configs.{folder}{name}").get_config() for folder in ("", "student."))
     recipe = Recipe(of_flow(student, flow))
