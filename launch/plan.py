@@ -4,6 +4,8 @@ python -m launch.plan --config=configs/imagenet64_cond.py --topology=v5e:16x16 -
 python -m launch.plan --config=configs/imagenet64_uncond.py --topology=v5e:16x16 --num_slices=2 --mesh=256,1,2
 python -m launch.plan --config=configs/imagenet64_cond.py --topology=h100:8x4
 python -m launch.plan --config=configs/digits.py --topology=cpu:8
+python -m launch.plan --config=configs/imagenet64_uncond.py --topology=v5e:4x4 --sampler \
+    --decoder=student --student=configs/student/imagenet64_uncond.py
 
 A TPU topology needs no TPU, but its compiler: pip install -r requirements-plan.txt. So do GPUs (a100, h100, h200, b200;
 h100:8x4 is 4 hosts of 8), from requirements-plan-gpu.txt. Exit code 2 when the program does not fit; then changes are
@@ -18,11 +20,21 @@ from collections.abc import Sequence
 
 import jax
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
+from configs.student.common import of_flow
 from launch import common
 from tarflow_jax.errors import UserError
-from tarflow_jax.planning import Plan, Topology, compile_program, gpus, open_topology, sample_program, train_program
+from tarflow_jax.planning import (
+    Plan,
+    Topology,
+    compile_program,
+    gpus,
+    open_topology,
+    sample_program,
+    student_program,
+    train_program,
+)
 from tarflow_jax.planning.changes import as_flags, dividing_options, smallest_change
 from tarflow_jax.training import Recipe
 
@@ -37,6 +49,12 @@ TOPOLOGY = flags.DEFINE_string(
 NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "Plan for this many TPU slices of that topology.", lower_bound=1)
 MESH = flags.DEFINE_list("mesh", None, "Plan for meshes of sizes data,fsdp,tensor, as --config.mesh; one may be -1.")
 SAMPLER = flags.DEFINE_bool("sampler", False, "Compile the sampler of a training batch, not the training step.")
+DECODER = flags.DEFINE_enum(
+    "decoder", "sequential", ["sequential", "student"], "Compile this sampler; the student is --student's."
+)
+STUDENT = config_flags.DEFINE_config_file(
+    "student", None, "Recipe of the student of --decoder=student, such as configs/student/imagenet64_uncond.py."
+)
 MFU = flags.DEFINE_float(
     "mfu", 0.4, "Model-FLOPs utilisation that times are told for.", lower_bound=0.01, upper_bound=1.0
 )
@@ -46,8 +64,8 @@ flags.mark_flags_as_required(["config", "topology"])
 
 def main(argv: Sequence[str]) -> int:
     """Compiles, prints a table, and searches if it must."""
+    config = _config()
     topology = _open(TOPOLOGY.value, NUM_SLICES.value)
-    config = CONFIG.value
     if MESH.value:
         sizes = [common.whole_number("mesh", size) for size in MESH.value]
         if len(sizes) != 3:
@@ -78,8 +96,24 @@ def make_plan(topology: Topology, recipe: Recipe) -> Plan:
     except ValueError as error:
         options = dividing_options(recipe, len(topology.devices))
         raise UserError(f"{error}; here: {' or '.join(map(as_flags, options))}") from error
-    program = (sample_program if SAMPLER.value else train_program)(recipe, mesh)
-    return compile_program(program, recipe, topology, mesh)
+    program = train_program
+    if SAMPLER.value:
+        program = student_program if recipe.student else sample_program
+    return compile_program(program(recipe, mesh), recipe, topology, mesh)
+
+
+def _config() -> ConfigDict:
+    """The flow's recipe, with the student's network if one is planned for."""
+    if DECODER.value == "sequential":
+        if STUDENT.value is not None:
+            raise UserError("--student is the recipe of a sampler; add --sampler --decoder=student")
+        return CONFIG.value
+    if STUDENT.value is None or not SAMPLER.value:
+        raise UserError("--decoder=student takes --sampler and --student, such as configs/student/digits.py")
+    config = ConfigDict(CONFIG.value)
+    with config.unlocked():
+        config.student = of_flow(STUDENT.value, config).student
+    return config
 
 
 def _open(name: str, num_slices: int) -> Topology:

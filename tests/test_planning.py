@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 
 import commands
 import jax
@@ -10,21 +11,26 @@ import jax.numpy as jnp
 import pytest
 
 from configs import digits
+from configs.student import digits as student_digits
 from tarflow_jax.flow import TarFlow
-from tarflow_jax.flow.attention import choose_kernel
+from tarflow_jax.flow.attention import choose_kernel, splash
 from tarflow_jax.planning import (
     Plan,
     compile_program,
     known_chip,
     open_topology,
     sample_program,
+    student_program,
     train_program,
 )
 from tarflow_jax.planning.changes import as_flags, changes, dividing_options, smallest_change
 from tarflow_jax.planning.chips import Chip
-from tarflow_jax.planning.flops import forward_flops, program_flops
+from tarflow_jax.planning.flops import forward_flops, program_flops, student_flops
 from tarflow_jax.planning.traffic import Collective, Traffic, traffic
 from tarflow_jax.runtime import make_mesh
+from tarflow_jax.runtime.parameters import student_shapes
+from tarflow_jax.student import METHODS
+from tarflow_jax.student.network import NUM_WAVES
 from tarflow_jax.training import Recipe
 
 # A loop of 3 rounds: a 4 x 8 slice of a 3 x 4 x 8 buffer is read by a fusion, all-reduced over pairs and kept on chip.
@@ -172,6 +178,33 @@ def test_a_sampler_gathers_sharded_parameters_once():
     gathered = plan.traffic.collectives["all-gather"].bytes
     assert 6 * plan.state_bytes["parameters"] < gathered < 7 * plan.state_bytes["parameters"]
     assert plan.traffic.collectives.keys() == {"all-gather"}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_plan_of_a_student_s_pass_on_eight_cpu_devices(method):
+    config = tiny_recipe(**{"model.num_blocks": 2}).config
+    config.student = student_digits.get_config("smoke").student
+    config.student.method = method
+    recipe, topology = Recipe(config), open_topology("cpu:8")
+    mesh = recipe.mesh(topology.devices)
+    plan = compile_program(student_program(recipe, mesh), recipe, topology, mesh)
+    tokens, width, patch, layers = 16, 64, 4, 3
+    ends = {"hidden_alignment": 1 + 3, "hidden_distillation": 3 + 3, "naive": 1 + 1}[method]  # projections and heads
+    by_hand = 2 * tokens * (ends * width * patch + layers * (12 * width**2 + 2 * tokens * width))
+    guidance = 3 * 2 * NUM_WAVES * width  # of each image in each block
+    assert student_flops(recipe.student) == by_hand
+    assert plan.flops * 8 == recipe.config.train.batch_size * (by_hand + guidance)
+    assert plan.state_bytes["parameters"] == 4 * sum(map(math.prod, student_shapes(recipe.student).values()))
+    assert plan.traffic.collectives == {}
+    assert plan.fits
+
+
+def test_attention_counts_the_blocks_of_logits_that_run():
+    x = jnp.zeros((2, 3, 1024, 64), jnp.bfloat16)
+    product = 2 * 2 * 3 * 1024**2 * 64
+    for causal, share in ((True, 3 / 4), (False, 1)):
+        jaxpr = jax.make_jaxpr(functools.partial(splash, causal=causal))(x, x, x)
+        assert program_flops(jaxpr) == 2 * product * share
 
 
 def test_changes_are_tried_from_the_smallest_to_the_largest():

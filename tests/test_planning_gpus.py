@@ -1,5 +1,7 @@
 """Plans for NVIDIA GPUs that are not here: their names, what is read off a program for them, and a compiled one."""
 
+import functools
+
 import commands
 import jax
 import jax.numpy as jnp
@@ -105,13 +107,14 @@ def test_what_of_a_gather_crosses_the_hosts(groups, links, network):
 def test_flops_of_cudnns_attention():
     pytest.importorskip("jax_cuda12_plugin")
 
-    def attend(x):
-        return jax.nn.dot_product_attention(x, x, x, is_causal=True, implementation="cudnn").sum()
+    def attend(x, is_causal=True):
+        return jax.nn.dot_product_attention(x, x, x, is_causal=is_causal, implementation="cudnn").sum()
 
     x = jax.ShapeDtypeStruct((2, 256, 3, 64), jnp.bfloat16)
     product = 2 * 2 * 3 * 256**2 * 64 * 3 / 4  # of 2 x 2 blocks, 3 are not masked
     assert program_flops(jax.make_jaxpr(attend)(x)) == 2 * product
     assert program_flops(jax.make_jaxpr(jax.grad(attend))(x)) == 7 * product
+    assert program_flops(jax.make_jaxpr(functools.partial(attend, is_causal=False))(x)) == 2 * product * 4 / 3
 
 
 @pytest.mark.slow

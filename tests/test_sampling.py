@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import LABELS, TINY, TRIANGULAR, decode, images_of, new_variables, random_variables
+from tiny_models import LABELS, TINY, TRIANGULAR, VP, decode, encode, images_of, new_variables, random_variables
 
 from tarflow_jax import Guidance, Noise
 from tarflow_jax.flow import FlowBlock, TarFlowConfig, permute, to_images, to_tokens
 from tarflow_jax.noise import dequantise, to_float
-from tarflow_jax.sampling import GaussSeidelJacobi, Sequential
+from tarflow_jax.sampling import GaussSeidelJacobi, Sequential, guided_trajectory
 from tarflow_jax.sampling.blocks import alike, guided_block
 
 UNCONDITIONAL = dataclasses.replace(TINY, num_classes=0)
@@ -124,6 +124,19 @@ def test_guidance_that_changes_nothing(config, weight, temperature):
     guidance = Guidance(weight, attention_temperature=temperature)
     guided, *_ = decode(config, variables, latents, labels, guidance)
     np.testing.assert_allclose(guided, plain, atol=2e-5)
+
+
+@pytest.mark.parametrize("config", [TRIANGULAR, dataclasses.replace(VP, num_classes=3)], ids=["triangular", "vp"])
+def test_guided_decoding_undoes_guided_encoding(config):
+    variables, images, labels = random_variables(config), images_of(config), jnp.asarray(LABELS)
+    weights = jnp.array([1.5, 1.5, 0.7])
+    latents, read = jax.jit(guided_trajectory, static_argnums=0)(config, variables, images, labels, weights)
+    for i, weight in enumerate((1.5, 0.0, 0.7)):  # the second image has no label
+        row = slice(i, i + 1)
+        drawn = decode(config, variables, latents[row], labels[row], Guidance(weight), trajectory=True)
+        np.testing.assert_allclose(drawn.images, images[row], atol=1e-4)
+        np.testing.assert_allclose(drawn.trajectory[0, :0:-1], read[i], atol=1e-4)
+    assert float(jnp.abs(latents - encode(config, variables, images, labels)[0]).max((1, 2, 3))[0]) > 0.01
 
 
 def test_targets_differ_and_unlabelled_images_are_not_guided_by_class():

@@ -10,27 +10,29 @@ import signal
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
-from tiny_models import TINY, random_variables
+from tiny_models import TINY, decode, random_variables
 
 from configs import digits
 from configs.student import digits as student_digits
 from configs.student.common import of_flow
-from tarflow_jax import Noise
+from tarflow_jax import Guidance, Noise
+from tarflow_jax.noise import to_float
 from tarflow_jax.runtime import Preempted, Rows, make_mesh
 from tarflow_jax.runtime.parameters import params_shapes, student_shapes
 from tarflow_jax.student import StudentConfig
 from tarflow_jax.training import Recipe, TrainConfig, train
 from tarflow_jax.training.optimizer import Optimizer
 from tarflow_jax.training.state import new_state
-from tarflow_jax.training.step import compiled_step
+from tarflow_jax.training.step import _distillation, compiled_step
 
 GAUSSIAN = Noise("gaussian", 0.1)
 
 
-@pytest.mark.parametrize("name", ["digits", "fashion_mnist"])
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist", "imagenet64_uncond"])
 def test_recipes_fit_their_flows_and_are_hardly_larger(name):
     flow, student = (importlib.import_module(f"configs.{folder}{name}").get_config() for folder in ("", "student."))
     recipe = Recipe(of_flow(student, flow))
@@ -44,6 +46,32 @@ def test_a_student_s_recipe_alone_is_no_flow_s():
         Recipe(student_digits.get_config())
     with pytest.raises(ValueError, match="is no student's recipe"):
         of_flow(digits.get_config(), digits.get_config())
+
+
+@pytest.mark.parametrize("max_guidance", [0.0, 2.0])
+def test_guided_or_not_it_learns_what_the_flow_makes_of_the_latents_and_clean_images(monkeypatch, max_guidance):
+    seen = {}
+
+    def record(_, __, *batch):
+        seen.update(zip(("clean", "latents", "trajectory", "labels", "weights"), batch, strict=True))
+        return jnp.zeros(()), {}
+
+    monkeypatch.setattr("tarflow_jax.training.step.distillation_loss", record)
+    student = StudentConfig.of_flow(TINY, 0, (1,), max_guidance=max_guidance)
+    config = TrainConfig(TINY, GAUSSIAN, Optimizer(1, 1e-3, 1e-3, 0, 0.9, 0.999, 1e-4, 0.0, 0.0), student=student)
+    images, labels = runs.random_images(TINY, 8, 0)
+    frozen, labels = random_variables(TINY), np.where(np.arange(8) < 2, -1, labels)
+    batch, loss = _distillation(config, frozen, jnp.asarray(images), jnp.asarray(labels), jax.random.key(1))
+    loss({}, batch)
+    assert len(np.unique(seen["weights"])) > 3 or not max_guidance
+    assert float(seen["weights"].max()) <= max_guidance
+    assert not seen["weights"][:2].any()  # without a label there is nothing to guide by
+    np.testing.assert_allclose(seen["clean"], to_float(images), atol=1e-6)
+    for i, weight in enumerate(np.asarray(seen["weights"])):
+        drawn = decode(TINY, frozen, seen["latents"][i : i + 1], labels[i : i + 1], Guidance(weight), trajectory=True)
+        np.testing.assert_allclose(drawn.trajectory[0, :0:-1], seen["trajectory"][i], atol=1e-4)
+    noise = np.asarray(seen["trajectory"][:, 0]) - np.asarray(seen["clean"])
+    assert 0.08 < noise.std() < 0.12
 
 
 def run_steps(mesh, accumulation=1, count=3):

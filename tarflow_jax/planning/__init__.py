@@ -3,7 +3,7 @@
 from tarflow_jax.planning.chips import Topology, known_chip, open_topology
 from tarflow_jax.planning.flops import forward_flops
 from tarflow_jax.planning.plan import Plan
-from tarflow_jax.planning.program import compile_program, sample_program, train_program
+from tarflow_jax.planning.program import compile_program, sample_program, student_program, train_program
 
 __all__ = [
     "Plan",
@@ -13,5 +13,6 @@ __all__ = [
     "known_chip",
     "open_topology",
     "sample_program",
+    "student_program",
     "train_program",
 ]

@@ -6,7 +6,10 @@ XLA's own count (`cost_analysis`) takes the body of a loop once, and the layers 
 import math
 from typing import Any
 
+import jax.numpy as jnp
+
 from tarflow_jax.flow import TarFlowConfig
+from tarflow_jax.student import StudentConfig
 
 
 def forward_flops(config: TarFlowConfig) -> float:
@@ -17,6 +20,14 @@ def forward_flops(config: TarFlowConfig) -> float:
     ends = config.num_blocks * (width * (config.token_dim + outputs + triangle) + 2 * config.token_dim * triangle)
     layers = sum(config.depths) * (12 * width**2 + 2 * tokens * width)
     return 2.0 * tokens * (ends + layers)
+
+
+def student_flops(config: StudentConfig) -> float:
+    """The same of one image that a student makes, with the trajectory."""
+    shape, blocks = config.shape, range(config.shape.num_blocks)
+    tokens, width = shape.num_tokens, shape.width
+    ends = sum(config.reads_tokens(j) + config.has_head(j) for j in blocks) * width * shape.token_dim
+    return 2.0 * tokens * (ends + sum(shape.depths) * (12 * width**2 + 2 * tokens * width))
 
 
 def program_flops(jaxpr: Any) -> float:
@@ -43,16 +54,22 @@ def _flops(equation: Any) -> float:
         return inner * params["length"]
     if name == "shard_map":  # the shapes inside are one device's
         return inner * params["mesh"].size
-    if name.startswith("dot_product_attention"):  # cuDNN's, flow.attention's only use of it: causal, in blocks too
+    if name.startswith("dot_product_attention"):  # cuDNN's, flow.attention's only use of it: in blocks too
         batch, tokens, heads, dim = equation.invars[0].aval.shape
         products = 2 if "fwd" in name else 5  # backwards, the logits once more
-        blocks = -(-tokens // 128)
-        return products * 2.0 * batch * heads * tokens**2 * dim * (blocks + 1) / (2 * blocks)
+        share = _share_of_blocks(-(-tokens // 128), params["mask_type"].name == "CAUSAL")
+        return products * 2.0 * batch * heads * tokens**2 * dim * share
     if name == "pallas_call":
-        # The only kernel is flow.attention.splash: causal, so that of n x n blocks n (n + 1) / 2 run.
+        # The only kernel is flow.attention.splash. If it is causal, it is given the queries' positions.
         grid = params["grid_mapping"].grid
-        return inner * math.prod(grid) * (grid[-1] + 1) / (2 * grid[-1])
+        causal = any(variable.aval.dtype == jnp.int32 for variable in equation.invars)
+        return inner * math.prod(grid) * _share_of_blocks(grid[-1], causal)
     return inner
+
+
+def _share_of_blocks(count: int, causal: bool) -> float:
+    """Of count x count blocks of logits, those that run."""
+    return (count + 1) / (2 * count) if causal else 1.0
 
 
 def _inner(params: dict[str, Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The programs of a recipe, compiled for devices that need not exist: its training step and its sampler."""
+"""The programs of a recipe, compiled for devices that need not exist: its training step and its samplers."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from tarflow_jax import programs
 from tarflow_jax.arguments import check_guidance
 from tarflow_jax.planning.chips import Topology
-from tarflow_jax.planning.flops import forward_flops, program_flops
+from tarflow_jax.planning.flops import forward_flops, program_flops, student_flops
 from tarflow_jax.planning.plan import Plan
 from tarflow_jax.planning.traffic import Traffic, traffic
 from tarflow_jax.runtime import Program, batch_sharding, replicated
@@ -65,6 +65,25 @@ def sample_program(recipe: Recipe, mesh: Mesh) -> Planned:
     flops = (2 if guidance else 1) * recipe.config.train.batch_size * forward_flops(config)
     arguments = (state.variables, latents, labels, levels, jax.tree.map(lambda _: number, guidance))
     return Planned(program, arguments, parts, flops, 0)
+
+
+def student_program(recipe: Recipe, mesh: Mesh) -> Planned:
+    """One pass of the student that a recipe has, at any guidance weight that it takes; as `sample_program`."""
+    student = recipe.student
+    assert student is not None
+    variables = abstract_state(recipe.train_config, mesh).variables
+    latents, labels = _images(recipe, mesh, jnp.float32)
+    weight = jax.ShapeDtypeStruct(labels.shape, jnp.float32, sharding=labels.sharding)
+    weights = weight if student.max_guidance else None
+
+    def sample(variables: Any, latents: jax.Array, labels: jax.Array, weights: Any) -> jax.Array:
+        images, _ = programs.student(student, variables, latents, labels if recipe.model.num_classes else None, weights)
+        return images
+
+    program = Program(jax.jit(sample, out_shardings=batch_sharding(mesh)), mesh)
+    parts = {"parameters": variables, "batch": (latents, labels)}
+    flops = recipe.config.train.batch_size * student_flops(student)
+    return Planned(program, (variables, latents, labels, weights), parts, flops, 0)
 
 
 def compile_program(planned: Planned, recipe: Recipe, topology: Topology, mesh: Mesh) -> Plan:

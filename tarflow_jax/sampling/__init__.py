@@ -2,6 +2,7 @@
 
 from tarflow_jax.sampling.decode import Decoded, Decoder, decode
 from tarflow_jax.sampling.denoise import denoise
+from tarflow_jax.sampling.encode import guided_trajectory
 from tarflow_jax.sampling.fixed_point import GaussSeidelJacobi, Jacobi
 from tarflow_jax.sampling.guidance import Guidance
 from tarflow_jax.sampling.inverse import Sequential
@@ -21,5 +22,6 @@ __all__ = [
     "decode",
     "decode_from",
     "denoise",
+    "guided_trajectory",
     "iterate",
 ]

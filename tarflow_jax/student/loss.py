@@ -24,43 +24,38 @@ def flow_trajectory(
 
 def distillation_loss(
     student: StudentConfig,
-    flow: TarFlowConfig,
-    flow_variables: Any,
     variables: Any,
     clean: jax.Array,
-    noisy: jax.Array,
+    latents: jax.Array,
+    trajectory: jax.Array,
     labels: jax.Array,
-    noise_std: jax.Array | None,
     weights: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The sum of the clean image's error and, unless the method is naive, of the errors of the trajectory's F images.
 
-    An image's error on the trajectory is relative to its mean square, which normalises the trajectory; each error D
-    then counts as D / (D + c), the divisor detached. With a weight w > 0 what is learned is the guided result,
-    h + w (h(label) - h(no label)), the two being the network's own, of weight 0 and detached.
+        An image's error on the trajectory is relative to its mean square, which normalises the trajectory; each error D
+        then counts as D / (D + c), the divisor detached.
 
-    Args:
-      flow: the frozen flow's shape.
-      flow_variables: its variables.
-      variables: the student's.
-      clean: float32 [B, H, W, K].
-      noisy: the same with noise.
-      labels: int32 [B], -1 for no class.
-      noise_std: σ [B] of the noise, for a flow that is conditional on it.
-      weights: of guidance, float32 [B]; 0 where there is no label.
+        Args:
+    <<<<<<< HEAD
+          flow: the frozen flow's shape.
+          flow_variables: its variables.
+          variables: the student's.
+          clean: float32 [B, H, W, K].
+          noisy: the same with noise.
+          labels: int32 [B], -1 for no class.
+          noise_std: σ [B] of the noise, for a flow that is conditional on it.
+    =======
+          variables: the student's.
+          clean: float32 [B, H, W, K].
+          latents, trajectory: of the same with noise, [B, H, W, K] and [B, F, H, W, K], by the flow as `weights` guide it.
+          labels: int32 [B], -1 for no class.
+    >>>>>>> b19
+          weights: of guidance, float32 [B]; 0 where there is no label.
 
-    Returns (loss, metrics): metrics are scalars, and `block_errors` [F], the relative errors.
+        Returns (loss, metrics): metrics are scalars, and `block_errors` [F], the relative errors.
     """
-    latents, trajectory = flow_trajectory(flow, flow_variables, noisy, labels, noise_std)
-    network = Student(student)
-    images, found = network.apply(variables, latents, labels, weights)
-    if student.max_guidance:
-        both = jnp.stack([labels, jnp.full_like(labels, -1)])  # one program, run twice
-        unguided = jax.lax.map(lambda labels: network.apply(variables, latents, labels), both)
-        image_push, push = jax.tree.map(lambda found: jax.lax.stop_gradient(found[0] - found[1]), unguided)
-        clean = clean + weights[:, None, None, None] * image_push
-        if push is not None:
-            trajectory = trajectory + weights[:, None, None, None, None] * push
+    images, found = Student(student).apply(variables, latents, labels, weights)
     image_error = jnp.square(images - clean).mean((1, 2, 3))  # [B]
     metrics = {"image_error": image_error.mean()}
     loss = _adapted(image_error).mean()

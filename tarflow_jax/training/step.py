@@ -13,7 +13,9 @@ from tarflow_jax.flow import TarFlow, updated_prior
 from tarflow_jax.likelihood import training_loss
 from tarflow_jax.noise import to_float
 from tarflow_jax.runtime import Program
+from tarflow_jax.sampling import guided_trajectory
 from tarflow_jax.student import distillation_loss
+from tarflow_jax.student.loss import flow_trajectory
 from tarflow_jax.training.state import TrainConfig, TrainState, abstract_state
 
 Metrics = dict[str, jax.Array]
@@ -86,7 +88,8 @@ def _distillation(
 ) -> tuple[Batch, Loss]:
     """What a student is trained on, noise included, and its loss.
 
-    The noise is of the level at which samples are drawn. Half of the images have guidance weights, uniformly drawn.
+    The noise is of the level at which samples are drawn. Half of the images have guidance weights, uniformly drawn, and
+    the latents of which guided sampling makes them.
     """
     student = config.student
     assert student is not None
@@ -97,7 +100,12 @@ def _distillation(
     weights = jnp.where((labels >= 0) & jax.random.bernoulli(guide_key, 0.5, labels.shape), weights, 0.0)
 
     def loss(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
-        value, metrics = distillation_loss(student, config.model, frozen_flow, {"params": params}, *batch)
+        clean, noisy, labels, levels, weights = batch
+        if student.max_guidance:
+            path = guided_trajectory(config.model, frozen_flow, noisy, labels, weights, levels)
+        else:
+            path = flow_trajectory(config.model, frozen_flow, noisy, labels, levels)
+        value, metrics = distillation_loss(student, {"params": params}, clean, *path, labels, weights)
         return value, (metrics, None)
 
     return (to_float(images), noisy, labels, levels, weights), loss

@@ -1,0 +1,24 @@
+"""One pass from noise to image: a student of the flow that configs/imagenet64_uncond.py trains.
+
+python -m launch.distill --workdir=runs/imagenet64_uncond --config=configs/student/imagenet64_uncond.py
+
+Unmeasured. Optimizer and batch are the flow's; a step costs 4/3 of the flow's, so there are 2/3 as many. Without
+guidance, which a student learns of labels alone. paper: a student of another flow, at ImageNet 256x256, is 224 to 697
+times faster than the flow's inverse, with a better FID (arXiv 2512.10953).
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common as of_all
+from configs.student import common
+
+IMAGES, BATCH, EPOCHS = 1281149, 256, 133
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The recipe; the variant is "smoke" (seconds)."""
+    config = common.get_config()
+    config.student.layers_per_block = (8, 8, 8, 8, 8, 8, 8, 8, 4)
+    config.optimizer.warmup_steps = IMAGES // BATCH  # one epoch
+    config.train.update({"num_steps": EPOCHS * IMAGES // BATCH, "batch_size": BATCH, "checkpoint_every": 5000})
+    return of_all.with_variant(config, variant, common.smoke)
