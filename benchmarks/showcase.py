@@ -15,7 +15,7 @@ from tarflow_jax.figures import enlarge, grid, to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance
 
-ROWS, SIDE = 6, 56  # images of a class, and pixels of an image's side
+ROWS, SIDE = 5, 56  # images of a class, and pixels of an image's side
 
 
 def main() -> None:
@@ -33,14 +33,14 @@ def main() -> None:
         "denoised": (None, True),
         f"guided (weight {args.guidance:g}) and denoised": (Guidance(args.guidance), True),
     }
-    figure = Figure(figsize=(16.5, 4.1), layout="constrained")
+    figure = Figure(figsize=(16.5, 3.3), layout="constrained")
     for axes, (title, (guidance, denoise)) in zip(figure.subplots(1, 3), settings.items(), strict=True):
         images = to_uint8(pipe.sample(jax.random.key(1), len(labels), labels, guidance, denoise))
         sheet = grid(enlarge(images, SIDE), classes)
         axes.imshow(np.squeeze(sheet), cmap="gray", vmin=0, vmax=255)
         axes.set_title(title)
         axes.set_axis_off()
-    figure.savefig(args.out, dpi=110)
+    figure.savefig(args.out, dpi=120)
 
 
 if __name__ == "__main__":
