@@ -17,11 +17,7 @@ TRIANGULAR = dataclasses.replace(TINY, triangular=True, rotary=True)
 VP = dataclasses.replace(TINY, volume_preserving=True, num_classes=0, image_channels=1)
 
 
-# These programs run once: it does not pay at all to optimise them.
-_once = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
-
-
-@functools.partial(_once, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def _initialised(config, seed):
     variables = TarFlow(config).init(jax.random.key(seed), jnp.zeros((1, *config.image_shape)), noise_std=jnp.ones(1))
     return {name: variables[name] for name in ("params", "prior") if name in variables}
@@ -33,7 +29,7 @@ def new_variables(config, seed=0):
     return _initialised(dataclasses.replace(config, dtype="float32", remat="none", attention="plain"), seed)
 
 
-@functools.partial(_once, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1)
 def _normal(key, count):
     return jax.random.normal(key, (count,))
 
