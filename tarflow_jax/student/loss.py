@@ -33,27 +33,18 @@ def distillation_loss(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The sum of the clean image's error and, unless the method is naive, of the errors of the trajectory's F images.
 
-        An image's error on the trajectory is relative to its mean square, which normalises the trajectory; each error D
-        then counts as D / (D + c), the divisor detached.
+    An image's error on the trajectory is relative to its mean square, which normalises the trajectory; each error D
+    then counts as D / (D + c), the divisor detached.
 
-        Args:
-    <<<<<<< HEAD
-          flow: the frozen flow's shape.
-          flow_variables: its variables.
-          variables: the student's.
-          clean: float32 [B, H, W, K].
-          noisy: the same with noise.
-          labels: int32 [B], -1 for no class.
-          noise_std: σ [B] of the noise, for a flow that is conditional on it.
-    =======
-          variables: the student's.
-          clean: float32 [B, H, W, K].
-          latents, trajectory: of the same with noise, [B, H, W, K] and [B, F, H, W, K], by the flow as `weights` guide it.
-          labels: int32 [B], -1 for no class.
-    >>>>>>> b19
-          weights: of guidance, float32 [B]; 0 where there is no label.
+    Args:
+      variables: the student's.
+      clean: float32 [B, H, W, K].
+      latents: of the same with noise, by the flow as `weights` guide it, float32 [B, H, W, K].
+      trajectory: what the flow's blocks read on the way there, float32 [B, F, H, W, K].
+      labels: int32 [B], -1 for no class.
+      weights: of guidance, float32 [B]; 0 where there is no label.
 
-        Returns (loss, metrics): metrics are scalars, and `block_errors` [F], the relative errors.
+    Returns (loss, metrics): metrics are scalars, and `block_errors` [F], the relative errors.
     """
     images, found = Student(student).apply(variables, latents, labels, weights)
     image_error = jnp.square(images - clean).mean((1, 2, 3))  # [B]
