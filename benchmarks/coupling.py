@@ -30,7 +30,7 @@ from tarflow_jax.likelihood import bits_per_dim
 from tarflow_jax.noise import Noise
 
 LAYERS, BATCH, SAMPLES = 8, 64, 2500
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 
 
 def num_parameters(flow: Any) -> int:
