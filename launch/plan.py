@@ -4,8 +4,7 @@ python -m launch.plan --config=configs/imagenet64_cond.py --topology=v5e:16x16 -
 python -m launch.plan --config=configs/imagenet64_uncond.py --topology=v5e:16x16 --num_slices=2 --mesh=256,1,2
 python -m launch.plan --config=configs/imagenet64_cond.py --topology=h100:8x4
 python -m launch.plan --config=configs/digits.py --topology=cpu:8
-python -m launch.plan --config=configs/imagenet64_uncond.py --topology=v5e:4x4 --sampler \
-    --decoder=student --student=configs/student/imagenet64_uncond.py
+python -m launch.plan --config=RECIPE --topology=v5e:4x4 --sampler --decoder=student --student=RECIPE_OF_THE_STUDENT
 
 A TPU topology needs no TPU, but its compiler: pip install -r requirements-plan.txt. So do GPUs (a100, h100, h200, b200;
 h100:8x4 is 4 hosts of 8), from requirements-plan-gpu.txt. Exit code 2 when the program does not fit; then changes are
