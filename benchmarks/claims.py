@@ -104,7 +104,6 @@ def exactness(workdir: Path) -> Rows:
             pipe = TarFlowPipeline(config, trained.variables, trained.noise)
             latents, log_det = pipe.encode(images, labels)
             errors = np.abs(np.asarray(pipe.decode(latents, labels)) - np.asarray(images)).max((1, 2, 3))
-
             yield {
                 "train.seed": seed,
                 "dtype": dtype,
@@ -140,15 +139,17 @@ def density(workdir: Path) -> Rows:
 
 def main() -> None:
     """Measures what is asked for."""
-    known = {function.__name__: function for function in (bounds, directions, updates, exactness, density)}
+    known = {function.__name__: function for function in (bounds, directions)}
+    of_runs = {function.__name__: function for function in (updates, exactness, density)}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("claims", nargs="+", choices=known)
+    parser.add_argument("claims", nargs="+", choices=[*known, *of_runs])
     parser.add_argument("--workdir", type=Path, help="of a sweep over seeds")
     parser.add_argument("--rows", type=Path, default=Path("docs/results"), help="the tables' folder")
     args = parser.parse_args()
+    if args.workdir is None and not known.keys() >= set(args.claims):
+        parser.error(f"{', '.join(of_runs)} need --workdir, the folder of a sweep")
     for name in args.claims:
-        needs_runs = name in ("updates", "exactness", "density")
-        for row in known[name](args.workdir) if needs_runs else known[name]():
+        for row in known[name]() if name in known else of_runs[name](args.workdir):
             add_row(args.rows / f"{name}.csv", row)
 
 

@@ -129,9 +129,9 @@ def write_json(path: str, results: dict) -> None:
 def add_row(path: Path, row: dict[str, object]) -> None:
     """Adds a row to a table, which its first row gave the head, and prints it."""
     print(row, flush=True)
-    head = path.exists()
+    begun = path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, row)
-        if not head:
+        if not begun:
             writer.writeheader()
         writer.writerow(row)

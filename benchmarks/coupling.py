@@ -33,10 +33,14 @@ LAYERS, BATCH, SAMPLES = 8, 64, 2500
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 
 
+def split(flow: Any) -> tuple[Any, Any]:
+    """What of a flow is trained, and the rest."""
+    return eqx.partition(flow, eqx.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, paramax.NonTrainable))
+
+
 def num_parameters(flow: Any) -> int:
     """Numbers that are trained."""
-    trained = eqx.filter(flow, eqx.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, paramax.NonTrainable))
-    return sum(leaf.size for leaf in jax.tree.leaves(trained))
+    return sum(leaf.size for leaf in jax.tree.leaves(split(flow)[0]))
 
 
 def new_flow(key: jax.Array, num_dims: int, parameters: int) -> Any:
@@ -52,10 +56,7 @@ def new_flow(key: jax.Array, num_dims: int, parameters: int) -> Any:
 def trained(seed: int, images: np.ndarray, parameters: int, seconds: float, rate: float) -> tuple[Any, int]:
     """A flow after as many steps as the seconds allow, and how many those were."""
     init_key, noise_key = jax.random.split(jax.random.key(seed))
-    flow = new_flow(init_key, images[0].size, parameters)
-    params, static = eqx.partition(
-        flow, eqx.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, paramax.NonTrainable)
-    )
+    params, static = split(new_flow(init_key, images[0].size, parameters))
 
     def loss(params: Any, x: jax.Array) -> jax.Array:
         return -paramax.unwrap(eqx.combine(params, static)).log_prob(x).mean() / x.shape[1]

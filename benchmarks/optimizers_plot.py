@@ -10,15 +10,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
+
+from tarflow_jax.likelihood import LOG_2PI, bits_per_dim
 
 COLOURS = {"adamw": "tab:orange", "muon": "tab:blue"}
 
 
 def to_bits(loss: float) -> float:
     """Bits/dim of a loss, with uniform noise."""
-    return float((loss + 0.5 * np.log(2 * np.pi) + np.log(128)) / np.log(2))
+    return bits_per_dim(-(loss + 0.5 * LOG_2PI), 1)
 
 
 def optimizer(row: dict[str, Any]) -> str:

@@ -18,12 +18,11 @@ from matplotlib.figure import Figure
 from configs.sweeps import widths as widths_recipe
 from tarflow_jax.planning.flops import program_flops
 from tarflow_jax.training import Recipe
-from tarflow_jax.training.state import new_state
+from tarflow_jax.training.state import abstract_state
 from tarflow_jax.training.step import compiled_step
 
 FOLDER = Path("docs/results")
 DISTANCE = "Fréchet distance (classifier features)"
-SEED = "train.seed"
 Row = dict[str, Any]
 
 
@@ -174,11 +173,11 @@ def size_of(width: int) -> Row:
     config.model.width = width
     recipe = Recipe(config)
     mesh, fields = recipe.mesh(), config.train
-    abstract = jax.eval_shape(lambda: new_state(recipe.train_config, mesh, jax.random.key(0)))
+    state = abstract_state(recipe.train_config, mesh)
     images = jax.ShapeDtypeStruct((fields.batch_size, *recipe.model.image_shape), np.uint8)
     labels = jax.ShapeDtypeStruct((fields.batch_size,), np.int32)
-    traced = compiled_step(recipe.train_config, mesh).trace(abstract, images, labels, jax.random.key(0))
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.sampling_variables["params"]))
+    traced = compiled_step(recipe.train_config, mesh).trace(state, images, labels, jax.random.key(0))
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.sampling_variables["params"]))
     return {"parameters": parameters, "flops": program_flops(traced.jaxpr)}
 
 
@@ -218,9 +217,8 @@ def main() -> None:
     """Draws."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="of the pictures; all if none is given")
-    for draw in FIGURES:
-        if (given := parser.parse_args().names) and draw.__name__ not in given:
-            continue
+    names = parser.parse_args().names or [draw.__name__ for draw in FIGURES]
+    for draw in (draw for draw in FIGURES if draw.__name__ in names):
         figure = Figure(figsize=(5.6, 3.6), layout="constrained")
         axes = figure.add_subplot()
         draw(axes)

@@ -133,7 +133,9 @@ def interpolate(
       images_uint8: [2, H, W, K].
       key: of the noise.
       count: N, the images from first to last.
-      label: of all images on the way, -1 for no class. noise_std, progress: as of `inspect`.
+      label: of all images on the way, -1 for no class.
+      noise_std: as of `inspect`.
+      progress: as of `inspect`.
 
     Returns:
       float32 [N, H, W, K].

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from configs.sweeping import Overrides, zipped
 from configs.sweeps import small
 
-EVALUATE = ("--metrics=fid,precision_recall", "--num_samples=2500", "--guidance=0,0.5,1,2")
+EVALUATE = (*small.SAMPLES, "--guidance=0,0.5,1,2")
 
 
 def get_config(variant: str = "") -> ConfigDict:

@@ -12,7 +12,7 @@ from configs.sweeping import Overrides, grid
 from configs.sweeps import small
 
 EVALUATE = [
-    ("--metrics=fid,precision_recall", "--num_samples=2500", "--guidance=0,1"),
+    (*small.SAMPLES, "--guidance=0,1"),
     ("--metrics=bits_per_dim",),
 ]
 

@@ -10,12 +10,11 @@ from ml_collections import ConfigDict
 from configs.sweeping import Overrides, grid
 from configs.sweeps import small
 
-_SAMPLES = ("--metrics=fid,precision_recall", "--num_samples=2500")
 EVALUATE = [
-    (*_SAMPLES, "--guidance=0,0.5,1,2,3", "--guidance_schedule=linear"),
-    (*_SAMPLES, "--guidance=0.25,0.5,1,2", "--guidance_schedule=constant"),
-    (*_SAMPLES, "--guidance=0.5,1,2,3", "--guidance_target=log_scale"),
-    (*_SAMPLES, "--guidance=0.5,1,2,3", "--guidance_target=shift"),
+    (*small.SAMPLES, "--guidance=0,0.5,1,2,3", "--guidance_schedule=linear"),
+    (*small.SAMPLES, "--guidance=0.25,0.5,1,2", "--guidance_schedule=constant"),
+    (*small.SAMPLES, "--guidance=0.5,1,2,3", "--guidance_target=log_scale"),
+    (*small.SAMPLES, "--guidance=0.5,1,2,3", "--guidance_target=shift"),
 ]
 
 

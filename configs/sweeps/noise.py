@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from configs.sweeping import Overrides, zipped
 from configs.sweeps import small
 
-_SAMPLES = ("--metrics=fid,precision_recall", "--num_samples=2500", "--guidance=1")
+_SAMPLES = (*small.SAMPLES, "--guidance=1")
 EVALUATE = [
     (*_SAMPLES, "--denoise=false,true"),
     *[(*_SAMPLES, f"--denoise_multiplier={multiplier}") for multiplier in (0.5, 1.5, 2.0)],

@@ -10,11 +10,10 @@ from ml_collections import ConfigDict
 from configs.sweeping import Overrides, grid
 from configs.sweeps import small
 
-_SAMPLES = ("--metrics=fid,precision_recall", "--num_samples=2500")
 EVALUATE = [
-    (*_SAMPLES, "--guidance=0,0.2,0.5,1", "--attention_temperature=0.5"),
-    (*_SAMPLES, "--guidance=0.2,0.5,1", "--attention_temperature=0.8"),
-    (*_SAMPLES, "--guidance=0.2,0.5,1", "--attention_temperature=1.5"),
+    (*small.SAMPLES, "--guidance=0,0.2,0.5,1", "--attention_temperature=0.5"),
+    (*small.SAMPLES, "--guidance=0.2,0.5,1", "--attention_temperature=0.8"),
+    (*small.SAMPLES, "--guidance=0.2,0.5,1", "--attention_temperature=1.5"),
 ]
 
 

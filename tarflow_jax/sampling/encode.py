@@ -22,12 +22,14 @@ def guided_trajectory(
     tells all of them in one pass, and `decode` of these latents with that guidance gives the image.
 
     Args:
-      images: float32 [B, H, W, K]. labels: int32 [B], -1 for no class.
+      images: float32 [B, H, W, K].
+      labels: int32 [B], -1 for no class.
       weights: of guidance, float32 [B], of each image.
       noise_std: as of `decode`.
     """
+    # As `Guidance.weights` of each image, which takes no traced array of them; those are of token i + 1.
     steps = jnp.arange(config.num_tokens, dtype=jnp.float32)
-    of_tokens = weights[:, None, None] * steps[None, :, None] / max(config.num_tokens - 1, 1)  # `Guidance.weights`
+    of_tokens = weights[:, None, None] * steps[None, :, None] / max(config.num_tokens - 1, 1)
     tokens, read = to_tokens(config, images.astype(jnp.float32)), []
     for k in range(config.num_blocks):
         read.append(to_images(config, tokens))
