@@ -8,7 +8,7 @@ python -m launch.plan --config=RECIPE --topology=v5e:4x4 --sampler --decoder=stu
 
 A TPU topology needs no TPU, but its compiler: pip install -r requirements-plan.txt. So do GPUs (a100, h100, h200, b200;
 h100:8x4 is 4 hosts of 8), from requirements-plan-gpu.txt. Exit code 2 when the program does not fit; then changes are
-tried, the smallest first, until one does. docs/scaling.md tells how to read it.
+tried, the smallest first, until one does; --search tries on for the lowest bound. docs/scaling.md tells how to read it.
 """
 
 import functools
@@ -34,7 +34,7 @@ from tarflow_jax.planning import (
     student_program,
     train_program,
 )
-from tarflow_jax.planning.changes import as_flags, dividing_options, smallest_change
+from tarflow_jax.planning.changes import as_flags, changed, dividing_options, lowest_bound, smallest_change
 from tarflow_jax.training import Recipe
 
 EXIT_DOES_NOT_FIT = 2
@@ -57,6 +57,7 @@ STUDENT = config_flags.DEFINE_config_file(
 MFU = flags.DEFINE_float(
     "mfu", 0.4, "Model-FLOPs utilisation that times are told for.", lower_bound=0.01, upper_bound=1.0
 )
+SEARCH = flags.DEFINE_bool("search", False, "Search accumulation, fsdp and remat for the lowest bound of a step.")
 JSON = flags.DEFINE_string("json", None, "Append the figures to this file of JSON lines.")
 flags.mark_flags_as_required(["config", "topology"])
 
@@ -65,6 +66,10 @@ def main(argv: Sequence[str]) -> int:
     """Compiles, prints a table, and searches if it must."""
     config = _config()
     topology = _open(TOPOLOGY.value, NUM_SLICES.value)
+    if SEARCH.value and not topology.chip.flops:
+        raise UserError(f"--search compares times, and {topology.name} has no rates in tarflow_jax/planning/chips.py")
+    if SEARCH.value and SAMPLER.value:
+        raise UserError("--search changes how a training step is computed; leave out --sampler")
     if MESH.value:
         sizes = [common.whole_number("mesh", size) for size in MESH.value]
         if len(sizes) != 3:
@@ -77,15 +82,19 @@ def main(argv: Sequence[str]) -> int:
     if JSON.value:
         with open(JSON.value, "a") as file:
             file.write(json.dumps({"command": sys.argv[1:], **plan.figures()}) + "\n")
-    if plan.fits:
-        return 0
-    found = smallest_change(recipe, plan, make)
-    if found is None:
-        print("no change of remat, accumulation, fsdp or batch fits; choose more chips or a smaller model")
-    else:
+    fitted = plan.fits
+    if not fitted:
+        found = smallest_change(recipe, plan, make)
+        if found is None:
+            print("no change of remat, accumulation, fsdp or batch fits; choose more chips or a smaller model")
+            return EXIT_DOES_NOT_FIT
         change, plan = found
         print(f"\nthe smallest change that fits: {as_flags(change)}\n{plan.table(MFU.value)}")
-    return EXIT_DOES_NOT_FIT
+        recipe = changed(recipe, change)
+    if SEARCH.value:
+        change, plan = lowest_bound(recipe, plan, make)
+        print(f"\nthe lowest bound: {as_flags(change)}\n{plan.table(MFU.value)}")
+    return 0 if fitted else EXIT_DOES_NOT_FIT
 
 
 def make_plan(topology: Topology, recipe: Recipe) -> Plan:

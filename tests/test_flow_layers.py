@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from tiny_models import TINY, new_variables
 
-from tarflow_jax.flow.attention import attend, choose_kernel, splash
+from tarflow_jax.flow.attention import attend, choose_kernel, splash, whole_along
 from tarflow_jax.flow.block import rotary_angles
 from tarflow_jax.flow.product import dense_product
 from tarflow_jax.flow.transformer import gelu, turn
@@ -72,6 +74,16 @@ def test_splash_attention_is_attention_forwards_and_backwards():
     chex.assert_trees_all_close(gradients(splash_interpreted), expected, atol=2e-4, rtol=2e-4)
     with jax.set_mesh(mesh):
         chex.assert_trees_all_close(gradients(splash_interpreted), expected, atol=2e-4, rtol=2e-4)
+
+
+def test_a_kernel_is_gathered_along_the_axis_of_fsdp_alone():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    kernel = jax.device_put(jnp.arange(32.0).reshape(8, 4), NamedSharding(mesh, P("fsdp", "tensor")))
+    with jax.set_mesh(mesh):
+        gathered = jax.jit(functools.partial(whole_along, axis=0))(kernel)
+    assert gathered.sharding.spec == P(None, "tensor")
+    chex.assert_trees_all_equal(gathered, kernel)
+    assert whole_along(kernel, axis=0) is kernel  # without a mesh
 
 
 def test_the_attention_kernel_is_chosen_in_one_place():

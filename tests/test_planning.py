@@ -23,7 +23,7 @@ from tarflow_jax.planning import (
     student_program,
     train_program,
 )
-from tarflow_jax.planning.changes import as_flags, changes, dividing_options, smallest_change
+from tarflow_jax.planning.changes import as_flags, changed, changes, dividing_options, lowest_bound, smallest_change
 from tarflow_jax.planning.chips import Chip
 from tarflow_jax.planning.flops import forward_flops, program_flops, student_flops
 from tarflow_jax.planning.traffic import Collective, Traffic, traffic
@@ -227,6 +227,28 @@ def test_changes_are_tried_from_the_smallest_to_the_largest():
     assert names[0] == "--config.model.remat=full --config.mesh.data=4 --config.mesh.fsdp=2"
     assert all("fsdp" in name for name in names)
     assert smallest_change(recipe, state, lambda changed: state) is None
+
+
+def test_the_lowest_bound_is_searched_for():
+    recipe = tiny_recipe(**{"train.batch_size": 64, "mesh.data": 8, "model.remat": "full"})
+    topology = dataclasses.replace(open_topology("cpu:8"), chip=Chip(1000, flops=10, memory_rate=100))
+    tried = []
+
+    def compiled(changed):
+        fields = changed.config
+        tried.append((fields.train.accumulation, fields.model.remat, fields.mesh.fsdp))
+        # Parts of 16 images stay on the chip, of fewer read the weights too often; not recomputing does not fit.
+        moved = {1: 900, 2: 700, 4: 600, 8: 800}[fields.train.accumulation]
+        room = {"full": 100, "dots": 300, "none": 9000}[fields.model.remat]
+        mesh = {"data": fields.mesh.data, "fsdp": fields.mesh.fsdp, "tensor": 1}
+        moved += 1000 * (fields.mesh.fsdp - 1) - 50 * (fields.model.remat == "dots")
+        return Plan(topology, mesh, 64, 20, "", {"parameters": 500}, room, 0, 1, 1, Traffic(moved, {}), 1)
+
+    change, plan = lowest_bound(recipe, compiled(recipe), compiled)
+    assert change == {"train.accumulation": 4, "model.remat": "dots"}
+    assert plan.bound == 5.5
+    assert len(tried) == len(set(tried)) < 12
+    assert lowest_bound(changed(recipe, change), plan, compiled) == (change, plan)
 
 
 def test_a_step_takes_as_long_as_its_slowest_resource_or_its_products():

@@ -20,7 +20,7 @@ from configs import common, digits
 from tarflow_jax import Noise, TarFlow
 from tarflow_jax.evaluation.split import loss_of
 from tarflow_jax.likelihood import training_loss
-from tarflow_jax.runtime import make_mesh, replicated, shardings
+from tarflow_jax.runtime import for_products, make_mesh, replicated, shardings
 from tarflow_jax.training import Checkpoints, Recipe, TrainConfig, clock, train
 from tarflow_jax.training.loop import evaluate_loss, run_keys
 from tarflow_jax.training.metrics import MetricsWriter
@@ -54,6 +54,22 @@ def test_the_reference_s_training_run(load_golden):
         losses.append(float(metrics["loss"]))
     # Each loss is a difference of two float32 numbers near 1, and some are near 0.
     np.testing.assert_allclose(losses, golden.arrays["loss"], rtol=1e-4, atol=4 * np.finfo(np.float32).eps)
+
+
+def test_gradients_of_products_are_those_of_their_dtype():
+    """Kernels that are cast before the gradient is taken give what casting them within it gives."""
+    flow = TarFlow(dataclasses.replace(TINY, dtype="bfloat16"))
+    variables = random_variables(TINY)
+    images = jax.random.normal(jax.random.key(1), (4, *TINY.image_shape))
+
+    def gradients(params):
+        return jax.grad(lambda params: training_loss(flow, {"params": params}, images)[0])(params)
+
+    cast = gradients(for_products(variables["params"], jnp.bfloat16))
+    assert cast["block_0"]["layers"]["qkv"]["kernel"].dtype == jnp.bfloat16
+    assert cast["block_0"]["position_embedding"].dtype == jnp.float32
+    expected = gradients(variables["params"])
+    chex.assert_trees_all_equal(jax.tree.map(lambda g, e: g.astype(e.dtype), cast, expected), expected)
 
 
 @functools.cache

@@ -1,6 +1,7 @@
 """Attention: the plain one, and the kernels that platforms have for whole sequences."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ from jax.sharding import PartitionSpec
 from tarflow_jax.errors import UserError
 
 KERNELS = ("auto", "plain", "cudnn", "splash")
-SPLASH_MIN_TOKENS = 1024
+ATTENDED = "attended"  # name of what splash's backward pass needs, for policies of `jax.checkpoint`
+_SPLASH_BLOCK = 128
+_SPLASH_MIN_TOKENS = 2 * _SPLASH_BLOCK
 BATCH_AXES = ("data", "fsdp")  # of the mesh, over which a batch is sharded
 
 # Finite, because a fully masked row must give 0 * finite, never NaN, in the backward pass.
@@ -47,7 +50,7 @@ def _device_kind() -> str:
 
 
 def choose_kernel(kernel: str, num_tokens: int, dtype: jnp.dtype) -> str:
-    """ "auto" made definite: cuDNN's on NVIDIA in bfloat16, splash on a TPU from 1,024 tokens, else the plain one.
+    """ "auto" made definite: cuDNN's on NVIDIA in bfloat16, splash on a TPU from 256 tokens, else the plain one.
 
     The device is the mesh's in force (`jax.set_mesh`), which need not be of this machine (launch.plan), else the
     default one.
@@ -57,7 +60,7 @@ def choose_kernel(kernel: str, num_tokens: int, dtype: jnp.dtype) -> str:
     kind = _device_kind()
     if kind.startswith("NVIDIA") and dtype == jnp.bfloat16:
         return "cudnn"
-    if kind.startswith("TPU") and num_tokens >= SPLASH_MIN_TOKENS and num_tokens % 128 == 0:
+    if kind.startswith("TPU") and num_tokens >= _SPLASH_MIN_TOKENS and num_tokens % _SPLASH_BLOCK == 0:
         return "splash"
     return "plain"
 
@@ -92,6 +95,18 @@ def shard_batch(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES)) if many_devices() else x
 
 
+def whole_along(kernel: jax.Array, axis: int) -> jax.Array:
+    """A kernel of which one axis may be sharded over `fsdp`, gathered along it; without a mesh, the same.
+
+    XLA otherwise multiplies by one device's part after another, and for every part reads and writes the whole result.
+    """
+    if not many_devices():
+        return kernel
+    spec: list[Any] = [PartitionSpec.UNCONSTRAINED] * kernel.ndim
+    spec[axis] = None
+    return jax.lax.with_sharding_constraint(kernel, PartitionSpec(*spec))
+
+
 def many_devices() -> bool:
     """Whether the mesh in force has several devices; inside `jax.shard_map` each device works alone."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -118,7 +133,7 @@ def _splash(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool,
 
     _, num_heads, num_tokens, _ = query.shape
     mask = (splash_attention.CausalMask if causal else splash_attention.FullMask)((num_tokens, num_tokens))
-    block = next(size for size in (512, 256, 128) if num_tokens % size == 0)
+    block = next(size for size in (512, 256, _SPLASH_BLOCK) if num_tokens % size == 0)
     kernel = splash_attention.make_splash_mha(
         splash_attention.MultiHeadMask([mask] * num_heads),
         block_sizes=splash_attention.BlockSizes(
@@ -127,5 +142,6 @@ def _splash(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool,
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,
+        residual_checkpoint_name=ATTENDED,
     )
     return jax.vmap(kernel)(query, key, value)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tarflow_jax.errors import UserError
+from tarflow_jax.flow.attention import ATTENDED
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.flow.permutation import permute
 from tarflow_jax.flow.product import PRODUCT, dense_product
@@ -18,9 +19,9 @@ embedding_init = nn.initializers.normal(0.01)
 _WAVE_AMPLITUDE = 0.5  # as large as the projected patches
 _LONGEST_WAVE = 100.0  # times 2 π, in patches
 _LONGEST_NOISE_WAVE = 1e4  # times 2 π, in units of log σ
-_REMAT = {
-    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT),
-    "full": jax.checkpoint_policies.nothing_saveable,
+_REMAT = {  # what the backward pass finds; all else of a layer it computes again
+    "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, ATTENDED),
+    "full": jax.checkpoint_policies.save_only_these_names(ATTENDED),
 }
 
 

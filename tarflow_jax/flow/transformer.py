@@ -1,12 +1,12 @@
 """The transformer inside a block: one layer, and its key/value cache."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tarflow_jax.flow.attention import attend, attend_whole, shard_batch
+from tarflow_jax.flow.attention import attend, attend_whole, shard_batch, whole_along
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.flow.product import dense_product
 
@@ -131,11 +131,16 @@ class TransformerLayer(nn.Module):
         return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32, name=name)
 
     def _dense(self, features: int | tuple[int, ...], name: str, axis: int | tuple[int, ...] = -1) -> nn.Module:
+        width_axis = -1 if features == self.config.width else 0  # of the kernel, the one that `fsdp` shards
+
+        def product(x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax.Array:
+            return dense_product(x, whole_along(kernel, width_axis), *args, **options)
+
         return nn.DenseGeneral(
             features,
             axis,
             dtype=self.config.compute_dtype,
             kernel_init=kernel_init,
-            dot_general=dense_product,
+            dot_general=product,
             name=name,
         )

@@ -1,4 +1,4 @@
-"""What to change when a recipe does not fit: the smallest change first."""
+"""What to change of a recipe that does not fit, the smallest change first; and of one that does, for speed."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -9,6 +9,7 @@ from tarflow_jax.training import Recipe
 
 logger = logging.getLogger(__name__)
 Change = dict[str, Any]  # config fields, "train.batch_size", to new values
+_WORTH = 0.98  # of the bound, at most, for a change to be worth it
 
 
 def smallest_change(recipe: Recipe, plan: Plan, make_plan: Callable[[Recipe], Plan]) -> tuple[Change, Plan] | None:
@@ -22,6 +23,41 @@ def smallest_change(recipe: Recipe, plan: Plan, make_plan: Callable[[Recipe], Pl
         if tried.fits:
             return change, tried
     return None
+
+
+def lowest_bound(recipe: Recipe, plan: Plan, make_plan: Callable[[Recipe], Plan]) -> tuple[Change, Plan]:
+    """Compiles changes of a recipe that fits, until none brings its step's lower bound down.
+
+    It goes from one setting to the first better one beside it, of other accumulation, sharding of the parameters or
+    recomputing. Arguments as of `smallest_change`. Returns the change and its plan.
+    """
+    best: Change = {"train.accumulation": recipe.config.train.accumulation, "model.remat": recipe.config.model.remat}
+    tried = [best]
+    while True:
+        for neighbour in _neighbours(changed(recipe, best), plan):
+            change = best | neighbour
+            if change in tried:
+                continue
+            logger.info("trying %s", as_flags(change))
+            tried.append(change)
+            found = make_plan(changed(recipe, change))
+            if found.fits and found.bound < _WORTH * plan.bound:
+                best, plan = change, found
+                break
+        else:
+            return best, plan
+
+
+def _neighbours(recipe: Recipe, plan: Plan) -> Iterator[Change]:
+    config, sizes = recipe.config, plan.mesh
+    rows = config.train.batch_size // (sizes["data"] * sizes["fsdp"])
+    for count in (2 * config.train.accumulation, config.train.accumulation // 2):
+        if count and rows % count == 0:
+            yield {"train.accumulation": count}
+    own_data = sizes["data"] // plan.topology.slices
+    if own_data > 1 and recipe.model.width % (sizes["fsdp"] * own_data) == 0:
+        yield {"mesh.data": plan.topology.slices, "mesh.fsdp": sizes["fsdp"] * own_data}
+    yield from ({"model.remat": remat} for remat in ("full", "dots", "none") if remat != config.model.remat)
 
 
 def changes(recipe: Recipe, plan: Plan) -> Iterator[Change]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 from tarflow_jax.planning.chips import GIB, Topology
@@ -50,6 +51,11 @@ class Plan:
             "network": (sum(collective.network_bytes for collective in collectives), chip.network_rate),
         }
         return {name: amount / rate for name, (amount, rate) in amounts.items() if rate and amount}
+
+    @property
+    def bound(self) -> float:
+        """Seconds that a step takes at least; NaN where the chip's rates are unknown or it did not compile."""
+        return max(self.limits.values(), default=math.nan)
 
     def step_seconds(self, mfu: float) -> float:
         """At a model-FLOPs utilisation, or at the roofline where that is slower."""

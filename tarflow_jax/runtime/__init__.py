@@ -9,7 +9,7 @@ from tarflow_jax.runtime.processes import start_processes
 from tarflow_jax.runtime.programs import Program
 from tarflow_jax.runtime.progress import progress
 from tarflow_jax.runtime.rows import Rows
-from tarflow_jax.runtime.sharding import gathered, leaf_name, shardings, summary
+from tarflow_jax.runtime.sharding import for_products, gathered, leaf_name, shardings, summary
 
 __all__ = [
     "BATCH_AXES",
@@ -21,6 +21,7 @@ __all__ = [
     "Rows",
     "batch_sharding",
     "environment",
+    "for_products",
     "gathered",
     "leaf_name",
     "make_mesh",

@@ -9,6 +9,7 @@ from collections import defaultdict
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -46,6 +47,16 @@ def gathered(block_params: Any) -> Any:
         return jax.lax.with_sharding_constraint(leaf, spec)
 
     return jax.tree_util.tree_map_with_path(whole, block_params) if many_devices() else block_params
+
+
+def for_products(tree: Any, dtype: jnp.dtype) -> Any:
+    """Parameters, those of dense layers in the dtype that their products are computed in."""
+
+    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        (row,) = rows_of(leaf_name(path))
+        return leaf.astype(dtype) if row.output_axes else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, tree)
 
 
 def summary(mesh: Mesh, tree: Any) -> str:

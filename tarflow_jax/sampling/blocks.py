@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from tarflow_jax.flow import FlowBlock, TarFlowConfig, in_block_order, unstack_layers
-from tarflow_jax.runtime import gathered, leaf_name
-from tarflow_jax.runtime.parameters import rows_of
+from tarflow_jax.runtime import for_products, gathered
 from tarflow_jax.sampling.guidance import Guidance, GuidedBlock
 
 
@@ -58,9 +57,4 @@ def guided_block(
 
 def _prepared(config: TarFlowConfig, k: int, block_params: dict[str, Any]) -> dict[str, Any]:
     """A block's parameters in block order; what dense layers compute with in the dtype of their products."""
-
-    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        (row,) = rows_of(leaf_name(path))
-        return leaf.astype(config.compute_dtype) if row.output_axes else leaf
-
-    return in_block_order(config, k, jax.tree_util.tree_map_with_path(cast, block_params))
+    return in_block_order(config, k, for_products(block_params, config.compute_dtype))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from tarflow_jax.flow import TarFlow, updated_prior
 from tarflow_jax.likelihood import training_loss
 from tarflow_jax.noise import to_float
-from tarflow_jax.runtime import Program
+from tarflow_jax.runtime import Program, for_products
 from tarflow_jax.sampling import guided_trajectory
 from tarflow_jax.student import distillation_loss
 from tarflow_jax.student.loss import flow_trajectory
@@ -49,13 +49,16 @@ def train_step(
       frozen_flow: variables of the flow by which a student is trained.
     """
     optimizer, params = config.optimizer, state.variables["params"]
+    dtype = (config.student.shape if config.student else config.model).compute_dtype
     noise_key, drop_key = jax.random.split(jax.random.fold_in(key, state.step))
     labels = jnp.where(jax.random.bernoulli(drop_key, config.drop_label, labels.shape), -1, labels)
     if config.student:
         batch, loss = _distillation(config, frozen_flow, images, labels, noise_key)
     else:
         batch, loss = _likelihood(config, state.variables, images, labels, noise_key)
-    gradients, metrics, z = accumulated_gradients(loss, params, batch, config.accumulation)
+    # So cast once a step, not once a microbatch, and their gradients move as few bytes.
+    gradients, metrics, z = accumulated_gradients(loss, for_products(params, dtype), batch, config.accumulation)
+    gradients = jax.tree.map(lambda gradient, param: gradient.astype(param.dtype), gradients, params)
 
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
         updates, opt_state = optimizer.transformation().update(gradients, state.opt_state, params)
@@ -149,11 +152,11 @@ def _means(gradient: Callable[..., Any], count: int, params: Any, batch: Batch) 
 
     def accumulate(total: Any, microbatch: Batch) -> tuple[Any, Any]:
         gradients, (metrics, z) = gradient(params, microbatch)
-        return jax.tree.map(jnp.add, total, (gradients, metrics)), z
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, (gradients, metrics)), z
 
     microbatches = jax.tree.map(split, batch)
     shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], microbatches))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (shapes[0], shapes[1][0]))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (shapes[0], shapes[1][0]))
     total, z = jax.lax.scan(accumulate, zeros, microbatches)
     gradients, metrics = jax.tree.map(lambda leaf: leaf / count, total)
     # Norms are means of microbatches' norms; z's order does not matter to its only use, a mean over rows.
