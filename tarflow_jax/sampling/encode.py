@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from tarflow_jax.flow import FlowBlock, TarFlowConfig, permute, to_images, to_tokens
+from tarflow_jax.sampling.guidance import linear_weights
 
 
 def guided_trajectory(
@@ -27,9 +28,8 @@ def guided_trajectory(
       weights: of guidance, float32 [B], of each image.
       noise_std: as of `decode`.
     """
-    # As `Guidance.weights` of each image, which takes no traced array of them; those are of token i + 1.
-    steps = jnp.arange(config.num_tokens, dtype=jnp.float32)
-    of_tokens = weights[:, None, None] * steps[None, :, None] / max(config.num_tokens - 1, 1)
+    following = linear_weights(weights, config.num_tokens)  # [B, T], of the tokens one further on
+    of_tokens = jnp.pad(following[:, :-1], ((0, 0), (1, 0)))[:, :, None]
     tokens, read = to_tokens(config, images.astype(jnp.float32)), []
     for k in range(config.num_blocks):
         read.append(to_images(config, tokens))

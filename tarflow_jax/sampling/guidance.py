@@ -69,7 +69,13 @@ class Guidance:
         """w_i of the step that makes token i + 1, float32 [T]; the last has no use. The weight may be traced."""
         if self.schedule == "constant":
             return jnp.full((num_tokens,), self.weight, jnp.float32)
-        return self.weight * jnp.arange(1, num_tokens + 1, dtype=jnp.float32) / max(num_tokens - 1, 1)
+        return linear_weights(self.weight, num_tokens)
+
+
+def linear_weights(weight: jax.Array | float, num_tokens: int) -> jax.Array:
+    """Of weights w [...], the w (i + 1) / (T - 1) of `Guidance.weights`, float32 [..., T]."""
+    steps = jnp.arange(1, num_tokens + 1, dtype=jnp.float32)
+    return jnp.multiply.outer(jnp.asarray(weight, jnp.float32), steps) / max(num_tokens - 1, 1)
 
 
 _TRACED, _STATIC = ("weight", "attention_temperature"), ("target", "schedule", "rule", "blocks")
