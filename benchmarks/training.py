@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks import common, rivals
 from tarflow_jax.flow import TarFlowConfig
+from tarflow_jax.flow.config import REMAT_POLICIES
 from tarflow_jax.noise import Noise
 from tarflow_jax.planning import forward_flops
 from tarflow_jax.runtime import batch_sharding, make_mesh, use_cores_as_devices
@@ -49,7 +50,7 @@ def main() -> None:
     args = common.parse(
         __doc__,
         batch={"type": int, "help": "images a step; else the shape's"},
-        remat={"choices": ["none", "dots", "full"], "help": "else the shape's"},
+        remat={"choices": REMAT_POLICIES, "help": "else the shape's"},
         accumulation={"type": int, "help": "microbatches a step, of ours; else the shape's"},
         compile_reference={"action": "store_true", "help": "also the reference under torch.compile"},
     )

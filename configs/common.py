@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
             "num_classes": 0,  # 0: unconditional
             "volume_preserving": False,
             "dtype": "float32",  # of matrix products; or bfloat16
-            "remat": "none",  # what the backward pass recomputes; or dots, full
+            "remat": "none",  # what the backward pass recomputes; or dots, attention, full
             "attention": "auto",  # kernel for whole sequences; or plain, cudnn, splash
             "rotary": False,  # position embeddings in attention, by row and column
             "input_limit": 0.0,  # of what blocks read, for small batches; 0: none

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from tiny_models import TINY, new_variables
 
-from tarflow_jax.flow.attention import attend, choose_kernel, splash, whole_along
+from tarflow_jax.flow.attention import ATTENDED, attend, choose_kernel, splash, whole_along
 from tarflow_jax.flow.block import rotary_angles
 from tarflow_jax.flow.product import dense_product
 from tarflow_jax.flow.transformer import gelu, turn
@@ -74,6 +74,18 @@ def test_splash_attention_is_attention_forwards_and_backwards():
     chex.assert_trees_all_close(gradients(splash_interpreted), expected, atol=2e-4, rtol=2e-4)
     with jax.set_mesh(mesh):
         chex.assert_trees_all_close(gradients(splash_interpreted), expected, atol=2e-4, rtol=2e-4)
+
+
+def test_splash_is_not_run_again_where_its_results_are_kept():
+    x = jnp.zeros((1, 1, 128, 64))
+
+    def kernels(policy):
+        attention = jax.checkpoint(lambda q, k, v: splash(jnp.sin(q), k, v), policy=policy)
+        gradient = jax.grad(lambda *inputs: attention(*inputs).sum(), argnums=(0, 1, 2))
+        return str(jax.make_jaxpr(gradient)(x, x, x)).count("pallas_call[")
+
+    policies = jax.checkpoint_policies
+    assert kernels(policies.nothing_saveable) - kernels(policies.save_only_these_names(ATTENDED)) == 1
 
 
 def test_a_kernel_is_gathered_along_the_axis_of_fsdp_alone():

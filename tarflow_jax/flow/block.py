@@ -21,7 +21,8 @@ _LONGEST_WAVE = 100.0  # times 2 π, in patches
 _LONGEST_NOISE_WAVE = 1e4  # times 2 π, in units of log σ
 _REMAT = {  # what the backward pass finds; all else of a layer it computes again
     "dots": jax.checkpoint_policies.save_only_these_names(PRODUCT, ATTENDED),
-    "full": jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    "attention": jax.checkpoint_policies.save_only_these_names(ATTENDED),
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 

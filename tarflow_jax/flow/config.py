@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from tarflow_jax.errors import UserError
 from tarflow_jax.flow.attention import KERNELS
 
-REMAT_POLICIES = ("none", "dots", "full")
+REMAT_POLICIES = ("none", "dots", "attention", "full")
 DTYPES = ("float32", "bfloat16")
 POSITION_INITS = ("normal", "grid")
 
@@ -33,7 +33,8 @@ class TarFlowConfig:
       head_dim: dimension of an attention head; divides `width`.
       dtype: of the matrix products, "float32" or "bfloat16". Parameters, the residual stream,
         softmax, norms, the affine map and log_det are always float32.
-      remat: what the backward pass recomputes in a layer: "none", "dots" (all but matrix products), "full".
+      remat: what the backward pass recomputes in a layer: "none", "dots" (all but matrix products),
+        "attention" (all but splash's results), "full".
       position_init: how a new model's position embeddings begin: "normal", as the reference's, or "grid", sines and
         cosines of a patch's row and column, from which attention learns in fewer steps to look at the row above.
       rotary: queries and keys are turned, half of a head's pairs by the patch's row and half by its column (`turn`), so

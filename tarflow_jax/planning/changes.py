@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from tarflow_jax.flow.config import REMAT_POLICIES
 from tarflow_jax.planning.plan import Plan
 from tarflow_jax.training import Recipe
 
@@ -57,7 +58,7 @@ def _neighbours(recipe: Recipe, plan: Plan) -> Iterator[Change]:
     own_data = sizes["data"] // plan.topology.slices
     if own_data > 1 and recipe.model.width % (sizes["fsdp"] * own_data) == 0:
         yield {"mesh.data": plan.topology.slices, "mesh.fsdp": sizes["fsdp"] * own_data}
-    yield from ({"model.remat": remat} for remat in ("full", "dots", "none") if remat != config.model.remat)
+    yield from ({"model.remat": remat} for remat in reversed(REMAT_POLICIES) if remat != config.model.remat)
 
 
 def changes(recipe: Recipe, plan: Plan) -> Iterator[Change]:
