@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.student import StudentConfig
@@ -33,9 +34,15 @@ def student_flops(config: StudentConfig) -> float:
 def program_flops(jaxpr: Any) -> float:
     """FLOPs of all products that a jaxpr runs on all devices together, loops by their lengths.
 
-    What the backward pass computes again is counted. Elementwise work is not. Raises ValueError for products in a loop
-    whose length the jaxpr does not say.
+    What the backward pass computes again is counted. Elementwise work is not, nor what no result needs. Raises
+    ValueError for products in a loop whose length the jaxpr does not say.
     """
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    live, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _all_flops(live)
+
+
+def _all_flops(jaxpr: Any) -> float:
     return sum(_flops(equation) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 
 
@@ -46,8 +53,8 @@ def _flops(equation: Any) -> float:
         summed = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
         return 2.0 * summed * math.prod(equation.outvars[0].aval.shape)
     if name == "cond":
-        return max(program_flops(branch) for branch in params["branches"])
-    inner = sum(program_flops(jaxpr) for jaxpr in _inner(params))
+        return max(map(_all_flops, params["branches"]))
+    inner = sum(map(_all_flops, _inner(params)))
     if name == "while" and inner:
         raise ValueError("a program's loop of unknown length holds matrix products; its FLOPs cannot be counted")
     if name == "scan":
