@@ -65,11 +65,11 @@ flags.mark_flags_as_required(["config", "topology"])
 def main(argv: Sequence[str]) -> int:
     """Compiles, prints a table, and searches if it must."""
     config = _config()
+    if SEARCH.value and SAMPLER.value:
+        raise UserError("--search changes how a training step is computed; leave out --sampler")
     topology = _open(TOPOLOGY.value, NUM_SLICES.value)
     if SEARCH.value and not topology.chip.flops:
         raise UserError(f"--search compares times, and {topology.name} has no rates in tarflow_jax/planning/chips.py")
-    if SEARCH.value and SAMPLER.value:
-        raise UserError("--search changes how a training step is computed; leave out --sampler")
     if MESH.value:
         sizes = [common.whole_number("mesh", size) for size in MESH.value]
         if len(sizes) != 3:
@@ -92,8 +92,11 @@ def main(argv: Sequence[str]) -> int:
         print(f"\nthe smallest change that fits: {as_flags(change)}\n{plan.table(MFU.value)}")
         recipe = changed(recipe, change)
     if SEARCH.value:
-        change, plan = lowest_bound(recipe, plan, make)
-        print(f"\nthe lowest bound: {as_flags(change)}\n{plan.table(MFU.value)}")
+        change, best = lowest_bound(recipe, plan, make)
+        if best is plan:
+            print("\nno other accumulation, fsdp or remat that was tried has a lower bound")
+        else:
+            print(f"\nthe lowest bound: {as_flags(change)}\n{best.table(MFU.value)}")
     return 0 if fitted else EXIT_DOES_NOT_FIT
 
 

@@ -316,6 +316,18 @@ def test_the_command_exits_with_2_and_names_a_change(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flag", "message"), [("--sampler", "leave out --sampler"), ("--mfu=0.4", "compares times, and cpu:1 has no rates")]
+)
+def test_what_cannot_be_searched_is_refused(flag, message):
+    code, _, err = commands.run(
+        "-m", "launch.plan", "--config=configs/digits.py:smoke", "--topology=cpu:1", "--search", flag
+    )
+    assert code == 1
+    assert message in err
+
+
+@pytest.mark.slow
 def test_a_step_with_splash_compiles_for_tpus_that_are_not_here():
     pytest.importorskip("libtpu")
     topology = open_topology("v5e:2x2")
