@@ -92,10 +92,10 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(5.5 * len(topologies), 4.4), layout="constrained")
     for axes, topology in zip(figure.subplots(1, len(topologies), squeeze=False)[0], topologies, strict=True):
         for number, name in enumerate(RECIPES):
-            of = sorted(
-                (r for r in rows if (r["recipe"], r["topology"]) == (name, topology)), key=lambda r: r["images"]
-            )
-            fitting = [row for row in of if row["fits"]]
+            fitting = [r for r in rows if (r["recipe"], r["topology"], r["fits"]) == (name, topology, True)]
+            if len(fitting) < 2:
+                continue
+            fitting.sort(key=lambda row: row["images"])
             images = [row["images"] for row in fitting]
             axes.plot(images, [r["images"] / r["seconds"] for r in fitting], "o-", color=f"C{number}", label=name, ms=4)
             axes.plot(images, [r["images"] / r["ideal_seconds"] for r in fitting], "--", color=f"C{number}", lw=1)
