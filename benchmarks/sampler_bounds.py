@@ -18,7 +18,6 @@ from typing import Any
 
 import jax
 from matplotlib.figure import Figure
-from ml_collections import ConfigDict
 
 from tarflow_jax.planning import Topology, compile_program, gpus, open_topology, sample_program
 from tarflow_jax.runtime.parameters import params_shapes
@@ -69,16 +68,16 @@ def measure(name: str, topology: Topology, images: int) -> dict[str, Any]:
         "fits": plan.fits,
         "seconds": plan.bound if plan.fits else None,
         "by": by,
-        "ideal_seconds": ideal_bytes(recipe, config, images / plan.num_devices) / topology.chip.memory_rate,
+        "ideal_seconds": ideal_bytes(recipe, images / plan.num_devices) / topology.chip.memory_rate,
         "compile_seconds": round(plan.compile_seconds, 1),
     }
 
 
-def ideal_bytes(recipe: Recipe, config: ConfigDict, images: float) -> float:
+def ideal_bytes(recipe: Recipe, images: float) -> float:
     """Bytes that the sampler of so many images a device reads if it reads nothing twice for a token."""
     model = recipe.model
     size = model.compute_dtype.itemsize
-    passes = 2 if config.sample.guidance.weight else 1
+    passes = 2 if recipe.config.sample.guidance.weight else 1
     tokens = model.num_tokens
     kernels = [shape for path, shape in params_shapes(model).items() if path.endswith("/kernel") and "/layers/" in path]
     weights = sum(map(math.prod, kernels))

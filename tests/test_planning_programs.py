@@ -1,0 +1,119 @@
+"""What is read off programs: bytes and collectives of a compiled text, products of a jaxpr, against counts by hand."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tarflow_jax.flow.attention import splash
+from tarflow_jax.planning.flops import program_flops
+from tarflow_jax.planning.traffic import Collective, traffic
+from tarflow_jax.runtime import make_mesh
+
+# A loop of 3 rounds: a 4 x 8 slice of a 3 x 4 x 8 buffer is read by a fusion, all-reduced over pairs and kept on chip.
+PROGRAM = """\
+HloModule jit_step, is_scheduled=true
+
+%fused_slice (param_0.1: f32[3,4,8], param_1.1: s32[]) -> f32[4,8] {
+  %param_0.1 = f32[3,4,8]{2,1,0:T(8,128)} parameter(0)
+  %param_1.1 = s32[]{:T(128)S(1)} parameter(1)
+  %constant.1 = s32[]{:T(128)} constant(0)
+  %dynamic-slice.1 = f32[1,4,8]{2,1,0:T(8,128)} dynamic-slice(%param_0.1, %param_1.1, %constant.1, %constant.1), dynamic_slice_sizes={1,4,8}
+  ROOT %bitcast.1 = f32[4,8]{1,0:T(8,128)S(1)} bitcast(%dynamic-slice.1)
+}
+
+%all-reduce-scatter.1 (param_0.4: bf16[16]) -> bf16[4] {
+  %param_0.4 = bf16[16]{0:T(256)} parameter(0)
+  %all-reduce.2 = bf16[16]{0:T(256)} all-reduce(%param_0.4), channel_id=3, replica_groups=[2,4]<=[8], to_apply=%add
+  %index = s32[]{:T(128)} constant(0)
+  ROOT %dynamic-slice.2 = bf16[4]{0:T(256)} dynamic-slice(%all-reduce.2, %index), dynamic_slice_sizes={4}
+}
+
+%body (param.2: (s32[], f32[3,4,8])) -> (s32[], f32[3,4,8]) {
+  %param.2 = (s32[]{:T(128)S(1)}, /*index=1*/f32[3,4,8]{2,1,0:T(8,128)}) parameter(0)
+  %i = s32[]{:T(128)S(1)} get-tuple-element(%param.2), index=0
+  %stack = f32[3,4,8]{2,1,0:T(8,128)} get-tuple-element(%param.2), index=1
+  %fusion.1 = f32[4,8]{1,0:T(8,128)S(1)} fusion(%stack, %i), kind=kLoop, calls=%fused_slice
+  %all-reduce.1 = f32[4,8]{1,0:T(8,128)S(1)} all-reduce(%fusion.1), channel_id=1, replica_groups={{0,1},{2,3}}, to_apply=%add
+  ROOT %tuple.1 = (s32[]{:T(128)S(1)}, f32[3,4,8]{2,1,0:T(8,128)}) tuple(%i, %stack)
+}
+
+%condition (param.3: (s32[], f32[3,4,8])) -> pred[] {
+  %param.3 = (s32[]{:T(128)S(1)}, f32[3,4,8]{2,1,0:T(8,128)}) parameter(0)
+  %j = s32[]{:T(128)S(1)} get-tuple-element(%param.3), index=0
+  %bound = s32[]{:T(128)} constant(3)
+  ROOT %less = pred[]{:T(512)} compare(%j, %bound), direction=LT
+}
+
+ENTRY %main (x: f32[3,4,8], y: bf16[16]) -> bf16[64] {
+  %x = f32[3,4,8]{2,1,0:T(8,128)} parameter(0)
+  %y = bf16[16]{0:T(256)} parameter(1)
+  %zero = s32[]{:T(128)S(1)} constant(0)
+  %tuple.2 = (s32[]{:T(128)S(1)}, f32[3,4,8]{2,1,0:T(8,128)}) tuple(%zero, %x)
+  %while.1 = (s32[]{:T(128)S(1)}, f32[3,4,8]{2,1,0:T(8,128)}) while(%tuple.2), condition=%condition, body=%body
+  %token = token[] after-all()
+  %send.1 = (bf16[16]{0:T(256)}, u32[], token[]) send(%y, %token), channel_id=7, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %fusion.2 = bf16[4]{0:T(256)S(1)} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %all-gather.1 = bf16[64]{0:T(256)} all-gather(%y), channel_id=2, replica_groups=mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}, dimensions={0}
+}
+"""  # noqa: E501
+
+
+def test_bytes_and_collectives_of_a_programs_text():
+    found = traffic(PROGRAM, num_devices=8, slices=2)
+    # The loop's slice; the buffer that the send, the scatter and the gather read; what the gather writes.
+    assert found.memory_bytes == 3 * (4 * 8 * 4) + 3 * (2 * 16) + 2 * 64
+    assert found.collectives == {
+        # Of S bytes an all-reduce of n sends 2 S (n - 1) / n.
+        "all-reduce": Collective(count=3 + 1, bytes=3 * 128, network_bytes=32),
+        "all-gather": Collective(count=1, bytes=3 * 32),
+        "reduce-scatter": Collective(count=1, bytes=32 * 3 / 4),
+    }
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("ENTRY ", "", "no ENTRY"),
+        ("direction=LT", "direction=GT", "length of loop while.1"),
+        ("{{0,1},{2,3}}", "surprise", "groups of devices"),
+        ("_xla_megascale_transfer_type", "unknown", "send.1"),
+    ],
+)
+def test_a_text_that_cannot_be_read_is_an_error(old, new, message):
+    with pytest.raises(ValueError, match=message):
+        traffic(PROGRAM.replace(old, new), num_devices=8, slices=2)
+
+
+def test_flops_count_loops_by_length_and_a_shard_map_by_devices():
+    mesh = make_mesh(4, devices=jax.devices()[:4])
+    rows = jax.sharding.PartitionSpec("data")
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(rows, None), out_specs=rows)
+    def product(x, kernel):
+        return x @ kernel
+
+    def loop(x, kernel):
+        return jax.lax.scan(lambda carry, _: (product(carry, kernel), None), x, None, length=5)[0]
+
+    jaxpr = jax.make_jaxpr(loop)(jnp.ones((8, 3)), jnp.ones((3, 3)))
+    assert program_flops(jaxpr) == 5 * 2 * 8 * 3 * 3
+
+
+def test_products_that_no_result_needs_are_not_counted():
+    x = jnp.ones((8, 8))
+
+    def both(x):
+        used, unused = x @ x, x @ x  # as what a gradient computes again and then finds kept
+        return jax.lax.scan(lambda carry, _: ((carry[0] @ x, carry[1] @ x), None), (used, unused), length=3)[0][0]
+
+    assert program_flops(jax.make_jaxpr(both)(x)) == (1 + 3) * 2 * 8**3
+
+
+def test_attention_counts_the_blocks_of_logits_that_run():
+    x = jnp.zeros((2, 3, 1024, 64), jnp.bfloat16)
+    product = 2 * 2 * 3 * 1024**2 * 64
+    for causal, share in ((True, 3 / 4), (False, 1)):
+        jaxpr = jax.make_jaxpr(functools.partial(splash, causal=causal))(x, x, x)
+        assert program_flops(jaxpr) == 2 * product * share
