@@ -72,6 +72,65 @@ def test_bytes_and_collectives_of_a_programs_text():
     }
 
 
+# A gather that begins, goes on beside the products of a loop of 5 rounds, and ends: once, however many pieces name it.
+PIECES = """\
+HloModule jit_step, is_scheduled=true
+
+%begin (param_0.1: f32[4,8]) -> (f32[4,8], f32[16,8], u32[]) {
+  %param_0.1 = f32[4,8]{1,0:T(8,128)} parameter(0)
+  %all-gather.1 = f32[16,8]{1,0:T(8,128)} all-gather(%param_0.1), channel_id=25, replica_groups=[1,4]<=[4], dimensions={0}, backend_config={"async_collective_fusion_config":{"flag_start":"-1","flag_end":"-1"}}
+  ROOT %custom-call.1 = (f32[4,8]{1,0:T(8,128)}, f32[16,8]{1,0:T(8,128)}, u32[]{:S(2)}) custom-call(%all-gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%go_on (param_0.2: f32[4,8], param_1.2: f32[16,8], param_2.2: f32[8,8], param_3.2: u32[]) -> (f32[8,8], f32[4,8], f32[16,8], f32[16,8], u32[]) {
+  %param_2.2 = f32[8,8]{1,0:T(8,128)} parameter(2)
+  %convolution.1 = f32[8,8]{1,0:T(8,128)S(1)} convolution(%param_2.2, %param_2.2), dim_labels=bf_io->bf
+  %param_0.2 = f32[4,8]{1,0:T(8,128)} parameter(0)
+  %param_1.2 = f32[16,8]{1,0:T(8,128)} parameter(1)
+  %all-gather.2 = f32[16,8]{1,0:T(8,128)} all-gather(%param_0.2), channel_id=25, replica_groups=[1,4]<=[4], dimensions={0}, backend_config={"async_collective_fusion_config":{"flag_start":"2","flag_end":"8"}}
+  %param_3.2 = u32[]{:S(2)} parameter(3)
+  ROOT %tuple.1 = (f32[8,8]{1,0:T(8,128)S(1)}, f32[4,8]{1,0:T(8,128)}, f32[16,8]{1,0:T(8,128)}, f32[16,8]{1,0:T(8,128)}, u32[]{:S(2)}) tuple(%convolution.1, %param_0.2, %param_1.2, %all-gather.2, %param_3.2)
+}
+
+%end (param_0.3: f32[4,8], param_1.3: f32[16,8], param_2.3: u32[]) -> f32[16,8] {
+  %param_0.3 = f32[4,8]{1,0:T(8,128)} parameter(0)
+  %param_1.3 = f32[16,8]{1,0:T(8,128)} parameter(1)
+  %all-gather.3 = f32[16,8]{1,0:T(8,128)} all-gather(%param_0.3), channel_id=25, replica_groups=[1,4]<=[4], dimensions={0}, backend_config={"async_collective_fusion_config":{"flag_start":"2","flag_end":"8"}}
+  %param_2.3 = u32[]{:S(2)} parameter(2)
+  ROOT %custom-call.2 = f32[16,8]{1,0:T(8,128)} custom-call(%param_0.3, %param_1.3, %all-gather.3, %param_2.3), custom_call_target="AsyncCollectiveDone"
+}
+
+%body (state: (f32[4,8], f32[16,8], f32[8,8], u32[])) -> (f32[4,8], f32[16,8], f32[8,8], u32[]) {
+  %state = (f32[4,8]{1,0:T(8,128)}, f32[16,8]{1,0:T(8,128)}, f32[8,8]{1,0:T(8,128)}, u32[]{:S(2)}) parameter(0)
+  %shard = f32[4,8]{1,0:T(8,128)} get-tuple-element(%state), index=0
+  %whole = f32[16,8]{1,0:T(8,128)} get-tuple-element(%state), index=1
+  %square = f32[8,8]{1,0:T(8,128)} get-tuple-element(%state), index=2
+  %flag = u32[]{:S(2)} get-tuple-element(%state), index=3
+  %fusion.1 = (f32[8,8]{1,0:T(8,128)S(1)}, f32[4,8]{1,0:T(8,128)}, f32[16,8]{1,0:T(8,128)}, f32[16,8]{1,0:T(8,128)}, u32[]{:S(2)}) fusion(%shard, %whole, %square, %flag), kind=kOutput, output_to_operand_aliasing={{1}: (0, {}), {2}: (1, {}), {3}: (1, {}), {4}: (3, {})}, calls=%go_on
+  ROOT %tuple.2 = (f32[4,8]{1,0:T(8,128)}, f32[16,8]{1,0:T(8,128)}, f32[8,8]{1,0:T(8,128)}, u32[]{:S(2)}) tuple(%shard, %whole, %square, %flag)
+}
+
+ENTRY %main (x: f32[4,8], y: f32[8,8]) -> f32[16,8] {
+  %x = f32[4,8]{1,0:T(8,128)} parameter(0)
+  %y = f32[8,8]{1,0:T(8,128)} parameter(1)
+  %start = (f32[4,8]{1,0:T(8,128)}, f32[16,8]{1,0:T(8,128)}, u32[]{:S(2)}) fusion(%x), kind=kCustom, output_to_operand_aliasing={{0}: (0, {})}, calls=%begin
+  %while.1 = (f32[4,8]{1,0:T(8,128)}, f32[16,8]{1,0:T(8,128)}, f32[8,8]{1,0:T(8,128)}, u32[]{:S(2)}) while(%start), condition=%less, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %shard.1 = f32[4,8]{1,0:T(8,128)} get-tuple-element(%while.1), index=0
+  %whole.1 = f32[16,8]{1,0:T(8,128)} get-tuple-element(%while.1), index=1
+  %flag.1 = u32[]{:S(2)} get-tuple-element(%while.1), index=3
+  ROOT %done = f32[16,8]{1,0:T(8,128)} fusion(%shard.1, %whole.1, %flag.1), kind=kCustom, output_to_operand_aliasing={{}: (1, {})}, calls=%end
+}
+"""  # noqa: E501
+
+
+def test_a_collective_in_pieces_is_counted_once():
+    found = traffic(PIECES, num_devices=4)
+    shard, whole, square = 4 * 8 * 4, 16 * 8 * 4, 8 * 8 * 4
+    assert found.collectives == {"all-gather": Collective(count=1, bytes=3 * shard)}
+    # The gather reads a shard and writes the whole; each round's product reads its own operand.
+    assert found.memory_bytes == shard + whole + 5 * square
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

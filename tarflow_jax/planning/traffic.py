@@ -17,6 +17,7 @@ _MOVE_NOTHING = {
 }  # fmt: skip
 _ROOM = re.compile(r"[su]8\[\d+\](\{0\})?")
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+_PIECE = re.compile(r'"async_collective_fusion_config":\{"flag_start":"(-?\d+)"')
 _SLICES = {"dynamic-slice", "slice", "gather", "slice-start", "dynamic-slice-start"}
 
 
@@ -49,7 +50,7 @@ def traffic(text: str, num_devices: int, slices: int = 1, hosts: int = 1) -> Tra
         siblings, kind = program[computation], instruction.opcode.removesuffix("-start")
         if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
             kind = "reduce-scatter"  # as XLA writes it for TPUs: a fusion of an all-reduce and a slice
-        if kind in _COLLECTIVES:
+        if kind in _COLLECTIVES and not _goes_on(instruction):
             size = sum(_size(siblings, name) for name in instruction.operands)
             of_host = num_devices // hosts
             if kind == "collective-permute":
@@ -123,6 +124,26 @@ def _numbers(text: str) -> list[int]:
     return [int(number) for number in text.split(",")]
 
 
+def _goes_on(instruction: Instruction) -> bool:
+    """Whether it is a later piece of a collective: XLA for TPUs may run one beside the products that come after it.
+
+    What the pieces work on is handed from one to the next, and in loops carried.
+    """
+    piece = _PIECE.search(instruction.attributes)
+    return piece is not None and piece[1] != "-1"
+
+
+def _handed_on(body: Computation, fusion: Instruction) -> tuple[set[int], set[int]]:
+    """Results that a fusion around a piece of a collective leaves as they were, and operands for the piece alone."""
+    pieces = [instruction for instruction in body.values() if _PIECE.search(instruction.attributes)]
+    aliases = re.findall(r"\{(\d*)\}: \((\d+), ", fusion.attributes) if pieces else []
+    later = [body[name] for piece in pieces if _goes_on(piece) for name in piece.operands]
+    passed = {int(parameter.operands[0]) for parameter in later}
+    if later:
+        passed |= {int(operand) for _, operand in aliases}
+    return {int(result or 0) for result, _ in aliases}, passed
+
+
 def _size(siblings: Computation, name: str) -> float:
     return sum(size for size, _ in arrays(siblings[name].type))
 
@@ -140,8 +161,9 @@ def _moved(program: Program, siblings: Computation, instruction: Instruction) ->
         return _in_memory(operands[0].type)
     if opcode == "fusion":
         body = program[instruction.called]
-        reads = sum(_read(program, body, i, operand.type) for i, operand in enumerate(operands))
-        return reads + _written(body, instruction.type)
+        kept, passed = _handed_on(body, instruction)
+        reads = sum(_read(program, body, i, operand.type) for i, operand in enumerate(operands) if i not in passed)
+        return reads + _written(body, instruction.type, kept)
     if opcode in _SLICES:
         return _slice(instruction) if _in_memory(operands[0].type) else _in_memory(instruction.type)
     if opcode == "dynamic-update-slice":
@@ -188,12 +210,14 @@ def _used(program: Program, body: Computation, name: str, whole: float) -> float
     return total
 
 
-def _written(body: Computation, type_: str) -> float:
-    """Bytes that a fusion writes: an update in place writes the update."""
-    root = next(instruction for instruction in body.values() if instruction.root)
-    roots = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
+def _written(body: Computation, type_: str, kept: set[int]) -> float:
+    """Bytes that a fusion writes, but of the results `kept` as they were: an update in place writes the update."""
+    root, results = next(instruction for instruction in body.values() if instruction.root), arrays(type_)
+    roots = [body[name] for name in root.operands] if root.opcode == "tuple" else [root] * len(results)
     total = 0.0
-    for (size, in_memory), result in zip(arrays(type_), roots, strict=False):
+    for i, ((size, in_memory), result) in enumerate(zip(results, roots, strict=False)):
+        if i in kept:
+            continue
         while result.opcode == "bitcast":
             result = body[result.operands[0]]
         update = result.opcode == "dynamic-update-slice"
