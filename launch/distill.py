@@ -8,6 +8,7 @@ then draw with launch.sample --decoder=student.
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ from ml_collections import config_flags
 from configs.student.common import of_flow
 from launch import common
 from tarflow_jax.arguments import check_student
+from tarflow_jax.data import default_data_dir
+from tarflow_jax.evaluation.classifier import perception_parameters
 from tarflow_jax.figures import grid, save_png, to_uint8
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.pipeline import TarFlowPipeline
@@ -51,6 +54,10 @@ def main(argv: Sequence[str]) -> None:
     config.student.flow = fingerprint(pipe.variables)
     recipe = Recipe(config)
     recipe.source("test")
+    perception = None
+    if recipe.student.perceptual:
+        data_dir = Path(config.data.data_dir) if config.data.data_dir else default_data_dir()
+        perception = perception_parameters(recipe.source("train"), data_dir / "evaluation")
     figures = workdir / STUDENT / "figures"
 
     def preview(step: int, variables: dict[str, Any]) -> None:
@@ -60,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
         if jax.process_index() == 0:
             save_png(figures / f"step_{step:07d}.png", sheet)
 
-    state = train(config, workdir / STUDENT, preview, pipe.variables)
+    state = train(config, workdir / STUDENT, preview, pipe.variables, perception)
     with PreemptionGuard():
         error = evaluate_loss(recipe, state.sampling_variables, pipe.variables)
         preview(int(state.step), state.sampling_variables)

@@ -113,7 +113,7 @@ def test_classifier_learns_is_cached_and_states_its_accuracy(tmp_path, monkeypat
     test = ArraySource("bright", images[300:], labels[300:], 2)
     network = classifier.classifier_network(train, test, tmp_path)
     assert "test accuracy 1.0000" in network.identity
-    monkeypatch.setattr(classifier, "train_classifier", lambda source: pytest.fail("trained again"))
+    monkeypatch.setattr(classifier, "train_classifier", lambda *_: pytest.fail("trained again"))
     again = classifier.classifier_network(train, test, tmp_path)
     assert again.identity == network.identity
     assert FeatureExtractor(again)(images[:5]).pooled.shape == (5, 128)

@@ -24,7 +24,7 @@ from tarflow_jax.planning import (
 )
 from tarflow_jax.planning.changes import as_flags, changed, changes, dividing_options, lowest_bound, smallest_change
 from tarflow_jax.planning.chips import Chip
-from tarflow_jax.planning.flops import forward_flops, program_flops, student_flops
+from tarflow_jax.planning.flops import forward_flops, program_flops
 from tarflow_jax.planning.traffic import Collective, Traffic
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.runtime.parameters import student_shapes
@@ -100,12 +100,11 @@ def test_the_plan_of_a_student_s_pass_on_eight_cpu_devices(method):
     mesh = recipe.mesh(topology.devices)
     plan = compile_program(student_program(recipe, mesh), recipe, topology, mesh)
     tokens, width, patch, layers = 16, 64, 4, 3
-    ends = {"hidden_alignment": 1 + 3, "hidden_distillation": 3 + 3, "naive": 1 + 1}[method]  # projections and heads
-    by_hand = 2 * tokens * (ends * width * patch + layers * (12 * width**2 + 2 * tokens * width))
+    ends = 3 * (patch + 2 * patch)  # of each block, a projection and the shift and scale of a token
+    by_hand = 2 * tokens * (ends * width + layers * (12 * width**2 + 2 * tokens * width))
     guidance = 3 * 2 * NUM_WAVES * width  # of each image in each block
-    assert student_flops(recipe.student) == by_hand
-    unneeded = 2 * 2 * tokens * width * patch if method == "hidden_alignment" else 0  # heads for the trajectory alone
-    assert plan.flops * 8 == recipe.config.train.batch_size * (by_hand - unneeded + guidance)
+    assert plan.flops * 8 == recipe.config.train.batch_size * (by_hand + guidance)
+    assert plan.model_flops == recipe.config.train.batch_size * by_hand
     assert plan.state_bytes["parameters"] == 4 * sum(map(math.prod, student_shapes(recipe.student).values()))
     assert plan.traffic.collectives == {}
     assert plan.fits

@@ -1,5 +1,6 @@
 """The student: what it is told, what it learns from, whose it is, and how it is polished to the inverse."""
 
+import dataclasses
 import functools
 import json
 
@@ -18,8 +19,9 @@ from tarflow_jax.interop.layout import flatten
 from tarflow_jax.interop.model_folder import fingerprint as fields_fingerprint
 from tarflow_jax.runtime.parameters import rows_of, student_shapes
 from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Sequential
-from tarflow_jax.student import METHODS, Student, StudentConfig, TrainedStudent, distillation_loss
+from tarflow_jax.student import METHODS, Perception, Student, StudentConfig, TrainedStudent, distillation_loss
 from tarflow_jax.student.loss import flow_trajectory
+from tarflow_jax.student.perception import perceptual_distance
 
 GAUSSIAN = Noise("gaussian", 0.1)
 
@@ -89,24 +91,51 @@ def test_the_trajectory_is_what_the_blocks_read():
     np.testing.assert_allclose(trajectory, np.moveaxis(decoded[1:][::-1], 0, 1), atol=1e-4)
 
 
-def test_loss_is_what_it_says():
+@pytest.mark.parametrize("perceptual", [0.0, 0.5])
+def test_loss_is_what_it_says(perceptual):
     config, variables = student_of(TINY)
+    config = dataclasses.replace(config, perceptual=perceptual)
+    perception = Perception(TINY.num_classes).init(jax.random.key(2), images_of(TINY))["params"]
     weights, labels = np.float32([0.0, 0.0, 1.5]), jnp.asarray(LABELS)
     clean, latents, trajectory = images_of(TINY), images_of(TINY, seed=8), images_of(TINY, 9, seed=9)
     trajectory = trajectory.reshape(3, 3, *TINY.image_shape)
     loss, metrics = jax.jit(functools.partial(distillation_loss, config))(
-        variables, clean, latents, trajectory, labels, weights
+        variables, clean, latents, trajectory, labels, weights, perception if perceptual else None
     )
-    expected, errors = 0.0, []
-    for target, found in zip((clean, trajectory), apply(config, variables, latents, labels, weights), strict=True):
+    expected, errors, made = 0.0, [], apply(config, variables, latents, labels, weights)
+    for target, found in zip((clean, trajectory), made, strict=True):
         target, found = (np.asarray(x).reshape(3, -1, *TINY.image_shape) for x in (target, found))
         error = np.square(found - target).mean((2, 3, 4))
         error = error / np.square(target).mean((2, 3, 4)) if errors else error
         expected += (error / (error + 0.01)).mean(0).sum()
         errors.append(error.mean(0))
+    if perceptual:
+        distance = perceptual_distance(TINY.num_classes, perception, made[0], clean)
+        expected += perceptual * float((distance / (distance + 0.01)).mean())
+        assert float(metrics["perceptual"]) == pytest.approx(float(distance.mean()), rel=1e-4)
     assert float(loss) == pytest.approx(expected, rel=1e-4)
     assert float(metrics["image_error"]) == pytest.approx(errors[0][0], rel=1e-4)
     np.testing.assert_allclose(metrics["block_errors"], errors[1], rtol=1e-4)
+
+
+def test_the_perceptual_distance_is_of_directions_of_features():
+    params = Perception(4).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1)).astype(np.uint8)
+    floats = jnp.asarray(images, jnp.float32) / 127.5 - 1
+    np.testing.assert_allclose(perceptual_distance(4, params, jnp.asarray(images), floats), 0, atol=1e-6)
+    found = perceptual_distance(4, params, floats, jnp.roll(floats, 1, axis=0))
+    expected, others = [], np.roll(np.asarray(floats), 1, axis=0)
+    scales = zip(*(Perception(4).apply({"params": params}, x).scales for x in (floats, others)), strict=True)
+    for a, b in scales:
+        cosines = (a * b).sum(3) / np.sqrt((np.square(a).sum(3) + 1e-4) * (np.square(b).sum(3) + 1e-4))
+        lengths = sum(np.square(x).sum(3) / (np.square(x).sum(3) + 1e-4) for x in (a, b))
+        expected.append((lengths - 2 * cosines).mean((1, 2)))
+    np.testing.assert_allclose(found, np.mean(expected, axis=0), rtol=1e-4)
+    assert [scale.shape for scale in Perception(4).apply({"params": params}, images).scales] == [
+        (3, 8, 8, 24),
+        (3, 4, 4, 48),
+        (3, 2, 2, 96),
+    ]
 
 
 @pytest.mark.parametrize("flow", [TRIANGULAR, pytest.param(VP, marks=pytest.mark.slow)], ids=["triangular", "vp"])
@@ -180,6 +209,8 @@ def test_sampling_by_it_is_one_pass_and_clean(pipe):
         (lambda pipe, z: pipeline(method="naive").decode(z, decoder=Jacobi(init="student")), "is 'naive': it has no"),
         (lambda pipe, z: StudentConfig.of_flow(TINY, 0, (1, 2)), "lists 2 blocks; expected 4, one for each"),
         (lambda pipe, z: StudentConfig.of_flow(TINY, 0, (1,), method="best"), "method is 'best'; expected"),
+        (lambda pipe, z: StudentConfig.of_flow(TINY, 0, (1,), perceptual=-1.0), "perceptual is -1.0; expected"),
+        (lambda pipe, z: StudentConfig.of_flow(VP, 0, (1,), perceptual=1.0), "has no classes to learn to see by"),
         (lambda pipe, z: StudentConfig.of_flow(VP, 0, (1,), max_guidance=1.0), "has no classes to guide by"),
     ],
 )
@@ -234,7 +265,7 @@ def test_a_hostile_folder_is_refused_in_one_line(pipe, tmp_path, damage):
         "unknown model field 'hidden'": lambda fields: fields["student"]["shape"].update(hidden=3),
         "tensor .* has shape": lambda fields: fields["student"]["shape"].update(width=64),
         "expected a shape, a method": lambda fields: fields["student"].update(method=["naive"]),
-        "lacks tensor": lambda fields: fields["student"].update(method="hidden_distillation"),
+        "lacks tensor": lambda fields: fields["student"]["shape"].update(num_blocks=5, layers_per_block=[1] * 5),
     }
     for message, change in changes.items():
         rewritten(change)

@@ -23,7 +23,7 @@ from tarflow_jax import Guidance, Noise
 from tarflow_jax.noise import to_float
 from tarflow_jax.runtime import Preempted, Rows, make_mesh
 from tarflow_jax.runtime.parameters import params_shapes, student_shapes
-from tarflow_jax.student import StudentConfig
+from tarflow_jax.student import Perception, StudentConfig
 from tarflow_jax.training import Recipe, TrainConfig, train
 from tarflow_jax.training.optimizer import Optimizer
 from tarflow_jax.training.state import new_state
@@ -53,7 +53,7 @@ def test_guided_or_not_it_learns_what_the_flow_makes_of_the_latents_and_clean_im
     seen = {}
 
     def record(_, __, *batch):
-        seen.update(zip(("clean", "latents", "trajectory", "labels", "weights"), batch, strict=True))
+        seen.update(zip(("clean", "latents", "trajectory", "labels", "weights", "perception"), batch, strict=True))
         return jnp.zeros(()), {}
 
     monkeypatch.setattr("tarflow_jax.training.step.distillation_loss", record)
@@ -61,7 +61,7 @@ def test_guided_or_not_it_learns_what_the_flow_makes_of_the_latents_and_clean_im
     config = TrainConfig(TINY, GAUSSIAN, Optimizer(1, 1e-3, 1e-3, 0, 0.9, 0.999, 1e-4, 0.0, 0.0), student=student)
     images, labels = runs.random_images(TINY, 8, 0)
     frozen, labels = random_variables(TINY), np.where(np.arange(8) < 2, -1, labels)
-    batch, loss = _distillation(config, frozen, jnp.asarray(images), jnp.asarray(labels), jax.random.key(1))
+    batch, loss = _distillation(config, frozen, None, jnp.asarray(images), jnp.asarray(labels), jax.random.key(1))
     loss({}, batch)
     assert len(np.unique(seen["weights"])) > 3 or not max_guidance
     assert float(seen["weights"].max()) <= max_guidance
@@ -77,7 +77,8 @@ def test_guided_or_not_it_learns_what_the_flow_makes_of_the_latents_and_clean_im
 def run_steps(mesh, accumulation=1, count=3):
     """Losses of a tiny student's first steps."""
     flow = dataclasses.replace(TINY, num_blocks=1, layers_per_block=1)
-    student = StudentConfig.of_flow(flow, 0, (1,), max_guidance=1.0)
+    student = StudentConfig.of_flow(flow, 0, (1,), max_guidance=1.0, perceptual=0.5)
+    perception = Perception(flow.num_classes).init(jax.random.key(2), jnp.zeros((1, *flow.image_shape)))["params"]
     optimizer = Optimizer(count, 1e-3, 1e-3, 0, 0.9, 0.999, 1e-4, 0.0, 0.0)
     config = TrainConfig(flow, GAUSSIAN, optimizer, 0.2, accumulation, student)
     state, step = new_state(config, mesh, jax.random.key(0)), compiled_step(config, mesh)
@@ -85,10 +86,10 @@ def run_steps(mesh, accumulation=1, count=3):
     frozen = random_variables(flow)
     for i in range(count):
         batch = (rows.put(values[rows.local]) for values in runs.random_images(flow, runs.BATCH_SIZE, i))
-        state, metrics = step(state, *batch, jax.random.key(1), frozen)
+        state, metrics = step(state, *batch, jax.random.key(1), frozen, perception)
         losses.append(float(metrics["loss"]))
     assert step.function._cache_size() <= 2  # the state's first placement, and a step's
-    assert set(metrics) == {"loss", "image_error", "block_errors", "grad_norm"}
+    assert set(metrics) == {"loss", "image_error", "block_errors", "perceptual", "grad_norm"}
     return losses
 
 

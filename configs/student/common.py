@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
             "layers_per_block": (2,),  # one number, or one a block: the flow's, last to first, and the denoiser
             "method": "hidden_alignment",  # or hidden_distillation, naive
             "max_guidance": 0.0,  # largest guidance weight that it takes
+            "perceptual": 0.0,  # weight of the clean images' distance as a classifier sees them
             "flow": "",  # fingerprint of its flow's weights; launch.distill fills it in
         }
     )

@@ -1,7 +1,8 @@
-"""A small convolutional classifier as feature network, for data sets where Inception makes no sense.
+"""Small convolutional classifiers: one as feature network, for data sets where Inception makes no sense.
 
 Distances between its features say how two models of one data set compare. They are no FID, are not called
 so, and compare only under the same weights, which the identity printed with them tells.
+The other is what a student learns by (`tarflow_jax.student.Perception`), and measures nothing.
 """
 
 import functools
@@ -25,10 +26,13 @@ from tarflow_jax.evaluation.features import FeatureExtractor, FeatureNetwork, Fe
 from tarflow_jax.evaluation.sample_files import file_stem
 from tarflow_jax.files import replacing, sha256
 from tarflow_jax.runtime import progress
+from tarflow_jax.student import Perception
 
 RECIPE = "3 strided convolutions of 32, 64, 128; AdamW 2e-3, cosine, batch 256, 6 epochs, at least 1,000 steps"
 BATCH_SIZE = 256
 MIN_STEPS = 1000
+PERCEPTION_RECIPE = "3 pairs of convolutions of 24, 48, 96; AdamW 2e-3, cosine, 1,000 steps of 64, seed 1"
+PERCEPTION_STEPS, PERCEPTION_BATCH_SIZE = 1000, 64
 PREPROCESSING = "none: 8-bit images of the data set's own size, v / 127.5 - 1"
 
 
@@ -46,13 +50,13 @@ class Classifier(nn.Module):
         return Features(pooled, nn.Dense(self.num_classes)(pooled))
 
 
-def train_classifier(source: ImageSource) -> dict[str, Any]:
-    """Parameters of a `Classifier` trained on all of `source`, by `RECIPE`."""
-    steps = max(6 * len(source) // BATCH_SIZE, MIN_STEPS)
-    model = Classifier(source.num_classes)
+def train_classifier(
+    source: ImageSource, model: nn.Module, steps: int, batch_size: int = BATCH_SIZE, seed: int = 0
+) -> dict[str, Any]:
+    """Parameters of a network with logits, of images uint8 [B, H, W, K], trained by AdamW at 2e-3 and a cosine."""
     optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, steps))
     images, labels = source.read(np.arange(len(source)))
-    params = model.init(jax.random.key(0), jnp.asarray(images[:1]))["params"]
+    params = model.init(jax.random.key(seed), jnp.asarray(images[:1]))["params"]
     state = optimizer.init(params)
 
     def loss(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
@@ -66,9 +70,9 @@ def train_classifier(source: ImageSource) -> dict[str, Any]:
             updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state
 
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     for _ in progress(range(steps), f"classifier of {source.name}"):
-        batch = random.choice(len(images), BATCH_SIZE)
+        batch = random.choice(len(images), batch_size)
         params, state = update(params, state, jnp.asarray(images[batch]), jnp.asarray(labels[batch]))
     return params
 
@@ -83,17 +87,36 @@ def classifier_network(train: ImageSource, test: ImageSource, cache_dir: str | P
         raise UserError(
             f"{train.name} has no classes to train a classifier on; name Inception weights, --inception=FILE"
         )
-    shape = "x".join(map(str, train.image_shape))
-    path = Path(cache_dir) / f"{file_stem('classifier', train.name, shape)}.safetensors"
-    if not path.is_file():
-        params = train_classifier(train)
-        metadata = _description(train) | {"accuracy": repr(accuracy(params, test))}
-        arrays = {name: np.asarray(x) for name, x in flatten_dict(params, sep="/").items()}
-        with replacing(path) as file:
-            file.write(save(arrays, metadata))
-    params, metadata = _load(path, train)
+    path, model = _path(cache_dir, "classifier", train), Classifier(train.num_classes)
+
+    def make() -> tuple[Any, dict[str, str]]:
+        params = train_classifier(train, model, steps=max(6 * len(train) // BATCH_SIZE, MIN_STEPS))
+        return params, {"accuracy": repr(accuracy(params, test))}
+
+    params, metadata = kept(path, train, model, RECIPE, make)
     identity = f"sha256 {sha256(path)} (test accuracy {float(metadata['accuracy']):.4f}; {RECIPE})"
     return _network(params, train, identity)
+
+
+def perception_parameters(train: ImageSource, cache_dir: str | Path) -> dict[str, Any]:
+    """Parameters of a `Perception` of a data set's classes: from `cache_dir`, or trained and kept there.
+
+    Raises ValueError for unlabelled images, and for a cached file of something else.
+    """
+    if train.num_classes < 2:
+        raise UserError(f"{train.name} has no classes to train a perception on; set student.perceptual to 0")
+    model = Perception(train.num_classes)
+
+    def make() -> tuple[Any, dict[str, str]]:
+        return train_classifier(train, model, PERCEPTION_STEPS, PERCEPTION_BATCH_SIZE, seed=1), {}
+
+    params, _ = kept(_path(cache_dir, "perception", train), train, model, PERCEPTION_RECIPE, make)
+    return params
+
+
+def _path(cache_dir: str | Path, kind: str, source: ImageSource) -> Path:
+    shape = "x".join(map(str, source.image_shape))
+    return Path(cache_dir) / f"{file_stem(kind, source.name, shape)}.safetensors"
 
 
 def _network(params: Any, source: ImageSource, identity: str = "") -> FeatureNetwork:
@@ -113,11 +136,23 @@ def accuracy(params: Any, source: ImageSource) -> float:
     return float((logits.argmax(-1) == labels).mean())
 
 
-def _description(source: ImageSource) -> dict[str, str]:
-    return {"recipe": RECIPE, "data_set": source.name, "num_images": str(len(source))}
+def kept(
+    path: Path,
+    source: ImageSource,
+    model: nn.Module,
+    recipe: str,
+    make: Callable[[], tuple[Any, dict[str, str]]],
+) -> tuple[Any, dict[str, str]]:
+    """(parameters, metadata) in a file, of a network trained on `source`; made and kept there if missing.
 
-
-def _load(path: Path, source: ImageSource) -> tuple[Any, dict[str, str]]:
+    Raises ValueError for a file of something else.
+    """
+    described = {"recipe": recipe, "data_set": source.name, "num_images": str(len(source))}
+    if not path.is_file():
+        params, more = make()
+        arrays = {name: np.asarray(x) for name, x in flatten_dict(params, sep="/").items()}
+        with replacing(path) as file:
+            file.write(save(arrays, described | more))
     try:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
@@ -125,8 +160,8 @@ def _load(path: Path, source: ImageSource) -> tuple[Any, dict[str, str]]:
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is no safetensors file ({error}); delete it to train the classifier again") from error
     image = jax.ShapeDtypeStruct((1, *source.image_shape), jnp.uint8)
-    expected = jax.eval_shape(Classifier(source.num_classes).init, jax.random.key(0), image)["params"]
+    expected = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     same_shapes = jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, expected)
-    if not same_shapes or not _description(source).items() <= metadata.items():
+    if not same_shapes or not described.items() <= metadata.items():
         raise UserError(f"{path} holds another classifier; delete it to train this one")
     return jax.tree.map(jnp.asarray, params), metadata

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from tarflow_jax.flow import TarFlowConfig
-from tarflow_jax.student import StudentConfig
 
 
 def forward_flops(config: TarFlowConfig) -> float:
@@ -21,14 +20,6 @@ def forward_flops(config: TarFlowConfig) -> float:
     ends = config.num_blocks * (width * (config.token_dim + outputs + triangle) + 2 * config.token_dim * triangle)
     layers = sum(config.depths) * (12 * width**2 + 2 * tokens * width)
     return 2.0 * tokens * (ends + layers)
-
-
-def student_flops(config: StudentConfig) -> float:
-    """The same of one image that a student makes, with the trajectory."""
-    shape, blocks = config.shape, range(config.shape.num_blocks)
-    tokens, width = shape.num_tokens, shape.width
-    ends = sum(config.reads_tokens(j) + config.has_head(j) for j in blocks) * width * shape.token_dim
-    return 2.0 * tokens * (ends + sum(shape.depths) * (12 * width**2 + 2 * tokens * width))
 
 
 def program_flops(jaxpr: Any) -> float:

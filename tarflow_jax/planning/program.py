@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from tarflow_jax import programs
 from tarflow_jax.arguments import check_guidance
 from tarflow_jax.planning.chips import Topology
-from tarflow_jax.planning.flops import forward_flops, program_flops, student_flops
+from tarflow_jax.planning.flops import forward_flops, program_flops
 from tarflow_jax.planning.plan import Plan
 from tarflow_jax.planning.traffic import Traffic, traffic
 from tarflow_jax.runtime import Program, batch_sharding, replicated
@@ -82,7 +82,7 @@ def student_program(recipe: Recipe, mesh: Mesh) -> Planned:
 
     program = Program(jax.jit(sample, out_shardings=batch_sharding(mesh)), mesh)
     parts = {"parameters": variables, "batch": (latents, labels)}
-    flops = recipe.config.train.batch_size * student_flops(student)
+    flops = recipe.config.train.batch_size * forward_flops(student.shape)
     return Planned(program, (variables, latents, labels, weights), parts, flops, 0)
 
 

@@ -121,12 +121,8 @@ PARAMETERS = (
     Parameter("layers/mlp_out/bias", "-> C", "mlp.main.2.bias"),
     Parameter("prior/variance", "T D", "var", when="volume_preserving"),
 )
-# Of a student, beside those of layers, inputs and classes that it shares with the flow.
-STUDENT_PARAMETERS = (
-    Parameter("guidance/kernel", f"{NUM_WAVES} -> C:fsdp", ""),
-    Parameter("head/kernel", "C:fsdp -> D", ""),
-    Parameter("head/bias", "-> D", ""),
-)
+# Of a student's blocks, beside those that they share with the flow's.
+GUIDANCE = Parameter("guidance/kernel", f"{NUM_WAVES} -> C:fsdp", "")
 
 
 def params_shapes(config: TarFlowConfig) -> dict[str, Shape]:
@@ -143,25 +139,14 @@ def variables_shapes(config: TarFlowConfig) -> dict[str, Shape]:
 
 def student_shapes(config: StudentConfig) -> dict[str, Shape]:
     """Shapes of a student's variables, "params/block_0/project_in/kernel" and so on."""
-    reading = ("project_in/kernel", "project_in/bias", "position_embedding")
-    shapes = {}
-    for j, depth in enumerate(config.shape.depths):
-        here = {
-            "layers": True,
-            "class_embedding": bool(config.shape.num_classes),
-            "guidance": bool(config.max_guidance),
-            "head": config.has_head(j),
-            **dict.fromkeys(reading, config.reads_tokens(j)),
-        }
-        for row in (*PARAMETERS, *STUDENT_PARAMETERS):
-            if here.get(row.name, here.get(row.name.partition("/")[0], False)):
-                shapes[f"params/block_{j}/{row.name}"] = row.shape(config.shape, depth)
-    return shapes
+    rows = [*_rows(config.shape, in_block=True), *([GUIDANCE] if config.max_guidance else [])]
+    depths = enumerate(config.shape.depths)
+    return {f"params/block_{j}/{row.name}": row.shape(config.shape, depth) for j, depth in depths for row in rows}
 
 
 def rows_of(path: str) -> list[Parameter]:
     """The rows whose name ends `path`, that of a variable or of an optimizer's moment of it; it should be one."""
-    return [row for row in (*PARAMETERS, *STUDENT_PARAMETERS) if f"/{path}".endswith(f"/{row.name}")]
+    return [row for row in (*PARAMETERS, GUIDANCE) if f"/{path}".endswith(f"/{row.name}")]
 
 
 def _rows(config: TarFlowConfig, in_block: bool) -> list[Parameter]:

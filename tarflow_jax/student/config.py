@@ -19,9 +19,9 @@ class StudentConfig:
     Attributes:
       shape: of its transformers: one block more than the flow has, the last of which denoises.
       method: what its blocks learn beside the clean image ("Bidirectional Normalizing Flow", arXiv 2512.10953): under
-        "hidden_alignment" a linear head on the hidden state behind each block is compared with the flow's trajectory;
-        under "hidden_distillation" the next block reads what that head says, and nothing else; "naive" has no such
-        heads.
+        "hidden_alignment" the tokens behind each block are compared with the flow's trajectory; under
+        "hidden_distillation" too, and the next block reads them and no hidden state; under "naive" nothing.
+      perceptual: weight of the distance of the clean image as a `Perception` sees it; 0 for none.
       max_guidance: w_max, up to which it takes guidance weights; 0 for none.
 
     Raises ValueError: one line naming the field.
@@ -30,12 +30,19 @@ class StudentConfig:
     shape: TarFlowConfig
     method: str = "hidden_alignment"
     max_guidance: float = 0.0
+    perceptual: float = 0.0
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UserError(f"student.method is {self.method!r}; expected one of {', '.join(METHODS)}")
         if not 0 <= self.max_guidance < math.inf:
             raise UserError(f"student.max_guidance is {self.max_guidance}; expected a number from 0")
+        if not 0 <= self.perceptual < math.inf:
+            raise UserError(f"student.perceptual is {self.perceptual}; expected a number from 0")
+        if self.perceptual and not self.shape.num_classes:
+            raise UserError(
+                f"student.perceptual is {self.perceptual}, but the flow has no classes to learn to see by; set it to 0"
+            )
         if self.max_guidance and not self.shape.num_classes:
             raise UserError(
                 f"student.max_guidance is {self.max_guidance}, but the flow has no classes to guide by; set it to 0"
@@ -83,14 +90,6 @@ class StudentConfig:
         """F."""
         return self.shape.num_blocks - 1
 
-    def reads_tokens(self, j: int) -> bool:
-        """Whether block number j of the student reads tokens, not the hidden state of the block before."""
-        return j == 0 or self.method == "hidden_distillation"
-
-    def has_head(self, j: int) -> bool:
-        """Whether block number j has a head: the last one's makes the image."""
-        return j == self.num_flow_blocks or self.method != "naive"
-
     def check_flow(self, flow: TarFlowConfig) -> None:
         """Raises ValueError where it cannot be a student of a flow of this shape."""
         for name in _OF_THE_FLOW:
@@ -106,13 +105,16 @@ class StudentConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready dictionary; `from_dict` is its inverse."""
-        return {"shape": self.shape.to_dict(), "method": self.method, "max_guidance": self.max_guidance}
+        return {**dataclasses.asdict(self), "shape": self.shape.to_dict()}
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> "StudentConfig":
         """From a dictionary, as read from JSON; ValueError for unknown, missing or wrong fields."""
-        types = {"shape": (dict,), "method": (str,), "max_guidance": (int, float)}
+        number = (int, float)
+        types = {"shape": (dict,), "method": (str,), "max_guidance": number, "perceptual": number}
         if fields.keys() != types.keys() or any(type(fields[name]) not in types[name] for name in types):
-            raise UserError(f"student is {str(dict(fields))[:200]}; expected a shape, a method and max_guidance")
-        shape = TarFlowConfig.from_dict(fields["shape"])
-        return cls(shape, fields["method"], float(fields["max_guidance"]))
+            raise UserError(
+                f"student is {str(dict(fields))[:200]}; expected a shape, a method, max_guidance and perceptual"
+            )
+        numbers = {name: float(fields[name]) for name, allowed in types.items() if allowed is number}
+        return cls(TarFlowConfig.from_dict(fields["shape"]), fields["method"], **numbers)

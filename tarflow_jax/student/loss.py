@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from tarflow_jax.flow import TarFlow, TarFlowConfig, to_images
 from tarflow_jax.student.config import StudentConfig
 from tarflow_jax.student.network import Student
+from tarflow_jax.student.perception import perceptual_distance
 
 _SOFTENING = 0.01  # c
 
@@ -30,11 +31,12 @@ def distillation_loss(
     trajectory: jax.Array,
     labels: jax.Array,
     weights: jax.Array,
+    perception: Any = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The sum of the clean image's error and, unless the method is naive, of the errors of the trajectory's F images.
 
     An image's error on the trajectory is relative to its mean square, which normalises the trajectory; each error D
-    then counts as D / (D + c), the divisor detached.
+    then counts as D / (D + c), the divisor detached. So does the perceptual distance of the clean image, weighted.
 
     Args:
       variables: the student's.
@@ -43,6 +45,7 @@ def distillation_loss(
       trajectory: what the flow's blocks read on the way there, float32 [B, F, H, W, K].
       labels: int32 [B], -1 for no class.
       weights: of guidance, float32 [B]; 0 where there is no label.
+      perception: parameters of the `Perception` by which `student.perceptual` counts; its distance is one more D.
 
     Returns (loss, metrics): metrics are scalars, and `block_errors` [F], the relative errors.
     """
@@ -50,6 +53,10 @@ def distillation_loss(
     image_error = jnp.square(images - clean).mean((1, 2, 3))  # [B]
     metrics = {"image_error": image_error.mean()}
     loss = _adapted(image_error).mean()
+    if student.perceptual:
+        distance = perceptual_distance(student.shape.num_classes, perception, images, clean)
+        metrics["perceptual"] = distance.mean()
+        loss = loss + student.perceptual * _adapted(distance).mean()
     if found is not None:
         sizes = jnp.square(trajectory).mean((2, 3, 4))  # [B, F]
         errors = jnp.square(found - trajectory).mean((2, 3, 4)) / sizes

@@ -1,16 +1,26 @@
 """The student's network: bidirectional transformers from latents to a clean image."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from tarflow_jax.flow import to_images, to_tokens
-from tarflow_jax.flow.block import class_vectors, embedding_init, position_init, rotary_angles, scanned_layers
+from tarflow_jax.flow.block import (
+    Affine,
+    class_vectors,
+    embedding_init,
+    position_init,
+    rotary_angles,
+    scanned_layers,
+)
 from tarflow_jax.flow.product import dense_product
 from tarflow_jax.flow.transformer import kernel_init
 from tarflow_jax.student.config import StudentConfig
 
 NUM_WAVES = 16  # numbers that a guidance weight becomes
+MAX_LOG_SCALE = 2.0
 
 
 class Student(nn.Module):
@@ -38,52 +48,48 @@ class Student(nn.Module):
         config, shape = self.config, self.config.shape
         tokens, hidden, outputs = to_tokens(shape, latents.astype(jnp.float32)), None, []
         for j in range(shape.num_blocks):
-            block = StudentBlock(config, j, name=f"block_{j}")
-            hidden, out = block(tokens if config.reads_tokens(j) else hidden, labels, weights)
-            if out is not None:
-                tokens = out
-                outputs.append(to_images(shape, out))
+            hidden, tokens = StudentBlock(config, shape.depths[j], name=f"block_{j}")(hidden, tokens, labels, weights)
+            outputs.append(to_images(shape, tokens))
+            if config.method == "hidden_distillation":
+                hidden = None
         *between, images = outputs
-        return images, jnp.stack(between[::-1], axis=1) if between else None
+        return images, None if config.method == "naive" else jnp.stack(between[::-1], axis=1)
 
 
 class StudentBlock(nn.Module):
-    """Transformer layers that see all tokens, told the label and the guidance weight; `index` is j of `Student`."""
+    """Transformer layers that see all tokens, the label and the guidance weight, and an affine map of each token."""
 
     config: StudentConfig
-    index: int
+    depth: int
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, labels: jax.Array | None, weights: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Tokens [B, T, D], or the hidden state [B, T, C] before -> the hidden state, and the head's tokens if any."""
+        self, hidden: jax.Array | None, x: jax.Array, labels: jax.Array | None, weights: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """The hidden state [B, T, C] of the block before, and tokens [B, T, D] -> this block's, and its tokens."""
         shape, dtype = self.config.shape, self.config.shape.compute_dtype
-        h = x
-        if self.config.reads_tokens(self.index):
-            project = nn.Dense(
-                shape.width, dtype=dtype, kernel_init=kernel_init, dot_general=dense_product, name="project_in"
-            )
-            h = project(x.astype(dtype)).astype(jnp.float32)
-            h = h + self.param("position_embedding", position_init, shape)[None]
+        dense = functools.partial(nn.Dense, dtype=dtype)
+        project = dense(shape.width, kernel_init=kernel_init, dot_general=dense_product, name="project_in")
+        h = project(x.astype(dtype)).astype(jnp.float32)
+        h = h + self.param("position_embedding", position_init, shape)[None]
+        if hidden is not None:
+            h = h + hidden
         if shape.num_classes:
             embedding = self.param("class_embedding", embedding_init, (shape.num_classes, shape.width))
             h = h + class_vectors(embedding, labels, len(x))[:, None]
         if self.config.max_guidance:
-            guide = nn.Dense(
-                shape.width, use_bias=False, dtype=dtype, kernel_init=nn.initializers.zeros, name="guidance"
-            )
+            guide = dense(shape.width, use_bias=False, kernel_init=nn.initializers.zeros, name="guidance")
             given = jnp.zeros(len(x), jnp.float32) if weights is None else weights
             h = h + guide(waves(given / self.config.max_guidance).astype(dtype)).astype(jnp.float32)[:, None]
         angles = jnp.asarray(rotary_angles(shape)) if shape.rotary else None
-        layers = scanned_layers(shape, shape.depths[self.index], causal=False, name="layers")
+        layers = scanned_layers(shape, self.depth, causal=False, name="layers")
         h, _ = layers(h, None, angles)
-        if not self.config.has_head(self.index):
-            return h, None
-        head = nn.Dense(
-            shape.token_dim, dtype=dtype, kernel_init=nn.initializers.zeros, dot_general=dense_product, name="head"
+        head = dense(
+            2 * shape.token_dim, kernel_init=nn.initializers.zeros, dot_general=dense_product, name="project_out"
         )
-        return h, head(h.astype(dtype)).astype(jnp.float32)
+        shift, log_scale = jnp.split(head(h.astype(dtype)).astype(jnp.float32), 2, axis=-1)
+        log_scale = MAX_LOG_SCALE * jnp.tanh(log_scale / MAX_LOG_SCALE)
+        return h, Affine(log_scale, shift).inverse(x)
 
 
 def waves(shares: jax.Array) -> jax.Array:

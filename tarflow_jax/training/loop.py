@@ -18,7 +18,15 @@ from tarflow_jax.data import Batch, ImageSource, prefetch_to_device, train_batch
 from tarflow_jax.evaluation.split import loss_of, split_log_prob
 from tarflow_jax.files import sole_user
 from tarflow_jax.likelihood import unit_prior
-from tarflow_jax.runtime import BatchRunner, Preempted, PreemptionGuard, Rows, summary, use_cores_as_devices
+from tarflow_jax.runtime import (
+    BatchRunner,
+    Preempted,
+    PreemptionGuard,
+    Rows,
+    replicated,
+    summary,
+    use_cores_as_devices,
+)
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.clock import Profiler, StepClock
 from tarflow_jax.training.metrics import MetricsWriter
@@ -44,6 +52,7 @@ def train(
     workdir: epath.PathLike,
     preview: Preview | None = None,
     frozen_flow: dict[str, Any] | None = None,
+    perception: dict[str, Any] | None = None,
 ) -> TrainState:
     """Trains until `config.train.num_steps`, from the workdir's last checkpoint on.
 
@@ -53,6 +62,7 @@ def train(
         which all processes see, or gs://.
       preview: called as preview(step, variables) every `train.sample_every` steps, on every process.
       frozen_flow: variables of the flow by which a recipe's student is trained.
+      perception: parameters of the `Perception` by which it is, if its recipe has one.
 
     Returns:
       The final state, sharded over the config's mesh.
@@ -71,7 +81,7 @@ def train(
         if jax.process_index() == 0:
             resources.enter_context(sole_user(workdir))
         recipe.write_to(workdir, source)
-        run = _Run(recipe, source, epath.Path(workdir), resources, frozen_flow)
+        run = _Run(recipe, source, epath.Path(workdir), resources, frozen_flow, perception)
         for images, labels in run.batches():
             run.take_step(images, labels)
             done = run.step == fields.num_steps
@@ -111,6 +121,7 @@ class _Run:
         workdir: epath.Path,
         resources: contextlib.ExitStack,
         frozen_flow: dict[str, Any] | None,
+        perception: dict[str, Any] | None,
     ) -> None:
         """Begins or continues; closing `resources` closes everything, although one of it fails."""
         fields = recipe.config.train
@@ -126,6 +137,7 @@ class _Run:
             self.step, self.state = found
             self.checkpoints.set_aside_after(self.step)
         self.frozen_flow = None if frozen_flow is None else BatchRunner(self.mesh).place(frozen_flow)
+        self.perception = None if perception is None else jax.device_put(perception, replicated(self.mesh))
         self.program = compiled_step(recipe.train_config, self.mesh)
         self.rows = Rows(self.mesh, fields.batch_size)
         first_process = jax.process_index() == 0
@@ -167,7 +179,7 @@ class _Run:
     def take_step(self, images: jax.Array, labels: jax.Array) -> None:
         """Starts a step, and checks the one before: so the host never keeps the devices waiting."""
         with self.profiler.step(self.step + 1):
-            state, metrics = self.program(self.state, images, labels, self.key, self.frozen_flow)
+            state, metrics = self.program(self.state, images, labels, self.key, self.frozen_flow, self.perception)
         self.settle()
         self.step, self.state, self._pending = self.step + 1, state, metrics
         self.bar.update()

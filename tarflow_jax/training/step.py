@@ -38,6 +38,7 @@ def train_step(
     labels: jax.Array,
     key: jax.Array,
     frozen_flow: dict[str, Any] | None = None,
+    perception: dict[str, Any] | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One step of the optimizer.
 
@@ -47,13 +48,14 @@ def train_step(
       key: all randomness is a function of it, of the step, and of an image's row in the global batch, so that it does
         not depend on the devices.
       frozen_flow: variables of the flow by which a student is trained.
+      perception: parameters of the `Perception` by which it is.
     """
     optimizer, params = config.optimizer, state.variables["params"]
     dtype = (config.student.shape if config.student else config.model).compute_dtype
     noise_key, drop_key = jax.random.split(jax.random.fold_in(key, state.step))
     labels = jnp.where(jax.random.bernoulli(drop_key, config.drop_label, labels.shape), -1, labels)
     if config.student:
-        batch, loss = _distillation(config, frozen_flow, images, labels, noise_key)
+        batch, loss = _distillation(config, frozen_flow, perception, images, labels, noise_key)
     else:
         batch, loss = _likelihood(config, state.variables, images, labels, noise_key)
     # So cast once a step, not once a microbatch, and their gradients move as few bytes.
@@ -87,7 +89,7 @@ def _likelihood(
 
 
 def _distillation(
-    config: TrainConfig, frozen_flow: Any, images: jax.Array, labels: jax.Array, key: jax.Array
+    config: TrainConfig, frozen_flow: Any, perception: Any, images: jax.Array, labels: jax.Array, key: jax.Array
 ) -> tuple[Batch, Loss]:
     """What a student is trained on, noise included, and its loss.
 
@@ -108,7 +110,7 @@ def _distillation(
             path = guided_trajectory(config.model, frozen_flow, noisy, labels, weights, levels)
         else:
             path = flow_trajectory(config.model, frozen_flow, noisy, labels, levels)
-        value, metrics = distillation_loss(student, {"params": params}, clean, *path, labels, weights)
+        value, metrics = distillation_loss(student, {"params": params}, clean, *path, labels, weights, perception)
         return value, (metrics, None)
 
     return (to_float(images), noisy, labels, levels, weights), loss

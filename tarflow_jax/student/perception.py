@@ -1,0 +1,52 @@
+"""How far images are from others as a network sees them that has learned to tell a data set's classes apart.
+
+A student may learn by it. The network measures nothing: what `launch.evaluate` measures by has another architecture,
+and is trained with another seed.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+_WIDTHS = (24, 48, 96)
+_SMALL = 1e-4
+
+
+class Seen(NamedTuple):
+    """What the network makes of images."""
+
+    scales: list[jax.Array]  # float32 [B, H, W, C], at ever smaller heights and widths
+    logits: jax.Array  # [B, num_classes]
+
+
+class Perception(nn.Module):
+    """Images [B, H, W, K], float32 in [-1, 1] or uint8, -> `Seen`: three pairs of convolutions, ever smaller."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> Seen:
+        x, scales = images if images.dtype == jnp.float32 else images.astype(jnp.float32) / 127.5 - 1.0, []
+        for width in _WIDTHS:
+            for _ in range(2):
+                x = nn.gelu(nn.Conv(width, (3, 3))(x))
+            scales.append(x)
+            x = nn.pool(x, 0.0, jax.lax.add, (2, 2), (2, 2), "VALID") / 4.0
+        return Seen(scales, nn.Dense(self.num_classes)(x.mean((1, 2))))
+
+
+def perceptual_distance(num_classes: int, params: Any, images: jax.Array, others: jax.Array) -> jax.Array:
+    """[B]: square distance of the directions in channels, the mean over places and scales.
+
+    It is that of LPIPS (arXiv 1801.03924) without learned weights.
+    """
+    network = Perception(num_classes)
+    pairs = zip(*(network.apply({"params": params}, x).scales for x in (images, others)), strict=True)
+    errors = [jnp.square(_direction(a) - _direction(b)).sum(3).mean((1, 2)) for a, b in pairs]
+    return jnp.stack(errors).mean(0)
+
+
+def _direction(x: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.square(x).sum(3, keepdims=True) + _SMALL)
