@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import numpy as np
 import pytest
 
@@ -7,6 +8,7 @@ from tarflow_jax.data import ArraySource
 from tarflow_jax.evaluation import classifier, distances, sample_files, scores
 from tarflow_jax.evaluation.features import FeatureExtractor, FeatureNetwork, Features
 from tarflow_jax.evaluation.statistics import FeatureStatistics
+from tarflow_jax.student import Perception
 
 
 def pixels(variables, images):
@@ -124,3 +126,19 @@ def test_classifier_learns_is_cached_and_states_its_accuracy(tmp_path, monkeypat
         classifier.classifier_network(train, test, tmp_path)
     with pytest.raises(ValueError, match="no classes"):
         classifier.classifier_network(ArraySource("plain", images), test, tmp_path)
+
+
+@pytest.mark.slow
+def test_what_a_student_learns_by_is_another_network_and_cached(tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier, "PERCEPTION_STEPS", 60)
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 2, 400)
+    images = np.clip(random.normal(80 + 100 * labels[:, None, None, None], 20, (400, 8, 8, 1)), 0, 255).astype(np.uint8)
+    train = ArraySource("bright", images, labels, 2)
+    params = classifier.perception_parameters(train, tmp_path)
+    logits = Perception(2).apply({"params": params}, images).logits
+    assert (np.asarray(logits).argmax(1) == labels).mean() > 0.95
+    monkeypatch.setattr(classifier, "train_classifier", lambda *_: pytest.fail("trained again"))
+    chex.assert_trees_all_equal(classifier.perception_parameters(train, tmp_path), params)
+    with pytest.raises(ValueError, match=r"no classes to train a perception on; set student\.perceptual to 0"):
+        classifier.perception_parameters(ArraySource("none", images), tmp_path)

@@ -77,9 +77,9 @@ def test_it_sees_every_token_the_label_and_the_weight():
         for changed, rows in ((other[1], [0]), (guided[1], [0, 2])):
             moved = jnp.abs(changed[:, k] - trajectory[:, k]).max((1, 2, 3)) > 1e-4
             np.testing.assert_array_equal(np.flatnonzero(moved), rows)
-    chex.assert_trees_all_close(apply(config, variables, latents, labels, None), (images, trajectory), atol=1e-6)
+    chex.assert_trees_all_close(apply(config, variables, latents, labels, None), (images, trajectory), atol=1e-5)
     unlabelled = apply(config, variables, latents, jnp.full(3, -1), None)
-    chex.assert_trees_all_close(apply(config, variables, latents, None, None), unlabelled, atol=1e-6)
+    chex.assert_trees_all_close(apply(config, variables, latents, None, None), unlabelled, atol=1e-5)
 
 
 def test_the_trajectory_is_what_the_blocks_read():
