@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
 
 def smoke(config: ConfigDict) -> ConfigDict:
     """The variant of seconds."""
-    config.student.layers_per_block = (1,)
+    config.student.update({"layers_per_block": (1,), "perceptual": 0.0})
     config.train.update({"num_steps": 20, "batch_size": 16, "checkpoint_every": 10, "log_every": 5})
     config.optimizer.warmup_steps = 5
     return config

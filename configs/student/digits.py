@@ -18,7 +18,7 @@ from configs.student import common
 def get_config(variant: str = "") -> ConfigDict:
     """The recipe; the variant is "smoke" (seconds)."""
     config = common.get_config()
-    config.student.update({"layers_per_block": (2, 2, 2, 2, 1), "max_guidance": 2.0})
+    config.student.update({"layers_per_block": (2, 2, 2, 2, 1), "max_guidance": 2.0, "perceptual": 1.0})
     config.optimizer.update(
         {"name": "muon", "muon_learning_rate": 3e-3, "learning_rate": 3e-3, "warmup_steps": 100, "clip_norm": 1.0}
     )

@@ -31,7 +31,9 @@ from tarflow_jax.student import Perception
 RECIPE = "3 strided convolutions of 32, 64, 128; AdamW 2e-3, cosine, batch 256, 6 epochs, at least 1,000 steps"
 BATCH_SIZE = 256
 MIN_STEPS = 1000
-PERCEPTION_RECIPE = "3 pairs of convolutions of 24, 48, 96; AdamW 2e-3, cosine, 1,000 steps of 64, seed 1"
+PERCEPTION_RECIPE = (
+    "3 pairs of convolutions of 24, 48, 96; AdamW 2e-3, cosine, batch 64, 10 epochs or 1,000 steps, seed 1"
+)
 PERCEPTION_STEPS, PERCEPTION_BATCH_SIZE = 1000, 64
 PREPROCESSING = "none: 8-bit images of the data set's own size, v / 127.5 - 1"
 
@@ -108,7 +110,8 @@ def perception_parameters(train: ImageSource, cache_dir: str | Path) -> dict[str
     model = Perception(train.num_classes)
 
     def make() -> tuple[Any, dict[str, str]]:
-        return train_classifier(train, model, PERCEPTION_STEPS, PERCEPTION_BATCH_SIZE, seed=1), {}
+        steps = min(10 * len(train) // PERCEPTION_BATCH_SIZE, PERCEPTION_STEPS)
+        return train_classifier(train, model, steps, PERCEPTION_BATCH_SIZE, seed=1), {}
 
     params, _ = kept(_path(cache_dir, "perception", train), train, model, PERCEPTION_RECIPE, make)
     return params
