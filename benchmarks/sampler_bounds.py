@@ -101,7 +101,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         axes.set(xscale="log", yscale="log", xlabel="images a batch", ylabel="images/s at most", title=topology)
         axes.set_xticks(BATCHES, list(map(str, BATCHES)))
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=8)
+    max(figure.axes, key=lambda axes: len(axes.lines)).legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
