@@ -8,7 +8,6 @@ then draw with launch.sample --decoder=student.
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,7 +19,7 @@ from ml_collections import config_flags
 from configs.student.common import of_flow
 from launch import common
 from tarflow_jax.arguments import check_student
-from tarflow_jax.data import default_data_dir
+from tarflow_jax.data import data_folder
 from tarflow_jax.evaluation.classifier import perception_parameters
 from tarflow_jax.figures import grid, save_png, to_uint8
 from tarflow_jax.fingerprint import fingerprint
@@ -56,8 +55,7 @@ def main(argv: Sequence[str]) -> None:
     recipe.source("test")
     perception = None
     if recipe.student.perceptual:
-        data_dir = Path(config.data.data_dir) if config.data.data_dir else default_data_dir()
-        perception = perception_parameters(recipe.source("train"), data_dir / "evaluation")
+        perception = perception_parameters(recipe.source("train"), data_folder(config.data.data_dir) / "evaluation")
     figures = workdir / STUDENT / "figures"
 
     def preview(step: int, variables: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from absl import flags
 from etils import epath
 
 from launch import common
-from tarflow_jax.data import ImageSource, default_data_dir, open_source
+from tarflow_jax.data import ImageSource, data_folder, open_source
 from tarflow_jax.errors import UserError
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.pipeline import TarFlowPipeline
@@ -60,7 +60,7 @@ def open_subject() -> Subject:
     fields = recipe.config.data if recipe else None
     data = DATA.value or fields.source
     preprocessing = PREPROCESSING.value or (fields.preprocessing if fields else "none")
-    data_dir = Path(fields.data_dir) if fields and fields.data_dir else default_data_dir()
+    data_dir = data_folder(fields.data_dir if fields else None)
     skip_bad = bool(fields and fields.skip_bad)
 
     def source(split: str) -> ImageSource:

@@ -38,7 +38,7 @@ flags.mark_flags_as_required(["data"])
 
 def main(argv: Sequence[str]) -> None:
     """Prepares, counts and previews."""
-    data_dir = Path(DATA_DIR.value).expanduser() if DATA_DIR.value else data.default_data_dir()
+    data_dir = data.data_folder(DATA_DIR.value)
     options = {
         "image_size": _parse_size(IMAGE_SIZE.value),
         "preprocessing": PREPROCESSING.value,

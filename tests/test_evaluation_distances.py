@@ -105,17 +105,23 @@ def test_reference_file_of_adm(tmp_path):
     assert reference.protocol == {"file": "adm.npz"}
 
 
+def bright_or_dark():
+    """Images uint8 [400, 8, 8, 1], and which of two classes they are of."""
+    random = np.random.default_rng(0)
+    labels = random.integers(0, 2, 400)
+    images = np.clip(random.normal(80 + 100 * labels[:, None, None, None], 20, (400, 8, 8, 1)), 0, 255)
+    return images.astype(np.uint8), labels
+
+
 @pytest.mark.slow
 def test_classifier_learns_is_cached_and_states_its_accuracy(tmp_path, monkeypatch):
     monkeypatch.setattr(classifier, "MIN_STEPS", 40)
-    random = np.random.default_rng(0)
-    labels = random.integers(0, 2, 400)
-    images = np.clip(random.normal(80 + 100 * labels[:, None, None, None], 20, (400, 8, 8, 1)), 0, 255).astype(np.uint8)
+    images, labels = bright_or_dark()
     train = ArraySource("bright", images[:300], labels[:300], 2)
     test = ArraySource("bright", images[300:], labels[300:], 2)
     network = classifier.classifier_network(train, test, tmp_path)
     assert "test accuracy 1.0000" in network.identity
-    monkeypatch.setattr(classifier, "train_classifier", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(classifier, "train_classifier", lambda *_, **__: pytest.fail("trained again"))
     again = classifier.classifier_network(train, test, tmp_path)
     assert again.identity == network.identity
     assert FeatureExtractor(again)(images[:5]).pooled.shape == (5, 128)
@@ -131,14 +137,12 @@ def test_classifier_learns_is_cached_and_states_its_accuracy(tmp_path, monkeypat
 @pytest.mark.slow
 def test_what_a_student_learns_by_is_another_network_and_cached(tmp_path, monkeypatch):
     monkeypatch.setattr(classifier, "PERCEPTION_STEPS", 60)
-    random = np.random.default_rng(0)
-    labels = random.integers(0, 2, 400)
-    images = np.clip(random.normal(80 + 100 * labels[:, None, None, None], 20, (400, 8, 8, 1)), 0, 255).astype(np.uint8)
+    images, labels = bright_or_dark()
     train = ArraySource("bright", images, labels, 2)
     params = classifier.perception_parameters(train, tmp_path)
     logits = Perception(2).apply({"params": params}, images).logits
     assert (np.asarray(logits).argmax(1) == labels).mean() > 0.95
-    monkeypatch.setattr(classifier, "train_classifier", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr(classifier, "train_classifier", lambda *_, **__: pytest.fail("trained again"))
     chex.assert_trees_all_equal(classifier.perception_parameters(train, tmp_path), params)
     with pytest.raises(ValueError, match=r"no classes to train a perception on; set student\.perceptual to 0"):
         classifier.perception_parameters(ArraySource("none", images), tmp_path)

@@ -68,7 +68,7 @@ def test_the_table_has_the_names_and_shapes_that_the_network_makes(flow, method)
 def test_it_sees_every_token_the_label_and_the_weight():
     config, variables = student_of(TINY)
     latents, labels, zeros = images_of(TINY), jnp.asarray(LABELS), jnp.zeros(3)
-    images, trajectory = apply(config, variables, latents, labels, zeros)
+    _, trajectory = apply(config, variables, latents, labels, zeros)
     jacobian = jax.jit(jax.jacobian(lambda z: Student(config).apply(variables, z, labels[:1], zeros[:1])[0]))
     assert (jnp.abs(jacobian(latents[:1])) > 0).all()  # of every pixel in every latent
     other = apply(config, variables, latents, jnp.array([1, -1, 2]), zeros)
@@ -77,9 +77,10 @@ def test_it_sees_every_token_the_label_and_the_weight():
         for changed, rows in ((other[1], [0]), (guided[1], [0, 2])):
             moved = jnp.abs(changed[:, k] - trajectory[:, k]).max((1, 2, 3)) > 1e-4
             np.testing.assert_array_equal(np.flatnonzero(moved), rows)
-    chex.assert_trees_all_close(apply(config, variables, latents, labels, None), (images, trajectory), atol=1e-5)
-    unlabelled = apply(config, variables, latents, jnp.full(3, -1), None)
-    chex.assert_trees_all_close(apply(config, variables, latents, None, None), unlabelled, atol=1e-5)
+    # One operation after the other: programs round otherwise, and scales make more of it.
+    made = functools.partial(Student(config).apply, variables, latents)
+    chex.assert_trees_all_close(made(labels, None), made(labels, zeros), atol=1e-6)
+    chex.assert_trees_all_close(made(None, None), made(jnp.full(3, -1), None), atol=1e-6)
 
 
 def test_the_trajectory_is_what_the_blocks_read():

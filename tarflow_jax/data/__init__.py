@@ -1,7 +1,7 @@
 """Data: sources of images by name, and the function from the step to its batch."""
 
 from tarflow_jax.data.batches import Batch, prefetch_to_device, train_batches
-from tarflow_jax.data.registry import default_data_dir, open_source, prepare_source
+from tarflow_jax.data.registry import data_folder, default_data_dir, open_source, prepare_source
 from tarflow_jax.data.source import ArraySource, CachedSource, ImageSource
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "Batch",
     "CachedSource",
     "ImageSource",
+    "data_folder",
     "default_data_dir",
     "open_source",
     "prefetch_to_device",

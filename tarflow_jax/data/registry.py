@@ -59,6 +59,11 @@ KINDS = {
 }
 
 
+def data_folder(data_dir: str | Path | None) -> Path:
+    """A folder of prepared data sets as a user gives it, "~" being theirs; None or "" means `default_data_dir()`."""
+    return Path(data_dir).expanduser() if data_dir else default_data_dir()
+
+
 def default_data_dir() -> Path:
     """Where prepared data sets are kept: $TARFLOW_DATA_DIR, or else ~/.cache/tarflow_jax."""
     return Path(os.environ.get("TARFLOW_DATA_DIR") or "~/.cache/tarflow_jax").expanduser()
@@ -132,6 +137,6 @@ def _resolve(
     check_preprocessing(preprocessing)
     if preprocessing != "none" and not kind.preprocesses:
         raise UserError(f"{name}: its images are taken as they are; set preprocessing to none")
-    folder = Path(data_dir).expanduser() if data_dir else default_data_dir()
+    folder = data_folder(data_dir)
     size = None if image_size is None else (int(image_size[0]), int(image_size[1]))
     return kind, argument, Options(folder, size, preprocessing, skip_bad)

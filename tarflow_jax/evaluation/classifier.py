@@ -95,7 +95,7 @@ def classifier_network(train: ImageSource, test: ImageSource, cache_dir: str | P
         params = train_classifier(train, model, steps=max(6 * len(train) // BATCH_SIZE, MIN_STEPS))
         return params, {"accuracy": repr(accuracy(params, test))}
 
-    params, metadata = kept(path, train, model, RECIPE, make)
+    params, metadata = _kept(path, train, model, RECIPE, make)
     identity = f"sha256 {sha256(path)} (test accuracy {float(metadata['accuracy']):.4f}; {RECIPE})"
     return _network(params, train, identity)
 
@@ -113,7 +113,7 @@ def perception_parameters(train: ImageSource, cache_dir: str | Path) -> dict[str
         steps = min(10 * len(train) // PERCEPTION_BATCH_SIZE, PERCEPTION_STEPS)
         return train_classifier(train, model, steps, PERCEPTION_BATCH_SIZE, seed=1), {}
 
-    params, _ = kept(_path(cache_dir, "perception", train), train, model, PERCEPTION_RECIPE, make)
+    params, _ = _kept(_path(cache_dir, "perception", train), train, model, PERCEPTION_RECIPE, make)
     return params
 
 
@@ -139,7 +139,7 @@ def accuracy(params: Any, source: ImageSource) -> float:
     return float((logits.argmax(-1) == labels).mean())
 
 
-def kept(
+def _kept(
     path: Path,
     source: ImageSource,
     model: nn.Module,

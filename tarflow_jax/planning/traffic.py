@@ -138,7 +138,7 @@ def _handed_on(body: Computation, fusion: Instruction) -> tuple[set[int], set[in
     pieces = [instruction for instruction in body.values() if _PIECE.search(instruction.attributes)]
     aliases = re.findall(r"\{(\d*)\}: \((\d+), ", fusion.attributes) if pieces else []
     later = [body[name] for piece in pieces if _goes_on(piece) for name in piece.operands]
-    passed = {int(parameter.operands[0]) for parameter in later}
+    passed = {int(operand.operands[0]) for operand in later if operand.opcode == "parameter"}
     if later:
         passed |= {int(operand) for _, operand in aliases}
     return {int(result or 0) for result, _ in aliases}, passed

@@ -21,8 +21,8 @@ class StudentConfig:
       method: what its blocks learn beside the clean image ("Bidirectional Normalizing Flow", arXiv 2512.10953): under
         "hidden_alignment" the tokens behind each block are compared with the flow's trajectory; under
         "hidden_distillation" too, and the next block reads them and no hidden state; under "naive" nothing.
-      perceptual: weight of the distance of the clean image as a `Perception` sees it; 0 for none.
       max_guidance: w_max, up to which it takes guidance weights; 0 for none.
+      perceptual: weight of the distance of the clean image as a `Perception` sees it; 0 for none.
 
     Raises ValueError: one line naming the field.
     """
