@@ -16,10 +16,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jax
 from matplotlib.figure import Figure
 
-from tarflow_jax.planning import Topology, compile_program, gpus, open_topology, sample_program
+from tarflow_jax.planning import Topology, compile_program, open_topology, prepare, sample_program
 from tarflow_jax.runtime.parameters import params_shapes
 from tarflow_jax.training import Recipe
 
@@ -38,10 +37,7 @@ def main() -> None:
     if args.plot:
         draw(rows, args.plot)
         return
-    jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_enable_compilation_cache", False)
-    if args.topology.partition(":")[0] in gpus.GPUS:
-        gpus.prepare()
+    prepare(args.topology)
     topology = open_topology(args.topology)
     known = {(row["recipe"], row["topology"], row["images"]) for row in rows}
     for recipe in RECIPES:

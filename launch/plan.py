@@ -13,11 +13,9 @@ tried, the smallest first, until one does; --search tries on for the lowest boun
 
 import functools
 import json
-import os
 import sys
 from collections.abc import Sequence
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
@@ -28,8 +26,8 @@ from tarflow_jax.planning import (
     Plan,
     Topology,
     compile_program,
-    gpus,
     open_topology,
+    prepare,
     sample_program,
     student_program,
     train_program,
@@ -67,7 +65,8 @@ def main(argv: Sequence[str]) -> int:
     config = _config()
     if SEARCH.value and SAMPLER.value:
         raise UserError("--search changes how a training step is computed; leave out --sampler")
-    topology = _open(TOPOLOGY.value, NUM_SLICES.value)
+    prepare(TOPOLOGY.value)
+    topology = open_topology(TOPOLOGY.value, NUM_SLICES.value)
     if SEARCH.value and not topology.chip.flops:
         raise UserError(f"--search compares times, and {topology.name} has no rates in tarflow_jax/planning/chips.py")
     if MESH.value:
@@ -125,21 +124,6 @@ def _config() -> ConfigDict:
     with config.unlocked():
         config.student = of_flow(STUDENT.value, config).student
     return config
-
-
-def _open(name: str, num_slices: int) -> Topology:
-    platform, _, size = name.partition(":")
-    if platform == "gpu":
-        return open_topology(name, num_slices)
-    if platform in gpus.GPUS:
-        gpus.prepare()
-    jax.config.update("jax_platforms", "cpu")
-    # A program for devices that are not here can be kept, but not read again.
-    jax.config.update("jax_enable_compilation_cache", False)
-    forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if platform == "cpu" and size.isdigit() and not forced:
-        jax.config.update("jax_num_cpu_devices", int(size))
-    return open_topology(name, num_slices)
 
 
 if __name__ == "__main__":

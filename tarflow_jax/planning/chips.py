@@ -68,10 +68,25 @@ def known_chip(kind: str) -> Chip | None:
     return CHIPS[max(names, key=len)] if names else None
 
 
+def prepare(name: str) -> None:
+    """For `open_topology` of the same name in a process that does nothing else, before JAX looks for devices."""
+    platform, _, size = name.partition(":")
+    if platform == "gpu":
+        return
+    jax.config.update("jax_platforms", "cpu")  # JAX's CUDA plugin then does without a driver
+    # A program for devices that are not here can be kept, but not read again.
+    jax.config.update("jax_enable_compilation_cache", False)
+    if platform in gpus.GPUS:
+        gpus.hide()
+    forced = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if platform == "cpu" and size.isdigit() and not forced:
+        jax.config.update("jax_num_cpu_devices", int(size))
+
+
 def open_topology(name: str, num_slices: int = 1) -> Topology:
     """The devices of "v5e:16x16" and other TPU topologies, of "h100:8" or "h100:8x4" (4 hosts), of "cpu:8" or "gpu:1".
 
-    The first two need the compiler, libtpu or JAX's CUDA plugin, but no such device; for GPUs, after `gpus.prepare`.
+    The first two need the compiler, libtpu or JAX's CUDA plugin, but no such device; for GPUs, after `prepare`.
     Raises ValueError if there is no such topology, or fewer devices; ImportError if the compiler is not installed.
     """
     platform, _, size = name.partition(":")

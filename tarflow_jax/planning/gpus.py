@@ -48,9 +48,8 @@ def parse(name: str) -> tuple[Gpu, int, int]:
     return GPUS[found[1]], int(found[2]), int(found[3] or 1)
 
 
-def prepare() -> None:
-    """Before JAX looks for devices: this process compiles for GPUs that are not there, and can try no kernel."""
-    jax.config.update("jax_platforms", "cpu")  # JAX's CUDA plugin then does without a driver
+def hide() -> None:
+    """Before JAX looks for devices: this process compiles for GPUs as if none were there, and tries no kernel."""
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_NO_TRIALS}".strip()
 
