@@ -4,6 +4,7 @@ python -m launch.sample --workdir=runs/digits --num_images=64 --guidance=1.5 --d
 python -m launch.sample --workdir=runs/fashion_mnist --label=sneaker --num_images=16 --out=sneakers
 """
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 
@@ -19,7 +20,7 @@ from tarflow_jax.evaluation.sample_files import write_samples
 from tarflow_jax.figures import class_columns, grid, save_gif, save_png, to_uint8
 from tarflow_jax.pipeline import FAR_OUTSIDE, TarFlowPipeline
 from tarflow_jax.runtime import make_mesh
-from tarflow_jax.sampling import IterativeDenoising
+from tarflow_jax.sampling import DEFAULT_DENOISING
 from tarflow_jax.training.recipe import label_names
 
 WORKDIR = flags.DEFINE_string(
@@ -52,7 +53,7 @@ flags.mark_flags_as_required(["workdir"])
 
 def denoised(pipe: TarFlowPipeline, images: jax.Array, labels: np.ndarray | None) -> list[np.ndarray]:
     """Drawn images [B, H, W, K] after each step of denoising."""
-    method = IterativeDenoising(STEPS.value, levels="log") if STEPS.value else None
+    method = dataclasses.replace(DEFAULT_DENOISING, num_steps=STEPS.value) if STEPS.value else None
     if pipe.config.noise_conditional:
         _, path = pipe.denoise_drawn(images, labels, method=method, return_trajectory=True)
         return list(np.asarray(path[1:]))

@@ -216,6 +216,14 @@ def test_samples_are_drawn_at_the_highest_level_and_denoised_to_none():
     assert float(jnp.abs(pipe.encode(noisy, LABELS, 0.1)[0] - latents).max()) > 1e-3
 
 
+def test_what_leaves_the_range_is_clipped_on_the_way():
+    pipe = TarFlowPipeline(CONDITIONAL, random_variables(CONDITIONAL, scale=0.05), LEVELS)
+    key = jax.random.key(0)
+    unclipped = pipe.sample(key, 3, LABELS, denoise=IterativeDenoising(4, levels="log"))
+    assert float(jnp.abs(unclipped).max()) > 1.1
+    assert float(jnp.abs(pipe.sample(key, 3, LABELS)).max()) <= 1
+
+
 def test_bits_per_dim_are_asked_at_a_level():
     pipe = TarFlowPipeline(CONDITIONAL, random_variables(CONDITIONAL), LEVELS)
     images, key = np.random.default_rng(0).integers(0, 256, (3, *TINY.image_shape), np.uint8), jax.random.key(0)

@@ -49,7 +49,9 @@ class IterativeDenoising:
             raise UserError("order is 2; the 'sde' has steps of order 1 alone")
 
 
-DEFAULT_DENOISING = IterativeDenoising(4, levels="log")
+# Clipped, because a step of a thousandth of all images leaves the range that the flow was trained on, and the next ones
+# then grow without bound.
+DEFAULT_DENOISING = IterativeDenoising(4, levels="log", clip=True)
 
 
 def iterate(

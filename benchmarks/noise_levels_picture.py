@@ -1,0 +1,44 @@
+"""docs/noise_levels.md's picture: a flow of one noise level beside one of many, from the same latents, step by step.
+
+python -m benchmarks.noise_levels_picture --one=runs/fashion_mnist --many=runs/fashion_mnist_levels --out=FILE.png
+"""
+
+import argparse
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from tarflow_jax.evaluation.generation import balanced_labels
+from tarflow_jax.figures import enlarge, grid, save_png, to_uint8
+from tarflow_jax.pipeline import TarFlowPipeline
+from tarflow_jax.sampling import DEFAULT_DENOISING, Guidance
+
+SIDE = 56  # pixels of an image's side
+
+
+def main() -> None:
+    """Draws an image of each class, and a row for each state it passes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--one", required=True, help="a run with a single noise level")
+    parser.add_argument("--many", required=True, help="a run with many, of the same data")
+    parser.add_argument("--guidance", type=float, nargs=2, default=[0.7, 1.5], help="their weights")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    one, many = map(TarFlowPipeline.from_pretrained, (args.one, args.many))
+    labels = balanced_labels(0, 2 * one.config.num_classes, one.config.num_classes)
+    latents = one.latents(jax.random.key(0), len(labels))
+    drawn = one.decode(latents, labels, Guidance(args.guidance[0]))
+    rows = {f"one level: drawn, noise {one.noise_std:g}": drawn, "denoised": one.denoise_drawn(drawn, labels)}
+    level = many.drawn_level
+    assert level is not None
+    noisy = many.decode(latents, labels, Guidance(args.guidance[1]), noise_std=level)
+    _, path = many.denoise_drawn(noisy, labels, return_trajectory=True)
+    rows |= {f"many levels: drawn, noise {level:g}": noisy}
+    rows |= {f"after step {number} of {DEFAULT_DENOISING.num_steps}": path[number] for number in range(1, len(path))}
+    sheet = np.concatenate([to_uint8(np.asarray(images)) for images in rows.values()])
+    save_png(args.out, grid(enlarge(sheet, SIDE), len(labels), titles=list(rows)))
+
+
+if __name__ == "__main__":
+    main()
