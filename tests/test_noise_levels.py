@@ -11,15 +11,13 @@ import pytest
 from conftest import DATA
 from tiny_models import LABELS, TINY, images_of, new_variables, random_variables
 
-from configs import digits
 from tarflow_jax import Guidance, IterativeDenoising, Noise, TarFlow, TarFlowPipeline, sampling
 from tarflow_jax.interop import load_torch
 from tarflow_jax.likelihood import training_loss
 from tarflow_jax.noise import Levels
 from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi
 from tarflow_jax.sampling.guidance import product
-from tarflow_jax.training import Recipe, TrainConfig
-from tarflow_jax.training.optimizer import Optimizer
+from tarflow_jax.training import TrainConfig
 
 LEVELS = Noise("levels", std_min=0.01, std_max=0.3)
 CONDITIONAL = dataclasses.replace(TINY, noise_conditional=True)
@@ -110,28 +108,6 @@ def test_the_reference_s_product_rule_mixes_images_and_is_ours_otherwise(golden,
         guidance = Guidance(1.5, schedule=schedule, rule="product", blocks=1)
         decode = jax.jit(lambda z: sampling.decode(golden.config, golden.variables, z, labels, guidance, levels).images)  # noqa: B023
         assert_close(decode(latents), golden.images(f"sample_starflow_w1.5_{schedule}_last"))
-
-
-@pytest.mark.slow
-def test_the_reference_s_training_run(load_golden):
-    golden = load_golden("noise_training")
-    flow, optimizer = TarFlow(golden.config), Optimizer(20, 1e-3, 1e-3, 0, 0.9, 0.95, 1e-4, 0.0, 0.0).transformation()
-
-    @jax.jit
-    def step(params, state, images, labels, std):
-        levels = Levels(std, std, jnp.zeros((len(std), 4)))
-        loss = lambda params: training_loss(flow, {"params": params}, images, labels, levels)[0]  # noqa: E731
-        value, gradients = jax.value_and_grad(loss)(params)
-        with jax.numpy_dtype_promotion("standard"):
-            updates, state = optimizer.update(gradients, state, params)
-        return jax.tree.map(jnp.add, params, updates), state, value
-
-    params, losses = golden.variables["params"], []
-    state = optimizer.init(params)
-    for batch in zip(golden.images("x"), golden.labels("y"), golden.arrays["t"], strict=True):
-        params, state, loss = step(params, state, *batch)
-        losses.append(float(loss))
-    np.testing.assert_allclose(losses, golden.arrays["losses"], rtol=1e-4, atol=1e-6)
 
 
 def test_weights_go_to_pytorch_and_back_bit_for_bit(golden, pipe, tmp_path):
@@ -276,38 +252,3 @@ def test_what_cannot_be_is_refused_in_one_line(call, message):
 
 def one_level():
     return TarFlowPipeline(TINY, random_variables(TINY), Noise("gaussian", 0.1))
-
-
-@pytest.mark.parametrize("draw", ["uniform", "variance", "lognormal"])
-def test_levels_are_drawn_from_their_range(draw):
-    noise = Noise("levels", std_min=0.1, std_max=0.5, draw=draw, weight="one")
-    levels = noise.levels(jax.random.key(0), 4000)
-    assert float(levels.std.min()) >= 0.1
-    assert float(levels.std.max()) <= 0.5
-    np.testing.assert_array_equal(levels.weight, 1)
-    np.testing.assert_array_equal(levels.quarter.sum(1), 1)
-    np.testing.assert_array_equal(levels.quarter.argmax(1), np.clip((np.asarray(levels.std) - 0.1) / 0.1, 0, 3) // 1)
-    drawn = np.quantile(np.asarray(levels.std), (np.arange(8) + 0.5) / 8)
-    np.testing.assert_allclose(noise.quantiles(8), drawn, atol=0.015)
-    assert Noise.from_dict(noise.to_dict()) == noise
-    assert Noise.from_dict({"kind": "gaussian", "std": 0.1}) == Noise("gaussian", 0.1)
-
-
-@pytest.mark.slow
-def test_a_trained_flow_is_surer_of_cleaner_images(tmp_path):
-    from tarflow_jax.training import train
-
-    config = digits.get_config()
-    config.model.update({"noise_conditional": True, "width": 64, "num_blocks": 2, "layers_per_block": 1})
-    config.noise.update({"kind": "levels", "std": 0.0, "std_min": 0.05, "std_max": 0.5})
-    config.train.update({"num_steps": 150, "batch_size": 32, "sample_every": 0, "log_every": 50, "accumulation": 2})
-    state = train(config, tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert all(len(line["level_losses"]) == 4 for line in lines)
-    pipe = TarFlowPipeline.from_pretrained(tmp_path)
-    images, labels = Recipe(config).source("test").read(np.arange(64))
-    images = jnp.asarray(images, jnp.float32) / 127.5 - 1
-    noise = jax.random.normal(jax.random.key(0), images.shape)
-    low, high = (pipe.log_prob(images + std * noise, labels, std).mean() for std in (0.05, 0.5))
-    assert low > high + 10
-    assert int(state.step) == 150
