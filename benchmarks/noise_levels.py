@@ -4,8 +4,9 @@
 
 A line of the queue is {"guidance": {…}, "denoising": [{…}, …], "num_images": 2500, "seed": 0}: fields of `Guidance` and
 of as many `IterativeDenoising` as shall be measured on the same drawn images; {} is no denoising, {"tweedie": n} n
-steps of Tweedie's formula at the level that was drawn. Settings that have a row are left out. Distances are of the
-classifier's features to the training images; seconds are of this machine, whatever else it does.
+steps of Tweedie's formula at the level that was drawn. With "test_images" true in place of guidance, what is denoised
+are test images with noise of that level. Settings that have a row are left out. Distances are of the classifier's
+features to the training images; seconds are of this machine, whatever else it does.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import numpy as np
 
 from benchmarks.judge import Judge
 from tarflow_jax.evaluation.generation import balanced_labels
+from tarflow_jax.noise import to_float
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance, IterativeDenoising
 from tarflow_jax.training import Recipe
@@ -36,13 +38,24 @@ def denoised(pipe: TarFlowPipeline, images: jax.Array, labels: Any, method: dict
     return images
 
 
+def samples(pipe: TarFlowPipeline, _: Judge, setting: dict[str, Any]) -> tuple[jax.Array, np.ndarray]:
+    """(images, labels), drawn and not denoised."""
+    labels = balanced_labels(0, setting["num_images"], pipe.config.num_classes)
+    latents = pipe.latents(jax.random.key(setting["seed"]), len(labels))
+    return pipe.decode(latents, labels, Guidance(**setting["guidance"]), noise_std=pipe.drawn_level), labels
+
+
+def noisy_test_images(pipe: TarFlowPipeline, judge: Judge, setting: dict[str, Any]) -> tuple[jax.Array, np.ndarray]:
+    """(images, labels) of the data set, with noise of the level that samples are drawn at."""
+    images, labels = judge.test.read(np.arange(setting["num_images"]))
+    noise = jax.random.normal(jax.random.key(setting["seed"]), images.shape)
+    return to_float(images) + (pipe.drawn_level or pipe.noise_std or 0.0) * noise, labels
+
+
 def measured(pipe: TarFlowPipeline, judge: Judge, setting: dict[str, Any], methods: list[Any]) -> Iterator[dict]:
     """A row for each of the methods."""
-    count = setting["num_images"]
-    labels = balanced_labels(0, count, pipe.config.num_classes)
-    latents = pipe.latents(jax.random.key(setting["seed"]), count)
     began = time.perf_counter()
-    drawn = pipe.decode(latents, labels, Guidance(**setting["guidance"]), noise_std=pipe.drawn_level)
+    drawn, labels = (noisy_test_images if setting.get("test_images") else samples)(pipe, judge, setting)
     drawn.block_until_ready()
     decoding = time.perf_counter() - began
     for method in methods:
