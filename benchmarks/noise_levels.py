@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.judge import Judge
 from tarflow_jax.evaluation.generation import balanced_labels
-from tarflow_jax.noise import to_float
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance, IterativeDenoising
 from tarflow_jax.training import Recipe
@@ -32,9 +32,8 @@ def denoised(pipe: TarFlowPipeline, images: jax.Array, labels: Any, method: dict
     if "num_steps" in method:
         key = jax.random.key(1) if method.get("kind") == "sde" else None
         return pipe.denoise_drawn(images, labels, method=IterativeDenoising(**method), key=key)
-    level = pipe.drawn_level or pipe.noise_std
     for _ in range(method.get("tweedie", 0)):
-        images = pipe.denoise(images, labels, noise_std=level)
+        images = pipe.denoise(images, labels, noise_std=pipe.noise_std)
     return images
 
 
@@ -47,9 +46,10 @@ def samples(pipe: TarFlowPipeline, _: Judge, setting: dict[str, Any]) -> tuple[j
 
 def noisy_test_images(pipe: TarFlowPipeline, judge: Judge, setting: dict[str, Any]) -> tuple[jax.Array, np.ndarray]:
     """(images, labels) of the data set, with noise of the level that samples are drawn at."""
+    assert pipe.noise is not None
     images, labels = judge.test.read(np.arange(setting["num_images"]))
-    noise = jax.random.normal(jax.random.key(setting["seed"]), images.shape)
-    return to_float(images) + (pipe.drawn_level or pipe.noise_std or 0.0) * noise, labels
+    levels = None if pipe.drawn_level is None else jnp.full(len(images), pipe.drawn_level)
+    return pipe.noise(jax.random.key(setting["seed"]), images, levels), labels
 
 
 def measured(pipe: TarFlowPipeline, judge: Judge, setting: dict[str, Any], methods: list[Any]) -> Iterator[dict]:

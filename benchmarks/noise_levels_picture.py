@@ -10,15 +10,13 @@ import jax
 import numpy as np
 
 from tarflow_jax.evaluation.generation import balanced_labels
-from tarflow_jax.figures import enlarge, grid, save_png, to_uint8
+from tarflow_jax.figures import grid, save_png, to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
-from tarflow_jax.sampling import DEFAULT_DENOISING, Guidance
-
-SIDE = 56  # pixels of an image's side
+from tarflow_jax.sampling import Guidance
 
 
 def main() -> None:
-    """Draws an image of each class, and a row for each state it passes."""
+    """Draws two images of each class, and a row for each state they pass."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", required=True, help="a run with a single noise level")
     parser.add_argument("--many", required=True, help="a run with many, of the same data")
@@ -30,14 +28,12 @@ def main() -> None:
     latents = one.latents(jax.random.key(0), len(labels))
     drawn = one.decode(latents, labels, Guidance(args.guidance[0]))
     rows = {f"one level: drawn, noise {one.noise_std:g}": drawn, "denoised": one.denoise_drawn(drawn, labels)}
-    level = many.drawn_level
-    assert level is not None
-    noisy = many.decode(latents, labels, Guidance(args.guidance[1]), noise_std=level)
+    noisy = many.decode(latents, labels, Guidance(args.guidance[1]), noise_std=many.drawn_level)
     _, path = many.denoise_drawn(noisy, labels, return_trajectory=True)
-    rows |= {f"many levels: drawn, noise {level:g}": noisy}
-    rows |= {f"after step {number} of {DEFAULT_DENOISING.num_steps}": path[number] for number in range(1, len(path))}
+    rows |= {f"many levels: drawn, noise {many.noise_std:g}": noisy}
+    rows |= {f"after step {number} of {len(path) - 1}": path[number] for number in range(1, len(path))}
     sheet = np.concatenate([to_uint8(np.asarray(images)) for images in rows.values()])
-    save_png(args.out, grid(enlarge(sheet, SIDE), len(labels), titles=list(rows)))
+    save_png(args.out, grid(sheet, len(labels), titles=list(rows)))
 
 
 if __name__ == "__main__":

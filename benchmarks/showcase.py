@@ -11,11 +11,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from tarflow_jax.evaluation.generation import balanced_labels
-from tarflow_jax.figures import enlarge, grid, to_uint8
+from tarflow_jax.figures import grid, to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance
 
-ROWS, SIDE = 5, 56  # images of a class, and pixels of an image's side
+ROWS = 5  # images of a class
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     figure = Figure(figsize=(16.5, 3.3), layout="constrained")
     for axes, (title, (guidance, denoise)) in zip(figure.subplots(1, 3), settings.items(), strict=True):
         images = to_uint8(pipe.sample(jax.random.key(1), len(labels), labels, guidance, denoise))
-        sheet = grid(enlarge(images, SIDE), classes)
+        sheet = grid(images, classes)
         axes.imshow(np.squeeze(sheet), cmap="gray", vmin=0, vmax=255)
         axes.set_title(title)
         axes.set_axis_off()

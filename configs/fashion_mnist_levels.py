@@ -4,8 +4,8 @@ python -m launch.train --config=configs/fashion_mnist_levels.py --workdir=runs/f
 
 Network, optimizer and steps are those of configs/fashion_mnist.py. Measured 2026-11-26 (commit 9b7cc9a, these fields),
 seeds 1 to 3: 27 to 29 minutes of one core of an AMD EPYC; test loss -0.1686, -0.1686, -0.1687 (mean over the levels);
-Fréchet distance (classifier features) 5.10, 5.44, 4.94 (10,000 samples, guidance 1.5, 4 steps of denoising).
-docs/noise_levels.md has more.
+Fréchet distance (classifier features) 5.10, 5.44, 4.94 (10,000 samples, guidance 1.5, 4 steps of denoising),
+seed 1 without `image_limit`. docs/noise_levels.md has more.
 """
 
 from ml_collections import ConfigDict
