@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     config.data.update({"source": "folder:data/afhq", "preprocessing": "tarflow", "flip": True, "num_workers": 16})
     config.noise.update({"kind": "gaussian", "std": 0.07})
-    config.optimizer.warmup_steps = IMAGES // BATCH  # one epoch
+    config.optimizer.update(common.PAPER_OPTIMIZER, warmup_steps=IMAGES // BATCH)  # one epoch
     config.train.update(
         {
             "num_steps": EPOCHS * IMAGES // BATCH,

@@ -1,10 +1,12 @@
-"""The fields that every recipe shares, with their defaults: the paper's optimizer, and no more than one needs."""
+"""The fields that every recipe shares, with their defaults: the optimizer that learns most (docs/optimizers.md)."""
 
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
 from tarflow_jax.errors import UserError
+
+PAPER_OPTIMIZER = {"name": "adamw", "muon_learning_rate": 0.0, "learning_rate": 1e-4, "clip_norm": 0.0}
 
 
 def get_config() -> ConfigDict:
@@ -55,15 +57,15 @@ def get_config() -> ConfigDict:
     )
     config.optimizer = ConfigDict(
         {
-            "name": "adamw",  # or muon, for the hidden matrices alone
-            "learning_rate": 1e-4,
-            "muon_learning_rate": 0.0,  # of the hidden matrices, with muon
+            "name": "muon",  # for the hidden matrices, the rest by AdamW; or adamw for all
+            "learning_rate": 3e-3,
+            "muon_learning_rate": 5e-3,  # of the hidden matrices; with adamw 0
             "final_learning_rate": 1e-6,
             "warmup_steps": 0,
             "beta1": 0.9,
             "beta2": 0.95,
             "weight_decay": 1e-4,
-            "clip_norm": 0.0,  # 0: no clipping
+            "clip_norm": 1.0,  # 0: no clipping
             "ema_decay": 0.0,  # 0: no average
         }
     )

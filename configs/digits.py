@@ -37,12 +37,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.noise.std = 0.1
     config.optimizer.update(
         {
-            "name": "muon",
             "muon_learning_rate": 3e-3,
-            "learning_rate": 3e-3,
             "warmup_steps": 70,
             "weight_decay": 0.1,  # 1,500 images, each seen 15 times
-            "clip_norm": 1.0,
         }
     )
     config.train.update(

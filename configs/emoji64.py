@@ -27,22 +27,25 @@ def get_config(variant: str = "") -> ConfigDict:
             "layers_per_block": 2,
             "num_classes": 10,
             "position_init": "grid",
+            "rotary": True,
+            "input_limit": 10.0,
+            "image_limit": 1.5,
             "remat": "full",  # on a CPU computing again is faster than keeping (docs/performance.md)
         }
     )
     # No flips: letters, flags and arrows would come out mirrored.
     config.data.update({"source": "emoji64", "num_workers": 1})
     config.noise.std = 0.1
-    config.optimizer.update({"learning_rate": 3e-3, "warmup_steps": 200, "clip_norm": 1.0})
+    config.optimizer.warmup_steps = 300
     config.train.update(
         {
             # Small batches: to heed the row above takes many steps more than many images.
-            "num_steps": 5000,
+            "num_steps": 4200,
             "batch_size": 8,
             "drop_label": 0.1,
             "checkpoint_every": 500,
             "sample_every": 1000,
         }
     )
-    config.sample.guidance.weight = 1.0
+    config.sample.guidance.weight = 2.0
     return common.with_variant(config, variant)

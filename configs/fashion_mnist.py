@@ -37,15 +37,7 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     config.data.source = "fashion_mnist"
     config.noise.std = 0.1
-    config.optimizer.update(
-        {
-            "name": "muon",
-            "muon_learning_rate": 5e-3,
-            "learning_rate": 3e-3,
-            "warmup_steps": 500,
-            "clip_norm": 1.0,
-        }
-    )
+    config.optimizer.warmup_steps = 500
     config.train.update(
         {
             "num_steps": 8600,

@@ -38,7 +38,7 @@ def recipe(*, size: int, patch_size: int, width: int, std_max: float, epochs: in
         config.model.layers_per_block = (4, 4, 4, 24)
     config.data.update({"source": "tfds:imagenet2012", "preprocessing": "tarflow", "flip": True, "num_workers": 16})
     config.noise.update({"kind": "levels", "std": 0.0, "std_min": 0.01, "std_max": std_max})
-    config.optimizer.update({"warmup_steps": IMAGES // BATCH, "final_learning_rate": 1e-5})  # one epoch
+    config.optimizer.update(common.PAPER_OPTIMIZER, warmup_steps=IMAGES // BATCH, final_learning_rate=1e-5)  # one epoch
     config.train.update(
         {
             "num_steps": epochs * IMAGES // BATCH,

@@ -38,7 +38,7 @@ def get_config(variant: str = "") -> ConfigDict:
         }
     )
     config.noise.update({"kind": "gaussian", "std": 0.05})
-    config.optimizer.warmup_steps = IMAGES // BATCH  # one epoch
+    config.optimizer.update(common.PAPER_OPTIMIZER, warmup_steps=IMAGES // BATCH)  # one epoch
     config.train.update(
         {
             "num_steps": EPOCHS * IMAGES // BATCH,

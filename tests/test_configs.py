@@ -14,7 +14,7 @@ QUICK = ("digits:smoke", "fashion_mnist:likelihood", "imagenet64_cond")
 OTHERS = (
     "digits", "digits:likelihood", "fashion_mnist", "fashion_mnist:smoke", "imagenet64_likelihood",
     "imagenet64_uncond", "imagenet128_cond", "afhq256_cond", "emoji64", "imagenet64_levels", "imagenet128_levels",
-    "imagenet256_levels", "fashion_mnist_levels", "fashion_mnist_levels:smoke",
+    "imagenet256_levels", "emoji64_levels", "fashion_mnist_levels", "fashion_mnist_levels:smoke",
     "imagenet64_cond:tuned", "imagenet64_uncond:tuned", "imagenet64_likelihood:tuned", "imagenet128_cond:tuned",
     "afhq256_cond:tuned",
 )  # fmt: skip

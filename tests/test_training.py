@@ -41,7 +41,7 @@ def test_the_reference_s_training_run(load_golden):
     golden = load_golden("training")
     config = common.get_config()
     config.model.update(golden.config.to_dict())
-    config.optimizer.update({"learning_rate": 1e-3, "final_learning_rate": 1e-3})
+    config.optimizer.update(common.PAPER_OPTIMIZER, learning_rate=1e-3, final_learning_rate=1e-3)
     config.train.update({"num_steps": 30, "batch_size": 16})
     train_config = dataclasses.replace(Recipe(config).train_config, noise=AsGiven("gaussian", 0.1))
     mesh = make_mesh(devices=jax.devices()[:1])

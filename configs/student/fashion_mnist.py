@@ -18,8 +18,6 @@ def get_config(variant: str = "") -> ConfigDict:
     """The recipe; the variant is "smoke" (seconds)."""
     config = common.get_config()
     config.student.update({"layers_per_block": (2, 2, 2, 2, 1), "max_guidance": 1.0, "perceptual": 1.0})
-    config.optimizer.update(
-        {"name": "muon", "muon_learning_rate": 3e-3, "learning_rate": 3e-3, "warmup_steps": 300, "clip_norm": 1.0}
-    )
+    config.optimizer.update({"muon_learning_rate": 3e-3, "warmup_steps": 300})
     config.train.update({"num_steps": 4500, "batch_size": 16, "checkpoint_every": 1500})
     return of_all.with_variant(config, variant, common.smoke)

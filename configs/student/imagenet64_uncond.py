@@ -19,6 +19,6 @@ def get_config(variant: str = "") -> ConfigDict:
     """The recipe; the variant is "smoke" (seconds)."""
     config = common.get_config()
     config.student.layers_per_block = (8, 8, 8, 8, 8, 8, 8, 8, 4)
-    config.optimizer.warmup_steps = IMAGES // BATCH  # one epoch
+    config.optimizer.update(of_all.PAPER_OPTIMIZER, warmup_steps=IMAGES // BATCH)  # one epoch
     config.train.update({"num_steps": EPOCHS * IMAGES // BATCH, "batch_size": BATCH, "checkpoint_every": 5000})
     return of_all.with_variant(config, variant, common.smoke)

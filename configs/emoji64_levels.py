@@ -1,0 +1,18 @@
+"""Google's emoji, 64x64 in colour, conditional on 10 categories, at all noise levels (arXiv 2604.20041).
+
+python -m launch.train --config=configs/emoji64_levels.py --workdir=runs/emoji64_levels
+
+Network, optimizer and steps are those of configs/emoji64.py, which says where the images come from.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, emoji64
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The recipe; the variant is "smoke" (seconds)."""
+    config = emoji64.get_config()
+    config.model.update({"noise_conditional": True, "image_limit": 2.5})
+    config.noise.update({"kind": "levels", "std": 0.0, "std_min": 0.01, "std_max": 0.3, "draw": "variance"})
+    return common.with_variant(config, variant, common.smoke)
