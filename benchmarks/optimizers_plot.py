@@ -1,6 +1,6 @@
 """Pictures of the rows of benchmarks/optimizers.py: test bits/dim against FLOPs by width, and losses along the steps.
 
-python -m benchmarks.optimizers_plot --rows=docs/results/widths.jsonl --out=docs/widths.png
+python -m benchmarks.optimizers_plot --rows=docs/results/widths.jsonl --out=docs/results/optimizers_widths.png
 
 Of each width and optimizer the rate of the lowest test figure is shown; the others are faint.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from tarflow_jax.likelihood import LOG_2PI, bits_per_dim
 
@@ -25,6 +26,11 @@ def to_bits(loss: float) -> float:
 def optimizer(row: dict[str, Any]) -> str:
     """Its name; the recipe's own is muon."""
     return row["overrides"].get("optimizer.name", "muon")
+
+
+def tera(row: dict[str, Any]) -> float:
+    """TFLOP of the run's products."""
+    return row["flops_per_step"] * row["steps"] / 1e12
 
 
 def best(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -47,10 +53,10 @@ def main() -> None:
     by_flops, by_step = figure.subplots(1, 2)
     for name, colour in COLOURS.items():
         of = [row for row in rows if optimizer(row) == name]
-        flops = [row["flops_per_step"] * row["steps"] for row in of]
+        flops = [tera(row) for row in of]
         by_flops.plot(flops, [row["bits_per_dim"] for row in of], "o", color=colour, alpha=0.25, ms=4)
         chosen = best(of)
-        flops = [row["flops_per_step"] * row["steps"] for row in chosen]
+        flops = [tera(row) for row in chosen]
         by_flops.plot(flops, [row["bits_per_dim"] for row in chosen], "o-", color=colour, label=name)
         for row, x in zip(chosen, flops, strict=True):
             width = row["overrides"]["model.width"]
@@ -59,7 +65,9 @@ def main() -> None:
             bits = [to_bits(point["loss"]) for point in curve]
             shade = 0.35 + 0.65 * width / 256
             by_step.plot([point["step"] for point in curve], bits, color=colour, alpha=shade, label=f"{name}, {width}")
-    by_flops.set(xscale="log", xlabel="FLOPs of the run's products", ylabel="test bits/dim")
+    by_flops.set(xscale="log", xlabel="TFLOP of the run's products", ylabel="test bits/dim")
+    by_flops.xaxis.set_minor_formatter(NullFormatter())
+    by_flops.set_xticks([2, 5, 10, 20, 50], ["2", "5", "10", "20", "50"])
     by_step.set(xlabel="step", ylabel="training bits/dim", ylim=(None, 6))
     for axes in (by_flops, by_step):
         axes.grid(alpha=0.3, which="both")

@@ -140,7 +140,7 @@ def tuned(config: ConfigDict) -> ConfigDict:
             "triangular": config.model.patch_size <= 4,  # its outputs grow as the fourth power of the patch size
         }
     )
-    rate = 5e-3 * 128 / config.model.width  # the best one fell so from width 64 to 128
+    rate = 5e-3 * 128 / config.model.width  # the best one falls so from width 64 to 256
     config.optimizer.update({"name": "muon", "muon_learning_rate": rate, "learning_rate": 1e-3, "clip_norm": 1.0})
     return config
 
