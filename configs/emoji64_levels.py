@@ -2,7 +2,10 @@
 
 python -m launch.train --config=configs/emoji64_levels.py --workdir=runs/emoji64_levels
 
-Network, optimizer and steps are those of configs/emoji64.py, which says where the images come from.
+Network, optimizer and steps are those of configs/emoji64.py, which says where the images come from. Measured 2026-11-27
+(commit bd79774, seed 1), float32: 39 minutes of one core of an AMD EPYC; test loss -0.1942 (mean over the levels);
+Fréchet distance (classifier features) 711 (2,500 samples, guidance 4, denoised in one step). docs/emoji64.png and
+docs/noise_levels.md show samples.
 """
 
 from ml_collections import ConfigDict
