@@ -1,4 +1,4 @@
-"""Sweeps: the points, the runs' names, the report, and the command itself on six runs of digits."""
+"""Sweeps: the points, the runs' names, the report, and the command itself on four runs of digits."""
 
 import csv
 import importlib
@@ -248,8 +248,8 @@ def command(tmp_path):
 
 
 @pytest.mark.slow
-def test_six_runs_killed_in_the_middle_and_started_again(command, tmp_path):
-    recipe_file(tmp_path, "grid({'train.seed': range(6)})", TINY)
+def test_four_runs_killed_in_the_middle_and_started_again(command, tmp_path):
+    recipe_file(tmp_path, "grid({'train.seed': range(4)})", TINY)
     runs = tmp_path / "runs"
     first = command()
     deadline = time.monotonic() + 600
@@ -264,11 +264,11 @@ def test_six_runs_killed_in_the_middle_and_started_again(command, tmp_path):
     assert second.returncode == 0, err
     with (runs / "sweep.csv").open(encoding="utf-8") as file:
         found = {int(row["train.seed"]): row[LOSS] for row in csv.DictReader(file)}
-    assert list(found) == [0, 1, 2, 3, 4, 5]
-    assert len(set(found.values())) == 6
+    assert list(found) == [0, 1, 2, 3]
+    assert len(set(found.values())) == 4
     # Each training ends its log with one table, so none ran twice.
     logs = [path.read_text() for path in runs.glob("*/log.txt")]
-    assert [log.count("\nsteps ") for log in logs] == [1] * 6
+    assert [log.count("\nsteps ") for log in logs] == [1] * 4
     assert (runs / "sweep.md").read_text() in out
     assert (runs / "sweep.png").is_file()
 
