@@ -145,6 +145,13 @@ def tuned(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def levels(config: ConfigDict) -> ConfigDict:
+    """A recipe of one noise level at all of them, with the draw that paid in docs/noise_levels.md."""
+    config.model.update({"noise_conditional": True, "image_limit": 2.5})
+    config.noise.update({"kind": "levels", "std": 0.0, "std_min": 0.01, "std_max": 0.3, "draw": "variance"})
+    return config
+
+
 def with_variant(config: ConfigDict, variant: str, *known: Callable[[ConfigDict], ConfigDict]) -> ConfigDict:
     """Applies the variant of this name, "" for none; raises ValueError for another than the `known` ones.
 

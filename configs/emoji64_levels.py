@@ -15,7 +15,5 @@ from configs import common, emoji64
 
 def get_config(variant: str = "") -> ConfigDict:
     """The recipe; the variant is "smoke" (seconds)."""
-    config = emoji64.get_config()
-    config.model.update({"noise_conditional": True, "image_limit": 2.5})
-    config.noise.update({"kind": "levels", "std": 0.0, "std_min": 0.01, "std_max": 0.3, "draw": "variance"})
+    config = common.levels(emoji64.get_config())
     return common.with_variant(config, variant, common.smoke)

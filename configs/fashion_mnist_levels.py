@@ -15,8 +15,6 @@ from configs import common, fashion_mnist
 
 def get_config(variant: str = "") -> ConfigDict:
     """The recipe; the variant is "smoke" (seconds)."""
-    config = fashion_mnist.get_config()
-    config.model.update({"noise_conditional": True, "image_limit": 2.5})
-    config.noise.update({"kind": "levels", "std": 0.0, "std_min": 0.01, "std_max": 0.3, "draw": "variance"})
+    config = common.levels(fashion_mnist.get_config())
     config.sample.guidance.weight = 1.5
     return common.with_variant(config, variant, common.smoke)
