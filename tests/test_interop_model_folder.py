@@ -127,7 +127,12 @@ def test_model_card(tmp_path):
     assert text.startswith('---\nlibrary_name: "tarflow_jax"\n')
     assert 'datasets: ["digits"]\n' in text
     assert "\n# Digits\n" in text
-    for row in ("| steps | 1200 |", "| test loss (nats per dimension) | -1.05 |", "conditional on 3 classes"):
+    for row in (
+        "| steps | 1200 |",
+        "| test loss (nats per dimension) | -1.05 |",
+        "conditional on 3 classes",
+        "| shape | 2 blocks of 1 + 2 layers, patch 2, width 64 |",
+    ):
         assert row in text
 
 

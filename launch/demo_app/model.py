@@ -146,13 +146,12 @@ class DemoModel:
         pipe, card = self.pipe, self.pipe.card
         config, training = pipe.config, card.get("training", {})
         height, width, channels = config.image_shape
-        layers = " + ".join(map(str, config.depths)) if len(set(config.depths)) > 1 else f"{config.depths[0]}"
         parameters = sum(leaf.size for leaf in jax.tree.leaves(pipe.variables["params"]))
         return {
             **({"data": ", ".join(card["datasets"])} if "datasets" in card else {}),
             "images": f"{height} × {width} × {channels}",
             "classes": str(config.num_classes or "none"),
-            "flow": f"{config.num_blocks} blocks of {layers} layers, patch {config.patch_size}, width {config.width}",
+            "flow": config.summary,
             "parameters": f"{parameters:,}",
             "training noise": "unknown" if pipe.noise is None else str(pipe.noise),
             **({"steps": f"{training['steps']:,}"} if "steps" in training else {}),

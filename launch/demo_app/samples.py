@@ -86,7 +86,8 @@ def _controls(model: DemoModel, start: Settings) -> tuple[list[Any], gr.Number]:
             info="Token after token, or all at once until nothing changes: the same images",
         ),
         gr.Checkbox(
-            start.denoise, label="Denoise", info="x + σ² ∇ log p(x), Tweedie's formula",
+            start.denoise, label="Denoise",
+            info="x + σ² ∇ log p(x), Tweedie's formula" + (", in steps of σ" if model.pipe.drawn_level else ""),
             visible=model.pipe.noise_std is not None,
         ),
     ]  # fmt: skip

@@ -127,6 +127,12 @@ class TarFlowConfig:
         return self.layers_per_block
 
     @property
+    def summary(self) -> str:
+        """ "4 blocks of 2 layers, patch 4, width 128"; "1 + 1 + 1 + 5 layers" where blocks differ."""
+        layers = " + ".join(map(str, self.depths)) if len(set(self.depths)) > 1 else str(self.depths[0])
+        return f"{self.num_blocks} blocks of {layers} layers, patch {self.patch_size}, width {self.width}"
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """(H, W, K)."""
         return (*self.image_size, self.image_channels)

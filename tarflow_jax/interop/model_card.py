@@ -39,8 +39,7 @@ def model_card(config: TarFlowConfig, noise: Noise | None, card: Mapping[str, An
         "images": f"{height} x {width}, {config.image_channels} channel(s), values in [-1, 1]",
         "flow": f"{'volume-preserving' if config.volume_preserving else 'affine'}"
         f"{', triangular' if config.triangular else ''}, {classes}",
-        "shape": f"patch {config.patch_size}, width {config.width}, {config.num_blocks} blocks of"
-        f" {config.layers_per_block} layers",
+        "shape": config.summary,
         "training noise": str(noise) if noise else "unknown",
     }
     training = {"data": ", ".join(datasets)} if datasets else {}
