@@ -106,7 +106,7 @@ class Plan:
         shares = ", ".join(f"{name} {seconds * 1e3:.3g}" for name, seconds in self.limits.items())
         seconds = self.step_seconds(mfu)
         hours = seconds * self.num_steps / 3600
-        held = "" if seconds > bound else f", which {slowest} do not allow: at the bound"
+        held = "" if seconds > bound else f", held at the bound by {slowest}"
         rows = {
             "ms a step at least": f"{bound * 1e3:.4g}, by {slowest} ({shares})",
             "images/s at most": f"{self.batch_size / bound:,.0f}",
