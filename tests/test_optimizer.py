@@ -11,11 +11,15 @@ import numpy as np
 import optax
 import pytest
 import runs
+from jax.sharding import NamedSharding
 from tiny_models import TINY, new_variables
 
 from configs import imagenet64_cond
+from tarflow_jax.planning.traffic import traffic
 from tarflow_jax.runtime import leaf_name, make_mesh
+from tarflow_jax.runtime.parameters import params_shapes, rows_of
 from tarflow_jax.training import Recipe
+from tarflow_jax.training.muon import orthogonalised
 from tarflow_jax.training.optimizer import Optimizer
 
 ADAMW = Optimizer(10, 1e-2, 1e-3, 2, 0.9, 0.95, 0.1, 0.0, 0.0)
@@ -61,12 +65,12 @@ def test_muon_orthogonalises_the_hidden_matrices_and_adamw_updates_the_rest():
             continue
         num_rows = math.prod(value.shape[1:3] if "attention_out" in name else value.shape[1:2])
         for of_layer, direction in zip(np.asarray(update + rate * 0.1 * value) / -rate, gradient, strict=True):
-            found, expected = of_layer.reshape(num_rows, -1), orthogonalised(direction.reshape(num_rows, -1))
+            found, expected = of_layer.reshape(num_rows, -1), five_steps(direction.reshape(num_rows, -1))
             scale = 0.2 * math.sqrt(max(found.shape))  # so that the numbers' RMS is about 0.2
             np.testing.assert_allclose(found, scale * expected, atol=1e-3, err_msg=name)
 
 
-def orthogonalised(matrix):
+def five_steps(matrix):
     """Five Newton-Schulz steps of a matrix, in float64 (Jordan et al. 2024). All gradients of the test are the same, so
     their momentum points where they do."""
     x = matrix.astype(np.float64) / np.linalg.norm(matrix)
@@ -95,6 +99,45 @@ def test_muon_does_not_depend_on_the_mesh(sizes):
     of_parameter = state.variables["params"]["block_0"]["layers"]["mlp_in"]["kernel"].sharding
     assert moments
     assert all(leaf.sharding.is_equivalent_to(of_parameter, leaf.ndim) for leaf in moments)
+
+
+def compiled_directions(depths, sizes, dtype="float32"):
+    """The orthogonalisation of random kernels of blocks of some depths, compiled for a mesh; the kernels."""
+    config = dataclasses.replace(TINY, num_blocks=len(depths), layers_per_block=depths)
+    mesh, rng = make_mesh(*sizes), np.random.default_rng(0)
+    hidden = {name: shape for name, shape in params_shapes(config).items() if name.endswith(HIDDEN)}
+    kernels = {name: rng.normal(size=shape).astype(np.float32) for name, shape in hidden.items()}
+    places = {name: NamedSharding(mesh, rows_of(name)[0].spec) for name in hidden}
+    program = jax.jit(lambda tree: orthogonalised(tree, dtype), in_shardings=(places,), out_shardings=places)
+    with jax.set_mesh(mesh):
+        return program.lower(kernels).compile(), jax.device_put(kernels, places)
+
+
+# More layers than devices along "data", and as many; some devices without one; 2 devices a layer, and 8.
+@pytest.mark.parametrize(
+    ("depths", "sizes"),
+    [((5, 4), (8, 1, 1)), ((1, 1, 3), (8, 1, 1)), ((1, 2), (8, 1, 1)), ((1,), (8, 1, 1)), ((1, 1), (4, 1, 2)),
+     ((1, 2), (2, 2, 2)), ((2,), (1, 8, 1))],
+)  # fmt: skip
+def test_directions_do_not_depend_on_the_mesh(depths, sizes):
+    program, kernels = compiled_directions(depths, sizes)
+    expected = jax.jit(lambda tree: orthogonalised(tree, "float32"))(jax.device_get(kernels))
+    chex.assert_trees_all_close(program(kernels), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(("depths", "parts"), [((4, 4), 1), ((1, 1), 4)])
+def test_what_all_devices_have_is_sent_once_in_the_dtype_of_the_products(depths, parts):
+    program, kernels = compiled_directions(depths, (8, 1, 1), "bfloat16")
+    sent = traffic(program.as_text(), 8).collectives
+    count = sum(kernel.size for kernel in kernels.values())
+    # XLA's CPU backend gathers bfloat16 as float32.
+    assert sent["all-gather"].bytes == count * 7 // 8 * 4
+    squares = 5 * len(HIDDEN) * TINY.width**2 * 4 if parts > 1 else 0
+    norms = len(HIDDEN) * 4 if parts > 1 else 0
+    assert sum(c.bytes for c in sent.values()) - sent["all-gather"].bytes == 2 * (squares + norms) * (parts - 1) / parts
+    found = program(kernels)
+    rounded = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(jnp.float32), found)
+    chex.assert_trees_all_equal(found, rounded)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import optax
+from jax.typing import DTypeLike
 
 from tarflow_jax.errors import UserError
 from tarflow_jax.training.muon import is_hidden_matrix, muon
@@ -70,11 +71,11 @@ class Optimizer:
             end_value=self.final_learning_rate,
         )
 
-    def transformation(self) -> optax.GradientTransformation:
-        """The update rule."""
+    def transformation(self, dtype: DTypeLike = "float32") -> optax.GradientTransformation:
+        """The update rule of a network whose matrix products are in `dtype`."""
         update = optax.adamw(self.schedule(), b1=self.beta1, b2=self.beta2, weight_decay=self.weight_decay)
         if self.name == "muon":
-            hidden = muon(self.schedule(self.muon_learning_rate), self.weight_decay)
+            hidden = muon(self.schedule(self.muon_learning_rate), self.weight_decay, dtype)
             update = optax.partition({"muon": hidden, "adamw": update}, _by_optimizer)
         return optax.chain(optax.clip_by_global_norm(self.clip_norm), update) if self.clip_norm else update
 

@@ -63,7 +63,7 @@ def train_step(
     gradients = jax.tree.map(lambda gradient, param: gradient.astype(param.dtype), gradients, params)
 
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-        updates, opt_state = optimizer.transformation().update(gradients, state.opt_state, params)
+        updates, opt_state = optimizer.transformation(dtype).update(gradients, state.opt_state, params)
     params = optax.apply_updates(params, updates)
     variables = {**state.variables, "params": params}
     if "prior" in variables:
