@@ -108,7 +108,7 @@ def compiled_directions(depths, sizes, dtype="float32"):
     hidden = {name: shape for name, shape in params_shapes(config).items() if name.endswith(HIDDEN)}
     kernels = {name: rng.normal(size=shape).astype(np.float32) for name, shape in hidden.items()}
     places = {name: NamedSharding(mesh, rows_of(name)[0].spec) for name in hidden}
-    program = jax.jit(lambda tree: orthogonalised(tree, dtype), in_shardings=(places,), out_shardings=places)
+    program = jax.jit(lambda tree: orthogonalised(tree, tree, dtype), in_shardings=(places,), out_shardings=places)
     with jax.set_mesh(mesh):
         return program.lower(kernels).compile(), jax.device_put(kernels, places)
 
@@ -121,7 +121,7 @@ def compiled_directions(depths, sizes, dtype="float32"):
 )  # fmt: skip
 def test_directions_do_not_depend_on_the_mesh(depths, sizes):
     program, kernels = compiled_directions(depths, sizes)
-    expected = jax.jit(lambda tree: orthogonalised(tree, "float32"))(jax.device_get(kernels))
+    expected = jax.jit(lambda tree: orthogonalised(tree, tree, "float32"))(jax.device_get(kernels))
     chex.assert_trees_all_close(program(kernels), expected, atol=1e-5)
 
 

@@ -1,16 +1,15 @@
 """Muon for the hidden matrices of all blocks, its orthogonalisation divided among the devices."""
 
+import dataclasses
 import functools
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from tarflow_jax.runtime import leaf_name
@@ -19,16 +18,6 @@ from tarflow_jax.runtime.parameters import Parameter, rows_of
 BETA = 0.95
 RMS = 0.2  # of an update's numbers: as large as AdamW's, so that rates and weight decay carry over (2502.16982)
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the coefficients of each of the five steps (Jordan et al. 2024)
-_MODEL_AXES = ("fsdp", "tensor")  # of the mesh, over which parameters are sharded
-
-Kinds = dict[str, list[jax.Array]]  # of every kind of kernel the stacks of all blocks, [L, inputs…, outputs…]
-
-
-class _Matrices(NamedTuple):
-    """Matrices [M, inputs, outputs], or a part of each along its longer side."""
-
-    values: jax.Array
-    long_side: int  # its axis, 1 or 2
 
 
 def muon(learning_rate: optax.Schedule, weight_decay: float, dtype: DTypeLike) -> optax.GradientTransformation:
@@ -36,9 +25,15 @@ def muon(learning_rate: optax.Schedule, weight_decay: float, dtype: DTypeLike) -
 
     Its directions are rounded to `dtype`, that of the matrix products, in which devices send them to each other.
     """
+    trace = optax.trace(BETA)
+
+    def update(gradients: Any, state: Any, _: Any = None) -> tuple[Any, Any]:
+        momentum, new_state = trace.update(gradients, state)
+        return orthogonalised(gradients, momentum, dtype), new_state
+
     return optax.chain(
-        optax.trace(BETA, nesterov=True),
-        optax.stateless(lambda momentum, _: orthogonalised(momentum, dtype)),
+        optax.GradientTransformation(trace.init, update),
+        optax.scale(RMS),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )
@@ -51,127 +46,176 @@ def is_hidden_matrix(path: tuple[Any, ...]) -> bool:
     return row.stacked and bool(row.input_axes)
 
 
-def orthogonalised(tree: Any, dtype: DTypeLike) -> Any:
-    """Of every matrix of the kernels' stacks, U Vᵀ (about, by Newton-Schulz steps) for its U S Vᵀ, times `RMS` and the
-    root of its longer side. Each device of the mesh in force computes its share of the layers."""
-    leaves, structure = jax.tree_util.tree_flatten_with_path(tree)
-    kinds: Kinds = defaultdict(list)
-    for path, leaf in leaves:
-        kinds[_row(path).name].append(leaf)
+def orthogonalised(gradients: Any, momentum: Any, dtype: DTypeLike) -> Any:
+    """Of every matrix of the kernels' stacks, U Vᵀ (about, by Newton-Schulz steps) for the U S Vᵀ of Nesterov's gradient
+    + `BETA` momentum, times the root of its longer side; rounded to `dtype`.
+
+    Each device of the mesh in force computes its share of the layers. It takes that out of gradients in `dtype`, which
+    they come in: XLA would write all of them in float32 first.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(momentum)
+    kinds: dict[str, list[tuple[jax.Array, jax.Array]]] = defaultdict(list)  # by the kernels' name
+    for (path, leaf), gradient in zip(leaves, jax.tree.leaves(gradients), strict=True):
+        kinds[_row(path).name].append((gradient.astype(dtype), leaf))
     mesh = jax.sharding.get_abstract_mesh()
-    found = _divided(kinds, dtype, 1) if mesh.empty else _on_mesh(kinds, dtype, mesh)
-    results = {name: iter(stacks) for name, stacks in found.items()}
-    return jax.tree.unflatten(structure, [next(results[_row(path).name]).astype(leaf.dtype) for path, leaf in leaves])
-
-
-def _on_mesh(kinds: Kinds, dtype: DTypeLike, mesh: jax.sharding.AbstractMesh) -> Kinds:
-    """`_divided`, and what is sharded along rows or columns moved to where it is whole, and back."""
-    whole = PartitionSpec(_MODEL_AXES)
-    places = math.prod(mesh.shape[axis] for axis in _MODEL_AXES)
-    divided = functools.partial(_divided, dtype=dtype, num_devices=mesh.shape["data"])
-    divided = jax.shard_map(divided, in_specs=whole, out_specs=whole, check_vma=False)
-    if places == 1:
-        return divided(dict(kinds))
-    # Told before and after each change of shape XLA moves stacks by one all-to-all; else it gathers them all.
-    constrained = jax.lax.with_sharding_constraint
-    stacks = {name: [constrained(_padded(jnp.concatenate(leaves), places), whole)] for name, leaves in kinds.items()}
+    sizes = {} if mesh.empty else dict(mesh.shape)
     results = {}
-    for name, (stack,) in divided(stacks).items():
-        ends = list(itertools.accumulate(map(len, kinds[name])))
-        stack = constrained(constrained(stack, whole)[: ends[-1]], rows_of(name)[0].spec)
-        results[name] = jnp.split(stack, ends[:-1])
-    return results
+    for name, stacks in kinds.items():
+        row = rows_of(name)[0]
+        directions = functools.partial(_directions, _Kind.of(row, stacks[0][0].shape), dtype, sizes)
+        if not mesh.empty:
+            directions = jax.shard_map(directions, in_specs=row.spec, out_specs=row.spec, check_vma=False)
+        results[name] = iter(directions(stacks))
+    return jax.tree.unflatten(structure, [next(results[_row(path).name]) for path, _ in leaves])
 
 
-def _divided(kinds: Kinds, dtype: DTypeLike, num_devices: int) -> Kinds:
-    """The orthogonalised stacks of what all devices along "data" have; each computes a share and sends it to all.
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """Kernels of one name, taken as matrices [layers, inputs, outputs]."""
+
+    input_axes: tuple[int, ...]  # of the kernels
+    sharded: dict[str, int]  # axes of the mesh, and the side (1, 2) that each divides
+    long_side: int
+    length: int  # of the longer side
+
+    @classmethod
+    def of(cls, row: Parameter, shape: tuple[int, ...]) -> "_Kind":
+        """Of stacks of a shape, the whole one."""
+        sharded = {axis: 1 if i in row.input_axes else 2 for i, axis in enumerate(row.spec) if axis}
+        num_inputs = math.prod(shape[axis] for axis in row.input_axes)
+        num_outputs = math.prod(shape[1:]) // num_inputs
+        return cls(row.input_axes, sharded, 1 if num_inputs >= num_outputs else 2, max(num_inputs, num_outputs))
+
+    def matrices(self, stack: jax.Array) -> jax.Array:
+        """A stack, or a part of one, as matrices."""
+        return stack.reshape(len(stack), math.prod(stack.shape[axis] for axis in self.input_axes), -1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Division:
+    """How the devices along an axis of the mesh divide stacked matrices among them.
 
     Of at most as many devices as layers, each has whole layers. Of more, several have a layer: of every matrix each a
     part of the longer side, so that what they sum in a step is but the shorter side squared.
     """
-    ends = list(itertools.accumulate(map(len, next(iter(kinds.values())))))
-    matrices = {name: [_as_matrices(name, stack) for stack in stacks] for name, stacks in kinds.items()}
-    sides = {name: max(stacks[0].values.shape[1:]) for name, stacks in matrices.items()}
-    parts = _devices_a_layer(num_devices, ends[-1], math.gcd(*sides.values()))
-    results = {}
-    for name, stacks in matrices.items():
-        share = _share(stacks, num_devices, parts)
-        directions = _newton_schulz(share, _sum(num_devices, parts))
-        sent = (RMS * math.sqrt(sides[name]) * directions).astype(dtype)
-        if num_devices > 1:
-            sent = jax.lax.all_gather(sent, "data", tiled=True)
-        joined = jnp.moveaxis(sent.reshape(-1, parts, *sent.shape[1:]), 1, share.long_side)
-        kernels = joined.reshape(-1, *kinds[name][0].shape[1:])[: ends[-1]]
-        results[name] = jnp.split(kernels, ends[:-1])
-    return results
+
+    axis: str
+    devices: int
+    layers: int
+    parts: int  # devices that share a layer
+    size: int  # layers of a device, those behind the last one included
+
+    @classmethod
+    def of(cls, axis: str, devices: int, matrices: list[jax.Array], long_side: int) -> "_Division":
+        """Of some stacks behind each other."""
+        layers = sum(map(len, matrices))
+        counts = range(1, devices // layers + 1)
+        parts = max((n for n in counts if devices % n == matrices[0].shape[long_side] % n == 0), default=1)
+        return cls(axis, devices, layers, parts, -(-layers * parts // devices))
+
+    def total(self, x: jax.Array) -> jax.Array:
+        """The sum over the devices that share a layer."""
+        if self.parts == 1:
+            return x
+        members = [list(range(first, first + self.parts)) for first in range(0, self.devices, self.parts)]
+        return jax.lax.psum(x, self.axis, axis_index_groups=members)
+
+    def joined(self, x: jax.Array, long_side: int) -> jax.Array:
+        """Whole matrices of those of all devices, one behind the other."""
+        x = jnp.moveaxis(x.reshape(-1, self.parts, *x.shape[-2:]), 1, long_side)
+        return _merged(x, long_side)[: self.layers]
 
 
-def _devices_a_layer(num_devices: int, num_layers: int, width: int) -> int:
-    """Into how many parts, that divide the width, layers are cut so that as many devices as can be have one."""
-    counts = range(1, num_devices // num_layers + 1)
-    return max((n for n in counts if num_devices % n == width % n == 0), default=1)
+def _directions(
+    kind: _Kind, dtype: DTypeLike, sizes: dict[str, int], stacks: list[tuple[jax.Array, jax.Array]]
+) -> list[jax.Array]:
+    """What a device does for gradients and momentum of a kind, of which it has what the parameters' sharding gives it.
+
+    What all devices along "data" have they divide, and gather the results. Of its share, what is divided along rows or
+    columns goes to where it is whole by an all-to-all along each of the other axes, and back.
+    """
+    gradients, momentum = ([kind.matrices(stack) for stack in of_all] for of_all in zip(*stacks, strict=True))
+    long_side, moved = kind.long_side, []
+    shared = _Division.of("data", sizes.get("data", 1), momentum, long_side)
+    own = _share(shared, gradients, long_side).astype(jnp.float32) + BETA * _share(shared, momentum, long_side)
+    for axis, side in kind.sharded.items():
+        moved.append((_Division.of(axis, sizes.get(axis, 1), [own], long_side), side))
+        own = _exchanged(*moved[-1], own, long_side)
+    own = _newton_schulz(own, long_side == 1, [shared, *(division for division, _ in moved)])
+    own = (math.sqrt(kind.length) * own).astype(dtype)
+    for division, side in reversed(moved):
+        own = _returned(division, side, own, long_side)
+    if shared.devices > 1:
+        own = shared.joined(jax.lax.all_gather(own, "data", tiled=True), long_side)
+    shape, ends = stacks[0][0].shape, list(itertools.accumulate(map(len, momentum)))
+    return [of_block.astype(jnp.float32) for of_block in jnp.split(own.reshape(-1, *shape[1:]), ends[:-1])]
 
 
-def _share(stacks: list[_Matrices], num_devices: int, parts: int) -> _Matrices:
-    """This device's of the stacks of all blocks, which are not joined: XLA would write them all.
+def _share(division: _Division, stacks: list[jax.Array], long_side: int) -> jax.Array:
+    """This device's of the stacks, which are not joined: XLA would write them all.
 
     Behind the last layer the last ones are taken again.
     """
-    long_side, depths = stacks[0].long_side, [len(stack.values) for stack in stacks]
-    if num_devices == 1:
-        return _Matrices(jnp.concatenate([stack.values for stack in stacks]), long_side)
-    size = -(-sum(depths) * parts // num_devices)
-    step = math.gcd(size, *depths)  # layers of one block, that one device has
-    here = jax.lax.axis_index("data")
-    shape = [step, *stacks[0].values.shape[1:]]
+    if division.devices == 1:
+        return jnp.concatenate(stacks)
+    here, parts = jax.lax.axis_index(division.axis), division.parts
+    step = math.gcd(division.size, *map(len, stacks))  # layers of one block, that one device has
+    shape = [step, *stacks[0].shape[1:]]
     shape[long_side] //= parts
     corner = [here % parts * shape[axis] if axis == long_side else 0 for axis in (1, 2)]
-    begins = [0, *itertools.accumulate(depths[:-1])]
     taken = []
-    for first in range(0, size, step):
-        layer = here // parts * size + first
-        slices = [
-            jax.lax.dynamic_slice(stack.values, (layer - begin, *corner), shape)
-            for begin, stack in zip(begins, stacks, strict=True)
-        ]
-        found = slices[0]
-        for begin, values in zip(begins[1:], slices[1:], strict=True):
-            found = jnp.where(layer < begin, found, values)
+    for first in range(0, division.size, step):
+        layer = here // parts * division.size + first
+        found, begin = jax.lax.dynamic_slice(stacks[0], (layer, *corner), shape), len(stacks[0])
+        for stack in stacks[1:]:
+            values = jax.lax.dynamic_slice(stack, (layer - begin, *corner), shape)
+            found, begin = jnp.where(layer < begin, found, values), begin + len(stack)
         taken.append(found)
-    return _Matrices(jnp.concatenate(taken), long_side)
+    return jnp.concatenate(taken)
 
 
-def _sum(num_devices: int, parts: int) -> Callable[[jax.Array], jax.Array]:
-    """Adds what the devices that share a layer have."""
-    if parts == 1:
-        return lambda x: x
-    members = [list(range(first, first + parts)) for first in range(0, num_devices, parts)]
-    return functools.partial(jax.lax.psum, axis_name="data", axis_index_groups=members)
+def _exchanged(division: _Division, side: int, x: jax.Array, long_side: int) -> jax.Array:
+    """Matrices of which each device has a part of a side: this device's share of them, with all of that side."""
+    if division.devices == 1:
+        return x
+    x = jnp.pad(x, ((0, division.size * division.devices // division.parts - len(x)), (0, 0), (0, 0)))
+    x = jnp.moveaxis(_split(x, long_side, division.parts), long_side, 1)
+    x = x.reshape(division.devices, division.size, *x.shape[2:])
+    x = jax.lax.all_to_all(x, division.axis, 0, 0, tiled=True)
+    return _merged(jnp.moveaxis(x, 0, side), side)
 
 
-def _newton_schulz(share: _Matrices, total: Callable[[jax.Array], jax.Array]) -> jax.Array:
+def _returned(division: _Division, side: int, x: jax.Array, long_side: int) -> jax.Array:
+    """The inverse of `_exchanged`."""
+    if division.devices == 1:
+        return x
+    x = jnp.moveaxis(_split(x, side, division.devices), side, 0)
+    return division.joined(jax.lax.all_to_all(x, division.axis, 0, 0, tiled=True), long_side)
+
+
+def _newton_schulz(x: jax.Array, tall: bool, divisions: list[_Division]) -> jax.Array:
     """Five Newton-Schulz steps: matrices whose singular values are about 1. (optax's are of whole matrices alone.)"""
-    tall = share.long_side == 1
+
+    def total(x: jax.Array) -> jax.Array:
+        return functools.reduce(lambda x, division: division.total(x), divisions, x)
 
     def step(x: jax.Array, _: None) -> tuple[jax.Array, None]:
         a, b, c = _NEWTON_SCHULZ
-        square = total(jnp.einsum("mio,mip->mop" if tall else "mio,mjo->mij", x, x))
+        square = total(jnp.einsum("lio,lip->lop" if tall else "lio,ljo->lij", x, x))
         factor = b * square + c * square @ square
         return a * x + (x @ factor if tall else factor @ x), None
 
-    norm = jnp.sqrt(total(jnp.sum(share.values**2, axis=(1, 2), keepdims=True)))
-    return jax.lax.scan(step, share.values / (norm + 1e-8), length=5)[0]  # a loop is compiled once
+    norm = jnp.sqrt(total(jnp.sum(x**2, axis=(1, 2), keepdims=True)))
+    return jax.lax.scan(step, x / (norm + 1e-8), length=5)[0]  # a loop is compiled once
 
 
-def _as_matrices(name: str, stack: jax.Array) -> _Matrices:
-    num_inputs = math.prod(stack.shape[axis] for axis in rows_of(name)[0].input_axes)
-    values = stack.reshape(len(stack), num_inputs, -1)
-    return _Matrices(values, 1 if num_inputs >= values.shape[2] else 2)
+def _split(x: jax.Array, axis: int, count: int) -> jax.Array:
+    return x.reshape(*x.shape[:axis], count, -1, *x.shape[axis + 1 :])
 
 
-def _padded(stack: jax.Array, multiple: int) -> jax.Array:
-    """The stack and as many zeros behind it as make its length a multiple."""
-    return jnp.pad(stack, ((0, -len(stack) % multiple), *((0, 0),) * (stack.ndim - 1)))
+def _merged(x: jax.Array, axis: int) -> jax.Array:
+    """An axis and the next one as one."""
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
 def _row(path: tuple[Any, ...]) -> Parameter:
