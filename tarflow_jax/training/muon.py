@@ -47,14 +47,14 @@ def is_hidden_matrix(path: tuple[Any, ...]) -> bool:
 
 
 def orthogonalised(gradients: Any, momentum: Any, dtype: DTypeLike) -> Any:
-    """Of every matrix of the kernels' stacks, U Vᵀ (about, by Newton-Schulz steps) for the U S Vᵀ of Nesterov's gradient
-    + `BETA` momentum, times the root of its longer side; rounded to `dtype`.
+    """Of Nesterov's gradient + `BETA` momentum, U S Vᵀ of every matrix, U Vᵀ (about, by Newton-Schulz steps) times the
+    root of its longer side; rounded to `dtype`.
 
     Each device of the mesh in force computes its share of the layers. It takes that out of gradients in `dtype`, which
     they come in: XLA would write all of them in float32 first.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(momentum)
-    kinds: dict[str, list[tuple[jax.Array, jax.Array]]] = defaultdict(list)  # by the kernels' name
+    kinds: dict[str, list[tuple[jax.Array, jax.Array]]] = defaultdict(list)  # of all blocks, by the kernels' name
     for (path, leaf), gradient in zip(leaves, jax.tree.leaves(gradients), strict=True):
         kinds[_row(path).name].append((gradient.astype(dtype), leaf))
     mesh = jax.sharding.get_abstract_mesh()
@@ -62,38 +62,46 @@ def orthogonalised(gradients: Any, momentum: Any, dtype: DTypeLike) -> Any:
     results = {}
     for name, stacks in kinds.items():
         row = rows_of(name)[0]
-        directions = functools.partial(_directions, _Kind.of(row, stacks[0][0].shape), dtype, sizes)
+        directions = functools.partial(_directions, row, *_longer_side(row, stacks[0][0]), dtype, sizes)
         if not mesh.empty:
             directions = jax.shard_map(directions, in_specs=row.spec, out_specs=row.spec, check_vma=False)
         results[name] = iter(directions(stacks))
     return jax.tree.unflatten(structure, [next(results[_row(path).name]) for path, _ in leaves])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Kind:
-    """Kernels of one name, taken as matrices [layers, inputs, outputs]."""
+def _directions(
+    row: Parameter,
+    long_side: int,
+    length: int,
+    dtype: DTypeLike,
+    sizes: dict[str, int],
+    stacks: list[tuple[jax.Array, jax.Array]],
+) -> list[jax.Array]:
+    """What a device does for gradients and momentum of a kind, of which it has what the parameters' sharding gives it.
 
-    input_axes: tuple[int, ...]  # of the kernels
-    sharded: dict[str, int]  # axes of the mesh, and the side (1, 2) that each divides
-    long_side: int
-    length: int  # of the longer side
-
-    @classmethod
-    def of(cls, row: Parameter, shape: tuple[int, ...]) -> "_Kind":
-        """Of stacks of a shape, the whole one."""
-        sharded = {axis: 1 if i in row.input_axes else 2 for i, axis in enumerate(row.spec) if axis}
-        num_inputs = math.prod(shape[axis] for axis in row.input_axes)
-        num_outputs = math.prod(shape[1:]) // num_inputs
-        return cls(row.input_axes, sharded, 1 if num_inputs >= num_outputs else 2, max(num_inputs, num_outputs))
-
-    def matrices(self, stack: jax.Array) -> jax.Array:
-        """A stack, or a part of one, as matrices."""
-        return stack.reshape(len(stack), math.prod(stack.shape[axis] for axis in self.input_axes), -1)
+    What all devices along "data" have they divide, and gather the results. Of its share, what is divided along rows or
+    columns goes to where it is whole by an all-to-all along each of the other axes, and back.
+    """
+    gradients, momentum = ([_as_matrices(row, stack) for stack in of_all] for of_all in zip(*stacks, strict=True))
+    shared = _Division.of("data", sizes.get("data", 1), long_side, momentum)
+    own = shared.share(gradients).astype(jnp.float32) + BETA * shared.share(momentum)
+    moved = []
+    for i, axis in enumerate(row.spec):
+        if axis and sizes.get(axis, 1) > 1:
+            moved.append((_Division.of(axis, sizes[axis], long_side, [own]), 1 if i in row.input_axes else 2))
+            own = moved[-1][0].exchanged(own, moved[-1][1])
+    own = _newton_schulz(own, long_side == 1, [shared, *(division for division, _ in moved)])
+    own = (math.sqrt(length) * own).astype(dtype)
+    for division, side in reversed(moved):
+        own = division.returned(own, side)
+    kernels = shared.gathered(own).reshape(-1, *stacks[0][0].shape[1:])
+    ends = list(itertools.accumulate(map(len, momentum)))
+    return [of_block.astype(jnp.float32) for of_block in jnp.split(kernels, ends[:-1])]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Division:
-    """How the devices along an axis of the mesh divide stacked matrices among them.
+    """How the devices along an axis of the mesh divide stacked matrices [layers, inputs, outputs] among them.
 
     Of at most as many devices as layers, each has whole layers. Of more, several have a layer: of every matrix each a
     part of the longer side, so that what they sum in a step is but the shorter side squared.
@@ -101,17 +109,56 @@ class _Division:
 
     axis: str
     devices: int
+    long_side: int  # 1 or 2
     layers: int
     parts: int  # devices that share a layer
     size: int  # layers of a device, those behind the last one included
 
     @classmethod
-    def of(cls, axis: str, devices: int, matrices: list[jax.Array], long_side: int) -> "_Division":
-        """Of some stacks behind each other."""
-        layers = sum(map(len, matrices))
+    def of(cls, axis: str, devices: int, long_side: int, stacks: list[jax.Array]) -> "_Division":
+        """Of stacks, one behind the other."""
+        layers, length = sum(map(len, stacks)), stacks[0].shape[long_side]
         counts = range(1, devices // layers + 1)
-        parts = max((n for n in counts if devices % n == matrices[0].shape[long_side] % n == 0), default=1)
-        return cls(axis, devices, layers, parts, -(-layers * parts // devices))
+        parts = max((n for n in counts if devices % n == length % n == 0), default=1)
+        return cls(axis, devices, long_side, layers, parts, -(-layers * parts // devices))
+
+    def share(self, stacks: list[jax.Array]) -> jax.Array:
+        """This device's of stacks that all devices have, which are not joined first: XLA would write them all.
+
+        Behind the last layer the last ones are taken again.
+        """
+        if self.devices == 1:
+            return jnp.concatenate(stacks)
+        here = jax.lax.axis_index(self.axis)
+        step = math.gcd(self.size, *map(len, stacks))  # layers of one block, that one device has
+        shape = [step, *stacks[0].shape[1:]]
+        shape[self.long_side] //= self.parts
+        corner = [here % self.parts * shape[side] if side == self.long_side else 0 for side in (1, 2)]
+        taken = []
+        for first in range(0, self.size, step):
+            layer = here // self.parts * self.size + first
+            found, begin = jax.lax.dynamic_slice(stacks[0], (layer, *corner), shape), len(stacks[0])
+            for stack in stacks[1:]:
+                values = jax.lax.dynamic_slice(stack, (layer - begin, *corner), shape)
+                found, begin = jnp.where(layer < begin, found, values), begin + len(stack)
+            taken.append(found)
+        return jnp.concatenate(taken)
+
+    def gathered(self, own: jax.Array) -> jax.Array:
+        """The whole stacks, joined, of every device's share."""
+        return own if self.devices == 1 else self._joined(jax.lax.all_gather(own, self.axis, tiled=True))
+
+    def exchanged(self, x: jax.Array, side: int) -> jax.Array:
+        """This device's share of matrices of which every device has a part of one side."""
+        x = jnp.pad(x, ((0, self.size * self.devices // self.parts - len(x)), (0, 0), (0, 0)))
+        x = jnp.moveaxis(_split(x, self.long_side, self.parts), self.long_side, 1)
+        x = jax.lax.all_to_all(x.reshape(self.devices, self.size, *x.shape[2:]), self.axis, 0, 0, tiled=True)
+        return _merged(jnp.moveaxis(x, 0, side), side)
+
+    def returned(self, own: jax.Array, side: int) -> jax.Array:
+        """The inverse of `exchanged`."""
+        x = jnp.moveaxis(_split(own, side, self.devices), side, 0)
+        return self._joined(jax.lax.all_to_all(x, self.axis, 0, 0, tiled=True))
 
     def total(self, x: jax.Array) -> jax.Array:
         """The sum over the devices that share a layer."""
@@ -120,77 +167,10 @@ class _Division:
         members = [list(range(first, first + self.parts)) for first in range(0, self.devices, self.parts)]
         return jax.lax.psum(x, self.axis, axis_index_groups=members)
 
-    def joined(self, x: jax.Array, long_side: int) -> jax.Array:
-        """Whole matrices of those of all devices, one behind the other."""
-        x = jnp.moveaxis(x.reshape(-1, self.parts, *x.shape[-2:]), 1, long_side)
-        return _merged(x, long_side)[: self.layers]
-
-
-def _directions(
-    kind: _Kind, dtype: DTypeLike, sizes: dict[str, int], stacks: list[tuple[jax.Array, jax.Array]]
-) -> list[jax.Array]:
-    """What a device does for gradients and momentum of a kind, of which it has what the parameters' sharding gives it.
-
-    What all devices along "data" have they divide, and gather the results. Of its share, what is divided along rows or
-    columns goes to where it is whole by an all-to-all along each of the other axes, and back.
-    """
-    gradients, momentum = ([kind.matrices(stack) for stack in of_all] for of_all in zip(*stacks, strict=True))
-    long_side, moved = kind.long_side, []
-    shared = _Division.of("data", sizes.get("data", 1), momentum, long_side)
-    own = _share(shared, gradients, long_side).astype(jnp.float32) + BETA * _share(shared, momentum, long_side)
-    for axis, side in kind.sharded.items():
-        moved.append((_Division.of(axis, sizes.get(axis, 1), [own], long_side), side))
-        own = _exchanged(*moved[-1], own, long_side)
-    own = _newton_schulz(own, long_side == 1, [shared, *(division for division, _ in moved)])
-    own = (math.sqrt(kind.length) * own).astype(dtype)
-    for division, side in reversed(moved):
-        own = _returned(division, side, own, long_side)
-    if shared.devices > 1:
-        own = shared.joined(jax.lax.all_gather(own, "data", tiled=True), long_side)
-    shape, ends = stacks[0][0].shape, list(itertools.accumulate(map(len, momentum)))
-    return [of_block.astype(jnp.float32) for of_block in jnp.split(own.reshape(-1, *shape[1:]), ends[:-1])]
-
-
-def _share(division: _Division, stacks: list[jax.Array], long_side: int) -> jax.Array:
-    """This device's of the stacks, which are not joined: XLA would write them all.
-
-    Behind the last layer the last ones are taken again.
-    """
-    if division.devices == 1:
-        return jnp.concatenate(stacks)
-    here, parts = jax.lax.axis_index(division.axis), division.parts
-    step = math.gcd(division.size, *map(len, stacks))  # layers of one block, that one device has
-    shape = [step, *stacks[0].shape[1:]]
-    shape[long_side] //= parts
-    corner = [here % parts * shape[axis] if axis == long_side else 0 for axis in (1, 2)]
-    taken = []
-    for first in range(0, division.size, step):
-        layer = here // parts * division.size + first
-        found, begin = jax.lax.dynamic_slice(stacks[0], (layer, *corner), shape), len(stacks[0])
-        for stack in stacks[1:]:
-            values = jax.lax.dynamic_slice(stack, (layer - begin, *corner), shape)
-            found, begin = jnp.where(layer < begin, found, values), begin + len(stack)
-        taken.append(found)
-    return jnp.concatenate(taken)
-
-
-def _exchanged(division: _Division, side: int, x: jax.Array, long_side: int) -> jax.Array:
-    """Matrices of which each device has a part of a side: this device's share of them, with all of that side."""
-    if division.devices == 1:
-        return x
-    x = jnp.pad(x, ((0, division.size * division.devices // division.parts - len(x)), (0, 0), (0, 0)))
-    x = jnp.moveaxis(_split(x, long_side, division.parts), long_side, 1)
-    x = x.reshape(division.devices, division.size, *x.shape[2:])
-    x = jax.lax.all_to_all(x, division.axis, 0, 0, tiled=True)
-    return _merged(jnp.moveaxis(x, 0, side), side)
-
-
-def _returned(division: _Division, side: int, x: jax.Array, long_side: int) -> jax.Array:
-    """The inverse of `_exchanged`."""
-    if division.devices == 1:
-        return x
-    x = jnp.moveaxis(_split(x, side, division.devices), side, 0)
-    return division.joined(jax.lax.all_to_all(x, division.axis, 0, 0, tiled=True), long_side)
+    def _joined(self, x: jax.Array) -> jax.Array:
+        """Whole matrices of the devices' shares, one behind the other."""
+        x = jnp.moveaxis(x.reshape(-1, self.parts, *x.shape[-2:]), 1, self.long_side)
+        return _merged(x, self.long_side)[: self.layers]
 
 
 def _newton_schulz(x: jax.Array, tall: bool, divisions: list[_Division]) -> jax.Array:
@@ -216,6 +196,17 @@ def _split(x: jax.Array, axis: int, count: int) -> jax.Array:
 def _merged(x: jax.Array, axis: int) -> jax.Array:
     """An axis and the next one as one."""
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
+def _as_matrices(row: Parameter, stack: jax.Array) -> jax.Array:
+    """A stack of kernels, or a part of one, as [layers, inputs, outputs]."""
+    return stack.reshape(len(stack), math.prod(stack.shape[axis] for axis in row.input_axes), -1)
+
+
+def _longer_side(row: Parameter, stack: jax.Array) -> tuple[int, int]:
+    """Its axis of the kernels as matrices, and its length."""
+    _, num_inputs, num_outputs = jax.eval_shape(functools.partial(_as_matrices, row), stack).shape
+    return (1, num_inputs) if num_inputs >= num_outputs else (2, num_outputs)
 
 
 def _row(path: tuple[Any, ...]) -> Parameter:
