@@ -15,8 +15,6 @@ def get_config(variant: str = "") -> ConfigDict:
     """The recipe; variants are "likelihood" (uniform dequantisation, no labels) and "smoke" (seconds)."""
     config = fashion_mnist.get_config()
     config.model.width = 64
-    with config.model.ignore_type():
-        config.model.layers_per_block = 2
     config.optimizer.warmup_steps = 100
     config.train.update({"num_steps": 1000, "checkpoint_every": 250, "keep_checkpoints": 4, "sample_every": 0})
     return common.with_variant(config, variant)
