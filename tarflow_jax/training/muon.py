@@ -88,8 +88,9 @@ def _directions(
     moved = []
     for i, axis in enumerate(row.spec):
         if axis and sizes.get(axis, 1) > 1:
-            moved.append((_Division.of(axis, sizes[axis], long_side, [own]), 1 if i in row.input_axes else 2))
-            own = moved[-1][0].exchanged(own, moved[-1][1])
+            division, side = _Division.of(axis, sizes[axis], long_side, [own]), 1 if i in row.input_axes else 2
+            own = division.exchanged(own, side)
+            moved.append((division, side))
     own = _newton_schulz(own, long_side == 1, [shared, *(division for division, _ in moved)])
     own = (math.sqrt(length) * own).astype(dtype)
     for division, side in reversed(moved):
@@ -205,7 +206,8 @@ def _as_matrices(row: Parameter, stack: jax.Array) -> jax.Array:
 
 def _longer_side(row: Parameter, stack: jax.Array) -> tuple[int, int]:
     """Its axis of the kernels as matrices, and its length."""
-    _, num_inputs, num_outputs = jax.eval_shape(functools.partial(_as_matrices, row), stack).shape
+    num_inputs = math.prod(stack.shape[axis] for axis in row.input_axes)
+    num_outputs = math.prod(stack.shape[axis] for axis in row.output_axes)
     return (1, num_inputs) if num_inputs >= num_outputs else (2, num_outputs)
 
 
