@@ -131,6 +131,45 @@ def test_a_collective_in_pieces_is_counted_once():
     assert found.memory_bytes == shard + whole + 5 * square
 
 
+# A product of two kernels, one a slice of a stack, that reach it in another shape, by fusions within its fusion.
+RESHAPED = """\
+HloModule jit_step, is_scheduled=true
+
+%renamed (bitcast_input.1: f32[8,2,4]) -> f32[8,8] {
+  %bitcast_input.1 = f32[8,2,4]{2,1,0:T(8,128)} parameter(0)
+  ROOT %bitcast.1 = f32[8,8]{1,0:T(8,128)} bitcast(%bitcast_input.1)
+}
+
+%layer (param_0.1: f32[3,8,8], param_1.1: s32[]) -> f32[8,8] {
+  %param_0.1 = f32[3,8,8]{2,1,0:T(8,128)} parameter(0)
+  %param_1.1 = s32[]{:T(128)S(1)} parameter(1)
+  %constant.1 = s32[]{:T(128)} constant(0)
+  %dynamic-slice.1 = f32[1,8,8]{2,1,0:T(8,128)} dynamic-slice(%param_0.1, %param_1.1, %constant.1, %constant.1), dynamic_slice_sizes={1,8,8}
+  ROOT %bitcast.2 = f32[8,8]{1,0:T(8,128)} bitcast(%dynamic-slice.1)
+}
+
+%products (param_0.2: f32[8,2,4], param_1.2: f32[3,8,8], param_2.2: s32[]) -> f32[8,8] {
+  %param_0.2 = f32[8,2,4]{2,1,0:T(8,128)} parameter(0)
+  %param_1.2 = f32[3,8,8]{2,1,0:T(8,128)} parameter(1)
+  %param_2.2 = s32[]{:T(128)S(1)} parameter(2)
+  %fusion.1 = f32[8,8]{1,0:T(8,128)} fusion(%param_0.2), kind=kLoop, calls=%renamed
+  %fusion.2 = f32[8,8]{1,0:T(8,128)} fusion(%param_1.2, %param_2.2), kind=kLoop, calls=%layer
+  ROOT %convolution.1 = f32[8,8]{1,0:T(8,128)S(1)} convolution(%fusion.1, %fusion.2), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: f32[8,2,4], y: f32[3,8,8], i: s32[]) -> f32[8,8] {
+  %x = f32[8,2,4]{2,1,0:T(8,128)} parameter(0)
+  %y = f32[3,8,8]{2,1,0:T(8,128)} parameter(1)
+  %i = s32[]{:T(128)S(1)} parameter(2)
+  ROOT %fusion.3 = f32[8,8]{1,0:T(8,128)S(1)} fusion(%x, %y, %i), kind=kOutput, calls=%products
+}
+"""  # noqa: E501
+
+
+def test_a_product_reads_what_reaches_it_under_another_shape():
+    assert traffic(RESHAPED, num_devices=1).memory_bytes == 8 * 8 * 4 + 8 * 8 * 4
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [

@@ -200,14 +200,26 @@ def _used(program: Program, body: Computation, name: str, whole: float) -> float
             continue
         if user.opcode in ("dynamic-slice", "slice", "gather"):
             total += _size(body, user.name)
-        elif user.opcode == "bitcast":
+        elif user.opcode == "bitcast" and not user.root:
             total += _used(program, body, user.name, whole)
         elif user.opcode == "fusion":
             inner, index = program[user.called], user.operands.index(name)
-            total += _used(program, inner, _parameter(inner, index), whole)
+            parameter = _parameter(inner, index)
+            if _unchanged(inner) == parameter:  # what it names anew is read by whatever reads it of that name
+                total += whole if user.root else _used(program, body, user.name, whole)
+            else:
+                total += _used(program, inner, parameter, whole)
         elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
             return whole
     return total
+
+
+def _unchanged(body: Computation) -> str:
+    """What a computation's result is, but for its shape."""
+    result = next(instruction for instruction in body.values() if instruction.root)
+    while result.opcode == "bitcast":
+        result = body[result.operands[0]]
+    return result.name
 
 
 def _written(body: Computation, type_: str, kept: set[int]) -> float:
