@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from tiny_models import LABELS, TINY, VP, decode, encode, images_of, random_variables
 
-from tarflow_jax import Guidance, Noise, TarFlowConfig, TarFlowPipeline
+from tarflow_jax import Guidance, Noise, TarFlowConfig, TarFlowPipeline, sampling
 from tarflow_jax.errors import UserError
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.flow import FlowBlock, to_tokens
 from tarflow_jax.runtime import make_mesh
-from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Schedule, Sequential
+from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Schedule, Sequential, blocks
 
 EXACT = [Jacobi(tolerance=0), GaussSeidelJacobi(3, tolerance=0, init="zeros")]
 LONGER = dataclasses.replace(TINY, image_size=(8, 10))  # 20 tokens
@@ -204,6 +204,20 @@ def test_auto_is_refused_with_other_weights_or_guidance(tmp_path):
 def test_impossible_decoders_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.slow
+def test_layers_looped_as_on_a_tpu_decode_the_same(monkeypatch):
+    """Guided, by both decoders that have caches, with caches that grow and layers of different depths."""
+    config = TarFlowConfig((2, 40), 1, 1, 8, 3, (1, 2, 2), head_dim=8, num_classes=3, noise_conditional=True)
+    variables, latents = random_variables(config, scale=0.02), jax.random.normal(jax.random.key(0), (2, 2, 40, 1))
+    arguments = config, variables, latents, jnp.array([0, 2]), Guidance(0.7), jnp.array([0.1, 0.3])
+    decoders = (Sequential(), GaussSeidelJacobi(4, tolerance=0), Sequential())
+    expected = sampling.decode(*arguments, decoders=decoders)
+    monkeypatch.setattr(blocks, "device_kind", lambda: "TPU v5 lite")
+    looped = sampling.decode(*arguments, decoders=decoders)
+    np.testing.assert_allclose(looped.images, expected.images, atol=1e-5)
+    np.testing.assert_array_equal(looped.iterations, expected.iterations)
 
 
 @pytest.mark.slow

@@ -11,10 +11,20 @@ import scipy.stats
 from tiny_models import LABELS, TINY, TRIANGULAR, VP, decode, encode, images_of, new_variables, random_variables
 
 from tarflow_jax import TarFlow, TarFlowConfig
-from tarflow_jax.flow import FlowBlock, in_block_order, permute, to_images, to_tokens, unstack_layers, updated_prior
+from tarflow_jax.flow import (
+    FlowBlock,
+    grown,
+    in_block_order,
+    permute,
+    to_images,
+    to_tokens,
+    unstack_layers,
+    updated_prior,
+)
 from tarflow_jax.flow.block import Affine, solve_unit_lower
 from tarflow_jax.likelihood import bits_per_dim, log_prob, training_loss
 from tarflow_jax.sampling import denoise
+from tarflow_jax.sampling.guidance import GuidedBlock
 
 CASES = pytest.mark.parametrize(
     "config",
@@ -125,16 +135,23 @@ def test_a_block_is_causal_in_its_own_order(index):
     assert float(jnp.tril(size, -1)[1:, 0].min()) > 0
 
 
-def test_unstacked_layers_with_a_cache_equal_the_scanned_block():
-    params = random_variables(TRIANGULAR)["params"]["block_1"]
+@pytest.mark.parametrize("decoding", ["unrolled", "looped"])
+def test_layers_that_decode_equal_the_scanned_ones_whole_and_token_by_token(decoding):
+    config = dataclasses.replace(TRIANGULAR, rotary=True)
+    params = random_variables(config)["params"]["block_1"]
     x = to_tokens(TINY, images_of(TINY))
-    block = FlowBlock(TRIANGULAR, 1)
-    expected, _ = block.apply({"params": params}, x, LABELS, method="following_affine")
-    unrolled = FlowBlock(TRIANGULAR, 1, unrolled=True)
-    own = unstack_layers(in_block_order(TRIANGULAR, 1, params), 2)
-    actual, caches = unrolled.apply({"params": own}, x, LABELS, method="following_affine")
+    expected, _ = FlowBlock(config, 1).apply({"params": params}, x, LABELS, method="following_affine")
+    own = in_block_order(config, 1, params)
+    block = FlowBlock(config, 1, decoding)
+    bound = block.bind({"params": own if decoding == "looped" else unstack_layers(own, 2)})
+    actual, caches = bound.following_affine(x, LABELS)
     assert caches is None
     chex.assert_trees_all_close(actual, expected, atol=1e-5)
+
+    caches = GuidedBlock(block, {}, LABELS, None, None).caches(len(x), 0)
+    for i in range(x.shape[1]):
+        affine, caches = bound.following_affine(x[:, i : i + 1], LABELS, caches=grown(caches, i + 1), start=i)
+        chex.assert_trees_all_close(affine, jax.tree.map(lambda a, i=i: a[:, i : i + 1], expected), atol=1e-5)
 
 
 def test_a_limit_of_the_inputs_changes_what_the_map_is_a_function_of_alone():

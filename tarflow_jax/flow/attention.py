@@ -43,7 +43,7 @@ def attend(
     return jnp.einsum("BNSR,BNRH->BNSH", weights, value)
 
 
-def _device_kind() -> str:
+def device_kind() -> str:
     """Of the mesh in force, which need not be of this machine (launch.plan), else of the default device."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.devices()[0].device_kind if mesh.empty else mesh.abstract_device.device_kind
@@ -57,7 +57,7 @@ def choose_kernel(kernel: str, num_tokens: int, dtype: jnp.dtype) -> str:
     """
     if kernel != "auto":
         return kernel
-    kind = _device_kind()
+    kind = device_kind()
     if kind.startswith("NVIDIA") and dtype == jnp.bfloat16:
         return "cudnn"
     if kind.startswith("TPU") and num_tokens >= _SPLASH_MIN_TOKENS and num_tokens % _SPLASH_BLOCK == 0:
@@ -74,10 +74,8 @@ def attend_whole(
     """
     chosen = choose_kernel(kernel, query.shape[2], query.dtype)
     maker = {"cudnn": "NVIDIA", "splash": "TPU"}.get(chosen, "")
-    if not _device_kind().startswith(maker):
-        raise UserError(
-            f"model.attention is {chosen!r}, which needs a device of kind {maker}; this is {_device_kind()}"
-        )
+    if not device_kind().startswith(maker):
+        raise UserError(f"model.attention is {chosen!r}, which needs a device of kind {maker}; this is {device_kind()}")
     if chosen == "cudnn":
         heads_last = (x.swapaxes(1, 2) for x in (query, key, value))
         out = jax.nn.dot_product_attention(*heads_last, is_causal=causal, implementation="cudnn")

@@ -1,7 +1,7 @@
 """One autoregressive flow block: permute -> causal transformer -> affine map (section 3.1 of the paper)."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -13,7 +13,15 @@ from tarflow_jax.flow.attention import ATTENDED
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.flow.permutation import permute
 from tarflow_jax.flow.product import PRODUCT, dense_product
-from tarflow_jax.flow.transformer import MLP_EXPANSION, KVCache, TransformerLayer, gelu, kernel_init
+from tarflow_jax.flow.transformer import (
+    MLP_EXPANSION,
+    CacheOfLayer,
+    Caches,
+    KVCache,
+    TransformerLayer,
+    gelu,
+    kernel_init,
+)
 
 embedding_init = nn.initializers.normal(0.01)
 _WAVE_AMPLITUDE = 0.5  # as large as the projected patches
@@ -84,16 +92,17 @@ class FlowBlock(nn.Module):
     Attributes:
       config: of the whole flow.
       index: the block's number; odd blocks read the tokens backwards.
-      unrolled: for decoding: layers as separate modules `layers_0`, `layers_1`, … that take key/value caches, and
-        parameters in block order; otherwise one `nn.scan` over stacked parameters. `in_block_order` and
-        `unstack_layers` turn the latter's parameters into the former's.
+      decoding: None, or how layers run that take key/value caches: "unrolled", as modules `layers_0`, `layers_1`, … of
+        their own (`unstack_layers` makes their parameters), or "looped", over stacked parameters and caches, which is
+        quicker to compile, for devices that read slices where they are. Both have parameters
+        `in_block_order`.
 
     Sows `intermediates/token_log_det`: each token's part of log_det, [B, T] in image order.
     """
 
     config: TarFlowConfig
     index: int
-    unrolled: bool = False
+    decoding: Literal["unrolled", "looped"] | None = None
 
     def setup(self) -> None:
         config, depth = self.config, self.config.depths[self.index]
@@ -111,9 +120,11 @@ class FlowBlock(nn.Module):
             self.project_lower = dense(config.triangle_size, kernel_init=nn.initializers.zeros)
         if config.rotary:
             angles = rotary_angles(config)
-            self.rotary_angles = self.param("rotary_angles", lambda _: jnp.asarray(angles)) if self.unrolled else angles
+            self.rotary_angles = self.param("rotary_angles", lambda _: jnp.asarray(angles)) if self.decoding else angles
         self.layers: Any = (
-            [TransformerLayer(config) for _ in range(depth)] if self.unrolled else scanned_layers(config, depth)
+            [TransformerLayer(config) for _ in range(depth)]
+            if self.decoding == "unrolled"
+            else scanned_layers(config, depth)
         )
 
     def __call__(
@@ -142,9 +153,9 @@ class FlowBlock(nn.Module):
         labels: jax.Array | None = None,
         temperature: jax.Array | None = None,
         noise_std: jax.Array | None = None,
-        caches: tuple[KVCache, ...] | None = None,
+        caches: Caches | None = None,
         start: jax.Array | int = 0,
-    ) -> tuple[Affine, tuple[KVCache, ...] | None]:
+    ) -> tuple[Affine, Caches | None]:
         """What the tokens at start .. start + S - 1 say of the ones that follow each of them.
 
         Args:
@@ -152,7 +163,7 @@ class FlowBlock(nn.Module):
           labels: int32 [B], -1 for no class, or None for no class anywhere.
           temperature: [B], divides the attention logits, or None for 1.
           noise_std: σ [B] of a flow that is conditional on it.
-          caches: one a layer, holding the tokens before `start` (only when `unrolled`).
+          caches: holding the tokens before `start`: one a layer (unrolled), or one of all layers (looped).
           start: position of the first token, in block order.
 
         Returns (affine, caches): of the tokens start + 1 .. start + S.
@@ -166,13 +177,14 @@ class FlowBlock(nn.Module):
         if self.config.noise_conditional:
             h = h + self._noise_vectors(noise_std)[:, None]
         angles = self._at(jnp.asarray(self.rotary_angles), start, x.shape[1]) if self.config.rotary else None
-        if self.unrolled:
-            layer_caches = caches or (None,) * len(self.layers)
+        if self.decoding == "unrolled":
             written = []
-            for layer, cache in zip(self.layers, layer_caches, strict=True):
+            for layer, cache in zip(self.layers, caches or (None,) * len(self.layers), strict=True):
                 h, cache = layer(h, temperature, angles, cache, start)
                 written.append(cache)
             caches = tuple(written) if caches else None
+        elif isinstance(caches, KVCache):
+            h, caches = self._loop(h, temperature, angles, caches, start)
         else:
             h, _ = self.layers(h, temperature, angles)
         h = h.astype(self.config.compute_dtype)
@@ -181,10 +193,29 @@ class FlowBlock(nn.Module):
         lower = self.project_lower(h).astype(jnp.float32) if self.config.triangular else None
         return Affine(log_scale, shift, lower), caches
 
+    def _loop(
+        self,
+        h: jax.Array,
+        temperature: jax.Array | None,
+        angles: jax.Array | None,
+        caches: KVCache,
+        start: jax.Array | int,
+    ) -> tuple[jax.Array, KVCache]:
+        stacked = self.variables["params"]["layers"]
+        layer = TransformerLayer(self.config, parent=None)
+
+        def step(i: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
+            h, caches = carry
+            own = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), stacked)
+            h, cache = layer.apply({"params": own}, h, temperature, angles, CacheOfLayer(caches, i), start)
+            return h, cache.all
+
+        return jax.lax.fori_loop(0, self.config.depths[self.index], step, (h, caches))
+
     def _at(self, table: jax.Array, start: jax.Array | int, length: int) -> jax.Array:
         """The rows of a table [T, …] for `length` tokens from position `start`, in block order."""
         return jax.lax.dynamic_slice_in_dim(
-            table if self.unrolled else permute(table, self.index, axis=0), start, length
+            table if self.decoding else permute(table, self.index, axis=0), start, length
         )
 
     def _noise_vectors(self, noise_std: jax.Array | None) -> jax.Array:
@@ -240,7 +271,7 @@ def scanned_layers(config: TarFlowConfig, depth: int, causal: bool = True, name:
 
 
 def in_block_order(config: TarFlowConfig, index: int, block_params: dict[str, Any]) -> dict[str, Any]:
-    """The parameters of block number `index` with all that depends on its direction among them (see `unrolled`).
+    """The parameters of block number `index` with all that depends on its direction among them (see `decoding`).
 
     These are the tables of positions, in the order in which the block reads tokens. So blocks of one depth are one
     function of different parameters.
@@ -252,7 +283,7 @@ def in_block_order(config: TarFlowConfig, index: int, block_params: dict[str, An
 
 
 def unstack_layers(block_params: dict[str, Any], depth: int) -> dict[str, Any]:
-    """A block's parameters with the stacked `layers` split into `layers_0`, `layers_1`, … (see FlowBlock.unrolled)."""
+    """A block's parameters with the stacked `layers` split into `layers_0`, `layers_1`, … (see FlowBlock.decoding)."""
     params = {name: value for name, value in block_params.items() if name != "layers"}
     for i in range(depth):
         params[f"layers_{i}"] = jax.tree.map(lambda p, i=i: p[i], block_params["layers"])

@@ -17,7 +17,7 @@ kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens a layer has seen, by position: each [B, N, R, H].
+    """Keys and values of the tokens a layer has seen, by position: each [B, N, R, H], or all layers' [L, B, N, R, H].
 
     Positions come next to the head dimension, so that attending reads a head's cache in the order of memory.
     """
@@ -26,14 +26,10 @@ class KVCache(NamedTuple):
     value: jax.Array
 
     @classmethod
-    def zeros(cls, config: TarFlowConfig, batch_size: int, length: int) -> "KVCache":
-        shape = (batch_size, config.num_heads, length, config.head_dim)
+    def zeros(cls, config: TarFlowConfig, leading: tuple[int, ...], length: int) -> "KVCache":
+        """An empty one, of axes `leading`, (B,) or (L, B), with room for `length` tokens."""
+        shape = (*leading, config.num_heads, length, config.head_dim)
         return cls(jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))
-
-    def grow(self, length: int) -> "KVCache":
-        """The same with room for `length` tokens."""
-        room = ((0, 0), (0, 0), (0, length - self.key.shape[2]), (0, 0))
-        return KVCache(jnp.pad(self.key, room), jnp.pad(self.value, room))
 
     def write(self, key: jax.Array, value: jax.Array, start: jax.Array | int) -> "KVCache":
         """Puts the keys and values [B, N, S, H] of new tokens at positions start .. start + S - 1."""
@@ -42,6 +38,41 @@ class KVCache(NamedTuple):
             return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=2)
 
         return KVCache(put(self.key, key), put(self.value, value))
+
+    def read(self) -> "KVCache":
+        """Keys and values, each [B, N, R, H]."""
+        return self
+
+
+Caches = tuple[KVCache, ...] | KVCache  # of a block: one a layer, or one of all
+
+
+def grown(caches: Caches, length: int) -> Caches:
+    """The same with room for `length` tokens."""
+
+    def grow(array: jax.Array) -> jax.Array:
+        return jnp.pad(array, [*[(0, 0)] * (array.ndim - 2), (0, length - array.shape[-2]), (0, 0)])
+
+    return jax.tree.map(grow, caches)
+
+
+class CacheOfLayer(NamedTuple):
+    """A layer's part of the cache of all, written and read where it is: a copy would move all of it for every token."""
+
+    all: KVCache  # [L, B, N, R, H]
+    layer: jax.Array
+
+    def write(self, key: jax.Array, value: jax.Array, start: jax.Array | int) -> "CacheOfLayer":
+        """As `KVCache.write`."""
+
+        def put(old: jax.Array, new: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice(old, new.astype(old.dtype)[None], (self.layer, 0, 0, start, 0))
+
+        return CacheOfLayer(KVCache(put(self.all.key, key), put(self.all.value, value)), self.layer)
+
+    def read(self) -> KVCache:
+        """Keys and values, each [B, N, R, H]."""
+        return KVCache(*(jax.lax.dynamic_index_in_dim(array, self.layer, keepdims=False) for array in self.all))
 
 
 @jax.custom_jvp
@@ -92,9 +123,9 @@ class TransformerLayer(nn.Module):
         x: jax.Array,
         temperature: jax.Array | None = None,
         angles: jax.Array | None = None,
-        cache: KVCache | None = None,
+        cache: KVCache | CacheOfLayer | None = None,
         start: jax.Array | int = 0,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, KVCache | CacheOfLayer | None]:
         """Runs S tokens [B, S, C] that begin at position `start`, behind those in `cache`.
 
         Without a cache the tokens are the whole sequence. `temperature` is [B] or None (see `attend`). By `angles`
@@ -114,7 +145,7 @@ class TransformerLayer(nn.Module):
             query, key = turn(query, angles), turn(key, angles)
         if cache is not None:
             cache = cache.write(key, value, start)
-            key, value = cache
+            key, value = cache.read()
         if cache is None and temperature is None:
             h = attend_whole(query, key, value, config.attention, self.causal)
         else:

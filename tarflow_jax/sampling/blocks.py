@@ -1,12 +1,12 @@
 """The blocks of a flow as the inverses take them, those that are alike in one compiled loop."""
 
 import itertools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from tarflow_jax.flow import FlowBlock, TarFlowConfig, in_block_order, unstack_layers
+from tarflow_jax.flow import FlowBlock, TarFlowConfig, device_kind, in_block_order, unstack_layers
 from tarflow_jax.runtime import for_products, gathered
 from tarflow_jax.sampling.guidance import Guidance, GuidedBlock
 
@@ -37,10 +37,17 @@ def of_stack(
     noise_std: jax.Array | None,
 ) -> GuidedBlock:
     """A block of a run of `alike` ones to which block number k belongs, from its part of `stacked_blocks`."""
-    own = unstack_layers(gathered(prepared), config.depths[k])
+    own, decoding = gathered(prepared), layers_as()
+    if decoding == "unrolled":
+        own = unstack_layers(own, config.depths[k])
     if guidance is not None and not guidance.covers(k, config.num_blocks):
         guidance = None
-    return GuidedBlock(FlowBlock(config, k, unrolled=True), own, labels, noise_std, guidance)
+    return GuidedBlock(FlowBlock(config, k, decoding), own, labels, noise_std, guidance)
+
+
+def layers_as() -> Literal["unrolled", "looped"]:
+    """How the layers run on the device (see `FlowBlock.decoding`): CPUs and GPUs copy the slices that a TPU reads."""
+    return "looped" if device_kind().startswith("TPU") else "unrolled"
 
 
 def guided_block(

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from tarflow_jax.errors import UserError
-from tarflow_jax.flow import KVCache
+from tarflow_jax.flow import Caches, grown
 from tarflow_jax.sampling.guidance import GuidedBlock
 from tarflow_jax.sampling.inverse import Inverted, Sequential, cache_growth, unchanged
 
@@ -107,12 +107,11 @@ class GaussSeidelJacobi:
 
         # The first segment is what is left over. The others share one compiled loop for each size of the cache.
         start = (following - 1) % length + 1
-        caches = tuple(cache.grow(start) for cache in block.caches(batch_size, 0))
-        progress = _Progress(unchanged(z), jnp.ones((batch_size,), bool), caches)
+        progress = _Progress(unchanged(z), jnp.ones((batch_size,), bool), block.caches(batch_size, start))
         progress = invert_segment(0, start, progress)
         while start < following:
             count = min(max(cache_growth(z.shape[1]) // length, 1), (following - start) // length)
-            caches = tuple(cache.grow(start + count * length) for cache in progress.caches)
+            caches = grown(progress.caches, start + count * length)
             segment = lambda i, progress, start=start: invert_segment(start + i * length, length, progress)  # noqa: E731
             progress = jax.lax.fori_loop(0, count, segment, progress._replace(caches=caches))
             start += count * length
@@ -124,7 +123,7 @@ class _Progress(NamedTuple):
 
     inverted: Inverted
     done: jax.Array
-    caches: tuple[KVCache, ...]
+    caches: Caches
 
 
 def initial(init: str, z: jax.Array) -> jax.Array:
@@ -142,9 +141,9 @@ def update(
     before: jax.Array,
     z: jax.Array,
     x: jax.Array,
-    caches: tuple[KVCache, ...] | None = None,
+    caches: Caches | None = None,
     start: jax.Array | int = 0,
-) -> tuple[jax.Array, tuple[KVCache, ...] | None]:
+) -> tuple[jax.Array, Caches | None]:
     """x <- z exp(log_scale(x)) + shift(x), once.
 
     Args:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from tarflow_jax.errors import UserError
-from tarflow_jax.flow import Affine, FlowBlock, KVCache, solve_unit_lower
+from tarflow_jax.flow import Affine, Caches, FlowBlock, KVCache, solve_unit_lower
 
 TARGETS = ("both", "log_scale", "shift")
 SCHEDULES = ("linear", "constant")
@@ -103,21 +103,23 @@ class GuidedBlock:
     neighbours, so that a batch that is sharded over devices stays where it is.
     """
 
-    block: FlowBlock  # unrolled
-    params: dict  # its own (see `unstack_layers`)
+    block: FlowBlock  # for decoding
+    params: dict  # its own (see `FlowBlock.decoding`)
     labels: jax.Array | None  # int32 [B]
     noise_std: jax.Array | None  # float32 [B], of a flow that is conditional on it
     guidance: Guidance | None  # None for a single pass
 
-    def caches(self, batch_size: int, length: int) -> tuple[KVCache, ...]:
-        """Empty caches for `length` tokens, one a layer."""
-        passes = 1 if self.guidance is None else 2
-        depth = self.block.config.depths[self.block.index]
-        return tuple(KVCache.zeros(self.block.config, passes * batch_size, length) for _ in range(depth))
+    def caches(self, batch_size: int, length: int) -> Caches:
+        """Empty caches for `length` tokens."""
+        config, rows = self.block.config, batch_size * (1 if self.guidance is None else 2)
+        depth = config.depths[self.block.index]
+        if self.block.decoding == "looped":
+            return KVCache.zeros(config, (depth, rows), length)
+        return tuple(KVCache.zeros(config, (rows,), length) for _ in range(depth))
 
     def __call__(
-        self, x: jax.Array, caches: tuple[KVCache, ...] | None = None, start: jax.Array | int = 0
-    ) -> tuple["Inverse", tuple[KVCache, ...] | None]:
+        self, x: jax.Array, caches: Caches | None = None, start: jax.Array | int = 0
+    ) -> tuple["Inverse", Caches | None]:
         """The map to tokens start + 1 .. start + S, from tokens x [B, S, D] at start .. start + S - 1."""
         labels, noise_std, temperature = self.labels, self.noise_std, None
         if self.guidance is not None:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from tarflow_jax.flow import grown
 from tarflow_jax.sampling.guidance import GuidedBlock
 
 
@@ -51,6 +52,5 @@ class Sequential:
         growth = cache_growth(num_tokens)
         for start in range(0, num_tokens - 1, growth):
             stop = min(start + growth, num_tokens - 1)
-            caches = tuple(cache.grow(stop) for cache in caches)
-            x, caches = jax.lax.fori_loop(start, stop, step, (x, caches))
+            x, caches = jax.lax.fori_loop(start, stop, step, (x, grown(caches, stop)))
         return unchanged(x)._replace(iterations=jnp.full((batch_size,), num_tokens - 1, jnp.int32))
