@@ -6,13 +6,14 @@ from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.flow.patches import to_images, to_tokens
 from tarflow_jax.flow.permutation import permute
 from tarflow_jax.flow.tarflow import TarFlow, updated_prior
-from tarflow_jax.flow.transformer import Caches, KVCache, grown
+from tarflow_jax.flow.transformer import Caches, KVCache, StackedCache, grown
 
 __all__ = [
     "Affine",
     "Caches",
     "FlowBlock",
     "KVCache",
+    "StackedCache",
     "TarFlow",
     "TarFlowConfig",
     "device_kind",

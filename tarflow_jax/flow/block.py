@@ -15,9 +15,8 @@ from tarflow_jax.flow.permutation import permute
 from tarflow_jax.flow.product import PRODUCT, dense_product
 from tarflow_jax.flow.transformer import (
     MLP_EXPANSION,
-    CacheOfLayer,
     Caches,
-    KVCache,
+    StackedCache,
     TransformerLayer,
     gelu,
     kernel_init,
@@ -183,7 +182,7 @@ class FlowBlock(nn.Module):
                 h, cache = layer(h, temperature, angles, cache, start)
                 written.append(cache)
             caches = tuple(written) if caches else None
-        elif isinstance(caches, KVCache):
+        elif isinstance(caches, StackedCache):
             h, caches = self._loop(h, temperature, angles, caches, start)
         else:
             h, _ = self.layers(h, temperature, angles)
@@ -198,19 +197,18 @@ class FlowBlock(nn.Module):
         h: jax.Array,
         temperature: jax.Array | None,
         angles: jax.Array | None,
-        caches: KVCache,
+        caches: StackedCache,
         start: jax.Array | int,
-    ) -> tuple[jax.Array, KVCache]:
+    ) -> tuple[jax.Array, StackedCache]:
         stacked = self.variables["params"]["layers"]
         layer = TransformerLayer(self.config, parent=None)
 
-        def step(i: jax.Array, carry: tuple[jax.Array, KVCache]) -> tuple[jax.Array, KVCache]:
+        def step(i: jax.Array, carry: tuple[jax.Array, StackedCache]) -> tuple[jax.Array, StackedCache]:
             h, caches = carry
             own = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), stacked)
-            h, cache = layer.apply({"params": own}, h, temperature, angles, CacheOfLayer(caches, i), start)
-            return h, cache.all
+            return layer.apply({"params": own}, h, temperature, angles, caches.replace(layer=i), start)
 
-        return jax.lax.fori_loop(0, self.config.depths[self.index], step, (h, caches))
+        return jax.lax.fori_loop(0, self.config.depths[self.index], step, (h, caches.replace(layer=jnp.int32(0))))
 
     def _at(self, table: jax.Array, start: jax.Array | int, length: int) -> jax.Array:
         """The rows of a table [T, …] for `length` tokens from position `start`, in block order."""

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -17,7 +18,7 @@ kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens a layer has seen, by position: each [B, N, R, H], or all layers' [L, B, N, R, H].
+    """Keys and values of the tokens a layer has seen, by position: each [B, N, R, H], or all layers' [L, B, N, T, H].
 
     Positions come next to the head dimension, so that attending reads a head's cache in the order of memory.
     """
@@ -30,6 +31,11 @@ class KVCache(NamedTuple):
         """An empty one, of axes `leading`, (B,) or (L, B), with room for `length` tokens."""
         shape = (*leading, config.num_heads, length, config.head_dim)
         return cls(jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))
+
+    def grow(self, length: int) -> "KVCache":
+        """The same with room for `length` tokens."""
+        room = ((0, 0), (0, 0), (0, length - self.key.shape[2]), (0, 0))
+        return KVCache(jnp.pad(self.key, room), jnp.pad(self.value, room))
 
     def write(self, key: jax.Array, value: jax.Array, start: jax.Array | int) -> "KVCache":
         """Puts the keys and values [B, N, S, H] of new tokens at positions start .. start + S - 1."""
@@ -44,35 +50,42 @@ class KVCache(NamedTuple):
         return self
 
 
-Caches = tuple[KVCache, ...] | KVCache  # of a block: one a layer, or one of all
+class StackedCache(flax.struct.PyTreeNode):
+    """The caches of all layers in two arrays, of which each reads and writes its part where it is, without a copy.
 
+    Attributes:
+      all: [L, B, N, T, H], with room for all tokens.
+      length: of the room that is read, R.
+      layer: whose turn it is.
+    """
 
-def grown(caches: Caches, length: int) -> Caches:
-    """The same with room for `length` tokens."""
+    all: KVCache
+    length: int = flax.struct.field(pytree_node=False, default=0)
+    layer: jax.Array | int = 0
 
-    def grow(array: jax.Array) -> jax.Array:
-        return jnp.pad(array, [*[(0, 0)] * (array.ndim - 2), (0, length - array.shape[-2]), (0, 0)])
-
-    return jax.tree.map(grow, caches)
-
-
-class CacheOfLayer(NamedTuple):
-    """A layer's part of the cache of all, written and read where it is: a copy would move all of it for every token."""
-
-    all: KVCache  # [L, B, N, R, H]
-    layer: jax.Array
-
-    def write(self, key: jax.Array, value: jax.Array, start: jax.Array | int) -> "CacheOfLayer":
-        """As `KVCache.write`."""
+    def write(self, key: jax.Array, value: jax.Array, start: jax.Array | int) -> "StackedCache":
+        """As `KVCache.write`, for the layer."""
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice(old, new.astype(old.dtype)[None], (self.layer, 0, 0, start, 0))
 
-        return CacheOfLayer(KVCache(put(self.all.key, key), put(self.all.value, value)), self.layer)
+        return self.replace(all=KVCache(put(self.all.key, key), put(self.all.value, value)))
 
     def read(self) -> KVCache:
-        """Keys and values, each [B, N, R, H]."""
-        return KVCache(*(jax.lax.dynamic_index_in_dim(array, self.layer, keepdims=False) for array in self.all))
+        """The layer's keys and values, each [B, N, R, H]."""
+        _, batch, heads, _, size = self.all.key.shape
+        part = (1, batch, heads, self.length, size)
+        return KVCache(*(jax.lax.dynamic_slice(array, (self.layer, 0, 0, 0, 0), part).squeeze(0) for array in self.all))
+
+
+Caches = tuple[KVCache, ...] | StackedCache  # of a block: one a layer, or one of all
+
+
+def grown(caches: Caches, length: int) -> Caches:
+    """The same with room for `length` tokens."""
+    if isinstance(caches, StackedCache):
+        return caches.replace(length=length)
+    return tuple(cache.grow(length) for cache in caches)
 
 
 @jax.custom_jvp
@@ -123,9 +136,9 @@ class TransformerLayer(nn.Module):
         x: jax.Array,
         temperature: jax.Array | None = None,
         angles: jax.Array | None = None,
-        cache: KVCache | CacheOfLayer | None = None,
+        cache: KVCache | StackedCache | None = None,
         start: jax.Array | int = 0,
-    ) -> tuple[jax.Array, KVCache | CacheOfLayer | None]:
+    ) -> tuple[jax.Array, KVCache | StackedCache | None]:
         """Runs S tokens [B, S, C] that begin at position `start`, behind those in `cache`.
 
         Without a cache the tokens are the whole sequence. `temperature` is [B] or None (see `attend`). By `angles`

@@ -10,6 +10,8 @@ from tarflow_jax.flow import FlowBlock, TarFlowConfig, device_kind, in_block_ord
 from tarflow_jax.runtime import for_products, gathered
 from tarflow_jax.sampling.guidance import Guidance, GuidedBlock
 
+_UNROLLED_TOKENS = 256  # at most, on a TPU
+
 
 def alike(config: TarFlowConfig, decoders: tuple[Any, ...], guidance: Guidance | None) -> list[range]:
     """All block numbers, in runs of blocks whose inverses are one function of different parameters and tokens."""
@@ -37,7 +39,7 @@ def of_stack(
     noise_std: jax.Array | None,
 ) -> GuidedBlock:
     """A block of a run of `alike` ones to which block number k belongs, from its part of `stacked_blocks`."""
-    own, decoding = gathered(prepared), layers_as()
+    own, decoding = gathered(prepared), layers_as(config.num_tokens)
     if decoding == "unrolled":
         own = unstack_layers(own, config.depths[k])
     if guidance is not None and not guidance.covers(k, config.num_blocks):
@@ -45,9 +47,13 @@ def of_stack(
     return GuidedBlock(FlowBlock(config, k, decoding), own, labels, noise_std, guidance)
 
 
-def layers_as() -> Literal["unrolled", "looped"]:
-    """How the layers run on the device (see `FlowBlock.decoding`): CPUs and GPUs copy the slices that a TPU reads."""
-    return "looped" if device_kind().startswith("TPU") else "unrolled"
+def layers_as(num_tokens: int) -> Literal["unrolled", "looped"]:
+    """How the layers run on the device (see `FlowBlock.decoding`).
+
+    CPUs and GPUs copy the slices that a TPU reads where they are. Layers of few tokens, whose caches have few lengths,
+    are soon compiled unrolled, and XLA would move a whole stack of kernels to the chip for every token.
+    """
+    return "looped" if device_kind().startswith("TPU") and num_tokens > _UNROLLED_TOKENS else "unrolled"
 
 
 def guided_block(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from tarflow_jax.errors import UserError
-from tarflow_jax.flow import Affine, Caches, FlowBlock, KVCache, solve_unit_lower
+from tarflow_jax.flow import Affine, Caches, FlowBlock, KVCache, StackedCache, solve_unit_lower
 
 TARGETS = ("both", "log_scale", "shift")
 SCHEDULES = ("linear", "constant")
@@ -114,7 +114,7 @@ class GuidedBlock:
         config, rows = self.block.config, batch_size * (1 if self.guidance is None else 2)
         depth = config.depths[self.block.index]
         if self.block.decoding == "looped":
-            return KVCache.zeros(config, (depth, rows), length)
+            return StackedCache(KVCache.zeros(config, (depth, rows), config.num_tokens), length, jnp.int32(0))
         return tuple(KVCache.zeros(config, (rows,), length) for _ in range(depth))
 
     def __call__(
