@@ -93,8 +93,7 @@ class FlowBlock(nn.Module):
       index: the block's number; odd blocks read the tokens backwards.
       decoding: None, or how layers run that take key/value caches: "unrolled", as modules `layers_0`, `layers_1`, … of
         their own (`unstack_layers` makes their parameters), or "looped", over stacked parameters and caches, which is
-        quicker to compile, for devices that read slices where they are. Both have parameters
-        `in_block_order`.
+        quicker to compile, for devices that read slices where they are. Both have parameters `in_block_order`.
 
     Sows `intermediates/token_log_det`: each token's part of log_det, [B, T] in image order.
     """
@@ -208,7 +207,7 @@ class FlowBlock(nn.Module):
             own = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), stacked)
             return layer.apply({"params": own}, h, temperature, angles, caches.replace(layer=i), start)
 
-        return jax.lax.fori_loop(0, self.config.depths[self.index], step, (h, caches.replace(layer=jnp.int32(0))))
+        return jax.lax.fori_loop(0, self.config.depths[self.index], step, (h, caches))
 
     def _at(self, table: jax.Array, start: jax.Array | int, length: int) -> jax.Array:
         """The rows of a table [T, …] for `length` tokens from position `start`, in block order."""

@@ -18,7 +18,7 @@ kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens a layer has seen, by position: each [B, N, R, H], or all layers' [L, B, N, T, H].
+    """Keys and values of the tokens a layer has seen, by position: each [B, N, R, H].
 
     Positions come next to the head dimension, so that attending reads a head's cache in the order of memory.
     """
@@ -27,9 +27,8 @@ class KVCache(NamedTuple):
     value: jax.Array
 
     @classmethod
-    def zeros(cls, config: TarFlowConfig, leading: tuple[int, ...], length: int) -> "KVCache":
-        """An empty one, of axes `leading`, (B,) or (L, B), with room for `length` tokens."""
-        shape = (*leading, config.num_heads, length, config.head_dim)
+    def zeros(cls, config: TarFlowConfig, batch_size: int, length: int) -> "KVCache":
+        shape = (batch_size, config.num_heads, length, config.head_dim)
         return cls(jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))
 
     def grow(self, length: int) -> "KVCache":
@@ -51,17 +50,24 @@ class KVCache(NamedTuple):
 
 
 class StackedCache(flax.struct.PyTreeNode):
-    """The caches of all layers in two arrays, of which each reads and writes its part where it is, without a copy.
+    """The keys and values of all layers, of which each writes and reads its part where it is, without a copy.
 
     Attributes:
-      all: [L, B, N, T, H], with room for all tokens.
-      length: of the room that is read, R.
+      key, value: [L, B, N, T, H], with room for all tokens.
+      length: R, of the room that is read.
       layer: whose turn it is.
     """
 
-    all: KVCache
-    length: int = flax.struct.field(pytree_node=False, default=0)
-    layer: jax.Array | int = 0
+    key: jax.Array
+    value: jax.Array
+    length: int = flax.struct.field(pytree_node=False)
+    layer: jax.Array
+
+    @classmethod
+    def zeros(cls, config: TarFlowConfig, depth: int, batch_size: int, length: int) -> "StackedCache":
+        shape = (depth, batch_size, config.num_heads, config.num_tokens, config.head_dim)
+        dtype = config.compute_dtype
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), length, jnp.int32(0))
 
     def write(self, key: jax.Array, value: jax.Array, start: jax.Array | int) -> "StackedCache":
         """As `KVCache.write`, for the layer."""
@@ -69,13 +75,17 @@ class StackedCache(flax.struct.PyTreeNode):
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice(old, new.astype(old.dtype)[None], (self.layer, 0, 0, start, 0))
 
-        return self.replace(all=KVCache(put(self.all.key, key), put(self.all.value, value)))
+        return self.replace(key=put(self.key, key), value=put(self.value, value))
 
     def read(self) -> KVCache:
         """The layer's keys and values, each [B, N, R, H]."""
-        _, batch, heads, _, size = self.all.key.shape
-        part = (1, batch, heads, self.length, size)
-        return KVCache(*(jax.lax.dynamic_slice(array, (self.layer, 0, 0, 0, 0), part).squeeze(0) for array in self.all))
+        _, batch_size, heads, _, size = self.key.shape
+
+        def part(array: jax.Array) -> jax.Array:
+            begin, sizes = (self.layer, 0, 0, 0, 0), (1, batch_size, heads, self.length, size)
+            return jax.lax.dynamic_slice(array, begin, sizes).squeeze(0)
+
+        return KVCache(part(self.key), part(self.value))
 
 
 Caches = tuple[KVCache, ...] | StackedCache  # of a block: one a layer, or one of all

@@ -114,8 +114,8 @@ class GuidedBlock:
         config, rows = self.block.config, batch_size * (1 if self.guidance is None else 2)
         depth = config.depths[self.block.index]
         if self.block.decoding == "looped":
-            return StackedCache(KVCache.zeros(config, (depth, rows), config.num_tokens), length, jnp.int32(0))
-        return tuple(KVCache.zeros(config, (rows,), length) for _ in range(depth))
+            return StackedCache.zeros(config, depth, rows, length)
+        return tuple(KVCache.zeros(config, rows, length) for _ in range(depth))
 
     def __call__(
         self, x: jax.Array, caches: Caches | None = None, start: jax.Array | int = 0
