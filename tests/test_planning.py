@@ -28,6 +28,7 @@ from tarflow_jax.planning.flops import forward_flops, program_flops
 from tarflow_jax.planning.traffic import Collective, Traffic
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.runtime.parameters import student_shapes
+from tarflow_jax.sampling.blocks import layers_as
 from tarflow_jax.student import METHODS
 from tarflow_jax.student.network import NUM_WAVES
 from tarflow_jax.training import Recipe
@@ -256,6 +257,8 @@ def test_meshes_of_tpus_and_the_kernel_for_them():
     assert [device.slice_index for device in slices.devices.flat] == [0] * 4 + [1] * 4
     with jax.set_mesh(slices):
         assert choose_kernel("auto", 1024, jnp.dtype("bfloat16")) == "splash"
+        assert [layers_as(num_tokens) for num_tokens in (256, 1024)] == ["unrolled", "looped"]
+    assert layers_as(1024) == "unrolled"
     with pytest.raises(ValueError, match="2 slices"):
         make_mesh(1, 8, 1, devices=slices.devices.flatten())
     make_mesh(8, 1, 8, devices=open_topology("v5p:4x4x4").devices)  # 8 is no product of 4 x 4 x 4's axes
