@@ -10,7 +10,10 @@ PAPER_OPTIMIZER = {"name": "adamw", "muon_learning_rate": 0.0, "learning_rate": 
 
 
 def get_config() -> ConfigDict:
-    """A recipe without a model's shape, a data set and a number of steps; those are the recipes' own."""
+    """A recipe without a model's shape, a data set and a number of steps; those are the recipes' own.
+
+    One table, for `--helpfull` prints its comments beside the fields (launch/help.py reads them off this file).
+    """
     config = ConfigDict()
     config.model = ConfigDict(
         {

@@ -128,7 +128,7 @@ def test_decoders_of_the_pipeline(tmp_path):
         images, (iterations, residual) = pipe.decode(latents, labels, decoder=decoder, return_statistics=True)
         np.testing.assert_allclose(images, expected, atol=1e-2)
         assert iterations.shape == residual.shape == (3, 5)
-        if decoder is mixed:
+        if decoder != "auto":
             pipe.sample(jax.random.key(0), 2, [0, 1], guidance, decoder=decoder)
     sharded = TarFlowPipeline(LONGER, variables, NOISE, mesh=make_mesh(data=4, fsdp=2), memory_bound=1)
     images = sharded.decode(latents, labels, guidance, decoder=GaussSeidelJacobi(3, tolerance=0))

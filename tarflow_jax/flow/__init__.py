@@ -1,6 +1,5 @@
 """The flow: images <-> latents, in pure Flax linen. Knows nothing of data, training, files or devices."""
 
-from tarflow_jax.flow.attention import device_kind
 from tarflow_jax.flow.block import Affine, FlowBlock, in_block_order, solve_unit_lower, unstack_layers
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.flow.patches import to_images, to_tokens
@@ -16,7 +15,6 @@ __all__ = [
     "StackedCache",
     "TarFlow",
     "TarFlowConfig",
-    "device_kind",
     "grown",
     "in_block_order",
     "permute",

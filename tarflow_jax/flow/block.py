@@ -13,14 +13,7 @@ from tarflow_jax.flow.attention import ATTENDED
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.flow.permutation import permute
 from tarflow_jax.flow.product import PRODUCT, dense_product
-from tarflow_jax.flow.transformer import (
-    MLP_EXPANSION,
-    Caches,
-    StackedCache,
-    TransformerLayer,
-    gelu,
-    kernel_init,
-)
+from tarflow_jax.flow.transformer import MLP_EXPANSION, Caches, StackedCache, TransformerLayer, gelu, kernel_init
 
 embedding_init = nn.initializers.normal(0.01)
 _WAVE_AMPLITUDE = 0.5  # as large as the projected patches

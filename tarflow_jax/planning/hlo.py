@@ -55,6 +55,11 @@ def parse(text: str) -> tuple[Program, str]:
     return program, entry
 
 
+def root_of(computation: Computation) -> Instruction:
+    """The instruction whose result is the computation's."""
+    return next(instruction for instruction in computation.values() if instruction.root)
+
+
 def executed(
     program: Program, name: str, times: int = 1, fused: bool = False
 ) -> Iterator[tuple[Instruction, str, int, bool]]:
@@ -111,7 +116,7 @@ def _trips(program: Program, loop: Instruction) -> int:
         return int(told[1])
     # A scan counts from 0 while it is less than a constant.
     condition = program[loop.attribute("condition")]
-    root = next(instruction for instruction in condition.values() if instruction.root)
+    root = root_of(condition)
     bound = condition.get(root.operands[-1])
     if root.opcode == "compare" and "direction=LT" in root.attributes and bound and bound.opcode == "constant":
         return int(bound.operands[0])

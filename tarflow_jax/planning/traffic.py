@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import numpy as np
 
-from tarflow_jax.planning.hlo import Computation, Instruction, Program, arrays, executed, parse
+from tarflow_jax.planning.hlo import Computation, Instruction, Program, arrays, executed, parse, root_of
 
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _NETWORK_KINDS = {"ONE_TO_ONE": "collective-permute"}  # the others are named as the collectives are
@@ -205,7 +205,8 @@ def _used(program: Program, body: Computation, name: str, whole: float) -> float
         elif user.opcode == "fusion":
             inner, index = program[user.called], user.operands.index(name)
             parameter = _parameter(inner, index)
-            if _unchanged(inner) == parameter:  # what it names anew is read by whatever reads it of that name
+            # What comes out as it went in, in another shape, is read by the users of the fusion.
+            if _before_bitcasts(inner, root_of(inner)).name == parameter:
                 total += whole if user.root else _used(program, body, user.name, whole)
             else:
                 total += _used(program, inner, parameter, whole)
@@ -214,24 +215,22 @@ def _used(program: Program, body: Computation, name: str, whole: float) -> float
     return total
 
 
-def _unchanged(body: Computation) -> str:
-    """What a computation's result is, but for its shape."""
-    result = next(instruction for instruction in body.values() if instruction.root)
+def _before_bitcasts(body: Computation, result: Instruction) -> Instruction:
+    """What a result is, but for its shape."""
     while result.opcode == "bitcast":
         result = body[result.operands[0]]
-    return result.name
+    return result
 
 
 def _written(body: Computation, type_: str, kept: set[int]) -> float:
     """Bytes that a fusion writes, but of the results `kept` as they were: an update in place writes the update."""
-    root, results = next(instruction for instruction in body.values() if instruction.root), arrays(type_)
+    root, results = root_of(body), arrays(type_)
     roots = [body[name] for name in root.operands] if root.opcode == "tuple" else [root] * len(results)
     total = 0.0
     for i, ((size, in_memory), result) in enumerate(zip(results, roots, strict=False)):
         if i in kept:
             continue
-        while result.opcode == "bitcast":
-            result = body[result.operands[0]]
+        result = _before_bitcasts(body, result)
         update = result.opcode == "dynamic-update-slice"
         total += (_size(body, result.operands[1]) if update else size) if in_memory else 0.0
     return total

@@ -6,7 +6,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from tarflow_jax.flow import FlowBlock, TarFlowConfig, device_kind, in_block_order, unstack_layers
+from tarflow_jax.flow import FlowBlock, TarFlowConfig, in_block_order, unstack_layers
+from tarflow_jax.flow.attention import device_kind
 from tarflow_jax.runtime import for_products, gathered
 from tarflow_jax.sampling.guidance import Guidance, GuidedBlock
 
