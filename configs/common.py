@@ -8,101 +8,89 @@ from tarflow_jax.errors import UserError
 
 PAPER_OPTIMIZER = {"name": "adamw", "muon_learning_rate": 0.0, "learning_rate": 1e-4, "clip_norm": 0.0}
 
+# One table, whose comments `--helpfull` prints beside the fields (launch/help.py reads them off this file).
+FIELDS = {
+    "model": {
+        "image_size": (0, 0),  # height, width
+        "image_channels": 0,
+        "patch_size": 0,
+        "width": 0,
+        "num_blocks": 0,
+        "layers_per_block": 0,
+        "num_classes": 0,  # 0: unconditional
+        "volume_preserving": False,
+        "dtype": "float32",  # of matrix products; or bfloat16
+        "remat": "none",  # what the backward pass recomputes; or dots, attention, full
+        "attention": "auto",  # kernel for whole sequences; or plain, cudnn, splash
+        "rotary": False,  # position embeddings in attention, by row and column
+        "input_limit": 0.0,  # of what blocks read, for small batches; 0: none
+        "image_limit": 0.0,  # of what the first block reads: the images' range and some noise; 0: none
+        "noise_conditional": False,  # one flow for all noise levels
+        "triangular": False,  # affine maps with triangular matrices instead of diagonal ones
+        "position_init": "normal",  # of the position embeddings; or grid, which learns sooner
+    },
+    "data": {
+        "source": "",  # digits, fashion_mnist, tfds:NAME, folder:PATH, npz:FILE
+        "data_dir": "",  # where sets are kept; "" is the default folder
+        "preprocessing": "none",  # or tarflow, adm
+        "flip": False,  # mirror at random
+        "num_workers": 0,  # threads that read ahead
+        "skip_bad": False,  # leave out a folder's damaged images instead of refusing it
+        "missing_labels": False,  # let the source have fewer classes than a class-conditional model, or none
+        "cache_bytes": 0,  # keep decoded images in memory up to this size
+    },
+    "noise": {
+        "kind": "gaussian",  # or uniform, levels
+        "std": 0.05,
+        "std_min": 0.0,  # of levels
+        "std_max": 0.0,
+        "draw": "uniform",  # of a level, in σ; or variance, lognormal
+        "weight": "std",  # of an image in the loss, its σ; or one
+    },
+    "optimizer": {
+        "name": "muon",  # for the hidden matrices, the rest by AdamW; or adamw for all
+        "learning_rate": 3e-3,
+        "muon_learning_rate": 5e-3,  # of the hidden matrices; with adamw 0
+        "final_learning_rate": 1e-6,
+        "warmup_steps": 0,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "weight_decay": 1e-4,
+        "clip_norm": 1.0,  # 0: no clipping
+        "ema_decay": 0.0,  # 0: no average
+    },
+    "train": {
+        "num_steps": 0,
+        "batch_size": 0,
+        "accumulation": 1,  # microbatches a step
+        "drop_label": 0.0,  # probability of training an image without its label
+        "seed": 0,
+        "checkpoint_every": 1000,
+        "keep_checkpoints": 3,
+        "evaluate_every": 0,  # steps between test losses, for the best checkpoint to be kept; 0: only at the end
+        "sample_every": 0,  # 0: no previews
+        "log_every": 50,
+        "profile_steps": (0, 0),  # first and last step of a jax.profiler trace; none
+    },
+    "sample": {
+        "guidance": {
+            "weight": 0.0,
+            "target": "both",  # or log_scale, shift
+            "schedule": "linear",  # or constant
+            "attention_temperature": 1.0,
+            "rule": "log_scale",  # or scale, product
+            "blocks": "all",  # or how many, from the noise
+        },
+        "denoise_multiplier": 1.0,
+    },
+    # -1: whatever devices are left, and on a CPU its cores.
+    "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+}
+
 
 def get_config() -> ConfigDict:
-    """A recipe without a model's shape, a data set and a number of steps; those are the recipes' own.
-
-    One table, for `--helpfull` prints its comments beside the fields (launch/help.py reads them off this file).
-    """
-    config = ConfigDict()
-    config.model = ConfigDict(
-        {
-            "image_size": (0, 0),  # height, width
-            "image_channels": 0,
-            "patch_size": 0,
-            "width": 0,
-            "num_blocks": 0,
-            "layers_per_block": 0,
-            "num_classes": 0,  # 0: unconditional
-            "volume_preserving": False,
-            "dtype": "float32",  # of matrix products; or bfloat16
-            "remat": "none",  # what the backward pass recomputes; or dots, attention, full
-            "attention": "auto",  # kernel for whole sequences; or plain, cudnn, splash
-            "rotary": False,  # position embeddings in attention, by row and column
-            "input_limit": 0.0,  # of what blocks read, for small batches; 0: none
-            "image_limit": 0.0,  # of what the first block reads: the images' range and some noise; 0: none
-            "noise_conditional": False,  # one flow for all noise levels
-            "triangular": False,  # affine maps with triangular matrices instead of diagonal ones
-            "position_init": "normal",  # of the position embeddings; or grid, which learns sooner
-        }
-    )
-    config.data = ConfigDict(
-        {
-            "source": "",  # digits, fashion_mnist, tfds:NAME, folder:PATH, npz:FILE
-            "data_dir": "",  # where sets are kept; "" is the default folder
-            "preprocessing": "none",  # or tarflow, adm
-            "flip": False,  # mirror at random
-            "num_workers": 0,  # threads that read ahead
-            "skip_bad": False,  # leave out a folder's damaged images instead of refusing it
-            "missing_labels": False,  # let the source have fewer classes than a class-conditional model, or none
-            "cache_bytes": 0,  # keep decoded images in memory up to this size
-        }
-    )
-    config.noise = ConfigDict(
-        {
-            "kind": "gaussian",  # or uniform, levels
-            "std": 0.05,
-            "std_min": 0.0,  # of levels
-            "std_max": 0.0,
-            "draw": "uniform",  # of a level, in σ; or variance, lognormal
-            "weight": "std",  # of an image in the loss, its σ; or one
-        }
-    )
-    config.optimizer = ConfigDict(
-        {
-            "name": "muon",  # for the hidden matrices, the rest by AdamW; or adamw for all
-            "learning_rate": 3e-3,
-            "muon_learning_rate": 5e-3,  # of the hidden matrices; with adamw 0
-            "final_learning_rate": 1e-6,
-            "warmup_steps": 0,
-            "beta1": 0.9,
-            "beta2": 0.95,
-            "weight_decay": 1e-4,
-            "clip_norm": 1.0,  # 0: no clipping
-            "ema_decay": 0.0,  # 0: no average
-        }
-    )
-    config.train = ConfigDict(
-        {
-            "num_steps": 0,
-            "batch_size": 0,
-            "accumulation": 1,  # microbatches a step
-            "drop_label": 0.0,  # probability of training an image without its label
-            "seed": 0,
-            "checkpoint_every": 1000,
-            "keep_checkpoints": 3,
-            "evaluate_every": 0,  # steps between test losses, for the best checkpoint to be kept; 0: only at the end
-            "sample_every": 0,  # 0: no previews
-            "log_every": 50,
-            "profile_steps": (0, 0),  # first and last step of a jax.profiler trace; none
-        }
-    )
-    config.sample = ConfigDict(
-        {
-            "guidance": {
-                "weight": 0.0,
-                "target": "both",  # or log_scale, shift
-                "schedule": "linear",  # or constant
-                "attention_temperature": 1.0,
-                "rule": "log_scale",  # or scale, product
-                "blocks": "all",  # or how many, from the noise
-            },
-            "denoise_multiplier": 1.0,
-        }
-    )
-    # -1: whatever devices are left, and on a CPU its cores.
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
-    return config
+    """A recipe without a model's shape, a data set and a number of steps; those are the recipes' own."""
+    return ConfigDict(FIELDS)
 
 
 def likelihood(config: ConfigDict) -> ConfigDict:

@@ -10,8 +10,8 @@ from pathlib import Path
 _FOLDER = Path(__file__).parent
 _CONFIGS = _FOLDER.parent / "configs"
 _NOT_A_STUDENTS = ("model", "data", "noise")  # they are its flow's
-_FIELD = re.compile(r'^ {12}"(\w+)": (.+?),(?:  # (.*))?$')
-_GROUP = re.compile(r"^    config\.(\w+) = ")
+_FIELD = re.compile(r'^ {8}"(\w+)": (.+?),(?:  # (.*))?$')
+_GROUP = re.compile(r'^ {4}"(\w+)": {$')
 _WIDTH = min(shutil.get_terminal_size((110, 50)).columns, 110)
 
 
@@ -68,7 +68,7 @@ def _flags(tree: ast.AST) -> list[str]:
 def _recipe(of_student: bool) -> Iterator[tuple[str, re.Match[str]]]:
     """Group and line of every field."""
     group, files = "", [_CONFIGS / "common.py", *([_CONFIGS / "student" / "common.py"] if of_student else [])]
-    for line in "".join(file.read_text().partition("return config")[0] for file in files).splitlines():
+    for line in "".join(file.read_text().partition("\n}\n")[0] for file in files).splitlines():
         if named := _GROUP.match(line):
             group = named[1]
         elif (field := _FIELD.match(line)) and not (of_student and group in _NOT_A_STUDENTS):

@@ -8,22 +8,25 @@ from ml_collections import ConfigDict
 from configs import common
 from tarflow_jax.errors import UserError
 
+# Read as that of configs/common.py is.
+FIELDS = {
+    "student": {
+        "width": 0,  # of its transformers; 0: the flow's
+        "layers_per_block": (2,),  # one number, or one a block: the flow's, last to first, and the denoiser
+        "method": "hidden_alignment",  # or hidden_distillation, naive
+        "max_guidance": 0.0,  # largest guidance weight that it takes
+        "perceptual": 0.0,  # weight of the clean images' distance as a classifier sees them
+        "flow": "",  # fingerprint of its flow's weights; launch.distill fills it in
+    },
+}
+
 
 def get_config() -> ConfigDict:
     """A recipe without a number of steps."""
     config = common.get_config()
     for group in ("model", "data", "noise"):
         del config[group]
-    config.student = ConfigDict(
-        {
-            "width": 0,  # of its transformers; 0: the flow's
-            "layers_per_block": (2,),  # one number, or one a block: the flow's, last to first, and the denoiser
-            "method": "hidden_alignment",  # or hidden_distillation, naive
-            "max_guidance": 0.0,  # largest guidance weight that it takes
-            "perceptual": 0.0,  # weight of the clean images' distance as a classifier sees them
-            "flow": "",  # fingerprint of its flow's weights; launch.distill fills it in
-        }
-    )
+    config.update(FIELDS)
     config.train.drop_label = 0.1
     return config
 
