@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.judge import Judge
-from tarflow_jax.evaluation.generation import balanced_labels
+from tarflow_jax.evaluation.generation import labels_in_proportion
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance, IterativeDenoising
 from tarflow_jax.training import Recipe
@@ -37,9 +37,10 @@ def denoised(pipe: TarFlowPipeline, images: jax.Array, labels: Any, method: dict
     return images
 
 
-def samples(pipe: TarFlowPipeline, _: Judge, setting: dict[str, Any]) -> tuple[jax.Array, np.ndarray]:
-    """(images, labels), drawn and not denoised."""
-    labels = balanced_labels(0, setting["num_images"], pipe.config.num_classes)
+def samples(pipe: TarFlowPipeline, judge: Judge, setting: dict[str, Any]) -> tuple[jax.Array, np.ndarray]:
+    """(images, labels), drawn and not denoised; labels are as frequent as in the training images."""
+    labels = labels_in_proportion(judge.train.class_counts(), setting["num_images"])
+    assert labels is not None
     latents = pipe.latents(jax.random.key(setting["seed"]), len(labels))
     return pipe.decode(latents, labels, Guidance(**setting["guidance"]), noise_std=pipe.drawn_level), labels
 

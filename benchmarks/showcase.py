@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
-from tarflow_jax.evaluation.generation import balanced_labels
 from tarflow_jax.figures import grid, to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance
@@ -27,7 +26,7 @@ def main() -> None:
     args = parser.parse_args()
     pipe = TarFlowPipeline.from_pretrained(args.workdir)
     classes = pipe.config.num_classes
-    labels = balanced_labels(0, classes * ROWS, classes)
+    labels = np.tile(np.arange(classes, dtype=np.int32), ROWS)
     settings = {
         "raw": (None, False),
         "denoised": (None, True),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 from etils import epath
 from jax.experimental import multihost_utils
@@ -62,8 +63,8 @@ def check_samples(pipe: TarFlowPipeline, metrics: Sequence[str]) -> None:
 def measure_samples(subject: Subject, metrics: list[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of a table, one a setting of guidance and denoising; and the protocol they share."""
     train, test = subject.source("train"), subject.source("test")
-    settings = sample_settings(subject.pipe)
-    folders = [draw(subject, guidance, denoise) for guidance, denoise in settings]
+    settings, counts, labels = sample_settings(subject.pipe), *sample_labels(subject)
+    folders = [draw(subject, guidance, denoise, counts) for guidance, denoise in settings]
     if jax.process_index():
         return [], {}
     if INCEPTION.value:
@@ -81,7 +82,7 @@ def measure_samples(subject: Subject, metrics: list[str]) -> tuple[list[dict[str
         )
     rows = []
     for (guidance, denoise), folder in zip(settings, folders, strict=True):
-        samples = generation.read_chunks(folder, NUM_SAMPLES.value, CHUNK_SIZE, subject.pipe.config.num_classes)
+        samples = generation.read_chunks(folder, NUM_SAMPLES.value, CHUNK_SIZE, counts)
         row = {"guidance": guidance.weight, "denoised": denoise, "not finite": samples.num_not_finite}
         features = extractor(samples.images, f"features, guidance {guidance.weight:g}")
         rows.append(row | distances.sample_metrics(metrics, network.name, features, reference))
@@ -89,7 +90,7 @@ def measure_samples(subject: Subject, metrics: list[str]) -> tuple[list[dict[str
         write_samples(SAVE_SAMPLES.value, samples.images, samples.labels)
     protocol = {
         "num_samples": NUM_SAMPLES.value,
-        "labels": "in turn" if subject.pipe.config.num_classes else "none",
+        "labels": labels,
         "decoder": "sequential",
         **decoder_protocol(subject.pipe),
         **{name: flags.FLAGS[name].value for name in common.GUIDANCE_FLAGS},
@@ -121,6 +122,21 @@ def sample_settings(pipe: TarFlowPipeline) -> list[tuple[Guidance, bool]]:
     return [(guidance, word == "true") for guidance, word in itertools.product(guidances, words)]
 
 
+def sample_labels(subject: Subject) -> tuple[np.ndarray, str]:
+    """How often samples have each label, as integers [classes] without a common divisor; and that in words.
+
+    The distance of samples that have others than the reference would be that of the labels, not of the images.
+    """
+    num_classes = subject.pipe.config.num_classes
+    if not num_classes:
+        return np.zeros(0, np.int64), "none"
+    if not REFERENCE.value:
+        counts = subject.source(REFERENCE_SPLIT.value).class_counts()
+        if len(counts) == num_classes and counts.any():
+            return counts // np.gcd.reduce(counts), "as often as in the reference split"
+    return np.ones(num_classes, np.int64), "in turn"
+
+
 def decoder_protocol(pipe: TarFlowPipeline) -> dict[str, Any]:
     """What figures say of the decoder; nothing of the sequential one."""
     name, polish = flags.FLAGS.decoder, flags.FLAGS.polish
@@ -132,13 +148,14 @@ def decoder_protocol(pipe: TarFlowPipeline) -> dict[str, Any]:
     return {"decoder": f"student, polish {polish}" if polish else name, "student": weights}
 
 
-def draw(subject: Subject, guidance: Guidance, denoise: bool) -> epath.Path:
+def draw(subject: Subject, guidance: Guidance, denoise: bool, class_counts: np.ndarray) -> epath.Path:
     """Draws what is missing of a setting's samples; returns their folder when all processes are done."""
     protocol = {
         **{name: subject.protocol[name] for name in ("fingerprint", "seed", "compute")},
         "guidance": dataclasses.asdict(guidance) if guidance.weight else None,
         "denoise": MULTIPLIER.value if denoise else None,
         "chunk_size": CHUNK_SIZE,
+        "class_counts": class_counts.tolist(),
         **decoder_protocol(subject.pipe),
     }
     folder = generation.chunk_folder(subject.out / "samples", protocol)
@@ -146,7 +163,7 @@ def draw(subject: Subject, guidance: Guidance, denoise: bool) -> epath.Path:
     def sample(key: jax.Array, number: int, labels: jax.Array | None) -> jax.Array:
         return subject.pipe.sample(key, number, labels, guidance, denoise, MULTIPLIER.value, **common.decoder())
 
-    generation.generate(sample, folder, NUM_SAMPLES.value, CHUNK_SIZE, subject.pipe.config.num_classes, SEED.value)
+    generation.generate(sample, folder, NUM_SAMPLES.value, CHUNK_SIZE, class_counts, SEED.value)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"samples in {folder}")
     return folder

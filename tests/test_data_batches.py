@@ -111,6 +111,7 @@ def test_cache_reads_once_and_stays_in_its_bound(source):
     np.testing.assert_array_equal(np.bincount(reads), expected)
     assert_equal(take(cached, 20, num_workers=3), take(source, 20))
     assert [reads.count(index) for index in range(20)] == [1] * 20
+    np.testing.assert_array_equal(cached.class_counts(), source.class_counts())
 
 
 def test_unlabelled_images_have_label_minus_one():

@@ -180,6 +180,8 @@ def test_packed_sets_hold_what_the_folder_does(classes, options):
     assert manifest["image_shape"] == [12, 12, 3]
     labels = data.open_source(name, "train").read(range(train["images"]))[1]
     assert train["class_counts"] == np.bincount(labels).tolist()
+    for source in (data.open_source(name, "train"), data.open_source(f"folder:{classes}", "train", **options)):
+        assert source.class_counts().tolist() == train["class_counts"]
     assert (train["smallest_original"], train["largest_original"]) == ([14, 20], [14, 23])
     with pytest.raises(ValueError, match="packed with preprocessing tarflow, not adm; pack it again"):
         data.open_source(name, "train", preprocessing="adm")

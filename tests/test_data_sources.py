@@ -53,6 +53,7 @@ def test_digits_are_scikit_learns(data_dir):
         assert source.image_shape == (8, 8, 1)
         assert source.num_classes == len(source.label_names) == 10
         np.testing.assert_array_equal(source.labels, digits.target[rows])
+        np.testing.assert_array_equal(source.class_counts(), np.bincount(digits.target[rows]))
         np.testing.assert_array_equal(source.images[..., 0], np.rint(digits.images[rows] * 255 / 16))
     assert list(data_dir.glob("tfds/digits/*/*.array_record*"))
 
@@ -122,6 +123,7 @@ def test_tfds_sets_by_name(data_dir):
     train = data.open_source(name, "train", **options)
     assert (len(train), train.image_shape, train.label_names) == (9, (16, 12, 3), ("red", "blue"))
     assert [int(train[index]["label"]) for index in range(5)] == [0, 1, 0, -1, 0]
+    assert train.class_counts().tolist() == [5, 3]
     assert (train[1]["image"] == [0, 0, 255]).all()
     assert len(data.open_source(f"{name}:1.0.0", "test", **options)) == 4
     with pytest.raises(ValueError, match="images differ in size; an image size and a preprocessing are needed"):

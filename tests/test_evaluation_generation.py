@@ -6,6 +6,7 @@ import pytest
 from tarflow_jax.evaluation import generation
 
 PROTOCOL = {"seed": 3, "guidance": 1.0}
+EQUAL = np.array([5, 5])
 
 
 class Model:
@@ -26,29 +27,40 @@ class Model:
 
 def test_generation_continues_after_a_kill(tmp_path):
     whole = generation.chunk_folder(tmp_path / "whole", PROTOCOL)
-    generation.generate(Model().sample, whole, 10, 4, 2, seed=3)
-    expected = generation.read_chunks(whole, 10, 4, 2)
+    generation.generate(Model().sample, whole, 10, 4, EQUAL, seed=3)
+    expected = generation.read_chunks(whole, 10, 4, EQUAL)
     assert expected.images.shape == (10, 2, 2, 1)
     assert expected.num_not_finite == 0
     np.testing.assert_array_equal(expected.labels, np.arange(10) % 2)
 
     folder = generation.chunk_folder(tmp_path / "killed", PROTOCOL)
     with pytest.raises(KeyboardInterrupt):
-        generation.generate(Model(fail_at=2).sample, folder, 10, 4, 2, seed=3)
+        generation.generate(Model(fail_at=2).sample, folder, 10, 4, EQUAL, seed=3)
     with pytest.raises(FileNotFoundError, match="chunk_00002"):
-        generation.read_chunks(folder, 10, 4, 2)
+        generation.read_chunks(folder, 10, 4, EQUAL)
     again = Model()
-    generation.generate(again.sample, folder, 10, 4, 2, seed=3)
+    generation.generate(again.sample, folder, 10, 4, EQUAL, seed=3)
     assert again.calls == 1
-    np.testing.assert_array_equal(generation.read_chunks(folder, 10, 4, 2).images, expected.images)
+    np.testing.assert_array_equal(generation.read_chunks(folder, 10, 4, EQUAL).images, expected.images)
 
 
 def test_first_samples_do_not_depend_on_the_number(tmp_path):
-    generation.generate(Model().sample, tmp_path, 12, 4, 2, seed=0)
+    generation.generate(Model().sample, tmp_path, 12, 4, EQUAL, seed=0)
     np.testing.assert_array_equal(
-        generation.read_chunks(tmp_path, 5, 4, 2).images,
-        generation.read_chunks(tmp_path, 12, 4, 2).images[:5],
+        generation.read_chunks(tmp_path, 5, 4, EQUAL).images,
+        generation.read_chunks(tmp_path, 12, 4, EQUAL).images[:5],
     )
+
+
+def test_labels_are_as_frequent_as_they_should_be_at_any_time():
+    np.testing.assert_array_equal(generation.labels_in_proportion(np.array([7, 7, 7]), 7), [0, 1, 2, 0, 1, 2, 0])
+    counts = np.array([0, 2054, 3, 149, 240])
+    labels = generation.labels_in_proportion(counts, counts.sum())
+    np.testing.assert_array_equal(np.bincount(labels, minlength=5), counts)
+    drawn = np.cumsum(np.eye(5)[labels], axis=0)
+    due = np.arange(1, len(labels) + 1)[:, None] * counts / counts.sum()
+    assert abs(drawn - due).max() < 1.5
+    assert generation.labels_in_proportion((), 3) is None
 
 
 def test_processes_share_the_chunks(tmp_path, monkeypatch):
@@ -56,15 +68,15 @@ def test_processes_share_the_chunks(tmp_path, monkeypatch):
     for process, count in ((1, 1), (0, 2)):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         model = Model()
-        generation.generate(model.sample, tmp_path, 12, 4, 2, seed=0)
+        generation.generate(model.sample, tmp_path, 12, 4, EQUAL, seed=0)
         assert model.calls == count
-    assert len(generation.read_chunks(tmp_path, 12, 4, 2).images) == 12
+    assert len(generation.read_chunks(tmp_path, 12, 4, EQUAL).images) == 12
 
 
 def test_samples_that_are_not_finite_are_counted_and_kept(tmp_path):
     model = Model(nan_at=1)
-    generation.generate(model.sample, tmp_path, 8, 4, 2, seed=0)
-    samples = generation.read_chunks(tmp_path, 8, 4, 2)
+    generation.generate(model.sample, tmp_path, 8, 4, EQUAL, seed=0)
+    samples = generation.read_chunks(tmp_path, 8, 4, EQUAL)
     assert model.calls == 2
     assert samples.num_not_finite == 1
     assert samples.images[5, 0, 0, 0] == generation.NOT_FINITE
@@ -85,4 +97,4 @@ def test_eight_bit_values_are_the_nearest():
 def test_a_damaged_chunk_is_refused(tmp_path):
     generation.write_npz(tmp_path / "chunk_00000.npz", images=np.zeros((3, 2, 2, 1), np.uint8))
     with pytest.raises(ValueError, match="delete it and run again"):
-        generation.read_chunks(tmp_path, 4, 4, 0)
+        generation.read_chunks(tmp_path, 4, 4, ())

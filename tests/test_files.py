@@ -61,8 +61,8 @@ def test_all_of_a_workdir_but_orbax_s_part_goes_through_epath(bucket, monkeypatc
     assert folders == ["gs://bucket/run/tensorboard"] * 2
     figures.save_gif(bucket / "figures" / "way.gif", [np.zeros((4, 4, 1), np.uint8)] * 2)
     chunks = generation.chunk_folder(bucket / "evaluation", {"seed": 0})
-    generation.generate(lambda key, number, labels: jax.numpy.zeros((number, 2, 2, 1)), chunks, 4, 4, 0, seed=0)
-    assert len(generation.read_chunks(chunks, 4, 4, 0).images) == 4
+    generation.generate(lambda key, number, labels: jax.numpy.zeros((number, 2, 2, 1)), chunks, 4, 4, (), seed=0)
+    assert len(generation.read_chunks(chunks, 4, 4, ()).images) == 4
     Schedule({1: (Sequential(),)}, "0123").write(bucket)
     assert Schedule.read(bucket, 1).decoders == {1: (Sequential(),)}
     written = {str(path.relative_to(tmp_path / "bucket" / "run").parts[0]) for path in tmp_path.rglob("*.*")}

@@ -106,7 +106,7 @@ def test_a_signal_ends_a_command_at_once_and_leaves_no_half_file(tmp_path, numbe
         "        if os.path.exists(folder + '/chunk_00000.npz'):\n"
         f"            os.kill(os.getpid(), signal.{number})\n"
         "        return jax.numpy.zeros((number, 2, 2, 1))\n"
-        "    generation.generate(sample, folder, 12, 4, 0, seed=0)\n"
+        "    generation.generate(sample, folder, 12, 4, (), seed=0)\n"
     )
     for i, (body, left) in enumerate(((in_a_file, []), (in_a_chunk, ["chunk_00000.npz"]))):
         folder = tmp_path / str(i)

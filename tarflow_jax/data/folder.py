@@ -142,6 +142,7 @@ def open_folder(argument: str, split: str, options: Options) -> EncodedSource:
         preprocessing=preprocessing,
         num_classes=len(label_names),
         label_names=label_names,
+        read_label=lambda index: items[index].label,
     )
 
 

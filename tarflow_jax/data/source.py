@@ -59,6 +59,14 @@ class ImageSource(abc.ABC):
     @abc.abstractmethod
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
+    def class_counts(self) -> np.ndarray:
+        """int64 [num_classes]: how many images have each label. Decodes none."""
+        labels = np.array([self._label(index) for index in range(len(self))], np.int64)
+        return np.bincount(labels[labels != NO_LABEL], minlength=self.num_classes)
+
+    def _label(self, index: int) -> int:
+        return int(self[index]["label"])
+
     def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images uint8 [N, H, W, K] and labels int32 [N] of the given indices."""
         items = [self[int(index)] for index in indices]
@@ -93,6 +101,9 @@ class ArraySource(ImageSource):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self.images[index], "label": self.labels[index]}
 
+    def _label(self, index: int) -> int:
+        return int(self.labels[index])
+
     def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.images[indices], self.labels[indices]
 
@@ -117,10 +128,12 @@ class EncodedSource(ImageSource):
         preprocessing: str,
         num_classes: int,
         label_names: Sequence[str] = (),
+        read_label: Callable[[int], int] | None = None,
     ) -> None:
         """Takes functions of the index: the encoded image with its label, and what to call it in an error.
 
-        `content` tells these images and labels from others, see `fingerprint`.
+        `content` tells these images and labels from others, see `fingerprint`. `read_label` is the label alone, where
+        it can be had without reading the image.
         """
         super().__init__(name, image_shape, num_classes, label_names)
         check_preprocessing(preprocessing)
@@ -129,6 +142,7 @@ class EncodedSource(ImageSource):
         self.preprocessing = self._preprocessing = preprocessing
         self._num_images = num_images
         self._read_encoded = read_encoded
+        self._read_label = read_label or (lambda index: read_encoded(index)[1])
         self._describe = describe
         self._contents = content
 
@@ -138,13 +152,23 @@ class EncodedSource(ImageSource):
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             content, label = self._read_encoded(index)
-            if self.num_classes and not NO_LABEL <= label < self.num_classes:
-                raise UserError(f"label {label} is out of range; {self.num_classes} classes are expected")
+            checked = self._checked(label)
             image = decode_image(content, self.image_shape[2])
             array = preprocess(image, self._preprocessing, self.image_shape[:2])
         except ValueError as error:
             raise UserError(f"{self._describe(index)}: {error}") from None
-        return {"image": array, "label": np.int32(label if self.num_classes else NO_LABEL)}
+        return {"image": array, "label": np.int32(checked)}
+
+    def _label(self, index: int) -> int:
+        try:
+            return self._checked(self._read_label(index))
+        except ValueError as error:
+            raise UserError(f"{self._describe(index)}: {error}") from None
+
+    def _checked(self, label: int) -> int:
+        if self.num_classes and not NO_LABEL <= label < self.num_classes:
+            raise UserError(f"label {label} is out of range; {self.num_classes} classes are expected")
+        return label if self.num_classes else NO_LABEL
 
     def _content(self) -> str:
         return self._contents
@@ -167,6 +191,9 @@ class CachedSource(ImageSource):
 
     def _content(self) -> str:
         return self.source._content()
+
+    def _label(self, index: int) -> int:
+        return self.source._label(index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]

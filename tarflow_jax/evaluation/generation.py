@@ -5,7 +5,7 @@ Chunk i comes from the key fold_in(key(seed), i) and nothing else, so it does no
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -51,9 +51,20 @@ def chunk_folder(root: epath.PathLike, protocol: Mapping[str, Any]) -> epath.Pat
     return folder
 
 
-def balanced_labels(start: int, stop: int, num_classes: int) -> np.ndarray | None:
-    """Labels of samples start .. stop - 1: 0, 1, 2 … in turn, int32; None without classes."""
-    return np.arange(start, stop, dtype=np.int32) % np.int32(num_classes) if num_classes else None
+def labels_in_proportion(class_counts: Sequence[int] | np.ndarray, num_images: int) -> np.ndarray | None:
+    """Labels int32 [num_images], of whose first n every class has about its share; None without classes.
+
+    Each is the class that is furthest behind, the lowest of several: 0, 1, 2 … in turn where `class_counts`, integers
+    [C], are equal.
+    """
+    if not len(class_counts):
+        return None
+    share, drawn = np.asarray(class_counts, np.int64), np.zeros(len(class_counts), np.int64)
+    labels = np.empty(num_images, np.int32)
+    for i in range(num_images):
+        labels[i] = np.argmax(share * (i + 1) - share.sum() * drawn)
+        drawn[labels[i]] += 1
+    return labels
 
 
 def generate(
@@ -61,27 +72,32 @@ def generate(
     folder: epath.PathLike,
     num_images: int,
     chunk_size: int,
-    num_classes: int,
+    class_counts: Sequence[int] | np.ndarray,
     seed: int,
 ) -> None:
     """Draws the chunks of `num_images` samples that are not in `folder` yet; of several processes each its share.
 
-    `sample(key, number, labels)` returns float images [number, H, W, K] in [-1, 1]. Every chunk is drawn whole, so the
-    first images do not depend on how many are asked for. Nothing is drawn twice, NaN or not.
+    `sample(key, number, labels)` returns float images [number, H, W, K] in [-1, 1], for `labels_in_proportion`. Every
+    chunk is drawn whole, so the first images do not depend on how many are asked for. Nothing is drawn twice, NaN or
+    not.
     """
-    mine = range(jax.process_index(), -(-num_images // chunk_size), jax.process_count())
+    num_chunks = -(-num_images // chunk_size)
+    all_labels = labels_in_proportion(class_counts, num_chunks * chunk_size)
+    mine = range(jax.process_index(), num_chunks, jax.process_count())
     for index in progress(mine, f"samples, {chunk_size} at a time"):
         path = _chunk_path(folder, index)
         if path.exists():
             continue
         key = jax.random.fold_in(jax.random.key(seed), index)
-        labels = balanced_labels(index * chunk_size, (index + 1) * chunk_size, num_classes)
-        drawn = sample(key, chunk_size, None if labels is None else jnp.asarray(labels))
+        chosen = slice(index * chunk_size, (index + 1) * chunk_size)
+        drawn = sample(key, chunk_size, None if all_labels is None else jnp.asarray(all_labels[chosen]))
         images, not_finite = quantise(np.asarray(drawn))
         write_npz(path, images=images, not_finite=not_finite)
 
 
-def read_chunks(folder: epath.PathLike, num_images: int, chunk_size: int, num_classes: int) -> Samples:
+def read_chunks(
+    folder: epath.PathLike, num_images: int, chunk_size: int, class_counts: Sequence[int] | np.ndarray
+) -> Samples:
     """The first `num_images` samples of a folder. Raises FileNotFoundError while a chunk is missing, and
     ValueError for one that is damaged."""
     images, not_finite = [], []
@@ -94,7 +110,7 @@ def read_chunks(folder: epath.PathLike, num_images: int, chunk_size: int, num_cl
         not_finite.append(chunk["not_finite"])
     return Samples(
         np.concatenate(images)[:num_images],
-        balanced_labels(0, num_images, num_classes),
+        labels_in_proportion(class_counts, num_images),
         int(np.concatenate(not_finite)[:num_images].sum()),
     )
 
