@@ -29,6 +29,7 @@ from benchmarks.common import add_row
 from benchmarks.judge import Judge
 from benchmarks.optimizers import run_trial
 from configs.sweeps.small import SEEDS
+from launch.common import example_labels
 from tarflow_jax.data import open_source
 from tarflow_jax.evaluation import classification
 from tarflow_jax.flow import TarFlow, TarFlowConfig, block
@@ -76,7 +77,7 @@ def updates(workdir: Path) -> Rows:
                 for later in steps[steps.index(step) + 1 :]:
                     shutil.rmtree(Path(copy, "checkpoints", str(later)))
                 pipe = TarFlowPipeline.from_pretrained(copy)
-            labels, latents = np.tile(np.arange(10, dtype=np.int32), 10), pipe.latents(jax.random.key(seed), 100)
+            labels, latents = example_labels(10, 100), pipe.latents(jax.random.key(seed), 100)
             _, (found, _) = pipe.decode(latents, labels, decoder=Jacobi(), return_statistics=True)
             row = {"train.seed": seed, "step": step, "most": pipe.config.num_tokens - 1}
             yield row | {f"block {k}": float(np.mean(of_block)) for k, of_block in enumerate(found)}

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from launch.common import example_labels
 from tarflow_jax.figures import grid, save_png, to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     one, many = map(TarFlowPipeline.from_pretrained, (args.one, args.many))
-    labels = np.tile(np.arange(one.config.num_classes, dtype=np.int32), 2)
+    labels = example_labels(one.config.num_classes, 2 * one.config.num_classes)
     latents = one.latents(jax.random.key(0), len(labels))
     drawn = one.decode(latents, labels, Guidance(args.guidance[0]))
     rows = {f"one level: drawn, noise {one.noise_std:g}": drawn, "denoised": one.denoise_drawn(drawn, labels)}

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
+from launch.common import example_labels
 from tarflow_jax.figures import grid, to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance
@@ -26,7 +27,7 @@ def main() -> None:
     args = parser.parse_args()
     pipe = TarFlowPipeline.from_pretrained(args.workdir)
     classes = pipe.config.num_classes
-    labels = np.tile(np.arange(classes, dtype=np.int32), ROWS)
+    labels = example_labels(classes, classes * ROWS)
     settings = {
         "raw": (None, False),
         "denoised": (None, True),

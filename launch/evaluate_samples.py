@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from launch import common
 from launch.evaluate_subject import SEED, Subject
 from tarflow_jax.arguments import check_guidance, check_student, check_student_guidance
+from tarflow_jax.data import ImageSource
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation import distances, generation
 from tarflow_jax.evaluation.classifier import classifier_network
@@ -39,7 +40,7 @@ INCEPTION = flags.DEFINE_string(
 REFERENCE = flags.DEFINE_string(
     "reference", None, "Compare with the statistics in this npz file, in place of a split's own."
 )
-REFERENCE_SPLIT = flags.DEFINE_string("reference_split", "train", "Compare samples with this split.")
+REFERENCE_SPLIT = flags.DEFINE_enum("reference_split", "train", ["train", "test"], "Compare samples with this split.")
 SAVE_SAMPLES = flags.DEFINE_string(
     "save_samples", None, "Write the samples of the last setting to this npz file, in ADM's format."
 )
@@ -63,7 +64,9 @@ def check_samples(pipe: TarFlowPipeline, metrics: Sequence[str]) -> None:
 def measure_samples(subject: Subject, metrics: list[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Rows of a table, one a setting of guidance and denoising; and the protocol they share."""
     train, test = subject.source("train"), subject.source("test")
-    settings, counts, labels = sample_settings(subject.pipe), *sample_labels(subject)
+    source = train if REFERENCE_SPLIT.value == "train" else test
+    settings = sample_settings(subject.pipe)
+    counts, labels = sample_labels(subject.pipe.config.num_classes, source)
     folders = [draw(subject, guidance, denoise, counts) for guidance, denoise in settings]
     if jax.process_index():
         return [], {}
@@ -76,7 +79,6 @@ def measure_samples(subject: Subject, metrics: list[str]) -> tuple[list[dict[str
         reference = distances.file_reference(extractor, REFERENCE.value, metrics)
     else:
         split, preprocessing = REFERENCE_SPLIT.value, subject.protocol["preprocessing"]
-        source = train if split == "train" else test
         reference = distances.data_set_reference(
             extractor, source, split, preprocessing, subject.data_dir / "evaluation"
         )
@@ -122,16 +124,15 @@ def sample_settings(pipe: TarFlowPipeline) -> list[tuple[Guidance, bool]]:
     return [(guidance, word == "true") for guidance, word in itertools.product(guidances, words)]
 
 
-def sample_labels(subject: Subject) -> tuple[np.ndarray, str]:
+def sample_labels(num_classes: int, reference: ImageSource) -> tuple[np.ndarray, str]:
     """How often samples have each label, as integers [classes] without a common divisor; and that in words.
 
     The distance of samples that have others than the reference would be that of the labels, not of the images.
     """
-    num_classes = subject.pipe.config.num_classes
     if not num_classes:
         return np.zeros(0, np.int64), "none"
     if not REFERENCE.value:
-        counts = subject.source(REFERENCE_SPLIT.value).class_counts()
+        counts = reference.class_counts()
         if len(counts) == num_classes and counts.any():
             return counts // np.gcd.reduce(counts), "as often as in the reference split"
     return np.ones(num_classes, np.int64), "in turn"

@@ -183,6 +183,12 @@ def test_packed_sets_hold_what_the_folder_does(classes, options):
     for source in (data.open_source(name, "train"), data.open_source(f"folder:{classes}", "train", **options)):
         assert source.class_counts().tolist() == train["class_counts"]
     assert (train["smallest_original"], train["largest_original"]) == ([14, 20], [14, 23])
+    path, broken = Path(name.removeprefix("packed:")) / "manifest.json", json.loads(json.dumps(manifest))
+    broken["splits"]["train"]["class_counts"][0] = -1
+    path.write_text(json.dumps(broken))
+    with pytest.raises(ValueError, match="damaged or from another version"):
+        data.open_source(name, "train")
+    path.write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="packed with preprocessing tarflow, not adm; pack it again"):
         data.open_source(name, "train", preprocessing="adm")
     with pytest.raises(ValueError, match="its images are 12x12, but 8x8 is asked for"):

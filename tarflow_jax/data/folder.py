@@ -12,7 +12,7 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from tarflow_jax.data.images import decode_image, preprocess, read_file
-from tarflow_jax.data.source import NO_LABEL, EncodedSource, Options
+from tarflow_jax.data.source import NO_LABEL, EncodedSource, Options, count_labels
 from tarflow_jax.data.splits import split_of
 from tarflow_jax.errors import UserError
 from tarflow_jax.files import write_text
@@ -142,7 +142,7 @@ def open_folder(argument: str, split: str, options: Options) -> EncodedSource:
         preprocessing=preprocessing,
         num_classes=len(label_names),
         label_names=label_names,
-        read_label=lambda index: items[index].label,
+        class_counts=lambda: count_labels([item.label for item in items], len(label_names)),
     )
 
 

@@ -220,7 +220,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         sizes = [shard["bytes"] for split in splits.values() for shard in split["shards"]]
         whole = all(type(size) is int and size > 0 for size in (height, width, *sizes)) and channels == 3
         plain = all(type(name) is str for name in names) and all(Path(file).name == file for file in files)
-        if manifest["format"] != FORMAT or not whole or not plain:
+        all_counts = [split["class_counts"] for split in splits.values()]
+        counted = all(
+            len(counts) == len(names) and all(type(count) is int and count >= 0 for count in counts)
+            for counts in all_counts
+        )
+        if manifest["format"] != FORMAT or not whole or not plain or not counted:
             raise UserError("unexpected values")
         check_preprocessing(manifest["preprocessing"])
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -269,6 +274,7 @@ def open_packed(argument: str, split: str, options: Options, name: str | None = 
         preprocessing="none",
         num_classes=len(manifest["label_names"]),
         label_names=manifest["label_names"],
+        class_counts=lambda: np.array(manifest["splits"][split]["class_counts"], np.int64),
     )
     source.preprocessing = manifest["preprocessing"]
     return source

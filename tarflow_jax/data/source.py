@@ -60,12 +60,8 @@ class ImageSource(abc.ABC):
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
     def class_counts(self) -> np.ndarray:
-        """int64 [num_classes]: how many images have each label. Decodes none."""
-        labels = np.array([self._label(index) for index in range(len(self))], np.int64)
-        return np.bincount(labels[labels != NO_LABEL], minlength=self.num_classes)
-
-    def _label(self, index: int) -> int:
-        return int(self[index]["label"])
+        """int64 [num_classes]: how many images have each label."""
+        return count_labels([self[index]["label"] for index in range(len(self))], self.num_classes)
 
     def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images uint8 [N, H, W, K] and labels int32 [N] of the given indices."""
@@ -101,8 +97,8 @@ class ArraySource(ImageSource):
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"image": self.images[index], "label": self.labels[index]}
 
-    def _label(self, index: int) -> int:
-        return int(self.labels[index])
+    def class_counts(self) -> np.ndarray:
+        return count_labels(self.labels, self.num_classes)
 
     def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.images[indices], self.labels[indices]
@@ -128,12 +124,12 @@ class EncodedSource(ImageSource):
         preprocessing: str,
         num_classes: int,
         label_names: Sequence[str] = (),
-        read_label: Callable[[int], int] | None = None,
+        class_counts: Callable[[], np.ndarray],
     ) -> None:
         """Takes functions of the index: the encoded image with its label, and what to call it in an error.
 
-        `content` tells these images and labels from others, see `fingerprint`. `read_label` is the label alone, where
-        it can be had without reading the image.
+        `content` tells these images and labels from others, see `fingerprint`. `class_counts` counts the labels,
+        without decoding an image.
         """
         super().__init__(name, image_shape, num_classes, label_names)
         check_preprocessing(preprocessing)
@@ -142,7 +138,7 @@ class EncodedSource(ImageSource):
         self.preprocessing = self._preprocessing = preprocessing
         self._num_images = num_images
         self._read_encoded = read_encoded
-        self._read_label = read_label or (lambda index: read_encoded(index)[1])
+        self._class_counts = class_counts
         self._describe = describe
         self._contents = content
 
@@ -152,23 +148,16 @@ class EncodedSource(ImageSource):
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             content, label = self._read_encoded(index)
-            checked = self._checked(label)
+            if self.num_classes and not NO_LABEL <= label < self.num_classes:
+                raise UserError(f"label {label} is out of range; {self.num_classes} classes are expected")
             image = decode_image(content, self.image_shape[2])
             array = preprocess(image, self._preprocessing, self.image_shape[:2])
         except ValueError as error:
             raise UserError(f"{self._describe(index)}: {error}") from None
-        return {"image": array, "label": np.int32(checked)}
+        return {"image": array, "label": np.int32(label if self.num_classes else NO_LABEL)}
 
-    def _label(self, index: int) -> int:
-        try:
-            return self._checked(self._read_label(index))
-        except ValueError as error:
-            raise UserError(f"{self._describe(index)}: {error}") from None
-
-    def _checked(self, label: int) -> int:
-        if self.num_classes and not NO_LABEL <= label < self.num_classes:
-            raise UserError(f"label {label} is out of range; {self.num_classes} classes are expected")
-        return label if self.num_classes else NO_LABEL
+    def class_counts(self) -> np.ndarray:
+        return self._class_counts()
 
     def _content(self) -> str:
         return self._contents
@@ -192,8 +181,8 @@ class CachedSource(ImageSource):
     def _content(self) -> str:
         return self.source._content()
 
-    def _label(self, index: int) -> int:
-        return self.source._label(index)
+    def class_counts(self) -> np.ndarray:
+        return self.source.class_counts()
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
@@ -204,6 +193,12 @@ class CachedSource(ImageSource):
             self._images[index], self._labels[index] = item["image"], item["label"]
             self._filled[index] = True  # last: other threads read the slot as soon as this is set
         return {"image": self._images[index], "label": self._labels[index]}
+
+
+def count_labels(labels: Sequence[int] | np.ndarray, num_classes: int) -> np.ndarray:
+    """int64 [num_classes]: how often each of the labels occurs; -1 does not count."""
+    found = np.asarray(labels, np.int64)
+    return np.bincount(found[found != NO_LABEL], minlength=num_classes)
 
 
 def check_labels(name: str, labels: np.ndarray | None, num_images: int, num_classes: int) -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 import requests
 import tensorflow_datasets as tfds
 
-from tarflow_jax.data.source import NO_LABEL, EncodedSource, Options
+from tarflow_jax.data.source import NO_LABEL, EncodedSource, Options, count_labels
 from tarflow_jax.errors import UserError, one_line
 
 TIMEOUT_S = 25  # of a host that does not answer
@@ -122,11 +122,15 @@ def open_tfds(argument: str, split: str, options: Options) -> EncodedSource:
     classes = features.get("label")
     if not isinstance(classes, tfds.features.ClassLabel):
         classes = None
+    num_classes = classes.num_classes if classes else 0
     records = builder.as_data_source(chosen, decoders={"image": tfds.decode.SkipDecoding()})
 
     def read_encoded(index: int) -> tuple[bytes, int]:
         record = records[index]
         return record["image"], int(record["label"]) if classes else NO_LABEL
+
+    def class_counts() -> np.ndarray:
+        return count_labels([read_encoded(index)[1] for index in range(len(records))], num_classes)
 
     return EncodedSource(
         name,
@@ -136,8 +140,9 @@ def open_tfds(argument: str, split: str, options: Options) -> EncodedSource:
         content=f"{builder.info.full_name}/{chosen}",
         image_shape=(*size, 1 if channels == 1 else 3),
         preprocessing=options.preprocessing,
-        num_classes=classes.num_classes if classes else 0,
+        num_classes=num_classes,
         label_names=classes.names if classes else (),
+        class_counts=class_counts,
     )
 
 

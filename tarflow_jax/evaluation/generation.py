@@ -60,9 +60,10 @@ def labels_in_proportion(class_counts: Sequence[int] | np.ndarray, num_images: i
     if not len(class_counts):
         return None
     share, drawn = np.asarray(class_counts, np.int64), np.zeros(len(class_counts), np.int64)
+    total = share.sum()
     labels = np.empty(num_images, np.int32)
     for i in range(num_images):
-        labels[i] = np.argmax(share * (i + 1) - share.sum() * drawn)
+        labels[i] = np.argmax(share * (i + 1) - total * drawn)
         drawn[labels[i]] += 1
     return labels
 
