@@ -9,13 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from tarflow_jax.arguments import check_levels
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.classification import class_log_probs
 from tarflow_jax.likelihood import bits_per_dim
 from tarflow_jax.noise import to_float
-from tarflow_jax.pipeline import TarFlowPipeline
-from tarflow_jax.sampling.interpolation import spherical
+from tarflow_jax.pipeline import TarFlowPipeline, check_levels
 
 Progress = Callable[[float, str], Any]  # the share that is done, and what comes now
 
@@ -151,3 +149,25 @@ def interpolate(
         progress(0.7, "denoising")
         images = pipe.denoise(images, labels, noise_std)
     return np.asarray(images)
+
+
+def spherical(start: jax.Array, end: jax.Array, shares: jax.Array) -> jax.Array:
+    """Spherical interpolation, (sin((1 - t) θ) a + sin(t θ) b) / sin θ with θ the angle between a and b.
+
+    Standard normal latents have about the same norm, √(H W K), unlike points on the straight line
+    between two of them. Parallel latents, where sin θ is 0, are interpolated linearly.
+
+    Args:
+      start, end: latents a and b, float32 [H, W, K]. shares: t, float32 [N]; 0 is the start, 1 the end.
+
+    Returns:
+      float32 [N, H, W, K].
+    """
+    cosine = (start * end).sum() / (jnp.linalg.norm(start) * jnp.linalg.norm(end))
+    angle = jnp.arccos(jnp.clip(cosine, -1, 1))
+    parallel = jnp.sin(angle) < 1e-4
+    sine = jnp.where(parallel, 1, jnp.sin(angle))
+    of_start = jnp.where(parallel, 1 - shares, jnp.sin((1 - shares) * angle) / sine)
+    of_end = jnp.where(parallel, shares, jnp.sin(shares * angle) / sine)
+    of_both = jnp.stack([of_start, of_end], axis=1)  # [N, 2]
+    return jnp.einsum("NE,EHWK->NHWK", of_both, jnp.stack([start, end]), precision="highest")

@@ -1,5 +1,6 @@
 """log p(x), the training loss, and bits per dimension."""
 
+import functools
 import math
 from typing import Any, TypeVar
 
@@ -8,13 +9,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from tarflow_jax.flow import TarFlow, to_tokens
-from tarflow_jax.noise import Levels
+from tarflow_jax.noise import Levels, Noise
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
 LOG_2PI = 1.8378770664093453
 LEVELS_PER_UNIT = 128  # half the 256 levels, because images span 2 units
 
 
+@functools.partial(jax.jit, static_argnames="flow")
+def encode(
+    flow: TarFlow,
+    variables: dict[str, Any],
+    images: jax.Array,
+    labels: jax.Array | None = None,
+    noise_std: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """(latents, log_det) of `TarFlow`, compiled."""
+    return flow.apply(variables, images, labels, noise_std)
+
+
+@functools.partial(jax.jit, static_argnames="flow")
 def log_prob(
     flow: TarFlow,
     variables: dict[str, Any],
@@ -27,7 +41,7 @@ def log_prob(
     Args:
       images: float32 [B, H, W, K].
       labels: int32 [B], -1 for no class, or None.
-      noise_std: σ [B] of a flow that is conditional on it.
+      noise_std: σ [B], for a noise-conditional flow.
 
     Returns:
       float32 [B], nats.
@@ -37,6 +51,7 @@ def log_prob(
     return log_det - energy
 
 
+@functools.partial(jax.jit, static_argnames="flow")
 def patch_log_prob(
     flow: TarFlow,
     variables: dict[str, Any],
@@ -66,6 +81,26 @@ def patch_log_prob(
         shares = shares - 0.5 * jnp.log(variables["prior"]["variance"]).sum(1)[None]
     height, width = config.image_size
     return shares.reshape(-1, height // config.patch_size, width // config.patch_size)
+
+
+@functools.partial(jax.jit, static_argnames=("flow", "noise"))
+def noisy_log_prob(
+    flow: TarFlow,
+    noise: Noise,
+    variables: dict[str, Any],
+    images: jax.Array,
+    labels: jax.Array | None,
+    index: jax.Array,
+    noise_std: jax.Array | None,
+    key: jax.Array,
+) -> jax.Array:
+    """log p, float32 [B] in nats, of 8-bit images [B, H, W, K] with noise.
+
+    Image number `index` [B] of a data set gets the noise of fold_in(key, index). `noise_std` [B] is the level of a
+    noise with levels, and the level at which a noise-conditional flow is evaluated.
+    """
+    noisy = noise.of_images(key, images, index, noise_std)
+    return log_prob(flow, variables, noisy, labels if flow.config.num_classes else None, noise_std)
 
 
 def training_loss(

@@ -115,6 +115,15 @@ class Noise:
         std: Any = self.std if noise_std is None else noise_std[:, None, None, None]
         return to_float(images) + std * jax.random.normal(key, images.shape, jnp.float32)
 
+    def of_images(
+        self, key: jax.Array, images: jax.Array, index: jax.Array, noise_std: jax.Array | None = None
+    ) -> jax.Array:
+        """As above, image number `index` [B] of a data set with the noise of fold_in(key, index)."""
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
+        if self.kind != "levels" or noise_std is None:
+            return jax.vmap(lambda key, image: self(key, image[None])[0])(keys, images)
+        return jax.vmap(lambda key, image, std: self(key, image[None], std[None])[0])(keys, images, noise_std)
+
 
 def to_float(images: jax.Array | np.ndarray) -> jax.Array:
     """8-bit value v -> v / 127.5 - 1 in [-1, 1], float32."""

@@ -1,34 +1,56 @@
 """The high-level API: a trained TarFlow to encode, decode, score, denoise and sample with."""
 
+import dataclasses
 import functools
-from typing import Any
+import logging
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
 
-from tarflow_jax import programs
-from tarflow_jax.arguments import (
-    DecoderChoice,
-    begins_at_student,
-    check_decoder,
-    check_guidance,
-    check_levels,
-    check_polish,
-    check_student,
-    check_student_guidance,
-)
-from tarflow_jax.density import FAR_OUTSIDE as FAR_OUTSIDE
-from tarflow_jax.density import FlowDensity
+from tarflow_jax import interop, likelihood, sampling
 from tarflow_jax.errors import UserError
-from tarflow_jax.sampling import Guidance, IterativeDenoising, Sequential
-from tarflow_jax.sampling.memory import decode_bytes, forward_bytes
+from tarflow_jax.evaluation.bits_per_dim import image_bits_per_dim
+from tarflow_jax.fingerprint import fingerprint
+from tarflow_jax.flow import TarFlow, TarFlowConfig
+from tarflow_jax.noise import Noise, to_float
+from tarflow_jax.runtime import BatchRunner, device_flow
+from tarflow_jax.runtime.batch_runner import DEFAULT_MEMORY_BOUND, backward_bytes, forward_bytes
+from tarflow_jax.sampling import (
+    DEFAULT_DENOISING,
+    Decoded,
+    Decoder,
+    GaussSeidelJacobi,
+    Guidance,
+    IterativeDenoising,
+    Jacobi,
+    Schedule,
+    Sequential,
+    Student,
+    Tuned,
+)
+from tarflow_jax.student import Student as StudentNetwork
+from tarflow_jax.student import StudentConfig, TrainedStudent
+from tarflow_jax.training.workdir import read_student, read_workdir
+
+FAR_OUTSIDE = 4.0  # of images in [-1, 1]
+logger = logging.getLogger(__name__)
+
+DecoderChoice = Decoder | Tuned | Sequence[Decoder] | None
 
 
-class TarFlowPipeline(FlowDensity):
+class TarFlowPipeline:
     """A trained flow. Every method is compiled once in a process for each model's and each batch's shape.
 
-    The methods may be used within `jax.jit`, `jax.grad` and `jax.vmap`: of traced images or labels they compute at once
-    and whole, with no split into batches.
+    The methods may be used within `jax.jit`, `jax.grad`, `jax.jvp` and `jax.vmap`: traced images or labels are computed
+    at once, without a split into batches.
 
     A batch too large for `memory_bound` is split into equal ones, the last one padded, so that a ragged batch
     compiles nothing new. Likelihoods are float32 at full matmul precision; the rest runs in `config.dtype`.
@@ -36,103 +58,482 @@ class TarFlowPipeline(FlowDensity):
     Attributes:
       config: the model's shape.
       variables: the parameters in use (the averaged ones where an average was kept) and, in VP mode, the prior.
-      noise: what it was trained with; None if unknown.
-      card: what is known of the training, as `interop.save_model` takes it; {} for what was saved.
+      noise: the noise of its training; None if unknown.
+      card: what is known of the training, as `interop.save_model` takes it; {} for a saved model.
     """
+
+    def __init__(
+        self,
+        config: TarFlowConfig,
+        variables: Mapping[str, Any],
+        noise: Noise | None = None,
+        *,
+        ema_params: Mapping[str, Any] | None = None,
+        card: Mapping[str, Any] | None = None,
+        schedule: Schedule | epath.PathLike | None = None,
+        student: TrainedStudent | epath.PathLike | None = None,
+        mesh: Mesh | None = None,
+        memory_bound: int = DEFAULT_MEMORY_BOUND,
+    ) -> None:
+        """Wraps variables.
+
+        Args:
+          config: the model's shape.
+          variables: of that shape.
+          noise: of its training.
+          ema_params: the parameters' average, used instead of the raw ones, which `save_pretrained` keeps as well.
+          card: fields of a saved model's card, see `interop.save_model`.
+          schedule: for `Tuned()`, or the folder to read it from at its first use.
+          student: for `Student()`, or the folder to read it from at its first use.
+          mesh: devices to spread over (`tarflow_jax.runtime.make_mesh`); None is the default device.
+          memory_bound: bytes that a batch's activations may take, on all devices together.
+        """
+        self.config, self.noise = config, noise
+        self.card: Mapping[str, Any] = card or {}
+        self._schedule, self._student, self._raw_params = schedule, student, None
+        if ema_params is not None:
+            self._raw_params = variables["params"]
+            variables = {**variables, "params": ema_params}
+        self._runner = BatchRunner(mesh, memory_bound)
+        self.variables = self._runner.place(dict(variables))
+        # On a CPU computing activations again is faster than keeping them.
+        keep_all = dataclasses.replace(config, remat="none")
+        recompute = self._runner.on_cores or backward_bytes(keep_all) > memory_bound // 8
+        self._denoiser = dataclasses.replace(config, remat="full" if recompute else "none")
+
+    def __repr__(self) -> str:
+        config, devices = self.config, {str(device) for device in jax.tree.leaves(self.variables)[0].devices()}
+        shape = f"{'x'.join(map(str, config.image_shape))}, {config.patch_size}-{config.width}-{config.depths}"
+        noise = "unknown" if self.noise is None else str(self.noise)
+        number = sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
+        return (
+            f"{type(self).__name__}({shape}, {config.num_classes or 'no'} classes, noise {noise}, "
+            f"{number:,} parameters on {', '.join(sorted(devices))})"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, whose weights stay on the host until they are unpickled."""
+        if self._runner.mesh is not None:
+            raise UserError("a pipeline on a mesh is not copied or pickled; save_pretrained, and open it again")
+        host = jax.device_get((self.variables, self._raw_params))
+        return {**self.__dict__, "variables": host[0], "_raw_params": host[1], "_runner": self._runner.memory_bound}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._runner = BatchRunner(None, state["_runner"])
+        self.variables = self._runner.place(state["variables"])
+
+    # Opening and saving
+
+    @classmethod
+    def from_pretrained(cls, name: epath.PathLike, *, best: bool = False, **options: Any) -> Self:
+        """Opens a training workdir, a saved model's folder, or a model of the hub ("owner/name").
+
+        Args:
+          name: a workdir may be in an object store (gs://).
+          best: of a workdir, open the checkpoint of the lowest test loss instead of the last.
+          options: `mesh` and `memory_bound`, see the constructor.
+
+        Raises:
+          FileNotFoundError: there is no model.
+          ValueError: it is damaged, or something else.
+        """
+        if (epath.Path(name) / "checkpoints").is_dir():
+            model = read_workdir(name, options.get("mesh"), best=best)
+            options["card"] = model.card
+        elif best:
+            raise UserError(f"{name} is no training workdir; only these have a best checkpoint")
+        else:
+            model = interop.load_model(name)
+        options |= {"ema_params": model.ema_params, "schedule": name, "student": name}
+        return cls(model.config, model.variables, model.noise, **options)
+
+    @classmethod
+    def from_torch(
+        cls,
+        path: str | Path,
+        image_size: int | tuple[int, int],
+        image_channels: int,
+        patch_size: int,
+        noise_std: float | None = None,
+        **options: Any,
+    ) -> Self:
+        """Reads a state dict of the PyTorch reference; see `interop.load_torch` for arguments and errors."""
+        config, variables = interop.load_torch(path, image_size, image_channels, patch_size)
+        return cls(config, variables, None if noise_std is None else Noise("gaussian", noise_std), **options)
+
+    def to_torch(self, path: str | Path) -> None:
+        """Writes a state dict that the PyTorch reference loads with strict=True; see `interop.save_torch`."""
+        interop.save_torch(path, self.config, self.variables)
+
+    def save_pretrained(
+        self, folder: str | Path, *, dtype: str = "float32", card: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes config.json, model.safetensors and a model card; see `interop.save_model`.
+
+        Both the average and the raw parameters are kept. Measured figures, decoder schedule and student belong to the
+        exact weights: they are left out if `dtype` is bfloat16, which rounds them.
+
+        Args:
+          card: added to what is known of the run: its samples, and what launch.evaluate measured of these weights.
+        """
+        card = {**self.card, **(card or {})}
+        exact = dtype == "float32"
+        if found := card.get("evaluations"):
+            weights = fingerprint(self.variables) if exact else None
+            card["evaluations"] = [each for each in found if each["protocol"].get("fingerprint") == weights]
+        variables, ema_params = self.variables, None
+        if self._raw_params is not None:
+            variables, ema_params = {**variables, "params": self._raw_params}, variables["params"]
+        interop.save_model(
+            folder,
+            config=self.config,
+            variables=variables,
+            noise=self.noise,
+            ema_params=ema_params,
+            dtype=dtype,
+            card=card,
+        )
+        schedule, student = (self._unless_stale(name) if exact else None for name in ("schedule", "student"))
+        if schedule:
+            schedule.write(Path(folder))
+        interop.save_student(folder, student)
+
+    def push_to_hub(self, name: str, *, private: bool = False, token: str | None = None, **options: Any) -> str:
+        """Saves the model to the Hugging Face hub as "owner/name", which is created if it is missing.
+
+        Args:
+          private: whether a new repository is private.
+          token: None is the one that `hf auth login` or HF_TOKEN gave.
+          options: `dtype` and `card`, see `save_pretrained`.
+
+        Returns:
+          The commit's URL.
+
+        Raises:
+          ValueError: no such name, or the hub refused.
+          ImportError: huggingface_hub is not installed.
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **options | {"card": {"name": name, **(options.get("card") or {})}})
+            return interop.push_model(folder, name, private=private, token=token)
+
+    def _unless_stale(self, name: str) -> Any:
+        """The schedule or student; None, with a warning, if it belongs to other weights."""
+        try:
+            return getattr(self, name)
+        except UserError as error:
+            logger.warning("the %s is left out: %s", name, error)
+            return None
+
+    # Noise, decoder schedule and student
+
+    @property
+    def noise_std(self) -> float | None:
+        """σ of the Gaussian noise in samples: that of the training, or its highest level; None for other noise."""
+        if self.noise is None or self.noise.kind == "uniform":
+            return None
+        return self.noise.std_max if self.noise.kind == "levels" else self.noise.std
+
+    @property
+    def drawn_level(self) -> float | None:
+        """`noise_std` of a noise-conditional flow, as `decode` takes it; None for other flows."""
+        return self.noise_std if self.config.noise_conditional else None
+
+    @functools.cached_property
+    def schedule(self) -> Schedule | None:
+        """The decoders of `Tuned()`; None if there are none; ValueError if they were tuned for other weights."""
+        found = self._schedule
+        if found is not None and not isinstance(found, Schedule):
+            found = Schedule.read(found, self.config.num_blocks)
+        if found is not None:
+            found.check_weights(self.variables)
+        return found
+
+    @functools.cached_property
+    def student(self) -> TrainedStudent | None:
+        """The network of `Student()`; None if there is none; ValueError if it was trained for other weights."""
+        found = self._student
+        if found is not None and not isinstance(found, TrainedStudent):
+            in_workdir = (epath.Path(found) / "checkpoints").is_dir()
+            found = read_student(found, self._runner.mesh) if in_workdir else interop.load_student(found)
+        if found is None:
+            return None
+        found.check_flow(self.config, self.variables)
+        return dataclasses.replace(found, variables=self._runner.place(found.variables))
+
+    # Density
+
+    def encode(self, images: Any, labels: Any = None, noise_std: Any = None) -> tuple[jax.Array, jax.Array]:
+        """Images -> latents.
+
+        Args:
+          images: float [B, H, W, K] in [-1, 1].
+          labels: int [B], -1 for no class; None for no class anywhere.
+          noise_std: σ of the images, a number or [B], for a noise-conditional flow, and for it alone.
+
+        Returns:
+          (latents, log_det): float32 [B, H, W, K], standard normal under the model, and float32 [B], nats.
+
+        Raises:
+          ValueError: a shape, dtype, label or noise level that does not fit the model.
+        """
+        return self._run(likelihood.encode, self.config, check_range(images), labels, noise_std)
+
+    def log_prob(self, images: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
+        """log p(x | label), float32 [B], nats; arguments and errors as of `encode`."""
+        return self._run(likelihood.log_prob, self._exact, check_range(images), labels, noise_std)
+
+    def patch_log_prob(self, images: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
+        """log p(x | label) by patch, float32 [B, H / P, W / P], nats, which add up to `log_prob`.
+
+        `likelihood.patch_log_prob` says what a patch's share means. Arguments and errors as of `encode`.
+        """
+        return self._run(likelihood.patch_log_prob, self._exact, check_range(images), labels, noise_std)
+
+    def bits_per_dim(self, key: jax.Array, images_uint8: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
+        """Bits per dimension of 8-bit images [B, H, W, K] under uniform dequantisation, float32 [B].
+
+        An upper bound in expectation over the noise that `key` draws. A noise-conditional flow is evaluated at
+        `noise_std`, a number. Raises ValueError as `encode` does.
+        """
+        images = np.asarray(images_uint8)
+        if images.dtype != np.uint8:
+            raise UserError(f"images are {images.dtype}; expected uint8 in 0..255")
+        check_images(self.config, to_float(images))
+        labels = check_labels(self.config, labels, len(images))
+        level = check_levels(self.config, noise_std, 1)
+        levels = None if level is None else np.asarray(level)
+        bits = image_bits_per_dim(self._runner, self.config, self.variables, (images, labels), key, levels=levels)
+        return jnp.asarray(bits, jnp.float32)
+
+    # Denoising
+
+    def denoise(
+        self,
+        images: Any,
+        labels: Any = None,
+        noise_std: Any = None,
+        multiplier: float = 1.0,
+        method: IterativeDenoising | None = None,
+        key: jax.Array | None = None,
+        return_trajectory: bool = False,
+    ) -> Any:
+        """Tweedie's formula, x + s σ² ∇ log p(x | label), once or in several steps: float32 [B, H, W, K].
+
+        Args:
+          images: float [B, H, W, K].
+          labels: int [B], -1 for no class, or None.
+          noise_std: σ; None is the one of the training. Required for a noise-conditional flow: a number, or for a
+            single step one for each image.
+          multiplier: s of a single step; 1 is the theory.
+          method: the steps, for a noise-conditional flow; None is a single step.
+          key: of the noise that a method of kind "sde" draws.
+          return_trajectory: also return the images before and after each of the method's N steps, [N + 1, B, H, W, K].
+
+        Raises:
+          ValueError: the model was not trained with Gaussian noise, a method without levels, or as `encode`.
+        """
+        if method is not None:
+            path = self._denoise_in_steps(images, labels, noise_std, method, key, return_trajectory)
+            return (path[-1], path) if return_trajectory else path
+        if return_trajectory:
+            raise UserError("a trajectory is of a method's steps; give denoise a method, IterativeDenoising(…)")
+        std = self.noise_std if noise_std is None else noise_std
+        if std is None or (self.noise is not None and self.noise_std is None):
+            kind = self.noise.kind if self.noise else "unknown"
+            raise UserError(
+                f"denoising needs a model trained with gaussian noise, this one's was {kind}; "
+                + ("pass noise_std if you know it" if self.noise is None else "sample without denoising")
+            )
+        rows = {}
+        if not self.config.noise_conditional:
+            rows["noise_std"] = jnp.full(len(images), check_number("noise_std", std, least=0))
+        return self._run(
+            sampling.denoise,
+            self._denoiser,
+            images,
+            labels,
+            noise_std,
+            rows=rows,
+            bytes_per_image=backward_bytes(self._denoiser),
+            multiplier=check_number("multiplier", multiplier),
+        )
+
+    def denoise_drawn(
+        self,
+        images: jax.Array,
+        labels: Any = None,
+        multiplier: float = 1.0,
+        method: IterativeDenoising | None = None,
+        key: jax.Array | None = None,
+        return_trajectory: bool = False,
+    ) -> Any:
+        """`denoise` for what `decode` drew: in one step; by `method`, or the default one, if noise-conditional."""
+        if method is None and self.config.noise_conditional:
+            method = DEFAULT_DENOISING
+        return self.denoise(images, labels, self.drawn_level, multiplier, method, key, return_trajectory)
+
+    def _denoise_in_steps(
+        self,
+        images: Any,
+        labels: Any,
+        noise_std: Any,
+        method: IterativeDenoising,
+        key: jax.Array | None,
+        trajectory: bool,
+    ) -> jax.Array:
+        """The images, or their trajectory."""
+        if not self.config.noise_conditional:
+            raise UserError("iterative denoising needs a model of many noise levels; this one is of a single level")
+        std_min = method.std_min or (self.noise and self.noise.std_min)
+        if not std_min:
+            raise UserError("the lowest noise level of this model is not known; give IterativeDenoising a std_min")
+        rows = {}
+        if method.kind == "sde":
+            if key is None:
+                raise UserError("a method of kind 'sde' draws noise; give denoise a key")
+            rows["key_data"] = jax.random.key_data(jax.random.split(key, len(images)))
+        if noise_std is None or jnp.ndim(noise_std):
+            raise UserError(f"noise_std is {noise_std}; expected one number, the level that the steps begin at")
+        # The numbers are traced, but for how many images a trajectory holds.
+        static = dataclasses.replace(method, num_steps=method.num_steps if trajectory else 1, std_min=None)
+        found = self._run(
+            functools.partial(sampling.iterate, method=static, trajectory=trajectory),
+            self._denoiser,
+            images,
+            labels,
+            check_number("noise_std", noise_std, least=1e-6),
+            rows=rows,
+            bytes_per_image=backward_bytes(self._denoiser),
+            num_steps=jnp.int32(method.num_steps),
+            std_min=check_number("std_min", std_min),
+        )
+        return jnp.concatenate([jnp.asarray(images)[None], jnp.moveaxis(found, 1, 0)]) if trajectory else found
+
+    # Sampling
 
     def decode(
         self,
         latents: Any,
         labels: Any = None,
         guidance: Guidance | None = None,
-        return_trajectory: bool = False,
         decoder: DecoderChoice = None,
-        return_statistics: bool = False,
         noise_std: Any = None,
-        polish: int = 0,
-    ) -> Any:
-        """Latents -> images, the exact inverse of `encode` when there is no guidance, but for a student's.
+    ) -> jax.Array:
+        """Latents -> images, the exact inverse of `encode` without guidance, unless by a `Student`.
 
         Args:
           latents: float [B, H, W, K], standard normal for samples.
           labels: int [B], -1 for no class; None for no class anywhere.
           guidance: see `Guidance`; None or weight 0 for none.
-          return_trajectory: also return the images after 0, 1, … F inverted blocks.
-          decoder: `Sequential()` (None; exact), `Jacobi()`, `GaussSeidelJacobi(…)`, a sequence of them by block
-            number; "auto", what launch.tune_decoder found, `Sequential()` where it did not look; or "student", which
-            makes clean images in one pass, and is not the inverse. `Jacobi(init="student")` is: it begins there.
-          return_statistics: also return each block's updates and last change.
+          decoder: `Sequential()` (None; exact), `Jacobi()`, `GaussSeidelJacobi(…)`, or one of these for each block, by
+            block number; `Tuned()`, what launch.tune_decoder found; or `Student()`, which makes clean images in one
+            pass and is not the inverse.
           noise_std: as of `encode`; samples are drawn at the highest level, `drawn_level`.
-          polish: updates of each block that bring the student's images nearer to the inverse, which is noisy; 0 for
-            the student's clean images.
 
         Returns:
-          float32 images [B, H, W, K]; if more is asked for, a tuple with the trajectory [F + 1, B, H, W, K] and
-          (iterations, residual), int32 and float32 [F, B] by block number, behind it.
+          float32 [B, H, W, K].
 
         Raises:
           ValueError: a shape, dtype or label that does not fit the model, class guidance of an unconditional one, not
-            one decoder a block, "auto" with other weights or guidance than were tuned, or no student of these weights.
+            one decoder a block, `Tuned()` with other weights or guidance, or no student of these weights.
         """
-        guidance = check_guidance(self.config, guidance)
-        check_polish(polish, decoder)
-        if decoder == "student" and not polish:
-            return self._by_student(latents, labels, guidance, return_trajectory, return_statistics)
-        schedule = self.schedule if decoder == "auto" else None
-        decoders = None if polish else check_decoder(self.config, schedule, decoder, guidance, len(latents))
-        one_by_one = not polish and (decoders is None or Sequential() in decoders)
-        of_image: Any = check_levels(self.config, noise_std, len(latents))
-        function, given = programs.decode, [guidance]
-        if polish or begins_at_student(decoders):
-            of_image = of_image, self._guess(latents, labels, guidance)
-            function, given = programs.decode_from, [guidance, jnp.int32(polish)]
-        decoded = self._run(
-            functools.partial(function, self.config, trajectory=return_trajectory, decoders=decoders),
+        return self._decode(sampling.decode, latents, labels, guidance, decoder, noise_std)
+
+    def decode_trace(
+        self,
+        latents: Any,
+        labels: Any = None,
+        guidance: Guidance | None = None,
+        decoder: DecoderChoice = None,
+        noise_std: Any = None,
+    ) -> Decoded:
+        """`decode` with all it found on the way; arguments and errors as there.
+
+        The clean images of `Student()` are no inverse, so they have no log_det, updates or residuals; their trajectory
+        ends with the noisy images.
+        """
+        return self._decode(sampling.decode_trace, latents, labels, guidance, decoder, noise_std)
+
+    def _decode(
+        self,
+        function: Any,
+        latents: Any,
+        labels: Any,
+        guidance: Guidance | None,
+        decoder: DecoderChoice,
+        noise_std: Any,
+    ) -> Any:
+        """`function` is `sampling.decode` or `sampling.decode_trace`."""
+        if guidance is not None and not isinstance(guidance, Guidance):
+            raise UserError(f"guidance is {guidance!r}; expected Guidance(weight=…) or None")
+        guidance = guidance and guidance.checked_for(self.config)
+        if isinstance(decoder, Student) and not decoder.polish:
+            weight = check_student_guidance(self._trained_student.config, guidance)
+            images, path = self._by_student(latents, labels, weight)
+            if function is sampling.decode:
+                return images
+            trajectory = jnp.concatenate([jnp.asarray(latents)[:, None], jnp.flip(path, 1)], axis=1)
+            return Decoded(images, None, trajectory, None, None)
+        decoders = self._decoders(decoder, guidance, len(latents))
+        rows = {}
+        if decoders and any(isinstance(one, Student) or getattr(one, "init", "") == "student" for one in decoders):
+            known = self._trained_student.config.max_guidance
+            _, rows["guess"] = self._by_student(latents, labels, min(max(guidance.weight, 0.0), known) if guidance else 0.0)
+        one_by_one = decoders is None or Sequential() in decoders
+        caches = max(self.config.depths) * 4 * 4 * self.config.num_tokens * self.config.width  # and their copies
+        at_once = forward_bytes(self.config) if decoders else 0
+        return self._run(
+            functools.partial(function, decoders=decoders),
+            self.config,
             latents,
             labels,
-            of_image,
-            *given,
-            bytes_per_image=decode_bytes(self.config, guided=guidance is not None, parallel=bool(polish or decoders)),
+            noise_std,
+            rows=rows,
+            name="latents",
+            bytes_per_image=(caches + at_once) * (1 if guidance is None else 2),
             # For one image XLA's CPU code copies the caches at every token; for two it does not.
             smallest=2 if self._runner.on_cores and one_by_one else 1,
+            guidance=guidance,
         )
-        results = [decoded.images]
-        if return_trajectory:
-            results.append(jnp.moveaxis(decoded.trajectory, 1, 0))
-        if return_statistics:
-            results.append((decoded.iterations.T, decoded.residual.T))
-        return tuple(results) if results[1:] else decoded.images
 
-    def _by_student(
-        self, latents: Any, labels: Any, guidance: Guidance | None, return_trajectory: bool, return_statistics: bool
-    ) -> Any:
-        """`decode` in one pass; the trajectory ends with the noisy images."""
-        if return_statistics:
-            raise UserError('decoder="student" takes no updates, of which statistics could tell; polish it')
-        weight = check_student_guidance(check_student(self.student).config, guidance)
-        images, guess = self._ask_student(latents, labels, weight)
-        if not return_trajectory:
-            return images
-        between = [] if guess is None else [guess[:, k] for k in reversed(range(self.config.num_blocks))]
-        return images, jnp.stack([jnp.asarray(latents), *between])
+    def _decoders(
+        self, decoder: DecoderChoice, guidance: Guidance | None, batch_size: int
+    ) -> tuple[Decoder, ...] | None:
+        """One decoder a block; None if all are sequential."""
+        if isinstance(decoder, Tuned):
+            return self.schedule.checked_for(guidance).of(batch_size) if self.schedule else None
+        if decoder is None or decoder == Sequential():
+            return None
+        kinds = Sequential | Jacobi | GaussSeidelJacobi
+        if isinstance(decoder, kinds | Student):
+            return (decoder,) * self.config.num_blocks
+        if isinstance(decoder, str) or not isinstance(decoder, Sequence):
+            raise UserError(f"decoder is {decoder!r}; expected a decoder, as Jacobi(), or one for each block")
+        if len(decoder) != self.config.num_blocks:
+            raise UserError(f"{len(decoder)} decoders are given; expected one for each of {self.config.num_blocks} blocks")
+        if wrong := [one for one in decoder if not isinstance(one, kinds)]:
+            raise UserError(f"decoder has {wrong[0]!r}; expected Sequential(), Jacobi(…) or GaussSeidelJacobi(…)")
+        return tuple(decoder)
 
-    def _guess(self, latents: Any, labels: Any, guidance: Guidance | None) -> jax.Array:
-        """The student's trajectory [B, F, H, W, K], with the guidance weight that is nearest of those it knows."""
-        student = check_student(self.student)
-        weight = 0.0 if guidance is None else min(max(guidance.weight, 0.0), student.config.max_guidance)
-        _, guess = self._ask_student(latents, labels, weight)
-        if guess is None:
-            raise UserError("this student's method is 'naive': it has no trajectory to begin at")
-        return guess
+    @property
+    def _trained_student(self) -> TrainedStudent:
+        if self.student is None:
+            raise UserError("this model has no student; train one with launch.distill, or name another decoder")
+        return self.student
 
-    def _ask_student(self, latents: Any, labels: Any, weight: float) -> tuple[jax.Array, jax.Array | None]:
-        student = check_student(self.student)
+    def _by_student(self, latents: Any, labels: Any, weight: Any) -> tuple[jax.Array, jax.Array]:
+        """The student's clean images [B, H, W, K], and its trajectory [B, F, H, W, K] by block number."""
+        student = self._trained_student
         return self._run(
-            functools.partial(programs.student, student.config),
+            _run_student,
+            student.config,
             latents,
             labels,
-            jnp.full(len(latents), weight, jnp.float32),
             variables=student.variables,
+            rows={"weights": jnp.full(len(latents), weight, jnp.float32)},
+            name="latents",
             bytes_per_image=forward_bytes(student.config.shape),
         )
 
@@ -145,7 +546,6 @@ class TarFlowPipeline(FlowDensity):
         denoise: bool | IterativeDenoising | None = None,
         denoise_multiplier: float = 1.0,
         decoder: DecoderChoice = None,
-        polish: int = 0,
     ) -> jax.Array:
         """Draws images.
 
@@ -154,11 +554,10 @@ class TarFlowPipeline(FlowDensity):
           num_images: B.
           labels: int [B], -1 for no class; None for no class anywhere.
           guidance: see `Guidance`.
-          denoise: apply `denoise` to what was drawn; None does so for models trained with Gaussian noise. Flows of many
-            levels do so by `IterativeDenoising`, which may be given in place of True.
+          denoise: whether to apply `denoise_drawn`; None does so for models trained with Gaussian noise. A
+            noise-conditional flow also takes the `IterativeDenoising` to use.
           denoise_multiplier: see `denoise`.
-          decoder: see `decode`. What a student draws is clean, and not to be denoised.
-          polish: see `decode`; polished, it is noisy.
+          decoder: see `decode`. The images of `Student()` are clean already.
 
         Returns:
           float32 [B, H, W, K], around [-1, 1] but not clipped to it.
@@ -166,16 +565,16 @@ class TarFlowPipeline(FlowDensity):
         Raises:
           ValueError: as `decode` and `denoise`.
         """
-        if decoder == "student" and not polish:
+        if decoder == Student():
             if denoise not in (None, True) or denoise_multiplier != 1:
-                raise UserError('decoder="student" gives clean images by itself; leave denoise out, or polish')
-            return self.decode(self.latents(key, num_images), labels, guidance, decoder=decoder)
+                raise UserError("Student() gives clean images by itself; leave denoise out, or polish")
+            return self.decode(self.latents(key, num_images), labels, guidance, decoder)
         if denoise is None:
             denoise = self.noise_std is not None
         if denoise and self.noise_std is None:
             self.denoise(jnp.zeros((1, *self.config.image_shape)))  # says why not
         latents = self.latents(key, num_images)
-        images = self.decode(latents, labels, guidance, decoder=decoder, noise_std=self.drawn_level, polish=polish)
+        images = self.decode(latents, labels, guidance, decoder, self.drawn_level)
         if not denoise:
             return images
         method = denoise if isinstance(denoise, IterativeDenoising) else None
@@ -186,3 +585,154 @@ class TarFlowPipeline(FlowDensity):
         if num_images < 1:
             raise UserError(f"num_images is {num_images}; expected a positive number")
         return jax.random.normal(key, (num_images, *self.config.image_shape), jnp.float32)
+
+    # Running
+
+    @property
+    def _exact(self) -> TarFlowConfig:
+        """The model in float32: bits per dimension of anything less are wrong in the second decimal."""
+        return dataclasses.replace(self.config, dtype="float32")
+
+    def _run(
+        self,
+        function: Any,
+        config: Any,
+        images: Any,
+        labels: Any,
+        noise_std: Any = None,
+        *,
+        name: str = "images",
+        rows: Mapping[str, Any] | None = None,
+        variables: Any = None,
+        bytes_per_image: int = 0,
+        smallest: int = 1,
+        **shared: Any,
+    ) -> Any:
+        """Checks what is the same for all methods, and calls a jitted function on it: in batches, unless traced.
+
+        Args:
+          function: (flow, variables, images=, labels=, noise_std=, **rows, **shared); of the student, with its config
+            in place of the flow.
+          name: of the images among its arguments.
+          rows: more arrays [B, …].
+          variables: None is the flow's.
+          bytes_per_image: 0 is that of a forward pass.
+        """
+        images, labels = check_images(self.config, images), check_labels(self.config, labels, len(images))
+        arrays = {name: images, "labels": labels}
+        if isinstance(config, TarFlowConfig) and "noise_std" not in (rows or {}):
+            arrays["noise_std"] = check_levels(self.config, noise_std, len(images))
+        arrays |= rows or {}
+        variables = self.variables if variables is None else variables
+        if is_traced((arrays, shared)):
+            static = TarFlow(config) if isinstance(config, TarFlowConfig) else config  # differentiable in every mode
+            with jax.default_matmul_precision("highest"):
+                return function(static, variables, **arrays, **shared)
+        static = device_flow(config) if isinstance(config, TarFlowConfig) else config
+        results = self._runner.run(
+            functools.partial(function, static),
+            variables,
+            arrays,
+            bytes_per_image=bytes_per_image or forward_bytes(self.config),
+            smallest=smallest,
+            description=getattr(function, "func", function).__name__,
+            **shared,
+        )
+        return jax.tree.map(jnp.asarray, results)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _run_student(
+    config: StudentConfig, variables: Any, latents: jax.Array, labels: jax.Array | None, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return StudentNetwork(config).apply(variables, latents, labels, weights)
+
+
+def check_student_guidance(config: StudentConfig, guidance: Guidance | None) -> float | jax.Array:
+    """The weight; ValueError for guidance that the student did not learn. None is no guidance."""
+    if guidance is None:
+        return 0.0
+    if dataclasses.replace(guidance, weight=0.0) != Guidance():
+        raise UserError(f"guidance is {guidance}; a student takes a weight alone, Guidance(weight=w)")
+    if not is_traced(guidance.weight) and not 0 <= guidance.weight <= config.max_guidance:
+        raise UserError(
+            f"guidance weight is {guidance.weight}; this student learned 0 to {config.max_guidance:g} "
+            "(student.max_guidance)"
+        )
+    return guidance.weight
+
+
+def is_traced(tree: Any) -> bool:
+    """Whether any array of a pytree is a tracer of `jax.jit`, `jax.grad` or `jax.vmap`, which has no values yet."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def check_number(name: str, value: Any, least: float = -math.inf) -> jax.Array:
+    """float32 scalar; ValueError unless it is finite and not below `least`."""
+    if not is_traced(value) and not (least <= value < math.inf and math.isfinite(value)):
+        expected = "a finite number" if least == -math.inf else f"a finite number from {least:g}"
+        raise UserError(f"{name} is {value}; expected {expected}")
+    return jnp.asarray(value, jnp.float32)
+
+
+def check_images(config: TarFlowConfig, images: Any) -> jax.Array:
+    """float32 [B, H, W, K]; ValueError for another shape, or for whole numbers."""
+    images = jnp.asarray(images)
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        raise UserError(f"images are {images.dtype}; expected floats in [-1, 1] (8-bit v is v / 127.5 - 1)")
+    if images.ndim != 4 or images.shape[1:] != config.image_shape or not len(images):
+        raise UserError(
+            f"images have shape {images.shape}; expected [B, H, W, K] = [B, "
+            f"{', '.join(map(str, config.image_shape))}] with B >= 1"
+        )
+    return images.astype(jnp.float32)
+
+
+def check_range(images: Any) -> Any:
+    """The same images; warns, once a process, where they seem not to be scaled to [-1, 1]."""
+    if not is_traced(images) and np.size(images) and np.abs(np.asarray(images)).max() > FAR_OUTSIDE:
+        _warn_of_range()
+    return images
+
+
+@functools.cache
+def _warn_of_range() -> None:
+    logger.warning("images reach far outside [-1, 1]; 8-bit values v are v / 127.5 - 1")
+
+
+def check_labels(config: TarFlowConfig, labels: Any, batch_size: int) -> jax.Array | None:
+    """int32 [B], None where none are given or the model has no classes; ValueError for what is no class."""
+    if labels is None:
+        return None
+    traced, classes = is_traced(labels), config.num_classes
+    array = labels if traced else np.asarray(labels)
+    if not np.issubdtype(array.dtype, np.integer) or array.shape != (batch_size,):
+        raise UserError(f"labels are {array.dtype} {array.shape}; expected whole numbers of shape ({batch_size},)")
+    wrong = [] if traced else array[(array < -1) | (array >= classes)]
+    if len(wrong):
+        valid = f"-1 (no class) to {classes - 1}" if classes else "-1 or None, the model has no classes"
+        raise UserError(f"label {wrong[0]} is out of range; expected {valid}")
+    return jnp.asarray(array, jnp.int32) if classes else None
+
+
+def check_levels(config: TarFlowConfig, noise_std: Any, batch_size: int) -> jax.Array | None:
+    """Noise levels σ as float32 [B], None for a flow of one level; ValueError for what does not fit.
+
+    Args:
+      noise_std: a number, or [B]; None where it is not given.
+    """
+    if not config.noise_conditional:
+        if noise_std is not None:
+            raise UserError(f"noise_std is {noise_std}, but this model is of one noise level; leave it out")
+        return None
+    if noise_std is None:
+        raise UserError(
+            "this model is of many noise levels; say at which, noise_std=σ (a number, or one for each image)"
+        )
+    levels = jnp.asarray(noise_std, jnp.float32)
+    if levels.shape not in ((), (batch_size,)):
+        raise UserError(f"noise_std has shape {levels.shape}; expected a number or ({batch_size},)")
+    values = None if is_traced(levels) else np.asarray(levels)
+    if values is not None and not ((values > 0) & (values < math.inf)).all():
+        raise UserError(f"noise_std is {noise_std}; expected positive numbers")
+    return jnp.broadcast_to(levels, (batch_size,))

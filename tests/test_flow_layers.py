@@ -8,15 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from tiny_models import TINY, new_variables
 
-from tarflow_jax.flow.attention import ATTENDED, attend, choose_kernel, splash, whole_along
+from tarflow_jax.flow.attention import attend
 from tarflow_jax.flow.block import rotary_angles
-from tarflow_jax.flow.product import dense_product
-from tarflow_jax.flow.transformer import gelu, turn
-from tarflow_jax.runtime import make_mesh
+from tarflow_jax.flow.transformer import gelu, rotate
+from tarflow_jax.runtime import make_mesh, use_mesh
+from tarflow_jax.runtime.kernels import choose_kernel, dot_general_of_training, splash
 
 
 def test_gelu_and_its_gradient():
@@ -48,8 +46,8 @@ def test_rotary_attention_tells_distances_not_places():
     chex.assert_trees_all_equal(angles[:, :2], np.repeat(angles[[0, 4], :2], 4, axis=0))
     chex.assert_trees_all_equal(angles[:, 2:], np.tile(angles[:4, 2:], (2, 1)))
     x = jax.random.normal(jax.random.key(0), (2, 8))
-    turned = turn(x[None, :, None].repeat(8, 2), angles)[0]  # the same query and key everywhere
-    products = jnp.einsum("SH,RH->SR", *turned)
+    rotated = rotate(x[None, :, None].repeat(8, 2), angles)[0]  # the same query and key everywhere
+    products = jnp.einsum("SH,RH->SR", *rotated)
     np.testing.assert_allclose(jnp.diag(products), x[0] @ x[1], rtol=1e-5)
     np.testing.assert_allclose(products[:4, :4], products[4:, 4:], rtol=1e-5)
     np.testing.assert_allclose(jnp.diag(products, 1)[:3], jnp.full(3, products[0, 1]), rtol=1e-5)
@@ -72,31 +70,8 @@ def test_splash_attention_is_attention_forwards_and_backwards():
     expected = gradients(attend)
     splash_interpreted = functools.partial(splash, interpret=True)
     chex.assert_trees_all_close(gradients(splash_interpreted), expected, atol=2e-4, rtol=2e-4)
-    with jax.set_mesh(mesh):
+    with use_mesh(mesh):
         chex.assert_trees_all_close(gradients(splash_interpreted), expected, atol=2e-4, rtol=2e-4)
-
-
-def test_splash_is_not_run_again_where_its_results_are_kept():
-    x = jnp.zeros((1, 1, 128, 64))
-
-    def kernels(policy):
-        attention = jax.checkpoint(lambda q, k, v: splash(jnp.sin(q), k, v), policy=policy)
-        run = jax.jit(jax.value_and_grad(lambda *inputs: attention(*inputs).sum(), argnums=(0, 1, 2)))
-        return run.trace(x, x, x).lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call")
-
-    policies = jax.checkpoint_policies
-    assert kernels(policies.nothing_saveable) == 4  # forwards, again, and two backwards
-    assert kernels(policies.save_only_these_names(ATTENDED)) == 3
-
-
-def test_a_kernel_is_gathered_along_the_axis_of_fsdp_alone():
-    mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    kernel = jax.device_put(jnp.arange(32.0).reshape(8, 4), NamedSharding(mesh, P("fsdp", "tensor")))
-    with jax.set_mesh(mesh):
-        gathered = jax.jit(functools.partial(whole_along, axis=0))(kernel)
-    assert gathered.sharding.spec == P(None, "tensor")
-    chex.assert_trees_all_equal(gathered, kernel)
-    assert whole_along(kernel, axis=0) is kernel  # without a mesh
 
 
 def test_the_attention_kernel_is_chosen_in_one_place():
@@ -107,7 +82,7 @@ def test_the_attention_kernel_is_chosen_in_one_place():
 
 
 @pytest.mark.slow
-def test_the_dense_product_has_the_gradients_of_a_plain_product():
+def test_the_dot_general_of_training_has_the_gradients_of_a_plain_product():
     x = jax.random.normal(jax.random.key(0), (2, 3, 4, 5))
     dimensions = (((2, 3), (0, 1)), ((), ()))
     for features in (6, 40):  # narrower and wider than x
@@ -118,4 +93,4 @@ def test_the_dense_product_has_the_gradients_of_a_plain_product():
 
         gradients = jax.grad(loss, argnums=(1, 2))
         expected = gradients(jax.lax.dot_general, x, kernel)
-        chex.assert_trees_all_close(gradients(dense_product, x, kernel), expected, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(gradients(dot_general_of_training, x, kernel), expected, rtol=1e-5, atol=1e-6)

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from tiny_models import LABELS, TINY, TRIANGULAR, VP, decode, encode, images_of, new_variables, random_variables
 
-from tarflow_jax import Guidance, Noise
-from tarflow_jax.flow import FlowBlock, TarFlowConfig, permute, to_images, to_tokens
+from tarflow_jax import Guidance, Noise, TarFlow
+from tarflow_jax.flow import FlowBlock, TarFlowConfig, is_reversed, permute, to_images, to_tokens
 from tarflow_jax.noise import dequantise, to_float
 from tarflow_jax.sampling import GaussSeidelJacobi, Sequential, guided_trajectory
-from tarflow_jax.sampling.blocks import alike, guided_block
+from tarflow_jax.sampling.block_inverse import block_inverse, equal_blocks
 
 UNCONDITIONAL = dataclasses.replace(TINY, num_classes=0)
 
@@ -28,15 +28,20 @@ def decode_by_recomputing(config, variables, latents, labels, guidance):
         def affine(x, labels, temperature, k=k):
             params = {"params": variables["params"][f"block_{k}"]}
             scale = None if temperature is None else jnp.full(batch_size, temperature)
-            return FlowBlock(config, k).apply(params, x, labels, scale, method="affine")
+            block = FlowBlock(config, k)
+            return block.apply(params, x, is_reversed(k), labels, None, scale, method="affine_of_next").of_next_token()
 
-        z = permute(tokens, k)
+        def guide(guided, unguided, w):
+            logs = (affine._replace(scale=jnp.log(affine.scale)) for affine in (guided, unguided))
+            found = jax.tree.map(lambda a, u: a + w * (a - u), *logs)
+            return found._replace(scale=jnp.exp(found.scale))
+
+        z = permute(tokens, is_reversed(k))
         x = z
         for i in range(1, config.num_tokens):
             guided, unguided = affine(x, labels, None), affine(x, None, guidance.attention_temperature)
-            affine_i = jax.tree.map(lambda a, u, w=weights[i - 1]: a + w * (a - u), guided, unguided)
-            x = x.at[:, i].set(affine_i.inverse(z)[:, i])
-        tokens = permute(x, k)
+            x = x.at[:, i].set(guide(guided, unguided, weights[i - 1]).inverse(z)[:, i])
+        tokens = permute(x, is_reversed(k))
     return to_images(config, tokens)
 
 
@@ -54,34 +59,35 @@ def test_the_cached_inverse_equals_the_one_that_recomputes(schedule, temperature
     np.testing.assert_allclose(actual, expected, atol=1e-4)
 
 
-def test_which_blocks_are_alike():
+def test_which_blocks_are_equal_blocks():
     config = dataclasses.replace(TINY, num_blocks=6, layers_per_block=(2, 2, 2, 2, 1, 1))
     sequential = (Sequential(),) * 6
-    assert alike(config, sequential, Guidance(1.0)) == [range(4), range(4, 6)]
-    assert alike(config, sequential, Guidance(1.0, blocks=4)) == [range(2), range(2, 4), range(4, 6)]
+    assert equal_blocks(config, sequential, Guidance(1.0)) == [range(4), range(4, 6)]
+    assert equal_blocks(config, sequential, Guidance(1.0, blocks=4)) == [range(2), range(2, 4), range(4, 6)]
     limited = dataclasses.replace(config, image_limit=1.0)
-    assert alike(limited, sequential, None) == [range(1), range(1, 4), range(4, 6)]
+    assert equal_blocks(limited, sequential, None) == [range(1), range(1, 4), range(4, 6)]
     mixed = (*sequential[:3], GaussSeidelJacobi(2), GaussSeidelJacobi(2), GaussSeidelJacobi(3))
-    assert alike(config, mixed, None) == [range(3), range(3, 4), range(4, 5), range(5, 6)]
+    assert equal_blocks(config, mixed, None) == [range(3), range(3, 4), range(4, 5), range(5, 6)]
 
 
 def test_blocks_in_one_loop_give_what_each_gives_by_itself():
     config = dataclasses.replace(TRIANGULAR, layers_per_block=1)
     variables, latents = random_variables(config, scale=0.05), images_of(config)
-    assert alike(config, (Sequential(),) * 3, None) == [range(3)]
-    actual = decode(config, variables, latents, LABELS, trajectory=True)
+    assert equal_blocks(config, (Sequential(),) * 3, None) == [range(3)]
+    actual = decode(config, variables, latents, LABELS)
 
     @jax.jit
     def one_by_one(variables, latents):
         tokens, images = to_tokens(config, latents), [latents]
         for k in reversed(range(3)):
-            block = guided_block(config, variables["params"], k, LABELS, None)
-            tokens = permute(Sequential().invert(block, permute(tokens, k)).x, k)
+            reverse, params = is_reversed(k), variables["params"][f"block_{k}"]
+            block = block_inverse(TarFlow(config), k, params, reverse, LABELS)
+            tokens = permute(Sequential().invert(block, permute(tokens, reverse)).x, reverse)
             images.append(to_images(config, tokens))
         return jnp.stack(images, 1)
 
     np.testing.assert_allclose(actual.trajectory, one_by_one(variables, latents), atol=1e-5)
-    np.testing.assert_array_equal(actual.iterations, np.full((3, 3), config.num_tokens - 1))
+    np.testing.assert_array_equal(actual.updates, np.full((3, 3), config.num_tokens - 1))
 
 
 def test_twice_as_many_blocks_are_no_larger_a_program():
@@ -132,10 +138,10 @@ def test_guidance_that_changes_nothing(config, weight, temperature):
 def test_guided_decoding_undoes_guided_encoding(config):
     variables, images, labels = random_variables(config), images_of(config), jnp.asarray(LABELS)
     weights = jnp.array([1.5, 1.5, 0.7])
-    latents, read = jax.jit(guided_trajectory, static_argnums=0)(config, variables, images, labels, weights)
+    latents, read = jax.jit(guided_trajectory, static_argnums=0)(TarFlow(config), variables, images, labels, weights)
     for i, weight in enumerate((1.5, 0.0, 0.7)):  # the second image has no label
         row = slice(i, i + 1)
-        drawn = decode(config, variables, latents[row], labels[row], Guidance(weight), trajectory=True)
+        drawn = decode(config, variables, latents[row], labels[row], Guidance(weight))
         np.testing.assert_allclose(drawn.images, images[row], atol=1e-4)
         np.testing.assert_allclose(drawn.trajectory[0, :0:-1], read[i], atol=1e-4)
     assert float(jnp.abs(latents - encode(config, variables, images, labels)[0]).max((1, 2, 3))[0]) > 0.01

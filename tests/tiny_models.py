@@ -62,7 +62,9 @@ def encode(config, variables, images, labels=None):
     return TarFlow(config).apply(variables, images, labels)
 
 
-decode = jax.jit(sampling.decode, static_argnums=0, static_argnames=("trajectory", "decoders"))
+def decode(config, variables, latents, labels=None, guidance=None, **options):
+    """`sampling.decode_trace`."""
+    return sampling.decode_trace(TarFlow(config), variables, latents, labels, guidance=guidance, **options)
 
 
 def images_of(config, batch_size=3, seed=7):

@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from tarflow_jax import programs
+from tarflow_jax import likelihood
 from tarflow_jax.data import ImageSource
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.likelihood import LOG_2PI
 from tarflow_jax.noise import Noise
-from tarflow_jax.runtime import BatchRunner, LazyRows
-from tarflow_jax.sampling.memory import forward_bytes
+from tarflow_jax.runtime import BatchRunner, LazyRows, exact_flow
+from tarflow_jax.runtime.batch_runner import forward_bytes
 
 
 def noisy_log_prob(
@@ -31,17 +31,18 @@ def noisy_log_prob(
     int32 [N] (or None), in memory or read when their turn comes. A flow that is conditional on noise levels is asked at
     the `levels` [n] in turn, image i at that of number i mod n, and images have noise of that level where `noise` has.
     """
-    level_of = lambda index: None if levels is None else levels[index % len(levels)]  # noqa: E731
+    def named(images: Any, labels: Any, index: np.ndarray) -> dict[str, Any]:
+        noise_std = None if levels is None else levels[index % len(levels)]
+        return {"images": images, "labels": labels, "index": index.astype(np.int32), "noise_std": noise_std}
+
     if isinstance(images, LazyRows):
         read = images.read
-        rows: Any = LazyRows(lambda index: (*read(index), index.astype(np.int32), level_of(index)), images.total)
+        rows: Any = LazyRows(lambda index: named(*read(index), index), images.total)
     else:
-        index = np.arange(len(images[0]), dtype=np.int32)
-        rows = (*images, index, level_of(index))
-    program = functools.partial(programs.noisy_log_prob, programs.exact(config), noise)
-    return runner.run(
-        program, variables, rows, key, bytes_per_image=forward_bytes(config), description="log-likelihoods"
-    )
+        rows = named(*images, np.arange(len(images[0])))
+    function = functools.partial(likelihood.noisy_log_prob, exact_flow(config), noise)
+    size = forward_bytes(config)
+    return runner.run(function, variables, rows, bytes_per_image=size, description="log-likelihoods", key=key)
 
 
 def split_log_prob(

@@ -8,9 +8,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from tarflow_jax.errors import UserError
-from tarflow_jax.flow.attention import KERNELS
 
-REMAT_POLICIES = ("none", "dots", "attention", "full")
+REMAT_POLICIES = ("none", "full")
+KERNELS = ("auto", "plain", "cudnn", "splash")
 DTYPES = ("float32", "bfloat16")
 POSITION_INITS = ("normal", "grid")
 

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 
 from tarflow_jax.flow.block import FlowBlock
 from tarflow_jax.flow.config import TarFlowConfig
-from tarflow_jax.flow.patches import to_images, to_tokens
+from tarflow_jax.flow.tokens import is_reversed, to_images, to_tokens
+from tarflow_jax.flow.transformer import Kernels
 
 PRIOR_RATE = 0.1
 
@@ -19,6 +20,7 @@ class TarFlow(nn.Module):
     """
 
     config: TarFlowConfig
+    kernels: Kernels = Kernels()
 
     @nn.compact
     def __call__(
@@ -29,7 +31,7 @@ class TarFlow(nn.Module):
         Args:
           images: float32 [B, H, W, K], in [-1, 1] plus noise.
           labels: int32 [B], -1 for no class; None for no class anywhere.
-          noise_std: σ of each image's noise, float32 [B], for a flow that is conditional on it.
+          noise_std: σ of each image's noise, float32 [B], for a noise-conditional flow.
 
         Returns (latents, log_det): float32 [B, H, W, K], standard normal under the model, and float32 [B] in nats, the
         log absolute determinant of the Jacobian d latents / d images.
@@ -38,7 +40,8 @@ class TarFlow(nn.Module):
         tokens = to_tokens(config, images.astype(jnp.float32))
         log_det = jnp.zeros(images.shape[0], jnp.float32)
         for k in range(config.num_blocks):
-            tokens, block_log_det = FlowBlock(config, k, name=f"block_{k}")(tokens, labels, noise_std)
+            block = FlowBlock(config, k, self.kernels, name=f"block_{k}")
+            tokens, block_log_det = block(tokens, is_reversed(k), labels, noise_std)
             log_det = log_det + block_log_det
             self.sow("intermediates", "block_outputs", tokens)
         if config.volume_preserving:

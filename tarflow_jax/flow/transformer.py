@@ -1,15 +1,18 @@
-"""The transformer inside a block: one layer, and its key/value cache."""
+"""The transformer inside a block: one layer, and its KV cache.
 
+Logical axes, which `flax.linen.logical_axis_rules` maps to those of a mesh: "batch"; "heads", N; "hidden", 4C.
+"""
+
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
-import flax.struct
 import jax
 import jax.numpy as jnp
 
-from tarflow_jax.flow.attention import attend, attend_whole, shard_batch, whole_along
+from tarflow_jax.flow.attention import attend, attend_whole
 from tarflow_jax.flow.config import TarFlowConfig
-from tarflow_jax.flow.product import dense_product
 
 MLP_EXPANSION = 4
 
@@ -17,10 +20,23 @@ MLP_EXPANSION = 4
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-class KVCache(NamedTuple):
-    """Keys and values of the tokens a layer has seen, by position: each [B, N, R, H].
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """How attention over whole sequences and dense matmuls are computed; by default in plain JAX.
 
-    Positions come next to the head dimension, so that attending reads a head's cache in the order of memory.
+    Attributes:
+      attend: (query, key, value, causal) -> out, as `attend_whole`.
+      dot_general: as `jax.lax.dot_general`.
+    """
+
+    attend: Callable[..., jax.Array] = attend_whole
+    dot_general: Callable[..., jax.Array] = jax.lax.dot_general
+
+
+class KVCache(NamedTuple):
+    """A layer's keys and values of the tokens seen so far, by position: each [B, N, R, H].
+
+    Positions are next to the head dimension, so that attention reads a head's cache in memory order.
     """
 
     key: jax.Array
@@ -32,70 +48,17 @@ class KVCache(NamedTuple):
         return cls(jnp.zeros(shape, config.compute_dtype), jnp.zeros(shape, config.compute_dtype))
 
     def grow(self, length: int) -> "KVCache":
-        """The same with room for `length` tokens."""
-        room = ((0, 0), (0, 0), (0, length - self.key.shape[2]), (0, 0))
-        return KVCache(jnp.pad(self.key, room), jnp.pad(self.value, room))
+        """Pads the cache to `length` positions."""
+        padding = ((0, 0), (0, 0), (0, length - self.key.shape[2]), (0, 0))
+        return KVCache(jnp.pad(self.key, padding), jnp.pad(self.value, padding))
 
     def write(self, key: jax.Array, value: jax.Array, start: jax.Array | int) -> "KVCache":
-        """Puts the keys and values [B, N, S, H] of new tokens at positions start .. start + S - 1."""
+        """Writes the keys and values [B, N, S, H] of positions start .. start + S - 1."""
 
         def put(old: jax.Array, new: jax.Array) -> jax.Array:
             return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=2)
 
         return KVCache(put(self.key, key), put(self.value, value))
-
-    def read(self) -> "KVCache":
-        """Keys and values, each [B, N, R, H]."""
-        return self
-
-
-class StackedCache(flax.struct.PyTreeNode):
-    """The keys and values of all layers, of which each writes and reads its part where it is, without a copy.
-
-    Attributes:
-      key, value: [L, B, N, T, H], with room for all tokens.
-      length: R, of the room that is read.
-      layer: whose turn it is.
-    """
-
-    key: jax.Array
-    value: jax.Array
-    length: int = flax.struct.field(pytree_node=False)
-    layer: jax.Array
-
-    @classmethod
-    def zeros(cls, config: TarFlowConfig, depth: int, batch_size: int, length: int) -> "StackedCache":
-        shape = (depth, batch_size, config.num_heads, config.num_tokens, config.head_dim)
-        dtype = config.compute_dtype
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), length, jnp.int32(0))
-
-    def write(self, key: jax.Array, value: jax.Array, start: jax.Array | int) -> "StackedCache":
-        """As `KVCache.write`, for the layer."""
-
-        def put(old: jax.Array, new: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice(old, new.astype(old.dtype)[None], (self.layer, 0, 0, start, 0))
-
-        return self.replace(key=put(self.key, key), value=put(self.value, value))
-
-    def read(self) -> KVCache:
-        """The layer's keys and values, each [B, N, R, H]."""
-        _, batch_size, heads, _, size = self.key.shape
-
-        def part(array: jax.Array) -> jax.Array:
-            begin, sizes = (self.layer, 0, 0, 0, 0), (1, batch_size, heads, self.length, size)
-            return jax.lax.dynamic_slice(array, begin, sizes).squeeze(0)
-
-        return KVCache(part(self.key), part(self.value))
-
-
-Caches = tuple[KVCache, ...] | StackedCache  # of a block: one a layer, or one of all
-
-
-def grown(caches: Caches, length: int) -> Caches:
-    """The same with room for `length` tokens."""
-    if isinstance(caches, StackedCache):
-        return caches.replace(length=length)
-    return tuple(cache.grow(length) for cache in caches)
 
 
 @jax.custom_jvp
@@ -103,7 +66,7 @@ def gelu(x: jax.Array) -> jax.Array:
     """x Φ(x), the exact (erf) GELU.
 
     Its rule computes the derivative beside the value, in one pass: the backward pass then keeps it instead of x,
-    and XLA does not recompute erf inside the fusions around its matrix products.
+    and XLA does not recompute erf inside the fusions around its matmuls.
     """
     return _gelu_and_derivative(x)[0]
 
@@ -121,10 +84,10 @@ def _gelu_and_derivative(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return (x32 * cdf).astype(x.dtype), (cdf + x32 * pdf).astype(x.dtype)
 
 
-def turn(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Turns the pairs (x_i, x_{i + H/2}) of x [B, N, S, H] by angles [S, H / 2] (rotary embeddings, arXiv 2104.09864).
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Rotates the pairs (x_i, x_{i + H/2}) of x [B, N, S, H] by angles [S, H / 2] (rotary embeddings, arXiv 2104.09864).
 
-    The product of a query and a key then depends on where they are by the difference of their angles alone.
+    The dot product of a query and a key then depends on their positions only through the difference of their angles.
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     sin, cos = jnp.sin(angles)[None, None], jnp.cos(angles)[None, None]
@@ -134,10 +97,11 @@ def turn(x: jax.Array, angles: jax.Array) -> jax.Array:
 class TransformerLayer(nn.Module):
     """x += Attention(LayerNorm(x)); x += MLP(LayerNorm(x)). The residual stream is float32.
 
-    If it is not `causal`, every token sees every other, and there are no caches.
+    If not `causal`, every token sees every other, and there is no cache.
     """
 
     config: TarFlowConfig
+    kernels: Kernels = Kernels()
     causal: bool = True
 
     @nn.compact
@@ -146,55 +110,80 @@ class TransformerLayer(nn.Module):
         x: jax.Array,
         temperature: jax.Array | None = None,
         angles: jax.Array | None = None,
-        cache: KVCache | StackedCache | None = None,
+        cache: KVCache | None = None,
         start: jax.Array | int = 0,
-    ) -> tuple[jax.Array, KVCache | StackedCache | None]:
-        """Runs S tokens [B, S, C] that begin at position `start`, behind those in `cache`.
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Runs S tokens.
 
-        Without a cache the tokens are the whole sequence. `temperature` is [B] or None (see `attend`). By `angles`
-        [S, H / 2], or None, queries and keys turn (see `turn`).
+        Args:
+          x: the residual stream [B, S, C], at positions start .. start + S - 1.
+          temperature: [B] or None, see `attend`.
+          angles: [S, H / 2], by which queries and keys are rotated (see `rotate`), or None.
+          cache: keys and values of the tokens before `start`; without one, x is the whole sequence.
+
+        Returns the new residual stream, and the cache with these tokens written.
         """
         config, dtype = self.config, self.config.compute_dtype
-        heads = (config.num_heads, config.head_dim)
+        # Given sharded parameters, XLA would otherwise gather the batch, which is larger.
+        x = nn.with_logical_constraint(x, ("batch", None, None))
 
-        x = shard_batch(x)
         h = self._norm("attention_norm")(x).astype(dtype)
-        qkv = self._dense((3, *heads), "qkv")(h)
+        qkv = self._dense((3, config.num_heads, config.head_dim), "qkv", (None, None, "heads", None))(h)
         # `split`'s gradient is one concatenation; indexing's would be a sum of three padded arrays.
         query, key, value = (
             x.squeeze(2).swapaxes(1, 2) for x in jax.lax.split(qkv, (1, 1, 1), axis=2)
         )  # each [B, N, S, H]
         if angles is not None:
-            query, key = turn(query, angles), turn(key, angles)
-        if cache is not None:
-            cache = cache.write(key, value, start)
-            key, value = cache.read()
+            query, key = rotate(query, angles), rotate(key, angles)
         if cache is None and temperature is None:
-            h = attend_whole(query, key, value, config.attention, self.causal)
+            h = self.kernels.attend(query, key, value, self.causal)
         else:
+            if cache is not None:
+                key, value = cache = cache.write(key, value, start)
             h = attend(query, key, value, start, temperature)
-        h = self._dense(config.width, "attention_out", axis=(-2, -1))(h.swapaxes(1, 2))
-        x = x + h.astype(jnp.float32)
+        out = self._dense(config.width, "attention_out", ("heads", None, None), axis=(-2, -1))
+        x = x + out(h.swapaxes(1, 2)).astype(jnp.float32)
 
         h = self._norm("mlp_norm")(x).astype(dtype)
-        h = gelu(self._dense(MLP_EXPANSION * config.width, "mlp_in")(h))
-        h = self._dense(config.width, "mlp_out")(h)
+        h = gelu(self._dense(MLP_EXPANSION * config.width, "mlp_in", (None, "hidden"))(h))
+        h = self._dense(config.width, "mlp_out", ("hidden", None))(h)
         return x + h.astype(jnp.float32), cache
 
     def _norm(self, name: str) -> nn.Module:
         return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32, name=name)
 
-    def _dense(self, features: int | tuple[int, ...], name: str, axis: int | tuple[int, ...] = -1) -> nn.Module:
-        width_axis = -1 if features == self.config.width else 0  # of the kernel, the one that `fsdp` shards
+    def _dense(
+        self, features: int | tuple[int, ...], name: str, axes: tuple[str | None, ...], axis: int | tuple[int, ...] = -1
+    ) -> nn.Module:
+        """A dense layer whose kernel has the logical `axes` while it multiplies: whole along the residual stream.
 
-        def product(x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax.Array:
-            return dense_product(x, whole_along(kernel, width_axis), *args, **options)
+        XLA otherwise multiplies by one device's shard after another, and reads and writes the whole result for each.
+        """
 
+        def dot_general(x: jax.Array, kernel: jax.Array, *args: Any, **options: Any) -> jax.Array:
+            return self.kernels.dot_general(x, nn.with_logical_constraint(kernel, axes), *args, **options)
+
+        dtype = self.config.compute_dtype
         return nn.DenseGeneral(
-            features,
-            axis,
-            dtype=self.config.compute_dtype,
-            kernel_init=kernel_init,
-            dot_general=product,
-            name=name,
+            features, axis, dtype=dtype, kernel_init=kernel_init, dot_general=dot_general, name=name
         )
+
+
+def stacked_layers(
+    config: TarFlowConfig, depth: int, kernels: Kernels, causal: bool = True, name: str | None = None
+) -> nn.Module:
+    """`depth` layers whose parameters are stacked along a first axis: (x, temperature, angles) -> (x, None)."""
+    layer: Any = TransformerLayer
+    if config.remat == "full":
+        layer = nn.remat(layer, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
+    axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": nn.broadcast}
+    return nn.scan(layer, **axes, length=depth)(config, kernels, causal, name=name)
+
+
+def cast_kernels(params: Any, dtype: jnp.dtype) -> Any:
+    """Casts the kernels of dense layers, once, to the dtype in which they are multiplied."""
+
+    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        return leaf.astype(dtype) if path[-1].key == "kernel" else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)

@@ -1,18 +1,16 @@
-"""What programs run on: processes, devices and meshes, compiled programs, batches of any size."""
+"""What programs run on: processes, devices and meshes, kernels, compiled programs, batches of any size."""
 
-from tarflow_jax.runtime.batches import BatchRunner, LazyRows
+from tarflow_jax.runtime.batch_runner import BatchRunner, LazyRows, progress
+from tarflow_jax.runtime.compilation import Program, use_compilation_cache, use_mesh
 from tarflow_jax.runtime.cores import use_cores_as_devices
 from tarflow_jax.runtime.environment import environment, release
-from tarflow_jax.runtime.mesh import BATCH_AXES, batch_sharding, make_mesh, replicated
+from tarflow_jax.runtime.kernels import device_flow, exact_flow, training_kernels
+from tarflow_jax.runtime.mesh import Rows, batch_sharding, make_mesh, many_devices, replicated
 from tarflow_jax.runtime.preemption import Preempted, PreemptionGuard, stop_if_requested
 from tarflow_jax.runtime.processes import start_processes
-from tarflow_jax.runtime.programs import Program
-from tarflow_jax.runtime.progress import progress
-from tarflow_jax.runtime.rows import Rows
-from tarflow_jax.runtime.sharding import for_products, gathered, leaf_name, shardings, summary
+from tarflow_jax.runtime.sharding import gathered, leaf_name, shardings, summary
 
 __all__ = [
-    "BATCH_AXES",
     "BatchRunner",
     "LazyRows",
     "Preempted",
@@ -20,11 +18,13 @@ __all__ = [
     "Program",
     "Rows",
     "batch_sharding",
+    "device_flow",
     "environment",
-    "for_products",
+    "exact_flow",
     "gathered",
     "leaf_name",
     "make_mesh",
+    "many_devices",
     "progress",
     "release",
     "replicated",
@@ -32,5 +32,8 @@ __all__ = [
     "start_processes",
     "stop_if_requested",
     "summary",
+    "training_kernels",
+    "use_compilation_cache",
     "use_cores_as_devices",
+    "use_mesh",
 ]

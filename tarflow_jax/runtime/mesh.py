@@ -2,21 +2,24 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tarflow_jax.errors import UserError
-from tarflow_jax.flow.attention import BATCH_AXES
 
 AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")  # over which a batch is sharded
+RULES = (("batch", BATCH_AXES), ("heads", "tensor"), ("hidden", "tensor"))  # the flow's logical axes
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices; at most one size may be -1, meaning whatever is left.
+    """A mesh over all devices; at most one size may be -1, which takes the devices that are left.
 
-    TPU slices, joined by the slow network between hosts, share `data` alone.
+    TPU slices, which the slow network between hosts connects, are split by `data` alone.
 
     Raises:
       ValueError: the sizes do not multiply to the number of devices, or `data` not to a number of slices.
@@ -45,11 +48,42 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def many_devices() -> bool:
+    """Whether the current mesh is one of `make_mesh` with several devices; inside `jax.shard_map` each works alone."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.axis_names == AXES and mesh.size > 1 and not mesh.manual_axes
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over `data` and `fsdp`; every other dimension whole."""
+    """Shards rows over `data` and `fsdp`, and no other dimension."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Whole on every device."""
+    """A copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+class Rows:
+    """The rows of a global batch that this process reads, since they are placed on its devices.
+
+    Attributes:
+      local: int64 [n], the numbers of these rows in the global batch, ascending. Processes that share heads alone
+        (`tensor`) read the same rows.
+    """
+
+    def __init__(self, mesh: Mesh, batch_size: int) -> None:
+        """batch_size: of the global batch; data x fsdp divides it."""
+        self._sharding, self._batch_size = batch_sharding(mesh), batch_size
+        slices = self._sharding.addressable_devices_indices_map((batch_size,)).values()
+        self.local = np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in slices]))
+
+    def put(self, values: np.ndarray) -> jax.Array:
+        """Starts copying local rows [n, …] into the global array [B, …], which it returns."""
+
+        def part(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(self._batch_size)
+            first = np.searchsorted(self.local, start)
+            return values[first : first + stop - start]
+
+        return jax.make_array_from_callback((self._batch_size, *values.shape[1:]), self._sharding, part)

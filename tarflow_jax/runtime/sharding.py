@@ -1,6 +1,6 @@
-"""The sharding of a state's leaves, by their names: `parameters.PARAMETERS` says which axis each is sharded over.
+"""The sharding of every leaf of a state, by its name: `parameters.PARAMETERS` has the mesh axis of each dimension.
 
-Optimizer moments and averages end in their parameters' names, so they are sharded alike.
+Optimizer moments and averages end in their parameters' names, so they are sharded like them.
 """
 
 import math
@@ -9,15 +9,14 @@ from collections import defaultdict
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tarflow_jax.errors import UserError
-from tarflow_jax.flow.attention import many_devices
+from tarflow_jax.runtime.mesh import many_devices
 from tarflow_jax.runtime.parameters import rows_of
 
-REPLICATED = ("step", "count")  # of the state and of its optimizer, beside what is a parameter's
+REPLICATED = ("step", "count")  # leaves of the state and of its optimizer that belong to no parameter
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
@@ -36,31 +35,21 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def gathered(block_params: Any) -> Any:
-    """A block's parameters, those that the mesh in force shards over `fsdp` gathered; without a mesh, the same.
+    """All-gathers a block's parameters over `fsdp`, once; without a mesh, returns them as they are.
 
-    For loops that use them often: XLA would gather them inside, with every use.
+    For loops that use them often: XLA would gather them in every iteration.
     """
 
     def whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        rows = rows_of(leaf_name(path))  # none of what is no parameter
+        rows = rows_of(leaf_name(path))
         spec = P(*(axis if axis != "fsdp" else None for row in rows for axis in row.spec))
         return jax.lax.with_sharding_constraint(leaf, spec)
 
     return jax.tree_util.tree_map_with_path(whole, block_params) if many_devices() else block_params
 
 
-def for_products(tree: Any, dtype: jnp.dtype) -> Any:
-    """Parameters, those of dense layers in the dtype that their products are computed in."""
-
-    def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        (row,) = rows_of(leaf_name(path))
-        return leaf.astype(dtype) if row.output_axes else leaf
-
-    return jax.tree_util.tree_map_with_path(cast, tree)
-
-
 def summary(mesh: Mesh, tree: Any) -> str:
-    """One line a group of like-named, like-sharded leaves: count, numbers, the mesh axes they are sharded over."""
+    """A table with a line for each kind of leaf: how many, their total size, and the mesh axes they are sharded over."""
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = re.sub(r"block_\d+", "block_*", leaf_name(path))

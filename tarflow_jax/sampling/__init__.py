@@ -1,14 +1,10 @@
 """z -> x: the inverses of the flow, guidance, and denoising."""
 
-from tarflow_jax.sampling.decode import Decoded, Decoder, decode
-from tarflow_jax.sampling.denoise import denoise
-from tarflow_jax.sampling.encode import guided_trajectory
-from tarflow_jax.sampling.fixed_point import GaussSeidelJacobi, Jacobi
+from tarflow_jax.sampling.decode import Decoded, decode, decode_trace, guided_trajectory
+from tarflow_jax.sampling.decoders import Decoder, GaussSeidelJacobi, Jacobi, Sequential, Student, Tuned
+from tarflow_jax.sampling.denoise import DEFAULT_DENOISING, IterativeDenoising, denoise, iterate
 from tarflow_jax.sampling.guidance import Guidance
-from tarflow_jax.sampling.inverse import Sequential
-from tarflow_jax.sampling.iterative import DEFAULT_DENOISING, IterativeDenoising, iterate
 from tarflow_jax.sampling.schedule import Schedule
-from tarflow_jax.sampling.warm_start import decode_from
 
 __all__ = [
     "DEFAULT_DENOISING",
@@ -20,8 +16,10 @@ __all__ = [
     "Jacobi",
     "Schedule",
     "Sequential",
+    "Student",
+    "Tuned",
     "decode",
-    "decode_from",
+    "decode_trace",
     "denoise",
     "guided_trajectory",
     "iterate",

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from tarflow_jax.errors import UserError
-from tarflow_jax.flow import Affine, Caches, FlowBlock, KVCache, StackedCache, solve_unit_lower
+from tarflow_jax.flow import Affine, TarFlowConfig
 
 TARGETS = ("both", "log_scale", "shift")
 SCHEDULES = ("linear", "constant")
@@ -25,7 +25,7 @@ class Guidance:
     It is a JAX pytree: weight and temperature are traced, so that another one compiles nothing new.
 
     Attributes:
-      weight: w, 0 for none.
+      weight: w, 0 for none; a number, or an array that may be traced.
       target: what is guided: "both", "log_scale" or "shift".
       schedule: "linear" grows w_i to w along the tokens, w_i = w (i + 1) / (T - 1); "constant" is w_i = w.
       attention_temperature: τ > 0; 1 leaves attention as it is.
@@ -36,21 +36,22 @@ class Guidance:
     Raises ValueError: one line naming the field.
     """
 
-    weight: float = 0.0
+    weight: float | jax.Array = 0.0
     target: str = "both"
     schedule: str = "linear"
-    attention_temperature: float = 1.0
+    attention_temperature: float | jax.Array = 1.0
     rule: str = "log_scale"
     blocks: int | str = "all"
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.weight):
-            raise UserError(f"guidance weight is {self.weight}; expected a finite number")
+        if not isinstance(self.weight, jax.Array) and not _is_finite(self.weight):
+            raise UserError(f"guidance weight is {self.weight!r}; expected a finite number")
         if self.target not in TARGETS:
             raise UserError(f"guidance target is {self.target!r}; expected one of {', '.join(TARGETS)}")
         if self.schedule not in SCHEDULES:
             raise UserError(f"guidance schedule is {self.schedule!r}; expected one of {', '.join(SCHEDULES)}")
-        if not 0 < self.attention_temperature < math.inf:
+        temperature = self.attention_temperature
+        if not isinstance(temperature, jax.Array) and not (_is_finite(temperature) and temperature > 0):
             raise UserError(f"attention temperature is {self.attention_temperature}; expected a positive number")
         if self.rule not in RULES:
             raise UserError(f"guidance rule is {self.rule!r}; expected one of {', '.join(RULES)}")
@@ -61,21 +62,33 @@ class Guidance:
         if self.blocks != "all" and not (isinstance(self.blocks, int) and self.blocks > 0):
             raise UserError(f"guidance blocks is {self.blocks!r}; expected 'all' or a positive number")
 
+    def checked_for(self, config: TarFlowConfig) -> "Guidance | None":
+        """Itself, or None where its weight is 0; ValueError for class guidance of a flow without classes."""
+        if not isinstance(self.weight, jax.core.Tracer) and self.weight == 0:
+            return None
+        if not config.num_classes and self.attention_temperature == 1:
+            raise UserError(
+                "guidance by class needs a class-conditional model, this one has no classes; "
+                "set an attention temperature other than 1"
+            )
+        return self
+
     def covers(self, k: int, num_blocks: int) -> bool:
         """Whether block number k is guided."""
         return self.blocks == "all" or k >= num_blocks - int(self.blocks)
 
     def weights(self, num_tokens: int) -> jax.Array:
-        """w_i of the step that makes token i + 1, float32 [T]; the last has no use. The weight may be traced."""
-        if self.schedule == "constant":
-            return jnp.full((num_tokens,), self.weight, jnp.float32)
-        return linear_weights(self.weight, num_tokens)
+        """w_i of the step that makes token i + 1, float32 [T]; the last is not used.
+
+        The weight may be traced, and an array [B]: then float32 [B, T].
+        """
+        weight = jnp.asarray(self.weight, jnp.float32)
+        steps = jnp.arange(1, num_tokens + 1, dtype=jnp.float32) / max(num_tokens - 1, 1)
+        return jnp.multiply.outer(weight, jnp.ones_like(steps) if self.schedule == "constant" else steps)
 
 
-def linear_weights(weight: jax.Array | float, num_tokens: int) -> jax.Array:
-    """Of weights w [...], the w (i + 1) / (T - 1) of `Guidance.weights`, float32 [..., T]."""
-    steps = jnp.arange(1, num_tokens + 1, dtype=jnp.float32)
-    return jnp.multiply.outer(jnp.asarray(weight, jnp.float32), steps) / max(num_tokens - 1, 1)
+def _is_finite(number: object) -> bool:
+    return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
 
 
 _TRACED, _STATIC = ("weight", "attention_temperature"), ("target", "schedule", "rule", "blocks")
@@ -86,7 +99,7 @@ def _flatten(guidance: Guidance) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
 
 
 def _unflatten(static: tuple[Any, ...], leaves: tuple[Any, ...]) -> Guidance:
-    # Without the constructor, whose checks need numbers: the leaves may be traced, or no arrays at all.
+    # Without the constructor, whose checks need numbers: the leaves may be anything.
     guidance = object.__new__(Guidance)
     vars(guidance).update(zip((*_TRACED, *_STATIC), (*leaves, *static), strict=True))
     return guidance
@@ -95,88 +108,28 @@ def _unflatten(static: tuple[Any, ...], leaves: tuple[Any, ...]) -> Guidance:
 jax.tree_util.register_pytree_node(Guidance, _flatten, _unflatten)
 
 
-@dataclasses.dataclass(frozen=True)
-class GuidedBlock:
-    """A block's map from tokens to the inverse of the affine map of the tokens that follow, guidance included.
+def guided(guidance: Guidance, with_label: Affine, without: Affine, start: jax.Array | int, num_tokens: int) -> Affine:
+    """The guided map [B, S, D] of tokens start + 1 .. start + S, from those of both passes."""
+    weights = jax.lax.dynamic_slice_in_dim(guidance.weights(num_tokens), start, with_label.shift.shape[1], axis=-1)
+    weights = weights.reshape(-1, with_label.shift.shape[1], 1)  # [1 or B, S, 1]
 
-    With guidance, whatever its weight, the guided and the unguided pass run as one batch of 2B. An image's two are
-    neighbours, so that a batch that is sharded over devices stays where it is.
-    """
+    def guide(name: str, a: jax.Array, unguided: jax.Array) -> jax.Array:
+        return a + weights * (a - unguided) if guidance.target in ("both", name) else a
 
-    block: FlowBlock  # for decoding
-    params: dict  # its own (see `FlowBlock.decoding`)
-    labels: jax.Array | None  # int32 [B]
-    noise_std: jax.Array | None  # float32 [B], of a flow that is conditional on it
-    guidance: Guidance | None  # None for a single pass
-
-    def caches(self, batch_size: int, length: int) -> Caches:
-        """Empty caches for `length` tokens."""
-        config, rows = self.block.config, batch_size * (1 if self.guidance is None else 2)
-        depth = config.depths[self.block.index]
-        if self.block.decoding == "looped":
-            return StackedCache.zeros(config, depth, rows, length)
-        return tuple(KVCache.zeros(config, rows, length) for _ in range(depth))
-
-    def __call__(
-        self, x: jax.Array, caches: Caches | None = None, start: jax.Array | int = 0
-    ) -> tuple["Inverse", Caches | None]:
-        """The map to tokens start + 1 .. start + S, from tokens x [B, S, D] at start .. start + S - 1."""
-        labels, noise_std, temperature = self.labels, self.noise_std, None
-        if self.guidance is not None:
-            if labels is not None:
-                labels = _in_turns(labels, jnp.full_like(labels, -1))
-            if noise_std is not None:
-                noise_std = _in_turns(noise_std, noise_std)
-            unguided = jnp.full(len(x), self.guidance.attention_temperature, jnp.float32)
-            temperature = _in_turns(jnp.ones_like(unguided), unguided)
-            x = _in_turns(x, x)  # [2B, S, D]
-        affine, caches = self.block.apply(
-            {"params": self.params}, x, labels, temperature, noise_std, caches, start, method="following_affine"
-        )
-        if self.guidance is None:
-            return Inverse(jnp.exp(affine.log_scale), affine.shift, affine.lower), caches
-        return _guided(self.guidance, affine, start, self.block.config.num_tokens), caches
-
-
-def _in_turns(guided: jax.Array, unguided: jax.Array) -> jax.Array:
-    """[B, …] of each pass as [2B, …]: an image's guided one, its unguided one, the next image's."""
-    return jnp.stack([guided, unguided], axis=1).reshape(-1, *guided.shape[1:])
-
-
-class Inverse(NamedTuple):
-    """x = u scale + shift with z = (I + L) u, of tokens z; see `Affine`. Guidance may turn a scale's sign."""
-
-    scale: jax.Array  # float32 [B, S, D]
-    shift: jax.Array  # float32 [B, S, D]
-    lower: jax.Array | None  # float32 [B, S, D (D - 1) / 2]
-
-    def __call__(self, z: jax.Array) -> jax.Array:
-        return solve_unit_lower(self.lower, z) * self.scale + self.shift
-
-
-def _guided(guidance: Guidance, passes: Affine, start: jax.Array | int, num_tokens: int) -> Inverse:
-    """The guided map [B, S, D] to tokens start + 1 .. start + S, from those of both passes in turns, [2B, S, D]."""
-    pairs = jax.tree.map(lambda both: both.reshape(-1, 2, *both.shape[1:]), passes)
-    guided, unguided = (jax.tree.map(lambda pair, i=i: pair[:, i], pairs) for i in range(2))
-    weights = guidance.weights(num_tokens)
-    weights = jax.lax.dynamic_slice_in_dim(weights, start, guided.shift.shape[1])[None, :, None]  # [1, S, 1]
-
-    def guide(name: str, a: jax.Array, of_unguided: jax.Array) -> jax.Array:
-        return a + weights * (a - of_unguided) if guidance.target in ("both", name) else a
-
-    # With the scales, a triangular map's other numbers make up its matrix.
-    lower = None if passes.lower is None else guide("log_scale", guided.lower, unguided.lower)
+    # The lower triangle of a triangular map is guided with its scales.
+    lower = None if with_label.lower is None else guide("log_scale", with_label.lower, without.lower)
     if guidance.rule == "product":
-        return Inverse(*product(guided, unguided, weights), lower)
-    shift = guide("shift", guided.shift, unguided.shift)
+        return Affine(*product(with_label, without, weights), lower)
+    shift = guide("shift", with_label.shift, without.shift)
     if guidance.rule == "scale":
-        return Inverse(guide("log_scale", jnp.exp(guided.log_scale), jnp.exp(unguided.log_scale)), shift, lower)
-    return Inverse(jnp.exp(guide("log_scale", guided.log_scale, unguided.log_scale)), shift, lower)
+        return Affine(guide("log_scale", with_label.scale, without.scale), shift, lower)
+    log_scale = guide("log_scale", jnp.log(with_label.scale), jnp.log(without.scale))
+    return Affine(jnp.exp(log_scale), shift, lower)
 
 
-def product(guided: Affine, unguided: Affine, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Scale and shift [B, S, D] of the rule of this name, from both passes' maps."""
-    ratio = jnp.exp(2 * jnp.minimum(guided.log_scale - unguided.log_scale, 0))  # of the variances
-    precision = 1 + weights - weights * ratio  # relative to that with the label
-    shift = ((1 + weights) * guided.shift - weights * ratio * unguided.shift) / precision
-    return jnp.exp(guided.log_scale) * jax.lax.rsqrt(precision), shift
+def product(with_label: Affine, without: Affine, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Scale and shift [B, S, D] of the rule of this name."""
+    ratio = jnp.square(jnp.minimum(with_label.scale / without.scale, 1.0))  # of the variances
+    precision = 1 + weights - weights * ratio  # relative to the labelled pass
+    shift = ((1 + weights) * with_label.shift - weights * ratio * without.shift) / precision
+    return with_label.scale * jax.lax.rsqrt(precision), shift

@@ -1,4 +1,4 @@
-"""Which decoder inverts which block, as `launch.tune_decoder` found it fastest, kept beside the weights.
+"""The fastest decoder of each block, as `launch.tune_decoder` found it, kept beside the weights.
 
 The file names the weights and the guidance that it was tuned for: with others, updates may take longer or stop too far
 from the inverse.
@@ -14,32 +14,38 @@ from etils import epath
 from tarflow_jax.errors import UserError
 from tarflow_jax.files import write_text
 from tarflow_jax.fingerprint import fingerprint
-from tarflow_jax.sampling.decode import Decoder
-from tarflow_jax.sampling.fixed_point import GaussSeidelJacobi, Jacobi
+from tarflow_jax.sampling.decoders import Decoder, GaussSeidelJacobi, Jacobi, Sequential
 from tarflow_jax.sampling.guidance import Guidance
-from tarflow_jax.sampling.inverse import Sequential
 
 FILE = "decoder.json"
-VERSION = 2
 _KINDS: dict[str, type[Decoder]] = {"sequential": Sequential, "jacobi": Jacobi, "gs_jacobi": GaussSeidelJacobi}
 _MAX_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Decoders by block number, for each batch size that was measured."""
+    """The decoders of all blocks, for each batch size that was measured."""
 
     decoders: Mapping[int, tuple[Decoder, ...]]  # by batch size, one a block
-    weights: str  # `fingerprint` of the variables that were tuned
-    guidance: Guidance | None = None  # that they were tuned with
+    weights: str  # `fingerprint` of the variables
+    guidance: Guidance | None = None  # used while tuning
 
     def of(self, batch_size: int) -> tuple[Decoder, ...]:
         """The decoders of the largest measured batch that is no larger, or of the smallest of all."""
         fitting = [size for size in self.decoders if size <= batch_size]
         return self.decoders[max(fitting) if fitting else min(self.decoders)]
 
+    def checked_for(self, guidance: Guidance | None) -> "Schedule":
+        """Itself; ValueError unless it was tuned with this guidance."""
+        if self.guidance != guidance:
+            raise UserError(
+                f'decoder "auto" was tuned for {self.guidance or "no guidance"}, not for '
+                f"{guidance or 'no guidance'}; run launch.tune_decoder with it, or name a decoder"
+            )
+        return self
+
     def check_weights(self, variables: Any) -> None:
-        """Raises ValueError where other variables were tuned than these, of which it reads every number."""
+        """Raises ValueError unless these are the variables it was tuned for; hashes every parameter."""
         if self.weights != (found := fingerprint(variables)):
             raise UserError(
                 f"the decoder schedule was tuned for weights {self.weights}, not for these, {found}; "
@@ -50,7 +56,6 @@ class Schedule:
         """Writes folder/decoder.json."""
         kinds = {kind: name for name, kind in _KINDS.items()}
         fields = {
-            "version": VERSION,
             "weights": self.weights,
             "guidance": dataclasses.asdict(self.guidance) if self.guidance else None,
             "decoders": {
@@ -62,7 +67,7 @@ class Schedule:
 
     @classmethod
     def read(cls, folder: epath.PathLike, num_blocks: int) -> "Schedule | None":
-        """The schedule in a folder, None if there is none; ValueError for one of an earlier release or other model."""
+        """Reads the schedule in a folder, None if there is none; ValueError if it is damaged or of another model."""
         path = epath.Path(folder) / FILE
         if not path.exists():
             return None
@@ -70,10 +75,6 @@ class Schedule:
             if path.stat().length > _MAX_BYTES:
                 raise UserError("it is too large")
             fields = json.loads(path.read_text())
-            if fields["version"] == 1:
-                raise UserError("it was tuned by an earlier release")
-            if fields["version"] != VERSION:
-                raise UserError(f"its version is {fields['version']!r}, expected {VERSION}")
             guidance = None if fields["guidance"] is None else Guidance(**fields["guidance"])
             if not isinstance(fields["weights"], str):
                 raise UserError("it does not name the weights")

@@ -10,13 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tarflow_jax.flow import TarFlowConfig, permute, to_tokens
+from tarflow_jax.flow import TarFlow, is_reversed, permute, to_tokens
 from tarflow_jax.runtime import progress
-from tarflow_jax.sampling.blocks import guided_block
-from tarflow_jax.sampling.decode import Decoder
-from tarflow_jax.sampling.fixed_point import INITS, GaussSeidelJacobi, Jacobi, initial, update
-from tarflow_jax.sampling.guidance import Guidance, GuidedBlock
-from tarflow_jax.sampling.inverse import Sequential
+from tarflow_jax.sampling.block_inverse import BlockInverse, block_inverse
+from tarflow_jax.sampling.decode import decode_trace
+from tarflow_jax.sampling.decoders import (
+    INITS,
+    Decoder,
+    GaussSeidelJacobi,
+    Jacobi,
+    Sequential,
+    initial_guess,
+    update,
+)
+from tarflow_jax.sampling.guidance import Guidance
 
 _SEGMENT_LENGTHS = (32, 16, 8, 4, 2)
 _REPEATS = 3
@@ -25,10 +32,10 @@ _NO_ERROR = 1e-30  # in place of 0 as a divisor
 
 
 class Trial(NamedTuple):
-    """What a decoder did on a block: the mean of its updates, seconds, and the largest error of a token."""
+    """A decoder tried on a block: its mean number of updates, its seconds, and the largest error of a token."""
 
     decoder: Decoder
-    iterations: float
+    updates: float
     seconds: float
     error: float
 
@@ -58,7 +65,7 @@ class Tuning(NamedTuple):
 
 def tune(
     decode_with: Callable[[tuple[Decoder, ...] | None], jax.Array],
-    config: TarFlowConfig,
+    flow: TarFlow,
     variables: dict[str, Any],
     latents: jax.Array,
     labels: jax.Array | None = None,
@@ -77,16 +84,16 @@ def tune(
       max_error: of any pixel of the images, against `Sequential`, in [-1, 1] units. Blocks whose errors exceed it,
         alone or together, stay sequential.
     """
-    reports = []
-    tokens = to_tokens(config, latents)
-    if config.volume_preserving:
-        tokens = tokens * jnp.sqrt(variables["prior"]["variance"])[None]
-    for k in progress(range(config.num_blocks - 1, -1, -1), f"decoders of {len(latents)} images", unit="block"):
-        block = guided_block(config, variables["params"], k, labels, guidance, noise_std)
-        report, x = _tune_block(block, permute(tokens, k), tolerance, max_error)
-        reports.append(report)
-        tokens = permute(x, k)
-    reports.reverse()
+    config, reports = flow.config, []
+    path = decode_trace(flow, variables, latents, labels, noise_std, guidance=guidance).trajectory
+    for k in progress(range(config.num_blocks), f"decoders of {len(latents)} images", unit="block"):
+        reverse, params = is_reversed(k), variables["params"][f"block_{k}"]
+        block = block_inverse(flow, k, params, reverse, labels, guidance, noise_std)
+        step = config.num_blocks - k  # of the trajectory, after which this block is inverted
+        z, x = (permute(to_tokens(config, path[:, i]), reverse) for i in (step - 1, step))
+        if k == config.num_blocks - 1 and config.volume_preserving:
+            z = z * permute(jnp.sqrt(variables["prior"]["variance"])[None], reverse)
+        reports.append(_tune_block(block, z, x, tolerance, max_error))
 
     exact, sequential_seconds = decode_with(None), _seconds(decode_with, None)
     while True:
@@ -116,21 +123,23 @@ def least_worth(reports: Sequence[BlockReport], per_error: bool) -> int | None:
     return min(parallel, key=gain, default=None)
 
 
-def _tune_block(block: GuidedBlock, z: jax.Array, tolerance: float, max_error: float) -> tuple[BlockReport, jax.Array]:
-    """The report of one block, and its inverse of z, both [B, T, D] in block order."""
-    exact, seconds = _timed(Sequential(), block, z)
-    init, num_tokens = better_init(block, z, exact.x), z.shape[1]
+def _tune_block(
+    block: BlockInverse, z: jax.Array, exact: jax.Array, tolerance: float, max_error: float
+) -> BlockReport:
+    """Tries the candidates on one block; `exact` is its inverse of z, both [B, T, D] in block order."""
+    _, seconds = _timed(Sequential(), block, z)
+    init, num_tokens = better_init(block, z, exact), z.shape[1]
     trials = [Trial(Sequential(), num_tokens - 1, seconds, 0.0)]
     for decoder in _candidates(num_tokens, tolerance, init):
         fastest = min(trial.seconds for trial in trials)
         found, seconds = _timed(decoder, block, z, give_up=_HOPELESS * fastest)
-        error = float(jnp.abs(found.x - exact.x).max())
-        trials.append(Trial(decoder, float(found.iterations.mean()), seconds, error))
+        error = float(jnp.abs(found.x - exact).max())
+        trials.append(Trial(decoder, float(found.updates.mean()), seconds, error))
         if isinstance(trials[-2].decoder, GaussSeidelJacobi) and seconds > trials[-2].seconds:
             break  # shorter segments only take more of them
     close = [trial for trial in trials if trial.error <= max_error]
     chosen = min(close, key=lambda trial: trial.seconds)
-    return BlockReport(block.block.index, _crm(block, exact.x), init, trials, chosen), exact.x
+    return BlockReport(block.block.index, _crm(block, exact), init, trials, chosen)
 
 
 def _candidates(num_tokens: int, tolerance: float, init: str) -> Iterator[Decoder]:
@@ -140,12 +149,12 @@ def _candidates(num_tokens: int, tolerance: float, init: str) -> Iterator[Decode
             yield GaussSeidelJacobi(-(-(num_tokens - 1) // length), tolerance, init=init)
 
 
-def _timed(decoder: Decoder, block: GuidedBlock, z: jax.Array, give_up: float = math.inf) -> tuple[Any, float]:
-    def invert(params: Any, z: jax.Array) -> Any:
-        return decoder.invert(dataclasses.replace(block, params=params), z)
+def _timed(decoder: Decoder, block: BlockInverse, z: jax.Array, give_up: float = math.inf) -> tuple[Any, float]:
+    def invert(params: Any, layers: Any, z: jax.Array) -> Any:
+        return decoder.invert(dataclasses.replace(block, params=params, layers=layers), z)
 
     run = jax.jit(invert)
-    return run(block.params, z), _seconds(run, block.params, z, give_up=give_up)
+    return run(block.params, block.layers, z), _seconds(run, block.params, block.layers, z, give_up=give_up)
 
 
 def _seconds(run: Any, *args: Any, give_up: float = math.inf) -> float:
@@ -158,22 +167,22 @@ def _seconds(run: Any, *args: Any, give_up: float = math.inf) -> float:
     return float(np.median(times))
 
 
-def better_init(block: GuidedBlock, z: jax.Array, exact: jax.Array) -> str:
+def better_init(block: BlockInverse, z: jax.Array, exact: jax.Array) -> str:
     """The init that one update brings nearer to `exact`, the inverse of z [B, T, D] (IGM, arXiv 2505.12849)."""
 
     def distance(init: str) -> float:
-        found, _ = update(block, z[:, :1], z[:, 1:], initial(init, z[:, 1:]))
+        found, *_ = update(block, z[:, :1], z[:, 1:], initial_guess(init, z[:, 1:]))
         return float(jnp.nan_to_num(jnp.linalg.norm(found - exact[:, 1:]), nan=jnp.inf))
 
     return min(INITS, key=distance)
 
 
-def _crm(block: GuidedBlock, x: jax.Array) -> float:
+def _crm(block: BlockInverse, x: jax.Array) -> float:
     """|mean(exp(-log_scale) x)| |W_s| + |W_u|, W_s and W_u the halves of the output projection (Frobenius norms)."""
-    inverse, _ = block(x[:, :-1])
+    affine, _ = block(x[:, :-1])
     kernel = block.params["project_out"]["kernel"].astype(jnp.float32)
     if block.block.config.volume_preserving:
         return float(jnp.linalg.norm(kernel))
     scale_half, shift_half = jnp.split(kernel, 2, axis=1)
-    mean = jnp.abs((x[:, 1:] / inverse.scale).mean())
+    mean = jnp.abs((x[:, 1:] / affine.scale).mean())
     return float(mean * jnp.linalg.norm(scale_half) + jnp.linalg.norm(shift_half))

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tarflow_jax.flow import TarFlow, TarFlowConfig, to_images
+from tarflow_jax.flow import TarFlow, to_images
 from tarflow_jax.student.config import StudentConfig
 from tarflow_jax.student.network import Student
 from tarflow_jax.student.perception import perceptual_distance
@@ -14,12 +14,12 @@ _SOFTENING = 0.01  # c
 
 
 def flow_trajectory(
-    flow: TarFlowConfig, variables: Any, noisy: jax.Array, labels: jax.Array | None, noise_std: jax.Array | None
+    flow: TarFlow, variables: Any, noisy: jax.Array, labels: jax.Array | None, noise_std: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
     """(latents [B, H, W, K], trajectory [B, F, H, W, K]: what each block reads, as images); with no gradient."""
-    (latents, _), sown = TarFlow(flow).apply(variables, noisy, labels, noise_std, mutable=["intermediates"])
+    (latents, _), sown = flow.apply(variables, noisy, labels, noise_std, mutable=["intermediates"])
     outputs = sown["intermediates"]["block_outputs"][:-1]
-    trajectory = jnp.stack([noisy, *(to_images(flow, tokens) for tokens in outputs)], axis=1)
+    trajectory = jnp.stack([noisy, *(to_images(flow.config, tokens) for tokens in outputs)], axis=1)
     return jax.lax.stop_gradient((latents, trajectory))
 
 

@@ -6,17 +6,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tarflow_jax.flow import to_images, to_tokens
-from tarflow_jax.flow.block import (
-    Affine,
-    class_vectors,
-    embedding_init,
-    position_init,
-    rotary_angles,
-    scanned_layers,
-)
-from tarflow_jax.flow.product import dense_product
-from tarflow_jax.flow.transformer import kernel_init
+from tarflow_jax.flow import Affine, Kernels, to_images, to_tokens
+from tarflow_jax.flow.block import class_vectors, embedding_init, position_init, rotary_angles
+from tarflow_jax.flow.transformer import kernel_init, stacked_layers
 from tarflow_jax.student.config import StudentConfig
 
 NUM_WAVES = 16  # numbers that a guidance weight becomes
@@ -30,6 +22,7 @@ class Student(nn.Module):
     """
 
     config: StudentConfig
+    kernels: Kernels = Kernels()
 
     @nn.compact
     def __call__(
@@ -48,7 +41,8 @@ class Student(nn.Module):
         config, shape = self.config, self.config.shape
         tokens, hidden, outputs = to_tokens(shape, latents.astype(jnp.float32)), None, []
         for j in range(shape.num_blocks):
-            hidden, tokens = StudentBlock(config, shape.depths[j], name=f"block_{j}")(hidden, tokens, labels, weights)
+            block = StudentBlock(config, shape.depths[j], self.kernels, name=f"block_{j}")
+            hidden, tokens = block(hidden, tokens, labels, weights)
             outputs.append(to_images(shape, tokens))
             if config.method == "hidden_distillation":
                 hidden = None
@@ -61,6 +55,7 @@ class StudentBlock(nn.Module):
 
     config: StudentConfig
     depth: int
+    kernels: Kernels = Kernels()
 
     @nn.compact
     def __call__(
@@ -68,8 +63,8 @@ class StudentBlock(nn.Module):
     ) -> tuple[jax.Array, jax.Array]:
         """The hidden state [B, T, C] of the block before, and tokens [B, T, D] -> this block's, and its tokens."""
         shape, dtype = self.config.shape, self.config.shape.compute_dtype
-        dense = functools.partial(nn.Dense, dtype=dtype)
-        project = dense(shape.width, kernel_init=kernel_init, dot_general=dense_product, name="project_in")
+        dense = functools.partial(nn.Dense, dtype=dtype, dot_general=self.kernels.dot_general)
+        project = dense(shape.width, kernel_init=kernel_init, name="project_in")
         h = project(x.astype(dtype)).astype(jnp.float32)
         h = h + self.param("position_embedding", position_init, shape)[None]
         if hidden is not None:
@@ -82,14 +77,12 @@ class StudentBlock(nn.Module):
             given = jnp.zeros(len(x), jnp.float32) if weights is None else weights
             h = h + guide(waves(given / self.config.max_guidance).astype(dtype)).astype(jnp.float32)[:, None]
         angles = jnp.asarray(rotary_angles(shape)) if shape.rotary else None
-        layers = scanned_layers(shape, self.depth, causal=False, name="layers")
+        layers = stacked_layers(shape, self.depth, self.kernels, causal=False, name="layers")
         h, _ = layers(h, None, angles)
-        head = dense(
-            2 * shape.token_dim, kernel_init=nn.initializers.zeros, dot_general=dense_product, name="project_out"
-        )
+        head = dense(2 * shape.token_dim, kernel_init=nn.initializers.zeros, name="project_out")
         shift, log_scale = jnp.split(head(h.astype(dtype)).astype(jnp.float32), 2, axis=-1)
         log_scale = MAX_LOG_SCALE * jnp.tanh(log_scale / MAX_LOG_SCALE)
-        return h, Affine(log_scale, shift).inverse(x)
+        return h, Affine(jnp.exp(log_scale), shift).inverse(x)
 
 
 def waves(shares: jax.Array) -> jax.Array:

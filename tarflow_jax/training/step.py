@@ -4,15 +4,16 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
-from tarflow_jax.flow import TarFlow, updated_prior
+from tarflow_jax.flow import TarFlow, cast_kernels, updated_prior
 from tarflow_jax.likelihood import training_loss
 from tarflow_jax.noise import to_float
-from tarflow_jax.runtime import Program, for_products
+from tarflow_jax.runtime import Program, device_flow, training_kernels
 from tarflow_jax.sampling import guided_trajectory
 from tarflow_jax.student import distillation_loss
 from tarflow_jax.student.loss import flow_trajectory
@@ -59,7 +60,7 @@ def train_step(
     else:
         batch, loss = _likelihood(config, state.variables, images, labels, noise_key)
     # So cast once a step, not once a microbatch, and their gradients move as few bytes.
-    gradients, metrics, z = accumulated_gradients(loss, for_products(params, dtype), batch, config.accumulation)
+    gradients, metrics, z = accumulated_gradients(loss, cast_kernels(params, dtype), batch, config.accumulation)
     gradients = jax.tree.map(lambda gradient, param: gradient.astype(param.dtype), gradients, params)
 
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
@@ -82,8 +83,10 @@ def _likelihood(
     levels = config.noise.levels(jax.random.fold_in(key, 1), len(images))
     noisy = config.noise(key, images, None if levels is None else levels.std)
 
+    flow = TarFlow(config.model, training_kernels(config.model))
+
     def loss(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
-        return training_loss(TarFlow(config.model), {**variables, "params": params}, *batch)
+        return training_loss(flow, {**variables, "params": params}, *batch)
 
     return (noisy, labels, levels), loss
 
@@ -107,9 +110,9 @@ def _distillation(
     def loss(params: Any, batch: Batch) -> tuple[jax.Array, Any]:
         clean, noisy, labels, levels, weights = batch
         if student.max_guidance:
-            path = guided_trajectory(config.model, frozen_flow, noisy, labels, weights, levels)
+            path = guided_trajectory(device_flow(config.model), frozen_flow, noisy, labels, weights, levels)
         else:
-            path = flow_trajectory(config.model, frozen_flow, noisy, labels, levels)
+            path = flow_trajectory(device_flow(config.model), frozen_flow, noisy, labels, levels)
         value, metrics = distillation_loss(student, {"params": params}, clean, *path, labels, weights, perception)
         return value, (metrics, None)
 
@@ -135,7 +138,8 @@ def accumulated_gradients(loss: Loss, params: Any, batch: Batch, count: int) -> 
         return means(params, batch)
 
     def of_own_rows(params: Any, batch: Batch) -> tuple[Any, Metrics, Any]:
-        gradients, metrics, z = means(params, batch)
+        with nn.logical_axis_rules(()):  # each device works alone
+            gradients, metrics, z = means(params, batch)
         return *jax.lax.pmean((gradients, metrics), mesh.axis_names), z
 
     rows, everywhere = PartitionSpec("data"), PartitionSpec()

@@ -1,21 +1,36 @@
-"""Compiled programs and the mesh they run on."""
+"""Compiled programs, the mesh they run on, and the folder they are kept in."""
 
 import contextlib
 import dataclasses
 import hashlib
 import platform
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 from jax.sharding import Mesh
+
+from tarflow_jax.runtime.mesh import RULES
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh | None) -> Iterator[None]:
+    """Within it, functions are traced and called on a mesh of `make_mesh`, by its sharding rules.
+
+    None is the default device.
+    """
+    if mesh is None:
+        yield
+    else:
+        with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+            yield
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A jitted function, called and traced with a mesh in force; the only place that puts one in force.
-
-    Attention kernels that XLA cannot partition and the sum of accumulated gradients ask for that mesh.
+    """A jitted function on a mesh.
 
     Attributes:
       function: what `jax.jit` returned. It belongs to the process (a module's function, or one cached by its
@@ -27,20 +42,17 @@ class Program:
     mesh: Mesh | None
 
     def __call__(self, *args: Any, **options: Any) -> Any:
-        with self._in_force():
+        with use_mesh(self.mesh):
             return self.function(*args, **options)
 
     def trace(self, *args: Any, **options: Any) -> Any:
         """`jax.jit`'s trace; arguments may be shapes."""
-        with self._in_force():
+        with use_mesh(self.mesh):
             return self.function.trace(*args, **options)
-
-    def _in_force(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
 
 def use_compilation_cache(folder: Path, max_bytes: int = 4 << 30) -> None:
-    """Keeps compiled programs in a folder, which several processes may share; the least used ones make room.
+    """Keeps compiled programs in a folder, which several processes may share; the least used ones are evicted.
 
     Each kind of processor has a subfolder: a CPU's program holds instructions that another may lack.
     """

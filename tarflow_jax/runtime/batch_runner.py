@@ -1,8 +1,8 @@
-"""Any number of images through a compiled program: a batch at a time, on every device, on every core."""
+"""Any number of images through a compiled function: a batch at a time, on every device, on every core."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -11,38 +11,39 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
+from tqdm import tqdm
 
+from tarflow_jax.flow import TarFlowConfig
+from tarflow_jax.runtime.compilation import use_mesh
 from tarflow_jax.runtime.cores import CPU_BATCH, usable_cores
-from tarflow_jax.runtime.mesh import batch_sharding
+from tarflow_jax.runtime.mesh import Rows, batch_sharding
 from tarflow_jax.runtime.preemption import stop_if_requested
-from tarflow_jax.runtime.programs import Program
-from tarflow_jax.runtime.progress import progress
-from tarflow_jax.runtime.rows import Rows
 from tarflow_jax.runtime.sharding import shardings
 
 DEFAULT_MEMORY_BOUND = 2 * 2**30
+_PROGRESS_DELAY_S = 3  # shorter work shows no bar
 
 _compiled: set[Any] = set()  # what this process has run before: threads need not wait for its compilation
 
 
 @dataclasses.dataclass(frozen=True)
 class LazyRows:
-    """Rows that are read when their turn comes.
+    """Rows that are read when their batch comes up.
 
     Attributes:
-      read: ascending indices, int [n], to a tuple of arrays [n, …].
-      total: how many there are, B.
+      read: ascending indices, int [n], to arrays [n, …] by name.
+      total: the number of rows, B.
     """
 
-    read: Callable[[np.ndarray], Any]
+    read: Callable[[np.ndarray], Mapping[str, Any]]
     total: int
 
 
 class BatchRunner:
-    """Runs compiled functions on images: in equal batches that fit memory, the last one padded.
+    """Runs compiled functions on images, in equal batches that fit into memory, the last one padded.
 
     Attributes:
-      on_cores: the device is one CPU, each of whose cores takes batches of its own.
+      on_cores: the device is one CPU, each of whose cores runs batches of its own.
     """
 
     def __init__(self, mesh: Mesh | None, memory_bound: int = DEFAULT_MEMORY_BOUND) -> None:
@@ -56,32 +57,35 @@ class BatchRunner:
         self._shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
     def place(self, variables: Any) -> Any:
-        """Variables on the devices, sharded over the mesh."""
+        """Puts variables on the devices, sharded over the mesh."""
         if self._many_processes:  # JAX moves no array from one process's devices to all processes'
-            variables = jax.device_get(variables)
+            here = lambda leaf: not isinstance(leaf, jax.Array) or leaf.is_fully_addressable  # noqa: E731
+            variables = jax.tree.map(lambda leaf: np.asarray(leaf) if here(leaf) else leaf, variables)
         return jax.device_put(variables, self._sharding if self.mesh is None else shardings(self.mesh, variables))
 
     def run(
         self,
-        program: functools.partial[Any],
+        function: "functools.partial[Any]",
         variables: Any,
-        rows: "tuple[Any, ...] | LazyRows",
-        *args: Any,
+        rows: Mapping[str, Any] | LazyRows,
+        *,
         bytes_per_image: int,
         smallest: int = 1,
         description: str | None = None,
+        **shared: Any,
     ) -> Any:
-        """program(variables, *rows, *args), some images at a time.
+        """Returns function(variables, **rows, **shared), computed batch by batch.
 
         Where the mesh spans processes, all call this with the same arguments, and each gets all results.
 
         Args:
-          program: a jitted function and its static arguments; all that it returns has the batch first.
-          rows: arrays [B, …]; None stays None.
-          args: what every batch gets whole.
+          function: a jitted function and its static arguments; all that it returns has the batch first.
+          variables: as of `place`.
+          rows: arrays [B, …] by argument name; None stays None.
           bytes_per_image: of its activations.
           smallest: images of the smallest batch; fewer are padded.
-          description: what the progress bar calls this; None for no bar.
+          description: shown by the progress bar; None for no bar.
+          shared: arguments that are the same for every batch.
 
         Returns:
           A pytree of NumPy arrays [B, …].
@@ -93,21 +97,23 @@ class BatchRunner:
             rows = self._in_memory(rows)
         total, read = rows.total, rows.read
         size, workers = self._batch_size(total, bytes_per_image, smallest)
-        on_mesh = Program(program, self.mesh)
 
-        def run_from(start: int) -> Any:
+        def run_batch(start: int) -> Any:
             stop_if_requested()
-            given = self._place_rows(read, start, size, total)
-            result = on_mesh(variables, *given, *args)
+            batch = self._place_rows(read, start, size, total)
+            # float32 means float32: TPUs and recent GPUs multiply it in fewer bits unless told.
+            with use_mesh(self.mesh), jax.default_matmul_precision("highest"):
+                result = function(variables, **batch, **shared)
             if self._many_processes:
                 return multihost_utils.process_allgather(result, tiled=True)
             return jax.tree.map(np.asarray, result)  # waits for it
 
-        key = (program.func, program.args, *program.keywords.items(), self.mesh, size, jax.tree.structure(args))
+        static = (function.func, function.args, *function.keywords.items())
+        key = (static, self.mesh, size, jax.tree.structure(shared))
         results = []
         bar = progress(None, description, total=total, unit=" images")
         with ThreadPoolExecutor(workers) as threads, bar:
-            for result in _first_alone(run_from, range(0, total, size), threads, key):
+            for result in _first_alone(run_batch, range(0, total, size), threads, key):
                 results.append(result)
                 bar.update(min(size, total - bar.n))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:total], *results)
@@ -123,7 +129,8 @@ class BatchRunner:
         size = max(min(affordable // cores, CPU_BATCH, -(-total // cores)), smallest)
         return size, max(min(cores, affordable // size), 1)
 
-    def _in_memory(self, rows: tuple[Any, ...]) -> "LazyRows":
+    def _in_memory(self, rows: Mapping[str, Any]) -> LazyRows:
+        rows = dict(rows)
         total = len(jax.tree.leaves(rows)[0])
         if self._many_processes:
             host = jax.tree.map(np.asarray, rows)
@@ -149,10 +156,34 @@ class BatchRunner:
         return jax.tree.map(padded, values)
 
 
-def _first_alone(run_from: Callable[[int], Any], starts: range, threads: ThreadPoolExecutor, key: Any) -> Iterator[Any]:
+def _first_alone(run_batch: Callable[[int], Any], starts: range, threads: ThreadPoolExecutor, key: Any) -> Iterator[Any]:
     """Results in order; the first batch of a new program runs alone, so that threads do not compile it each."""
     if key not in _compiled:
-        yield run_from(starts[0])
+        yield run_batch(starts[0])
         _compiled.add(key)
         starts = starts[1:]
-    yield from threads.map(run_from, starts)
+    yield from threads.map(run_batch, starts)
+
+
+def forward_bytes(config: TarFlowConfig) -> int:
+    """Bytes of an image's activations in one layer, roughly: residual stream, qkv, hidden layer, attention logits."""
+    return 4 * config.num_tokens * (16 * config.width + 2 * config.num_heads * config.num_tokens)
+
+
+def backward_bytes(config: TarFlowConfig) -> int:
+    """Bytes of an image's activations in all layers, kept for the gradient; with remat, one residual stream a layer."""
+    if config.remat == "full":
+        return forward_bytes(config) + 4 * sum(config.depths) * config.num_tokens * config.width
+    return sum(config.depths) * forward_bytes(config)
+
+
+def progress(items: Iterable[Any] | None, description: str | None, **options: Any) -> tqdm:
+    """A progress bar with the remaining time, shown only on a terminal and removed when the work is done.
+
+    Args:
+      items: to iterate over; None for a bar that is advanced by `update`.
+      description: of the work; None for no bar.
+      options: of tqdm: total, unit.
+    """
+    disable = True if description is None else None  # None: where there is no terminal
+    return tqdm(items, description, disable=disable, leave=False, delay=_PROGRESS_DELAY_S, **options)

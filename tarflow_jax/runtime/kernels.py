@@ -1,0 +1,144 @@
+"""The kernels of a device: attention over whole sequences, and the matmul of the training step."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from tarflow_jax.errors import UserError
+from tarflow_jax.flow import Kernels, TarFlow, TarFlowConfig
+from tarflow_jax.flow.attention import attend_whole
+from tarflow_jax.runtime.mesh import BATCH_AXES, many_devices
+
+_SPLASH_BLOCK = 128
+_SPLASH_MIN_TOKENS = 2 * _SPLASH_BLOCK
+_Dimensions = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
+
+
+@functools.cache  # a partial function is equal to itself alone
+def device_flow(config: TarFlowConfig) -> TarFlow:
+    """A flow with the attention kernel of the device it is traced for."""
+    return TarFlow(config, Kernels(attend=functools.partial(attend_on_device, kernel=config.attention)))
+
+
+def exact_flow(config: TarFlowConfig) -> TarFlow:
+    """`device_flow` in float32: bits per dimension of anything less are wrong in the second decimal."""
+    return device_flow(dataclasses.replace(config, dtype="float32"))
+
+
+@functools.cache
+def training_kernels(config: TarFlowConfig) -> Kernels:
+    """Kernels for reverse-mode differentiation alone."""
+    return Kernels(functools.partial(attend_on_device, kernel=config.attention), dot_general_of_training)
+
+
+def attend_on_device(query: jax.Array, key: jax.Array, value: jax.Array, causal: bool, kernel: str) -> jax.Array:
+    """`attend_whole` by one of `KERNELS`; raises UserError where the device has no such kernel."""
+    chosen = choose_kernel(kernel, query.shape[2], query.dtype)
+    maker = {"cudnn": "NVIDIA", "splash": "TPU"}.get(chosen, "")
+    if not device_kind().startswith(maker):
+        raise UserError(f"model.attention is {chosen!r}, which needs a device of kind {maker}; this is {device_kind()}")
+    if chosen == "cudnn":
+        heads_last = (x.swapaxes(1, 2) for x in (query, key, value))
+        out = jax.nn.dot_product_attention(*heads_last, is_causal=causal, implementation="cudnn")
+        return out.swapaxes(1, 2)
+    if chosen == "splash":
+        return splash(query, key, value, causal)
+    return attend_whole(query, key, value, causal)
+
+
+def choose_kernel(kernel: str, num_tokens: int, dtype: jnp.dtype) -> str:
+    """Resolves "auto": cuDNN on NVIDIA in bfloat16, splash on a TPU from 256 tokens, else "plain"."""
+    if kernel != "auto":
+        return kernel
+    kind = device_kind()
+    if kind.startswith("NVIDIA") and dtype == jnp.bfloat16:
+        return "cudnn"
+    if kind.startswith("TPU") and num_tokens >= _SPLASH_MIN_TOKENS and num_tokens % _SPLASH_BLOCK == 0:
+        return "splash"
+    return "plain"
+
+
+def device_kind() -> str:
+    """The kind of the devices in the current mesh, which may be of another machine (launch.plan), or of the default."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.devices()[0].device_kind if mesh.empty else mesh.abstract_device.device_kind
+
+
+def splash(
+    query: jax.Array, key: jax.Array, value: jax.Array, causal: bool = True, *, interpret: bool = False
+) -> jax.Array:
+    """Pallas's blockwise attention for TPUs, which never holds the logits [T, T]; T is a multiple of 128.
+
+    XLA cannot partition a Pallas call, so under a mesh each device runs its own examples and heads. `interpret` runs it
+    on a CPU, for tests.
+    """
+    run = functools.partial(_splash, causal=causal, interpret=interpret)
+    if many_devices():
+        spec = PartitionSpec(BATCH_AXES, "tensor")
+        run = jax.shard_map(run, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+    return run(query * query.shape[-1] ** -0.5, key, value)
+
+
+def _splash(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool, interpret: bool) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    _, num_heads, num_tokens, _ = query.shape
+    mask = (splash_attention.CausalMask if causal else splash_attention.FullMask)((num_tokens, num_tokens))
+    block = next(size for size in (512, 256, _SPLASH_BLOCK) if num_tokens % size == 0)
+    kernel = splash_attention.make_splash_mha(
+        splash_attention.MultiHeadMask([mask] * num_heads),
+        block_sizes=splash_attention.BlockSizes(
+            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
+    return jax.vmap(kernel)(query, key, value)
+
+
+def dot_general_of_training(x: jax.Array, kernel: jax.Array, dimensions: _Dimensions, precision: Any = None) -> jax.Array:
+    """`jax.lax.dot_general` of activations [..., *K] and a kernel [*K, *M], as Flax's dense layers call it.
+
+    For the kernel's gradient xᵀg, one of x and the cotangent g is transposed in memory. JAX always takes g, even where
+    x is four times narrower; this takes the narrower one, which on a CPU saves a tenth to a quarter of a training step
+    (docs/performance.md). It has no forward-mode derivative.
+    """
+    return _dot_general(x, kernel, len(dimensions[0][1]), precision)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _dot_general(x: jax.Array, kernel: jax.Array, num_contracted: int, precision: Any) -> jax.Array:
+    last = tuple(range(x.ndim - num_contracted, x.ndim))
+    dimensions = ((last, tuple(range(num_contracted))), ((), ()))
+    return jax.lax.dot_general(x, kernel, dimensions, precision)
+
+
+def _forward(x: jax.Array, kernel: jax.Array, num_contracted: int, precision: Any) -> tuple[jax.Array, Any]:
+    return _dot_general(x, kernel, num_contracted, precision), (x, kernel)
+
+
+def _backward(
+    num_contracted: int, precision: Any, residuals: tuple[jax.Array, jax.Array], g: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    num_features = kernel.ndim - num_contracted
+    features_of_g = tuple(range(g.ndim - num_features, g.ndim))
+    features_of_kernel = tuple(range(num_contracted, kernel.ndim))
+    x_grad = jax.lax.dot_general(g, kernel, ((features_of_g, features_of_kernel), ((), ())), precision)
+
+    rows = tuple(range(x.ndim - num_contracted))
+    contract_rows = ((rows, rows), ((), ()))
+    if x.size <= g.size:
+        return x_grad, jax.lax.dot_general(x, g, contract_rows, precision)
+    # The barrier: XLA would fold the transposition into a matmul for which its fast library has no kernel.
+    kernel_grad = jax.lax.optimization_barrier(jax.lax.dot_general(g, x, contract_rows, precision))  # [*M, *K]
+    order = (*range(num_features, kernel.ndim), *range(num_features))
+    return x_grad, kernel_grad.transpose(order)
+
+
+_dot_general.defvjp(_forward, _backward)
