@@ -278,18 +278,18 @@ class TarFlowPipeline:
         Raises:
           ValueError: a shape, dtype, label or noise level that does not fit the model.
         """
-        return self._run(likelihood.encode, self.config, check_range(images), labels, noise_std)
+        return self._run(likelihood.encode, self.config, self._rows(check_range(images), labels, noise_std))
 
     def log_prob(self, images: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
         """log p(x | label), float32 [B], nats; arguments and errors as of `encode`."""
-        return self._run(likelihood.log_prob, self._exact, check_range(images), labels, noise_std)
+        return self._run(likelihood.log_prob, self._exact, self._rows(check_range(images), labels, noise_std))
 
     def patch_log_prob(self, images: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
         """log p(x | label) by patch, float32 [B, H / P, W / P], nats, which add up to `log_prob`.
 
         `likelihood.patch_log_prob` says what a patch's share means. Arguments and errors as of `encode`.
         """
-        return self._run(likelihood.patch_log_prob, self._exact, check_range(images), labels, noise_std)
+        return self._run(likelihood.patch_log_prob, self._exact, self._rows(check_range(images), labels, noise_std))
 
     def bits_per_dim(self, key: jax.Array, images_uint8: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
         """Bits per dimension of 8-bit images [B, H, W, K] under uniform dequantisation, float32 [B].
@@ -346,16 +346,15 @@ class TarFlowPipeline:
                 f"denoising needs a model trained with gaussian noise, this one's was {kind}; "
                 + ("pass noise_std if you know it" if self.noise is None else "sample without denoising")
             )
-        rows = {}
-        if not self.config.noise_conditional:
+        if self.config.noise_conditional:
+            rows = self._rows(images, labels, noise_std)
+        else:
+            rows = self._rows(images, labels, None)
             rows["noise_std"] = jnp.full(len(images), check_number("noise_std", std, least=0))
         return self._run(
             sampling.denoise,
             self._denoiser,
-            images,
-            labels,
-            noise_std,
-            rows=rows,
+            rows,
             bytes_per_image=backward_bytes(self._denoiser),
             multiplier=check_number("multiplier", multiplier),
         )
@@ -389,22 +388,19 @@ class TarFlowPipeline:
         std_min = method.std_min or (self.noise and self.noise.std_min)
         if not std_min:
             raise UserError("the lowest noise level of this model is not known; give IterativeDenoising a std_min")
-        rows = {}
+        if noise_std is None or jnp.ndim(noise_std):
+            raise UserError(f"noise_std is {noise_std}; expected one number, the level that the steps begin at")
+        rows = self._rows(images, labels, check_number("noise_std", noise_std, least=1e-6))
         if method.kind == "sde":
             if key is None:
                 raise UserError("a method of kind 'sde' draws noise; give denoise a key")
             rows["key_data"] = jax.random.key_data(jax.random.split(key, len(images)))
-        if noise_std is None or jnp.ndim(noise_std):
-            raise UserError(f"noise_std is {noise_std}; expected one number, the level that the steps begin at")
         # The numbers are traced, but for how many images a trajectory holds.
         static = dataclasses.replace(method, num_steps=method.num_steps if trajectory else 1, std_min=None)
         found = self._run(
             functools.partial(sampling.iterate, method=static, trajectory=trajectory),
             self._denoiser,
-            images,
-            labels,
-            check_number("noise_std", noise_std, least=1e-6),
-            rows=rows,
+            rows,
             bytes_per_image=backward_bytes(self._denoiser),
             num_steps=jnp.int32(method.num_steps),
             std_min=check_number("std_min", std_min),
@@ -477,21 +473,19 @@ class TarFlowPipeline:
             trajectory = jnp.concatenate([jnp.asarray(latents)[:, None], jnp.flip(path, 1)], axis=1)
             return Decoded(images, None, trajectory, None, None)
         decoders = self._decoders(decoder, guidance, len(latents))
-        rows = {}
+        rows = self._rows(latents, labels, noise_std, "latents")
         if decoders and any(isinstance(one, Student) or getattr(one, "init", "") == "student" for one in decoders):
             known = self._trained_student.config.max_guidance
-            _, rows["guess"] = self._by_student(latents, labels, min(max(guidance.weight, 0.0), known) if guidance else 0.0)
+            _, rows["guess"] = self._by_student(
+                latents, labels, min(max(guidance.weight, 0.0), known) if guidance else 0.0
+            )
         one_by_one = decoders is None or Sequential() in decoders
         caches = max(self.config.depths) * 4 * 4 * self.config.num_tokens * self.config.width  # and their copies
         at_once = forward_bytes(self.config) if decoders else 0
         return self._run(
             functools.partial(function, decoders=decoders),
             self.config,
-            latents,
-            labels,
-            noise_std,
-            rows=rows,
-            name="latents",
+            rows,
             bytes_per_image=(caches + at_once) * (1 if guidance is None else 2),
             # For one image XLA's CPU code copies the caches at every token; for two it does not.
             smallest=2 if self._runner.on_cores and one_by_one else 1,
@@ -512,7 +506,9 @@ class TarFlowPipeline:
         if isinstance(decoder, str) or not isinstance(decoder, Sequence):
             raise UserError(f"decoder is {decoder!r}; expected a decoder, as Jacobi(), or one for each block")
         if len(decoder) != self.config.num_blocks:
-            raise UserError(f"{len(decoder)} decoders are given; expected one for each of {self.config.num_blocks} blocks")
+            raise UserError(
+                f"{len(decoder)} decoders are given; expected one for each of {self.config.num_blocks} blocks"
+            )
         if wrong := [one for one in decoder if not isinstance(one, kinds)]:
             raise UserError(f"decoder has {wrong[0]!r}; expected Sequential(), Jacobi(…) or GaussSeidelJacobi(…)")
         return tuple(decoder)
@@ -525,15 +521,14 @@ class TarFlowPipeline:
 
     def _by_student(self, latents: Any, labels: Any, weight: Any) -> tuple[jax.Array, jax.Array]:
         """The student's clean images [B, H, W, K], and its trajectory [B, F, H, W, K] by block number."""
-        student = self._trained_student
+        student, latents = self._trained_student, check_images(self.config, latents)
+        labels = check_labels(self.config, labels, len(latents))
+        weights = jnp.full(len(latents), weight, jnp.float32)
         return self._run(
             _run_student,
             student.config,
-            latents,
-            labels,
+            {"latents": latents, "labels": labels, "weights": weights},
             variables=student.variables,
-            rows={"weights": jnp.full(len(latents), weight, jnp.float32)},
-            name="latents",
             bytes_per_image=forward_bytes(student.config.shape),
         )
 
@@ -593,46 +588,46 @@ class TarFlowPipeline:
         """The model in float32: bits per dimension of anything less are wrong in the second decimal."""
         return dataclasses.replace(self.config, dtype="float32")
 
+    def _rows(self, images: Any, labels: Any, noise_std: Any, name: str = "images") -> dict[str, Any]:
+        """The checked arrays [B, …] of a call, by argument name; `name` is that of the images."""
+        images = check_images(self.config, images)
+        return {
+            name: images,
+            "labels": check_labels(self.config, labels, len(images)),
+            "noise_std": check_levels(self.config, noise_std, len(images)),
+        }
+
     def _run(
         self,
         function: Any,
-        config: Any,
-        images: Any,
-        labels: Any,
-        noise_std: Any = None,
+        config: TarFlowConfig | StudentConfig,
+        rows: Mapping[str, Any],
         *,
-        name: str = "images",
-        rows: Mapping[str, Any] | None = None,
         variables: Any = None,
         bytes_per_image: int = 0,
         smallest: int = 1,
         **shared: Any,
     ) -> Any:
-        """Checks what is the same for all methods, and calls a jitted function on it: in batches, unless traced.
+        """Calls a jitted function, in batches, or at once if anything is traced.
 
         Args:
-          function: (flow, variables, images=, labels=, noise_std=, **rows, **shared); of the student, with its config
-            in place of the flow.
-          name: of the images among its arguments.
-          rows: more arrays [B, …].
+          function: (flow, variables, **rows, **shared); or of the student, with its config in place of the flow.
+          config: of the flow or the student.
+          rows: arrays [B, …] by argument name.
           variables: None is the flow's.
-          bytes_per_image: 0 is that of a forward pass.
+          bytes_per_image: of its activations; 0 is a forward pass.
+          smallest: images of the smallest batch.
         """
-        images, labels = check_images(self.config, images), check_labels(self.config, labels, len(images))
-        arrays = {name: images, "labels": labels}
-        if isinstance(config, TarFlowConfig) and "noise_std" not in (rows or {}):
-            arrays["noise_std"] = check_levels(self.config, noise_std, len(images))
-        arrays |= rows or {}
         variables = self.variables if variables is None else variables
-        if is_traced((arrays, shared)):
+        if is_traced((rows, shared)):
             static = TarFlow(config) if isinstance(config, TarFlowConfig) else config  # differentiable in every mode
             with jax.default_matmul_precision("highest"):
-                return function(static, variables, **arrays, **shared)
+                return function(static, variables, **rows, **shared)
         static = device_flow(config) if isinstance(config, TarFlowConfig) else config
         results = self._runner.run(
             functools.partial(function, static),
             variables,
-            arrays,
+            rows,
             bytes_per_image=bytes_per_image or forward_bytes(self.config),
             smallest=smallest,
             description=getattr(function, "func", function).__name__,

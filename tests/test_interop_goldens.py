@@ -62,7 +62,7 @@ def test_denoise(load_golden, name):
 def test_decode(load_golden, name):
     golden = load_golden(name)
     config, latents, labels = golden.config, golden.latents("noise"), golden.labels("sample_y")
-    images, trajectory, *_ = decode(config, golden.variables, latents, labels, trajectory=True)
+    images, _, trajectory, *_ = decode(config, golden.variables, latents, labels)
     assert_close(images, golden.images("sample"))
     assert_close(jnp.moveaxis(trajectory, 1, 0), golden.images("sample_sequence"))
 

@@ -97,16 +97,17 @@ def test_the_reference_s_product_rule_mixes_images_and_is_ours_otherwise(golden,
     def of_the_release(guided, unguided, weights):
         scale, _ = product(guided, unguided, weights)
         # Its scales lack the axis of the tokens that its shifts have, and so image b meets the ratio of image 0.
-        ratio = (guided.log_scale - unguided.log_scale)[:1]
-        mixed = guided._replace(log_scale=jnp.broadcast_to(ratio, guided.log_scale.shape))
-        return scale, product(mixed, unguided._replace(log_scale=jnp.zeros_like(mixed.log_scale)), weights)[1]
+        ratio = (guided.scale / unguided.scale)[:1]
+        mixed = guided._replace(scale=jnp.broadcast_to(ratio, guided.scale.shape))
+        return scale, product(mixed, unguided._replace(scale=jnp.ones_like(mixed.scale)), weights)[1]
 
     monkeypatch.setattr(sampling.guidance, "product", of_the_release)
     latents, labels = golden.latents("noise"), golden.labels("sample_y")
     levels = jnp.full(len(latents), given["t1"])
+    flow, decode_trace = TarFlow(golden.config), sampling.decode_trace.__wrapped__  # not compiled by another test
     for schedule in ("constant", "linear"):
         guidance = Guidance(1.5, schedule=schedule, rule="product", blocks=1)
-        decode = jax.jit(lambda z: sampling.decode(golden.config, golden.variables, z, labels, guidance, levels).images)  # noqa: B023
+        decode = jax.jit(lambda z: decode_trace(flow, golden.variables, z, labels, levels, guidance=guidance).images)  # noqa: B023
         assert_close(decode(latents), golden.images(f"sample_starflow_w1.5_{schedule}_last"))
 
 
@@ -147,14 +148,12 @@ def test_steps_follow_the_flow_of_a_gaussian_with_the_order_they_say():
 
 
 def test_one_program_takes_any_number_of_steps():
-    from tarflow_jax import programs
-
     pipe, images = gaussian_flow(), images_of(CONDITIONAL)[..., :1]
     found = [pipe.denoise(images, None, 0.3, method=IterativeDenoising(3))]
-    before = programs.iterate._cache_size()
+    before = sampling.iterate._cache_size()
     for num_steps, std_min, std in ((7, None, 0.3), (3, 0.02, 0.2)):
         found.append(pipe.denoise(images, None, std, method=IterativeDenoising(num_steps, std_min)))
-    assert programs.iterate._cache_size() == before
+    assert sampling.iterate._cache_size() == before
     assert all(np.isfinite(images).all() for images in found)
 
 

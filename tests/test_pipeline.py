@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_models import LABELS, TINY, VP, encode, images_of, random_variables
 
-from tarflow_jax import Guidance, Noise, TarFlow, TarFlowPipeline, programs
+from tarflow_jax import Guidance, Noise, TarFlow, TarFlowPipeline, likelihood
 from tarflow_jax.likelihood import bits_per_dim, log_prob
 from tarflow_jax.runtime import make_mesh
 
@@ -27,10 +27,13 @@ def test_encode_decode_and_log_prob(config):
     labels = np.array([0, -1, 2]) if config.num_classes else None
     images = np.asarray(images_of(config))
     latents, log_det = pipe.encode(images, labels)
-    decoded, trajectory = pipe.decode(latents, labels, return_trajectory=True)
+    decoded = pipe.decode(latents, labels)
     np.testing.assert_allclose(decoded, images, atol=2e-5)
-    chex.assert_shape(trajectory, (config.num_blocks + 1, 3, *config.image_shape))
-    np.testing.assert_array_equal(trajectory[-1], decoded)
+    trace = pipe.decode_trace(latents, labels)
+    np.testing.assert_allclose(trace.images, decoded, atol=1e-6)
+    np.testing.assert_allclose(trace.log_det, log_det, atol=1e-4)
+    chex.assert_shape(trace.trajectory, (3, config.num_blocks + 1, *config.image_shape))
+    np.testing.assert_array_equal(trace.trajectory[:, -1], trace.images)
     gaussian = -0.5 * (np.square(latents) + np.log(2 * np.pi)).sum((1, 2, 3))
     np.testing.assert_allclose(pipe.log_prob(images, labels), gaussian + log_det, rtol=1e-5)
 
@@ -41,9 +44,9 @@ def test_split_batches_change_nothing_and_compile_once(pipe):
     labels = np.array([0, 1, 2, -1, 0, 1, 2])
     small = TarFlowPipeline(TINY, pipe.variables, GAUSSIAN, memory_bound=1)
     sharded = TarFlowPipeline(TINY, pipe.variables, GAUSSIAN, mesh=make_mesh())
-    whole, before = pipe.encode(images, labels), programs.encode._cache_size()
+    whole, before = pipe.encode(images, labels), likelihood.encode._cache_size()
     chex.assert_trees_all_close(small.encode(images, labels), whole, atol=1e-5)
-    assert programs.encode._cache_size() == before + 1
+    assert likelihood.encode._cache_size() == before + 1
     chex.assert_trees_all_close(sharded.encode(images, labels), whole, atol=1e-5)
 
 

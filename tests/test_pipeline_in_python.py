@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_models import LABELS, TINY, images_of, random_variables
 
-from tarflow_jax import Guidance, Noise, TarFlowPipeline, density
+from tarflow_jax import Guidance, Noise, TarFlowPipeline, pipeline
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling import Jacobi
 
@@ -41,9 +41,9 @@ def test_methods_under_jit_and_vmap_give_what_they_give_outside(pipe):
 
     @jax.jit
     def draw(latents, labels):
-        return pipe.decode(latents, labels, Guidance(1.0), return_trajectory=True)
+        return pipe.decode_trace(latents, labels, Guidance(1.0))
 
-    for found, wanted in zip(draw(latents, labels), pipe.decode(latents, labels, Guidance(1.0), True), strict=True):
+    for found, wanted in zip(draw(latents, labels), pipe.decode_trace(latents, labels, Guidance(1.0)), strict=True):
         np.testing.assert_allclose(found, wanted, atol=1e-4)
     with pytest.raises(ValueError, match="labels are float32"):
         jax.jit(pipe.log_prob)(images, labels.astype(jnp.float32))
@@ -88,7 +88,7 @@ def test_what_cannot_be_is_refused_in_one_line(pipe, call, message):
 
 
 def test_images_of_another_range_are_told_of_once(pipe, caplog):
-    density._warn_of_range.cache_clear()
+    pipeline._warn_of_range.cache_clear()
     for _ in range(2):
         pipe.log_prob(255 * np.abs(images_of(TINY)), LABELS)
     assert [record.message.partition(";")[0] for record in caplog.records] == ["images reach far outside [-1, 1]"]

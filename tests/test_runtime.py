@@ -24,7 +24,7 @@ from tarflow_jax.runtime import (
     LazyRows,
     Preempted,
     PreemptionGuard,
-    batches,
+    batch_runner,
     environment,
     make_mesh,
     progress,
@@ -54,10 +54,15 @@ def test_any_number_of_rows_gives_each_its_own_result(devices, affordable):
 
     def rows_of(index):
         read.extend(index.tolist())
-        return x[index], labels[index]
+        return {"x": x[index], "labels": labels[index]}
 
-    for rows, added in (((x, labels), labels), ((x, None), 0 * labels), (LazyRows(rows_of, 11), labels)):
-        found, total = runner.run(program, variables, rows, np.float32(1), bytes_per_image=10)
+    in_memory = {"x": x, "labels": labels}
+    for rows, added in (
+        (in_memory, labels),
+        (in_memory | {"labels": None}, 0 * labels),
+        (LazyRows(rows_of, 11), labels),
+    ):
+        found, total = runner.run(program, variables, rows, bytes_per_image=10, shift=np.float32(1))
         np.testing.assert_array_equal(found, 6 * x + 1 + added[:, None])
         np.testing.assert_array_equal(total, x.sum(1))
     assert sorted(read) == list(range(11))
@@ -65,7 +70,7 @@ def test_any_number_of_rows_gives_each_its_own_result(devices, affordable):
 
 @pytest.mark.parametrize("bound", [1, 8, 70, 10_000])
 def test_the_memory_bound_holds_for_all_that_runs_at_once(monkeypatch, bound):
-    monkeypatch.setattr(batches, "usable_cores", lambda: 64)
+    monkeypatch.setattr(batch_runner, "usable_cores", lambda: 64)
     lock, at_once, most = threading.Lock(), [0], [0]
 
     def program(variables, x):
@@ -79,7 +84,7 @@ def test_the_memory_bound_holds_for_all_that_runs_at_once(monkeypatch, bound):
 
     x = np.arange(200, dtype=np.float32)
     runner = BatchRunner(None, memory_bound=bound)
-    found = runner.run(functools.partial(program), None, (x,), bytes_per_image=1)
+    found = runner.run(functools.partial(program), None, {"x": x}, bytes_per_image=1)
     np.testing.assert_array_equal(found, x)
     assert most[0] <= bound
     assert most[0] > min(bound, 200) // 4  # and it is made use of
@@ -94,7 +99,7 @@ def test_a_signal_stops_between_batches():
         return x
 
     with PreemptionGuard() as guard, pytest.raises(Preempted, match="asked to stop"):
-        runner.run(functools.partial(program), None, (np.zeros(20, np.float32),), bytes_per_image=1)
+        runner.run(functools.partial(program), None, {"x": np.zeros(20, np.float32)}, bytes_per_image=1)
     assert calls == [1]
 
 
@@ -135,7 +140,7 @@ def use(pipe, weight):
     """Everything a pipeline does."""
     images, guidance = np.asarray(images_of(TINY)), Guidance(weight)
     latents, _ = pipe.encode(images, LABELS)
-    pipe.decode(latents, LABELS, guidance, return_trajectory=True)
+    pipe.decode_trace(latents, LABELS, guidance)
     pipe.log_prob(images, LABELS)
     pipe.bits_per_dim(jax.random.key(0), np.zeros(images.shape, np.uint8), LABELS)
     return np.asarray(pipe.sample(jax.random.key(weight), 3, LABELS, guidance))
@@ -213,7 +218,7 @@ class Terminal(io.StringIO):
 def test_a_bar_with_the_time_left_is_seen_on_a_terminal_where_work_is_long(
     monkeypatch, stream, seconds, description, seen
 ):
-    monkeypatch.setattr(sys.modules[progress.__module__], "DELAY_S", seconds)
+    monkeypatch.setattr(sys.modules[progress.__module__], "_PROGRESS_DELAY_S", seconds)
     monkeypatch.setattr(sys, "stderr", stream())
     assert [time.sleep(0.11) or i for i in progress(range(3), description)] == [0, 1, 2]
     assert bool(re.search(r"things: +67%.*\[00:00<00:00", sys.stderr.getvalue())) == seen

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from tiny_models import LABELS, TINY, random_variables
 
-from tarflow_jax import Guidance, Noise, TarFlowPipeline
-from tarflow_jax.flow import FlowBlock, permute, to_tokens
+from tarflow_jax import Guidance, Noise, TarFlow, TarFlowPipeline
+from tarflow_jax.flow import permute, to_tokens
 from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Sequential, tuning
-from tarflow_jax.sampling.blocks import guided_block
+from tarflow_jax.sampling.block_inverse import block_inverse
 
 MILLISECOND = 1e-3
 
@@ -20,14 +20,13 @@ def test_the_better_init_is_nearer_after_one_update(log_scale, better):
     bias = variables["params"]["block_1"]["project_out"]["bias"]
     # x = z exp(log_scale) + shift: far smaller than z, or about z.
     variables["params"]["block_1"]["project_out"]["bias"] = bias.at[: TINY.token_dim].add(log_scale)
-    z = permute(to_tokens(TINY, jax.random.normal(jax.random.key(0), (3, *TINY.image_shape))), 1)
-    block = guided_block(TINY, variables["params"], 1, LABELS, None)
+    z = permute(to_tokens(TINY, jax.random.normal(jax.random.key(0), (3, *TINY.image_shape))), True)
+    block = block_inverse(TarFlow(TINY), 1, variables["params"]["block_1"], True, LABELS)
     exact = jax.jit(lambda z: Sequential().invert(block, z).x)(z)
 
-    flow_block = FlowBlock(TINY, 1).bind({"params": variables["params"]["block_1"]})
     begin = {"latents": z, "zeros": jnp.zeros_like(z).at[:, 0].set(z[:, 0])}
     distances = {
-        init: float(jnp.linalg.norm(flow_block.affine(x, LABELS).inverse(z) - exact)) for init, x in begin.items()
+        init: float(jnp.linalg.norm(block(x)[0].of_next_token().inverse(z) - exact)) for init, x in begin.items()
     }
     assert min(distances, key=distances.get) == better
     assert max(distances.values()) > 1.2 * min(distances.values())
@@ -76,7 +75,7 @@ def tune(monkeypatch, pipe, seconds_of, max_error, guidance=None):
         return pipe.decode(LATENTS, LABELS[:2], guidance, decoder=decoders)
 
     found = tuning.tune(
-        decode_with, TINY, pipe.variables, LATENTS, LABELS[:2], guidance, tolerance=1e-2, max_error=max_error
+        decode_with, TarFlow(TINY), pipe.variables, LATENTS, LABELS[:2], guidance, tolerance=1e-2, max_error=max_error
     )
     return found, float(jnp.abs(decode_with(found.decoders) - decode_with(None)).max())
 

@@ -31,6 +31,7 @@ def noisy_log_prob(
     int32 [N] (or None), in memory or read when their turn comes. A flow that is conditional on noise levels is asked at
     the `levels` [n] in turn, image i at that of number i mod n, and images have noise of that level where `noise` has.
     """
+
     def named(images: Any, labels: Any, index: np.ndarray) -> dict[str, Any]:
         noise_std = None if levels is None else levels[index % len(levels)]
         return {"images": images, "labels": labels, "index": index.astype(np.int32), "noise_std": noise_std}

@@ -85,7 +85,7 @@ def _gelu_and_derivative(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotates the pairs (x_i, x_{i + H/2}) of x [B, N, S, H] by angles [S, H / 2] (rotary embeddings, arXiv 2104.09864).
+    """Rotates the pairs (x_i, x_{i + H/2}) of x [B, N, S, H] by angles [S, H / 2] (RoPE, arXiv 2104.09864).
 
     The dot product of a query and a key then depends on their positions only through the difference of their angles.
     """
@@ -164,9 +164,7 @@ class TransformerLayer(nn.Module):
             return self.kernels.dot_general(x, nn.with_logical_constraint(kernel, axes), *args, **options)
 
         dtype = self.config.compute_dtype
-        return nn.DenseGeneral(
-            features, axis, dtype=dtype, kernel_init=kernel_init, dot_general=dot_general, name=name
-        )
+        return nn.DenseGeneral(features, axis, dtype=dtype, kernel_init=kernel_init, dot_general=dot_general, name=name)
 
 
 def stacked_layers(

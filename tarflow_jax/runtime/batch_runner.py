@@ -156,7 +156,9 @@ class BatchRunner:
         return jax.tree.map(padded, values)
 
 
-def _first_alone(run_batch: Callable[[int], Any], starts: range, threads: ThreadPoolExecutor, key: Any) -> Iterator[Any]:
+def _first_alone(
+    run_batch: Callable[[int], Any], starts: range, threads: ThreadPoolExecutor, key: Any
+) -> Iterator[Any]:
     """Results in order; the first batch of a new program runs alone, so that threads do not compile it each."""
     if key not in _compiled:
         yield run_batch(starts[0])

@@ -101,7 +101,9 @@ def _splash(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool,
     return jax.vmap(kernel)(query, key, value)
 
 
-def dot_general_of_training(x: jax.Array, kernel: jax.Array, dimensions: _Dimensions, precision: Any = None) -> jax.Array:
+def dot_general_of_training(
+    x: jax.Array, kernel: jax.Array, dimensions: _Dimensions, precision: Any = None
+) -> jax.Array:
     """`jax.lax.dot_general` of activations [..., *K] and a kernel [*K, *M], as Flax's dense layers call it.
 
     For the kernel's gradient xᵀg, one of x and the cotangent g is transposed in memory. JAX always takes g, even where

@@ -49,7 +49,7 @@ def gathered(block_params: Any) -> Any:
 
 
 def summary(mesh: Mesh, tree: Any) -> str:
-    """A table with a line for each kind of leaf: how many, their total size, and the mesh axes they are sharded over."""
+    """A table with a line for each kind of leaf: how many, their total size, the mesh axes they are sharded over."""
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = re.sub(r"block_\d+", "block_*", leaf_name(path))

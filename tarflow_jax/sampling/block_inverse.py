@@ -1,4 +1,4 @@
-"""One block of a trained flow as the decoders see it: guidance, KV caches and layers prepared for a loop over tokens."""
+"""A block of a trained flow as the decoders use it: guidance, KV caches, and layers ready for a loop over tokens."""
 
 import dataclasses
 import functools

@@ -1,8 +1,9 @@
 """How a block is inverted: token by token, or by fixed-point updates of many tokens at once.
 
 The inverse is the fixed point of x <- z scale(x) + shift(x). The map is causal: token i + 1 of its value depends on
-tokens 0 .. i alone, and token 0 is known. So each update makes at least one more token exact, whatever the others hold,
-and T - 1 updates give the sequential result; a trained model's tokens settle much sooner (arXiv 2505.12849, 2505.24791).
+tokens 0 .. i alone, and token 0 is known. So each update makes at least one more token exact, whatever the others are,
+and T - 1 updates give the sequential result. A trained model's tokens settle much sooner (arXiv 2505.12849,
+2505.24791).
 
 Two cases need care. Far from the fixed point the scale can overflow, and one NaN token would spoil all others, because
 attention gives it weight 0 and 0 NaN is NaN: so updates are clipped to numbers beyond any image, which moves no fixed

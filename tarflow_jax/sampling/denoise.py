@@ -1,5 +1,5 @@
-"""Denoising: Tweedie's formula, its score by `jax.grad` of the log-likelihood (section 3.3 of the paper), once or in steps
-down the probability flow (arXiv 2604.20041)."""
+"""Denoising by Tweedie's formula, the score by `jax.grad` of the log-likelihood (section 3.3 of the paper), or in
+steps from noise level to noise level along the probability flow (arXiv 2604.20041)."""
 
 import dataclasses
 import functools

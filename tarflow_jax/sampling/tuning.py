@@ -123,9 +123,7 @@ def least_worth(reports: Sequence[BlockReport], per_error: bool) -> int | None:
     return min(parallel, key=gain, default=None)
 
 
-def _tune_block(
-    block: BlockInverse, z: jax.Array, exact: jax.Array, tolerance: float, max_error: float
-) -> BlockReport:
+def _tune_block(block: BlockInverse, z: jax.Array, exact: jax.Array, tolerance: float, max_error: float) -> BlockReport:
     """Tries the candidates on one block; `exact` is its inverse of z, both [B, T, D] in block order."""
     _, seconds = _timed(Sequential(), block, z)
     init, num_tokens = better_init(block, z, exact), z.shape[1]

@@ -50,6 +50,8 @@ def _student_error(
     key: jax.Array,
 ) -> jax.Array:
     noisy = noise.of_images(key, images, index, noise_std)
-    latents, _ = flow_trajectory(device_flow(flow), variables[0], noisy, labels, noise_std if flow.noise_conditional else None)
+    latents, _ = flow_trajectory(
+        device_flow(flow), variables[0], noisy, labels, noise_std if flow.noise_conditional else None
+    )
     found, _ = Student(config).apply(variables[1], latents, labels, None)
     return jnp.square(found - to_float(images)).mean((1, 2, 3))

@@ -1,0 +1,75 @@
+"""Every mode of differentiation of a flow, and the flow on a mesh that is not ours."""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from test_flow import affine_flow
+from tiny_models import LABELS, TINY, TRIANGULAR, images_of, random_variables
+
+from tarflow_jax import Noise, TarFlow, TarFlowPipeline
+from tarflow_jax.flow import to_tokens
+from tarflow_jax.likelihood import log_prob
+
+SMALL = dataclasses.replace(TRIANGULAR, num_blocks=2, layers_per_block=1)
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return TarFlowPipeline(SMALL, random_variables(SMALL, scale=0.05), Noise("gaussian", 0.1))
+
+
+def test_forward_mode_agrees_with_reverse_mode(pipe):
+    images = images_of(SMALL, 2)
+    image, direction = images[:1], images[1:]
+    of_image = lambda x: pipe.log_prob(x, LABELS[:1])[0]  # noqa: E731
+    score = jax.grad(of_image)(image)
+    value, slope = jax.jvp(of_image, (image,), (direction,))
+    np.testing.assert_allclose(slope, (score * direction).sum(), rtol=1e-5)
+    linear_value, linear = jax.linearize(of_image, image)
+    np.testing.assert_allclose([linear_value, linear(direction)], [value, slope], rtol=1e-6)
+    encode = lambda x: pipe.encode(x, LABELS[:1])[0]  # noqa: E731
+    forwards, backwards = jax.jacfwd(encode)(image), jax.jacrev(encode)(image)
+    np.testing.assert_allclose(forwards, backwards, atol=1e-5)
+    product = jax.jvp(jax.grad(of_image), (image,), (direction,))[1]
+    step = 1e-2
+    difference = jax.grad(of_image)(image + step * direction) - jax.grad(of_image)(image - step * direction)
+    np.testing.assert_allclose(product, difference / (2 * step), atol=0.05)
+
+
+def test_the_hessian_of_an_affine_flow_of_a_gaussian_has_the_closed_form():
+    config = dataclasses.replace(TINY, num_blocks=1, layers_per_block=1, num_classes=0, image_channels=1)
+    log_scale = jnp.linspace(-0.7, 0.4, 4)
+    variables = affine_flow(config, log_scale, jnp.linspace(-1.0, 1.0, 4))
+    pipe = TarFlowPipeline(config, variables)
+    image = images_of(config)[0]
+    found = jax.hessian(lambda x: pipe.log_prob(x[None])[0])(image).reshape(config.num_dims, config.num_dims)
+    of_tokens = jnp.concatenate([jnp.ones((1, 1, 4)), jnp.tile(jnp.exp(-2 * log_scale), (1, 5, 1))], axis=1)
+    order = to_tokens(config, jnp.arange(config.num_dims, dtype=jnp.float32).reshape(1, *config.image_shape))
+    expected = np.zeros(config.num_dims)
+    expected[np.asarray(order, int).ravel()] = -np.asarray(of_tokens).ravel()
+    np.testing.assert_allclose(found, np.diag(expected), atol=1e-5)
+
+
+def test_a_flow_works_on_a_mesh_of_other_axes():
+    devices = np.array(jax.devices()[:8]).reshape(4, 2)
+    mesh = Mesh(devices, ("rows", "columns"), axis_types=(AxisType.Auto,) * 2)
+    variables, images = random_variables(TINY), images_of(TINY, 4)
+    labels = jnp.array([0, 1, 2, -1])
+    expected = log_prob(TarFlow(TINY), variables, images, labels)
+    placed = jax.device_put(images, NamedSharding(mesh, PartitionSpec("rows")))
+
+    def of_placed(images):
+        return jax.jit(lambda x: log_prob(TarFlow(TINY), variables, x, labels))(images)
+
+    with jax.set_mesh(mesh):
+        np.testing.assert_allclose(of_placed(placed), expected, rtol=1e-5)
+        with nn.logical_axis_rules((("batch", "rows"), ("heads", "columns"), ("hidden", "columns"))):
+            text = jax.jit(lambda x: TarFlow(TINY).apply(variables, x, labels)).lower(placed).as_text()
+            assert "rows" in text
+            assert "columns" in text
+            np.testing.assert_allclose(of_placed(placed), expected, rtol=1e-5)
