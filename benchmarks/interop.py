@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 from tarflow_jax.flow import TarFlowConfig
-from tarflow_jax.interop import load_model, load_torch, save_model, save_torch
-from tarflow_jax.interop.layout import unflatten
+from tarflow_jax.interop import SavedModel, load_model, load_torch, save_model, save_torch
+from tarflow_jax.interop.tensors import unflatten
 from tarflow_jax.runtime.parameters import variables_shapes
 
 AFHQ = TarFlowConfig((256, 256), 3, patch_size=8, width=768, num_blocks=8, layers_per_block=8, num_classes=3)
@@ -46,7 +46,7 @@ def read_torch(folder: Path) -> Path:
 def convert(folder: Path, dtype: str = "float32") -> Path:
     """PyTorch file -> model folder."""
     config, variables = load_torch(folder / "afhq.pth", AFHQ.image_size, AFHQ.image_channels, AFHQ.patch_size)
-    save_model(folder / dtype, config=config, variables=variables, dtype=dtype)
+    save_model(folder / dtype, SavedModel(config, variables), dtype=dtype)
     return folder / "afhq.pth"
 
 

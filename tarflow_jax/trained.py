@@ -17,7 +17,6 @@ from jax.sharding import Mesh
 from tarflow_jax import interop
 from tarflow_jax.arguments import check_images, check_labels, is_traced
 from tarflow_jax.errors import UserError
-from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.noise import Noise
 from tarflow_jax.runtime import BatchRunner
@@ -196,31 +195,19 @@ class TrainedFlow:
         weights. The average and the raw parameters are both kept. The measured figures, the decoder schedule and the
         student go with the weights that they are of: not with those that bfloat16 rounds.
         """
-        card = {**self.card, **(card or {})}
-        if found := card.get("evaluations"):
-            mine = fingerprint(self.variables) if dtype == "float32" else None
-            card["evaluations"] = [each for each in found if each["protocol"].get("fingerprint") == mine]
         variables, ema_params = self.variables, None
         if self._raw_params is not None:
             variables, ema_params = {**variables, "params": self._raw_params}, variables["params"]
-        interop.save_model(
-            folder,
-            config=self.config,
-            variables=variables,
-            noise=self.noise,
-            ema_params=ema_params,
-            dtype=dtype,
-            card=card,
-        )
-        with contextlib.suppress(UserError):  # an unusable schedule
-            if dtype == "float32" and self.schedule:
-                self.schedule.write(Path(folder))
+        saved = interop.SavedModel(self.config, variables, self.noise, ema_params, {**self.card, **(card or {})})
         student = None
         try:
             student = self.student
         except UserError as error:
             logger.warning("the student is left out: %s", error)
-        interop.save_student(folder, student if dtype == "float32" else None)
+        interop.save_model(folder, saved, dtype=dtype, student=student)
+        with contextlib.suppress(UserError):  # an unusable schedule
+            if dtype == "float32" and self.schedule:
+                self.schedule.write(Path(folder))
 
     def push_to_hub(self, name: str, *, private: bool = False, token: str | None = None, **options: Any) -> str:
         """Saves the model to the Hugging Face hub as "owner/name", which is made if it is missing.

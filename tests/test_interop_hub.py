@@ -103,7 +103,7 @@ def test_a_model_goes_to_the_hub_and_comes_back_the_same(hub, tmp_path):
     pipe = TarFlowPipeline(SMALL, random_variables(SMALL), Noise("gaussian", 0.1))
     Image.new("RGB", (30, 20), (1, 2, 3)).save(tmp_path / "grid.png")
     card = {"samples": tmp_path / "grid.png"}
-    with pytest.raises(ValueError, match=r"did not take owner/tiny \(.*401.*hf auth login") as caught:
+    with pytest.raises(ValueError, match=r"did not accept owner/tiny \(.*401.*hf auth login") as caught:
         pipe.push_to_hub(NAME, token="hf_other", card=card)
     assert "\n" not in str(caught.value)
     assert hub.files == {}
@@ -117,7 +117,7 @@ def test_a_model_goes_to_the_hub_and_comes_back_the_same(hub, tmp_path):
     again = TarFlowPipeline.from_pretrained(NAME)
     for mine, theirs in zip(jax.tree.leaves(pipe.variables), jax.tree.leaves(again.variables), strict=True):
         np.testing.assert_array_equal(mine, theirs)
-    with pytest.raises(ValueError, match="'tiny' is no name of a model on the hub; expected owner/name"):
+    with pytest.raises(ValueError, match="'tiny' is not the name of a model on the hub; expected owner/name"):
         pipe.push_to_hub("tiny")
 
 
