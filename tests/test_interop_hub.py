@@ -18,6 +18,10 @@ from tiny_models import TINY, random_variables
 
 from tarflow_jax import Noise, TarFlowPipeline
 from tarflow_jax.fingerprint import fingerprint
+from tarflow_jax.interop.tensors import unflatten
+from tarflow_jax.runtime.parameters import student_shapes
+from tarflow_jax.sampling import Schedule, Sequential
+from tarflow_jax.student import StudentConfig, TrainedStudent
 
 NAME = "owner/tiny"
 SMALL = dataclasses.replace(TINY, num_blocks=1, layers_per_block=1)
@@ -65,7 +69,7 @@ class Hub(BaseHTTPRequestHandler):
         )
 
     def do_GET(self):
-        content = self.files.get(self.path.rpartition("/")[2])
+        content = self.files.get(self.path.partition(f"/resolve/{COMMIT}/")[2])
         if self.path.startswith(f"/api/models/{NAME}/revision/main"):
             return self.answer(
                 200, {"id": NAME, "sha": COMMIT, "siblings": [{"rfilename": name} for name in self.files]}
@@ -100,7 +104,12 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_a_model_goes_to_the_hub_and_comes_back_the_same(hub, tmp_path):
-    pipe = TarFlowPipeline(SMALL, random_variables(SMALL), Noise("gaussian", 0.1))
+    variables = random_variables(SMALL)
+    schedule = Schedule({1: (Sequential(),)}, fingerprint(variables))
+    student = StudentConfig.of_flow(SMALL, 0, (1,))
+    weights = {name: np.ones(shape, np.float32) for name, shape in student_shapes(student).items()}
+    student = TrainedStudent(student, unflatten(weights), fingerprint(variables))
+    pipe = TarFlowPipeline(SMALL, variables, Noise("gaussian", 0.1), schedule=schedule, student=student)
     Image.new("RGB", (30, 20), (1, 2, 3)).save(tmp_path / "grid.png")
     card = {"samples": tmp_path / "grid.png"}
     with pytest.raises(ValueError, match=r"did not accept owner/tiny \(.*401.*hf auth login") as caught:
@@ -112,11 +121,13 @@ def test_a_model_goes_to_the_hub_and_comes_back_the_same(hub, tmp_path):
     (made,) = hub.made
     assert (made["name"], made["organization"]) == ("tiny", "owner")
     assert "private" in (made.get("visibility"), *[name for name, value in made.items() if value is True])
-    assert sorted(hub.files) == ["README.md", "config.json", "model.safetensors", "samples.png"]
+    model = ["README.md", "config.json", "decoder.json", "model.safetensors", "samples.png"]
+    assert sorted(hub.files) == [*model, "student/config.json", "student/model.safetensors"]
     assert "\n# owner/tiny\n" in hub.files["README.md"].decode()
     again = TarFlowPipeline.from_pretrained(NAME)
     for mine, theirs in zip(jax.tree.leaves(pipe.variables), jax.tree.leaves(again.variables), strict=True):
         np.testing.assert_array_equal(mine, theirs)
+    assert again.student.config == student.config
     with pytest.raises(ValueError, match="'tiny' is not the name of a model on the hub; expected owner/name"):
         pipe.push_to_hub("tiny")
 

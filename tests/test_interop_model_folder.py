@@ -81,6 +81,10 @@ def test_round_trip_is_exact(tmp_path, noise):
     ]
 
 
+def test_whoever_may_read_one_file_may_read_all(folder):
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
 def test_bfloat16_halves_the_file_and_spares_the_prior(folder, tmp_path):
     variables = random_variables()
     save_model(tmp_path / "half", SavedModel(CONFIG, variables), dtype="bfloat16")
@@ -144,8 +148,8 @@ def model_fields(**changes):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "other"}, "is not a saved model's of layout version 1"),
-        ({"format_version": 7}, "is not a saved model's of layout version 1"),
+        ({"format": "other"}, "is not a model's of layout version 1"),
+        ({"format_version": 7}, "is not a model's of layout version 1"),
         ({"noise": ...}, "lacks fields of layout version 1"),
         ({"noise": {"kind": "pink", "std": 0.1}}, "noise kind is 'pink'"),
         ({"noise": 3}, "config.json"),

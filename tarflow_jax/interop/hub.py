@@ -55,9 +55,8 @@ def push_model(folder: str | os.PathLike[str], name: str, *, private: bool = Fal
     api = huggingface_hub.HfApi(token=token)
     try:
         api.create_repo(name, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=name, folder_path=folder, allow_patterns=FILES, commit_message="Upload by tarflow_jax"
-        )
+        message = "Upload by tarflow_jax"
+        commit = api.upload_folder(repo_id=name, folder_path=str(folder), allow_patterns=FILES, commit_message=message)
     except Exception as error:  # the hub's errors share no base class with those of its HTTP library
         raise UserError(
             f"the hub did not accept {name} ({one_line(error)}); check the network, and that `hf auth login` was given "

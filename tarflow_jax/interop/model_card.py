@@ -33,38 +33,18 @@ def model_card(config: TarFlowConfig, noise: Noise | None, card: Mapping[str, An
 
     if unknown := sorted(set(card) - set(FIELDS)):
         raise UserError(f"unknown model card field {unknown[0]!r}; expected one of {', '.join(FIELDS)}")
-    datasets, classes = list(card.get("datasets", ())), config.num_classes
+    classes = config.num_classes
     header = ModelCardData(
         library_name="tarflow_jax",
         pipeline_tag="image-generation" if classes else "unconditional-image-generation",
         tags=["tarflow", "normalizing-flow", "jax", "flax", *(["class-conditional"] if classes else [])],
-        datasets=datasets or None,
+        datasets=list(card.get("datasets", ())) or None,
     )
-    level = noise.std_min if noise else 0.1
-    height, width = config.image_size
-    model = {
-        "images": f"{height} x {width}, {config.image_channels} channel(s), values in [-1, 1]",
-        "flow": f"{'volume-preserving' if config.volume_preserving else 'affine'}"
-        f"{', triangular' if config.triangular else ''}, "
-        f"{f'conditional on {classes} classes' if classes else 'unconditional'}",
-        "shape": config.summary,
-        "training noise": str(noise) if noise else "unknown",
-    }
-    training = {"data": ", ".join(datasets)} if datasets else {}
+    evaluations = [found for found in map(_evaluation, card.get("evaluations", ())) if found["tables"]]
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters["cell"] = _cell
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
-        header=header.to_yaml(),
-        name=card.get("name", "TarFlow"),
-        picture=PICTURE if card.get("samples") else None,
-        classes=classes,
-        conditions=(", labels" if classes else "") + (f", noise_std={level:g}" if config.noise_conditional else ""),
-        facts={
-            "Model": model,
-            "Training": training | dict(card.get("training", {})),
-            "Measured": card.get("metrics", {}),
-        },
-        evaluations=[found for found in map(_evaluation, card.get("evaluations", ())) if found["tables"]],
+        header=header.to_yaml(), config=config, noise=noise, card=card, picture=PICTURE, evaluations=evaluations
     )
 
 

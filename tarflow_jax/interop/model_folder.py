@@ -33,7 +33,7 @@ from tarflow_jax.noise import Noise
 from tarflow_jax.runtime.parameters import Shape, params_shapes, student_shapes, variables_shapes
 from tarflow_jax.student import StudentConfig, TrainedStudent
 
-FORMATS = {"saved model": "tarflow_jax", "student": "tarflow_jax student"}
+FORMATS = {"model": "tarflow_jax", "student": "tarflow_jax student"}
 VERSION = 1
 CONFIG, WEIGHTS, CARD, STUDENT = "config.json", "model.safetensors", "README.md", "student"
 _DTYPES = ("float32", "bfloat16")
@@ -76,18 +76,16 @@ def save_model(
     Raises ValueError: variables that do not fit the config, an unknown dtype or card field, a picture that cannot be
     read, or a folder whose config.json is not a saved model's.
     """
-    folder, config, noise, exact = Path(folder), model.config, model.noise, dtype == "float32"
+    folder, exact = Path(folder), dtype == "float32"
     if dtype not in _DTYPES:
         raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
     if (folder / CONFIG).exists() and "format" not in _read_json(folder / CONFIG):
         raise UserError(f"{folder / CONFIG} is not a saved model's; choose another folder")
-    tensors, ema = flatten({**model.variables, "ema": model.ema_params or {}}), model.ema_params is not None
-    check_tensors("the model", {name: array.shape for name, array in tensors.items()}, _model_shapes(config, ema))
-    text = model_card(config, noise, {**model.card, "evaluations": _evaluations_of(model) if exact else []})
-    picture = _read_picture(model.card.get("samples"))
-
-    description = {"model": config.to_dict(), "noise": noise.to_dict() if noise else None}
-    _write(folder, "saved model", description, tensors, dtype, ema)
+    card = {**model.card, "evaluations": _evaluations_of(model) if exact else []}
+    text, picture = model_card(model.config, model.noise, card), _read_picture(card.get("samples"))
+    description = {"model": model.config.to_dict(), "noise": model.noise.to_dict() if model.noise else None}
+    variables = {**model.variables, **({"ema": model.ema_params} if model.ema_params else {})}
+    _write(folder, "model", description, variables, _model_shapes(model.config, ema="ema" in variables), dtype)
     write_text(folder / CARD, text)
     if picture is not None:
         save_png(folder / PICTURE, picture)
@@ -104,7 +102,7 @@ def load_model(name: str | os.PathLike[str]) -> SavedModel:
       ValueError: an unknown layout version, a damaged file, or files that contradict each other.
     """
     folder = local_folder(name)
-    fields = _read_description(folder, "saved model")
+    fields = _read_description(folder, "model")
     with _one_line_errors(folder / CONFIG):
         _check_num_blocks("model", fields["model"])
         config = TarFlowConfig.from_dict(fields["model"])
@@ -121,11 +119,8 @@ def save_student(folder: str | os.PathLike[str], student: TrainedStudent | None)
         for name in (CONFIG, WEIGHTS):
             (folder / name).unlink(missing_ok=True)
         return
-    tensors = flatten(student.variables)
-    shapes = {name: array.shape for name, array in tensors.items()}
-    check_tensors("the student", shapes, student_shapes(student.config))
     description = {"student": student.config.to_dict(), "flow": student.flow}
-    _write(folder, "student", description, tensors, "float32", ema=False)
+    _write(folder, "student", description, student.variables, student_shapes(student.config), "float32")
 
 
 def load_student(name: str | os.PathLike[str]) -> TrainedStudent | None:
@@ -150,12 +145,11 @@ def _model_shapes(config: TarFlowConfig, ema: bool) -> dict[str, Shape]:
 
 def _evaluations_of(model: SavedModel) -> list[Mapping[str, Any]]:
     """Returns the card's evaluations that were made with this model's weights."""
-    evaluations = model.card.get("evaluations")
+    evaluations = model.card.get("evaluations", ())
     if not evaluations:
         return []
-    used = {**model.variables, "params": model.ema_params or model.variables["params"]}
-    weights = fingerprint(used)
-    return [found for found in evaluations if found["protocol"].get("fingerprint") == weights]
+    weights = fingerprint({**model.variables, "params": model.ema_params or model.variables["params"]})
+    return [each for each in evaluations if each["protocol"].get("fingerprint") == weights]
 
 
 def _read_picture(path: epath.PathLike | None) -> np.ndarray | None:
@@ -171,18 +165,26 @@ def _read_picture(path: epath.PathLike | None) -> np.ndarray | None:
 
 
 def _write(
-    folder: Path, what: str, description: Mapping[str, Any], tensors: Mapping[str, Any], dtype: str, ema: bool
+    folder: Path,
+    what: str,
+    description: Mapping[str, Any],
+    variables: Mapping[str, Any],
+    shapes: Mapping[str, Shape],
+    dtype: str,
 ) -> None:
-    """Writes model.safetensors and config.json."""
+    """Writes model.safetensors and config.json, after checking the variables' names and shapes."""
+    tensors = flatten(variables)
+    check_tensors(f"the {what}", {name: array.shape for name, array in tensors.items()}, shapes)
     dtypes = {name: "float32" if name.startswith("prior/") else dtype for name in tensors}
     arrays = {name: np.asarray(value, jnp.dtype(dtypes[name]), order="C") for name, value in tensors.items()}
     with replacing(folder / WEIGHTS) as weights, replacing(folder / CONFIG) as config:
         safetensors.numpy.save_file(arrays, weights.name)
+        os.chmod(weights.name, os.fstat(weights.fileno()).st_mode)  # safetensors makes it private to its owner
         fields = {
             "format": FORMATS[what],
             "format_version": VERSION,
             **description,
-            "weights": {"dtype": dtype, "ema": ema, "sha256": sha256(weights.name)},
+            "weights": {"dtype": dtype, "ema": "ema" in variables, "sha256": sha256(weights.name)},
         }
         fields["sha256"] = checksum(fields)
         config.write((json.dumps(fields, indent=2) + "\n").encode())
@@ -193,7 +195,9 @@ def _read_description(folder: Path, what: str) -> dict[str, Any]:
     path, weights = folder / CONFIG, folder / WEIGHTS
     fields = _read_json(path)
     if (fields.get("format"), fields.get("format_version")) != (FORMATS[what], VERSION):
-        raise UserError(f"{path} is not a {what}'s of layout version {VERSION}; save the model again")
+        raise UserError(
+            f"{path} is not a {what}'s of layout version {VERSION}; expected a folder that save_pretrained wrote"
+        )
     if fields.pop("sha256", None) != checksum(fields):
         raise UserError(f"{path} does not match its own checksum: it was damaged or edited; save the model again")
     if not weights.is_file():
@@ -213,10 +217,10 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} has {path.stat().st_size} bytes, too many for a config")
     try:
         fields = json.loads(path.read_bytes())
+        if not isinstance(fields, dict):
+            raise ValueError(f"it is a {type(fields).__name__}")
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {one_line(error)}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{path} is not a JSON object; expected a folder that save_pretrained wrote")
+        raise UserError(f"{path} is not a JSON object: {one_line(error)}") from error
     return fields
 
 

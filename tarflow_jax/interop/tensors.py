@@ -24,9 +24,9 @@ unflatten = functools.partial(unflatten_dict, sep="/")
 def check_tensors(what: str, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
     """Raises ValueError for the first tensor found in `what` that is missing, unexpected or of the wrong shape."""
     if missing := sorted(expected.keys() - found.keys()):
-        raise UserError(f"{what} lacks tensor {missing[0]}{_more(missing)}; the file is incomplete")
+        raise UserError(f"{what} lacks tensor {missing[0]}; the file is incomplete")
     if extra := sorted(found.keys() - expected.keys()):
-        raise UserError(f"{what} has tensor {extra[0]}{_more(extra)}, which no TarFlow of this shape has")
+        raise UserError(f"{what} has tensor {extra[0]}, which no TarFlow of this shape has")
     for name, shape in expected.items():
         if tuple(found[name]) != shape:
             raise UserError(f"{what}: tensor {name} has shape {list(found[name])}; expected {list(shape)}")
@@ -51,7 +51,3 @@ def read_safetensors(path: Path, expected: Mapping[str, Shape]) -> dict[str, Any
             return unflatten(tensors)
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is not a valid safetensors file: {one_line(error)}") from error
-
-
-def _more(names: list[str]) -> str:
-    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
