@@ -17,9 +17,9 @@ IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "Height and width of the i
 IMAGE_CHANNELS = flags.DEFINE_integer("image_channels", 3, "Channels of the images, 1 or 3.")
 PATCH_SIZE = flags.DEFINE_integer("patch_size", None, "Height and width of a patch, in pixels.")
 NOISE_STD = flags.DEFINE_float(
-    "noise_std", None, "σ of the training noise, in [-1, 1] units, if it is known; denoising needs it."
+    "noise_std", None, "Training noise σ, in [-1, 1] units, if it is known; denoising needs it."
 )
-DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "dtype of the saved parameters.")
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Save the parameters in this dtype.")
 OUT = flags.DEFINE_string("out", None, "Folder to save the model in; created if it is missing.")
 flags.mark_flags_as_required(["from_torch", "image_size", "patch_size", "out"])
 
