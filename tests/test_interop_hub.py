@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -166,3 +167,12 @@ def test_a_card_shows_samples_and_the_figures_of_these_weights_and_its_example_r
     with pytest.raises(ValueError, match=r"the card's samples, .*grid.png: not an image of .*or None for none"):
         pipe.save_pretrained(tmp_path / "model")
     assert (tmp_path / "model" / "README.md").read_text() == before
+
+
+def test_saving_needs_no_network(tmp_path, monkeypatch):
+    def connect(*_):
+        raise AssertionError("a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    TarFlowPipeline(SMALL, random_variables(SMALL)).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").exists()
