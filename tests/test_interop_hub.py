@@ -1,4 +1,4 @@
-"""Models to the hub and back, through huggingface_hub, by a server here that speaks the hub's API."""
+"""Models uploaded to a local server that implements the hub's API, and downloaded again; and model cards."""
 
 import base64
 import dataclasses

@@ -1,4 +1,4 @@
-"""The front door's way in and out: what is saved samples as what was trained, bit for bit."""
+"""TarFlowPipeline saved and loaded again: the copy samples the same images, bit for bit."""
 
 import jax
 import numpy as np
