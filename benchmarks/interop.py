@@ -1,9 +1,9 @@
-"""Time and peak memory of reading and writing a model of the AFHQ recipe's shape, 463 M parameters.
+"""Measures time and peak memory of reading and writing a model of the AFHQ recipe's shape, 463 M parameters.
 
     python -m benchmarks.interop
 
-Weights are random. Each row runs in a process of its own, whose peak resident memory includes Python, JAX and
-PyTorch. Needs PyTorch and 7 GB of disk in the temporary folder.
+Weights are random. Each row runs in its own process; peak resident memory includes Python, JAX and PyTorch. Needs
+PyTorch and 7 GB of disk in the temporary folder.
 """
 
 import multiprocessing
@@ -17,8 +17,8 @@ import jax
 import numpy as np
 
 from tarflow_jax.flow import TarFlowConfig
-from tarflow_jax.interop import load_model, load_torch, save_model, save_torch
-from tarflow_jax.interop.layout import unflatten
+from tarflow_jax.interop import SavedModel, load_model, load_torch, save_model, save_torch
+from tarflow_jax.interop.tensors import unflatten
 from tarflow_jax.runtime.parameters import variables_shapes
 
 AFHQ = TarFlowConfig((256, 256), 3, patch_size=8, width=768, num_blocks=8, layers_per_block=8, num_classes=3)
@@ -36,7 +36,7 @@ def make_torch_file(folder: Path) -> Path:
 
 
 def read_torch(folder: Path) -> Path:
-    """PyTorch file -> variables."""
+    """Reads the PyTorch file."""
     config, variables = load_torch(folder / "afhq.pth", AFHQ.image_size, AFHQ.image_channels, AFHQ.patch_size)
     assert config == AFHQ
     jax.block_until_ready(variables)
@@ -44,25 +44,25 @@ def read_torch(folder: Path) -> Path:
 
 
 def convert(folder: Path, dtype: str = "float32") -> Path:
-    """PyTorch file -> model folder."""
+    """Converts the PyTorch file to a model folder."""
     config, variables = load_torch(folder / "afhq.pth", AFHQ.image_size, AFHQ.image_channels, AFHQ.patch_size)
-    save_model(folder / dtype, config=config, variables=variables, dtype=dtype)
+    save_model(folder / dtype, SavedModel(config, variables), dtype=dtype)
     return folder / "afhq.pth"
 
 
 def convert_bfloat16(folder: Path) -> Path:
-    """PyTorch file -> model folder of half the size."""
+    """Converts the PyTorch file to a bfloat16 model folder."""
     return convert(folder, "bfloat16")
 
 
 def read_model(folder: Path, dtype: str = "float32") -> Path:
-    """Model folder -> variables."""
+    """Reads the model folder."""
     jax.block_until_ready(load_model(folder / dtype).variables)
     return folder / dtype / "model.safetensors"
 
 
 def read_model_bfloat16(folder: Path) -> Path:
-    """Model folder of half the size -> float32 variables."""
+    """Reads the bfloat16 model folder, as float32 variables."""
     return read_model(folder, "bfloat16")
 
 

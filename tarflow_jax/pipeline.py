@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 from tarflow_jax import interop, likelihood, sampling
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.bits_per_dim import image_bits_per_dim
-from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.flow import TarFlow, TarFlowConfig
+from tarflow_jax.interop import SavedModel
 from tarflow_jax.noise import Noise, to_float
 from tarflow_jax.runtime import BatchRunner, device_flow
 from tarflow_jax.runtime.batch_runner import DEFAULT_MEMORY_BOUND, backward_bytes, forward_bytes
@@ -59,7 +59,7 @@ class TarFlowPipeline:
       config: the model's shape.
       variables: the parameters in use (the averaged ones where an average was kept) and, in VP mode, the prior.
       noise: the noise of its training; None if unknown.
-      card: what is known of the training, as `interop.save_model` takes it; {} for a saved model.
+      card: fields of the model card, see `interop.model_card`; {} for a saved model.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class TarFlowPipeline:
           variables: of that shape.
           noise: of its training.
           ema_params: the parameters' average, used instead of the raw ones, which `save_pretrained` keeps as well.
-          card: fields of a saved model's card, see `interop.save_model`.
+          card: fields of the model card, see `interop.model_card`.
           schedule: for `Tuned()`, or the folder to read it from at its first use.
           student: for `Student()`, or the folder to read it from at its first use.
           mesh: devices to spread over (`tarflow_jax.runtime.make_mesh`); None is the default device.
@@ -138,15 +138,16 @@ class TarFlowPipeline:
           FileNotFoundError: there is no model.
           ValueError: it is damaged, or something else.
         """
+        folder: epath.PathLike = epath.Path(name)
         if (epath.Path(name) / "checkpoints").is_dir():
-            model = read_workdir(name, options.get("mesh"), best=best)
-            options["card"] = model.card
+            saved = read_workdir(folder, options.get("mesh"), best=best)
         elif best:
             raise UserError(f"{name} is no training workdir; only these have a best checkpoint")
         else:
-            model = interop.load_model(name)
-        options |= {"ema_params": model.ema_params, "schedule": name, "student": name}
-        return cls(model.config, model.variables, model.noise, **options)
+            folder = interop.local_folder(name)
+            saved = interop.load_model(folder)
+        options |= {"ema_params": saved.ema_params, "card": saved.card, "schedule": folder, "student": folder}
+        return cls(saved.config, saved.variables, saved.noise, **options)
 
     @classmethod
     def from_torch(
@@ -177,27 +178,13 @@ class TarFlowPipeline:
         Args:
           card: added to what is known of the run: its samples, and what launch.evaluate measured of these weights.
         """
-        card = {**self.card, **(card or {})}
-        exact = dtype == "float32"
-        if found := card.get("evaluations"):
-            weights = fingerprint(self.variables) if exact else None
-            card["evaluations"] = [each for each in found if each["protocol"].get("fingerprint") == weights]
         variables, ema_params = self.variables, None
         if self._raw_params is not None:
             variables, ema_params = {**variables, "params": self._raw_params}, variables["params"]
-        interop.save_model(
-            folder,
-            config=self.config,
-            variables=variables,
-            noise=self.noise,
-            ema_params=ema_params,
-            dtype=dtype,
-            card=card,
-        )
-        schedule, student = (self._unless_stale(name) if exact else None for name in ("schedule", "student"))
-        if schedule:
+        saved = SavedModel(self.config, variables, self.noise, ema_params, {**self.card, **(card or {})})
+        interop.save_model(folder, saved, dtype=dtype, student=self._unless_stale("student"))
+        if dtype == "float32" and (schedule := self._unless_stale("schedule")):
             schedule.write(Path(folder))
-        interop.save_student(folder, student)
 
     def push_to_hub(self, name: str, *, private: bool = False, token: str | None = None, **options: Any) -> str:
         """Saves the model to the Hugging Face hub as "owner/name", which is created if it is missing.
@@ -212,7 +199,6 @@ class TarFlowPipeline:
 
         Raises:
           ValueError: no such name, or the hub refused.
-          ImportError: huggingface_hub is not installed.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **options | {"card": {"name": name, **(options.get("card") or {})}})

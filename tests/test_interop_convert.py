@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tarflow_jax.interop import load_model
-from tarflow_jax.interop.layout import flatten
+from tarflow_jax.interop.tensors import flatten
 from tarflow_jax.noise import Noise
 
 pytestmark = pytest.mark.slow

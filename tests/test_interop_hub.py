@@ -1,10 +1,11 @@
-"""Models to the hub and back, through huggingface_hub, by a server here that speaks the hub's API."""
+"""Models uploaded to a local server that implements the hub's API, and downloaded again; and model cards."""
 
 import base64
 import dataclasses
 import hashlib
 import json
 import re
+import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -18,6 +19,10 @@ from tiny_models import TINY, random_variables
 
 from tarflow_jax import Noise, TarFlowPipeline
 from tarflow_jax.fingerprint import fingerprint
+from tarflow_jax.interop.tensors import unflatten
+from tarflow_jax.runtime.parameters import student_shapes
+from tarflow_jax.sampling import Schedule, Sequential
+from tarflow_jax.student import StudentConfig, TrainedStudent
 
 NAME = "owner/tiny"
 SMALL = dataclasses.replace(TINY, num_blocks=1, layers_per_block=1)
@@ -65,7 +70,7 @@ class Hub(BaseHTTPRequestHandler):
         )
 
     def do_GET(self):
-        content = self.files.get(self.path.rpartition("/")[2])
+        content = self.files.get(self.path.partition(f"/resolve/{COMMIT}/")[2])
         if self.path.startswith(f"/api/models/{NAME}/revision/main"):
             return self.answer(
                 200, {"id": NAME, "sha": COMMIT, "siblings": [{"rfilename": name} for name in self.files]}
@@ -100,10 +105,15 @@ def hub(monkeypatch, tmp_path):
 
 
 def test_a_model_goes_to_the_hub_and_comes_back_the_same(hub, tmp_path):
-    pipe = TarFlowPipeline(SMALL, random_variables(SMALL), Noise("gaussian", 0.1))
+    variables = random_variables(SMALL)
+    schedule = Schedule({1: (Sequential(),)}, fingerprint(variables))
+    student = StudentConfig.of_flow(SMALL, 0, (1,))
+    weights = {name: np.ones(shape, np.float32) for name, shape in student_shapes(student).items()}
+    student = TrainedStudent(student, unflatten(weights), fingerprint(variables))
+    pipe = TarFlowPipeline(SMALL, variables, Noise("gaussian", 0.1), schedule=schedule, student=student)
     Image.new("RGB", (30, 20), (1, 2, 3)).save(tmp_path / "grid.png")
     card = {"samples": tmp_path / "grid.png"}
-    with pytest.raises(ValueError, match=r"did not take owner/tiny \(.*401.*hf auth login") as caught:
+    with pytest.raises(ValueError, match=r"did not accept owner/tiny \(.*401.*hf auth login") as caught:
         pipe.push_to_hub(NAME, token="hf_other", card=card)
     assert "\n" not in str(caught.value)
     assert hub.files == {}
@@ -112,12 +122,14 @@ def test_a_model_goes_to_the_hub_and_comes_back_the_same(hub, tmp_path):
     (made,) = hub.made
     assert (made["name"], made["organization"]) == ("tiny", "owner")
     assert "private" in (made.get("visibility"), *[name for name, value in made.items() if value is True])
-    assert sorted(hub.files) == ["README.md", "config.json", "model.safetensors", "samples.png"]
+    model = ["README.md", "config.json", "decoder.json", "model.safetensors", "samples.png"]
+    assert sorted(hub.files) == [*model, "student/config.json", "student/model.safetensors"]
     assert "\n# owner/tiny\n" in hub.files["README.md"].decode()
     again = TarFlowPipeline.from_pretrained(NAME)
     for mine, theirs in zip(jax.tree.leaves(pipe.variables), jax.tree.leaves(again.variables), strict=True):
         np.testing.assert_array_equal(mine, theirs)
-    with pytest.raises(ValueError, match="'tiny' is no name of a model on the hub; expected owner/name"):
+    assert again.student.config == student.config
+    with pytest.raises(ValueError, match="'tiny' is not the name of a model on the hub; expected owner/name"):
         pipe.push_to_hub("tiny")
 
 
@@ -155,3 +167,12 @@ def test_a_card_shows_samples_and_the_figures_of_these_weights_and_its_example_r
     with pytest.raises(ValueError, match=r"the card's samples, .*grid.png: not an image of .*or None for none"):
         pipe.save_pretrained(tmp_path / "model")
     assert (tmp_path / "model" / "README.md").read_text() == before
+
+
+def test_saving_needs_no_network(tmp_path, monkeypatch):
+    def connect(*_):
+        raise AssertionError("a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", connect)
+    TarFlowPipeline(SMALL, random_variables(SMALL)).save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").exists()

@@ -1,4 +1,4 @@
-"""The front door's way in and out: what is saved samples as what was trained, bit for bit."""
+"""TarFlowPipeline saved and loaded again: the copy samples the same images, bit for bit."""
 
 import jax
 import numpy as np
@@ -7,7 +7,7 @@ import pytest
 from configs import digits
 from tarflow_jax import Noise, TarFlowPipeline
 from tarflow_jax.interop import load_model
-from tarflow_jax.interop.layout import flatten
+from tarflow_jax.interop.tensors import flatten
 from tarflow_jax.training import train
 
 
@@ -37,7 +37,7 @@ def test_trained_run_saved_and_opened_samples_the_same(tmp_path):
         other.variables["params"]["block_0"]["project_out"]["bias"], average["block_0/project_out/bias"]
     )
     card = (tmp_path / "saved" / "README.md").read_text()
-    assert 'datasets: ["digits"]' in card
+    assert "datasets:\n- digits\n" in card
     assert "| steps | 2 |" in card
     images, again = (p.sample(jax.random.key(0), 4, np.arange(4)) for p in (pipe, other))
     np.testing.assert_array_equal(again, images)

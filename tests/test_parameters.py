@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from tarflow_jax.flow import TarFlow, TarFlowConfig
-from tarflow_jax.interop.layout import flatten
+from tarflow_jax.interop.tensors import flatten
 from tarflow_jax.runtime.parameters import PARAMETERS, params_shapes, rows_of, variables_shapes
 
 

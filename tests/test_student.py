@@ -15,8 +15,8 @@ from tiny_models import LABELS, TINY, TRIANGULAR, VP, images_of, random_variable
 from tarflow_jax import Guidance, Noise, TarFlowPipeline, programs
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.interop import load_student, save_student
-from tarflow_jax.interop.layout import flatten
-from tarflow_jax.interop.model_folder import fingerprint as fields_fingerprint
+from tarflow_jax.interop.model_folder import checksum as fields_fingerprint
+from tarflow_jax.interop.tensors import flatten
 from tarflow_jax.runtime.parameters import rows_of, student_shapes
 from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Sequential
 from tarflow_jax.student import METHODS, Perception, Student, StudentConfig, TrainedStudent, distillation_loss

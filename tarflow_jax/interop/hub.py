@@ -1,69 +1,65 @@
-"""Model folders from the Hugging Face hub, and to it."""
+"""Downloads and uploads model folders, from and to the Hugging Face hub."""
 
 import os
 import re
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from tarflow_jax.errors import MissingPackageError, UserError, one_line
+from tarflow_jax.errors import UserError, one_line
 
+# Everything that a model folder may hold; no other file is downloaded or uploaded.
+FILES = [
+    *("config.json", "model.safetensors", "README.md", "samples.png", "decoder.json"),
+    *("student/config.json", "student/model.safetensors"),
+]
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-def local_folder(name: str | os.PathLike[str], files: Sequence[str]) -> Path:
-    """The folder `name`, or a local copy of these files of the hub's model "owner/name".
+def local_folder(name: str | os.PathLike[str]) -> Path:
+    """Returns the folder `name`, or else downloads the hub's model "owner/name" and returns the copy's folder.
 
-    Raises:
-      FileNotFoundError: there is no such folder, and no such model or no way to the hub.
-      ImportError: there is no such folder, and huggingface_hub is not installed.
+    Raises FileNotFoundError: there is no such folder, and no such model on the hub or no network.
     """
     folder = Path(name)
     if folder.is_dir():
         return folder
     if folder.exists() or not _HUB_NAME.fullmatch(str(name)):
         raise FileNotFoundError(f"no folder {name}; give a saved model's folder, or owner/name on the hub")
-    huggingface_hub = _import_hub(f"no folder {name}; to look for it on the hub, install")
+    import huggingface_hub
+
     try:
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=list(files)))
-    except Exception as error:  # its own errors and those of whatever HTTP library it uses
+        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=FILES))
+    except Exception as error:  # the hub's errors share no base class with those of its HTTP library
         raise FileNotFoundError(
-            f"no folder {name}, and the hub gave none of that name (is there a network?): {one_line(error)}"
+            f"no folder {name}, and the hub did not return a model of that name (is there a network?): "
+            f"{one_line(error)}"
         ) from error
 
 
-def push_folder(folder: Path, name: str, files: Sequence[str], *, private: bool, token: str | None) -> str:
-    """Uploads these files of a folder, in one commit, to the hub's model "owner/name", made if it is missing.
+def push_model(folder: str | os.PathLike[str], name: str, *, private: bool = False, token: str | None = None) -> str:
+    """Uploads a model folder to the hub as "owner/name", in one commit; creates the repository if it is missing.
 
     Args:
-      private: of a model that is made.
-      token: None is the one that `hf auth login` or HF_TOKEN gave.
+      private: of a repository that is created.
+      token: None uses the token of `hf auth login` or of HF_TOKEN.
 
     Returns:
-      The commit's address.
+      The commit's URL.
 
     Raises:
-      ValueError: no such name, or the hub refused.
-      ImportError: huggingface_hub is not installed.
+      ValueError: not a hub name, or the hub refused.
     """
     if not _HUB_NAME.fullmatch(name):
-        raise UserError(f"{name!r} is no name of a model on the hub; expected owner/name")
-    api = _import_hub("to push to the hub, install").HfApi(token=token)
+        raise UserError(f"{name!r} is not the name of a model on the hub; expected owner/name")
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi(token=token)
     try:
         api.create_repo(name, private=private, exist_ok=True)
         message = "Upload by tarflow_jax"
-        commit = api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=list(files), commit_message=message)
-    except Exception as error:  # its own errors and those of whatever HTTP library it uses
+        commit = api.upload_folder(repo_id=name, folder_path=str(folder), allow_patterns=FILES, commit_message=message)
+    except Exception as error:  # the hub's errors share no base class with those of its HTTP library
         raise UserError(
-            f"the hub did not take {name} ({one_line(error)}); is there a network, and was `hf auth login` given a "
-            "token that may write there?"
+            f"the hub did not accept {name} ({one_line(error)}); check the network, and that `hf auth login` was given "
+            "a token with write access"
         ) from error
     return str(commit.commit_url)
-
-
-def _import_hub(why: str) -> Any:
-    try:
-        import huggingface_hub
-    except ImportError as error:
-        raise MissingPackageError(f"{why} `pip install huggingface_hub`") from error
-    return huggingface_hub

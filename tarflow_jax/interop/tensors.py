@@ -1,0 +1,53 @@
+"""Variables as named tensors: their names, the check of names and shapes, and safetensors files.
+
+A tensor's name is its path in the tree of variables, "params/block_0/layers/qkv/kernel".
+"""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from tarflow_jax.errors import UserError, one_line
+from tarflow_jax.runtime import progress
+from tarflow_jax.runtime.parameters import Shape
+
+flatten = functools.partial(flatten_dict, sep="/")  # {"a": {"b": x}} -> {"a/b": x}
+unflatten = functools.partial(unflatten_dict, sep="/")
+
+
+def check_tensors(what: str, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
+    """Raises ValueError for the first tensor found in `what` that is missing, unexpected or of the wrong shape."""
+    if missing := sorted(expected.keys() - found.keys()):
+        raise UserError(f"{what} lacks tensor {missing[0]}; the file is incomplete")
+    if extra := sorted(found.keys() - expected.keys()):
+        raise UserError(f"{what} has tensor {extra[0]}, which no TarFlow of this shape has")
+    for name, shape in expected.items():
+        if tuple(found[name]) != shape:
+            raise UserError(f"{what}: tensor {name} has shape {list(found[name])}; expected {list(shape)}")
+
+
+def read_safetensors(path: Path, expected: Mapping[str, Shape]) -> dict[str, Any]:
+    """Reads a file into a tree of float32 arrays, after checking the name, shape and dtype of every tensor in it.
+
+    Raises ValueError: not a safetensors file, a header that does not fit the file, or other tensors than expected.
+    """
+    try:
+        # pread, since the pages of a mapped file would count towards this process's memory.
+        with safetensors.safe_open(path, framework="np", backend="pread") as file:
+            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            check_tensors(str(path), {name: tensor.get_shape() for name, tensor in found.items()}, expected)
+            for name, tensor in found.items():
+                if tensor.get_dtype() not in ("F32", "BF16"):
+                    raise UserError(f"{path}: tensor {name} is {tensor.get_dtype()}; expected F32 or BF16")
+            tensors = {}
+            for name in progress(expected, f"reading {path.name}"):
+                tensors[name] = jnp.asarray(file.get_tensor(name).astype(np.float32, copy=False))
+            return unflatten(tensors)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path} is not a valid safetensors file: {one_line(error)}") from error

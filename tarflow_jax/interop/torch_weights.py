@@ -1,0 +1,264 @@
+"""PyTorch checkpoints of the references (apple/ml-tarflow, apple/ml-itarflow), read and written.
+
+A Linear's weight [out, in] is our kernel [in, out], with `out` or `in` split into axes. The outputs of qkv are in the
+same order, (q or k or v, head, head dimension). The reference orders the numbers of a token (channel, row, column),
+this package (row, column, channel): the tensors that read or write tokens are permuted here, and never at run time.
+"""
+
+import os
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from tarflow_jax.errors import MissingPackageError, UserError, one_line
+from tarflow_jax.files import replacing
+from tarflow_jax.flow.config import TarFlowConfig
+from tarflow_jax.interop.tensors import check_tensors, flatten, unflatten
+from tarflow_jax.runtime import progress
+from tarflow_jax.runtime.parameters import Parameter, Shape, rows_of, variables_shapes
+
+HEAD_DIM = 64  # fixed in the reference, and no tensor's shape depends on it
+_DIRECTORY = 0x10  # an entry's attribute; PyTorch's reader takes such an entry for a directory and reads nothing
+
+
+def load_torch(
+    path: str | os.PathLike[str], image_size: int | tuple[int, int], image_channels: int, patch_size: int
+) -> tuple[TarFlowConfig, dict[str, Any]]:
+    """Reads a state dict of the reference; executes no code in it.
+
+    Args:
+      path: a file that `torch.save(model.state_dict(), path)` wrote.
+      image_size: side, or (height, width), in pixels.
+      image_channels: K.
+      patch_size: P. The tensors determine T and D, but not how these divide into image_size, K and P.
+
+    Returns:
+      (config, variables): width, blocks, layers, classes and VP/NVP follow from the tensors; float32 arrays.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ImportError: PyTorch is not installed.
+      ValueError: a damaged or foreign file, a missing, extra or misshapen tensor, or tensors that contradict
+        the image and patch size.
+    """
+    path = Path(path)
+    state = _read_state_dict(path)
+    if any(".time_embed." in name for name in state):  # early files of ml-itarflow use ml-tarflow's name
+        state = {name.replace(".attn_blocks.", ".head_blocks."): tensor for name, tensor in state.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    config = _read_config(path, shapes, image_size, image_channels, patch_size)
+    buffers, tensors = _buffers(config), list(_tensors(config))
+    expected = {name: buffer.shape for name, buffer in buffers.items()}
+    expected |= {name: row.torch_shape(config) for _, row, names in tensors for name in names}
+    check_tensors(str(path), shapes, expected)
+    for name, buffer in buffers.items():
+        if not np.array_equal(state[name].float().numpy(), buffer):
+            value = "the causal mask" if name.endswith("attn_mask") else "all ones in an NVP model"
+            raise UserError(f"{path}: buffer {name} is not {value}, so this is not a TarFlow of the reference")
+    variables = {}
+    for name, row, torch_names in progress(tensors, f"reading {path.name}"):
+        # Popped, so that the file's copy of a tensor is freed as soon as it is converted.
+        parts = [state.pop(torch_name).float().numpy() for torch_name in torch_names]
+        variables[name] = jnp.asarray(_from_torch(config, row, parts))
+    return config, unflatten(variables)
+
+
+def save_torch(path: str | os.PathLike[str], config: TarFlowConfig, variables: Mapping[str, Any]) -> None:
+    """Writes a state dict that the reference loads with strict=True; the inverse of `load_torch`.
+
+    Raises:
+      ImportError: PyTorch is not installed.
+      ValueError: the reference has no model of this shape, or the variables do not fit `config`.
+    """
+    torch = _import_torch()
+    _check_representable(config)
+    flat = flatten(variables)
+    check_tensors("the model", {name: value.shape for name, value in flat.items()}, variables_shapes(config))
+    state = {name: torch.from_numpy(buffer) for name, buffer in _buffers(config).items()}
+    for name, row, torch_names in progress(list(_tensors(config)), "converting"):
+        parts = _to_torch(config, row, np.asarray(flat[name], np.float32))
+        for torch_name, part in zip(torch_names, parts, strict=True):
+            state[torch_name] = torch.from_numpy(np.array(part, order="C"))
+    with replacing(path) as file:
+        torch.save(state, file)  # given a path, it would write the temporary name into the file
+
+
+def _import_torch() -> Any:
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingPackageError("PyTorch checkpoints need PyTorch; install it with `pip install torch`") from error
+    return torch
+
+
+def _read_state_dict(path: Path) -> dict[str, Any]:
+    """Reads a file of named, dense tensors of floating point, whose memory the file's size bounds."""
+    torch = _import_torch()
+    if not path.is_file():
+        raise FileNotFoundError(f"no PyTorch checkpoint at {path}")
+    _check_archive(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes can raise anything in its reader
+        reason = one_line(error)
+        if "weights only" in reason.lower():  # the rest of the message advises to load it nevertheless
+            reason = "it holds more than tensors, and other objects are never loaded; save `model.state_dict()` alone"
+        raise UserError(f"{path} is not a plain PyTorch state dict: {reason}") from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
+    ):
+        raise UserError(f"{path} holds no state dict of tensors; save `model.state_dict()` alone")
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    for name, tensor in state.items():
+        if tensor.dtype not in dtypes or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise UserError(f"{path}: tensor {name} is {tensor.dtype}, {tensor.layout}; expected dense float32")
+    # A strided view can repeat the same few bytes endlessly; the tensors of a state dict each own their bytes.
+    if sum(tensor.nelement() * tensor.element_size() for tensor in state.values()) > path.stat().st_size:
+        raise UserError(f"{path}: the tensors claim more bytes than the file has")
+    wrapped = all(name.startswith("module.") for name in state)  # by DistributedDataParallel
+    return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in state.items()}
+
+
+def _check_archive(path: Path) -> None:
+    """Verifies the zip archive's checksums, which PyTorch ignores, and that no entry is compressed.
+
+    An uncompressed entry cannot expand when it is read, so the file's size bounds the memory.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for entry in archive.infolist():
+                if entry.is_dir() or entry.external_attr & _DIRECTORY:
+                    raise UserError(f"entry {entry.filename} is a directory")
+                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+                    raise UserError(f"entry {entry.filename} is compressed")
+            if damaged := archive.testzip():
+                raise UserError(f"entry {damaged} fails its checksum")
+    except Exception as error:  # damaged bytes can raise anything in the zip reader
+        raise UserError(f"{path} is not an intact PyTorch checkpoint (zip format): {one_line(error)}") from error
+
+
+def _read_config(
+    path: Path, shapes: Mapping[str, Shape], image_size: int | tuple[int, int], image_channels: int, patch_size: int
+) -> TarFlowConfig:
+    """Infers the config from the shapes; `check_tensors` then verifies every tensor against it."""
+
+    def shape_of(name: str, rank: int) -> Shape:
+        shape = shapes.get(f"blocks.0.{name}", ())
+        if len(shape) != rank or not all(shape):
+            raise UserError(f"{path} is not a TarFlow: blocks.0.{name} has shape {list(shape)}; expected rank {rank}")
+        return shape
+
+    def count(pattern: str) -> int:
+        return len({match[1] for name in shapes if (match := re.match(pattern, name))})
+
+    if any("shared_backbone" in name for name in shapes):
+        raise UserError(f"{path} has layers that its blocks share (shared_backbone_layers); expected none")
+    tokens = {shape[0] for name, shape in shapes.items() if re.fullmatch(r"blocks\.\d+\.pos_embed", name) and shape}
+    if len(tokens) > 1:
+        raise UserError(
+            f"{path} has blocks of {sorted(tokens)} tokens, so several patch_sizes; expected one for all blocks"
+        )
+    width, token_dim = shape_of("proj_in.weight", 2)
+    num_tokens = shape_of("pos_embed", 2)[0]
+    outputs = shape_of("proj_out.weight", 2)[0]
+    if outputs not in (token_dim, 2 * token_dim):
+        raise UserError(f"{path}: proj_out has {outputs} outputs; expected {token_dim} (VP) or {2 * token_dim} (NVP)")
+    noise_conditional = "blocks.0.time_embed.mlp.0.weight" in shapes
+    num_blocks, layers = count(r"blocks\.(\d+)\."), "head_blocks" if noise_conditional else "attn_blocks"
+    depths = tuple(count(rf"blocks\.{k}\.{layers}\.(\d+)\.") for k in range(num_blocks))
+    config = TarFlowConfig(
+        image_size=image_size,  # type: ignore[arg-type]  # an int becomes a pair
+        image_channels=image_channels,
+        patch_size=patch_size,
+        width=width,
+        layers_per_block=depths[0] if len(set(depths)) == 1 else depths,
+        num_blocks=num_blocks,
+        num_classes=shape_of("class_embed", 3)[0] if "blocks.0.class_embed" in shapes else 0,
+        volume_preserving=outputs == token_dim,
+        head_dim=HEAD_DIM,
+        noise_conditional=noise_conditional,
+    )
+    if config.num_tokens != num_tokens:
+        raise UserError(
+            f"{path} has {num_tokens} tokens, but {config.num_tokens} patches of {patch_size} fill an image"
+            f" of {config.image_size[0]}x{config.image_size[1]}; check image_size and patch_size"
+        )
+    if config.token_dim != token_dim:
+        raise UserError(
+            f"{path} has tokens of {token_dim} numbers, but patches of {patch_size} in {image_channels}"
+            f" channels have {config.token_dim}; check image_channels and patch_size"
+        )
+    return config
+
+
+def _check_representable(config: TarFlowConfig) -> None:
+    height, width = config.image_size
+    if height != width:
+        raise UserError(f"the PyTorch reference has only square images; this model's are {height}x{width}")
+    if len(set(config.depths)) != 1 and not config.noise_conditional:
+        raise UserError(f"the PyTorch reference has blocks of equal depth; this model's are {config.depths}")
+    for name in ("rotary", "input_limit", "image_limit", "triangular"):
+        if value := getattr(config, name):
+            raise UserError(f"the PyTorch reference has no {name}; this model's is {value}")
+    if config.head_dim != HEAD_DIM:
+        raise UserError(f"the PyTorch reference has head_dim {HEAD_DIM}; this model's is {config.head_dim}")
+
+
+def _tensors(config: TarFlowConfig) -> Iterator[tuple[str, Parameter, list[str]]]:
+    """Yields each variable's name, its row in the table, and its names in the reference (one per stacked layer)."""
+    layers = "head_blocks" if config.noise_conditional else "attn_blocks"
+    for name in variables_shapes(config):
+        (row,) = rows_of(name)
+        if not row.in_block:
+            yield name, row, [row.torch]
+            continue
+        k = int(re.findall(r"block_(\d+)/", name)[0])
+        parts = [f"{layers}.{layer}." for layer in range(config.depths[k])] if row.stacked else [""]
+        yield name, row, [f"blocks.{k}.{part}{row.torch}" for part in parts]
+
+
+def _buffers(config: TarFlowConfig) -> dict[str, np.ndarray]:
+    """Returns the reference's constant buffers: the causal masks and, in NVP mode, the prior's variance of ones."""
+    tokens = config.num_tokens
+    buffers = {f"blocks.{k}.attn_mask": np.tri(tokens, dtype=np.float32) for k in range(config.num_blocks)}
+    if not config.volume_preserving:
+        buffers["var"] = np.ones((tokens, config.token_dim), np.float32)
+    return buffers
+
+
+def _from_torch(config: TarFlowConfig, row: Parameter, parts: list[np.ndarray]) -> np.ndarray:
+    """Converts the reference's tensors of one variable."""
+    if row.input_axes:
+        parts = [part.T for part in parts]
+    shape = row.shape(config, depth=len(parts))
+    if row.stacked:
+        return np.stack([part.reshape(shape[1:]) for part in parts])
+    return _reorder_tokens(row, parts[0].reshape(shape), _token_order(config))
+
+
+def _to_torch(config: TarFlowConfig, row: Parameter, array: np.ndarray) -> list[np.ndarray]:
+    """The inverse of `_from_torch`."""
+    array = _reorder_tokens(row, array, np.argsort(_token_order(config)))
+    shape = row.torch_shape(config)
+    parts = list(array) if row.stacked else [array]
+    return [part.reshape(shape[::-1]).T if row.input_axes else part.reshape(shape) for part in parts]
+
+
+def _token_order(config: TarFlowConfig) -> np.ndarray:
+    """Returns the indices [D] that reorder (channel, row, column) as (row, column, channel)."""
+    patch = (config.image_channels, config.patch_size, config.patch_size)
+    return np.arange(config.token_dim).reshape(patch).transpose(1, 2, 0).reshape(-1)
+
+
+def _reorder_tokens(row: Parameter, array: np.ndarray, order: np.ndarray) -> np.ndarray:
+    for axis, letter in enumerate(row.letters):
+        if letter in ("D", "2D"):
+            # In NVP mode the output projection returns log_scale, then shift.
+            starts = range(0, array.shape[axis], len(order))
+            array = np.take(array, np.concatenate([start + order for start in starts]), axis)
+    return array
