@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.jobs import Job, Step, sole_user, submit
+from launch.jobs import Job, Step, submit
 
 ROOT = Path(__file__).parent.parent
 
@@ -164,16 +164,6 @@ def test_a_failure_is_told_and_the_others_go_on(start, tmp_path):
     out, _ = start("a:fail", "b", "c").communicate(timeout=60)
     assert "a: failed: 3\n" in out
     assert out.endswith("[3, 0, 0] False\n")
-
-
-def test_a_folder_has_one_sweep_at_a_time(tmp_path):
-    for _ in range(2):
-        with (
-            sole_user(tmp_path),
-            pytest.raises(ValueError, match=f"process {os.getpid()} sweeps"),
-            sole_user(tmp_path),
-        ):
-            pass
 
 
 @pytest.fixture

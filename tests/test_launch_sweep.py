@@ -23,6 +23,7 @@ from launch.sweep_report import (
     write_plot,
     write_table,
 )  # fmt: skip
+from tarflow_jax import files
 
 LOSS = "test loss (nats/dim, less ½ log 2π)"
 
@@ -109,8 +110,8 @@ def test_a_plan_holds_each_run_s_commands_and_settings(tmp_path):
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
-        ("[]", r"has no sweep\(\) that gives overrides"),
-        ("[{}]", r"has no sweep\(\) that gives overrides"),
+        ("[]", r"has no sweep\(\) that returns overrides"),
+        ("[{}]", r"has no sweep\(\) that returns overrides"),
         ("[{'noise.stdd': 1}]", 'noise.stdd=1: .*Did you mean "std"'),
         ("[{'train.num_steps': 1.5}]", "train.num_steps=1.5: .*cannot be casted"),
         ("[{'train.seed': 1}, {'model.patch_size': 3}]", "model.patch_size=3: .*not divisible by patch_size"),
@@ -193,12 +194,17 @@ def test_rows_of_several_evaluations_are_told_apart_by_their_flags(tmp_path):
 def test_seeds_become_means_and_spreads(tmp_path):
     rows = rows_of(grid({"train.seed": [0, 1, 2], "a": [1, 2]}))  # losses 0, 2, 4 of a = 1, and 1, 3, 5
     assert plot_lines(rows, "loss") == ("a", {"": [(1, 2.0, 2.0), (2, 3.0, 2.0)]})
-    assert over_seeds(rows) == [{"a": 1, "loss": "2 ± 2"}, {"a": 2, "loss": "3 ± 2"}]
-    assert "2 ± 2" in write_table(rows, tmp_path)
+    assert [[row.metrics["loss"] for row in group] for group in over_seeds(rows)] == [[0, 2, 4], [1, 3, 5]]
+    assert [line.split() for line in write_table(rows, tmp_path).splitlines()[2:]] == [
+        ["|", "1", "|", "2", "±", "2", "|"],
+        ["|", "2", "|", "3", "±", "2", "|"],
+    ]
     with (tmp_path / "sweep.csv").open(encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == 6
     write_plot(rows, "loss", tmp_path / "sweep.png")
-    assert plot_lines(rows_of(grid({"train.seed": [0, 1]})), "loss")[0] == "train.seed"
+    only_seeds = rows_of(grid({"train.seed": [0, 1]}))
+    assert plot_lines(only_seeds, "loss") == ("train.seed", {"": [(0, 0.0, 0.0), (1, 1.0, 0.0)]})
+    assert [len(group) for group in over_seeds(only_seeds)] == [1, 1]
 
 
 def test_table_and_plot_are_files(tmp_path):
@@ -271,6 +277,17 @@ def test_four_runs_killed_in_the_middle_and_started_again(command, tmp_path):
     assert [log.count("\nsteps ") for log in logs] == [1] * 4
     assert (runs / "sweep.md").read_text() in out
     assert (runs / "sweep.png").is_file()
+
+
+@pytest.mark.slow
+def test_a_folder_has_one_sweep_at_a_time(command, tmp_path):
+    recipe_file(tmp_path, "grid({'train.seed': range(2)})", TINY)
+    with files.sole_user(tmp_path / "runs"):
+        process = command()
+        out, err = process.communicate(timeout=600)
+    assert (process.returncode, out) == (1, "")
+    assert f"works in {tmp_path / 'runs'}; wait for it, or stop it" in err
+    assert not list(tmp_path.glob("runs/*/"))
 
 
 @pytest.mark.slow
