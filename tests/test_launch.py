@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from configs import digits
+from launch import common
 from tarflow_jax import Guidance, TarFlowPipeline
 from tarflow_jax.figures import grid, to_uint8
 from tarflow_jax.training import train
@@ -44,22 +45,26 @@ def workdir(tmp_path_factory):
 
 def test_every_command_refuses_a_flag_it_does_not_know_in_one_line_and_names_the_nearest():
     given = dict.fromkeys(commands.COMMANDS, "--tracebak") | {"sample": "--guidence=1", "train": "--surplus=1"}
-    # Forked from a process that has imported most of what they need.
+    # Forked from a process that has imported most of what they need, and ended before the interpreter tidies up.
     program = (
         "import os, runpy, sys, warnings\n"
-        "from launch import common\n"
+        "import launch.common, launch.demo_app.builder, tarflow_jax.evaluation.classification\n"
         "warnings.filterwarnings('ignore', '.*fork')\n"
         f"for name, flag in {given}.items():\n"
         "    if os.fork() == 0:\n"
         "        sys.argv = [name, flag]\n"
-        "        runpy.run_module(f'launch.{name}', run_name='__main__')\n"
+        "        try:\n"
+        "            runpy.run_module(f'launch.{name}', run_name='__main__')\n"
+        "        except SystemExit as end:\n"
+        "            os._exit(end.code)\n"
         "    print(name, os.waitstatus_to_exitcode(os.wait()[1]))\n"
     )
     code, out, err = commands.run("-c", program)
     assert code == 0
-    told = dict.fromkeys(commands.COMMANDS, "error: unknown flag --tracebak; did you mean --traceback?")
-    told["sample"] = "error: unknown flag --guidence; did you mean --guidance?"
-    told["train"] = "error: unknown flag --surplus; see --help for the flags"
+    told = dict.fromkeys(commands.COMMANDS, "error: Unknown command line flag 'tracebak'. Did you mean: traceback ?")
+    guidance_flags = ", ".join(sorted(["guidance", *common.GUIDANCE_FLAGS])).removeprefix("attention_temperature, ")
+    told["sample"] = f"error: Unknown command line flag 'guidence'. Did you mean: {guidance_flags} ?"
+    told["train"] = "error: Unknown command line flag 'surplus'"
     assert err.splitlines() == list(told.values())
     assert out.splitlines() == [f"{name} 1" for name in commands.COMMANDS]
 
