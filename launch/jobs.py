@@ -5,6 +5,7 @@ inherited file descriptor, so the lock lasts as long as the child, even if its p
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import shutil
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
@@ -35,7 +36,8 @@ class Step(NamedTuple):
         return (sys.executable, "-m", *self.arguments)
 
 
-class Job(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Job:
     """Steps to run one after the other, with their output in log.txt."""
 
     folder: Path
@@ -101,38 +103,39 @@ class LocalRunner:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.seek(0)
-            left = int(lock.read() or 0)
+            left = int(lock.read() or 0)  # 0: the sweep was killed before it wrote the number
             _say(job, f"still runs, left by a sweep that was killed; waiting for process {left or 'unknown'}")
-            with self._guard:
-                if left:
-                    self._live.add(left)
-                    if self.stopping:
-                        _send(left, signal.SIGTERM)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            with self._guard:
-                self._live.discard(left)
+            with self._stoppable(left):
+                fcntl.flock(lock, fcntl.LOCK_EX)
 
     def _run_step(self, job: Job, step: Step, lock: IO[str], log: IO[bytes]) -> int | None:
+        if self.stopping:
+            return None
         lock.truncate(0)
-        with self._guard:  # no process starts unnoticed by _stop
-            if self.stopping:
-                return None
-            process = subprocess.Popen(
-                step.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=[lock.fileno()],
-            )
-            self._live.add(process.pid)
-        lock.write(str(process.pid))
-        lock.flush()
-        _say(job, f"{step.arguments[0]} runs, process {process.pid}")
-        code = process.wait()
+        process = subprocess.Popen(
+            step.command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=[lock.fileno()],
+        )
+        with self._stoppable(process.pid):
+            lock.write(str(process.pid))
+            lock.flush()
+            _say(job, f"{step.arguments[0]} runs, process {process.pid}")
+            return process.wait()
+
+    @contextlib.contextmanager
+    def _stoppable(self, process: int) -> Iterator[None]:
+        """Has signals forwarded to a process, including one that arrived while it started."""
         with self._guard:
-            self._live.discard(process.pid)
-        return code
+            self._live.add(process)
+            if self.stopping:
+                _send(process, signal.SIGTERM)
+        yield
+        with self._guard:
+            self._live.discard(process)
 
 
 def submit(jobs: Sequence[Job]) -> None:
@@ -171,5 +174,6 @@ def _say(job: Job, what: str) -> None:
 
 
 def _send(process: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process, number)
+    if process:  # 0 would be this process's group
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)

@@ -99,18 +99,20 @@ class _Reader:
     def _noting_errors(self, name: str) -> Iterator[None]:
         try:
             yield
+        except FileNotFoundError:
+            pass  # no run has all files
         except (ValueError, RecursionError, OSError) as error:
             self.notes.append(f"{name}: {one_line(error)}")
 
-    def _read(self, name: str, limit: int) -> bytes | None:
-        """Returns a file's content, None if there is no such file.
+    def _read(self, name: str, limit: int) -> bytes:
+        """Returns a file's content.
 
         Raises ValueError for more than `limit` bytes, for anything but a regular file, and for a link that leaves the
         run directory: the page may be published, and what lies outside may be private.
         """
         path = self.root / name
         if not path.exists():
-            return None
+            raise FileNotFoundError(path)
         if not is_remote(path):  # epath counts links and pipes as files; reading a pipe would block
             if not Path(path).resolve().is_relative_to(self.root):
                 raise UserError("a link out of the workdir")
@@ -123,19 +125,18 @@ class _Reader:
     def json_object(self, name: str) -> dict[str, Any]:
         """Returns a file's JSON object, {} if there is none."""
         with self._noting_errors(name):
-            if (content := self._read(name, MAX_JSON_BYTES)) is not None:
-                found = json.loads(content)
-                if not isinstance(found, dict):
-                    raise UserError("not a JSON object")
-                return found
+            found = json.loads(self._read(name, MAX_JSON_BYTES))
+            if not isinstance(found, dict):
+                raise UserError("not a JSON object")
+            return found
         return {}
 
     def json_lines(self, name: str, limit: int) -> Iterator[dict[str, Any]]:
         """Yields the JSON objects of a file that holds one per line."""
-        content, damaged = None, 0
+        content, damaged = b"", 0
         with self._noting_errors(name):
             content = self._read(name, limit)
-        for line in (content or b"").splitlines():
+        for line in content.splitlines():
             try:
                 found = json.loads(line)
             except (ValueError, RecursionError):
@@ -165,9 +166,7 @@ class _Reader:
     def picture(self, name: str) -> Picture | None:
         """Decodes and re-encodes a picture, so that only its pixels reach the page."""
         with self._noting_errors(name):
-            if (content := self._read(name, MAX_PICTURE_BYTES)) is None:
-                return None
-            image = decode_image(content)
+            image = decode_image(self._read(name, MAX_PICTURE_BYTES))
             image.thumbnail((MAX_SIDE, MAX_SIDE))
             for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": 90})):
                 file = io.BytesIO()

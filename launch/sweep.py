@@ -7,6 +7,7 @@ a launch.evaluate after each training, or a list of those. Writes a folder per r
 sweep.png. Stopping, continuing, Slurm: docs/launching.md.
 """
 
+import dataclasses
 import functools
 import hashlib
 import operator
@@ -15,7 +16,7 @@ import runpy
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -39,12 +40,12 @@ flags.mark_flags_as_required(["config", "workdir"])
 _MAX_NAME = 160  # characters of a folder's name; file systems allow 255 bytes
 
 
-class Run(NamedTuple):
-    """A point of the sweep: its recipe, the value of every swept field, and its training and evaluations."""
+@dataclasses.dataclass(frozen=True)
+class Run(jobs.Job):
+    """A point of the sweep: a training with its evaluations, the recipe, and the value of every swept field."""
 
     recipe: Recipe
     settings: dict[str, Any]
-    job: jobs.Job
 
 
 def main(argv: Sequence[str]) -> int:
@@ -55,31 +56,31 @@ def main(argv: Sequence[str]) -> int:
     source, shared = config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
     runs = plan(CONFIG.value, source, shared, workdir)
     if EXECUTOR.value == "print":
-        for steps in filter(None, (run.job.to_do() for run in runs)):
+        for steps in filter(None, (run.to_do() for run in runs)):
             print(" && ".join(shlex.join(step.command) for step in steps))
         return 0
     sweep_report.require_matplotlib()
     with sole_user(workdir):
         for run in runs:
-            run.recipe.write_to(run.job.folder)
+            run.recipe.write_to(run.folder)
         if EXECUTOR.value == "slurm":
-            jobs.submit([run.job for run in runs])
+            jobs.submit(runs)
             failed = 0
         else:
             failed = run_here(runs)
-        report([run for run in runs if not run.job.to_do()], workdir)
+        report([run for run in runs if not run.to_do()], workdir)
     return common.EXIT_ERROR if failed else 0
 
 
 def run_here(runs: Sequence[Run]) -> int:
     """Runs all jobs here; prints those that failed, and returns their number. Raises Preempted if stopped."""
     runner = jobs.LocalRunner(PARALLEL.value)
-    codes = runner.run([run.job for run in runs])
-    failed = [(run.job, code) for run, code in zip(runs, codes, strict=True) if run.job.to_do()]
+    codes = runner.run(runs)
+    failed = [(run, code) for run, code in zip(runs, codes, strict=True) if run.to_do()]
     if runner.stopping:
         raise Preempted(f"{len(failed)} of {len(runs)} runs are left; run the same command to continue")
-    for job, code in failed:
-        print(f"failed with exit code {code}: see {job.folder / jobs.LOG}")
+    for run, code in failed:
+        print(f"failed with exit code {code}: see {run.folder / jobs.LOG}")
     return len(failed)
 
 
@@ -87,7 +88,7 @@ def report(runs: Sequence[Run], workdir: Path) -> None:
     """Prints and writes the table and the plot of finished runs."""
     rows = []
     for run in runs:
-        results, *evaluations = [next(run.job.folder.glob(step.result)) for step in run.job.steps]
+        results, *evaluations = [next(run.folder.glob(step.result)) for step in run.steps]
         rows += sweep_report.read_rows(run.settings, results, evaluations)
     if rows:
         print(sweep_report.write_table(rows, workdir))
@@ -124,7 +125,7 @@ def plan(config: ConfigDict, source: str, shared: Mapping[str, Any], workdir: Pa
             raise UserError(f"{source} has the run {name} twice")
         settings = {field: functools.reduce(operator.getitem, field.split("."), recipe.config) for field in fields}
         steps = _steps(source, {**shared, **point}, workdir / name, evaluations)
-        runs[name] = Run(recipe, settings, jobs.Job(workdir / name, steps))
+        runs[name] = Run(workdir / name, steps, recipe, settings)
     return list(runs.values())
 
 

@@ -89,7 +89,7 @@ def test_a_plan_holds_each_run_s_commands_and_settings(tmp_path):
     # What a point leaves alone has the recipe's value.
     assert first.settings == {"noise.std": 1.0, "train.seed": 0}
     assert second.settings == {"noise.std": 0.1, "train.seed": 2}
-    train, evaluate = first.job.steps
+    train, evaluate = first.steps
     folder = tmp_path / "noise.std=1"
     assert train.arguments == (
         "launch.train",
@@ -104,7 +104,7 @@ def test_a_plan_holds_each_run_s_commands_and_settings(tmp_path):
     assert evaluate.result == f"{out.removeprefix(f'--out={folder}/')}/*.json"
     several = recipe_file(tmp_path, "[{'noise.std': 1}]", "EVALUATE = [['--guidance=0'], ['--guidance=1']]")
     (run,) = plan(config(), several, {}, tmp_path)
-    assert [step.arguments[3:] for step in run.job.steps[1:]] == [("--guidance=0",), ("--guidance=1",)]
+    assert [step.arguments[3:] for step in run.steps[1:]] == [("--guidance=0",), ("--guidance=1",)]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_sweep_that_cannot_be_is_refused_before_anything_runs(tmp_path, sweep,
 def test_the_sweeps_of_the_paper_s_claims_can_be_planned(tmp_path, name, runs, steps):
     module = importlib.import_module(f"configs.sweeps.{name}")
     found = plan(module.get_config(), module.__file__, {}, tmp_path)
-    assert [len(run.job.steps) for run in found] == [steps] * runs
+    assert [len(run.steps) for run in found] == [steps] * runs
     if name == "depth":
         assert {run.recipe.model.num_blocks * run.recipe.model.layers_per_block for run in found} == {8}
 
