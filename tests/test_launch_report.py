@@ -1,4 +1,4 @@
-"""The report: a page that is whole, asks no network, and shows what strangers wrote as text."""
+"""The report: a complete page that loads nothing and escapes whatever a run directory contains."""
 
 import base64
 import hashlib
@@ -60,10 +60,10 @@ class Page(HTMLParser):
 
 
 def rendered(workdir):
-    """The page of a workdir, checked for what must hold of each."""
+    """Renders a workdir's page and checks what must hold of every page."""
     run = read_run(workdir)
     text = page(run)
-    text.encode()  # what strangers wrote may hold half of a surrogate pair, which UTF-8 has no bytes for
+    text.encode()  # fails for lone surrogates, which JSON may contain
     found = Page(text)
     for tag, attributes in found.tags:
         assert tag not in ("link", "iframe", "object", "embed", "base", "a", "form")
@@ -99,7 +99,7 @@ def write_json(path, content):
 
 @pytest.fixture
 def workdir(tmp_path):
-    """What a run leaves, without the run."""
+    """The files of a run, made without training."""
     folder = tmp_path / "digits"
     Recipe(digits.get_config("smoke")).write_to(folder)
     lines = [
@@ -154,7 +154,7 @@ def test_a_run_that_has_only_begun_has_a_report(tmp_path):
         read_run(tmp_path / "nothing")
 
 
-def test_what_strangers_wrote_is_text(workdir, tmp_path):
+def test_hostile_contents_are_escaped(workdir, tmp_path):
     content = {HOSTILE: HOSTILE, "list": [HOSTILE, [1], {}], "deep": {HOSTILE: {HOSTILE: HOSTILE}}, "none": None}
     evaluation = {"protocol": content, "results": {HOSTILE: content, "samples": [content, 3, "x"]}, "environment": 3}
     write_json(workdir / "evaluation" / "<b>x&amp;.json", evaluation)
@@ -171,7 +171,7 @@ def test_what_strangers_wrote_is_text(workdir, tmp_path):
     assert {"b", "x"}.isdisjoint(tag for tag, _ in found.tags)
 
 
-def test_pictures_are_embedded_as_pixels_alone_or_not_at_all(workdir, tmp_path):
+def test_pictures_are_embedded_as_nothing_but_pixels(workdir, tmp_path):
     figures = workdir / "figures"
     note = PngImagePlugin.PngInfo()
     note.add_text("comment", "SECRET")
@@ -298,7 +298,7 @@ def test_cells():
 
 
 @pytest.mark.slow
-def test_the_command_writes_the_page_and_tells_what_is_left_out(workdir, tmp_path):
+def test_the_command_writes_the_page_and_lists_what_it_left_out(workdir, tmp_path):
     output = tmp_path / "new" / "page.html"
     (workdir / "figures" / "trajectory.png").write_text("x")
     code, out, err = commands.run("-m", "launch.report", f"--workdir={workdir}", f"--output={output}")

@@ -1,4 +1,4 @@
-"""Mistakes and accidents that a stranger meets, each in one line and before anything is lost."""
+"""Mistakes and accidents of users: each is one line, before anything is lost."""
 
 import errno
 import os
@@ -34,7 +34,7 @@ SMOKE = ("-m", "launch.train", "--config=configs/digits.py:smoke")
 
 
 def refused(*arguments):
-    """The one line that a command ends with."""
+    """Returns the error line of a command that must fail."""
     code, out, err = commands.run(*arguments)
     assert (code, out) == (1, ""), err
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -44,7 +44,7 @@ def refused(*arguments):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A saved model that never learned."""
+    """A saved model with random weights."""
     folder = tmp_path_factory.mktemp("model") / "model"
     TarFlowPipeline(TINY, random_variables(TINY), Noise("gaussian", 0.1)).save_pretrained(folder)
     return folder
@@ -86,7 +86,7 @@ def test_evaluation_refuses_before_it_draws(tmp_path, model, arguments, message)
 
 
 @pytest.mark.slow
-def test_images_that_are_none_are_counted_and_none_at_all_is_an_error(tmp_path, model):
+def test_broken_images_are_counted_and_only_broken_ones_are_an_error(tmp_path, model):
     command = ("-m", "launch.sample", f"--workdir={model}", "--num_images=6", "--nodenoise", f"--out={tmp_path}")
     code, _, err = commands.run(*command, "--guidance=100")
     assert code == 1
@@ -147,7 +147,7 @@ def test_an_object_store_s_lease_ends_by_itself(tmp_path, monkeypatch):
             pass
         kept = path.read_text()
     assert not path.exists()
-    path.write_text(kept)  # as a killed process leaves it
+    path.write_text(kept)  # the process was killed
     later = time.time() + files.LEASE_S + 1
     monkeypatch.setattr(files.time, "time", lambda: later)
     with files._lease(path, "process 2 on b"):
@@ -204,7 +204,7 @@ def png(path):
 def test_folders_of_splits_are_known_by_their_usual_names(tmp_path, folders, classes, count):
     for name in folders:
         png(tmp_path / name / "x.png")
-    for i in range(40):  # some of which are in the training split, where there are no folders of splits
+    for i in range(40):  # without folders of splits, some of these are in the training split
         png(tmp_path / folders[0] / f"{i}.png")
         png(tmp_path / folders[-1] / f"{i}.png")
     items, label_names = list_folder(tmp_path, "train")
