@@ -1,7 +1,7 @@
 """The commands: `python -m launch.NAME`.
 
-A signal ends a command at once and leaves no file half-written, from its first import on; only training finishes its
-step and saves first (`runtime.PreemptionGuard`).
+From its first import on, a command exits at once on SIGTERM, SIGINT or SIGHUP and leaves no file half-written. Only
+training finishes its step and saves first (`runtime.PreemptionGuard`).
 """
 
 import os
@@ -10,36 +10,36 @@ import sys
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-EXIT_PREEMPTED = 75  # "try again later" (sysexits.h), for SIGTERM: the same command continues
+EXIT_PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: run the same command again
 
 
 def exit_code(number: int) -> int:
-    """What a command stopped by a signal exits with: 75 for SIGTERM, 130 for SIGINT, 129 for SIGHUP."""
+    """Returns the exit code of a command that a signal stopped: 75 for SIGTERM, 130 for SIGINT, 129 for SIGHUP."""
     return EXIT_PREEMPTED if number == signal.SIGTERM else 128 + number
 
 
 def end_at_signals() -> None:
-    """To be called again where JAX has taken SIGTERM for itself (`common.join_processes`), but for training."""
+    """Installs the signal handlers. All commands but training call it again once JAX has replaced that of SIGTERM."""
     for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
             signal.signal(number, _end)
 
 
 def ignore_signals() -> None:
-    """From here to the end of the process."""
+    """Ignores signals for the rest of the process."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _end(number: int, frame: FrameType | None) -> None:
-    # Not an exception: those raised in a callback are lost, and C++ threads may outlive the interpreter's end.
+    # No exception: one raised in a callback is lost, and C++ threads may outlive the interpreter.
     if files := sys.modules.get("tarflow_jax.files"):
         files.remove_unfinished()
     os.write(2, b"stopped: asked to stop; run the same command again\n")
     os._exit(exit_code(number))
 
 
-if sys.argv[0] == "-m":  # as `python -m` has it while it looks for the command; others may import this package
+if sys.argv[0] == "-m":  # `python -m` is about to run a command; others may import this package
     end_at_signals()
     command = sys.orig_argv[sys.orig_argv.index("-m") + 1].removeprefix("launch.")
     if {"--help", "-h", "--helpfull"} & set(sys.argv[1:]) and command.isidentifier():

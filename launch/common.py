@@ -1,4 +1,4 @@
-"""What the commands share: one-line errors, flags of several commands, start-up of several processes."""
+"""Shared by the commands: errors in one line, flags that several commands have, joining other processes."""
 
 import ast
 import contextlib
@@ -27,6 +27,7 @@ from tarflow_jax.sampling.guidance import RULES, SCHEDULES, TARGETS
 from tarflow_jax.training.loop import NonFiniteError
 
 EXIT_ERROR = 1
+# The fields of `Guidance` after its weight, in their order.
 GUIDANCE_FLAGS = (
     "guidance_target",
     "guidance_schedule",
@@ -34,7 +35,6 @@ GUIDANCE_FLAGS = (
     "guidance_rule",
     "guidance_blocks",
 )
-
 DECODERS = {
     "sequential": Sequential(),
     "jacobi": Jacobi(),
@@ -43,32 +43,26 @@ DECODERS = {
     "student": "student",
 }
 
-
 COMPILATION_CACHE = flags.DEFINE_string(
-    "compilation_cache",
-    None,
-    "Keep compiled programs in this folder, not beside the data sets; none: nowhere.",
+    "compilation_cache", None, 'Directory of the compilation cache; "none" disables it.'
 )
-TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from, not only what it says.")
+TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of every error.")
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
-    """app.run, with one line on stderr instead of a traceback for errors of the user's making.
-
-    Any other exception is a fault of ours and keeps its traceback.
-    """
+    """Runs a command by app.run. An error that the user caused is one line on stderr; any other keeps its traceback."""
 
     def guarded(argv: Sequence[str]) -> int:
-        for chatty in ("absl", "jax"):  # Orbax and TFDS tell of every file, JAX of every absent platform
+        for chatty in ("absl", "jax"):  # Orbax and TFDS log every file, JAX every missing platform
             logging.getLogger(chatty).setLevel(logging.WARNING)
         logging.getLogger("tarflow_jax").setLevel(logging.INFO)
         end_at_signals()
         try:
-            _keep_compiled_programs(flags.FLAGS.compilation_cache)
+            _use_compilation_cache(COMPILATION_CACHE.value)
             if argv[1:]:
                 raise UserError(f"unexpected argument {argv[1]!r}; see --help for the flags")
             code = main(argv) or 0
-            ignore_signals()  # all is done, and Python would take its handlers away before it ends
+            ignore_signals()  # all is done, and Python removes its handlers before it exits
             return code
         except Preempted as stop:
             print(f"stopped: {stop}", file=sys.stderr)
@@ -81,22 +75,22 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() == 1:
                 raise
-            _leave_the_others(error)
+            _exit_at_once(error)
 
     app.run(guarded, flags_parser=_parse_flags)
 
 
-def _keep_compiled_programs(folder: str | None) -> None:
-    given = jax.config.jax_compilation_cache_dir  # by JAX_COMPILATION_CACHE_DIR
+def _use_compilation_cache(folder: str | None) -> None:
+    given = jax.config.jax_compilation_cache_dir  # from JAX_COMPILATION_CACHE_DIR
     if folder != "none" and (folder or not given):
         use_compilation_cache(Path(folder or default_data_dir() / "compiled"))
 
 
-def _leave_the_others(error: jax.errors.JaxRuntimeError) -> NoReturn:
-    """Ends one of several processes; an ordinary exit would wait a minute for those that may be dead."""
+def _exit_at_once(error: jax.errors.JaxRuntimeError) -> NoReturn:
+    """Exits one of several processes; an ordinary exit would wait a minute for the others, which may be dead."""
     print(
         f"error: process {jax.process_index()} of {jax.process_count()}: {one_line(error)}; if another stopped before, "
-        "its log says why. Start all again with the same command",
+        "its log says why. Start all of them again with the same command",
         file=sys.stderr,
         flush=True,
     )
@@ -104,60 +98,60 @@ def _leave_the_others(error: jax.errors.JaxRuntimeError) -> NoReturn:
 
 
 def define_number(name: str, default: float, text: str) -> flags.FlagHolder[float]:
-    """A flag of a finite number."""
+    """Defines a flag for a finite number."""
     holder = flags.DEFINE_float(name, default, text)
     flags.register_validator(name, math.isfinite, "expected a finite number")
     return holder
 
 
 def define_seed(text: str) -> flags.FlagHolder[int]:
-    """--seed, which JAX takes up to 63 bits."""
+    """Defines --seed, which has at most 63 bits in JAX."""
     return flags.DEFINE_integer("seed", 0, text, lower_bound=0, upper_bound=2**63 - 1)
 
 
 def define_guidance_flags() -> None:
-    """What beside its weight makes up a `Guidance`, for the commands that draw."""
-    flags.DEFINE_enum("guidance_target", "both", TARGETS, "Guide these affine parameters.")
+    """Defines the flags of `guidance`."""
+    flags.DEFINE_enum("guidance_target", "both", TARGETS, "Affine parameters to guide.")
     flags.DEFINE_enum(
-        "guidance_schedule", "linear", SCHEDULES, "Let the weight grow along the tokens, or be the same for all."
+        "guidance_schedule", "linear", SCHEDULES, "Increase the guidance weight along the tokens, or keep it constant."
     )
-    define_number("attention_temperature", 1.0, "Divide the attention logits of the unguided pass by τ.")
-    flags.DEFINE_enum("guidance_rule", "log_scale", RULES, "Guide log-scales or scales, or multiply densities.")
-    flags.DEFINE_string("guidance_blocks", "all", "Guide all blocks, or this many, counted from the noise.")
+    define_number("attention_temperature", 1.0, "Temperature of the attention logits in the unguided pass.")
+    flags.DEFINE_enum("guidance_rule", "log_scale", RULES, "Extrapolate log-scales or scales, or multiply densities.")
+    flags.DEFINE_string("guidance_blocks", "all", "Number of blocks to guide, counted from the noise, or all.")
 
 
 def define_decoder_flags() -> None:
-    """--decoder and --polish, for the commands that draw."""
+    """Defines --decoder and --polish."""
     flags.DEFINE_enum(
         "decoder",
         "sequential",
         list(DECODERS),
-        "Invert blocks this way; auto: tune_decoder's, student: launch.distill's.",
+        "Block decoder; auto: see launch.tune_decoder; student: see launch.distill.",
     )
     flags.DEFINE_integer(
-        "polish", 0, "Bring a student's images nearer to the inverse by this many updates of a block.", lower_bound=0
+        "polish", 0, "Fixed-point updates per block that refine the images of a student.", lower_bound=0
     )
 
 
 def decoder() -> dict[str, Any]:
-    """What --decoder and --polish say, as `pipe.decode` takes it."""
+    """Returns the arguments of `pipe.decode` that --decoder and --polish select."""
     values = flags.FLAGS
     check_polish(values.polish, values.decoder)
     return {"decoder": DECODERS[values.decoder], "polish": values.polish}
 
 
 def draws_clean_images() -> bool:
-    """Whether the decoder is one whose images are not to be denoised."""
+    """Whether the selected decoder's images need no denoising."""
     return flags.FLAGS.decoder == "student" and not flags.FLAGS.polish
 
 
 def guidance(weight: float) -> Guidance:
-    """Of this weight, the rest by `define_guidance_flags`."""
+    """Returns the guidance of this weight that the flags of `define_guidance_flags` select."""
     return Guidance(weight, *(flags.FLAGS[name].value for name in GUIDANCE_FLAGS))
 
 
 def folder(name: str) -> str:
-    """The folder that a flag names, `~` being the home folder; a name on the hub stays what it is."""
+    """Returns the value of a flag that names a folder, or a model on the hub, with `~` expanded."""
     value = flags.FLAGS[name].value
     if not value:
         raise UserError(f"--{name} is empty; expected a folder")
@@ -165,40 +159,31 @@ def folder(name: str) -> str:
 
 
 def define_checkpoint_flag() -> None:
-    """--checkpoint, for the commands that open a workdir."""
+    """Defines --checkpoint, which `open_pipeline` reads."""
     flags.DEFINE_enum(
-        "checkpoint",
-        "last",
-        ["last", "best"],
-        "Open this checkpoint of a workdir; best has the lowest test loss.",
+        "checkpoint", "last", ["last", "best"], "Checkpoint to open in a workdir; best: the lowest test loss."
     )
 
 
 def open_pipeline(name: str, mesh: jax.sharding.Mesh | None) -> TarFlowPipeline:
-    """The model of a workdir, by the checkpoint that --checkpoint names, or a saved one."""
+    """Opens a saved model, or the checkpoint of a workdir that --checkpoint selects."""
     return TarFlowPipeline.from_pretrained(name, best=flags.FLAGS.checkpoint == "best", mesh=mesh)
 
 
 def define_process_flags() -> None:
-    """--distributed and its companions, for the commands that several processes run together."""
+    """Defines the flags of `join_processes`."""
     flags.DEFINE_bool(
-        "distributed",
-        False,
-        "Be one of several processes, which the cluster names, or else the next three flags.",
+        "distributed", False, "Run as one of several processes, described by the cluster or the next three flags."
     )
-    flags.DEFINE_string("coordinator_address", None, "Meet the other processes at HOST:PORT, process 0's.")
-    flags.DEFINE_integer("num_processes", None, "Wait for this many processes.", lower_bound=1)
-    flags.DEFINE_integer("process_id", None, "Be this process, counted from 0.", lower_bound=0)
+    flags.DEFINE_string("coordinator_address", None, "Address of process 0, HOST:PORT.")
+    flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
+    flags.DEFINE_integer("process_id", None, "Index of this process, from 0.", lower_bound=0)
 
 
 def join_processes() -> bool:
-    """Meets the other processes if --distributed; to be called before anything asks for devices.
+    """Connects to the other processes if --distributed was given, and returns whether it was.
 
-    Returns:
-      Whether --distributed was given.
-
-    Raises:
-      ValueError, TimeoutError: as `start_processes`.
+    Call it before anything asks for devices. Raises ValueError and TimeoutError as `start_processes`.
     """
     values = flags.FLAGS
     explicit = (values.coordinator_address, values.num_processes, values.process_id)
@@ -210,11 +195,9 @@ def join_processes() -> bool:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser; a config field that does not exist is an error of one line, with a suggestion."""
+    """Parses flags as absl does; an error, in a flag or in a config field, is one line."""
     try:
         return flags.FLAGS(argv)
-    except flags.UnrecognizedFlagError as error:
-        message = _unknown_flag(error.flagname)
     except (AttributeError, KeyError) as error:
         message = _unknown_field(error)
     except (flags.Error, TypeError, ValueError, OSError, ImportError) as error:
@@ -223,22 +206,14 @@ def _parse_flags(argv: list[str]) -> list[str]:
     sys.exit(EXIT_ERROR)
 
 
-def _unknown_flag(name: str) -> str:
-    """Suggests the nearest of the command's own flags, not of those that absl brings along."""
-    modules = flags.FLAGS.flags_by_module_dict()
-    ours = [flag.name for module, found in modules.items() if not module.startswith("absl.") for flag in found]
-    nearest = difflib.get_close_matches(name, ours, n=1)
-    return f"unknown flag --{name}; " + (f"did you mean --{nearest[0]}?" if nearest else "see --help for the flags")
-
-
 def _plain(error: Exception) -> str:
-    """A message in one line; of a recipe that raises, its own error, of which ml_collections tells the traceback."""
+    """Returns an error's message in one line; from ml_collections' traceback of a recipe, only the recipe's error."""
     text = " ".join(str(error).split())
     return text.rpartition("Error: ")[2] if "Error whilst parsing config file" in text else text
 
 
 def _unknown_field(error: Exception) -> str:
-    """ml_collections wraps the name, and its suggestion on a second line, in one or two layers of quotes."""
+    """Unwraps the name of a field, and the suggestion on a second line, from ml_collections' layers of quotes."""
     text = str(error.args[0] if error.args else error)
     with contextlib.suppress(SyntaxError):
         text = str(ast.literal_eval(text))
@@ -247,12 +222,12 @@ def _unknown_field(error: Exception) -> str:
 
 
 def example_labels(num_classes: int, count: int) -> np.ndarray | None:
-    """0, 1, 2, … over and over; None for an unconditional model."""
+    """Returns labels 0, 1, 2, … in a cycle, int32 [count]; None for an unconditional model."""
     return np.arange(count, dtype=np.int32) % num_classes if num_classes else None
 
 
 def whole_number(name: str, text: str) -> int:
-    """Parses a flag's item; raises ValueError naming the flag."""
+    """Parses an item of a flag's list; a ValueError names the flag."""
     try:
         return int(text)
     except ValueError:
@@ -260,10 +235,9 @@ def whole_number(name: str, text: str) -> int:
 
 
 def class_number(text: str, names: Sequence[str], flag: str = "labels") -> int:
-    """A class by its number, or by its name, in any case, where the data set has names; -1 is no class.
+    """Returns the number of a class from its number, -1 for none, or from its name, in upper or lower case.
 
-    Raises:
-      ValueError: neither; says what the flag has, and the nearest name.
+    Raises ValueError, which suggests the nearest name.
     """
     folded = [name.casefold() for name in names]
     if text in names:

@@ -1,7 +1,7 @@
-"""Commands as jobs, each in a folder of its own: run as child processes here, or handed to Slurm.
+"""Runs jobs, each with its own folder: as child processes here, or as Slurm jobs.
 
-A step is done when its file is there, and is never run again. While a child process lives it holds a lock on its
-folder, through a file descriptor that it inherits: also when its parent was killed and watches it no more.
+A step is done once its result exists, and is not run again. A child process holds a lock on its folder through an
+inherited file descriptor, so the lock lasts as long as the child, even if its parent is killed.
 """
 
 import contextlib
@@ -17,18 +17,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, NamedTuple
 
-from tarflow_jax.errors import UserError
+from launch import SIGNALS
 
 LOG = "log.txt"
 SLURM_SCRIPT = Path(__file__).with_name("slurm.sbatch")
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """A module with its flags, and what it leaves at its very end: a pattern of files in the job's folder."""
+class Step(NamedTuple):
+    """A module with its flags, and a glob pattern in the job's folder for what it writes last."""
 
     arguments: tuple[str, ...]
     result: str
@@ -40,55 +38,44 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """Steps to be run one after the other; their output goes to log.txt in the folder."""
+    """Steps to run one after the other, with their output in log.txt."""
 
     folder: Path
     steps: tuple[Step, ...]
 
     def to_do(self) -> list[Step]:
-        """The steps whose result is not there yet."""
+        """Returns the steps that have no result yet."""
         return [step for step in self.steps if not any(self.folder.glob(step.result))]
-
-
-@contextlib.contextmanager
-def sole_user(folder: Path) -> Iterator[None]:
-    """Keeps a second sweep out of a folder; raises ValueError while another process is in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "sweep.lock").open("a+") as lock:
-        if not _try_lock(lock):
-            raise UserError(f"process {_read(lock)} sweeps {folder} already; wait for it, or stop it")
-        _write(lock, os.getpid())
-        yield
 
 
 class LocalRunner:
     """Runs jobs as child processes, `parallel` at a time.
 
-    SIGTERM, SIGINT and SIGHUP stop them all: the children get SIGTERM, save and exit; a second signal kills them.
-    They are in sessions of their own, so that ctrl-C reaches them through here alone.
+    SIGTERM, SIGINT or SIGHUP stops them: every child gets SIGTERM, saves and exits. A second signal kills them. Each
+    child has its own session, so that Ctrl-C reaches it only through this process.
     """
 
     def __init__(self, parallel: int) -> None:
-        self.stopping = False  # whether such a signal came
+        self.stopping = False  # a signal has arrived
         self._parallel = parallel
-        self._guard = threading.RLock()  # a second signal may come while the first one's handler holds it
+        self._guard = threading.RLock()  # reentrant: a second signal may interrupt the first one's handler
         self._live: set[int] = set()  # process ids
 
     def run(self, jobs: Sequence[Job]) -> list[int | None]:
-        """Each job's exit code (negative: a signal's number; None: not started), once no process is left.
+        """Runs all jobs to their end, whether or not others fail. Call it from the main thread.
 
-        Call it from the main thread. One job's failure does not stop the others.
+        Returns:
+          Each job's exit code; negative: the signal that killed it; None: it did not start.
         """
-        previous = {
-            number: signal.signal(number, self._stop)
-            for number in _STOP_SIGNALS
-            if signal.getsignal(number) != signal.SIG_IGN  # as nohup leaves it
-        }
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
         try:
+            for number, handler in handlers.items():
+                if handler != signal.SIG_IGN:  # nohup has SIGHUP ignored
+                    signal.signal(number, self._stop)
             with ThreadPoolExecutor(self._parallel) as pool:
                 return list(pool.map(self._run_job, jobs))
         finally:
-            for number, handler in previous.items():
+            for number, handler in handlers.items():
                 signal.signal(number, handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
@@ -100,7 +87,7 @@ class LocalRunner:
     def _run_job(self, job: Job) -> int | None:
         job.folder.mkdir(parents=True, exist_ok=True)
         with (job.folder / "run.lock").open("a+") as lock, (job.folder / LOG).open("ab") as log:
-            self._take(lock, job)
+            self._lock(job, lock)
             code: int | None = 0
             for step in job.to_do():
                 code = self._run_step(job, step, lock, log)
@@ -110,47 +97,51 @@ class LocalRunner:
                 _say(job, "is done" if code == 0 else "has stopped" if self.stopping else f"failed: {code}")
             return code
 
-    def _run_step(self, job: Job, step: Step, lock: IO[str], log: IO[bytes]) -> int | None:
-        _write(lock, "")
-        with self._guard:  # so that no process starts behind the back of _stop
-            if self.stopping:
-                return None
-            process = subprocess.Popen(
-                step.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                pass_fds=[lock.fileno()],
-            )
-            self._live.add(process.pid)
-        _write(lock, process.pid)
-        _say(job, f"{step.arguments[0]} runs, process {process.pid}")
-        code = process.wait()
-        with self._guard:
-            self._live.discard(process.pid)
-        return code
+    def _lock(self, job: Job, lock: IO[str]) -> None:
+        """Locks a job's folder, once the child of a sweep that was killed has left it."""
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            left = int(lock.read() or 0)  # 0: the sweep was killed before it wrote the number
+            _say(job, f"still runs, left by a sweep that was killed; waiting for process {left or 'unknown'}")
+            with self._stoppable(left):
+                fcntl.flock(lock, fcntl.LOCK_EX)
 
-    def _take(self, lock: IO[str], job: Job) -> None:
-        """Locks a job's folder; waits for the process that a killed sweep left in it."""
-        if _try_lock(lock):
-            return
-        left = _read(lock)
-        _say(job, f"still runs, left by a sweep that was killed; waiting for process {left}")
+    def _run_step(self, job: Job, step: Step, lock: IO[str], log: IO[bytes]) -> int | None:
+        if self.stopping:
+            return None
+        lock.truncate(0)
+        process = subprocess.Popen(
+            step.command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=[lock.fileno()],
+        )
+        with self._stoppable(process.pid):
+            lock.write(str(process.pid))
+            lock.flush()
+            _say(job, f"{step.arguments[0]} runs, process {process.pid}")
+            return process.wait()
+
+    @contextlib.contextmanager
+    def _stoppable(self, process: int) -> Iterator[None]:
+        """Has signals forwarded to a process, including one that arrived while it started."""
         with self._guard:
-            if left:
-                self._live.add(int(left))
-                if self.stopping:
-                    _send(int(left), signal.SIGTERM)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+            self._live.add(process)
+            if self.stopping:
+                _send(process, signal.SIGTERM)
+        yield
         with self._guard:
-            self._live.discard(int(left or 0))
+            self._live.discard(process)
 
 
 def submit(jobs: Sequence[Job]) -> None:
-    """Hands what is neither done, queued nor running to Slurm: a Slurm job a step, after the one before it.
+    """Submits jobs that are neither done, queued nor running: a Slurm job per step, each after the one before.
 
-    Raises OSError if Slurm's commands are missing, or refuse.
+    Raises OSError if Slurm's commands are missing or fail.
     """
     queued = set(_slurm("squeue", "--me", "--noheader", "--format=%j").splitlines())
     for job in jobs:
@@ -164,13 +155,13 @@ def submit(jobs: Sequence[Job]) -> None:
             if before:
                 options += [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"]
             answer = _slurm("sbatch", *options, str(SLURM_SCRIPT), *step.arguments)
-            before = answer.strip().partition(";")[0]  # a cluster's name may follow
+            before = answer.strip().partition(";")[0]  # ";CLUSTER" may follow
             _say(job, f"{step.arguments[0]} is Slurm job {before}")
 
 
 def _slurm(command: str, *arguments: str) -> str:
     if shutil.which(command) is None:
-        raise OSError(f"{command} not found; --executor=slurm needs a machine that has Slurm's commands")
+        raise OSError(f"{command} not found; --executor=slurm needs a machine with Slurm's commands")
     done = subprocess.run([command, *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise OSError(f"{command} failed with exit code {done.returncode}: {' '.join(done.stderr.split())}")
@@ -178,29 +169,11 @@ def _slurm(command: str, *arguments: str) -> str:
 
 
 def _say(job: Job, what: str) -> None:
-    with contextlib.suppress(OSError):  # a closed terminal is no reason to leave a child unwatched
-        print(f"{job.folder.name}: {what}\n", end="", flush=True)  # one write, for threads share it
+    with contextlib.suppress(OSError):  # a closed terminal must not leave a child unwatched
+        print(f"{job.folder.name}: {what}\n", end="", flush=True)  # one write, so that threads do not mix lines
 
 
 def _send(process: int, number: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process, number)
-
-
-def _try_lock(file: IO[str]) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _read(file: IO[str]) -> str:
-    file.seek(0)
-    return file.read().strip()
-
-
-def _write(file: IO[str], content: object) -> None:
-    file.truncate(0)
-    file.write(str(content))
-    file.flush()
+    if process:  # 0 would be this process's group
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, number)

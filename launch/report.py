@@ -1,10 +1,10 @@
-"""Tells of a training run in one HTML file, to send to someone: it opens from disk, anywhere, and asks no network.
+"""Writes one HTML file about a training run, to send to someone: it opens offline and loads nothing.
 
 python -m launch.report --workdir=runs/digits
 python -m launch.report --workdir=runs/fashion_mnist --output=fashion_mnist.html
 
-Has the recipe, curves, previews over the steps, samples, all that launch.evaluate has measured with its protocol,
-machine, versions and commit. A run may still be under way.
+Shows the recipe, curves, samples over the steps, all results of launch.evaluate with their protocol, machine, versions
+and commit. The run may still be training.
 """
 
 import sys
@@ -19,13 +19,13 @@ from launch.report_workdir import read_run
 from tarflow_jax.errors import UserError
 from tarflow_jax.files import write_text
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Tell of this training run, named by its folder.")
-OUTPUT = flags.DEFINE_string("output", None, "Write this HTML file; WORKDIR/report.html if not given.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run directory to report on.")
+OUTPUT = flags.DEFINE_string("output", None, "HTML file to write; default: WORKDIR/report.html.")
 flags.mark_flags_as_required(["workdir"])
 
 
 def main(argv: Sequence[str]) -> None:
-    """Reads, writes, and names what was left out."""
+    """Writes the page, prints its path, and says on stderr what it had to leave out."""
     workdir = common.folder("workdir")
     output = epath.Path(common.folder("output") if OUTPUT.value else epath.Path(workdir) / "report.html")
     if output.is_dir():

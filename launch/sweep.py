@@ -1,12 +1,13 @@
-"""Trains a recipe once for each point of its sweep; to continue a sweep, run the same command again.
+"""Trains a recipe once per point of its sweep. To continue a sweep, run the same command again.
 
     python -m launch.sweep --config=configs/sweeps/depth.py --workdir=runs/depth --parallel=2
 
-The recipe's file defines `sweep()`, a list of overrides (configs/sweeping.py), and may define EVALUATE, the flags
-of a launch.evaluate after each training, or a list of such. Leaves a folder for each run, and sweep.csv, sweep.md and
+The recipe file defines `sweep()`, a list of overrides (see configs/sweeping.py), and optionally EVALUATE, the flags of
+a launch.evaluate after each training, or a list of those. Writes a folder per run, and sweep.csv, sweep.md and
 sweep.png. Stopping, continuing, Slurm: docs/launching.md.
 """
 
+import dataclasses
 import functools
 import hashlib
 import operator
@@ -15,122 +16,123 @@ import runpy
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from launch import common, jobs, sweep_report
 from tarflow_jax.errors import UserError
+from tarflow_jax.files import sole_user
 from tarflow_jax.runtime import Preempted
 from tarflow_jax.training import Recipe
 from tarflow_jax.training.workdir import RESULTS
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Train the runs of this recipe's sweep().")
-WORKDIR = flags.DEFINE_string("workdir", None, "Keep the sweep in this folder, on a disk; it is made if it is missing.")
+CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe file that defines sweep(): FILE or FILE:VARIANT.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Local directory of the sweep; created if it does not exist.")
 EXECUTOR = flags.DEFINE_enum(
-    "executor", "local", ["local", "slurm", "print"], "Run here, submit by sbatch, or print the commands."
+    "executor", "local", ["local", "slurm", "print"], "Run here, submit with sbatch, or print the commands."
 )
-PARALLEL = flags.DEFINE_integer("parallel", 1, "Train this many runs at a time, if they run here.", lower_bound=1)
-METRIC = flags.DEFINE_string(
-    "metric", None, "Plot this metric, named by a part of its name; the last one if not given."
-)
+PARALLEL = flags.DEFINE_integer("parallel", 1, "Number of local runs at a time.", lower_bound=1)
+METRIC = flags.DEFINE_string("metric", None, "Metric to plot: a part of its name; default: the last column.")
 flags.mark_flags_as_required(["config", "workdir"])
 
-_LONGEST_NAME = 160  # of a folder; file systems allow 255 bytes
+_MAX_NAME = 160  # characters of a folder's name; file systems allow 255 bytes
 
 
-class Run(NamedTuple):
-    """A point of the sweep: its recipe, the value of every swept field, and what is to be run."""
+@dataclasses.dataclass(frozen=True)
+class Run(jobs.Job):
+    """A point of the sweep: a training with its evaluations, the recipe, and the value of every swept field."""
 
     recipe: Recipe
     settings: dict[str, Any]
-    job: jobs.Job
 
 
 def main(argv: Sequence[str]) -> int:
-    """Plans, runs, reports."""
+    """Plans, runs and reports the sweep."""
     if "://" in WORKDIR.value:
-        raise UserError(f"--workdir is {WORKDIR.value}; a sweep needs a folder on a disk, for its locks")
+        raise UserError(f"--workdir is {WORKDIR.value}; a sweep needs a local directory, for its locks")
     flag, workdir = flags.FLAGS["config"], Path(WORKDIR.value)
     source, shared = config_flags.get_config_filename(flag), config_flags.get_override_values(flag)
     runs = plan(CONFIG.value, source, shared, workdir)
     if EXECUTOR.value == "print":
-        for steps in filter(None, (run.job.to_do() for run in runs)):
+        for steps in filter(None, (run.to_do() for run in runs)):
             print(" && ".join(shlex.join(step.command) for step in steps))
         return 0
     sweep_report.require_matplotlib()
-    with jobs.sole_user(workdir):
+    with sole_user(workdir):
         for run in runs:
-            run.recipe.write_to(run.job.folder)
+            run.recipe.write_to(run.folder)
         if EXECUTOR.value == "slurm":
-            jobs.submit([run.job for run in runs])
+            jobs.submit(runs)
             failed = 0
         else:
             failed = run_here(runs)
-        report([run for run in runs if not run.job.to_do()], workdir)
+        report([run for run in runs if not run.to_do()], workdir)
     return common.EXIT_ERROR if failed else 0
 
 
 def run_here(runs: Sequence[Run]) -> int:
-    """Runs what is to be done; returns how many failed, after a line for each. Raises Preempted if stopped."""
+    """Runs all jobs here; prints those that failed, and returns their number. Raises Preempted if stopped."""
     runner = jobs.LocalRunner(PARALLEL.value)
-    codes = runner.run([run.job for run in runs])
-    failed = [(run.job, code) for run, code in zip(runs, codes, strict=True) if run.job.to_do()]
+    codes = runner.run(runs)
+    failed = [(run, code) for run, code in zip(runs, codes, strict=True) if run.to_do()]
     if runner.stopping:
         raise Preempted(f"{len(failed)} of {len(runs)} runs are left; run the same command to continue")
-    for job, code in failed:
-        print(f"failed with exit code {code}: see {job.folder / jobs.LOG}")
+    for run, code in failed:
+        print(f"failed with exit code {code}: see {run.folder / jobs.LOG}")
     return len(failed)
 
 
 def report(runs: Sequence[Run], workdir: Path) -> None:
-    """Writes and prints the table of the runs that are done, and draws its plot."""
-    if not runs:
-        return
+    """Prints and writes the table and the plot of finished runs."""
     rows = []
     for run in runs:
-        results, *evaluations = [next(run.job.folder.glob(step.result)) for step in run.job.steps]
+        results, *evaluations = [next(run.folder.glob(step.result)) for step in run.steps]
         rows += sweep_report.read_rows(run.settings, results, evaluations)
-    print(sweep_report.write_table(rows, workdir))
-    sweep_report.write_plot(rows, sweep_report.choose_metric(rows, METRIC.value), workdir / "sweep.png")
-    print(workdir / "sweep.png")
+    if rows:
+        print(sweep_report.write_table(rows, workdir))
+        sweep_report.write_plot(rows, sweep_report.choose_metric(rows, METRIC.value), workdir / "sweep.png")
+        print(workdir / "sweep.png")
 
 
 def plan(config: ConfigDict, source: str, shared: Mapping[str, Any], workdir: Path) -> list[Run]:
-    """The sweep of a recipe, each of its points checked before the first one runs.
+    """Returns the runs of a recipe's sweep, all checked before the first one starts.
 
     Args:
-      config: the recipe. source: where it is from, FILE or FILE:VARIANT.
-      shared: the overrides that `config` has already, for all runs.
-      workdir: of the sweep.
+      config: the recipe, with `shared` applied.
+      source: the recipe's file, FILE or FILE:VARIANT.
+      shared: overrides that hold for all runs.
+      workdir: directory of the sweep.
 
-    Raises ValueError: no sweep() in the file, a field that cannot be, or two runs of one name.
+    Raises:
+      ValueError: no sweep() in the file, an invalid field or value, or two runs with the same overrides.
     """
     module = runpy.run_path(source.partition(":")[0])
     points = list(module["sweep"]()) if "sweep" in module else []
     if not all(points) or not points:
-        raise UserError(f"{source} has no sweep() that gives overrides; see configs/sweeping.py")
+        raise UserError(f"{source} has no sweep() that returns overrides; see configs/sweeping.py")
     fields = list(dict.fromkeys(name for point in points for name in point))
     if both := [name for name in fields if name in shared]:
         raise UserError(f"--config.{both[0]} was given, but the sweep sets it")
-    runs = []
+    evaluations = module.get("EVALUATE", ())
+    if evaluations and isinstance(evaluations[0], str):
+        evaluations = [evaluations]
+    runs: dict[str, Run] = {}
     for point in points:
-        recipe = _recipe(config, point)
-        settings = {name: functools.reduce(operator.getitem, name.split("."), recipe.config) for name in fields}
-        folder = workdir / run_name(point)
-        steps = _steps(source, {**shared, **point}, folder, module.get("EVALUATE", ()))
-        runs.append(Run(recipe, settings, jobs.Job(folder, steps)))
-    names = [run.job.folder.name for run in runs]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"{source} has the run {twice[0]} twice")
-    return runs
+        recipe, name = _recipe(config, point), run_name(point)
+        if name in runs:
+            raise UserError(f"{source} has the run {name} twice")
+        settings = {field: functools.reduce(operator.getitem, field.split("."), recipe.config) for field in fields}
+        steps = _steps(source, {**shared, **point}, workdir / name, evaluations)
+        runs[name] = Run(workdir / name, steps, recipe, settings)
+    return list(runs.values())
 
 
 def run_name(overrides: Mapping[str, Any]) -> str:
-    """`noise.std=0.1,train.seed=2`, safe for file names: a hash stands for what had to be replaced or left out."""
+    """Names a run's folder, as in `noise.std=0.1,train.seed=2`; unsafe or too long a name gets a hash."""
     plain = _plain(overrides)
-    safe = re.sub(r"[^A-Za-z0-9._=,+-]", "_", plain)[:_LONGEST_NAME]
+    safe = re.sub(r"[^A-Za-z0-9._=,+-]", "_", plain)[:_MAX_NAME]
     return safe if safe == plain else f"{safe}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
 
 
@@ -152,15 +154,15 @@ def _recipe(config: ConfigDict, overrides: Mapping[str, Any]) -> Recipe:
 
 
 def _steps(
-    source: str, overrides: Mapping[str, Any], folder: Path, evaluate: Sequence[str] | Sequence[Sequence[str]]
+    source: str, overrides: Mapping[str, Any], folder: Path, evaluations: Sequence[Sequence[str]]
 ) -> tuple[jobs.Step, ...]:
+    """The training of a run, and its evaluations."""
     fields = [f"--config.{name}={value}" for name, value in overrides.items()]
-    train = ("launch.train", f"--config={source}", f"--workdir={folder}", *fields)
-    steps = [jobs.Step(train, RESULTS)]
-    for given in [evaluate] if evaluate and isinstance(evaluate[0], str) else evaluate:
-        out = f"evaluation/{hashlib.sha256(repr(given).encode()).hexdigest()[:8]}"  # other flags, other folder
-        measure = ("launch.evaluate", f"--workdir={folder}", f"--out={folder / out}", *given)
-        steps.append(jobs.Step(measure, f"{out}/*.json"))
+    steps = [jobs.Step(("launch.train", f"--config={source}", f"--workdir={folder}", *fields), RESULTS)]
+    for given in evaluations:
+        out = f"evaluation/{hashlib.sha256(repr(given).encode()).hexdigest()[:8]}"  # so other flags have another folder
+        evaluate = ("launch.evaluate", f"--workdir={folder}", f"--out={folder / out}", *given)
+        steps.append(jobs.Step(evaluate, f"{out}/*.json"))
     return tuple(steps)
 
 

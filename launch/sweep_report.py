@@ -1,4 +1,4 @@
-"""What a sweep has found: a row for each setting, a table, a plot."""
+"""Results of a sweep: a row per setting, a table, a plot."""
 
 import csv
 import importlib.util
@@ -17,24 +17,26 @@ from tarflow_jax.errors import MissingPackageError, UserError
 from tarflow_jax.evaluation.report import format_table
 from tarflow_jax.files import replacing, write_text
 
-# What launch.evaluate varies by itself, and what several evaluations may differ in: settings of a row, not metrics.
+# Columns of launch.evaluate, and flags in which a run's evaluations may differ: settings, not metrics.
 _EVALUATION_SETTINGS = ("guidance", "denoised")
 _EVALUATION_FLAGS = ("decoder", *GUIDANCE_FLAGS, "denoise_multiplier")
 _SEED = "train.seed"
 
 
 class Row(NamedTuple):
-    """A setting and its figures; both by name."""
+    """Settings and metrics by name."""
 
     settings: dict[str, Any]
     metrics: dict[str, float]
 
 
 def read_rows(settings: Mapping[str, Any], results: Path, evaluations: Sequence[Path] = ()) -> list[Row]:
-    """The rows of a run: one, or one for each of launch.evaluate's settings of sampling.
+    """Reads a run's rows: one per sampling setting of launch.evaluate, or a single one.
 
-    `settings` and `results` (results.json) are the run's own; `evaluations` are launch.evaluate's JSON files. What
-    these differ in among themselves is a setting of their rows.
+    Args:
+      settings: the run's swept fields.
+      results: its results.json.
+      evaluations: JSON files of launch.evaluate. Flags in which they differ become settings.
     """
     metrics, samples = json.loads(results.read_text()), []
     for evaluation in evaluations:
@@ -55,56 +57,55 @@ def read_rows(settings: Mapping[str, Any], results: Path, evaluations: Sequence[
 
 
 def write_table(rows: Sequence[Row], folder: Path) -> str:
-    """Writes sweep.csv and sweep.md, whole or not at all; returns the latter's text.
-
-    Where seeds are among what varies, the latter has means over them, with the standard deviation, in their place.
-    """
+    """Writes all rows to sweep.csv, and means ± standard deviations over seeds to sweep.md; returns the latter."""
     lines = [row.settings | row.metrics for row in rows]
-    rows_of_text = io.StringIO(newline="")
-    writer = csv.DictWriter(rows_of_text, list(dict.fromkeys(name for line in lines for name in line)))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for line in lines for name in line)))
     writer.writeheader()
     writer.writerows(lines)
-    write_text(folder / "sweep.csv", rows_of_text.getvalue())
-    table = format_table(over_seeds(rows) if _SEED not in _varying(rows)[:1] else lines)
+    write_text(folder / "sweep.csv", text.getvalue())
+    table = format_table([_line(group) for group in over_seeds(rows)])
     write_text(folder / "sweep.md", table + "\n")
     return table
 
 
-def over_seeds(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A line for each setting but the seed: means of its metrics, and "mean ± standard deviation" of several runs."""
+def over_seeds(rows: Sequence[Row]) -> list[list[Row]]:
+    """Groups rows that differ only in the seed; where only the seed varies, each row is its own group."""
+    if _varying(rows) == [_SEED]:
+        return [[row] for row in rows]
     groups: dict[str, list[Row]] = {}
     for row in rows:
-        groups.setdefault(str({k: v for k, v in row.settings.items() if k != _SEED}), []).append(row)
-    lines = []
-    for group in groups.values():
-        line = {name: value for name, value in group[0].settings.items() if name != _SEED or len(group) == 1}
-        for name in group[0].metrics:
-            mean, deviation = _spread([row.metrics.get(name, math.nan) for row in group])
-            line[name] = mean if len(group) == 1 else f"{mean:.4g} ± {deviation:.2g}"
-        lines.append(line)
-    return lines
-
-
-def _spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation; that of one value is 0."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+        groups.setdefault(str(row.settings | {_SEED: None}), []).append(row)
+    return list(groups.values())
 
 
 def _varying(rows: Sequence[Row]) -> list[str]:
-    """The settings that vary, the seed last; all of them if none does."""
+    """Returns the settings that vary, the seed last; all settings if none varies."""
     names = list(rows[0].settings)
     varying = [name for name in names if len({str(row.settings.get(name)) for row in rows}) > 1] or names
     return sorted(varying, key=lambda name: name == _SEED)
 
 
+def _spread(group: Sequence[Row], metric: str) -> tuple[float, float]:
+    """Mean and standard deviation over a group; the latter is 0 for a single row."""
+    values = [row.metrics.get(metric, math.nan) for row in group]
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _line(group: Sequence[Row]) -> dict[str, Any]:
+    settings, metrics = group[0]
+    if len(group) == 1:
+        return settings | metrics
+    means = {name: "{:.4g} ± {:.2g}".format(*_spread(group, name)) for name in metrics}
+    return {name: value for name, value in settings.items() if name != _SEED} | means
+
+
 def choose_metric(rows: Sequence[Row], wanted: str | None) -> str:
-    """The one metric whose name has `wanted` in it, or the last one; raises ValueError if that is not one."""
+    """Returns the one metric whose name contains `wanted`, by default the last metric; else raises ValueError."""
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
     if wanted is None:
         return names[-1]
-    found = [name for name in names if wanted.lower() in name.lower()]
-    if wanted in names:
-        return wanted
+    found = [wanted] if wanted in names else [name for name in names if wanted.lower() in name.lower()]
     if len(found) != 1:
         raise UserError(f"--metric={wanted} fits {len(found)} metrics; expected a part of one of {names}")
     return found[0]
@@ -117,13 +118,13 @@ def require_matplotlib() -> None:
 
 
 def write_plot(rows: Sequence[Row], metric: str, path: Path) -> None:
-    """Draws the metric over the first setting that varies, a line for each combination of the others.
+    """Plots a metric over the first setting that varies, a line for each combination of the others.
 
     Over seeds it is the mean, with bars of one standard deviation.
     """
     from matplotlib.figure import Figure
 
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of its cache of fonts
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it reports its font cache
     first, lines = plot_lines(rows, metric)
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.add_subplot(xlabel=first, ylabel=metric)
@@ -141,22 +142,22 @@ def write_plot(rows: Sequence[Row], metric: str, path: Path) -> None:
 
 
 def plot_lines(rows: Sequence[Row], metric: str) -> tuple[str, dict[str, list[tuple[Any, float, float]]]]:
-    """The setting on the abscissa, and each line's label and points in order of x: (x, mean, standard deviation).
+    """Returns the setting on the x-axis, and (x, mean, standard deviation) of each line's points by its label.
 
-    Where the first setting alone tells the rows apart there is one line: blocks and layers of a fixed product. A
-    value that is no number is shown as its text; a metric that is missing or not finite, not at all.
+    There is one line where the first setting already tells all points apart. Values that are not numbers are plotted as
+    text; metrics that are missing or not finite are not plotted.
     """
+    groups = over_seeds(rows)
     first, *others = [name for name in _varying(rows) if name != _SEED] or [_SEED]
-    settings = {str([row.settings.get(name) for name in (first, *others)]) for row in rows}
-    if len({str(row.settings[first]) for row in rows}) == len(settings):
+    if len({str(row.settings[first]) for row, *_ in groups}) == len(groups):
         others = []
     numbers = all(isinstance(row.settings[first], Number) for row in rows)
-    values: dict[str, dict[Any, list[float]]] = {}
-    for row in rows:
-        label = ", ".join(f"{name} {row.settings.get(name)}" for name in others)
-        x = row.settings[first] if numbers else str(row.settings[first])
-        values.setdefault(label, {}).setdefault(x, []).append(row.metrics.get(metric, math.nan))
-    lines = {label: [(x, *_spread(found)) for x, found in of.items()] for label, of in values.items()}
+    lines: dict[str, list[tuple[Any, float, float]]] = {}
+    for group in groups:
+        settings = group[0].settings
+        label = ", ".join(f"{name} {settings.get(name)}" for name in others)
+        x = settings[first] if numbers else str(settings[first])
+        lines.setdefault(label, []).append((x, *_spread(group, metric)))
     if numbers:
         lines = {label: sorted(points, key=lambda point: point[0]) for label, points in lines.items()}
     return first, lines

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Trains on a Cloud TPU slice, or several, from your own machine; needs gcloud, logged in, and a bucket for the run.
+# Trains on Cloud TPU slices from your own machine. Needs gcloud, logged in, and a bucket for the run.
 #
 #   export TPU_NAME=tarflow ZONE=us-west4-a TPU_TYPE=v5litepod-256        (or --name=, --zone=, --type=)
-#   launch/tpu_pod.sh create             ask for the slice; it comes when Google has one: status says ACTIVE
-#   launch/tpu_pod.sh copy               the last commit, to every worker
-#   launch/tpu_pod.sh install            Python 3.11, requirements.txt and jax[tpu], on every worker
+#   launch/tpu_pod.sh create             request the slice; `status` shows ACTIVE once it is granted
+#   launch/tpu_pod.sh copy               copy the last commit to every worker
+#   launch/tpu_pod.sh install            install Python 3.11, requirements.txt and jax[tpu] on every worker
 #   launch/tpu_pod.sh run launch.train --config=configs/imagenet64_cond.py --workdir=gs://BUCKET/imagenet64_cond
-#   launch/tpu_pod.sh logs               of the first worker, as it goes on
-#   launch/tpu_pod.sh stop               saves and stops; `run` with the same command continues
-#   launch/tpu_pod.sh delete             the slice is paid for until then
+#   launch/tpu_pod.sh logs               follow the log of the first worker
+#   launch/tpu_pod.sh stop               save and stop; `run` with the same command continues
+#   launch/tpu_pod.sh delete             give the slice back, which ends its costs
 #
-# More: --project=, --slices=2 (create and all after it), --spot (create), --runtime= (create; known for v5litepod, v5p
-# and v6e). --dry_run prints the commands and runs none. Options come before the command that `run` is given.
+# Other options: --project=; --slices=2, in `create` and all later calls; for `create` --spot, and --runtime= unless the
+# type is v5litepod, v5p or v6e; --dry_run prints the commands without running them. Options precede `run`'s command.
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -24,7 +24,7 @@ fail() {
   exit 1
 }
 
-call() { # runs a command, or prints it so that it can be pasted
+call() { # runs a command, or prints it quoted for the shell
   if [[ -n $DRY_RUN ]]; then
     printf '%q ' "$@"
     echo
@@ -45,7 +45,7 @@ nodes() {
   fi
 }
 
-on_all() { # a command for the shell of every worker
+on_all() { # runs a shell command on every worker
   local node
   for node in $(nodes); do
     gcloud_tpus tpu-vm ssh "$node" --worker=all "--command=$1"
@@ -76,7 +76,7 @@ copy() {
   on_all "rm -rf tarflow_jax && tar -xzf tarflow_jax.tar.gz"
 }
 
-install() { # the images' own Python is too old
+install() { # the Python of the images is too old
   on_all "python3 -m pip install --quiet --user uv && ~/.local/bin/uv venv --clear --python 3.11 tarflow_venv &&\
  ~/.local/bin/uv pip install --python tarflow_venv --requirement tarflow_jax/requirements.txt 'jax[tpu]'"
 }
@@ -85,7 +85,7 @@ run() {
   [[ $# -gt 0 ]] || fail "no command; expected: run launch.train --config=… --workdir=gs://…"
   local command
   command="$(printf ' %q' "$@")"
-  # `kill -0` finds out whether the process of an earlier run still lives.
+  # `kill -0` checks whether an earlier run is still alive.
   on_all "if { kill -0 \$(cat tarflow.pid); } 2>/dev/null; then echo 'error: a run goes on; stop it first' >&2; exit 1; fi;\
  cd tarflow_jax && { nohup ~/tarflow_venv/bin/python -m$command --distributed >> ~/tarflow.log 2>&1 < /dev/null &\
  echo \$! > ~/tarflow.pid; }"

@@ -1,4 +1,4 @@
-"""Sends commands signals at random moments: each must end in one line, and the work as if undisturbed.
+"""Sends signals to commands at random times: each must exit with one line, and a rerun give the same results.
 
 python tests/signals.py FOLDER [TRIES_OF_EACH_SIGNAL] [SEED]
 """
@@ -21,7 +21,7 @@ FIELDS = ("--config.train.num_steps=600", "--config.train.checkpoint_every=50", 
 
 
 def arguments(name, folder):
-    """A command, which leaves what it makes in a folder of its own."""
+    """Returns a command that writes to `folder`."""
     model = f"--workdir={folder.parent / 'model'}"
     return {
         "train": ("launch.train", "--config=configs/digits.py:smoke", f"--workdir={folder / 'run'}", *FIELDS),
@@ -35,7 +35,7 @@ def arguments(name, folder):
 
 
 def run(name, folder, number=None, delay=0.0):
-    """Runs a command, sends it a signal after some seconds; what was wrong with its end, or None."""
+    """Runs a command, sends it a signal after `delay` seconds; returns what was wrong with its exit, or None."""
     environment = {"JAX_COMPILATION_CACHE_DIR": str(folder.parent / "compiled"), "TARFLOW_DATA_DIR": str(folder.parent)}
     process = commands.start("-m", *arguments(name, folder), **environment)
     if number is not None:
@@ -44,7 +44,7 @@ def run(name, folder, number=None, delay=0.0):
         except subprocess.TimeoutExpired:
             process.send_signal(number)
     out, err = process.communicate(timeout=300)
-    expected = {0} if number is None else {0, CODES[number]}  # 0: it was done before
+    expected = {0} if number is None else {0, CODES[number]}  # 0: it had finished before the signal
     words = [word for word in ("Traceback", "Segmentation", "Fatal", "Exception ignored") if word in err]
     if process.returncode in expected and not words:
         return None
@@ -52,7 +52,7 @@ def run(name, folder, number=None, delay=0.0):
 
 
 def digest(name, folder):
-    """A hash of what a command is for."""
+    """Hashes the results of a command."""
     if name == "train":
         program = (
             "import sys; from tarflow_jax import TarFlowPipeline; from tarflow_jax.fingerprint import fingerprint; "
@@ -73,7 +73,7 @@ def digest(name, folder):
 
 
 def prepare(folder):
-    """A model to draw from, and images to pack."""
+    """Makes a model to sample from, and images to pack."""
     for i in range(400):
         path = folder / "images" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +86,7 @@ def prepare(folder):
 
 
 def disturb(name, folder, tries, rng):
-    """Tries of every signal, in any order; then the command to its end. Returns what was wrong, as a list."""
+    """Interrupts a command `tries` times by every signal, in random order, then lets it finish; returns problems."""
     begin = time.monotonic()
     problems = [run(name, folder / "whole")]
     seconds = time.monotonic() - begin
@@ -99,11 +99,11 @@ def disturb(name, folder, tries, rng):
 
 
 def main(folder, tries=50, seed=0):
-    """Disturbs every command, two at a time; prints what was wrong."""
+    """Interrupts every command, two at a time, and prints problems."""
     folder.mkdir(parents=True, exist_ok=True)
     prepare(folder)
     names = ("train", "sample", "evaluate", "prepare")
-    for name in names:  # all share the model and the images
+    for name in names:  # they share the model and the images
         (folder / name).mkdir()
         for shared in ("model", "images", "compiled"):
             (folder / shared).mkdir(exist_ok=True)

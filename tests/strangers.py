@@ -1,8 +1,8 @@
-"""Plays a stranger's roughest mistakes with the commands, and prints what each says, for docs/robustness.md.
+"""Makes mistakes with the commands and prints their messages as the table in docs/robustness.md.
 
 python tests/strangers.py [FOLDER]
 
-FOLDER is made if it is missing: it holds a run of a few steps, a saved model and a folder of images.
+FOLDER, a temporary one by default, gets a run of two steps, a saved model and a folder of images.
 """
 
 import subprocess
@@ -45,7 +45,7 @@ MISTAKES = (
 
 
 def prepare(folder: Path) -> dict[str, Path]:
-    """The places that the mistakes name."""
+    """Makes the files that the mistakes name, and returns their paths."""
     names = {name: folder / name for name in ("run", "new", "model", "images")} | {"folder": folder}
     for i, name in enumerate("ab"):
         (names["images"] / name).mkdir(parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ def prepare(folder: Path) -> dict[str, Path]:
 
 
 def main() -> None:
-    """Prints the table; exits with 1 if anything showed a traceback or a code that is not its own."""
+    """Prints the table; exits with 1 if a command showed a traceback, had another exit code, or no error line."""
     folder = Path(sys.argv[1]) if sys.argv[1:] else Path(tempfile.mkdtemp())
     names, failed = prepare(folder.resolve()), False
     print("| command | exit code | last line |\n|---|---|---|")

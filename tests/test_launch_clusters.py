@@ -1,4 +1,4 @@
-"""The cluster files: their linters, and dry runs with stand-ins for gcloud and srun."""
+"""The cluster files: linters, and runs with stand-ins for gcloud and srun."""
 
 import itertools
 import math
@@ -33,7 +33,7 @@ def test_linters_find_nothing(command):
 
 @pytest.fixture
 def stand_in(tmp_path, monkeypatch):
-    """A function: puts a script of this name, and these lines, first on the PATH."""
+    """Puts a script of the given name and lines first on the PATH."""
     monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")
     (tmp_path / "bin").mkdir()
 
@@ -98,7 +98,7 @@ def test_tpu_pod_runs_and_stops_the_command_on_a_worker(stand_in, tmp_path, monk
     for folder in (python.parent, home / "tarflow_jax"):
         folder.mkdir(parents=True)
     os.mkfifo(tmp_path / "said")
-    # The worker is a shell in `home`, its Python a script that says what it was given and waits for its end.
+    # The worker is a shell in `home`; its Python is a script that reports its arguments and waits for a signal.
     stand_in("gcloud", 'command="${@: -2:1}"', f'export HOME={home}; cd; exec bash -c "${{command#--command=}}"')
     monkeypatch.setenv("SAID", str(tmp_path / "said"))
     python.write_text(
@@ -166,7 +166,7 @@ def test_the_jobset_has_a_pod_for_each_host_of_its_topology():
     chips = math.prod(map(int, topology.split("x")))
     assert job["completions"] == job["parallelism"]
     assert job["completions"] * container["resources"]["limits"]["google.com/tpu"] == chips
-    # An exit with 75 fails the job as PodFailurePolicy, and that restarts the set without end.
+    # Exit code 75 fails the job for the reason PodFailurePolicy, which restarts the set without limit.
     (rule,) = jobset["spec"]["failurePolicy"]["rules"]
     assert rule == {
         "action": "RestartJobSetAndIgnoreMaxRestarts",

@@ -1,4 +1,4 @@
-"""launch.jobs with a stub in the training's place, so that what happens to processes is seen in seconds."""
+"""launch.jobs with a stub instead of a training, so that its processes take milliseconds."""
 
 import fcntl
 import os
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from launch.jobs import Job, Step, sole_user, submit
+from launch.jobs import Job, Step, submit
 
 ROOT = Path(__file__).parent.parent
 
-# What `python -m stub` does, as its arguments say: it counts its starts, may wait until the test writes to a pipe,
-# may refuse to die, and leaves its result.
+# `python -m stub`: counts its starts and writes a result. By its arguments, it first waits until the test writes to a
+# pipe, ignores SIGTERM, or fails.
 STUB = """
 import signal, sys
 from pathlib import Path
@@ -48,7 +48,7 @@ print(runner.run(jobs), runner.stopping)
 
 @pytest.fixture
 def start(tmp_path):
-    """A function: jobs as "NAME:HOW" -> a process that runs them, two at a time, in tmp_path."""
+    """Starts a process that runs jobs, each "NAME:HOW", two at a time, in tmp_path."""
     (tmp_path / "stub.py").write_text(STUB)
     started = []
 
@@ -82,7 +82,7 @@ def until(condition):
 
 
 def started(folder, times=1):
-    """Whether the stub has counted its start, by when it listens to signals, and its number is in the lock."""
+    """Whether the stub has installed its signal handler, and its process id is in the lock."""
     starts = folder / "starts"
     return starts.exists() and starts.read_text().count("\n") == times and (folder / "run.lock").read_text()
 
@@ -160,25 +160,15 @@ def test_a_second_signal_kills(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failure_is_told_and_the_others_go_on(start, tmp_path):
+def test_a_failure_is_reported_and_the_others_go_on(start, tmp_path):
     out, _ = start("a:fail", "b", "c").communicate(timeout=60)
     assert "a: failed: 3\n" in out
     assert out.endswith("[3, 0, 0] False\n")
 
 
-def test_a_folder_has_one_sweep_at_a_time(tmp_path):
-    for _ in range(2):
-        with (
-            sole_user(tmp_path),
-            pytest.raises(ValueError, match=f"process {os.getpid()} sweeps"),
-            sole_user(tmp_path),
-        ):
-            pass
-
-
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """Slurm's commands that note what they were given; the queue holds what the file `queue` says."""
+    """Stand-ins for Slurm's commands that record their arguments; the file `queue` holds the queued jobs."""
     scripts = {
         "squeue": f"cat {tmp_path}/queue",
         "sbatch": f'printf "%s\\n" "$*" >> {tmp_path}/submitted; wc -l < {tmp_path}/submitted',

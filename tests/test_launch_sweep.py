@@ -1,4 +1,4 @@
-"""Sweeps: the points, the runs' names, the report, and the command itself on four runs of digits."""
+"""Sweeps: points, names of runs, the report, and the command itself on three runs of digits."""
 
 import csv
 import importlib
@@ -23,6 +23,7 @@ from launch.sweep_report import (
     write_plot,
     write_table,
 )  # fmt: skip
+from tarflow_jax import files
 
 LOSS = "test loss (nats/dim, less ½ log 2π)"
 
@@ -85,10 +86,10 @@ def test_a_plan_holds_each_run_s_commands_and_settings(tmp_path):
         tmp_path, "[{'noise.std': 1}, {'train.seed': 2}]", "EVALUATE = ['--metrics=fid', '--guidance=0,1']"
     )
     first, second = plan(config(), f"{source}:smoke", {"train.num_steps": 3}, tmp_path)
-    # What a point leaves alone has the recipe's value.
+    # Fields that a point does not set have the recipe's value.
     assert first.settings == {"noise.std": 1.0, "train.seed": 0}
     assert second.settings == {"noise.std": 0.1, "train.seed": 2}
-    train, evaluate = first.job.steps
+    train, evaluate = first.steps
     folder = tmp_path / "noise.std=1"
     assert train.arguments == (
         "launch.train",
@@ -103,14 +104,14 @@ def test_a_plan_holds_each_run_s_commands_and_settings(tmp_path):
     assert evaluate.result == f"{out.removeprefix(f'--out={folder}/')}/*.json"
     several = recipe_file(tmp_path, "[{'noise.std': 1}]", "EVALUATE = [['--guidance=0'], ['--guidance=1']]")
     (run,) = plan(config(), several, {}, tmp_path)
-    assert [step.arguments[3:] for step in run.job.steps[1:]] == [("--guidance=0",), ("--guidance=1",)]
+    assert [step.arguments[3:] for step in run.steps[1:]] == [("--guidance=0",), ("--guidance=1",)]
 
 
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
-        ("[]", r"has no sweep\(\) that gives overrides"),
-        ("[{}]", r"has no sweep\(\) that gives overrides"),
+        ("[]", r"has no sweep\(\) that returns overrides"),
+        ("[{}]", r"has no sweep\(\) that returns overrides"),
         ("[{'noise.stdd': 1}]", 'noise.stdd=1: .*Did you mean "std"'),
         ("[{'train.num_steps': 1.5}]", "train.num_steps=1.5: .*cannot be casted"),
         ("[{'train.seed': 1}, {'model.patch_size': 3}]", "model.patch_size=3: .*not divisible by patch_size"),
@@ -130,7 +131,7 @@ def test_a_sweep_that_cannot_be_is_refused_before_anything_runs(tmp_path, sweep,
 def test_the_sweeps_of_the_paper_s_claims_can_be_planned(tmp_path, name, runs, steps):
     module = importlib.import_module(f"configs.sweeps.{name}")
     found = plan(module.get_config(), module.__file__, {}, tmp_path)
-    assert [len(run.job.steps) for run in found] == [steps] * runs
+    assert [len(run.steps) for run in found] == [steps] * runs
     if name == "depth":
         assert {run.recipe.model.num_blocks * run.recipe.model.layers_per_block for run in found} == {8}
 
@@ -177,7 +178,7 @@ def test_a_plot_has_a_line_for_each_of_the_other_settings():
     assert plot_lines(rows_of([{"a": 1}]), "loss") == ("a", {"": [(1, 0.0, 0)]})
 
 
-def test_rows_of_several_evaluations_are_told_apart_by_their_flags(tmp_path):
+def test_rows_of_several_evaluations_have_the_flags_in_which_these_differ(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({LOSS: -1.5}))
     evaluations = [tmp_path / f"{multiplier}.json" for multiplier in (0.5, 1.0)]
     for path in evaluations:
@@ -193,12 +194,17 @@ def test_rows_of_several_evaluations_are_told_apart_by_their_flags(tmp_path):
 def test_seeds_become_means_and_spreads(tmp_path):
     rows = rows_of(grid({"train.seed": [0, 1, 2], "a": [1, 2]}))  # losses 0, 2, 4 of a = 1, and 1, 3, 5
     assert plot_lines(rows, "loss") == ("a", {"": [(1, 2.0, 2.0), (2, 3.0, 2.0)]})
-    assert over_seeds(rows) == [{"a": 1, "loss": "2 ± 2"}, {"a": 2, "loss": "3 ± 2"}]
-    assert "2 ± 2" in write_table(rows, tmp_path)
+    assert [[row.metrics["loss"] for row in group] for group in over_seeds(rows)] == [[0, 2, 4], [1, 3, 5]]
+    assert [line.split() for line in write_table(rows, tmp_path).splitlines()[2:]] == [
+        ["|", "1", "|", "2", "±", "2", "|"],
+        ["|", "2", "|", "3", "±", "2", "|"],
+    ]
     with (tmp_path / "sweep.csv").open(encoding="utf-8") as file:
         assert len(list(csv.DictReader(file))) == 6
     write_plot(rows, "loss", tmp_path / "sweep.png")
-    assert plot_lines(rows_of(grid({"train.seed": [0, 1]})), "loss")[0] == "train.seed"
+    only_seeds = rows_of(grid({"train.seed": [0, 1]}))
+    assert plot_lines(only_seeds, "loss") == ("train.seed", {"": [(0, 0.0, 0.0), (1, 1.0, 0.0)]})
+    assert [len(group) for group in over_seeds(only_seeds)] == [1, 1]
 
 
 def test_table_and_plot_are_files(tmp_path):
@@ -214,7 +220,7 @@ def test_table_and_plot_are_files(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.csv", "sweep.md", "sweep.png"]
 
 
-def test_a_missing_plot_library_is_told_before_the_first_run(monkeypatch):
+def test_a_missing_plot_library_is_an_error_before_the_first_run(monkeypatch):
     require_matplotlib()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="needs matplotlib; pip install"):
@@ -233,7 +239,7 @@ def get_config():
 
 @pytest.fixture
 def command(tmp_path):
-    """A function: flags -> a launch.sweep of tmp_path/recipe.py. SIGTERM ends what a failed test leaves."""
+    """Starts launch.sweep of tmp_path/recipe.py with the given flags; terminates it if the test fails."""
     module = ["-m", "launch.sweep", f"--config={tmp_path}/recipe.py", f"--workdir={tmp_path}/runs"]
     started = []
 
@@ -248,12 +254,12 @@ def command(tmp_path):
 
 
 @pytest.mark.slow
-def test_four_runs_killed_in_the_middle_and_started_again(command, tmp_path):
-    recipe_file(tmp_path, "grid({'train.seed': range(4)})", TINY)
+def test_three_runs_killed_in_the_middle_and_started_again(command, tmp_path):
+    recipe_file(tmp_path, "grid({'train.seed': range(3)})", TINY)
     runs = tmp_path / "runs"
     first = command()
     deadline = time.monotonic() + 600
-    while len(list(runs.glob("*/results.json"))) < 2:
+    while not list(runs.glob("*/results.json")):
         assert first.poll() is None, first.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -264,13 +270,24 @@ def test_four_runs_killed_in_the_middle_and_started_again(command, tmp_path):
     assert second.returncode == 0, err
     with (runs / "sweep.csv").open(encoding="utf-8") as file:
         found = {int(row["train.seed"]): row[LOSS] for row in csv.DictReader(file)}
-    assert list(found) == [0, 1, 2, 3]
-    assert len(set(found.values())) == 4
+    assert list(found) == [0, 1, 2]
+    assert len(set(found.values())) == 3
     # Each training ends its log with one table, so none ran twice.
     logs = [path.read_text() for path in runs.glob("*/log.txt")]
-    assert [log.count("\nsteps ") for log in logs] == [1] * 4
+    assert [log.count("\nsteps ") for log in logs] == [1] * 3
     assert (runs / "sweep.md").read_text() in out
     assert (runs / "sweep.png").is_file()
+
+
+@pytest.mark.slow
+def test_a_folder_has_one_sweep_at_a_time(command, tmp_path):
+    recipe_file(tmp_path, "grid({'train.seed': range(2)})", TINY)
+    with files.sole_user(tmp_path / "runs"):
+        process = command()
+        out, err = process.communicate(timeout=600)
+    assert (process.returncode, out) == (1, "")
+    assert f"works in {tmp_path / 'runs'}; wait for it, or stop it" in err
+    assert not list(tmp_path.glob("runs/*/"))
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -71,23 +72,29 @@ def test_any_number_of_rows_gives_each_its_own_result(devices, affordable):
 @pytest.mark.parametrize("bound", [1, 8, 70, 10_000])
 def test_the_memory_bound_holds_for_all_that_runs_at_once(monkeypatch, bound):
     monkeypatch.setattr(batch_runner, "usable_cores", lambda: 64)
-    lock, at_once, most = threading.Lock(), [0], [0]
+    pools = []
+    monkeypatch.setattr(batch_runner, "ThreadPoolExecutor", lambda n: pools.append(n) or ThreadPoolExecutor(n))
+    changed, sizes, started, most = threading.Condition(), [], 0, 0
 
     def program(variables, x):
-        with lock:
-            at_once[0] += len(x)
-            most[0] = max(most[0], at_once[0])
-        time.sleep(0.015)
-        with lock:
-            at_once[0] -= len(x)
+        """Returns when every thread is in here, or the last batch is; the first batch of a program runs alone."""
+        nonlocal started, most
+        with changed:
+            started += 1
+            sizes.append(len(x))
+            most = max(most, sum(sizes))
+            changed.notify_all()
+            if started > 1:
+                assert changed.wait_for(lambda: len(sizes) == pools[0] or started * len(x) >= 200, timeout=60)
+            sizes.pop()
         return x
 
     x = np.arange(200, dtype=np.float32)
     runner = BatchRunner(None, memory_bound=bound)
     found = runner.run(functools.partial(program), None, {"x": x}, bytes_per_image=1)
     np.testing.assert_array_equal(found, x)
-    assert most[0] <= bound
-    assert most[0] > min(bound, 200) // 4  # and it is made use of
+    assert most <= bound
+    assert most > min(bound, 200) // 4  # and it is made use of
 
 
 def test_a_signal_stops_between_batches():
