@@ -16,13 +16,11 @@ import numpy as np
 from absl import app, flags
 
 from launch import end_at_signals, exit_code, ignore_signals
-from tarflow_jax.arguments import check_polish
 from tarflow_jax.data import default_data_dir
 from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.pipeline import TarFlowPipeline
-from tarflow_jax.runtime import Preempted, start_processes
-from tarflow_jax.runtime.programs import use_compilation_cache
-from tarflow_jax.sampling import GaussSeidelJacobi, Guidance, Jacobi, Sequential
+from tarflow_jax.runtime import Preempted, start_processes, use_compilation_cache
+from tarflow_jax.sampling import Decoder, GaussSeidelJacobi, Guidance, Jacobi, Sequential, Student, Tuned
 from tarflow_jax.sampling.guidance import RULES, SCHEDULES, TARGETS
 from tarflow_jax.training.loop import NonFiniteError
 
@@ -39,8 +37,8 @@ DECODERS = {
     "sequential": Sequential(),
     "jacobi": Jacobi(),
     "gs_jacobi": GaussSeidelJacobi(num_segments=8),
-    "auto": "auto",
-    "student": "student",
+    "auto": Tuned(),
+    "student": Student(),
 }
 
 COMPILATION_CACHE = flags.DEFINE_string(
@@ -133,11 +131,12 @@ def define_decoder_flags() -> None:
     )
 
 
-def decoder() -> dict[str, Any]:
-    """Returns the arguments of `pipe.decode` that --decoder and --polish select."""
-    values = flags.FLAGS
-    check_polish(values.polish, values.decoder)
-    return {"decoder": DECODERS[values.decoder], "polish": values.polish}
+def decoder() -> Decoder | Tuned:
+    """Returns the decoder that --decoder and --polish select."""
+    name, polish = flags.FLAGS.decoder, flags.FLAGS.polish
+    if polish and name != "student":
+        raise UserError(f"--polish is {polish}, which is for --decoder=student; leave it out")
+    return Student(polish) if polish else DECODERS[name]
 
 
 def draws_clean_images() -> bool:
