@@ -1,8 +1,8 @@
-"""How a CPU's cores are used: one policy, for training and for everything else.
+"""One policy for a CPU's cores: each works on its own images.
 
-XLA gives the products of few images to one core, and cores that share every operation wait at its end; so each core
-works on images of its own. In training, whose batch is one program, each core is a device of the mesh. Elsewhere
-(`batches.BatchRunner`) each core runs the program on some images after another. Measured in docs/performance.md.
+XLA gives the matmuls of few images to one core, and cores that share every operation wait at its end. In training,
+whose batch is one program, each core is a device of the mesh. Elsewhere (`BatchRunner`) each core runs the program on
+one small batch after another. Measured in docs/performance.md.
 """
 
 import os
@@ -11,12 +11,12 @@ from pathlib import Path
 import jax
 
 CPU_ROWS = 8  # a core's smallest share of a training batch
-CPU_BATCH = 25  # images that a core runs at a time elsewhere: their activations stay in its caches
+CPU_BATCH = 25  # images that a core runs at a time elsewhere: their activations fit into its caches
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def usable_cores(cgroup: Path = _CGROUP) -> int:
-    """Cores that this process may use: those of its affinity, and no more than a container's limit on CPU time."""
+    """The number of cores this process may use, by its affinity and its container's limit on CPU time."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:  # control groups, version 2, then version 1
         if (cgroup / "cpu.max").exists():
@@ -32,8 +32,8 @@ def usable_cores(cgroup: Path = _CGROUP) -> int:
 def use_cores_as_devices(batch_size: int) -> None:
     """Makes each core a CPU device, as many as divide the batch and leave each `CPU_ROWS` images or more.
 
-    Does nothing where XLA_FLAGS or jax_num_cpu_devices say how many, where several processes share the work, where
-    JAX has found its devices already, and nothing to accelerators.
+    Does nothing if XLA_FLAGS or jax_num_cpu_devices set their number, if several processes share the work, or if JAX
+    has initialised its devices; does not affect accelerators.
 
     Args:
       batch_size: of a step, or of its microbatch.
@@ -45,4 +45,4 @@ def use_cores_as_devices(batch_size: int) -> None:
     try:
         jax.config.update("jax_num_cpu_devices", max(n for n in range(1, most + 1) if batch_size % n == 0))
     except RuntimeError:
-        return  # the devices are found already
+        return  # the devices are initialised already

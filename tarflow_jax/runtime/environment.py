@@ -1,4 +1,4 @@
-"""What a program runs on: release, commit, versions, machine. So a figure can be compared, and found again."""
+"""Release, commit, versions and machine, kept beside measurements so that they can be compared and repeated."""
 
 import importlib.metadata
 import os
@@ -16,12 +16,12 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def release() -> dict[str, str | None]:
-    """The package's version, and its commit where it runs from a clone, else None. Asks for no device."""
+    """The package's version, and its commit if it runs from a clone, else None. Initialises no device."""
     return {"tarflow_jax": __version__, "commit": commit_of(Path(__file__).parents[2])}
 
 
 def environment() -> dict[str, Any]:
-    """`release`, versions, machine and devices by name: strings and numbers."""
+    """`release`, versions, machine and devices: strings and numbers by name."""
     devices = jax.devices()
     return {
         **release(),
@@ -37,7 +37,7 @@ def environment() -> dict[str, Any]:
 
 
 def commit_of(clone: Path) -> str | None:
-    """Of git's HEAD, with -dirty behind it where files differ from it; None where `clone` is none or git is missing."""
+    """The commit of a clone, with the suffix -dirty if files differ from it; None if there is no clone or no git."""
     if not (clone / ".git").exists():  # git would look in the folders above, whose commit is not ours
         return None
     command = ["git", "-C", str(clone), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]

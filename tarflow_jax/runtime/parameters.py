@@ -1,7 +1,7 @@
-"""The table of the networks' variables: shape, sharding and PyTorch name of each, in one row.
+"""The table of the networks' variables: a row with the shape, sharding and PyTorch name of each.
 
-A new parameter of the network is a new row here. Shapes are plain arithmetic on a config, with no tracing, because
-files of unknown origin are checked against them. Letters: T tokens, D token dimension, C width, L layers of the block,
+A new parameter of the network is a new row here. Shapes are computed from a config without tracing, because files of
+unknown origin are checked against them. Letters: T tokens, D token dimension, C width, L layers of the block,
 N heads, H head dimension, 4C hidden units of the MLP, 2D outputs of a block (D in VP mode), triangle D (D - 1) / 2.
 """
 
@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """One row: what is known of a variable of the network.
+    """One row of the table.
 
     Attributes:
       name: the end of its path. "prior/…" is a variable of the flow, all others are parameters of every block; those
@@ -30,9 +30,9 @@ class Parameter:
       dims: its dimensions (that first axis left out), each a letter (see `_shape`) or a number, with
         ":axis" behind it where it is sharded over that axis of the mesh. "inputs -> outputs" is a dense kernel,
         "-> outputs" a dense bias; PyTorch joins the dimensions of a side into one.
-      torch: its name in the reference's state dict (of its block, or of its layer); "" if that has none.
-      torch_dims: the reference's dimensions, where they do not follow from `dims`.
-      when: the field of the config without which (0 or False) there is no such variable; "" if it is always there.
+      torch: its name in the reference's state dict, within its block or layer; "" if the reference has no such thing.
+      torch_dims: the reference's dimensions, if they do not follow from `dims`.
+      when: the field of the config that must be set (not 0 or False) for the variable to exist; "" for always.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Parameter:
 
     @property
     def in_block(self) -> bool:
-        """Whether every block has its own."""
+        """Whether it belongs to a block."""
         return not self.name.startswith("prior/")
 
     @property
@@ -64,13 +64,13 @@ class Parameter:
 
     @functools.cached_property
     def input_axes(self) -> tuple[int, ...]:
-        """The axes that a dense kernel's product sums over; () of anything else."""
+        """The axes that a dense kernel contracts; () for anything else."""
         inputs, arrow, _ = self.dims.partition("->")
         return tuple(range(self.stacked, self.stacked + len(inputs.split()))) if arrow else ()
 
     @functools.cached_property
     def output_axes(self) -> tuple[int, ...]:
-        """The axes over the outputs of a dense kernel or bias; () of anything else."""
+        """The output axes of a dense kernel or bias; () for anything else."""
         first = self.stacked + len(self.input_axes)
         return tuple(range(first, len(self.letters))) if "->" in self.dims else ()
 
@@ -121,7 +121,7 @@ PARAMETERS = (
     Parameter("layers/mlp_out/bias", "-> C", "mlp.main.2.bias"),
     Parameter("prior/variance", "T D", "var", when="volume_preserving"),
 )
-# Of a student's blocks, beside those that they share with the flow's.
+# In a student's blocks, which otherwise have the same parameters as the flow's.
 GUIDANCE = Parameter("guidance/kernel", f"{NUM_WAVES} -> C:fsdp", "")
 
 
@@ -145,7 +145,7 @@ def student_shapes(config: StudentConfig) -> dict[str, Shape]:
 
 
 def rows_of(path: str) -> list[Parameter]:
-    """The rows whose name ends `path`, that of a variable or of an optimizer's moment of it; it should be one."""
+    """The rows whose name ends `path`, the path of a variable or of its optimizer moment; normally one."""
     return [row for row in (*PARAMETERS, GUIDANCE) if f"/{path}".endswith(f"/{row.name}")]
 
 
@@ -155,7 +155,7 @@ def _rows(config: TarFlowConfig, in_block: bool) -> list[Parameter]:
 
 
 def _shape(letters: Iterable[str], config: TarFlowConfig, depth: int = 0) -> Shape:
-    """The sizes of `letters`, which may be numbers too."""
+    """The sizes of `letters`, some of which may be numbers."""
     width, token_dim = config.width, config.token_dim
     sizes = {
         "L": depth,

@@ -1,4 +1,4 @@
-"""SIGTERM of schedulers, ctrl-C and closed terminals: save and stop, all processes at one place."""
+"""Stops a run cleanly on SIGTERM, ctrl-C or a closed terminal, all processes at the same step."""
 
 import itertools
 import os
@@ -28,13 +28,13 @@ class Preempted(Exception):
 
 
 class PreemptionGuard:
-    """Within `with`, a first signal does not end the process; whoever works asks `requested`, or `stop_if_requested`.
+    """A context in which a first signal does not end the process; poll `requested`, or call `stop_if_requested`.
 
-    A second one ends it at once. Of several processes (`start_processes`) JAX tells all once one of them got SIGTERM,
-    so all must ask at the same places.
+    A second signal ends it at once. If one of several processes (`start_processes`) gets SIGTERM, JAX notifies all of
+    them, so all must poll at the same places.
 
     Attributes:
-      signal: the number of the signal that came; 0 if none did.
+      signal: the number of the signal received; 0 if none.
     """
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class PreemptionGuard:
             signal.signal(number, handler)
 
     def requested(self) -> bool:
-        """Whether to stop here: the same answer on all processes."""
+        """Whether to stop now; the same on all processes."""
         if jax.process_count() > 1 and not self.signal and multihost_utils.reached_preemption_sync_point(next(_calls)):
             self.signal = signal.SIGTERM
         return self.signal != 0
@@ -70,6 +70,6 @@ class PreemptionGuard:
 
 
 def stop_if_requested() -> None:
-    """Raises Preempted within a `PreemptionGuard` that was asked to stop; to be called between batches of work."""
+    """Raises Preempted if the active `PreemptionGuard` received a signal; call it between batches of work."""
     if _active is not None and _active.requested():
         raise Preempted("asked to stop; run the same command to continue", _active.signal)

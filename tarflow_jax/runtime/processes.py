@@ -1,4 +1,4 @@
-"""Several processes become one program: to be called before anything asks JAX for its devices."""
+"""Joins several processes into one program, before JAX initialises its devices."""
 
 import re
 import threading
@@ -17,14 +17,14 @@ def start_processes(
     *,
     timeout_s: float = TIMEOUT_S,
 ) -> None:
-    """Waits for all processes of the run. On CPUs they talk through gloo.
+    """Waits for all processes of the run. CPUs communicate through gloo.
 
-    Without arguments the cluster says who takes part: Cloud TPU, SLURM (in srun), GKE and Open MPI do.
+    Without arguments the processes are found from the cluster: Cloud TPU, SLURM (in srun), GKE or Open MPI.
 
     Args:
-      coordinator_address: HOST:PORT of process 0, which all can reach; the port is free there.
-      num_processes: of the run.
-      process_id: this one's, from 0 on.
+      coordinator_address: HOST:PORT of process 0, a free port that all can reach.
+      num_processes: total number.
+      process_id: index of this process, counted from 0.
       timeout_s: seconds to wait.
 
     Raises:
