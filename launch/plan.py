@@ -2,12 +2,10 @@
 
 python -m launch.plan --config=configs/imagenet64_cond.py --topology=v5e:16x16 --mesh=32,1,8
 python -m launch.plan --config=configs/imagenet64_uncond.py --topology=v5e:16x16 --num_slices=2 --mesh=256,1,2
-python -m launch.plan --config=configs/imagenet64_cond.py --topology=h100:8x4 --sampler
-python -m launch.plan --config=configs/imagenet64_cond.py --topology=h100:8 --sampler --student=RECIPE_OF_THE_STUDENT
 
-TPU topologies need the TPU compiler (pip install -r requirements-plan.txt), NVIDIA GPUs (a100, h100, h200, b200; h100:8x4
-is 4 hosts of 8) the CUDA one (requirements-plan-gpu.txt); cpu:8 needs neither. If the recipe does not fit, the command
-compiles changes to it until one fits, and exits with 2. docs/scaling.md explains the output.
+TPUs need their compiler (pip install -r requirements-plan.txt), and so do NVIDIA GPUs (requirements-plan-gpu.txt;
+h100:8x4 is 4 hosts of 8); cpu:8 needs none. If the recipe does not fit, the command compiles changes to it until one
+fits, and exits with 2. docs/scaling.md explains the output.
 """
 
 import dataclasses
@@ -16,9 +14,8 @@ import sys
 from collections.abc import Sequence
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
-from configs.student.common import of_flow
 from launch import common
 from tarflow_jax.errors import UserError
 from tarflow_jax.planning import changes, make_plan, open_topology, prepare
@@ -31,7 +28,6 @@ TOPOLOGY = flags.DEFINE_string("topology", None, "Devices, such as v5e:16x16, v5
 NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "TPU slices, each of that topology.", lower_bound=1)
 MESH = flags.DEFINE_list("mesh", None, "Sizes data,fsdp,tensor, in place of --config.mesh's; one may be -1.")
 SAMPLER = flags.DEFINE_bool("sampler", False, "Compile the sampler of a training batch, not the training step.")
-STUDENT = config_flags.DEFINE_config_file("student", None, "Recipe of a student to sample with (with --sampler).")
 MFU = flags.DEFINE_float("mfu", 0.4, "Model-FLOPs utilization to assume.", lower_bound=0.01, upper_bound=1.0)
 JSON = flags.DEFINE_string("json", None, "File of JSON lines to append the figures to.")
 flags.mark_flags_as_required(["config", "topology"])
@@ -39,12 +35,7 @@ flags.mark_flags_as_required(["config", "topology"])
 
 def main(argv: Sequence[str]) -> int:
     """Compiles and prints, changed recipes too if the given one does not fit."""
-    config = ConfigDict(CONFIG.value)
-    if STUDENT.value is not None:
-        if not SAMPLER.value:
-            raise UserError("--student is a sampler's; add --sampler")
-        with config.unlocked():
-            config.student = of_flow(STUDENT.value, config).student
+    config = CONFIG.value
     if MESH.value:
         sizes = [common.whole_number("mesh", size) for size in MESH.value]
         if len(sizes) != 3:
@@ -56,21 +47,19 @@ def main(argv: Sequence[str]) -> int:
     plan = make_plan(recipe, topology, SAMPLER.value)
     print(plan.table(MFU.value))
     if JSON.value:
-        figures = dataclasses.asdict(plan) | {"fits": plan.fits, "hlo": None, "command": sys.argv[1:]}
+        figures = {"command": sys.argv[1:], **dataclasses.asdict(plan), "fits": plan.fits}
         with open(JSON.value, "a") as file:
             file.write(json.dumps(figures) + "\n")
     if plan.fits:
         return 0
     for change in changes(recipe, plan):
-        options = " ".join(f"--config.{name}={value}" for name, value in change.items())
-        print(f"\nwith {options}", flush=True)
+        print("\nwith", *(f"--config.{name}={value}" for name, value in change.items()), flush=True)
         config.update_from_flattened_dict(change)
         changed = make_plan(Recipe(config), topology, SAMPLER.value)
-        print(changed.table(MFU.value), flush=True)
+        print(changed.table(MFU.value))
         if changed.fits:
-            break
-    else:
-        print("\nno such change fits; choose more devices or a smaller model")
+            return EXIT_DOES_NOT_FIT
+    print("\nnone of these changes fits; choose more devices or a smaller model")
     return EXIT_DOES_NOT_FIT
 
 

@@ -25,42 +25,34 @@ def collectives(text: str, num_devices: int, num_slices: int = 1) -> dict[str, C
     """Returns what the collectives of `compiled.as_text()` send, by kind, if they send as little as they can.
 
     Loops count by their lengths. Collectives between TPU slices are kinds of their own, "all-reduce between slices".
-
-    Raises:
-      ValueError: the text is not a compiled program's, or does not give a loop's length.
+    Raises ValueError if the text does not give a loop's length.
     """
-    computations = {name: (bool(entry), body) for entry, name, body in _COMPUTATION.findall(text)}
+    found = _COMPUTATION.findall(text)
+    computations = {name: body for _, name, body in found}
     sizes = {name: _num_bytes(type_) for name, type_, *_ in _INSTRUCTION.findall(text)}
-    found: dict[str, Collective] = defaultdict(Collective)
+    totals: dict[str, Collective] = defaultdict(Collective)
 
     def visit(computation: str, times: int) -> None:
-        for _, _, opcode, operands, attributes in _INSTRUCTION.findall(computations[computation][1]):
+        for _, _, opcode, operands, attributes in _INSTRUCTION.findall(computations[computation]):
             if opcode in ("while", "fusion", "call", "async-start", "conditional"):
                 # The branches of a conditional do the same work, each on another slice.
                 rounds = _trip_count(attributes, computations) if opcode == "while" else 1
                 visit(_CALLED.findall(attributes)[0], times * rounds)
-                continue
-            kind, suffix, size = opcode.removesuffix("-start"), "", num_slices
-            between_slices = re.search(r'megascale_transfer_type="(\w+)"', attributes)
-            if kind == "send" and between_slices:  # the TPU's runtime does the collective
-                kind = between_slices[1].lower().replace("_", "-").replace("one-to-one", "collective-permute")
-                suffix = " between slices"
-            elif kind not in _KINDS or _LATER_PIECE.search(attributes):
-                continue
-            else:
-                size = _group_size(attributes, num_devices // num_slices)
-            if kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
+            kind, suffix, group = opcode.removesuffix("-start"), "", _group_size(attributes, num_devices // num_slices)
+            transfer = re.search(r'megascale_transfer_type="(\w+)"', attributes)
+            if kind == "send" and transfer:  # the TPU's runtime does the collective
+                kind = transfer[1].lower().replace("_", "-").replace("one-to-one", "collective-permute")
+                suffix, group = " between slices", num_slices
+            elif kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"  # a TPU's is a fusion of an all-reduce and a slice
-            scale = {"all-gather": size - 1, "all-reduce": 2 * (size - 1) / size, "collective-permute": 1}
-            sent = sum(sizes[name] for name in re.findall(r"%([\w.-]+)", operands)) * scale.get(kind, (size - 1) / size)
-            found[kind + suffix].count += times
-            found[kind + suffix].bytes += times * sent
+            if kind in _KINDS and not _LATER_PIECE.search(attributes):
+                share = {"all-gather": group - 1, "all-reduce": 2 * (group - 1) / group, "collective-permute": 1}
+                size = sum(sizes[name] for name in re.findall(r"%([\w.-]+)", operands))
+                totals[kind + suffix].count += times
+                totals[kind + suffix].bytes += times * size * share.get(kind, (group - 1) / group)
 
-    entry = [name for name, (is_entry, _) in computations.items() if is_entry]
-    if not entry:
-        raise ValueError("the text has no ENTRY computation; expected compiled.as_text()")
-    visit(entry[0], 1)
-    return dict(found)
+    visit(next(name for entry, name, _ in found if entry), 1)
+    return dict(totals)
 
 
 def _num_bytes(type_: str) -> float:
@@ -82,17 +74,17 @@ def _group_size(attributes: str, num_devices: int) -> int:
     # mesh['a'=32,'b'=8], device_ids=(…) {'a','b':(1)4}: along axes, or parts of them.
     if mesh := re.match(r"mesh\[([^\]]*)\](?:, device_ids=\(.*?\)\))? \{(.*?)\}", text):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-        return math.prod(int(part or sizes[axis]) for axis, part in re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2]))
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in parts)
     return num_devices
 
 
-def _trip_count(loop: str, computations: dict[str, tuple[bool, str]]) -> int:
-    """The rounds of a loop, by its attributes."""
+def _trip_count(loop: str, computations: dict[str, str]) -> int:
+    """The rounds of a loop, from its attributes."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop):
         return int(known[1])
     # A TPU's text has the condition alone: a counter from 0 is less than a constant.
-    name = re.search(r"condition=%?([\w.-]+)", loop)
-    condition = computations[name[1]][1] if name else ""
+    condition = computations[re.findall(r"condition=%?([\w.-]+)", loop)[0]]
     bounds = re.findall(r" constant\((\d+)\)", condition)
     if len(bounds) != 1 or "direction=LT" not in condition:
         raise ValueError(f"the text of a program does not give the length of a loop: {condition.strip()!r}")

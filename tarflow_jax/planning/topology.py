@@ -19,7 +19,7 @@ class Chip(NamedTuple):
     flops: float  # dense bfloat16 FLOP/s, which TPUs multiply float32 at too by default; 0 if unknown
 
 
-# By the start of `jax.Device.device_kind`. Sources: cloud.google.com/tpu/docs and NVIDIA's data sheets.
+# By the start of `jax.Device.device_kind`, longer ones first. From cloud.google.com/tpu/docs and NVIDIA's data sheets.
 CHIPS = {
     "TPU v4": Chip(32 << 30, 275e12),
     "TPU v5 lite": Chip(16 << 30, 197e12),
@@ -46,10 +46,10 @@ _GPU_CONFIG = """
     gpu_device_info {{ cuda_compute_capability {{ major: {0} }} core_count: {1} fpus_per_core: {2}
         shared_memory_per_core: {3} shared_memory_per_block_optin: {4} shared_memory_per_block: 49152
         l2_cache_size: {5} clock_rate_ghz: {6} memory_bandwidth: {7} device_memory_size: {8}
-        threads_per_block_limit: 1024 threads_per_core_limit: 2048 threads_per_warp: 32
-        registers_per_block_limit: 65536 registers_per_core_limit: 65536
+        threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+        thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
         block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-        thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64 }}"""
+        registers_per_block_limit: 65536 registers_per_core_limit: 65536 }}"""
 
 # Without these libtpu asks the network which TPU this is, and admits one process at a time.
 _WITHOUT_TPU = {
@@ -72,8 +72,7 @@ class Topology(NamedTuple):
 
 def known_chip(kind: str) -> Chip | None:
     """Returns the data sheet of a device kind such as "NVIDIA H100 80GB HBM3"; None if it is not in the table."""
-    names = [name for name in CHIPS if kind.startswith(name)]
-    return CHIPS[max(names, key=len)] if names else None
+    return next((chip for name, chip in CHIPS.items() if kind.startswith(name)), None)
 
 
 def prepare(name: str) -> None:
@@ -93,9 +92,7 @@ def open_topology(name: str, num_slices: int = 1) -> Topology:
     """Returns the devices of "v5e:16x16", "h100:8", "h100:8x4" (4 hosts of 8 GPUs) or "cpu:8".
 
     TPUs, in one slice or several, and GPUs need their compiler (libtpu, JAX's CUDA plugin) but no device.
-
-    Raises:
-      UserError: there is no such topology; MissingPackageError if its compiler is not installed.
+    Raises UserError if there is no such topology, MissingPackageError if its compiler is not installed.
     """
     platform, _, size = name.partition(":")
     if num_slices != 1 and platform in ("cpu", *GPUS):
@@ -126,7 +123,9 @@ def _absent(platform: str, name: str, **options: Any) -> Topology:
     try:
         devices: Any = topologies.get_topology_desc(platform=platform, **options).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-        raise UserError(f"no topology {name!r} ({one_line(error)}); expected one such as v5e:16x16 or h100:8") from error
+        raise UserError(
+            f"no topology {name!r} ({one_line(error)}); expected one such as v5e:16x16 or h100:8"
+        ) from error
     chip = known_chip(devices[0].device_kind)
     if chip is None:
         raise UserError(f"{devices[0].device_kind} is not a known chip; expected one of {', '.join(CHIPS)}")
