@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import plan_check
+from benchmarks.hlo_traffic import traffic
 from tarflow_jax.planning import open_topology
 from tarflow_jax.planning.collectives import Collective, collectives
 from tarflow_jax.planning.flops import program_flops
@@ -77,6 +78,11 @@ def test_collectives_of_a_programs_text():
         "all-reduce": Collective(2, 2 * 64 * 7 / 8 + 2 * 64 / 2),
         "collective-permute": Collective(1, 64),
     }
+
+
+def test_bytes_moved_by_a_programs_text():
+    attention, matmul, gather = 4 * 512, 512 + 128 + 512, 128 + 256
+    assert sum(traffic(PROGRAM).values()) == 3 * (attention + 2 * matmul + gather) + 3 * (64 + 64)
 
 
 def test_flops_of_cudnns_attention():

@@ -1,4 +1,4 @@
-"""Collectives of compiled texts and FLOPs of jaxprs, against counts by hand."""
+"""Collectives and memory traffic of compiled texts and FLOPs of jaxprs, against counts by hand."""
 
 import functools
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.hlo_traffic import traffic
 from tarflow_jax.flow.attention import splash
 from tarflow_jax.planning.collectives import Collective, collectives
 from tarflow_jax.planning.flops import program_flops
@@ -68,6 +69,11 @@ def test_collectives_of_a_programs_text():
         "all-gather": Collective(count=1, bytes=3 * 32),
         "reduce-scatter": Collective(count=1, bytes=32 * 3 / 4),
     }
+
+
+def test_bytes_moved_by_a_programs_text():
+    # The loop's slice; the buffer that the send, the scatter and the gather read; what the gather writes.
+    assert sum(traffic(PROGRAM).values()) == 3 * (4 * 8 * 4) + 3 * (2 * 16) + 2 * 64
 
 
 @pytest.mark.parametrize(
@@ -138,8 +144,49 @@ ENTRY %main (x: f32[4,8], y: f32[8,8]) -> f32[16,8] {
 
 
 def test_a_collective_in_pieces_is_counted_once():
-    shard = 4 * 8 * 4
+    shard, whole, square = 4 * 8 * 4, 16 * 8 * 4, 8 * 8 * 4
     assert collectives(PIECES, num_devices=4) == {"all-gather": Collective(count=1, bytes=3 * shard)}
+    # The gather reads a shard and writes the whole; each round's matmul reads its own operand.
+    assert sum(traffic(PIECES).values()) == shard + whole + 5 * square
+
+
+# A matmul of two kernels, one a slice of a stack, which fusions within its fusion reshape.
+RESHAPED = """\
+HloModule jit_step, is_scheduled=true
+
+%renamed (bitcast_input.1: f32[8,2,4]) -> f32[8,8] {
+  %bitcast_input.1 = f32[8,2,4]{2,1,0:T(8,128)} parameter(0)
+  ROOT %bitcast.1 = f32[8,8]{1,0:T(8,128)} bitcast(%bitcast_input.1)
+}
+
+%layer (param_0.1: f32[3,8,8], param_1.1: s32[]) -> f32[8,8] {
+  %param_0.1 = f32[3,8,8]{2,1,0:T(8,128)} parameter(0)
+  %param_1.1 = s32[]{:T(128)S(1)} parameter(1)
+  %constant.1 = s32[]{:T(128)} constant(0)
+  %dynamic-slice.1 = f32[1,8,8]{2,1,0:T(8,128)} dynamic-slice(%param_0.1, %param_1.1, %constant.1, %constant.1), dynamic_slice_sizes={1,8,8}
+  ROOT %bitcast.2 = f32[8,8]{1,0:T(8,128)} bitcast(%dynamic-slice.1)
+}
+
+%products (param_0.2: f32[8,2,4], param_1.2: f32[3,8,8], param_2.2: s32[]) -> f32[8,8] {
+  %param_0.2 = f32[8,2,4]{2,1,0:T(8,128)} parameter(0)
+  %param_1.2 = f32[3,8,8]{2,1,0:T(8,128)} parameter(1)
+  %param_2.2 = s32[]{:T(128)S(1)} parameter(2)
+  %fusion.1 = f32[8,8]{1,0:T(8,128)} fusion(%param_0.2), kind=kLoop, calls=%renamed
+  %fusion.2 = f32[8,8]{1,0:T(8,128)} fusion(%param_1.2, %param_2.2), kind=kLoop, calls=%layer
+  ROOT %convolution.1 = f32[8,8]{1,0:T(8,128)S(1)} convolution(%fusion.1, %fusion.2), dim_labels=bf_io->bf
+}
+
+ENTRY %main (x: f32[8,2,4], y: f32[3,8,8], i: s32[]) -> f32[8,8] {
+  %x = f32[8,2,4]{2,1,0:T(8,128)} parameter(0)
+  %y = f32[3,8,8]{2,1,0:T(8,128)} parameter(1)
+  %i = s32[]{:T(128)S(1)} parameter(2)
+  ROOT %fusion.3 = f32[8,8]{1,0:T(8,128)S(1)} fusion(%x, %y, %i), kind=kOutput, calls=%products
+}
+"""  # noqa: E501
+
+
+def test_a_matmul_reads_operands_that_inner_fusions_reshape():
+    assert sum(traffic(RESHAPED).values()) == 8 * 8 * 4 + 8 * 8 * 4
 
 
 def test_a_loop_of_unknown_length_is_an_error():

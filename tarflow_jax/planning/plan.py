@@ -54,8 +54,8 @@ class Plan:
         mesh, num_devices = " x ".join(f"{axis} {n}" for axis, n in self.mesh.items()), math.prod(self.mesh.values())
         rows = {"devices": f"{num_devices} as {mesh}", "images per step": f"{self.batch_size:,}"}
         sizes = self.state_bytes | {"temporaries": self.temporary_bytes, "program": self.code_bytes}
-        rows |= {name: f"{size / 2**30:.3f} GiB" for name, size in sizes.items() if size and not math.isnan(size)}
-        used = self.problem or f"{self.total_bytes / 2**30:.3f} GiB of {self.device_memory / 2**30:.3f} GiB"
+        rows |= {name: f"{size / 2**20:,.1f} MiB" for name, size in sizes.items() if size and not math.isnan(size)}
+        used = self.problem or f"{self.total_bytes / 2**20:,.1f} of {self.device_memory / 2**20:,.0f} MiB"
         rows["memory"] = f"{used}: {'fits' if self.fits else 'does not fit'}"
         rows["matmuls"] = f"{self.flops / 1e12:,.3f} TFLOP per step"
         for kind, collective in sorted(self.collectives.items()):
