@@ -34,9 +34,9 @@ class Plan:
     batch_size: int  # images per step on all devices together
     num_steps: int  # of the whole run; 0 for a sampler
     state_bytes: dict[str, int]  # by parameters, batch, optimizer, EMA
-    flops: float  # of matmuls, those that remat runs again included
-    model_flops: float  # of a forward and a backward pass, nothing run again; 0 for a sampler
-    problem: str = ""  # XLA's words if there is too little memory to compile for
+    flops: float  # of matmuls, recomputed ones included
+    model_flops: float  # of a forward and a backward pass, nothing recomputed; 0 for a sampler
+    problem: str = ""  # XLA's message if the program needs more memory than it can compile for
     temporary_bytes: float = math.nan  # activations, gradients, results
     code_bytes: float = math.nan
     collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
@@ -103,7 +103,7 @@ def make_plan(recipe: Recipe, topology: Topology, sampler: bool = False) -> Plan
 
 
 def trace(recipe: Recipe, mesh: Mesh, sampler: bool) -> tuple[Any, dict[str, Any]]:
-    """Traces a program on shapes; returns what `jax.jit`'s `trace` returns, and the arguments by name."""
+    """Traces the program that `make_plan` compiles, on shapes; returns the trace and the arguments by name."""
     state, rows = abstract_state(recipe.train_config, mesh), batch_sharding(mesh)
     count, dtype = recipe.config.train.batch_size, jnp.float32 if sampler else jnp.uint8
     images = jax.ShapeDtypeStruct((count, *recipe.model.image_shape), dtype, sharding=rows)
@@ -126,7 +126,7 @@ def _sample(recipe: Recipe, variables: Any, latents: jax.Array, labels: jax.Arra
 
 
 def changes(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
-    """Returns config fields to change in a recipe that does not fit, each time one change more than before."""
+    """Returns config fields to change in a recipe that does not fit; each entry adds a change to the one before."""
     fields, model = recipe.config.train, recipe.config.model
     shards = plan.mesh["data"] * plan.mesh["fsdp"]
     fsdp = shards // plan.num_slices
