@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md, out of what launch.plan wrote.
+"""A Markdown table of plans.
 
 python -m launch.plan --config=configs/imagenet64_uncond.py --topology=v5e:4x4 --json=plans.jsonl   # and others
 python -m benchmarks.scaling plans.jsonl
@@ -6,22 +6,21 @@ python -m benchmarks.scaling plans.jsonl
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
-from tarflow_jax.planning.chips import GIB
-
 MFU = 0.4
 COLUMNS = (
-    "recipe", "chips", "options", "images a step", "state GiB", "temporaries GiB", "of memory", "TFLOP",
-    "GB moved", "GB sent", "bound ms", "by", "images/s at most", f"hours at {MFU:.0%}", "chip-hours", "compiled s",
+    "recipe", "devices", "options", "images per step", "state GiB", "temporaries GiB", "of memory", "TFLOP", "GB sent",
+    f"hours at {MFU:.0%} MFU", "device-hours",
 )  # fmt: skip
 
 
 def main() -> None:
-    """Prints a table, a line a plan."""
+    """Prints the table, a line per plan."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("plans", type=Path, help="the file that launch.plan --json appended to")
+    parser.add_argument("plans", type=Path, help="file that launch.plan --json appended to")
     plans = [json.loads(line) for line in parser.parse_args().plans.read_text().splitlines()]
     print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
     for plan in plans:
@@ -29,36 +28,28 @@ def main() -> None:
 
 
 def row(plan: dict[str, Any]) -> list[str]:
-    """A plan's figures, by `COLUMNS`; bytes, FLOPs and seconds are of one chip and one step."""
+    """Returns a plan's figures in the order of `COLUMNS`; bytes and FLOPs are those of one device and step."""
     known = ("--config=", "--topology=", "--num_slices=", "--json=")
     options = " ".join(f"`{flag}`" for flag in plan["command"] if not flag.startswith(known))
     (recipe,) = (Path(flag).stem for flag in plan["command"] if flag.startswith("--config="))
-    slices = f"{plan['slices']} x " if plan["slices"] > 1 else ""
-    state, memory = sum(plan["state_bytes"].values()), plan["device_memory"]
-    head = [recipe, f"{slices}{plan['topology']}", options, f"{plan['batch_size']}"]
-    if not plan["fits"]:
-        return [*head, f"{state / GIB:.2f}", plan["problem"] or "does not fit", *[""] * (len(COLUMNS) - 6)]
-    limits, devices, traffic = plan["limits"], plan["devices"], plan["traffic"]
-    slowest = max(limits, key=limits.get)
-    peak = plan["flops"] / limits["products"]
-    seconds = max(plan["model_flops"] / devices / peak / MFU, limits[slowest])
-    hours = seconds * plan["num_steps"] / 3600
-    sent = sum(collective["bytes"] for collective in traffic["collectives"].values())
-    network = sum(collective["network_bytes"] for collective in traffic["collectives"].values())
+    slices = f"{plan['num_slices']} x " if plan["num_slices"] > 1 else ""
+    state, temporary = sum(plan["state_bytes"].values()), plan["temporary_bytes"]
+    used = (state + temporary + plan["code_bytes"]) / plan["device_memory"]
+    hours = math.nan
+    if plan["num_steps"] and plan["device_flops"]:
+        hours = plan["model_flops"] / (plan["device_flops"] * MFU) * plan["num_steps"] / 3600
     return [
-        *head,
-        f"{state / GIB:.2f}",
-        f"{plan['temporary_bytes'] / GIB:.2f}",
-        f"{plan['total_bytes'] / memory:.0%}",
+        recipe,
+        f"{slices}{plan['topology']}",
+        options,
+        f"{plan['batch_size']:,}",
+        f"{state / 2**30:.2f}",
+        "does not fit" if math.isnan(temporary) else f"{temporary / 2**30:.2f}",
+        "" if math.isnan(used) else f"{used:.0%}",
         f"{plan['flops'] / 1e12:.2f}",
-        f"{traffic['memory_bytes'] / 1e9:.1f}",
-        f"{sent / 1e9:.2f}" + (f" + {network / 1e9:.2f}" if plan["slices"] * plan["hosts"] > 1 else ""),
-        f"{limits[slowest] * 1e3:.1f}",
-        slowest,
-        f"{plan['batch_size'] / limits[slowest]:,.0f}",
-        f"{hours:,.1f}" if plan["num_steps"] else "",
-        f"{hours * devices:,.0f}" if plan["num_steps"] else "",
-        f"{plan['compile_seconds']:.0f}",
+        f"{sum(found['bytes'] for found in plan['collectives'].values()) / 1e9:.2f}",
+        "" if math.isnan(hours) else f"{hours:,.1f}",
+        "" if math.isnan(hours) else f"{hours * math.prod(plan['mesh'].values()):,.0f}",
     ]
 
 

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from tiny_models import TINY, new_variables
 
 from configs import imagenet64_cond
-from tarflow_jax.planning.traffic import traffic
+from tarflow_jax.planning.collectives import collectives
 from tarflow_jax.runtime import leaf_name, make_mesh
 from tarflow_jax.runtime.parameters import params_shapes, rows_of
 from tarflow_jax.training import Recipe
@@ -127,7 +127,7 @@ def test_directions_do_not_depend_on_the_mesh(depths, sizes):
 @pytest.mark.parametrize(("depths", "parts"), [((4, 4), 1), ((1, 1), 4)])
 def test_what_all_devices_have_is_sent_once_in_the_dtype_of_the_products(depths, parts):
     program, kernels = compiled_directions(depths, (8, 1, 1), "bfloat16")
-    sent = traffic(program.as_text(), 8).collectives
+    sent = collectives(program.as_text(), 8)
     count = sum(kernel.size for kernel in kernels.values())
     # XLA's CPU backend gathers bfloat16 as float32.
     assert sent["all-gather"].bytes == count * 7 // 8 * 4

@@ -1,4 +1,4 @@
-"""What is read off programs: bytes and collectives of a compiled text, products of a jaxpr, against counts by hand."""
+"""Collectives and memory traffic of compiled texts and FLOPs of jaxprs, against counts by hand."""
 
 import functools
 
@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.hlo_traffic import traffic
 from tarflow_jax.flow.attention import splash
+from tarflow_jax.planning.collectives import Collective, collectives
 from tarflow_jax.planning.flops import program_flops
-from tarflow_jax.planning.traffic import Collective, traffic
 from tarflow_jax.runtime import make_mesh
 
 # A loop of 3 rounds: a 4 x 8 slice of a 3 x 4 x 8 buffer is read by a fusion, all-reduced over pairs and kept on chip.
@@ -60,16 +61,35 @@ ENTRY %main (x: f32[3,4,8], y: bf16[16]) -> bf16[64] {
 """  # noqa: E501
 
 
-def test_bytes_and_collectives_of_a_programs_text():
-    found = traffic(PROGRAM, num_devices=8, slices=2)
-    # The loop's slice; the buffer that the send, the scatter and the gather read; what the gather writes.
-    assert found.memory_bytes == 3 * (4 * 8 * 4) + 3 * (2 * 16) + 2 * 64
-    assert found.collectives == {
+def test_collectives_of_a_programs_text():
+    assert collectives(PROGRAM, num_devices=8, num_slices=2) == {
         # Of S bytes an all-reduce of n sends 2 S (n - 1) / n.
-        "all-reduce": Collective(count=3 + 1, bytes=3 * 128, network_bytes=32),
+        "all-reduce": Collective(count=3, bytes=3 * 128),
+        "all-reduce between slices": Collective(count=1, bytes=32),
         "all-gather": Collective(count=1, bytes=3 * 32),
         "reduce-scatter": Collective(count=1, bytes=32 * 3 / 4),
     }
+
+
+def test_bytes_moved_by_a_programs_text():
+    # The loop's slice; the buffer that the send, the scatter and the gather read; what the gather writes.
+    assert sum(traffic(PROGRAM).values()) == 3 * (4 * 8 * 4) + 3 * (2 * 16) + 2 * 64
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{}", 4),  # all of a slice
+        ("{{0,1},{2,3}}", 2),
+        ("[2,4]<=[8]", 4),
+        ("mesh['a'=2,'b'=4] {'a'}", 2),
+        ("mesh['a'=8] {'a':(1)2}", 2),
+        ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'a','b':(1)2}", 4),
+    ],
+)
+def test_sizes_of_the_groups_that_exchange_data(groups, size):
+    text = PROGRAM.replace("mesh['axis_0'=2,'axis_1'=4], device_ids=([4,2]T(1,0)) {'axis_1'}", groups)
+    assert collectives(text, num_devices=8, num_slices=2)["all-gather"].bytes == (size - 1) * 32
 
 
 # A gather that begins, goes on beside the products of a loop of 5 rounds, and ends: once, however many pieces name it.
@@ -124,14 +144,13 @@ ENTRY %main (x: f32[4,8], y: f32[8,8]) -> f32[16,8] {
 
 
 def test_a_collective_in_pieces_is_counted_once():
-    found = traffic(PIECES, num_devices=4)
     shard, whole, square = 4 * 8 * 4, 16 * 8 * 4, 8 * 8 * 4
-    assert found.collectives == {"all-gather": Collective(count=1, bytes=3 * shard)}
-    # The gather reads a shard and writes the whole; each round's product reads its own operand.
-    assert found.memory_bytes == shard + whole + 5 * square
+    assert collectives(PIECES, num_devices=4) == {"all-gather": Collective(count=1, bytes=3 * shard)}
+    # The gather reads a shard and writes the whole; each round's matmul reads its own operand.
+    assert sum(traffic(PIECES).values()) == shard + whole + 5 * square
 
 
-# A product of two kernels, one a slice of a stack, that reach it in another shape, by fusions within its fusion.
+# A matmul of two kernels, one a slice of a stack, which fusions within its fusion reshape.
 RESHAPED = """\
 HloModule jit_step, is_scheduled=true
 
@@ -166,22 +185,13 @@ ENTRY %main (x: f32[8,2,4], y: f32[3,8,8], i: s32[]) -> f32[8,8] {
 """  # noqa: E501
 
 
-def test_a_product_reads_what_reaches_it_under_another_shape():
-    assert traffic(RESHAPED, num_devices=1).memory_bytes == 8 * 8 * 4 + 8 * 8 * 4
+def test_a_matmul_reads_operands_that_inner_fusions_reshape():
+    assert sum(traffic(RESHAPED).values()) == 8 * 8 * 4 + 8 * 8 * 4
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        ("ENTRY ", "", "no ENTRY"),
-        ("direction=LT", "direction=GT", "length of loop while.1"),
-        ("{{0,1},{2,3}}", "surprise", "groups of devices"),
-        ("_xla_megascale_transfer_type", "unknown", "send.1"),
-    ],
-)
-def test_a_text_that_cannot_be_read_is_an_error(old, new, message):
-    with pytest.raises(ValueError, match=message):
-        traffic(PROGRAM.replace(old, new), num_devices=8, slices=2)
+def test_a_loop_of_unknown_length_is_an_error():
+    with pytest.raises(ValueError, match="length of a loop"):
+        collectives(PROGRAM.replace("direction=LT", "direction=GT"), num_devices=8)
 
 
 def test_flops_count_loops_by_length_and_a_shard_map_by_devices():
@@ -199,7 +209,7 @@ def test_flops_count_loops_by_length_and_a_shard_map_by_devices():
     assert program_flops(jaxpr) == 5 * 2 * 8 * 3 * 3
 
 
-def test_products_that_no_result_needs_are_not_counted():
+def test_matmuls_that_no_result_needs_are_not_counted():
     x = jnp.ones((8, 8))
 
     def both(x):
@@ -209,9 +219,8 @@ def test_products_that_no_result_needs_are_not_counted():
     assert program_flops(jax.make_jaxpr(both)(x)) == (1 + 3) * 2 * 8**3
 
 
-def test_attention_counts_the_blocks_of_logits_that_run():
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_counts_whole(causal):
     x = jnp.zeros((2, 3, 1024, 64), jnp.bfloat16)
-    product = 2 * 2 * 3 * 1024**2 * 64
-    for causal, share in ((True, 3 / 4), (False, 1)):
-        jaxpr = jax.make_jaxpr(functools.partial(splash, causal=causal))(x, x, x)
-        assert program_flops(jaxpr) == 2 * product * share
+    jaxpr = jax.make_jaxpr(functools.partial(splash, causal=causal))(x, x, x)
+    assert program_flops(jaxpr) == 2 * 2 * 2 * 3 * 1024**2 * 64

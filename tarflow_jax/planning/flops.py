@@ -1,19 +1,19 @@
-"""Floating-point work of matrix products: of a model in arithmetic, of a program by reading its jaxpr.
+"""FLOPs of matmuls: of a model by arithmetic, of a program from its jaxpr.
 
-XLA's own count (`cost_analysis`) takes the body of a loop once, and the layers run in a loop.
+XLA's count (`cost_analysis`) takes the body of a loop once, and the layers run in a loop.
 """
 
 import math
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 from jax.interpreters.partial_eval import dce_jaxpr
 
 from tarflow_jax.flow import TarFlowConfig
 
 
 def forward_flops(config: TarFlowConfig) -> float:
-    """Multiplications and additions of one image's matrix products, encoded; attention counted whole."""
+    """Returns the FLOPs of encoding one image, attention counted whole."""
     tokens, width = config.num_tokens, config.width
     outputs = config.token_dim * (1 if config.volume_preserving else 2)
     triangle = config.triangle_size if config.triangular else 0
@@ -23,18 +23,12 @@ def forward_flops(config: TarFlowConfig) -> float:
 
 
 def program_flops(jaxpr: Any) -> float:
-    """FLOPs of all products that a jaxpr runs on all devices together, loops by their lengths.
+    """Returns the FLOPs of a jaxpr on all devices together: recomputed ones included, unused ones not.
 
-    What the backward pass computes again is counted. Elementwise work is not, nor what no result needs. Raises
-    ValueError for products in a loop whose length the jaxpr does not say.
+    Attention counts whole, though kernels skip what a mask hides. Raises ValueError for a loop of unknown length.
     """
-    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-    live, _ = dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
-    return _all_flops(live)
-
-
-def _all_flops(jaxpr: Any) -> float:
-    return sum(_flops(equation) for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns)
+    live, _ = dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
+    return sum(map(_flops, live.eqns))
 
 
 def _flops(equation: Any) -> float:
@@ -43,33 +37,18 @@ def _flops(equation: Any) -> float:
         (contracted, _), _ = params["dimension_numbers"]
         summed = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
         return 2.0 * summed * math.prod(equation.outvars[0].aval.shape)
-    if name == "cond":
-        return max(map(_all_flops, params["branches"]))
-    inner = sum(map(_all_flops, _inner(params)))
-    if name == "while" and inner:
-        raise ValueError("a program's loop of unknown length holds matrix products; its FLOPs cannot be counted")
-    if name == "scan":
-        return inner * params["length"]
-    if name == "shard_map":  # the shapes inside are one device's
-        return inner * params["mesh"].size
-    if name.startswith("dot_product_attention"):  # cuDNN's, flow.attention's only use of it: in blocks too
+    if name.startswith("dot_product_attention"):  # cuDNN's: two matmuls, in the backward pass five
         batch, tokens, heads, dim = equation.invars[0].aval.shape
-        products = 2 if "fwd" in name else 5  # backwards, the logits once more
-        share = _share_of_blocks(-(-tokens // 128), params["mask_type"].name == "CAUSAL")
-        return products * 2.0 * batch * heads * tokens**2 * dim * share
+        return (2 if "fwd" in name else 5) * 2.0 * batch * heads * tokens**2 * dim
+    bodies = [sum(map(_flops, value.eqns)) for value in jax.tree.leaves(params) if hasattr(value, "eqns")]
+    if name == "cond":
+        return max(bodies)
+    if name == "while" and sum(bodies):
+        raise ValueError("a loop without a static length contains matmuls; their FLOPs cannot be counted")
+    if name == "scan":
+        return params["length"] * sum(bodies)
     if name == "pallas_call":
-        # The only kernel is flow.attention.splash. If it is causal, it is given the queries' positions.
-        grid = params["grid_mapping"].grid
-        causal = any(variable.aval.dtype == jnp.int32 for variable in equation.invars)
-        return inner * math.prod(grid) * _share_of_blocks(grid[-1], causal)
-    return inner
-
-
-def _share_of_blocks(count: int, causal: bool) -> float:
-    """Of count x count blocks of logits, those that run."""
-    return (count + 1) / (2 * count) if causal else 1.0
-
-
-def _inner(params: dict[str, Any]) -> list[Any]:
-    values = [v for value in params.values() for v in (value if isinstance(value, tuple | list) else [value])]
-    return [value for value in values if hasattr(value, "eqns") or hasattr(value, "jaxpr")]
+        return math.prod(params["grid_mapping"].grid) * sum(bodies)
+    if name == "shard_map":  # the shapes inside are those of one device
+        return params["mesh"].size * sum(bodies)
+    return sum(bodies)

@@ -1,34 +1,45 @@
-"""What a compiled program needs of each device, and how fast it can be at most."""
+"""Compiles a recipe's training step or sampler for a topology, and says what it needs of each device."""
 
 import dataclasses
 import functools
+import itertools
 import math
+import operator
 from typing import Any
 
-from tarflow_jax.planning.chips import GIB, Topology
-from tarflow_jax.planning.traffic import Traffic
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from tarflow_jax.errors import one_line
+from tarflow_jax.planning.collectives import Collective, collectives
+from tarflow_jax.planning.flops import forward_flops, program_flops
+from tarflow_jax.planning.topology import Topology
+from tarflow_jax.runtime import Program, batch_sharding, replicated
+from tarflow_jax.sampling import Guidance, decode
+from tarflow_jax.training import Recipe
+from tarflow_jax.training.state import abstract_state
+from tarflow_jax.training.step import compiled_step
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A program on a topology. Bytes, FLOPs and traffic are one device's; NaN where it did not compile."""
+    """What a compiled program needs; bytes, FLOPs and collectives are those of one device in one step."""
 
-    topology: Topology
-    mesh: dict[str, int]  # its axes and their sizes
-    batch_size: int  # images of a step, on all devices together
-    num_steps: int  # of the whole recipe; 0 for a sampler
-    problem: str  # why XLA gave up: too little memory; "" if it did not
-    state_bytes: dict[str, int]  # of parameters, optimizer, average and batch
-    temporary_bytes: float  # what the program takes besides them while it runs, and its results
-    code_bytes: float  # the program itself
-    flops: float  # products of one step, with what is computed again
-    model_flops: float  # the same on all devices together, nothing computed twice
-    traffic: Traffic  # of one step
-    compile_seconds: float  # of processor time, all cores together; tracing and lowering included
-
-    @property
-    def num_devices(self) -> int:
-        return len(self.topology.devices)
+    topology: str
+    num_slices: int
+    device_memory: int  # bytes
+    device_flops: float  # peak FLOP/s; 0 if unknown
+    mesh: dict[str, int]  # sizes by axis
+    batch_size: int  # images per step on all devices together
+    num_steps: int  # of the whole run; 0 for a sampler
+    state_bytes: dict[str, int]  # by parameters, batch, optimizer, EMA
+    flops: float  # of matmuls, recomputed ones included
+    model_flops: float  # of a forward and a backward pass, nothing recomputed; 0 for a sampler
+    problem: str = ""  # XLA's message if the program needs more memory than it can compile for
+    temporary_bytes: float = math.nan  # activations, gradients, results
+    code_bytes: float = math.nan
+    collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
 
     @property
     def total_bytes(self) -> float:
@@ -36,91 +47,103 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        return not self.problem and self.total_bytes <= self.topology.chip.memory
-
-    @functools.cached_property
-    def limits(self) -> dict[str, float]:
-        """Seconds a step that each resource takes at its data-sheet rate; empty where the chip's rates are unknown."""
-        chip, collectives = self.topology.chip, self.traffic.collectives.values()
-        if self.problem:
-            return {}
-        amounts = {
-            "products": (self.flops, chip.flops),
-            "memory": (self.traffic.memory_bytes, chip.memory_rate),
-            "links": (sum(collective.bytes for collective in collectives), chip.link_rate),
-            "network": (sum(collective.network_bytes for collective in collectives), chip.network_rate),
-        }
-        return {name: amount / rate for name, (amount, rate) in amounts.items() if rate and amount}
-
-    @property
-    def bound(self) -> float:
-        """Seconds that a step takes at least; NaN where the chip's rates are unknown or it did not compile."""
-        return max(self.limits.values(), default=math.nan)
-
-    def step_seconds(self, mfu: float) -> float:
-        """At a model-FLOPs utilisation, or at the roofline where that is slower."""
-        peak = self.topology.chip.flops * self.num_devices
-        return max(self.model_flops / peak / mfu, *self.limits.values())
-
-    def figures(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)} | {
-            "topology": self.topology.name,
-            "slices": self.topology.slices,
-            "hosts": self.topology.hosts,
-            "devices": self.num_devices,
-            "device_memory": self.topology.chip.memory,
-            "traffic": dataclasses.asdict(self.traffic),
-            "total_bytes": self.total_bytes,
-            "fits": self.fits,
-            "limits": self.limits,
-        }
+        return self.total_bytes <= self.device_memory
 
     def table(self, mfu: float) -> str:
-        """For people: a line a figure. `mfu` is the model-FLOPs utilisation that times are told for."""
-        mesh = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items())
-        rows = {"devices": f"{self.num_devices} as {mesh}", "images a step": f"{self.batch_size}"}
-        rows |= {name: _size(size) for name, size in self.state_bytes.items()}
-        if self.problem:
-            rows["does not fit"] = self.problem
-            return _lines(rows)
-        rows |= {
-            "temporaries": _size(self.temporary_bytes),
-            "program": _size(self.code_bytes),
-            "together": f"{_size(self.total_bytes)} of {_size(self.topology.chip.memory)}"
-            + ("" if self.fits else ": does not fit"),
-            "products": f"{self.flops / 1e12:,.3f} TFLOP a step",
-            "bytes moved": f"{self.traffic.memory_bytes / 1e9:,.2f} GB a step",
-        }
-        for kind, collective in sorted(self.traffic.collectives.items()):
-            others = "slices" if self.topology.slices > 1 else "hosts" if self.topology.hosts > 1 else ""
-            network = f", {collective.network_bytes / 1e6:,.1f} to other {others}" if others else ""
-            rows[kind] = f"{collective.count:,} a step, {collective.bytes / 1e6:,.1f} MB sent{network}"
-        rows["compiled in"] = f"{self.compile_seconds:.0f} s of processor time"
-        return _lines(rows | self._times(mfu))
-
-    def _times(self, mfu: float) -> dict[str, str]:
-        if not self.limits:
-            return {"times": "not told: this device's peak rates are not in tarflow_jax/planning/chips.py"}
-        bound, slowest = max((seconds, name) for name, seconds in self.limits.items())
-        shares = ", ".join(f"{name} {seconds * 1e3:.3g}" for name, seconds in self.limits.items())
-        seconds = self.step_seconds(mfu)
-        hours = seconds * self.num_steps / 3600
-        held = "" if seconds > bound else f", held at the bound by {slowest}"
-        rows = {
-            "ms a step at least": f"{bound * 1e3:.4g}, by {slowest} ({shares})",
-            "images/s at most": f"{self.batch_size / bound:,.0f}",
-            f"at {mfu:.0%} MFU": f"{self.batch_size / seconds:,.0f} images/s{held}",
-        }
-        if self.num_steps:
-            chip_hours = f"{hours * self.num_devices:,.0f} chip-hours"
-            rows["the whole recipe"] = f"{self.num_steps:,} steps, {hours:,.1f} hours, {chip_hours}"
-        return rows
+        """Returns the figures as lines of text, with the training time at a model-FLOPs utilization."""
+        mesh, num_devices = " x ".join(f"{axis} {n}" for axis, n in self.mesh.items()), math.prod(self.mesh.values())
+        rows = {"devices": f"{num_devices} as {mesh}", "images per step": f"{self.batch_size:,}"}
+        sizes = self.state_bytes | {"temporaries": self.temporary_bytes, "program": self.code_bytes}
+        rows |= {name: f"{size / 2**20:,.1f} MiB" for name, size in sizes.items() if size and not math.isnan(size)}
+        used = self.problem or f"{self.total_bytes / 2**20:,.1f} of {self.device_memory / 2**20:,.0f} MiB"
+        rows["memory"] = f"{used}: {'fits' if self.fits else 'does not fit'}"
+        rows["matmuls"] = f"{self.flops / 1e12:,.3f} TFLOP per step"
+        for kind, collective in sorted(self.collectives.items()):
+            rows[kind] = f"{collective.count:,} per step, {collective.bytes / 1e6:,.1f} MB sent"
+        if self.device_flops and self.num_steps:
+            seconds = self.model_flops / (self.device_flops * mfu)
+            hours = seconds * self.num_steps / 3600
+            rows[f"at {mfu:.0%} MFU"] = f"{seconds:.3g} s per step, {self.batch_size / seconds:,.0f} images/s"
+            rows["whole run"] = f"{hours:,.1f} hours, {hours * num_devices:,.0f} device-hours"
+        return "\n".join(f"{name:<26} {value}" for name, value in rows.items())
 
 
-def _size(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:,.1f} MiB"
+def make_plan(recipe: Recipe, topology: Topology, sampler: bool = False) -> Plan:
+    """Compiles a recipe's training step, or the sequential decoder with the recipe's guidance for a training batch.
+
+    Raises UserError if the batch or a parameter does not divide by the recipe's mesh.
+    """
+    mesh, fields = recipe.mesh(topology.devices), recipe.config.train
+    traced, arguments = trace(recipe, mesh, sampler)
+    plan = Plan(
+        topology=topology.name,
+        num_slices=topology.num_slices,
+        device_memory=topology.chip.memory,
+        device_flops=topology.chip.flops,
+        mesh=dict(mesh.shape),
+        batch_size=fields.batch_size,
+        num_steps=0 if sampler else fields.num_steps,
+        state_bytes={name: _device_bytes(argument) for name, argument in arguments.items()},
+        flops=program_flops(traced.jaxpr) / mesh.size,
+        model_flops=0 if sampler else 3 * forward_flops(recipe.model) * fields.batch_size / mesh.size,
+    )
+    try:
+        compiled = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return dataclasses.replace(plan, problem=one_line(error))
+    memory = compiled.memory_analysis()
+    return dataclasses.replace(
+        plan,
+        temporary_bytes=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+        code_bytes=memory.generated_code_size_in_bytes,
+        collectives=collectives(compiled.as_text(), mesh.size, topology.num_slices),
+    )
 
 
-def _lines(rows: dict[str, str]) -> str:
-    return "\n".join(f"{name:<20} {value}" for name, value in rows.items())
+def trace(recipe: Recipe, mesh: Mesh, sampler: bool) -> tuple[Any, dict[str, Any]]:
+    """Traces the program that `make_plan` compiles, on shapes; returns the trace and the arguments by name."""
+    state, rows = abstract_state(recipe.train_config, mesh), batch_sharding(mesh)
+    count, dtype = recipe.config.train.batch_size, jnp.float32 if sampler else jnp.uint8
+    images = jax.ShapeDtypeStruct((count, *recipe.model.image_shape), dtype, sharding=rows)
+    labels = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=rows)
+    arguments = {"parameters": state.variables, "batch": (images, labels)}
+    if sampler:
+        sample = jax.jit(functools.partial(_sample, recipe), out_shardings=rows)
+        return Program(sample, mesh).trace(state.variables, images, labels), arguments
+    key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=replicated(mesh))
+    traced = compiled_step(recipe.train_config, mesh).trace(state, images, labels, key)
+    return traced, arguments | {"optimizer": state.opt_state, "EMA": state.ema_params}
+
+
+def _sample(recipe: Recipe, variables: Any, latents: jax.Array, labels: jax.Array) -> jax.Array:
+    model, guidance = recipe.model, Guidance(**recipe.config.sample.guidance)
+    given = labels if model.num_classes else None
+    levels = jnp.ones(len(labels)) if model.noise_conditional else None
+    with jax.default_matmul_precision("highest" if model.dtype == "float32" else "default"):
+        return decode(model, variables, latents, given, guidance if guidance.weight else None, levels).images
+
+
+def changes(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
+    """Returns config fields to change in a recipe that does not fit; each entry adds a change to the one before."""
+    fields, model = recipe.config.train, recipe.config.model
+    shards = plan.mesh["data"] * plan.mesh["fsdp"]
+    fsdp = shards // plan.num_slices
+    halvings = [n for n in (2, 4, 8, 16, 32, 64) if fields.batch_size % (n * shards) == 0]
+    candidates: list[dict[str, Any]] = []
+    if plan.num_steps and model.remat != "full":
+        candidates.append({"model.remat": "full"})
+    if fsdp > plan.mesh["fsdp"] and model.width % fsdp == 0:
+        candidates.append({"mesh.data": plan.num_slices, "mesh.fsdp": fsdp})
+    if plan.num_steps:
+        candidates += [{"train.accumulation": n} for n in halvings if n > fields.accumulation]
+    else:
+        candidates += [{"train.batch_size": fields.batch_size // n} for n in halvings]
+    if model.dtype != "bfloat16":
+        candidates.append({"model.dtype": "bfloat16"})
+    return list(itertools.accumulate(candidates, operator.or_))
+
+
+def _device_bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
