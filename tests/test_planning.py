@@ -11,12 +11,12 @@ import pytest
 
 from configs import digits
 from tarflow_jax.flow import TarFlow
-from tarflow_jax.flow.attention import choose_kernel
 from tarflow_jax.planning import Plan, changes, forward_flops, make_plan, open_topology
 from tarflow_jax.planning.collectives import Collective
 from tarflow_jax.planning.flops import program_flops
 from tarflow_jax.planning.plan import trace
 from tarflow_jax.runtime import make_mesh
+from tarflow_jax.runtime.kernels import choose_kernel
 from tarflow_jax.training import Recipe
 
 

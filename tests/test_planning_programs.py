@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks.hlo_traffic import traffic
-from tarflow_jax.flow.attention import splash
 from tarflow_jax.planning.collectives import Collective, collectives
 from tarflow_jax.planning.flops import program_flops
 from tarflow_jax.runtime import make_mesh
+from tarflow_jax.runtime.kernels import splash
 
 # A loop of 3 rounds: a 4 x 8 slice of a 3 x 4 x 8 buffer is read by a fusion, all-reduced over pairs and kept on chip.
 PROGRAM = """\

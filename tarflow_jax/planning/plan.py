@@ -15,7 +15,7 @@ from tarflow_jax.errors import one_line
 from tarflow_jax.planning.collectives import Collective, collectives
 from tarflow_jax.planning.flops import forward_flops, program_flops
 from tarflow_jax.planning.topology import Topology
-from tarflow_jax.runtime import Program, batch_sharding, replicated
+from tarflow_jax.runtime import Program, batch_sharding, device_flow, replicated
 from tarflow_jax.sampling import Guidance, decode
 from tarflow_jax.training import Recipe
 from tarflow_jax.training.state import abstract_state
@@ -121,8 +121,9 @@ def _sample(recipe: Recipe, variables: Any, latents: jax.Array, labels: jax.Arra
     model, guidance = recipe.model, Guidance(**recipe.config.sample.guidance)
     given = labels if model.num_classes else None
     levels = jnp.ones(len(labels)) if model.noise_conditional else None
-    with jax.default_matmul_precision("highest" if model.dtype == "float32" else "default"):
-        return decode(model, variables, latents, given, guidance if guidance.weight else None, levels).images
+    guidance = guidance if guidance.weight else None
+    with jax.default_matmul_precision("highest"):
+        return decode(device_flow(model), variables, latents, given, levels, guidance=guidance)
 
 
 def changes(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
