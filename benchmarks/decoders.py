@@ -14,7 +14,7 @@ from tarflow_jax import Guidance, TarFlowPipeline
 from tarflow_jax.data import open_source
 from tarflow_jax.evaluation.classifier import classifier_network
 from tarflow_jax.evaluation.features import FeatureExtractor
-from tarflow_jax.evaluation.statistics import FeatureStatistics, feature_statistics, frechet_distance
+from tarflow_jax.evaluation.scores import FeatureStatistics, feature_statistics, frechet_distance
 from tarflow_jax.figures import to_uint8
 from tarflow_jax.flow import FlowBlock, permute, to_tokens
 from tarflow_jax.sampling import Jacobi, Sequential

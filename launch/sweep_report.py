@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launch.common import GUIDANCE_FLAGS
+from launch.tables import format_table
 from tarflow_jax.errors import MissingPackageError, UserError
-from tarflow_jax.evaluation.report import format_table
 from tarflow_jax.files import replacing, write_text
 
 # What launch.evaluate varies by itself, and what several evaluations may differ in: settings of a row, not metrics.
