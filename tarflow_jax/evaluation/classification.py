@@ -28,7 +28,7 @@ def bayes_classification(log_probs: np.ndarray, labels: np.ndarray) -> dict[str,
     """Classifies by argmax_y log p(x | y) under equal priors, and calibrates the posterior softmax_y(log p(x | y)).
 
     The posterior is overconfident, because the errors of all dimensions add up; dividing log p by a temperature
-    corrects that. The temperature is fitted on the images of even index; the posterior is evaluated on those of odd index.
+    corrects that. It is fitted on the images of even index; the posterior is evaluated on those of odd index.
 
     Args:
       log_probs: nats [N, C].

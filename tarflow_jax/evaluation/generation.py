@@ -34,7 +34,7 @@ class Samples(NamedTuple):
 
 
 def quantise(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds float images [B, H, W, K] in [-1, 1] to 8 bits; also returns bool [B]: has it pixels that are not finite?"""
+    """Rounds float images [B, H, W, K] in [-1, 1] to uint8; also returns bool [B], whether any pixel is not finite."""
     finite = np.isfinite(images)
     values = to_uint8(np.where(finite, images, 0))
     return np.where(finite, values, np.uint8(NOT_FINITE)), ~finite.all((1, 2, 3))
@@ -151,5 +151,5 @@ def as_colour(images: np.ndarray) -> np.ndarray:
 
 
 def file_stem(*parts: str) -> str:
-    """Joins parts such as a data set's name, "folder:/data/cats", to a file name of letters, digits, dots and dashes."""
+    """Joins parts, such as a data set's name "folder:/data/cats", to a name of letters, digits, dots and dashes."""
     return "-".join(re.sub(r"[^\w.]+", "_", part).strip("_") for part in parts)

@@ -131,7 +131,7 @@ def block_c(inner: int) -> Branches:
 
 
 class Block(nn.Module):
-    """Concatenates parallel branches and a pool; `strides` is that of the branches' last convolutions and of the pool."""
+    """Concatenates parallel branches and a pool; `strides` holds for their last convolutions and for the pool."""
 
     branches: Branches
     pool: Callable[[Array], Array]
