@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from launch import common
-from launch.demo_app.builder import check_address, page_builder
+from launch import common, demo_app
 from launch.demo_app.model import DemoModel
 
 WORKDIR = flags.DEFINE_string(
@@ -20,25 +19,16 @@ NUM_IMAGES = flags.DEFINE_integer("num_images", 16, "Draw this many images at a 
 common.define_checkpoint_flag()
 flags.mark_flags_as_required(["workdir"])
 
-MAX_UPLOAD_SIZE = "16mb"
-
 
 def main(argv: Sequence[str]) -> None:
     """Opens the model, draws the first images, and serves until it is stopped."""
-    build = page_builder()
-    check_address(HOST.value, PORT.value)
+    build = demo_app.page_builder()
+    demo_app.check_address(HOST.value, PORT.value)
     workdir = common.folder("workdir")
     model = DemoModel.of(common.open_pipeline(workdir, None), workdir, NUM_IMAGES.value)
     print(f"drawing the first {model.num_images} images", flush=True)
     page, options = build(model)
-    page.launch(
-        server_name=HOST.value,
-        server_port=PORT.value,
-        max_file_size=MAX_UPLOAD_SIZE,
-        prevent_thread_lock=True,
-        quiet=True,
-        **options,
-    )
+    page.launch(server_name=HOST.value, server_port=PORT.value, prevent_thread_lock=True, quiet=True, **options)
     print(f"http://{HOST.value}:{PORT.value}", flush=True)
     page.block_thread()
 

@@ -13,7 +13,7 @@ from PIL import Image
 from runs import SMALL
 from tiny_models import random_variables
 
-from launch.demo_app.builder import check_address, page_builder
+from launch.demo_app import check_address, page_builder
 from launch.demo_app.model import IN_TURN, MAX_UPLOAD_PIXELS, DemoModel, Settings
 from tarflow_jax import Guidance, Noise, TarFlowPipeline, programs
 from tarflow_jax.errors import MissingPackageError, UserError
