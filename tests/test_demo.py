@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import io
-import json
 import socket
 
 import chex
@@ -127,15 +126,19 @@ def test_an_upload_that_is_no_image_is_refused_in_one_line(model, tmp_path, cont
     assert "\n" not in str(refused.value)
 
 
-def test_probabilities_are_calibrated_where_these_weights_were_evaluated(model, tmp_path):
-    assert DemoModel.of(model.pipe, str(tmp_path), COUNT).temperature is None
-    for name, weights, temperature in (("a", fingerprint(model.pipe.variables), 3.5), ("b", "others", 2.0)):
-        report = {"protocol": {"fingerprint": weights}, "results": {"classification": {"temperature": temperature}}}
-        path = tmp_path / "evaluation" / f"classification-{name}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(report))
-    (path.parent / "classification-c.json").write_text("{")
-    assert DemoModel.of(model.pipe, str(tmp_path), COUNT).temperature == 3.5
+def test_probabilities_are_calibrated_where_these_weights_were_evaluated(model):
+    assert model.temperature is None
+    weights = fingerprint(model.pipe.variables)
+    card = {
+        "evaluations": [
+            {"protocol": {"fingerprint": "others"}, "results": {"classification": {"temperature": 2.0, "draws": 1}}},
+            {"protocol": {"fingerprint": weights}, "results": {"classification": {"temperature": 1.5, "draws": 4}}},
+            {"protocol": {"fingerprint": weights}, "results": {"classification": {"temperature": 3.5, "draws": 1}}},
+            {"protocol": {"fingerprint": weights}, "results": {"bits_per_dim": {}}},
+        ]
+    }
+    pipe = TarFlowPipeline(SMALL, model.pipe.variables, Noise("gaussian", 0.1), card=card)
+    assert DemoModel.of(pipe, "runs/tiny", COUNT).temperature == 3.5
 
 
 def test_the_head_tells_what_is_known(model):

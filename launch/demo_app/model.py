@@ -1,9 +1,7 @@
 """What the demo computes, without its page: samples, arrays of uploads, facts about a model."""
 
 import dataclasses
-import json
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from etils import epath
 
 from launch import common
 from tarflow_jax.data.images import decode_image, preprocess, read_file
-from tarflow_jax.errors import UserError, one_line
+from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.generation import quantise
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.inspection import Progress
@@ -87,7 +85,7 @@ class DemoModel:
             tuple(names),
             decoders,
             "tarflow" if preprocessing == "none" else preprocessing,  # uploads have any size
-            _calibration(path, pipe),
+            _calibration(pipe),
         )
 
     @property
@@ -161,16 +159,9 @@ def _has_schedule(pipe: TarFlowPipeline) -> bool:
         return False
 
 
-def _calibration(folder: epath.Path, pipe: TarFlowPipeline) -> float | None:
-    """The posterior's temperature from the latest evaluation of these weights."""
-    reports = [*(folder / "evaluation").glob("*classification*.json")]
-    weights = fingerprint(pipe.variables) if reports else None
-    for path in sorted(reports, key=lambda path: path.stat().mtime, reverse=True):
-        try:
-            report = json.loads(path.read_text())
-            temperature = float(report["results"]["classification"]["temperature"])
-            if report["protocol"]["fingerprint"] == weights and 0 < temperature < math.inf:
-                return temperature
-        except (ValueError, KeyError, TypeError) as error:
-            logger.warning("%s is not an evaluation's report and is ignored: %s", path, one_line(error))
-    return None
+def _calibration(pipe: TarFlowPipeline) -> float | None:
+    """The posterior's temperature, if the workdir has an evaluation of these weights; of several, the fewest draws'."""
+    found = [each for each in pipe.card.get("evaluations", ()) if "classification" in each["results"]]
+    weights = fingerprint(pipe.variables) if found else None
+    figures = [each["results"]["classification"] for each in found if each["protocol"].get("fingerprint") == weights]
+    return min(figures, key=lambda figure: figure["draws"])["temperature"] if figures else None
