@@ -10,12 +10,10 @@ from absl import flags
 from launch import common, demo_app
 from launch.demo_app.model import DemoModel
 
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Show the model of this training run's folder, saved model's folder, or hub name."
-)
-HOST = flags.DEFINE_string("host", "127.0.0.1", "Listen at this address; 0.0.0.0 is reached from other machines.")
-PORT = flags.DEFINE_integer("port", 7860, "Listen at this port.", lower_bound=1, upper_bound=65535)
-NUM_IMAGES = flags.DEFINE_integer("num_images", 16, "Draw this many images at a time.", lower_bound=1, upper_bound=100)
+WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, saved model's folder, or hub name.")
+HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 is open to other machines.")
+PORT = flags.DEFINE_integer("port", 7860, "Port to listen on.", lower_bound=1, upper_bound=65535)
+NUM_IMAGES = flags.DEFINE_integer("num_images", 16, "Number of images drawn at a time.", lower_bound=1, upper_bound=100)
 common.define_checkpoint_flag()
 flags.mark_flags_as_required(["workdir"])
 

@@ -44,29 +44,26 @@ from tarflow_jax.training import Recipe
 ALL_METRICS = ("bits_per_dim", *distances.METRICS, "classification", "outliers", "student")
 NUM_CANDIDATES, TUNING_IMAGES = 8, 500  # to find the noise level that classifies best
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Measure the model of this training run's folder.")
-MODEL = flags.DEFINE_string("model", None, "Measure this saved model, by its folder or hub name, instead of --workdir.")
-DATA = flags.DEFINE_string("data", None, "Measure on this data set; on the one the run was trained on if not given.")
-PREPROCESSING = flags.DEFINE_string("preprocessing", None, "Prepare --data this way: none, tarflow or adm.")
-OUT = flags.DEFINE_string("out", None, "Write to this folder; if not given, to WORKDIR/evaluation or ./evaluation.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of the model.")
+MODEL = flags.DEFINE_string("model", None, "Saved model instead of --workdir, by its folder or hub name.")
+DATA = flags.DEFINE_string("data", None, "Data set; default: the one the run was trained on.")
+PREPROCESSING = flags.DEFINE_string("preprocessing", None, "Preprocessing of --data: none, tarflow or adm.")
+OUT = flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR/evaluation or ./evaluation.")
 METRICS = flags.DEFINE_list(
     "metrics",
     ["bits_per_dim"],
-    "Measure these: bits_per_dim, fid, sfid, inception_score, kid, precision_recall, classification, outliers, "
-    "student.",
+    "Metrics: bits_per_dim, fid, sfid, inception_score, kid, precision_recall, classification, outliers, student.",
 )
-SPLIT = flags.DEFINE_string(
-    "split", "test", "Measure likelihood, classification and outliers on this split of the data."
-)
+SPLIT = flags.DEFINE_string("split", "test", "Split for likelihood, classification and outliers.")
 NOISE_STD = flags.DEFINE_float(
-    "noise_std", None, "Ask a model of many noise levels at this σ; if not given, the lowest, or best."
+    "noise_std", None, "Noise level σ of a noise-conditional model; default: the lowest, or best."
 )
 ALLOW_NOISY = flags.DEFINE_bool("allow_noisy", False, "Report nats/dim of noisy data for Gaussian training noise.")
-DRAWS = flags.DEFINE_integer("dequantisation_draws", 1, "Take the importance-weighted bound of K draws.", lower_bound=1)
+DRAWS = flags.DEFINE_integer("dequantisation_draws", 1, "Draws K in the importance-weighted bound.", lower_bound=1)
 CLASSIFICATION_DRAWS = flags.DEFINE_integer(
-    "classification_draws", 1, "Classify by the mean of log p over K draws of the training noise.", lower_bound=1
+    "classification_draws", 1, "Number of draws of training noise to average log p over.", lower_bound=1
 )
-OUTLIERS = flags.DEFINE_string("outliers", None, "Detect this data set's images as outliers.")
+OUTLIERS = flags.DEFINE_string("outliers", None, "Out-of-distribution data set.")
 common.define_checkpoint_flag()
 common.define_process_flags()
 
@@ -120,7 +117,7 @@ def check_metrics(evaluation: Evaluation, metrics: Sequence[str]) -> None:
             "train with noise.kind=uniform, or pass --allow_noisy for nats/dim of noisy data"
         )
     if NOISE_STD.value is not None and not pipe.config.noise_conditional:
-        raise UserError("--noise_std is for models of many noise levels; this one is of a single level")
+        raise UserError("--noise_std is for noise-conditional models; this one has a single noise level")
     if "classification" in metrics and not pipe.config.num_classes:
         raise UserError("classification needs a class-conditional model, this one has no classes")
     if "student" in metrics:

@@ -31,23 +31,17 @@ NUM_FEATURES = {"inception": 2048, "classifier": 128}
 STUDENT_LATENTS, JACOBI_LATENTS = 1000, 100
 POLISHES = (1, 2, 4)
 
-SEED = common.define_seed("Draw noise and samples from this seed.")
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 50_000, "Draw this many samples for each setting.", lower_bound=2)
-GUIDANCE = flags.DEFINE_list("guidance", ["0"], "Guide with these weights, each a setting of its own.")
+SEED = common.define_seed("Seed of the noise and the samples.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 50_000, "Number of samples for each setting.", lower_bound=2)
+GUIDANCE = flags.DEFINE_list("guidance", ["0"], "Guidance weights w, one setting each.")
 DENOISE = flags.DEFINE_list(
-    "denoise", None, "Denoise: true, false or both; if not given, true for Gaussian training noise."
+    "denoise", None, "Whether to denoise: true, false or both; default: true for Gaussian training noise."
 )
-MULTIPLIER = common.define_number("denoise_multiplier", 1.0, "Multiply the score by s in denoising.")
-INCEPTION = flags.DEFINE_string(
-    "inception", None, "Read FID's weights from this PyTorch file; if not given, train a classifier."
-)
-REFERENCE = flags.DEFINE_string(
-    "reference", None, "Compare with the statistics in this npz file instead of those of a split."
-)
-REFERENCE_SPLIT = flags.DEFINE_enum("reference_split", "train", ["train", "test"], "Compare samples with this split.")
-SAVE_SAMPLES = flags.DEFINE_string(
-    "save_samples", None, "Write the samples of the last setting to this npz file, in ADM's format."
-)
+MULTIPLIER = common.define_number("denoise_multiplier", 1.0, "Factor of the score in denoising.")
+INCEPTION = flags.DEFINE_string("inception", None, "PyTorch file of FID's weights; default: train a classifier.")
+REFERENCE = flags.DEFINE_string("reference", None, "File (npz) of reference statistics, instead of a split.")
+REFERENCE_SPLIT = flags.DEFINE_enum("reference_split", "train", ["train", "test"], "Split to compare samples with.")
+SAVE_SAMPLES = flags.DEFINE_string("save_samples", None, "File (npz, as ADM's) for the last setting's samples.")
 common.define_guidance_flags()
 common.define_decoder_flags()
 

@@ -22,27 +22,20 @@ from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling import DEFAULT_DENOISING
 from tarflow_jax.training.recipe import label_names
 
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Draw from the model of this training run's folder, saved model's folder, or hub name."
-)
-OUT = flags.DEFINE_string("out", None, "Write the results to this folder; to WORKDIR/samples if not given.")
-NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "Draw this many images.", lower_bound=1)
+WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, saved model's folder, or hub name.")
+OUT = flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR/samples.")
+NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "Number of images.", lower_bound=1)
 LABELS = flags.DEFINE_list(
-    "labels", None, "Draw these classes, by number or name, in turn; all of them if not given. -1 is no class."
+    "labels", None, "Classes to draw in turn, by number or name, -1 for no class; default: all of them."
 )
-LABEL = flags.DEFINE_string("label", None, "Draw this class alone, by number or name.")
-SEED = common.define_seed("Draw the latents from this seed.")
-GUIDANCE = common.define_number("guidance", 0.0, "Guide with this weight w; 0 is no guidance.")
+LABEL = flags.DEFINE_string("label", None, "The only class to draw, by number or name.")
+SEED = common.define_seed("Seed of the latents.")
+GUIDANCE = common.define_number("guidance", 0.0, "Guidance weight w; 0 is no guidance.")
 common.define_guidance_flags()
-DENOISE = flags.DEFINE_bool(
-    "denoise", None, "Denoise the samples; if not given, where the training noise was Gaussian."
-)
-MULTIPLIER = common.define_number("denoise_multiplier", 1.0, "Multiply the score by s in denoising.")
+DENOISE = flags.DEFINE_bool("denoise", None, "Denoise the samples; default: if the training noise was Gaussian.")
+MULTIPLIER = common.define_number("denoise_multiplier", 1.0, "Factor of the score in denoising.")
 STEPS = flags.DEFINE_integer(
-    "denoise_steps",
-    None,
-    "Denoise in this many steps, equal in log σ, with a model of many noise levels.",
-    lower_bound=1,
+    "denoise_steps", None, "Number of denoising steps, equal in log σ, of a noise-conditional model.", lower_bound=1
 )
 common.define_decoder_flags()
 common.define_checkpoint_flag()

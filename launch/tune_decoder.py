@@ -22,15 +22,15 @@ from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Decoder, Guidance, Schedule
 from tarflow_jax.sampling.tuning import Tuning, tune
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Tune for the model of this training run's folder, or saved model's.")
-NUM_IMAGES = flags.DEFINE_list("num_images", ["100", "16", "1"], "Tune for batches of these sizes.")
-GUIDANCE = flags.DEFINE_float("guidance", 0.0, "Tune for this guidance weight w.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, or saved model's folder.")
+NUM_IMAGES = flags.DEFINE_list("num_images", ["100", "16", "1"], "Batch sizes to tune for.")
+GUIDANCE = flags.DEFINE_float("guidance", 0.0, "Guidance weight w to tune for.")
 common.define_guidance_flags()
-TOLERANCE = flags.DEFINE_float("tolerance", 1e-4, "Let parallel decoders stop at changes this small.", lower_bound=0.0)
+TOLERANCE = flags.DEFINE_float("tolerance", 1e-4, "Change at which parallel decoders stop.", lower_bound=0.0)
 MAX_ERROR = flags.DEFINE_float(
-    "max_error", 1 / 255, "Accept errors of a pixel up to this, in [-1, 1] units.", lower_bound=0.0
+    "max_error", 1 / 255, "Largest accepted error of a pixel, in [-1, 1] units.", lower_bound=0.0
 )
-SEED = flags.DEFINE_integer("seed", 0, "Draw the latents from this seed.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the latents.")
 common.define_checkpoint_flag()
 flags.mark_flags_as_required(["workdir"])
 
