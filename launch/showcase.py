@@ -11,6 +11,8 @@ from tarflow_jax.figures import class_names, class_rows, grid, save_png, to_uint
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance
 
+NUM_IMAGES = 100
+
 
 def showcase(
     pipe: TarFlowPipeline,
@@ -19,14 +21,13 @@ def showcase(
     *,
     denoise_multiplier: float,
     names: Sequence[str] = (),
-    num_images: int = 100,
 ) -> list[epath.Path]:
     """Decodes the same latents raw, denoised, guided and denoised, and block by block; returns the paths of the PNGs.
 
     `names` are those of the classes. Every process draws; the first one writes.
     """
-    latents = pipe.latents(jax.random.key(0), num_images)
-    labels = example_labels(pipe.config.num_classes, num_images)
+    latents = pipe.latents(jax.random.key(0), NUM_IMAGES)
+    labels = example_labels(pipe.config.num_classes, NUM_IMAGES)
     raw, trajectory = pipe.decode(latents, labels, return_trajectory=True, noise_std=pipe.drawn_level)
     guided = pipe.decode(latents, labels, guidance, noise_std=pipe.drawn_level)
     images = {"samples_raw": raw}

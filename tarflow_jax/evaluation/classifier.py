@@ -90,14 +90,24 @@ def classifier_network(train: ImageSource, test: ImageSource, cache_dir: str | P
         )
     model = Classifier(train.num_classes)
 
+    def network(params: Any, identity: str) -> FeatureNetwork:
+        activations = 4 * 16 * math.prod(train.image_shape[:2])  # twice the first layer's outputs
+        return FeatureNetwork("classifier", identity, PREPROCESSING, params, _apply(train.num_classes), activations)
+
     def fit() -> tuple[Any, dict[str, str]]:
         params = train_classifier(train, model, steps=max(6 * len(train) // BATCH_SIZE, MIN_STEPS))
-        return params, {"accuracy": repr(accuracy(params, test))}
+        images, labels = test.read(np.arange(len(test)))
+        logits = FeatureExtractor(network(params, "not saved yet"))(images).logits
+        return params, {"accuracy": repr(float((logits.argmax(-1) == labels).mean()))}
 
     path = _cache_path(cache_dir, "classifier", train)
     params, metadata = _read_or_fit(path, train, model, RECIPE, fit)
-    identity = f"sha256 {sha256(path)} (test accuracy {float(metadata['accuracy']):.4f}; {RECIPE})"
-    return _network(params, train, identity)
+    return network(params, f"sha256 {sha256(path)} (test accuracy {float(metadata['accuracy']):.4f}; {RECIPE})")
+
+
+@functools.cache
+def _apply(num_classes: int) -> Callable[[Any, jax.Array], Features]:
+    return lambda params, images: Classifier(num_classes).apply({"params": params}, images)
 
 
 def perceptual_network_params(train: ImageSource, cache_dir: str | Path) -> dict[str, Any]:
@@ -114,23 +124,6 @@ def perceptual_network_params(train: ImageSource, cache_dir: str | Path) -> dict
         return train_classifier(train, model, steps, PERCEPTUAL_BATCH_SIZE, seed=1), {}
 
     return _read_or_fit(_cache_path(cache_dir, "perception", train), train, model, PERCEPTUAL_RECIPE, fit)[0]
-
-
-def accuracy(params: Any, source: ImageSource) -> float:
-    """Returns the fraction of the images of `source` that a `Classifier` labels correctly."""
-    images, labels = source.read(np.arange(len(source)))
-    logits = FeatureExtractor(_network(params, source))(images).logits
-    return float((logits.argmax(-1) == labels).mean())
-
-
-def _network(params: Any, source: ImageSource, identity: str = "") -> FeatureNetwork:
-    activations = 4 * 16 * math.prod(source.image_shape[:2])  # twice the first layer's outputs
-    return FeatureNetwork("classifier", identity, PREPROCESSING, params, _apply(source.num_classes), activations)
-
-
-@functools.cache
-def _apply(num_classes: int) -> Callable[[Any, jax.Array], Features]:
-    return lambda params, images: Classifier(num_classes).apply({"params": params}, images)
 
 
 def _cache_path(cache_dir: str | Path, kind: str, source: ImageSource) -> Path:
