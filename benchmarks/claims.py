@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.common import add_row
-from benchmarks.judge import Judge
 from benchmarks.optimizers import run_trial
+from benchmarks.sample_metrics import SampleMetrics
 from configs.sweeps.small import SEEDS
 from launch.common import example_labels
 from tarflow_jax.data import open_source
@@ -43,13 +43,13 @@ Rows = Iterator[dict[str, Any]]
 
 def bounds() -> Rows:
     """Distances of real images that no flow has seen, and of noise."""
-    judge = Judge("fashion_mnist")
+    metrics = SampleMetrics("fashion_mnist")
     for seed in SEEDS:
         rng = np.random.default_rng(seed)
-        chosen = rng.choice(len(judge.test), NUM_IMAGES, replace=False)
-        yield {"train.seed": seed, "images": "test images"} | judge(judge.test.read(np.sort(chosen))[0])
-        noise = rng.integers(256, size=(NUM_IMAGES, *judge.test.image_shape), dtype=np.uint8)
-        yield {"train.seed": seed, "images": "uniform noise"} | judge(noise)
+        chosen = rng.choice(len(metrics.test), NUM_IMAGES, replace=False)
+        yield {"train.seed": seed, "images": "test images"} | metrics(metrics.test.read(np.sort(chosen))[0])
+        noise = rng.integers(256, size=(NUM_IMAGES, *metrics.test.image_shape), dtype=np.uint8)
+        yield {"train.seed": seed, "images": "uniform noise"} | metrics(noise)
 
 
 def directions() -> Rows:
@@ -78,7 +78,7 @@ def updates(workdir: Path) -> Rows:
                     shutil.rmtree(Path(copy, "checkpoints", str(later)))
                 pipe = TarFlowPipeline.from_pretrained(copy)
             labels, latents = example_labels(10, 100), pipe.latents(jax.random.key(seed), 100)
-            _, (found, _) = pipe.decode(latents, labels, decoder=Jacobi(), return_statistics=True)
+            found = pipe.decode_trace(latents, labels, decoder=Jacobi()).updates.T
             row = {"train.seed": seed, "step": step, "most": pipe.config.num_tokens - 1}
             yield row | {f"block {k}": float(np.mean(of_block)) for k, of_block in enumerate(found)}
 

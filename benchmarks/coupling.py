@@ -24,7 +24,7 @@ from flowjax.distributions import Normal
 from flowjax.flows import coupling_flow
 
 from benchmarks.common import add_row
-from benchmarks.judge import Judge
+from benchmarks.sample_metrics import SampleMetrics
 from configs.sweeps.small import SEEDS
 from tarflow_jax.likelihood import bits_per_dim
 from tarflow_jax.noise import Noise
@@ -106,8 +106,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, required=True, help="of steps")
     parser.add_argument("--rows", type=Path, default=Path("docs/results/coupling.csv"), help="appended to")
     args = parser.parse_args()
-    judge = Judge("fashion_mnist")
-    images, tests = (source.read(np.arange(len(source)))[0] for source in (judge.train, judge.test))
+    metrics = SampleMetrics("fashion_mnist")
+    images, tests = (source.read(np.arange(len(source)))[0] for source in (metrics.train, metrics.test))
     tried = {
         rate: bits_of(trained(0, images, args.parameters, args.seconds / 5, rate)[0], images[:2000]) for rate in RATES
     }
@@ -117,7 +117,7 @@ def main() -> None:
         flow, num_steps = trained(seed, images, args.parameters, args.seconds, rate)
         samples = flow.sample(jax.random.key(seed), (SAMPLES,)).reshape(SAMPLES, *images.shape[1:])
         row = {"train.seed": seed, "learning_rate": rate, "steps": num_steps, "parameters": num_parameters(flow)}
-        add_row(args.rows, row | {"bits/dim": bits_of(flow, tests)} | judge(samples))
+        add_row(args.rows, row | {"bits/dim": bits_of(flow, tests)} | metrics(samples))
 
 
 if __name__ == "__main__":

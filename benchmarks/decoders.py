@@ -14,9 +14,9 @@ from tarflow_jax import Guidance, TarFlowPipeline
 from tarflow_jax.data import open_source
 from tarflow_jax.evaluation.classifier import classifier_network
 from tarflow_jax.evaluation.features import FeatureExtractor
-from tarflow_jax.evaluation.statistics import FeatureStatistics, feature_statistics, frechet_distance
+from tarflow_jax.evaluation.scores import FeatureStatistics, feature_statistics, frechet_distance
 from tarflow_jax.figures import to_uint8
-from tarflow_jax.flow import FlowBlock, permute, to_tokens
+from tarflow_jax.flow import FlowBlock, is_reversed, permute, to_tokens
 from tarflow_jax.sampling import Jacobi, Sequential
 from tarflow_jax.training import Recipe
 
@@ -44,8 +44,8 @@ def compare(args: argparse.Namespace) -> None:
         figures = common.time_in_turns(runs, args.repeats)
         exact = pipe.decode(latents, labels, guidance)
         for name, decoder in DECODERS.items():
-            images, (updates, _) = pipe.decode(latents, labels, guidance, decoder=decoder, return_statistics=True)
-            figures[name]["updates"] = [round(float(block.mean()), 1) for block in updates]
+            images, _, _, updates, _ = pipe.decode_trace(latents, labels, guidance, decoder)
+            figures[name]["updates"] = [round(float(block.mean()), 1) for block in updates.T]
             figures[name]["error"] = float(abs(images - exact).max())
             rows.append(_row(name, batch, figures))
         if batch <= LARGEST_EXACT:
@@ -67,10 +67,13 @@ def compare(args: argparse.Namespace) -> None:
 def plot_convergence(pipe: TarFlowPipeline, path: Path, count: int = 16) -> None:
     """Draws the largest error of a block's tokens after each Jacobi update, from its input ("latents")."""
     labels = example_labels(pipe.config.num_classes, count)
-    _, trajectory = pipe.decode(pipe.latents(jax.random.key(1), count), labels, return_trajectory=True)
+    trajectory = pipe.decode_trace(pipe.latents(jax.random.key(1), count), labels).trajectory
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for k in range(pipe.config.num_blocks):
-        z, x = (permute(to_tokens(pipe.config, trajectory[pipe.config.num_blocks - 1 - k + i]), k) for i in (0, 1))
+        z, x = (
+            permute(to_tokens(pipe.config, trajectory[:, pipe.config.num_blocks - 1 - k + i]), is_reversed(k))
+            for i in (0, 1)
+        )
         errors = _errors(FlowBlock(pipe.config, k), pipe.variables["params"][f"block_{k}"], labels, z, x)
         axes.semilogy(errors, label=f"block {k}")
     axes.axhline(1 / 255, color="grey", linewidth=0.8, linestyle="--")
@@ -82,7 +85,8 @@ def plot_convergence(pipe: TarFlowPipeline, path: Path, count: int = 16) -> None
 def _errors(block: FlowBlock, params: dict, labels: np.ndarray | None, z: jax.Array, exact: jax.Array) -> list[float]:
     @jax.jit
     def update(x: jax.Array) -> jax.Array:
-        return block.apply({"params": params}, x, labels, method="affine").inverse(z)
+        affine = block.apply({"params": params}, x, is_reversed(block.index), labels, method="affine_of_next")
+        return affine.of_next_token().inverse(z)
 
     x, errors = z, [float(abs(z - exact).max())]
     for _ in range(z.shape[1] - 1):

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from tarflow_jax.data import open_source
-from tarflow_jax.evaluation.distances import METRICS, sample_metrics
+from tarflow_jax.evaluation.distances import METRICS, Reference, sample_metrics
 from tarflow_jax.evaluation.features import FeatureExtractor
+from tarflow_jax.evaluation.generation import as_colour
 from tarflow_jax.evaluation.inception import InceptionV3, inception_network
-from tarflow_jax.evaluation.sample_files import Reference, as_colour
-from tarflow_jax.evaluation.statistics import feature_statistics
+from tarflow_jax.evaluation.scores import feature_statistics
 
 NUM_IMAGES = 2048
 ROUNDS = 5

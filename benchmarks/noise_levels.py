@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.judge import Judge
+from benchmarks.sample_metrics import SampleMetrics
 from tarflow_jax.evaluation.generation import labels_in_proportion
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance, IterativeDenoising
@@ -37,33 +37,37 @@ def denoised(pipe: TarFlowPipeline, images: jax.Array, labels: Any, method: dict
     return images
 
 
-def samples(pipe: TarFlowPipeline, judge: Judge, setting: dict[str, Any]) -> tuple[jax.Array, np.ndarray]:
+def samples(pipe: TarFlowPipeline, metrics: SampleMetrics, setting: dict[str, Any]) -> tuple[jax.Array, np.ndarray]:
     """(images, labels), drawn and not denoised; labels are as frequent as in the training images."""
-    labels = labels_in_proportion(judge.train.class_counts(), setting["num_images"])
+    labels = labels_in_proportion(metrics.train.class_counts(), setting["num_images"])
     assert labels is not None
     latents = pipe.latents(jax.random.key(setting["seed"]), len(labels))
     return pipe.decode(latents, labels, Guidance(**setting["guidance"]), noise_std=pipe.drawn_level), labels
 
 
-def noisy_test_images(pipe: TarFlowPipeline, judge: Judge, setting: dict[str, Any]) -> tuple[jax.Array, np.ndarray]:
+def noisy_test_images(
+    pipe: TarFlowPipeline, metrics: SampleMetrics, setting: dict[str, Any]
+) -> tuple[jax.Array, np.ndarray]:
     """(images, labels) of the data set, with noise of the level that samples are drawn at."""
     assert pipe.noise is not None
-    images, labels = judge.test.read(np.arange(setting["num_images"]))
+    images, labels = metrics.test.read(np.arange(setting["num_images"]))
     levels = None if pipe.drawn_level is None else jnp.full(len(images), pipe.drawn_level)
     return pipe.noise(jax.random.key(setting["seed"]), images, levels), labels
 
 
-def measured(pipe: TarFlowPipeline, judge: Judge, setting: dict[str, Any], methods: list[Any]) -> Iterator[dict]:
+def measured(
+    pipe: TarFlowPipeline, metrics: SampleMetrics, setting: dict[str, Any], methods: list[Any]
+) -> Iterator[dict]:
     """A row for each of the methods."""
     began = time.perf_counter()
-    drawn, labels = (noisy_test_images if setting.get("test_images") else samples)(pipe, judge, setting)
+    drawn, labels = (noisy_test_images if setting.get("test_images") else samples)(pipe, metrics, setting)
     drawn.block_until_ready()
     decoding = time.perf_counter() - began
     for method in methods:
         began = time.perf_counter()
         images = np.asarray(denoised(pipe, drawn, labels, method))
         denoising = time.perf_counter() - began
-        yield judge(images) | {"decode_seconds": round(decoding, 2), "denoise_seconds": round(denoising, 2)}
+        yield metrics(images) | {"decode_seconds": round(decoding, 2), "denoise_seconds": round(denoising, 2)}
 
 
 def main() -> None:
@@ -74,7 +78,7 @@ def main() -> None:
     parser.add_argument("--rows", default="docs/results/noise_levels.jsonl", help="where rows are added")
     args = parser.parse_args()
     pipe = TarFlowPipeline.from_pretrained(args.workdir)
-    judge = Judge(Recipe.from_workdir(args.workdir).config.data.source)
+    metrics = SampleMetrics(Recipe.from_workdir(args.workdir).config.data.source)
     path = Path(args.rows)
     done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     for line in Path(args.queue).read_text().splitlines():
@@ -87,7 +91,7 @@ def main() -> None:
         ]
         if not methods:
             continue
-        for method, row in zip(methods, measured(pipe, judge, setting, methods), strict=True):
+        for method, row in zip(methods, measured(pipe, metrics, setting, methods), strict=True):
             row = {**about, "denoising": method, **row}
             print(json.dumps(row), flush=True)
             with path.open("a") as file:

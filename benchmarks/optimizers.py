@@ -42,8 +42,8 @@ def run_trial(trial: dict[str, Any], seed: int) -> dict[str, Any]:
     """Trains, evaluates, and returns the row."""
     import jax
 
-    from benchmarks.digits_judge import reads
-    from tarflow_jax.evaluation.split import loss_of, split_log_prob
+    from benchmarks.digits_classifier import reads
+    from tarflow_jax.evaluation.bits_per_dim import loss_of, split_log_prob
     from tarflow_jax.likelihood import LOG_2PI
     from tarflow_jax.pipeline import TarFlowPipeline
     from tarflow_jax.runtime import BatchRunner

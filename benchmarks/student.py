@@ -18,6 +18,7 @@ from configs.student import fashion_mnist as student_of_fashion
 from configs.student.common import of_flow
 from tarflow_jax import Guidance, TarFlow, TarFlowPipeline
 from tarflow_jax.fingerprint import fingerprint
+from tarflow_jax.sampling import Student as StudentDecoder
 from tarflow_jax.student import Student, TrainedStudent
 from tarflow_jax.training import Recipe
 
@@ -47,7 +48,7 @@ def works(pipe: TarFlowPipeline, batch: int, guidance: Guidance | None) -> dict[
     labels = np.arange(batch) % pipe.config.num_classes
     return {
         "exact, denoised": lambda: pipe.denoise_drawn(pipe.decode(latents, labels, guidance), labels),
-        "student": lambda: pipe.decode(latents, labels, guidance, decoder="student"),
+        "student": lambda: pipe.decode(latents, labels, guidance, decoder=StudentDecoder()),
     }
 
 

@@ -5,7 +5,7 @@ python -m launch.train --config=configs/digits.py --workdir=runs/digits
 Measured 2026-11-26 (commit 95cf614), float32, jax 0.10.2, 2 cores of an Intel Xeon (512-bit units, 2 MB of level-2
 cache a core) that does nothing else: 1.3 minutes, compilation and figures included; seeds 1 to 5: test loss -1.0765
 (standard deviation 0.003), still falling at the end. A classifier of real digits (0.993 on the test digits;
-benchmarks/digits_judge.py) reads 0.978 of 1,000 denoised samples as their label, 0.999 with guidance 1.
+benchmarks/digits_classifier.py) reads 0.978 of 1,000 denoised samples as their label, 0.999 with guidance 1.
 
 The likelihood variant (configs/digits.py:likelihood), commit 79c37d2 with its diagonal maps, one core of an AMD EPYC:
 4.81 bits/dim on the 297 test images (mean of seeds 1 to 3, 4.78 to 4.83; docs/optimizers.md).

@@ -7,38 +7,26 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from launch import common
-from launch.demo_app.builder import check_address, page_builder
+from launch import common, demo_app
 from launch.demo_app.model import DemoModel
 
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Show the model of this training run's folder, saved model's folder, or hub name."
-)
-HOST = flags.DEFINE_string("host", "127.0.0.1", "Listen at this address; 0.0.0.0 is reached from other machines.")
-PORT = flags.DEFINE_integer("port", 7860, "Listen at this port.", lower_bound=1, upper_bound=65535)
-NUM_IMAGES = flags.DEFINE_integer("num_images", 16, "Draw this many images at a time.", lower_bound=1, upper_bound=100)
+WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, saved model's folder, or hub name.")
+HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 is open to other machines.")
+PORT = flags.DEFINE_integer("port", 7860, "Port to listen on.", lower_bound=1, upper_bound=65535)
+NUM_IMAGES = flags.DEFINE_integer("num_images", 16, "Number of images drawn at a time.", lower_bound=1, upper_bound=100)
 common.define_checkpoint_flag()
 flags.mark_flags_as_required(["workdir"])
-
-MAX_UPLOAD_SIZE = "16mb"
 
 
 def main(argv: Sequence[str]) -> None:
     """Opens the model, draws the first images, and serves until it is stopped."""
-    build = page_builder()
-    check_address(HOST.value, PORT.value)
+    build = demo_app.page_builder()
+    demo_app.check_address(HOST.value, PORT.value)
     workdir = common.folder("workdir")
     model = DemoModel.of(common.open_pipeline(workdir, None), workdir, NUM_IMAGES.value)
     print(f"drawing the first {model.num_images} images", flush=True)
     page, options = build(model)
-    page.launch(
-        server_name=HOST.value,
-        server_port=PORT.value,
-        max_file_size=MAX_UPLOAD_SIZE,
-        prevent_thread_lock=True,
-        quiet=True,
-        **options,
-    )
+    page.launch(server_name=HOST.value, server_port=PORT.value, prevent_thread_lock=True, quiet=True, **options)
     print(f"http://{HOST.value}:{PORT.value}", flush=True)
     page.block_thread()
 

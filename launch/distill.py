@@ -20,7 +20,7 @@ from configs.student.common import of_flow
 from launch import common
 from tarflow_jax.arguments import check_student
 from tarflow_jax.data import data_folder
-from tarflow_jax.evaluation.classifier import perception_parameters
+from tarflow_jax.evaluation.classifier import perceptual_network_params
 from tarflow_jax.figures import grid, save_png, to_uint8
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.pipeline import TarFlowPipeline
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
     recipe.source("test")
     perception = None
     if recipe.student.perceptual:
-        perception = perception_parameters(recipe.source("train"), data_folder(config.data.data_dir) / "evaluation")
+        perception = perceptual_network_params(recipe.source("train"), data_folder(config.data.data_dir) / "evaluation")
     figures = workdir / STUDENT / "figures"
 
     def preview(step: int, variables: dict[str, Any]) -> None:

@@ -1,87 +1,111 @@
-"""What launch.evaluate measures of samples: draws them, and compares them with the data by a network's features."""
+"""The metrics of launch.evaluate that draw images: distances of samples to the data, and a student against its flow."""
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
 from jax.experimental import multihost_utils
 
 from launch import common
-from launch.evaluate_subject import SEED, Subject
-from tarflow_jax.arguments import check_guidance, check_student, check_student_guidance
 from tarflow_jax.data import ImageSource
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation import distances, generation
 from tarflow_jax.evaluation.classifier import classifier_network
 from tarflow_jax.evaluation.features import FeatureExtractor
 from tarflow_jax.evaluation.inception import inception_network
-from tarflow_jax.evaluation.sample_files import write_samples
 from tarflow_jax.fingerprint import fingerprint
-from tarflow_jax.pipeline import TarFlowPipeline
-from tarflow_jax.sampling import Guidance
+from tarflow_jax.pipeline import TarFlowPipeline, check_student_guidance
+from tarflow_jax.sampling import Guidance, Jacobi, Sequential, Student
 
 CHUNK_SIZE = 500
 NUM_FEATURES = {"inception": 2048, "classifier": 128}
+STUDENT_LATENTS, JACOBI_LATENTS = 1000, 100
+POLISHES = (1, 2, 4)
 
-NUM_SAMPLES = flags.DEFINE_integer("num_samples", 50_000, "Draw this many samples for each setting.", lower_bound=2)
-GUIDANCE = flags.DEFINE_list("guidance", ["0"], "Guide with these weights, each a setting of its own.")
+SEED = common.define_seed("Seed of the noise and the samples.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 50_000, "Number of samples for each setting.", lower_bound=2)
+GUIDANCE = flags.DEFINE_list("guidance", ["0"], "Guidance weights w, one setting each.")
 DENOISE = flags.DEFINE_list(
-    "denoise", None, "Denoise: true, false or both; if not given, true for Gaussian training noise."
+    "denoise", None, "Whether to denoise: true, false or both; default: true for Gaussian training noise."
 )
-MULTIPLIER = common.define_number("denoise_multiplier", 1.0, "Multiply the score by s in denoising.")
-INCEPTION = flags.DEFINE_string(
-    "inception", None, "Read FID's weights from this PyTorch file; if not given, train a classifier."
-)
-REFERENCE = flags.DEFINE_string(
-    "reference", None, "Compare with the statistics in this npz file, in place of a split's own."
-)
-REFERENCE_SPLIT = flags.DEFINE_enum("reference_split", "train", ["train", "test"], "Compare samples with this split.")
-SAVE_SAMPLES = flags.DEFINE_string(
-    "save_samples", None, "Write the samples of the last setting to this npz file, in ADM's format."
-)
+MULTIPLIER = common.define_number("denoise_multiplier", 1.0, "Factor of the score in denoising.")
+INCEPTION = flags.DEFINE_string("inception", None, "PyTorch file of FID's weights; default: train a classifier.")
+REFERENCE = flags.DEFINE_string("reference", None, "File (npz) of reference statistics, instead of a split.")
+REFERENCE_SPLIT = flags.DEFINE_enum("reference_split", "train", ["train", "test"], "Split to compare samples with.")
+SAVE_SAMPLES = flags.DEFINE_string("save_samples", None, "File (npz, as ADM's) for the last setting's samples.")
 common.define_guidance_flags()
 common.define_decoder_flags()
 
 
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What every metric needs: a model, its data, a folder for results, and the protocol that they share."""
+
+    pipe: TarFlowPipeline
+    source: Callable[[str], ImageSource]  # by split
+    data_dir: Path
+    out: epath.Path
+    protocol: dict[str, Any]
+
+
 def check_samples(pipe: TarFlowPipeline, metrics: Sequence[str]) -> None:
-    """Raises ValueError, before hours of work, for what these metrics would be refused for after them."""
+    """Raises UserError for flags that would fail only after hours of drawing."""
     network = "inception" if INCEPTION.value else "classifier"
     distances.check_metrics(list(metrics), network)
     needed = NUM_FEATURES[network]
     if {"fid", "sfid"} & set(metrics) and NUM_SAMPLES.value < needed:
         raise UserError(f"--num_samples is {NUM_SAMPLES.value}; a Fréchet distance needs at least {needed}")
     for guidance, _ in sample_settings(pipe):
-        checked = check_guidance(pipe.config, guidance)
+        checked = guidance.checked_for(pipe.config)
         if common.draws_clean_images():
-            check_student_guidance(check_student(pipe.student).config, checked)
+            check_student_guidance(pipe.require_student().config, checked)
 
 
-def measure_samples(subject: Subject, metrics: list[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows of a table, one a setting of guidance and denoising; and the protocol they share."""
-    train, test = subject.source("train"), subject.source("test")
-    source = train if REFERENCE_SPLIT.value == "train" else test
-    settings = sample_settings(subject.pipe)
-    counts, labels = sample_labels(subject.pipe.config.num_classes, source)
-    folders = [draw(subject, guidance, denoise, counts) for guidance, denoise in settings]
+def sample_settings(pipe: TarFlowPipeline) -> list[tuple[Guidance, bool]]:
+    """Every --guidance with every --denoise."""
+    words = DENOISE.value or ["true" if pipe.noise_std is not None else "false"]
+    if common.draws_clean_images():
+        if "false" in (DENOISE.value or ()):
+            raise UserError(
+                "--denoise=false is not for --decoder=student, whose images are clean; with --polish they are not"
+            )
+        words = ["true"]
+    if set(words) - {"true", "false"}:
+        raise UserError(f"--denoise has {','.join(words)!r}; expected true, false, or false,true")
+    try:
+        weights = [float(weight) for weight in GUIDANCE.value]
+    except ValueError:
+        raise UserError(f"--guidance has {','.join(GUIDANCE.value)!r}; expected numbers") from None
+    return [(common.guidance(weight), word == "true") for weight, word in itertools.product(weights, words)]
+
+
+def measure_samples(evaluation: Evaluation, metrics: list[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Returns a row for each setting of guidance and denoising, and the protocol that the rows share."""
+    pipe, cache_dir = evaluation.pipe, evaluation.data_dir / "evaluation"
+    source = evaluation.source(REFERENCE_SPLIT.value)
+    counts, labels = label_counts(pipe.config.num_classes, source)
+    settings = sample_settings(pipe)
+    folders = [draw(evaluation, guidance, denoise, counts) for guidance, denoise in settings]
     if jax.process_index():
         return [], {}
     if INCEPTION.value:
         network = inception_network(INCEPTION.value)
     else:
-        network = classifier_network(train, test, subject.data_dir / "evaluation")
+        network = classifier_network(evaluation.source("train"), evaluation.source("test"), cache_dir)
     extractor = FeatureExtractor(network)
     if REFERENCE.value:
         reference = distances.file_reference(extractor, REFERENCE.value, metrics)
     else:
-        split, preprocessing = REFERENCE_SPLIT.value, subject.protocol["preprocessing"]
-        reference = distances.data_set_reference(
-            extractor, source, split, preprocessing, subject.data_dir / "evaluation"
-        )
+        preprocessing = evaluation.protocol["preprocessing"]
+        reference = distances.data_set_reference(extractor, source, REFERENCE_SPLIT.value, preprocessing, cache_dir)
     rows = []
     for (guidance, denoise), folder in zip(settings, folders, strict=True):
         samples = generation.read_chunks(folder, NUM_SAMPLES.value, CHUNK_SIZE, counts)
@@ -89,12 +113,12 @@ def measure_samples(subject: Subject, metrics: list[str]) -> tuple[list[dict[str
         features = extractor(samples.images, f"features, guidance {guidance.weight:g}")
         rows.append(row | distances.sample_metrics(metrics, network.name, features, reference))
     if SAVE_SAMPLES.value:
-        write_samples(SAVE_SAMPLES.value, samples.images, samples.labels)
+        generation.write_samples(SAVE_SAMPLES.value, samples.images, samples.labels)
     protocol = {
         "num_samples": NUM_SAMPLES.value,
         "labels": labels,
         "decoder": "sequential",
-        **decoder_protocol(subject.pipe),
+        **decoder_protocol(pipe),
         **{name: flags.FLAGS[name].value for name in common.GUIDANCE_FLAGS},
         "denoise_multiplier": MULTIPLIER.value,
         "network": f"{network.name}, {network.identity}",
@@ -103,31 +127,10 @@ def measure_samples(subject: Subject, metrics: list[str]) -> tuple[list[dict[str
     return rows, protocol
 
 
-def sample_settings(pipe: TarFlowPipeline) -> list[tuple[Guidance, bool]]:
-    """Every --guidance with every --denoise."""
-    if common.draws_clean_images() and "false" in (DENOISE.value or ()):
-        raise UserError(
-            "--denoise=false is not for --decoder=student, whose images are clean; with --polish they are not"
-        )
-    words = (
-        ["true"]
-        if common.draws_clean_images()
-        else DENOISE.value or ["true" if pipe.noise_std is not None else "false"]
-    )
-    if set(words) - {"true", "false"}:
-        raise UserError(f"--denoise has {','.join(words)!r}; expected true, false, or false,true")
-    try:
-        weights = [float(weight) for weight in GUIDANCE.value]
-    except ValueError:
-        raise UserError(f"--guidance has {','.join(GUIDANCE.value)!r}; expected numbers") from None
-    guidances = map(common.guidance, weights)
-    return [(guidance, word == "true") for guidance, word in itertools.product(guidances, words)]
+def label_counts(num_classes: int, reference: ImageSource) -> tuple[np.ndarray, str]:
+    """Returns in which proportion samples have each label, as integers [C] without a common divisor, and in words.
 
-
-def sample_labels(num_classes: int, reference: ImageSource) -> tuple[np.ndarray, str]:
-    """How often samples have each label, as integers [classes] without a common divisor; and that in words.
-
-    The distance of samples that have others than the reference would be that of the labels, not of the images.
+    It is that of the reference split where known: otherwise a distance would measure the labels, not the images.
     """
     if not num_classes:
         return np.zeros(0, np.int64), "none"
@@ -139,32 +142,80 @@ def sample_labels(num_classes: int, reference: ImageSource) -> tuple[np.ndarray,
 
 
 def decoder_protocol(pipe: TarFlowPipeline) -> dict[str, Any]:
-    """What figures say of the decoder; nothing of the sequential one."""
-    name, polish = flags.FLAGS.decoder, flags.FLAGS.polish
-    if name == "sequential":
+    """The protocol's entries for --decoder; none for the sequential one."""
+    name, decoder = flags.FLAGS.decoder, common.decoder()
+    if isinstance(decoder, Sequential):
         return {}
-    if name != "student":
+    if not isinstance(decoder, Student):
         return {"decoder": name}
-    weights = fingerprint(check_student(pipe.student).variables)
-    return {"decoder": f"student, polish {polish}" if polish else name, "student": weights}
+    weights = fingerprint(pipe.require_student().variables)
+    return {"decoder": f"student, polish {decoder.polish}" if decoder.polish else name, "student": weights}
 
 
-def draw(subject: Subject, guidance: Guidance, denoise: bool, class_counts: np.ndarray) -> epath.Path:
-    """Draws what is missing of a setting's samples; returns their folder when all processes are done."""
+def draw(evaluation: Evaluation, guidance: Guidance, denoise: bool, counts: np.ndarray) -> epath.Path:
+    """Draws a setting's missing samples; returns their folder when all processes are done."""
+    pipe = evaluation.pipe
     protocol = {
-        **{name: subject.protocol[name] for name in ("fingerprint", "seed", "compute")},
+        **{name: evaluation.protocol[name] for name in ("fingerprint", "seed", "compute")},
         "guidance": dataclasses.asdict(guidance) if guidance.weight else None,
         "denoise": MULTIPLIER.value if denoise else None,
         "chunk_size": CHUNK_SIZE,
-        "class_counts": class_counts.tolist(),
-        **decoder_protocol(subject.pipe),
+        "class_counts": counts.tolist(),
+        **decoder_protocol(pipe),
     }
-    folder = generation.chunk_folder(subject.out / "samples", protocol)
+    folder = generation.chunk_folder(evaluation.out / "samples", protocol)
 
     def sample(key: jax.Array, number: int, labels: jax.Array | None) -> jax.Array:
-        return subject.pipe.sample(key, number, labels, guidance, denoise, MULTIPLIER.value, **common.decoder())
+        return pipe.sample(key, number, labels, guidance, denoise, MULTIPLIER.value, common.decoder())
 
-    generation.generate(sample, folder, NUM_SAMPLES.value, CHUNK_SIZE, class_counts, SEED.value)
+    generation.generate(sample, folder, NUM_SAMPLES.value, CHUNK_SIZE, counts, SEED.value)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"samples in {folder}")
     return folder
+
+
+def measure_student(evaluation: Evaluation) -> dict[str, Any]:
+    """Compares a student's images of given latents with the flow's own, by the flow's latents and log p, unguided.
+
+    Returns a row for each way from the latents to an image, and how many updates parallel decoding then takes.
+    """
+    pipe = evaluation.pipe
+    key, latents = jax.random.key(SEED.value), pipe.latents(jax.random.key(SEED.value), STUDENT_LATENTS)
+    labels = common.example_labels(pipe.config.num_classes, STUDENT_LATENTS)
+    decode = functools.partial(pipe.decode, noise_std=pipe.drawn_level)
+    noisy = {"exact": decode(latents, labels)}
+    for polish in POLISHES:
+        noisy[f"student, polish {polish}"] = decode(latents, labels, decoder=Student(polish))
+    clean = {} if pipe.noise_std is None else {"exact, denoised": pipe.denoise_drawn(noisy["exact"], labels)}
+    clean["student"] = pipe.decode(latents, labels, decoder=Student())
+    target, target_images = next(iter(clean.items()))
+    rows = []
+    for name, images in (noisy | clean).items():
+        row: dict[str, Any] = {"images": name}
+        errors = np.abs(np.asarray(pipe.encode(images, labels, pipe.drawn_level)[0]) - np.asarray(latents))
+        row["latents off by (root mean square)"] = float(np.sqrt(np.square(errors).mean()))
+        row["at most"] = float(errors.max())
+        row["nats/dim"] = row["nats/dim with noise"] = _nats_per_dim(pipe, images, labels)
+        if name in clean and pipe.noise_std is not None:
+            noise = pipe.noise_std * jax.random.normal(jax.random.fold_in(key, 1), images.shape)
+            row["nats/dim with noise"] = _nats_per_dim(pipe, jnp.asarray(images) + noise, labels)
+        row[f"correlation with {target}"] = _correlation(images, target_images)
+        rows.append(row)
+    few = None if labels is None else labels[:JACOBI_LATENTS]
+    updates = {}
+    for init in ("latents", "student"):
+        decoder = Jacobi(init=init)
+        trace = pipe.decode_trace(latents[:JACOBI_LATENTS], few, decoder=decoder, noise_std=pipe.drawn_level)
+        updates[f"Jacobi from the {init}"] = np.asarray(trace.updates).mean(0).tolist()
+    return {"rows": rows, "latents": STUDENT_LATENTS, "updates by block": updates}
+
+
+def _nats_per_dim(pipe: TarFlowPipeline, images: jax.Array, labels: Any) -> float:
+    log_prob = np.asarray(pipe.log_prob(images, labels, pipe.drawn_level), np.float64)
+    return float(-log_prob.mean() / pipe.config.num_dims)
+
+
+def _correlation(images: jax.Array, others: jax.Array) -> float:
+    """Correlation of the pixels, after subtracting the mean of `others`."""
+    first, second = (np.asarray(x, np.float64) - np.asarray(others, np.float64).mean(0) for x in (images, others))
+    return float((first * second).sum() / np.sqrt(np.square(first).sum() * np.square(second).sum()))

@@ -17,7 +17,7 @@ from absl import flags
 from launch import common
 from tarflow_jax import data
 from tarflow_jax.errors import UserError
-from tarflow_jax.evaluation.sample_files import file_stem
+from tarflow_jax.evaluation.generation import file_stem
 from tarflow_jax.figures import grid, save_png
 from tarflow_jax.files import sole_user
 

@@ -15,40 +15,43 @@ from etils import epath
 
 from launch import common, end_at_signals
 from tarflow_jax.errors import UserError
-from tarflow_jax.evaluation.generation import quantise
-from tarflow_jax.evaluation.sample_files import write_samples
+from tarflow_jax.evaluation.generation import quantise, write_samples
 from tarflow_jax.figures import class_columns, grid, save_gif, save_png, to_uint8
 from tarflow_jax.pipeline import FAR_OUTSIDE, TarFlowPipeline
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling import DEFAULT_DENOISING
 from tarflow_jax.training.recipe import label_names
 
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Draw from the model of this training run's folder, saved model's folder, or hub name."
-)
-OUT = flags.DEFINE_string("out", None, "Write the results to this folder; to WORKDIR/samples if not given.")
-NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "Draw this many images.", lower_bound=1)
+WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, saved model's folder, or hub name.")
+OUT = flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR/samples.")
+NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "Number of images.", lower_bound=1)
 LABELS = flags.DEFINE_list(
-    "labels", None, "Draw these classes, by number or name, in turn; all of them if not given. -1 is no class."
+    "labels", None, "Classes to draw in turn, by number or name, -1 for no class; default: all of them."
 )
-LABEL = flags.DEFINE_string("label", None, "Draw this class alone, by number or name.")
-SEED = common.define_seed("Draw the latents from this seed.")
-GUIDANCE = common.define_number("guidance", 0.0, "Guide with this weight w; 0 is no guidance.")
+LABEL = flags.DEFINE_string("label", None, "The only class to draw, by number or name.")
+SEED = common.define_seed("Seed of the latents.")
+GUIDANCE = common.define_number("guidance", 0.0, "Guidance weight w; 0 is no guidance.")
 common.define_guidance_flags()
-DENOISE = flags.DEFINE_bool(
-    "denoise", None, "Denoise the samples; if not given, where the training noise was Gaussian."
-)
-MULTIPLIER = common.define_number("denoise_multiplier", 1.0, "Multiply the score by s in denoising.")
+DENOISE = flags.DEFINE_bool("denoise", None, "Denoise the samples; default: if the training noise was Gaussian.")
+MULTIPLIER = common.define_number("denoise_multiplier", 1.0, "Factor of the score in denoising.")
 STEPS = flags.DEFINE_integer(
-    "denoise_steps",
-    None,
-    "Denoise in this many steps, equal in log σ, with a model of many noise levels.",
-    lower_bound=1,
+    "denoise_steps", None, "Number of denoising steps, equal in log σ, of a noise-conditional model.", lower_bound=1
 )
 common.define_decoder_flags()
 common.define_checkpoint_flag()
 common.define_process_flags()
 flags.mark_flags_as_required(["workdir"])
+
+
+def chosen_labels(num_classes: int, names: Sequence[str]) -> np.ndarray | None:
+    """Labels int32 [--num_images] by --label or --labels, else all classes in turn; None without classes."""
+    if LABELS.value and LABEL.value is not None:
+        raise UserError("--label and --labels are both given; expected one of them")
+    if LABEL.value is not None:
+        return np.full(NUM_IMAGES.value, common.class_number(LABEL.value, names, "label"))
+    if LABELS.value:
+        return np.resize([common.class_number(label, names) for label in LABELS.value], NUM_IMAGES.value)
+    return common.example_labels(num_classes, NUM_IMAGES.value)
 
 
 def denoised(pipe: TarFlowPipeline, images: jax.Array, labels: np.ndarray | None) -> list[np.ndarray]:
@@ -61,7 +64,7 @@ def denoised(pipe: TarFlowPipeline, images: jax.Array, labels: np.ndarray | None
 
 
 def main(argv: Sequence[str]) -> int:
-    """Draws and writes; 1 if no image is one."""
+    """Draws and writes; returns 1 if every image is bad."""
     guidance, decoder = common.guidance(GUIDANCE.value), common.decoder()
     if common.draws_clean_images() and DENOISE.value is False:
         raise UserError("--nodenoise is not for --decoder=student, whose images are clean; with --polish they are not")
@@ -69,37 +72,21 @@ def main(argv: Sequence[str]) -> int:
     end_at_signals()  # JAX may have taken SIGTERM
     workdir = common.folder("workdir")
     pipe = common.open_pipeline(workdir, make_mesh() if distributed else None)
-    count = NUM_IMAGES.value
-    labels = common.example_labels(pipe.config.num_classes, count)
     names = label_names(workdir)
-    if LABELS.value and LABEL.value is not None:
-        raise UserError("--label and --labels are both given; expected one of them")
-    if LABELS.value:
-        labels = np.resize([common.class_number(label, names) for label in LABELS.value], count)
-    if LABEL.value is not None:
-        labels = np.full(count, common.class_number(LABEL.value, names, "label"))
+    labels = chosen_labels(pipe.config.num_classes, names)
     out = epath.Path(common.folder("out") if OUT.value else epath.Path(workdir) / "samples")
 
-    latents = pipe.latents(jax.random.key(SEED.value), count)
-    images, trajectory = pipe.decode(
-        latents,
-        labels,
-        guidance,
-        return_trajectory=True,
-        noise_std=pipe.drawn_level,
-        **decoder,
-    )
-    denoise = pipe.noise_std is not None if DENOISE.value is None else DENOISE.value
-    frames = list(np.asarray(trajectory))
+    latents = pipe.latents(jax.random.key(SEED.value), NUM_IMAGES.value)
+    images, _, trajectory, *_ = pipe.decode_trace(latents, labels, guidance, decoder, pipe.drawn_level)
+    frames = list(np.moveaxis(np.asarray(trajectory), 1, 0))
     if common.draws_clean_images():
         frames.append(np.asarray(images))
-    elif denoise:
+    elif DENOISE.value or (DENOISE.value is None and pipe.noise_std is not None):
         frames += denoised(pipe, images, labels)
     if jax.process_index():
         return 0
-    values = frames[-1]
-    pixels, bad = quantise(values)
-    bad |= (np.abs(np.nan_to_num(values)) > FAR_OUTSIDE).any((1, 2, 3))
+    pixels, bad = quantise(frames[-1])
+    bad |= (np.abs(np.nan_to_num(frames[-1])) > FAR_OUTSIDE).any((1, 2, 3))
     save_png(out / "samples.png", class_columns(pixels, labels, names))
     save_gif(out / "trajectory.gif", [grid(to_uint8(frame)) for frame in frames])
     write_samples(out / "samples.npz", pixels, labels)
@@ -107,8 +94,8 @@ def main(argv: Sequence[str]) -> int:
         print(out / name)
     if bad.any():
         print(
-            f"{bad.sum()} of {count} images have pixels that are no numbers or far outside [-1, 1]: less guidance, or "
-            "more training",
+            f"{bad.sum()} of {len(bad)} images have pixels that are not finite or far outside [-1, 1]; "
+            "use less guidance, or train longer",
             file=sys.stderr,
         )
     return common.EXIT_ERROR if bad.all() else 0

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launch.common import GUIDANCE_FLAGS
+from launch.tables import format_table
 from tarflow_jax.errors import MissingPackageError, UserError
-from tarflow_jax.evaluation.report import format_table
 from tarflow_jax.files import replacing, write_text
 
 # Columns of launch.evaluate, and flags in which a run's evaluations may differ: settings, not metrics.

@@ -1,13 +1,12 @@
-"""Finds the fastest decoder of each block of a trained model, and keeps it beside the weights for --decoder=auto.
+"""Finds the fastest decoder for each block of a trained model, and saves the choice for --decoder=auto.
 
 python -m launch.tune_decoder --workdir=runs/fashion_mnist --num_images=100,16,1
 
-Every candidate runs on the model's own latents; one is chosen only where it keeps every pixel within half an 8-bit
-level of the sequential result. The answer is this machine's, these batch sizes', these weights' and this guidance's:
---decoder=auto refuses the last two where they differ.
+Every candidate decodes the model's own latents; it is chosen only if no pixel differs from sequential decoding by more
+than --max_error. The choice holds for this machine, these batch sizes, weights and guidance: --decoder=auto refuses
+other weights and guidance.
 """
 
-import dataclasses
 from collections.abc import Sequence
 
 import jax
@@ -15,50 +14,50 @@ from absl import flags
 from etils import epath
 
 from launch import common
-from tarflow_jax.arguments import check_guidance, check_levels
+from launch.tables import format_table
 from tarflow_jax.errors import UserError
 from tarflow_jax.fingerprint import fingerprint
-from tarflow_jax.pipeline import TarFlowPipeline
+from tarflow_jax.pipeline import TarFlowPipeline, check_levels
+from tarflow_jax.runtime import device_flow
 from tarflow_jax.sampling import Decoder, Guidance, Schedule
 from tarflow_jax.sampling.tuning import Tuning, tune
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Tune for the model of this training run's folder, or saved model's.")
-NUM_IMAGES = flags.DEFINE_list("num_images", ["100", "16", "1"], "Tune for batches of these sizes.")
-GUIDANCE = flags.DEFINE_float("guidance", 0.0, "Tune for this guidance weight w.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, or saved model's folder.")
+NUM_IMAGES = flags.DEFINE_list("num_images", ["100", "16", "1"], "Batch sizes to tune for.")
+GUIDANCE = flags.DEFINE_float("guidance", 0.0, "Guidance weight w to tune for.")
 common.define_guidance_flags()
-TOLERANCE = flags.DEFINE_float("tolerance", 1e-4, "Let parallel decoders stop at changes this small.", lower_bound=0.0)
+TOLERANCE = flags.DEFINE_float("tolerance", 1e-4, "Change at which parallel decoders stop.", lower_bound=0.0)
 MAX_ERROR = flags.DEFINE_float(
-    "max_error", 1 / 255, "Accept errors of a pixel up to this, in [-1, 1] units.", lower_bound=0.0
+    "max_error", 1 / 255, "Largest accepted error of a pixel, in [-1, 1] units.", lower_bound=0.0
 )
-SEED = flags.DEFINE_integer("seed", 0, "Draw the latents from this seed.")
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the latents.")
 common.define_checkpoint_flag()
 flags.mark_flags_as_required(["workdir"])
 
 
 def main(argv: Sequence[str]) -> None:
     """Measures, prints a table for each batch size, writes decoder.json."""
-    guidance = common.guidance(GUIDANCE.value)
     counts = [common.whole_number("num_images", text) for text in NUM_IMAGES.value]
     if min(counts, default=0) < 1:
         raise UserError(f"num_images is {NUM_IMAGES.value}; expected positive numbers")
     pipe = common.open_pipeline(WORKDIR.value, None)
-    checked = check_guidance(pipe.config, guidance)
+    guidance = common.guidance(GUIDANCE.value).checked_for(pipe.config)
     decoders: dict[int, tuple[Decoder, ...]] = {}
     for count in counts:
-        tuning = tune_for(pipe, count, checked)
+        tuning = tune_for(pipe, count, guidance)
         decoders[count] = tuning.decoders
-        print(table(count, tuning))
-    Schedule(decoders, fingerprint(pipe.variables), checked).write(WORKDIR.value)
+        print(summary(count, tuning))
+    Schedule(decoders, fingerprint(pipe.variables), guidance).write(WORKDIR.value)
     print(epath.Path(WORKDIR.value) / "decoder.json")
 
 
 def tune_for(pipe: TarFlowPipeline, count: int, guidance: Guidance | None) -> Tuning:
-    """The fastest decoders of `count` images."""
+    """Finds the fastest decoders for batches of `count` images."""
     latents = pipe.latents(jax.random.key(SEED.value), count)
     labels = common.example_labels(pipe.config.num_classes, count)
     return tune(
         lambda decoders: pipe.decode(latents, labels, guidance, decoder=decoders, noise_std=pipe.drawn_level),
-        pipe.config,
+        device_flow(pipe.config),
         pipe.variables,
         latents,
         None if labels is None else jax.numpy.asarray(labels),
@@ -69,26 +68,30 @@ def tune_for(pipe: TarFlowPipeline, count: int, guidance: Guidance | None) -> Tu
     )
 
 
-def table(count: int, tuning: Tuning) -> str:
-    """A line a block: what was chosen, and what the sequential decoder took."""
-    lines = [f"{count} images", "block     CRM  decoder                       updates  seconds  sequential    error"]
-    for report in tuning.reports:
-        chosen = report.chosen
-        lines.append(
-            f"{report.block:5} {report.crm:7.2f}  {describe(chosen.decoder):28} {chosen.iterations:8.1f} "
-            f"{chosen.seconds:8.4f} {report.trials[0].seconds:11.4f} {chosen.error:8.1e}"
-        )
-    lines.append(
+def summary(count: int, tuning: Tuning) -> str:
+    """A table with a row a block, the choice beside the sequential decoder's time, and the times of the whole."""
+    rows = [
+        {
+            "block": report.block,
+            "CRM": report.crm,
+            "decoder": describe(report.chosen.decoder),
+            "updates": report.chosen.updates,
+            "seconds": report.chosen.seconds,
+            "sequential": report.trials[0].seconds,
+            "error": report.chosen.error,
+        }
+        for report in tuning.reports
+    ]
+    return (
+        f"{count} images\n{format_table(rows)}\n"
         f"together: {tuning.seconds:.4f} s, sequential {tuning.sequential_seconds:.4f} s, "
         f"{tuning.sequential_seconds / tuning.seconds:.2f} x; largest error of a pixel {tuning.error:.1e}"
     )
-    return "\n".join(lines)
 
 
 def describe(decoder: Decoder) -> str:
-    """Its name and what sets it apart."""
-    fields = dataclasses.asdict(decoder)
-    shown = [str(fields[name]) for name in ("num_segments", "init") if name in fields]
+    """The decoder's class and the fields by which candidates differ."""
+    shown = [str(getattr(decoder, name)) for name in ("num_segments", "init") if hasattr(decoder, name)]
     return f"{type(decoder).__name__}({', '.join(shown)})"
 
 

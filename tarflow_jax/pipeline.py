@@ -452,7 +452,7 @@ class TarFlowPipeline:
             raise UserError(f"guidance is {guidance!r}; expected Guidance(weight=…) or None")
         guidance = guidance and guidance.checked_for(self.config)
         if isinstance(decoder, Student) and not decoder.polish:
-            weight = check_student_guidance(self._trained_student.config, guidance)
+            weight = check_student_guidance(self.require_student().config, guidance)
             images, path = self._by_student(latents, labels, weight)
             if function is sampling.decode:
                 return images
@@ -461,7 +461,7 @@ class TarFlowPipeline:
         decoders = self._decoders(decoder, guidance, len(latents))
         rows = self._rows(latents, labels, noise_std, "latents")
         if decoders and any(isinstance(one, Student) or getattr(one, "init", "") == "student" for one in decoders):
-            known = self._trained_student.config.max_guidance
+            known = self.require_student().config.max_guidance
             _, rows["guess"] = self._by_student(
                 latents, labels, min(max(guidance.weight, 0.0), known) if guidance else 0.0
             )
@@ -499,15 +499,15 @@ class TarFlowPipeline:
             raise UserError(f"decoder has {wrong[0]!r}; expected Sequential(), Jacobi(…) or GaussSeidelJacobi(…)")
         return tuple(decoder)
 
-    @property
-    def _trained_student(self) -> TrainedStudent:
+    def require_student(self) -> TrainedStudent:
+        """`student`; ValueError if there is none."""
         if self.student is None:
             raise UserError("this model has no student; train one with launch.distill, or name another decoder")
         return self.student
 
     def _by_student(self, latents: Any, labels: Any, weight: Any) -> tuple[jax.Array, jax.Array]:
         """The student's clean images [B, H, W, K], and its trajectory [B, F, H, W, K] by block number."""
-        student, latents = self._trained_student, check_images(self.config, latents)
+        student, latents = self.require_student(), check_images(self.config, latents)
         labels = check_labels(self.config, labels, len(latents))
         weights = jnp.full(len(latents), weight, jnp.float32)
         return self._run(

@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import io
-import json
 import socket
 
 import chex
@@ -13,9 +12,9 @@ from PIL import Image
 from runs import SMALL
 from tiny_models import random_variables
 
-from launch.demo_app.builder import check_address, page_builder
+from launch.demo_app import check_address, page_builder
 from launch.demo_app.model import IN_TURN, MAX_UPLOAD_PIXELS, DemoModel, Settings
-from tarflow_jax import Guidance, Noise, TarFlowPipeline, programs
+from tarflow_jax import Guidance, Noise, TarFlowPipeline, sampling
 from tarflow_jax.errors import MissingPackageError, UserError
 from tarflow_jax.figures import COLOURS, enlarge, overlay
 from tarflow_jax.fingerprint import fingerprint
@@ -46,10 +45,10 @@ def test_a_draw_has_the_frames_from_latents_to_denoised_images_and_its_classes(m
 
 def test_no_slider_compiles_anything(model):
     model.draw(GUIDED)
-    before = programs.decode._cache_size(), programs.denoise._cache_size()
+    before = sampling.decode_trace._cache_size(), sampling.denoise._cache_size()
     other = model.draw(Settings(label=2, guidance=2.5, attention_temperature=0.9, temperature=0.7, seed=5))
     np.testing.assert_array_equal(other.labels, [2] * COUNT)
-    assert (programs.decode._cache_size(), programs.denoise._cache_size()) == before
+    assert (sampling.decode_trace._cache_size(), sampling.denoise._cache_size()) == before
 
 
 def test_a_tuned_decoder_is_offered_for_these_weights_and_tells_of_its_guidance(model):
@@ -127,15 +126,19 @@ def test_an_upload_that_is_no_image_is_refused_in_one_line(model, tmp_path, cont
     assert "\n" not in str(refused.value)
 
 
-def test_probabilities_are_calibrated_where_these_weights_were_evaluated(model, tmp_path):
-    assert DemoModel.of(model.pipe, str(tmp_path), COUNT).temperature is None
-    for name, weights, temperature in (("a", fingerprint(model.pipe.variables), 3.5), ("b", "others", 2.0)):
-        report = {"protocol": {"fingerprint": weights}, "results": {"classification": {"temperature": temperature}}}
-        path = tmp_path / "evaluation" / f"classification-{name}.json"
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(report))
-    (path.parent / "classification-c.json").write_text("{")
-    assert DemoModel.of(model.pipe, str(tmp_path), COUNT).temperature == 3.5
+def test_probabilities_are_calibrated_where_these_weights_were_evaluated(model):
+    assert model.temperature is None
+    weights = fingerprint(model.pipe.variables)
+    card = {
+        "evaluations": [
+            {"protocol": {"fingerprint": "others"}, "results": {"classification": {"temperature": 2.0, "draws": 1}}},
+            {"protocol": {"fingerprint": weights}, "results": {"classification": {"temperature": 1.5, "draws": 4}}},
+            {"protocol": {"fingerprint": weights}, "results": {"classification": {"temperature": 3.5, "draws": 1}}},
+            {"protocol": {"fingerprint": weights}, "results": {"bits_per_dim": {}}},
+        ]
+    }
+    pipe = TarFlowPipeline(SMALL, model.pipe.variables, Noise("gaussian", 0.1), card=card)
+    assert DemoModel.of(pipe, "runs/tiny", COUNT).temperature == 3.5
 
 
 def test_the_head_tells_what_is_known(model):

@@ -16,7 +16,7 @@ from tarflow_jax import data
 from tarflow_jax.evaluation import scores
 from tarflow_jax.evaluation.classifier import classifier_network
 from tarflow_jax.evaluation.features import FeatureExtractor
-from tarflow_jax.evaluation.sample_files import read_samples
+from tarflow_jax.evaluation.generation import read_samples
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.noise import Noise
 from tarflow_jax.pipeline import TarFlowPipeline

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from tarflow_jax.data import ArraySource
-from tarflow_jax.evaluation import classifier, distances, sample_files, scores
+from tarflow_jax.evaluation import classifier, distances, scores
 from tarflow_jax.evaluation.features import FeatureExtractor, FeatureNetwork, Features
-from tarflow_jax.evaluation.statistics import FeatureStatistics
+from tarflow_jax.evaluation.scores import FeatureStatistics
+from tarflow_jax.files import write_npz
 from tarflow_jax.student import Perception
 
 
@@ -62,7 +63,7 @@ def test_metrics_of_a_set_against_itself(monkeypatch):
     flat = features.pooled.astype(np.float64)
     statistics = FeatureStatistics(flat.mean(0), np.cov(flat, rowvar=False))
     spatial = FeatureStatistics(flat[:, :3].mean(0), np.cov(flat[:, :3], rowvar=False))
-    reference = sample_files.Reference(statistics, spatial, features.pooled, {})
+    reference = distances.Reference(statistics, spatial, features.pooled, {})
     results = distances.sample_metrics(list(distances.METRICS), "inception", features, reference)
     assert results["FID"] == pytest.approx(0, abs=1e-6)
     assert results["sFID"] == pytest.approx(0, abs=1e-6)
@@ -76,7 +77,7 @@ def test_metrics_of_a_set_against_itself(monkeypatch):
 def test_what_a_network_or_a_reference_lacks_is_refused():
     features = FeatureExtractor(PIXELS)(random_images(3))
     statistics = FeatureStatistics(np.zeros(4), np.eye(4))
-    bare = sample_files.Reference(statistics, None, None, {})
+    bare = distances.Reference(statistics, None, None, {})
     with pytest.raises(ValueError, match="at least 4 images"):
         distances.sample_metrics(["fid"], "inception", features, bare)
     with pytest.raises(ValueError, match="no spatial statistics"):
@@ -90,15 +91,18 @@ def test_what_a_network_or_a_reference_lacks_is_refused():
 
 
 def test_distances_of_classifier_features_are_not_called_fid():
-    names = distances.NAMES["classifier"]
-    assert names["fid"] == "Fréchet distance (classifier features)"
-    assert not any("FID" in name or "KID" in name for name in names.values())
+    features = FeatureExtractor(PIXELS)(random_images(1000))
+    reference = distances.Reference(FeatureStatistics(np.zeros(4), np.eye(4)), None, features.pooled, {})
+    results = distances.sample_metrics(["fid", "kid", "precision_recall"], "classifier", features, reference)
+    assert len(results) == 5
+    assert all("(classifier features)" in name for name in results)
+    assert not any("FID" in name or "KID" in name for name in results)
 
 
 def test_reference_file_of_adm(tmp_path):
     images = np.repeat(random_images(40), 3, axis=-1)
     statistics = {"mu": np.zeros(12), "sigma": np.eye(12)}
-    sample_files.write_npz(tmp_path / "adm.npz", arr_0=images, **statistics)
+    write_npz(tmp_path / "adm.npz", arr_0=images, **statistics)
     extractor = FeatureExtractor(PIXELS)
     reference = distances.file_reference(extractor, tmp_path / "adm.npz", ["fid", "precision_recall"])
     assert reference.features.shape == (40, 12)
@@ -136,13 +140,13 @@ def test_classifier_learns_is_cached_and_states_its_accuracy(tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_what_a_student_learns_by_is_another_network_and_cached(tmp_path, monkeypatch):
-    monkeypatch.setattr(classifier, "PERCEPTION_STEPS", 60)
+    monkeypatch.setattr(classifier, "PERCEPTUAL_MAX_STEPS", 60)
     images, labels = bright_or_dark()
     train = ArraySource("bright", images, labels, 2)
-    params = classifier.perception_parameters(train, tmp_path)
+    params = classifier.perceptual_network_params(train, tmp_path)
     logits = Perception(2).apply({"params": params}, images).logits
     assert (np.asarray(logits).argmax(1) == labels).mean() > 0.95
     monkeypatch.setattr(classifier, "train_classifier", lambda *_, **__: pytest.fail("trained again"))
-    chex.assert_trees_all_equal(classifier.perception_parameters(train, tmp_path), params)
-    with pytest.raises(ValueError, match=r"no classes to train a perception on; set student\.perceptual to 0"):
-        classifier.perception_parameters(ArraySource("none", images), tmp_path)
+    chex.assert_trees_all_equal(classifier.perceptual_network_params(train, tmp_path), params)
+    with pytest.raises(ValueError, match=r"no classes to train a perceptual network on; set student\.perceptual to 0"):
+        classifier.perceptual_network_params(ArraySource("none", images), tmp_path)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from tarflow_jax.evaluation import sample_files, scores
-from tarflow_jax.evaluation.statistics import (
+from tarflow_jax.evaluation import distances, generation, scores
+from tarflow_jax.evaluation.scores import (
     FeatureStatistics,
     RunningStatistics,
     feature_statistics,
@@ -113,8 +113,8 @@ def test_kernel_distance_refuses_small_sets():
 
 def test_sample_file_round_trip(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 1), dtype=np.uint8)
-    sample_files.write_samples(tmp_path / "samples.npz", images, np.arange(5))
-    back, labels = sample_files.read_samples(tmp_path / "samples.npz")
+    generation.write_samples(tmp_path / "samples.npz", images, np.arange(5))
+    back, labels = generation.read_samples(tmp_path / "samples.npz")
     np.testing.assert_array_equal(back, np.repeat(images, 3, -1))
     np.testing.assert_array_equal(labels, np.arange(5))
     assert [path.name for path in tmp_path.iterdir()] == ["samples.npz"]
@@ -124,9 +124,9 @@ def test_reference_file_round_trip_and_adm_layout(tmp_path):
     pooled = FeatureStatistics(np.ones(3), np.eye(3))
     spatial = FeatureStatistics(np.zeros(2), np.eye(2))
     features = np.ones((4, 3), np.float32)
-    reference = sample_files.Reference(pooled, spatial, features, {"preprocessing": "none"})
-    sample_files.write_reference(tmp_path / "ours.npz", reference)
-    back = sample_files.read_reference(tmp_path / "ours.npz")
+    reference = distances.Reference(pooled, spatial, features, {"preprocessing": "none"})
+    distances.write_reference(tmp_path / "ours.npz", reference)
+    back = distances.read_reference(tmp_path / "ours.npz")
     assert back.protocol == {"preprocessing": "none"}
     np.testing.assert_array_equal(back.pooled.covariance, np.eye(3))
     np.testing.assert_array_equal(back.spatial.mean, np.zeros(2))
@@ -134,7 +134,7 @@ def test_reference_file_round_trip_and_adm_layout(tmp_path):
 
     arrays = {"arr_0": np.zeros((2, 4, 4, 3), np.uint8), "mu": np.ones(3, np.float32), "sigma": np.eye(3)}
     np.savez(tmp_path / "adm.npz", **arrays)
-    back = sample_files.read_reference(tmp_path / "adm.npz")
+    back = distances.read_reference(tmp_path / "adm.npz")
     assert back.pooled.mean.dtype == np.float64
     assert back.spatial is None
     assert back.features is None
@@ -155,14 +155,14 @@ def test_files_that_are_no_samples_are_refused(tmp_path, arrays):
     path = tmp_path / "bad.npz"
     np.savez(path, allow_pickle=True, **arrays)
     with pytest.raises(ValueError, match=r"bad\.npz"):
-        sample_files.read_samples(path)
+        generation.read_samples(path)
     with pytest.raises(ValueError, match=r"bad\.npz"):
-        sample_files.read_reference(path)
+        distances.read_reference(path)
 
 
 def test_missing_and_broken_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.npz"):
-        sample_files.read_samples(tmp_path / "nowhere.npz")
+        generation.read_samples(tmp_path / "nowhere.npz")
     (tmp_path / "text.npz").write_text(json.dumps({}))
     with pytest.raises(ValueError, match="not a readable npz"):
-        sample_files.read_samples(tmp_path / "text.npz")
+        generation.read_samples(tmp_path / "text.npz")

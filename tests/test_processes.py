@@ -15,7 +15,7 @@ import runs
 
 from configs import digits
 from tarflow_jax import TarFlowPipeline
-from tarflow_jax.evaluation.sample_files import read_samples
+from tarflow_jax.evaluation.generation import read_samples
 from tarflow_jax.figures import to_uint8
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.training import Recipe, train

@@ -90,7 +90,7 @@ def test_broken_images_are_counted_and_only_broken_ones_are_an_error(tmp_path, m
     command = ("-m", "launch.sample", f"--workdir={model}", "--num_images=6", "--nodenoise", f"--out={tmp_path}")
     code, _, err = commands.run(*command, "--guidance=100")
     assert code == 1
-    assert "6 of 6 images have pixels that are no numbers or far outside [-1, 1]" in err
+    assert "6 of 6 images have pixels that are not finite or far outside [-1, 1]" in err
     assert (tmp_path / "samples.png").exists()
     assert "--workdir is empty; expected a folder" in refused("-m", "launch.sample", "--workdir=")
 

@@ -18,7 +18,7 @@ from tiny_models import TINY, VP, random_variables
 
 from configs import common, digits
 from tarflow_jax import Noise, TarFlow
-from tarflow_jax.evaluation.split import loss_of
+from tarflow_jax.evaluation.bits_per_dim import loss_of
 from tarflow_jax.likelihood import training_loss
 from tarflow_jax.runtime import for_products, make_mesh, replicated, shardings
 from tarflow_jax.training import Checkpoints, Recipe, TrainConfig, clock, train

@@ -1,9 +1,7 @@
-"""What the demo computes, without its page: samples, uploads to arrays, what is known of a model."""
+"""What the demo computes, without its page: samples, arrays of uploads, facts about a model."""
 
 import dataclasses
-import json
 import logging
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,25 +12,23 @@ from etils import epath
 
 from launch import common
 from tarflow_jax.data.images import decode_image, preprocess, read_file
-from tarflow_jax.errors import UserError, one_line
+from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.generation import quantise
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.inspection import Progress
 from tarflow_jax.pipeline import FAR_OUTSIDE, TarFlowPipeline
-from tarflow_jax.sampling import Decoder, Guidance, Jacobi, Sequential
+from tarflow_jax.sampling import Guidance
 from tarflow_jax.training.recipe import Recipe, label_names
 
 MAX_UPLOAD_PIXELS = 25_000_000
-IN_TURN, NO_CLASS = -2, -1  # choices of a class beside the classes
+IN_TURN, NO_CLASS = -2, -1  # choices of a class besides the classes
 SEED_LIMIT = 2**31 - 1
-DECODERS: Mapping[str, Decoder | str] = {"Sequential": Sequential(), "Jacobi": Jacobi()}
-TUNED = "Tuned"
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Of a draw. Moving any number compiles nothing; another decoder, denoising, or guidance at all does, once."""
+    """Settings of a draw. Numbers compile nothing; another decoder, denoising, or guidance at all does so once."""
 
     label: int = IN_TURN
     guidance: float = 0.0  # weight w
@@ -45,11 +41,11 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """Images and how they came to be, uint8."""
+    """Images and the frames that lead to them, uint8."""
 
     labels: np.ndarray  # int32 [N], -1 for no class
     frames: tuple[np.ndarray, ...]  # [N, H, W, K]: latents, after 1, … F inverted blocks, and denoised if asked for
-    num_bad: int  # images with pixels that are no numbers or far outside [-1, 1]
+    num_bad: int  # images with pixels that are not finite or far outside [-1, 1]
 
     @property
     def images(self) -> np.ndarray:
@@ -58,42 +54,38 @@ class Drawn:
 
 @dataclasses.dataclass(frozen=True)
 class DemoModel:
-    """A model and what is known of it.
-
-    Attributes:
-      name: of its folder. num_images: N, of every draw, so that each program is compiled once.
-      class_names: C names; numbers where the data set has none.
-      decoders: by name, what its blocks can be inverted by.
-      preprocessing: of uploads, see `data.images.preprocess`.
-      temperature: what calibrates the posterior of the classes; None where `launch.evaluate` did not measure it.
-    """
+    """A model and what is known about it."""
 
     pipe: TarFlowPipeline
-    name: str
-    num_images: int
-    class_names: tuple[str, ...]
-    decoders: Mapping[str, Any]
-    preprocessing: str
-    temperature: float | None
+    name: str  # of its folder
+    num_images: int  # N of every draw, so that each program is compiled once
+    class_names: tuple[str, ...]  # numbers where the data set has no names
+    decoders: Mapping[str, Any]  # by name
+    preprocessing: str  # of uploads, see `data.images.preprocess`
+    temperature: float | None  # calibrates the class posterior; None if `launch.evaluate` did not measure it
 
     @classmethod
     def of(cls, pipe: TarFlowPipeline, folder: str, num_images: int) -> "DemoModel":
-        """Of a pipeline, and the workdir, saved model's folder, or hub name that it comes from."""
+        """Makes one from a pipeline and the workdir, saved model's folder, or hub name that it was opened from."""
         if pipe.config.image_channels not in (1, 3):
             raise UserError(f"the demo shows images of 1 or 3 channels, this model's have {pipe.config.image_channels}")
         path = epath.Path(folder)
-        given = Recipe.from_workdir(path).config.data.preprocessing if (path / "checkpoints").is_dir() else "none"
+        in_workdir = (path / "checkpoints").is_dir()
+        preprocessing = Recipe.from_workdir(path).config.data.preprocessing if in_workdir else "none"
         names = label_names(path) or [str(label) for label in range(pipe.config.num_classes)]
         if len(set(names)) < len(names):  # ImageNet's crane is a bird, and a machine
             names = [f"{name} ({label})" for label, name in enumerate(names)]
+        decoders = {"Sequential": common.DECODERS["sequential"], "Jacobi": common.DECODERS["jacobi"]}
+        if _has_schedule(pipe):
+            decoders["Tuned"] = common.DECODERS["auto"]
         return cls(
             pipe,
             path.resolve().name,
             num_images,
             tuple(names),
-            DECODERS | ({TUNED: "auto"} if _has_schedule(pipe) else {}),
-            "tarflow" if given == "none" else given,  # uploads are of any size
-            _calibration(path, pipe),
+            decoders,
+            "tarflow" if preprocessing == "none" else preprocessing,  # uploads have any size
+            _calibration(pipe),
         )
 
     @property
@@ -102,13 +94,13 @@ class DemoModel:
         return [("no class", NO_CLASS), *((name, label) for label, name in enumerate(self.class_names))]
 
     def read_upload(self, path: epath.PathLike) -> np.ndarray:
-        """A stranger's file as an 8-bit image of the model's [H, W, K]; ValueError in one line where it is none."""
+        """Reads an untrusted file as an 8-bit image [H, W, K] of the model's shape; raises UserError if it is none."""
         config = self.pipe.config
         image = decode_image(read_file(Path(path)), config.image_channels, MAX_UPLOAD_PIXELS)
         return preprocess(image, self.preprocessing, config.image_size)
 
     def draw(self, settings: Settings, progress: Progress = lambda share, what: None) -> Drawn:
-        """N images; raises ValueError for settings that the model cannot have."""
+        """Draws N images; raises UserError for settings that the model does not support."""
         pipe, count = self.pipe, self.num_images
         if not 0 <= settings.seed <= SEED_LIMIT:
             raise UserError(f"the seed is {settings.seed}; expected a whole number from 0 to {SEED_LIMIT}")
@@ -118,15 +110,9 @@ class DemoModel:
         guidance = Guidance(settings.guidance, attention_temperature=settings.attention_temperature)
         latents = settings.temperature * pipe.latents(jax.random.key(int(settings.seed)), count)
         progress(0.1, f"inverting {pipe.config.num_blocks} blocks for {count} images")
-        images, trajectory = pipe.decode(
-            latents,
-            labels,
-            guidance,
-            return_trajectory=True,
-            decoder=self.decoders[settings.decoder],
-            noise_std=pipe.drawn_level,
-        )
-        frames = [*np.asarray(trajectory)]
+        decoder = self.decoders[settings.decoder]
+        images, _, trajectory, *_ = pipe.decode_trace(latents, labels, guidance, decoder, pipe.drawn_level)
+        frames = [*np.moveaxis(np.asarray(trajectory), 1, 0)]
         if settings.denoise and pipe.noise_std is not None:
             progress(0.7, "denoising")
             frames.append(np.asarray(pipe.denoise_drawn(images, labels)))
@@ -136,13 +122,13 @@ class DemoModel:
         return Drawn(shown, pictures, int((bad[-1] | far).sum()))
 
     def frame_titles(self, drawn: Drawn) -> list[str]:
-        """What each of `frames` is."""
+        """The title of each of `drawn.frames`."""
         blocks = self.pipe.config.num_blocks
         titles = ["latents", *(f"{k} of {blocks} blocks inverted" for k in range(1, blocks + 1)), "denoised"]
         return titles[: len(drawn.frames)]
 
     def facts(self) -> dict[str, str]:
-        """What a page's head says of the model: its shape, its training, its measured figures."""
+        """The facts at the top of the page: the model's shape, its training, its metrics."""
         pipe, card = self.pipe, self.pipe.card
         config, training = pipe.config, card.get("training", {})
         height, width, channels = config.image_shape
@@ -167,16 +153,9 @@ def _has_schedule(pipe: TarFlowPipeline) -> bool:
         return False
 
 
-def _calibration(folder: epath.Path, pipe: TarFlowPipeline) -> float | None:
-    """The posterior's temperature, as the last evaluation of these weights found it."""
-    reports = [*(folder / "evaluation").glob("*classification*.json")]
-    weights = fingerprint(pipe.variables) if reports else None
-    for path in sorted(reports, key=lambda path: path.stat().mtime, reverse=True):
-        try:
-            report = json.loads(path.read_text())
-            temperature = float(report["results"]["classification"]["temperature"])
-            if report["protocol"]["fingerprint"] == weights and 0 < temperature < math.inf:
-                return temperature
-        except (ValueError, KeyError, TypeError) as error:
-            logger.warning("%s is no evaluation, and is left out: %s", path, one_line(error))
-    return None
+def _calibration(pipe: TarFlowPipeline) -> float | None:
+    """The posterior's temperature, if the workdir has an evaluation of these weights; of several, the fewest draws'."""
+    found = [each for each in pipe.card.get("evaluations", ()) if "classification" in each["results"]]
+    weights = fingerprint(pipe.variables) if found else None
+    figures = [each["results"]["classification"] for each in found if each["protocol"].get("fingerprint") == weights]
+    return min(figures, key=lambda figure: figure["draws"])["temperature"] if figures else None

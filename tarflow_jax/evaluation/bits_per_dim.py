@@ -1,30 +1,69 @@
-"""Bits per dimension of 8-bit images, under uniform dequantisation."""
+"""log p(x), test loss and bits per dimension of 8-bit images with their noise."""
 
-import dataclasses
+import functools
 from typing import Any
 
 import jax
 import numpy as np
 
-from tarflow_jax.evaluation.split import noisy_log_prob
+from tarflow_jax import likelihood
+from tarflow_jax.data import ImageSource
 from tarflow_jax.flow import TarFlowConfig
-from tarflow_jax.likelihood import bits_per_dim
+from tarflow_jax.likelihood import LOG_2PI, bits_per_dim
 from tarflow_jax.noise import Noise
-from tarflow_jax.runtime import BatchRunner, LazyRows
+from tarflow_jax.runtime import BatchRunner, LazyRows, exact_flow
+from tarflow_jax.runtime.batch_runner import forward_bytes
 
 
-@dataclasses.dataclass(frozen=True)
-class BitsPerDim:
-    """Mean over images, and the standard error of that mean."""
+def noisy_log_prob(
+    runner: BatchRunner,
+    config: TarFlowConfig,
+    variables: dict[str, Any],
+    images: LazyRows | tuple[Any, Any],
+    noise: Noise,
+    key: jax.Array,
+    levels: np.ndarray | None = None,
+) -> np.ndarray:
+    """Returns log p(x + noise | label) of 8-bit images in nats, float32 [N], at full matmul precision.
 
-    mean: float
-    standard_error: float
-    num_images: int
+    Image i gets the noise of fold_in(key, i), so its value depends neither on the devices nor on the other images.
 
-    @classmethod
-    def of(cls, bits: np.ndarray) -> "BitsPerDim":
-        """From each image's, [N]."""
-        return cls(float(bits.mean()), float(bits.std(ddof=1) / np.sqrt(len(bits))), len(bits))
+    Args:
+      images: uint8 [N, H, W, K] and labels int32 [N] or None, in memory or read batch by batch.
+      levels: noise levels σ, float32 [n], for a noise-conditional flow; image i is evaluated at level i mod n, and its
+        noise is of that level where `noise` has many.
+    """
+
+    def named(images: Any, labels: Any, index: np.ndarray) -> dict[str, Any]:
+        noise_std = None if levels is None else levels[index % len(levels)]
+        return {"images": images, "labels": labels, "index": index.astype(np.int32), "noise_std": noise_std}
+
+    if isinstance(images, LazyRows):
+        read = images.read
+        rows: Any = LazyRows(lambda index: named(*read(index), index), images.total)
+    else:
+        rows = named(*images, np.arange(len(images[0])))
+    function = functools.partial(likelihood.noisy_log_prob, exact_flow(config), noise)
+    size = forward_bytes(config)
+    return runner.run(function, variables, rows, bytes_per_image=size, description="log-likelihoods", key=key)
+
+
+def split_log_prob(
+    runner: BatchRunner,
+    config: TarFlowConfig,
+    variables: dict[str, Any],
+    source: ImageSource,
+    noise: Noise,
+    key: jax.Array,
+    levels: np.ndarray | None = None,
+) -> np.ndarray:
+    """`noisy_log_prob` of every image of a split; the processes share the work, and each gets the whole array."""
+    return noisy_log_prob(runner, config, variables, LazyRows(source.read, len(source)), noise, key, levels)
+
+
+def loss_of(log_probs: np.ndarray, num_dims: int) -> float:
+    """The training loss that these log p give: nats per dimension, less ½ log 2π."""
+    return float(-log_probs.mean(dtype=np.float64) / num_dims - 0.5 * LOG_2PI)
 
 
 def image_bits_per_dim(
@@ -36,13 +75,16 @@ def image_bits_per_dim(
     num_draws: int = 1,
     levels: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Each image's, float64 [N]: an upper bound in expectation over the noise, computed in float32.
+    """Returns each image's bits per dimension under uniform dequantisation, float64 [N].
+
+    In expectation over the noise it is an upper bound. With K draws it is the tighter, importance-weighted one,
+    log 1/K Σ_k p(x + u_k); the paper's protocol is one draw.
 
     Args:
-      images: as of `noisy_log_prob`.
-      key: draw k of the noise has the key fold_in(key, k), and of that each image its own, see `noisy_log_prob`.
-      levels: as of `noisy_log_prob`.
-      num_draws: K of the importance-weighted bound log 1/K Σ p(x + u_k); 1 is the paper's protocol.
+      images: as in `noisy_log_prob`.
+      key: draw k uses fold_in(key, k).
+      num_draws: K.
+      levels: as in `noisy_log_prob`.
     """
     keys = [jax.random.fold_in(key, draw) for draw in range(num_draws)]
     draws = [noisy_log_prob(runner, config, variables, images, Noise("uniform"), key, levels) for key in keys]

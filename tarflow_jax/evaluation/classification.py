@@ -1,4 +1,4 @@
-"""The flow as a classifier, by Bayes' rule, and as a judge of outliers: both read log p(x | y)."""
+"""What log p(x | y) is good for: classification by Bayes' rule, and outlier detection."""
 
 from collections.abc import Callable
 
@@ -12,28 +12,34 @@ from sklearn.metrics import roc_auc_score
 from tarflow_jax.errors import UserError
 from tarflow_jax.runtime import progress
 
-CALIBRATION_BINS = 15
+CALIBRATION_BINS, HISTOGRAM_BINS = 15, 50
 
 
 def class_log_probs(
     log_prob: Callable[[jax.Array, jax.Array], jax.Array], images: jax.Array, num_classes: int
 ) -> np.ndarray:
-    """log p(x | y) in nats of float images [N, H, W, K] under every label: float64 [N, num_classes]."""
+    """Returns log p(x | y) of float images [N, H, W, K] under every label y, in nats: float64 [N, num_classes]."""
     labels = progress(range(num_classes), "log-likelihoods", unit="class")
     columns = [np.asarray(log_prob(images, jnp.full(len(images), label, jnp.int32)), np.float64) for label in labels]
     return np.stack(columns, axis=1)
 
 
 def bayes_classification(log_probs: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Accuracy of argmax_y log p(x | y), equal priors, and the posterior before and after calibration.
+    """Classifies by argmax_y log p(x | y) under equal priors, and calibrates the posterior softmax_y(log p(x | y)).
 
-    The posterior softmax_y(log p(x | y)) is far too sure: errors of single dimensions add up over all of
-    them. Dividing by one temperature mends that. The temperature is fitted on the images of even index, and
-    everything about the posterior is measured on the odd ones.
+    The posterior is overconfident, because the errors of all dimensions add up; dividing log p by a temperature
+    corrects that. It is fitted on the images of even index; the posterior is evaluated on those of odd index.
 
-    Takes nats [N, C] and labels int [N]. Returns accuracy; temperature; negative_log_likelihood in nats and
-    calibration_error (expected, 15 bins of confidence), each also as raw_…, at temperature 1. Raises ValueError if
-    shapes differ, or a log-likelihood is not finite.
+    Args:
+      log_probs: nats [N, C].
+      labels: int [N].
+
+    Returns:
+      accuracy; temperature; negative_log_likelihood in nats and the expected calibration_error (15 bins of
+      confidence), and both also as raw_…, at temperature 1.
+
+    Raises:
+      UserError: the shapes differ, or a log-likelihood is not finite.
     """
     if log_probs.ndim != 2 or labels.shape != log_probs.shape[:1]:
         raise UserError(f"expected log p [N, C] and N labels, got {log_probs.shape} and {labels.shape}")
@@ -70,9 +76,9 @@ def calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def fit_images(images: np.ndarray, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """Another data set's uint8 images [N, h, w, k] in the model's shape (H, W, K), resized bilinearly.
+    """Resizes another data set's uint8 images [N, h, w, k] bilinearly to the model's shape (H, W, K).
 
-    Raises ValueError for colour images where the model takes grey ones.
+    Grey images are repeated to K channels. Raises UserError for colour images where the model takes grey ones.
     """
     height, width, channels = image_shape
     if images.shape[-1] > channels:
@@ -82,20 +88,24 @@ def fit_images(images: np.ndarray, image_shape: tuple[int, int, int]) -> np.ndar
     return np.repeat(rounded, channels // images.shape[-1], axis=-1)
 
 
-def outlier_scores(inside: np.ndarray, outside: np.ndarray, num_dims: int, bins: int = 50) -> dict[str, object]:
-    """How well log p tells images of the model's data set from those of another.
+def outlier_scores(inside: np.ndarray, outside: np.ndarray, num_dims: int) -> dict[str, object]:
+    """Measures how well log p separates images of the model's data set from those of another.
 
-    Flows are known to find simpler data sets more likely than their own (Nalisnick et al. 2019), so an AUROC
-    under ½ is a finding, not an error.
+    Flows often assign higher likelihood to simpler data sets than to their own (Nalisnick et al. 2019), so an AUROC
+    below ½ is a finding, not an error.
 
-    Takes log p(x) in nats, [N] and [M]; num_dims is H W K. Returns auroc, the chance that an image of the data set is
-    more likely than one of the other, ties counted half; means in nats per dimension; histograms of both over common
-    edges, in nats per dimension.
+    Args:
+      inside, outside: log p(x) in nats, [N] and [M].
+      num_dims: H W K.
+
+    Returns:
+      auroc, the probability that an image of the data set is more likely than one of the other, ties counted half;
+      both means, and histograms of both over common edges, in nats per dimension.
     """
     both = np.concatenate([inside, outside]).astype(np.float64)
     if not np.isfinite(both).all():
         raise UserError("log p(x) is not finite for some images; outlier scores would hide them")
-    edges = np.histogram_bin_edges(both / num_dims, bins)
+    edges = np.histogram_bin_edges(both / num_dims, HISTOGRAM_BINS)
     return {
         "auroc": float(roc_auc_score(np.arange(len(both)) < len(inside), both)),
         "mean_inside": float(np.mean(inside) / num_dims),

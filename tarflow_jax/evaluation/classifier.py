@@ -1,8 +1,8 @@
-"""Small convolutional classifiers: one as feature network, for data sets where Inception makes no sense.
+"""Small convolutional classifiers of a data set, trained once and cached.
 
-Distances between its features say how two models of one data set compare. They are no FID, are not called
-so, and compare only under the same weights, which the identity printed with them tells.
-The other is what a student learns by (`tarflow_jax.student.Perception`), and measures nothing.
+`classifier_network` is a feature network for data sets where Inception makes no sense. Distances between its features
+compare two models of one data set under the same weights, which the printed identity names. They are not FID.
+`perceptual_network_params` are the weights of a student's perceptual loss, which measures nothing.
 """
 
 import functools
@@ -23,18 +23,17 @@ from safetensors.numpy import save
 from tarflow_jax.data import ImageSource
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.features import FeatureExtractor, FeatureNetwork, Features
-from tarflow_jax.evaluation.sample_files import file_stem
+from tarflow_jax.evaluation.generation import file_stem
 from tarflow_jax.files import replacing, sha256
 from tarflow_jax.runtime import progress
 from tarflow_jax.student import Perception
 
 RECIPE = "3 strided convolutions of 32, 64, 128; AdamW 2e-3, cosine, batch 256, 6 epochs, at least 1,000 steps"
-BATCH_SIZE = 256
-MIN_STEPS = 1000
-PERCEPTION_RECIPE = (
+BATCH_SIZE, MIN_STEPS = 256, 1000
+PERCEPTUAL_RECIPE = (
     "3 pairs of convolutions of 24, 48, 96; AdamW 2e-3, cosine, batch 64, 10 epochs or 1,000 steps, seed 1"
 )
-PERCEPTION_STEPS, PERCEPTION_BATCH_SIZE = 1000, 64
+PERCEPTUAL_BATCH_SIZE, PERCEPTUAL_MAX_STEPS = 64, 1000
 PREPROCESSING = "none: 8-bit images of the data set's own size, v / 127.5 - 1"
 
 
@@ -55,7 +54,7 @@ class Classifier(nn.Module):
 def train_classifier(
     source: ImageSource, model: nn.Module, steps: int, batch_size: int = BATCH_SIZE, seed: int = 0
 ) -> dict[str, Any]:
-    """Parameters of a network with logits, of images uint8 [B, H, W, K], trained by AdamW at 2e-3 and a cosine."""
+    """Trains a network from images uint8 [B, H, W, K] to `.logits`, with AdamW at 2e-3 and a cosine; returns params."""
     optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, steps))
     images, labels = source.read(np.arange(len(source)))
     params = model.init(jax.random.key(seed), jnp.asarray(images[:1]))["params"]
@@ -80,51 +79,30 @@ def train_classifier(
 
 
 def classifier_network(train: ImageSource, test: ImageSource, cache_dir: str | Path) -> FeatureNetwork:
-    """The classifier of a data set: from `cache_dir` if it was trained before, else trained and kept there.
+    """Returns the classifier of a data set as a feature network; trains it unless `cache_dir` has it.
 
-    `identity` states its accuracy on `test`. Raises ValueError for unlabelled images, and for a cached file
-    of something else.
+    Its `identity` gives its accuracy on `test`. Raises UserError for unlabelled images, and for a cached file of
+    another classifier.
     """
     if train.num_classes < 2:
         raise UserError(
             f"{train.name} has no classes to train a classifier on; name Inception weights, --inception=FILE"
         )
-    path, model = _path(cache_dir, "classifier", train), Classifier(train.num_classes)
+    model = Classifier(train.num_classes)
 
-    def make() -> tuple[Any, dict[str, str]]:
+    def network(params: Any, identity: str) -> FeatureNetwork:
+        activations = 4 * 16 * math.prod(train.image_shape[:2])  # twice the first layer's outputs
+        return FeatureNetwork("classifier", identity, PREPROCESSING, params, _apply(train.num_classes), activations)
+
+    def fit() -> tuple[Any, dict[str, str]]:
         params = train_classifier(train, model, steps=max(6 * len(train) // BATCH_SIZE, MIN_STEPS))
-        return params, {"accuracy": repr(accuracy(params, test))}
+        images, labels = test.read(np.arange(len(test)))
+        logits = FeatureExtractor(network(params, "not saved yet"))(images).logits
+        return params, {"accuracy": repr(float((logits.argmax(-1) == labels).mean()))}
 
-    params, metadata = _kept(path, train, model, RECIPE, make)
-    identity = f"sha256 {sha256(path)} (test accuracy {float(metadata['accuracy']):.4f}; {RECIPE})"
-    return _network(params, train, identity)
-
-
-def perception_parameters(train: ImageSource, cache_dir: str | Path) -> dict[str, Any]:
-    """Parameters of a `Perception` of a data set's classes: from `cache_dir`, or trained and kept there.
-
-    Raises ValueError for unlabelled images, and for a cached file of something else.
-    """
-    if train.num_classes < 2:
-        raise UserError(f"{train.name} has no classes to train a perception on; set student.perceptual to 0")
-    model = Perception(train.num_classes)
-
-    def make() -> tuple[Any, dict[str, str]]:
-        steps = min(10 * len(train) // PERCEPTION_BATCH_SIZE, PERCEPTION_STEPS)
-        return train_classifier(train, model, steps, PERCEPTION_BATCH_SIZE, seed=1), {}
-
-    params, _ = _kept(_path(cache_dir, "perception", train), train, model, PERCEPTION_RECIPE, make)
-    return params
-
-
-def _path(cache_dir: str | Path, kind: str, source: ImageSource) -> Path:
-    shape = "x".join(map(str, source.image_shape))
-    return Path(cache_dir) / f"{file_stem(kind, source.name, shape)}.safetensors"
-
-
-def _network(params: Any, source: ImageSource, identity: str = "") -> FeatureNetwork:
-    activations = 4 * 16 * math.prod(source.image_shape[:2])  # the first layer's outputs, and as much again
-    return FeatureNetwork("classifier", identity, PREPROCESSING, params, _apply(source.num_classes), activations)
+    path = _cache_path(cache_dir, "classifier", train)
+    params, metadata = _read_or_fit(path, train, model, RECIPE, fit)
+    return network(params, f"sha256 {sha256(path)} (test accuracy {float(metadata['accuracy']):.4f}; {RECIPE})")
 
 
 @functools.cache
@@ -132,27 +110,34 @@ def _apply(num_classes: int) -> Callable[[Any, jax.Array], Features]:
     return lambda params, images: Classifier(num_classes).apply({"params": params}, images)
 
 
-def accuracy(params: Any, source: ImageSource) -> float:
-    """Fraction of the images of `source` that a `Classifier` gets right."""
-    images, labels = source.read(np.arange(len(source)))
-    logits = FeatureExtractor(_network(params, source))(images).logits
-    return float((logits.argmax(-1) == labels).mean())
+def perceptual_network_params(train: ImageSource, cache_dir: str | Path) -> dict[str, Any]:
+    """Returns the parameters of a `Perception` network of a data set's classes; trains it unless `cache_dir` has it.
 
-
-def _kept(
-    path: Path,
-    source: ImageSource,
-    model: nn.Module,
-    recipe: str,
-    make: Callable[[], tuple[Any, dict[str, str]]],
-) -> tuple[Any, dict[str, str]]:
-    """(parameters, metadata) in a file, of a network trained on `source`; made and kept there if missing.
-
-    Raises ValueError for a file of something else.
+    Raises UserError for unlabelled images, and for a cached file of another network.
     """
+    if train.num_classes < 2:
+        raise UserError(f"{train.name} has no classes to train a perceptual network on; set student.perceptual to 0")
+    model = Perception(train.num_classes)
+
+    def fit() -> tuple[Any, dict[str, str]]:
+        steps = min(10 * len(train) // PERCEPTUAL_BATCH_SIZE, PERCEPTUAL_MAX_STEPS)
+        return train_classifier(train, model, steps, PERCEPTUAL_BATCH_SIZE, seed=1), {}
+
+    return _read_or_fit(_cache_path(cache_dir, "perception", train), train, model, PERCEPTUAL_RECIPE, fit)[0]
+
+
+def _cache_path(cache_dir: str | Path, kind: str, source: ImageSource) -> Path:
+    shape = "x".join(map(str, source.image_shape))
+    return Path(cache_dir) / f"{file_stem(kind, source.name, shape)}.safetensors"
+
+
+def _read_or_fit(
+    path: Path, source: ImageSource, model: nn.Module, recipe: str, fit: Callable[[], tuple[Any, dict[str, str]]]
+) -> tuple[Any, dict[str, str]]:
+    """Returns (parameters, metadata) of the network in a file, which `fit` makes if the file is missing."""
     described = {"recipe": recipe, "data_set": source.name, "num_images": str(len(source))}
     if not path.is_file():
-        params, more = make()
+        params, more = fit()
         arrays = {name: np.asarray(x) for name, x in flatten_dict(params, sep="/").items()}
         with replacing(path) as file:
             file.write(save(arrays, described | more))

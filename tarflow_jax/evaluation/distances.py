@@ -1,27 +1,31 @@
-"""Distances between generated images and a data set: which are asked for, under which name, against what."""
+"""Distances between generated images and a data set: metrics by name, and the real images' reference statistics."""
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from tarflow_jax.data import ImageSource
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.features import FeatureExtractor, Features
-from tarflow_jax.evaluation.sample_files import (
-    Reference,
-    as_colour,
-    file_stem,
-    read_reference,
-    read_samples,
-    write_reference,
+from tarflow_jax.evaluation.generation import as_colour, file_stem, read_samples
+from tarflow_jax.evaluation.scores import (
+    FeatureStatistics,
+    RunningStatistics,
+    feature_statistics,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
 )
-from tarflow_jax.evaluation.scores import inception_score, kernel_distance, precision_recall
-from tarflow_jax.evaluation.statistics import FeatureStatistics, RunningStatistics, feature_statistics, frechet_distance
+from tarflow_jax.files import read_npz, write_npz
 
-# As many real images as ADM's reference files carry for precision, recall and the kernel distance.
-NUM_REAL_FEATURES = 10_000
+NUM_REAL_FEATURES = 10_000  # for precision, recall and the kernel distance; as many as ADM's files have images
 IMAGES_AT_A_TIME = 4096
+MAX_STATISTICS_BYTES = 128 * 2**20  # 10,000 x 2048 float32 features take 79 MiB
 
 NAMES = {
     "inception": {
@@ -40,21 +44,52 @@ NAMES = {
 METRICS = tuple(NAMES["inception"])
 
 
-def check_metrics(metrics: list[str], network: str) -> None:
-    """Raises ValueError for a metric that does not exist, or not under this network."""
-    for metric in metrics:
-        if metric not in METRICS:
-            raise UserError(f"unknown metric {metric!r}; expected one of {', '.join(METRICS)}")
-        if metric not in NAMES[network]:
-            raise UserError(f"{metric} is defined by Inception's features alone; name their file, --inception=FILE")
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Features of the real images."""
+
+    pooled: FeatureStatistics  # of a whole split
+    spatial: FeatureStatistics | None  # of a whole split, for sFID
+    features: np.ndarray | None  # pooled features of some of the images, float32 [M, D]
+    protocol: dict[str, Any]  # what was measured, and how; other projects' files do not say
+
+
+def write_reference(path: epath.PathLike, reference: Reference) -> None:
+    """Writes ADM's arrays of statistics (`mu`, `sigma`, `mu_s`, `sigma_s`), our `features`, and `protocol` as JSON."""
+    arrays = {"mu": reference.pooled.mean, "sigma": reference.pooled.covariance}
+    if reference.spatial is not None:
+        arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
+    if reference.features is not None:
+        arrays["features"] = reference.features
+    write_npz(path, **arrays, protocol=np.array(json.dumps(reference.protocol)))
+
+
+def read_reference(path: epath.PathLike) -> Reference:
+    """Reads a reference file, ours or ADM's; raises FileNotFoundError, and UserError for anything else."""
+    names = ("mu", "sigma", "mu_s", "sigma_s", "features", "protocol")
+    arrays = read_npz(path, names, MAX_STATISTICS_BYTES)
+    if not {"mu", "sigma"} <= arrays.keys():
+        raise UserError(f"{path} holds no reference statistics: expected arrays mu and sigma")
+    try:
+        pooled = FeatureStatistics(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64))
+        spatial = None
+        if {"mu_s", "sigma_s"} <= arrays.keys():
+            spatial = FeatureStatistics(arrays["mu_s"].astype(np.float64), arrays["sigma_s"].astype(np.float64))
+        protocol = json.loads(str(arrays["protocol"])) if "protocol" in arrays else {}
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: {error}") from error
+    features = arrays.get("features")
+    if features is not None and features.shape[1:] != pooled.mean.shape:
+        raise UserError(f"{path}: features {list(features.shape)} do not fit mu {list(pooled.mean.shape)}")
+    return Reference(pooled, spatial, features, protocol)
 
 
 def data_set_reference(
     extractor: FeatureExtractor, source: ImageSource, split: str, preprocessing: str, cache_dir: Path
 ) -> Reference:
-    """Statistics of all images of a split, computed once and kept in `cache_dir` with their protocol.
+    """Computes the statistics of all images of a split, or reads them from `cache_dir` if they are there.
 
-    `preprocessing` is what the source did to its images, in words ("tarflow", "adm", "none").
+    `preprocessing` says what the source did to its images ("tarflow", "adm", "none"), for the protocol.
     """
     network = extractor.network
     protocol = {
@@ -89,22 +124,31 @@ def data_set_reference(
 
 
 def file_reference(extractor: FeatureExtractor, path: str | Path, metrics: list[str]) -> Reference:
-    """A reference file of ADM's kind; its images (`arr_0`), if it has any, serve precision, recall and KID.
+    """Reads a reference file; precision, recall and KID take the features of its images (`arr_0`), if it has any.
 
-    Raises FileNotFoundError, and ValueError for anything but a reference file of this network.
+    Raises FileNotFoundError, and UserError for anything but a reference file of this network.
     """
     reference = read_reference(path)
     features, protocol = reference.features, {"file": Path(path).name} | reference.protocol
     if features is None and {"kid", "precision_recall"} & set(metrics):
         features = extractor(as_colour(read_samples(path)[0]), "features of the reference").pooled
-    return Reference(reference.pooled, reference.spatial, features, protocol)
+    return dataclasses.replace(reference, features=features, protocol=protocol)
+
+
+def check_metrics(metrics: list[str], network: str) -> None:
+    """Raises UserError for a metric that does not exist, or not for this network."""
+    for metric in metrics:
+        if metric not in METRICS:
+            raise UserError(f"unknown metric {metric!r}; expected one of {', '.join(METRICS)}")
+        if metric not in NAMES[network]:
+            raise UserError(f"{metric} is defined by Inception's features alone; name their file, --inception=FILE")
 
 
 def sample_metrics(metrics: list[str], network: str, features: Features, reference: Reference) -> dict[str, Any]:
-    """{name as it should be printed: figure} for the asked metrics of generated images' features.
+    """Returns {printed name: value} of the metrics of generated images' features.
 
-    Scores over splits or subsets come with their standard deviation, as "… (std)". Raises ValueError for
-    metrics that the network or the reference does not have, and for fewer images than features.
+    Scores over splits or subsets come with their standard deviation, as "… (std)". Raises UserError for metrics that
+    the network or the reference does not support, and for fewer images than features.
     """
     check_metrics(metrics, network)
     names, results = NAMES[network], {}
@@ -118,11 +162,13 @@ def sample_metrics(metrics: list[str], network: str, features: Features, referen
             results[name] = _frechet(features.spatial, reference.spatial, name)
         elif metric == "inception_score":
             results[name], results[f"{name} (std)"] = inception_score(features.logits)
+        elif reference.features is None:
+            raise UserError("the reference has no images, which the kernel distance, precision and recall need")
         elif metric == "kid":
-            results[name], results[f"{name} (std)"] = kernel_distance(features.pooled, _real_features(reference))
+            results[name], results[f"{name} (std)"] = kernel_distance(features.pooled, reference.features)
         else:
-            both = precision_recall(features.pooled, _real_features(reference))
-            results |= {name.format(kind): value for kind, value in zip(("precision", "recall"), both, strict=True)}
+            precision, recall = precision_recall(features.pooled, reference.features)
+            results |= {name.format("precision"): precision, name.format("recall"): recall}
     return results
 
 
@@ -134,9 +180,3 @@ def _frechet(features: np.ndarray, reference: FeatureStatistics, name: str) -> f
             "covariance singular (the field draws 50,000)"
         )
     return frechet_distance(feature_statistics(features), reference)
-
-
-def _real_features(reference: Reference) -> np.ndarray:
-    if reference.features is None:
-        raise UserError("the reference has no images, which the kernel distance, precision and recall need")
-    return reference.features

@@ -1,10 +1,11 @@
-"""Samples for metrics, in chunks on disk: 50,000 images survive a kill, and several processes share the work.
+"""Generated samples on disk: drawn in chunks, so that 50,000 survive a kill, and exported as ADM's npz files.
 
-Chunk i comes from the key fold_in(key(seed), i) and nothing else, so it does not matter who draws it, or when.
+Chunk i depends on nothing but the key fold_in(key(seed), i): any process can draw it, at any time.
 """
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,13 +19,13 @@ from tarflow_jax.figures import to_uint8
 from tarflow_jax.files import read_npz, write_npz, write_text
 from tarflow_jax.runtime import progress
 
-NOT_FINITE = 128  # the grey that stands for a pixel which is no number
+NOT_FINITE = 128  # grey, in place of a pixel that is NaN or infinite
 
 
 class Samples(NamedTuple):
-    """Images uint8 [N, H, W, K], labels int32 [N] (None if unconditional), and how many images held NaN or infinity.
+    """Images uint8 [N, H, W, K], labels int32 [N] or None, and how many of the images had NaN or infinite pixels.
 
-    Such images stay in the set, their bad pixels grey: a model that makes them is judged by them.
+    Such images stay in the set, with grey for these pixels, so that a model is measured with its failures.
     """
 
     images: np.ndarray
@@ -33,29 +34,17 @@ class Samples(NamedTuple):
 
 
 def quantise(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Float images [B, H, W, K] in [-1, 1] to the nearest 8-bit values, and bool [B]: is it not finite?"""
+    """Rounds float images [B, H, W, K] in [-1, 1] to uint8; also returns bool [B], whether any pixel is not finite."""
     finite = np.isfinite(images)
     values = to_uint8(np.where(finite, images, 0))
     return np.where(finite, values, np.uint8(NOT_FINITE)), ~finite.all((1, 2, 3))
 
 
-def chunk_folder(root: epath.PathLike, protocol: Mapping[str, Any]) -> epath.Path:
-    """The folder of one protocol's chunks; it names itself after the protocol, and says it in protocol.json.
-
-    `protocol` must hold all that the samples depend on: model, seed, guidance, denoising, chunk size. Two
-    protocols never share a folder, so a run with another guidance cannot continue this one by mistake.
-    """
-    text = json.dumps(dict(protocol), indent=2, sort_keys=True)
-    folder = epath.Path(root) / hashlib.sha256(text.encode()).hexdigest()[:16]
-    write_text(folder / "protocol.json", text)
-    return folder
-
-
 def labels_in_proportion(class_counts: Sequence[int] | np.ndarray, num_images: int) -> np.ndarray | None:
-    """Labels int32 [num_images], of whose first n every class has about its share; None without classes.
+    """Returns labels int32 [num_images] in which every prefix has each class in proportion to `class_counts`.
 
-    Each is the class that is furthest behind, the lowest of several: 0, 1, 2 … in turn where `class_counts`, integers
-    [C], are equal.
+    The next label is the class that is furthest behind, the lowest of several: 0, 1, 2 … in turn for equal counts,
+    integers [C]. Returns None without classes.
     """
     if not len(class_counts):
         return None
@@ -68,6 +57,18 @@ def labels_in_proportion(class_counts: Sequence[int] | np.ndarray, num_images: i
     return labels
 
 
+def chunk_folder(root: epath.PathLike, protocol: Mapping[str, Any]) -> epath.Path:
+    """Returns the folder of a protocol's chunks, named by its hash; protocol.json in it holds the protocol.
+
+    `protocol` must hold all that the samples depend on: model, seed, guidance, denoising, chunk size. Different
+    protocols get different folders, so a run with another guidance cannot continue this one by mistake.
+    """
+    text = json.dumps(dict(protocol), indent=2, sort_keys=True)
+    folder = epath.Path(root) / hashlib.sha256(text.encode()).hexdigest()[:16]
+    write_text(folder / "protocol.json", text)
+    return folder
+
+
 def generate(
     sample: Callable[[jax.Array, int, jax.Array | None], jax.Array],
     folder: epath.PathLike,
@@ -76,11 +77,10 @@ def generate(
     class_counts: Sequence[int] | np.ndarray,
     seed: int,
 ) -> None:
-    """Draws the chunks of `num_images` samples that are not in `folder` yet; of several processes each its share.
+    """Draws the chunks of `num_images` samples that are missing in `folder`; each process draws its share.
 
     `sample(key, number, labels)` returns float images [number, H, W, K] in [-1, 1], for `labels_in_proportion`. Every
-    chunk is drawn whole, so the first images do not depend on how many are asked for. Nothing is drawn twice, NaN or
-    not.
+    chunk is drawn in full, so the first images do not depend on `num_images`. Nothing is drawn twice, NaN or not.
     """
     num_chunks = -(-num_images // chunk_size)
     all_labels = labels_in_proportion(class_counts, num_chunks * chunk_size)
@@ -99,8 +99,10 @@ def generate(
 def read_chunks(
     folder: epath.PathLike, num_images: int, chunk_size: int, class_counts: Sequence[int] | np.ndarray
 ) -> Samples:
-    """The first `num_images` samples of a folder. Raises FileNotFoundError while a chunk is missing, and
-    ValueError for one that is damaged."""
+    """Reads the first `num_images` samples of a folder.
+
+    Raises FileNotFoundError while a chunk is missing, and UserError for a damaged one.
+    """
     images, not_finite = [], []
     for index in range(-(-num_images // chunk_size)):
         path = _chunk_path(folder, index)
@@ -118,3 +120,36 @@ def read_chunks(
 
 def _chunk_path(folder: epath.PathLike, index: int) -> epath.Path:
     return epath.Path(folder) / f"chunk_{index:05d}.npz"
+
+
+def write_samples(path: epath.PathLike, images: np.ndarray, labels: np.ndarray | None = None) -> None:
+    """Writes ADM's sample file: `arr_0` uint8 [N, H, W, 3], grey repeated, and `arr_1`, the labels if there are any."""
+    arrays = {"arr_0": as_colour(images)}
+    if labels is not None:
+        arrays["arr_1"] = labels
+    write_npz(path, **arrays)
+
+
+def read_samples(path: epath.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
+    """Reads images uint8 [N, H, W, K] and labels [N] or None from an ADM sample file.
+
+    Raises FileNotFoundError, and UserError for anything but a complete sample file.
+    """
+    arrays = read_npz(path, ("arr_0", "arr_1"))
+    images, labels = arrays.get("arr_0"), arrays.get("arr_1")
+    if images is None or images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
+        found = "nothing" if images is None else f"{images.dtype} {list(images.shape)}"
+        raise UserError(f"{path}: expected arr_0 as uint8 [N, H, W, 1 or 3], found {found}")
+    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
+        raise UserError(f"{path}: expected arr_1 as {len(images)} integer labels, found {list(labels.shape)}")
+    return images, labels
+
+
+def as_colour(images: np.ndarray) -> np.ndarray:
+    """[N, H, W, 1 or 3] -> [N, H, W, 3], which Inception and ADM's files expect."""
+    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+
+
+def file_stem(*parts: str) -> str:
+    """Joins parts, such as a data set's name "folder:/data/cats", to a name of letters, digits, dots and dashes."""
+    return "-".join(re.sub(r"[^\w.]+", "_", part).strip("_") for part in parts)

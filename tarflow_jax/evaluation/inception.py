@@ -1,9 +1,8 @@
 """FID's InceptionV3 (the network of December 2015, "pt_inception-2015-12-05") in Flax.
 
-It differs from the InceptionV3 of the model zoos: 1,008 outputs, average pools that leave the border out of
-the mean, a max pool in the last block, and images resized by TensorFlow 1's bilinear rule. Batch
-normalisation is folded into the convolutions when weights are loaded (`interop/inception_weights.py`), so
-the network is convolutions with a bias, ReLU and pools. Module names are those of the PyTorch file.
+It differs from the InceptionV3 of model zoos: 1,008 outputs, average pools that exclude the padding, a max pool in the
+last block, and images resized by TensorFlow 1's bilinear rule. Batch normalisation is folded into the convolutions when
+weights are loaded (`interop/inception_weights.py`). Modules are named as in the PyTorch file.
 """
 
 import functools
@@ -27,10 +26,10 @@ SPATIAL_CHANNELS = 7  # of mixed_6/conv:0, for sFID
 
 
 def resize_like_tensorflow1(images: Array, size: int = IMAGE_SIZE) -> Array:
-    """Bilinear resize of float images [B, H, W, K] to [B, size, size, K] by the rule of TensorFlow 1.
+    """Resizes float images [B, H, W, K] to [B, size, size, K] by TensorFlow 1's bilinear rule.
 
-    Output pixel i reads input coordinate i * H / size: pixel corners, not centres, are aligned, and nothing
-    is smoothed when the image shrinks. Every published FID was computed this way.
+    Output pixel i reads input coordinate i * H / size: pixel corners, not centres, are aligned, without antialiasing.
+    Every published FID was computed this way.
     """
     for axis in (2, 1):
         length = images.shape[axis]
@@ -54,7 +53,7 @@ def average_pool(x: Array) -> Array:
 
 
 def _convolve_by_patches(x: Array, kernel: Array, strides: int) -> Array:
-    """A valid convolution of one image [H, W, I] as one matrix product with the matrix of its patches."""
+    """Convolves one image [H, W, I] without padding, as one matmul with the matrix of its patches."""
     rows, columns, inputs, outputs = kernel.shape
     height = (x.shape[0] - rows) // strides + 1
     width = (x.shape[1] - columns) // strides + 1
@@ -68,8 +67,11 @@ def _convolve_by_patches(x: Array, kernel: Array, strides: int) -> Array:
 
 
 def convolve(x: Array, kernel: Array, strides: int, padding: tuple[int, int]) -> Array:
-    """NHWC convolution. XLA's convolution on a CPU is slow for large images and for strides: there it is
-    done image by image, so that the patches stay in the cache, as a matrix product (2 to 4 times faster)."""
+    """NHWC convolution.
+
+    XLA's is slow on CPUs for large images and for strides; there a matmul with patches, image by image so that they
+    stay in the cache, is 2 to 4 times faster.
+    """
     rows, columns = kernel.shape[:2]
     pads = tuple((p, p) for p in padding)
     if jax.default_backend() == "cpu" and rows == columns == 1:
@@ -82,7 +84,7 @@ def convolve(x: Array, kernel: Array, strides: int, padding: tuple[int, int]) ->
 
 
 class Convolution(nn.Module):
-    """Convolution with the folded batch normalisation, then ReLU; `same` keeps the image's size at stride 1."""
+    """Convolution with a bias, then ReLU; `same` keeps the image's size at stride 1."""
 
     features: int
     rows: int = 1
@@ -99,7 +101,7 @@ class Convolution(nn.Module):
         return nn.relu(convolve(x, kernel, self.strides, padding) + bias[None, None, None])
 
 
-# By name: convolutions one after the other, each (features, rows, columns), or two of them beside each other.
+# Name -> a sequence of convolutions (features, rows, columns); a pair of them runs in parallel.
 Branches = Mapping[str, tuple[tuple, ...]]
 
 BLOCK_A = {
@@ -120,7 +122,7 @@ BLOCK_E = {
 
 
 def block_c(inner: int) -> Branches:
-    """With 7 x 7 convolutions factorised, of `inner` channels between."""
+    """Branches with factorised 7 x 7 convolutions, `inner` channels wide."""
     return {
         "branch1x1": ((192, 1, 1),),
         "branch7x7": ((inner, 1, 1), (inner, 1, 7), (192, 7, 1)),
@@ -129,11 +131,11 @@ def block_c(inner: int) -> Branches:
 
 
 class Block(nn.Module):
-    """Branches and a pool beside each other; their last convolutions have the stride, which the pool must have too."""
+    """Concatenates parallel branches and a pool; `strides` holds for their last convolutions and for the pool."""
 
     branches: Branches
     pool: Callable[[Array], Array]
-    pool_features: int = 0  # of the convolution after the pool; 0 for none
+    pool_features: int = 0  # of the convolution after the pool; 0: no convolution
     strides: int = 1
 
     @nn.compact
@@ -173,11 +175,11 @@ class InceptionV3(nn.Module):
         x = Block(BLOCK_B, max_pool, strides=2, name="Mixed_6a")(x)  # [B, 17, 17, 768]
         for name, inner in (("Mixed_6b", 128), ("Mixed_6c", 160), ("Mixed_6d", 160), ("Mixed_6e", 192)):
             x = Block(block_c(inner), average_pool, 192, name=name)(x)
-            if name == "Mixed_6d":  # TensorFlow's mixed_6; its first branch, mixed_6/conv, comes first in x
+            if name == "Mixed_6d":  # TensorFlow's mixed_6; mixed_6/conv, its first branch, comes first in x
                 spatial = x[..., :SPATIAL_CHANNELS].reshape(x.shape[0], -1)
         x = Block(BLOCK_D, max_pool, strides=2, name="Mixed_7a")(x)  # [B, 8, 8, 1280]
         x = Block(BLOCK_E, average_pool, 192, name="Mixed_7b")(x)
-        last_pool = functools.partial(max_pool, strides=1, padding=1)  # an old mistake, now the standard
+        last_pool = functools.partial(max_pool, strides=1, padding=1)  # a mistake of the original, now the standard
         x = Block(BLOCK_E, last_pool, 192, name="Mixed_7c")(x)
         pooled = x.mean((1, 2))
         logits = nn.Dense(1008, use_bias=False, name="fc")(pooled)
@@ -189,9 +191,9 @@ def _features_of_any(params: Any, images: Array) -> Features:
 
 
 def inception_network(path: str | Path) -> FeatureNetwork:
-    """FID's network with the weights of a local PyTorch file; grey images are repeated to three channels.
+    """Returns FID's network with the weights of a local PyTorch file; grey images are repeated to three channels.
 
-    Raises FileNotFoundError, and ValueError for a file of anything else.
+    Raises FileNotFoundError, and UserError for a file of anything else.
     """
     params, sha256 = load_inception_weights(path)
     model = InceptionV3()
@@ -206,5 +208,5 @@ def inception_network(path: str | Path) -> FeatureNetwork:
         preprocessing="grey repeated to RGB, TensorFlow 1 bilinear resize to 299 x 299, (v - 128) / 128",
         variables=jax.tree.map(jnp.asarray, params),
         apply=_features_of_any,
-        bytes_per_image=64 * 2**20,  # 299 x 299 pixels, and the widest two layers
+        bytes_per_image=64 * 2**20,  # 299 x 299 pixels and the two widest layers
     )

@@ -1,10 +1,12 @@
-"""Scores of feature sets besides the Fréchet distance, each as torch-fidelity computes it; float64, on the host.
+"""Scores of generated images by their features: Fréchet and kernel distance, inception score, precision and recall.
 
-The random orders are NumPy's legacy generator with seed 2020, because torch-fidelity's are: the scores then agree to
-rounding, not only on average.
+All are computed in float64 on the host, and agree with torch-fidelity to rounding; hence its random generator and seed.
 """
 
+import dataclasses
+
 import numpy as np
+import scipy.linalg
 import scipy.special
 from sklearn.metrics import pairwise_distances_chunked
 from sklearn.metrics.pairwise import polynomial_kernel
@@ -13,13 +15,87 @@ from sklearn.neighbors import NearestNeighbors
 from tarflow_jax.errors import UserError
 from tarflow_jax.runtime import progress
 
-SEED = 2020
+SEED = 2020  # of NumPy's legacy generator
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureStatistics:
+    """Mean [D] and covariance [D, D] (divided by count - 1) of features, float64.
+
+    Raises UserError for shapes that do not match, or values that are not finite.
+    """
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+    def __post_init__(self) -> None:
+        (size,) = self.mean.shape if self.mean.ndim == 1 else (0,)
+        if not size or self.covariance.shape != (size, size):
+            raise UserError(
+                f"feature statistics have a mean of shape {list(self.mean.shape)} and a covariance of shape "
+                f"{list(self.covariance.shape)}; expected [D] and [D, D]"
+            )
+        if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
+            raise UserError("feature statistics hold numbers that are not finite")
+
+
+class RunningStatistics:
+    """Mean and covariance of a stream of features, in one pass (Chan, Golub and LeVeque's update)."""
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.scatter = 0, np.zeros(()), np.zeros(())
+
+    def add(self, features: np.ndarray) -> "RunningStatistics":
+        """Adds features [N, D] of any float type; returns itself."""
+        batch = np.asarray(features, np.float64)
+        mean = batch.mean(0)
+        centred = batch - mean
+        total = self.count + len(batch)
+        shift = mean - self.mean
+        self.scatter = self.scatter + centred.T @ centred + np.outer(shift, shift) * (self.count * len(batch) / total)
+        self.mean = self.mean + shift * (len(batch) / total)
+        self.count = total
+        return self
+
+    def result(self) -> FeatureStatistics:
+        """Returns the statistics so far; raises UserError for fewer than two samples."""
+        if self.count < 2:
+            raise UserError(f"a covariance needs at least 2 samples, got {self.count}")
+        return FeatureStatistics(self.mean, self.scatter / (self.count - 1))
+
+
+def feature_statistics(features: np.ndarray) -> FeatureStatistics:
+    """Returns the statistics of features [N, D] in memory."""
+    return RunningStatistics().add(features).result()
+
+
+def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
+    """|m - m'|² + tr(C + C' - 2 (C C')^½) between Gaussians (Heusel et al. 2017).
+
+    tr (C C')^½ is the sum of the singular values of Rᵀ R' with C = R Rᵀ, C' = R' R'ᵀ: real by construction, and nothing
+    has to be added to the diagonal of a singular covariance. Raises UserError if the numbers of features differ.
+    """
+    if first.mean.shape != second.mean.shape:
+        raise UserError(
+            f"statistics of {len(first.mean)} and of {len(second.mean)} features have no distance; "
+            "were they taken with the same network?"
+        )
+    difference = first.mean - second.mean
+    overlap = scipy.linalg.svdvals(_root(first.covariance).T @ _root(second.covariance)).sum()
+    traces = np.trace(first.covariance) + np.trace(second.covariance)
+    return float(difference @ difference + traces - 2 * overlap)
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    """A factor R [D, D] with R Rᵀ = covariance."""
+    values, vectors = scipy.linalg.eigh(covariance)
+    return vectors * np.sqrt(np.maximum(values, 0))
 
 
 def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]:
-    """exp E KL(p(y|x) || p(y)) from logits [N, C] (without the bias); mean and standard deviation over the splits.
+    """exp E KL(p(y|x) || p(y)) from logits [N, C] without the bias: mean and standard deviation over the splits.
 
-    Salimans et al. 2016. The images are shuffled first: published scores of sorted samples differ in the last digits.
+    Salimans et al. 2016. Images are shuffled first, so scores published for sorted samples differ in the last digits.
     """
     order = np.random.RandomState(SEED).permutation(len(logits))
     log_posterior = scipy.special.log_softmax(np.asarray(logits, np.float64)[order], axis=1)
@@ -35,10 +111,10 @@ def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]
 def kernel_distance(
     first: np.ndarray, second: np.ndarray, subsets: int = 100, subset_size: int = 1000
 ) -> tuple[float, float]:
-    """Squared maximum mean discrepancy with kernel (x·y / D + 1)³: mean and standard deviation over random subsets.
+    """Squared maximum mean discrepancy, kernel (x·y / D + 1)³: mean and standard deviation over random subsets.
 
     Features are [N, D] and [M, D]. With Inception's pool_3 this is KID (Bińkowski et al. 2018), unbiased at any number
-    of samples. Raises ValueError when a set is smaller than a subset.
+    of samples. Raises UserError when a set is smaller than a subset.
     """
     if min(len(first), len(second)) < subset_size:
         raise UserError(f"kernel distance takes subsets of {subset_size} images, got {len(first)} and {len(second)}")
@@ -59,20 +135,20 @@ def _mean_off_diagonal(kernel: np.ndarray) -> float:
 def precision_recall(generated: np.ndarray, real: np.ndarray, neighbours: int = 3) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019) of features [N, D] and [M, D].
 
-    Precision is the fraction of generated images inside a ball of the real set: around every real image, as
-    wide as the distance to its k-th neighbour in that set. Recall exchanges the roles. Raises ValueError
-    when a set has no k-th neighbour.
+    Precision is the fraction of generated images that lie within the distance of some real image to its k-th nearest
+    real neighbour. Recall swaps the two sets. Raises UserError when a set has no k-th neighbour.
     """
     if min(len(generated), len(real)) <= neighbours:
         raise UserError(f"precision and recall need more than {neighbours} images in each set")
-    # One common shift changes no distance and keeps the digits that |x|² - 2 x·y + |y|² would cancel.
+    # A common shift changes no distance, and keeps the digits that |x|² - 2 x·y + |y|² would cancel.
     centre = np.mean(real, axis=0, dtype=np.float64)
     generated, real = generated - centre, real - centre
     return _fraction_inside(generated, real, neighbours), _fraction_inside(real, generated, neighbours)
 
 
 def _fraction_inside(points: np.ndarray, centres: np.ndarray, neighbours: int) -> float:
-    distances, _ = NearestNeighbors(n_neighbors=neighbours, algorithm="brute").fit(centres).kneighbors()  # not itself
+    # Without arguments, kneighbors leaves each point out of its own neighbours.
+    distances, _ = NearestNeighbors(n_neighbors=neighbours, algorithm="brute").fit(centres).kneighbors()
     radius = distances[:, -1]
     chunks = pairwise_distances_chunked(points, centres)  # at 50,000 images the whole matrix would take 20 GB
     return float(np.concatenate([(distances <= radius).any(1) for distances in chunks]).mean())

@@ -15,7 +15,7 @@ from etils import epath
 from tqdm import tqdm
 
 from tarflow_jax.data import Batch, ImageSource, prefetch_to_device, train_batches
-from tarflow_jax.evaluation.split import loss_of, split_log_prob
+from tarflow_jax.evaluation.bits_per_dim import loss_of, split_log_prob
 from tarflow_jax.files import sole_user
 from tarflow_jax.likelihood import unit_prior
 from tarflow_jax.runtime import (

@@ -20,7 +20,7 @@ from tarflow_jax.training.state import TrainConfig
 def split_errors(
     runner: BatchRunner, config: TrainConfig, variables: tuple[Any, Any], source: ImageSource, key: jax.Array
 ) -> np.ndarray:
-    """Mean square errors float32 [N] of a split's images, unguided; noise as `evaluation.split.noisy_log_prob` has it.
+    """Mean square errors float32 [N] of a split's images, unguided; noise as in `evaluation.bits_per_dim`.
 
     `variables` are the flow's and the student's. The noise is of the level at which samples are drawn.
     """

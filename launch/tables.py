@@ -1,16 +1,11 @@
-"""Results as a table to read and a file to keep, both with the protocol that makes them comparable."""
+"""Results as text: tables and protocols."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from etils import epath
-
-from tarflow_jax.files import write_text
-
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A Markdown table, one row a mapping, columns in the order they first appear, numbers to 5 digits."""
+    """A Markdown table with one row a mapping, columns in the order they first appear, and floats to 5 digits."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     cells = [columns, *([_cell(row.get(name, "")) for name in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
@@ -28,11 +23,6 @@ def format_protocol(protocol: Mapping[str, Any]) -> str:
         else:
             lines.append(f"{name}: {value}")
     return "\n".join(lines)
-
-
-def write_json(path: epath.PathLike, content: Mapping[str, Any]) -> None:
-    """Writes JSON, whole or not at all; raises ValueError for NaN, which JSON does not have."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _cell(value: Any) -> str:

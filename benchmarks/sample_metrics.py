@@ -1,4 +1,4 @@
-"""Distances of images to a data set, by the features of its classifier, as launch.evaluate measures them."""
+"""Distances of images to a data set by the features of its classifier, as in launch.evaluate."""
 
 import jax
 import numpy as np
@@ -10,8 +10,8 @@ from tarflow_jax.evaluation.features import FeatureExtractor
 from tarflow_jax.evaluation.generation import quantise
 
 
-class Judge:
-    """A data set, its classifier, and the features of its training images."""
+class SampleMetrics:
+    """Measures images against a data set, with its classifier and the features of its training images."""
 
     def __init__(self, name: str) -> None:
         self.train, self.test = (open_source(name, split) for split in ("train", "test"))
@@ -20,7 +20,10 @@ class Judge:
         self.reference = data_set_reference(self.extractor, self.train, "train", "none", folder)
 
     def __call__(self, images: jax.Array | np.ndarray) -> dict[str, float]:
-        """Of images [N, H, W, K], uint8 or float in [-1, 1]: distance, precision, recall, and how many not finite."""
+        """Returns distance, precision, recall and the number of images that are not finite.
+
+        Images are uint8 or float in [-1, 1], [N, H, W, K].
+        """
         pixels, bad = (images, np.zeros(0)) if images.dtype == np.uint8 else quantise(np.asarray(images))
         network, features = self.extractor.network.name, self.extractor(pixels)
         scores = sample_metrics(["fid", "precision_recall"], network, features, self.reference)

@@ -1,9 +1,9 @@
-"""A classifier of real digits, which reads what a model draws: the share of samples that it reads as their label.
+"""How many of a model's digits a classifier of real digits assigns to their label.
 
-    python -m benchmarks.digits_judge WORKDIR …
+    python -m benchmarks.digits_classifier WORKDIR …
 
-A convolutional network, trained on the 1,500 training images, turned, sheared, scaled and moved at random; kept in
-runs/digits_judge.msgpack. It has nothing of the flow.
+The classifier is a convolutional network trained, independently of the flow, on the 1,500 training images under random
+rotations, shears, scalings and shifts. It is cached in runs/digits_classifier.msgpack.
 """
 
 import functools
@@ -23,13 +23,13 @@ import optax
 from tarflow_jax.data import open_source
 from tarflow_jax.figures import to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
-from tarflow_jax.sampling import Guidance
+from tarflow_jax.sampling import Guidance, Student
 
 STEPS, BATCH_SIZE, SAMPLES = 1500, 128, 1000
-CACHE = Path("runs/digits_judge.msgpack")
+CACHE = Path("runs/digits_classifier.msgpack")
 
 
-class Judge(nn.Module):
+class DigitsClassifier(nn.Module):
     """Images in [0, 1], [B, 8, 8], to logits [B, 10]."""
 
     @nn.compact
@@ -45,15 +45,17 @@ class Judge(nn.Module):
 
 
 def augmented(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Images [B, 8, 8] turned by about 10 degrees, sheared, scaled and moved by about 0.7 pixels."""
+    """Rotates images [B, 8, 8] by about 10 degrees, shears, scales and shifts them by about 0.7 pixels."""
     keys = jax.random.split(key, 4)
     count = len(images)
     angle, shear = jax.random.normal(keys[0], (2, count)) * jnp.array([[np.pi / 18], [0.15]])
     scale = jnp.exp(0.1 * jax.random.normal(keys[1], (2, count)))
-    turn = jnp.array([[jnp.cos(angle), -jnp.sin(angle)], [jnp.sin(angle), jnp.cos(angle)]])
+    rotation = jnp.array([[jnp.cos(angle), -jnp.sin(angle)], [jnp.sin(angle), jnp.cos(angle)]])
     stretch = jnp.array([[scale[0], shear], [jnp.zeros(count), scale[1]]])
     grid = jnp.stack(jnp.meshgrid(jnp.arange(8.0), jnp.arange(8.0), indexing="ij")).reshape(2, 64) - 3.5
-    places = jnp.einsum("ijB,jkB,kn->Bin", turn, stretch, grid) + 3.5 + 0.7 * jax.random.normal(keys[2], (count, 2, 1))
+    places = (
+        jnp.einsum("ijB,jkB,kn->Bin", rotation, stretch, grid) + 3.5 + 0.7 * jax.random.normal(keys[2], (count, 2, 1))
+    )
     moved = jax.vmap(lambda image, at: jax.scipy.ndimage.map_coordinates(image, list(at), 1))(images, places)
     noise = 0.05 * jax.random.normal(keys[3], images.shape)
     return jnp.clip(moved.reshape(images.shape) + noise, 0, 1)
@@ -63,12 +65,12 @@ def _train() -> Any:
     images, labels = open_source("digits", "train").read(np.arange(1500))
     images = images[..., 0].astype(np.float32) / 255
     optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, STEPS), weight_decay=1e-2)
-    params = Judge().init(jax.random.key(0), images[:1])
+    params = DigitsClassifier().init(jax.random.key(0), images[:1])
 
     @jax.jit
     def step(params: Any, state: Any, key: jax.Array, images: jax.Array, labels: jax.Array) -> tuple[Any, Any]:
         def loss(params: Any) -> jax.Array:
-            logits = Judge().apply(params, augmented(key, images))
+            logits = DigitsClassifier().apply(params, augmented(key, images))
             return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
         updates, state = optimizer.update(jax.grad(loss)(params), state, params)
@@ -82,16 +84,16 @@ def _train() -> Any:
 
 
 @functools.cache
-def judge() -> tuple[Callable[[Any], np.ndarray], float]:
-    """(uint8 images [N, 8, 8, 1] -> labels [N], the share of the 297 test images that it reads as their label)."""
-    params = Judge().init(jax.random.key(0), jnp.zeros((1, 8, 8)))
+def trained_classifier() -> tuple[Callable[[Any], np.ndarray], float]:
+    """Returns a function from uint8 images [N, 8, 8, 1] to labels [N], and its accuracy on the 297 test images."""
+    params = DigitsClassifier().init(jax.random.key(0), jnp.zeros((1, 8, 8)))
     if CACHE.exists():
         params = flax.serialization.from_bytes(params, CACHE.read_bytes())
     else:
         params = _train()
         CACHE.parent.mkdir(parents=True, exist_ok=True)
         CACHE.write_bytes(flax.serialization.to_bytes(params))
-    apply = jax.jit(Judge().apply)
+    apply = jax.jit(DigitsClassifier().apply)
 
     def read(images: Any) -> np.ndarray:
         return np.asarray(apply(params, np.asarray(images)[..., 0].astype(np.float32) / 255).argmax(-1))
@@ -101,8 +103,8 @@ def judge() -> tuple[Callable[[Any], np.ndarray], float]:
 
 
 def reads(pipe: TarFlowPipeline) -> dict[str, float]:
-    """The judge's accuracy, and the shares of a model's samples that it reads as their label."""
-    read, accuracy = judge()
+    """Returns the classifier's accuracy, and the fractions of a model's samples that it assigns to their label."""
+    read, accuracy = trained_classifier()
     labels = np.arange(SAMPLES, dtype=np.int32) % 10
     latents = pipe.latents(jax.random.key(1), SAMPLES)
 
@@ -110,14 +112,18 @@ def reads(pipe: TarFlowPipeline) -> dict[str, float]:
         return float((read(to_uint8(images)) == labels).mean())
 
     raw = pipe.decode(latents, labels)
-    figures = {"judge_accuracy": accuracy, "read_raw": share(raw), "read_denoised": share(pipe.denoise(raw, labels))}
+    figures = {
+        "classifier_accuracy": accuracy,
+        "read_raw": share(raw),
+        "read_denoised": share(pipe.denoise(raw, labels)),
+    }
     for weight in (1.0, 2.0):
         guided = pipe.decode(latents, labels, Guidance(weight))
         figures[f"read_guided_{weight:g}"] = share(pipe.denoise(guided, labels))
     if pipe.student is not None:
         denoised = np.asarray(pipe.denoise(raw, labels), np.float64)
         for weight in (0.0, 1.0, 2.0):
-            drawn = pipe.decode(latents, labels, Guidance(weight), decoder="student")
+            drawn = pipe.decode(latents, labels, Guidance(weight), decoder=Student())
             figures[f"read_student_{weight:g}"] = share(drawn)
             if not weight:
                 pair = (np.asarray(drawn, np.float64) - denoised.mean(0)).ravel(), (denoised - denoised.mean(0)).ravel()
