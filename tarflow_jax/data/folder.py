@@ -127,9 +127,9 @@ def open_folder(argument: str, split: str, options: Options) -> EncodedSource:
         name,
         len(items),
         items.__getitem__,
+        options,
         content=repr([(item.name, item.label, item.stamp.split()[0]) for item in items]),  # sizes, but no times
         image_shape=(*size, 3),
-        preprocessing=preprocessing,
         label_names=label_names,
     )
 

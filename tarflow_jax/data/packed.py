@@ -4,6 +4,7 @@ A record is the label (int32, little endian) followed by a PNG. The manifest.jso
 complete. Until then every finished shard has a report beside it, from which an interrupted packing resumes.
 """
 
+import dataclasses
 import io
 import json
 import os
@@ -107,18 +108,14 @@ def pack(
         "splits": {split: _summarize(of_split, len(label_names)) for split, of_split in reports.items()},
     }
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    for report in [report for split in reports.values() for report in split]:
-        _report_path(folder / report["file"]).unlink()
-
-
-def _report_path(shard: Path) -> Path:
-    return shard.with_suffix(".json")
+    for shard_report in folder.glob("*-*.json"):
+        shard_report.unlink()
 
 
 def _finished(path: Path, key: str) -> dict[str, Any] | None:
     """Returns the report of a shard that an interrupted packing of the same set has finished, or None."""
     try:
-        report = json.loads(_report_path(path).read_text())
+        report = json.loads(path.with_suffix(".json").read_text())
         return report if report["fingerprint"] == key and report["sha256"] == sha256(path) else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
@@ -150,7 +147,7 @@ def write_shard(path: Path, key: str, items: list[Item], encoded: Iterable[bytes
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    write_text(_report_path(path), json.dumps(report, indent=1) + "\n")
+    write_text(path.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
     return report
 
 
@@ -252,11 +249,11 @@ def open_packed(argument: str, split: str, options: Options, name: str | None = 
         name,
         len(records),
         item_at,
+        dataclasses.replace(options, preprocessing="none"),
         content=" ".join(shard["sha256"] for shard in shards),
         image_shape=tuple(manifest["image_shape"]),
-        preprocessing="none",
         label_names=manifest["label_names"],
         class_counts=np.array(manifest["splits"][split]["class_counts"], np.int64),
     )
-    source.preprocessing = manifest["preprocessing"]  # which the images have been through already
+    source.preprocessing = manifest["preprocessing"]  # applied when the set was packed
     return source

@@ -13,7 +13,7 @@ from tarflow_jax.data.emoji import open_emoji, prepare_emoji
 from tarflow_jax.data.folder import open_folder
 from tarflow_jax.data.images import check_preprocessing
 from tarflow_jax.data.packed import open_packed, prepare_folder
-from tarflow_jax.data.source import SPLITS, CachedSource, ImageSource, Options
+from tarflow_jax.data.source import SPLITS, ImageSource, Options
 from tarflow_jax.data.tfds import open_tfds, prepare_tfds
 from tarflow_jax.errors import UserError
 
@@ -75,14 +75,14 @@ def open_source(
       ValueError: unknown name, split or preprocessing, images of another size, or a damaged file.
       FileNotFoundError: the data are missing; the message says how to get them.
     """
-    kind, argument, options = _resolve(name, image_size, preprocessing, data_dir, skip_bad)
+    kind, argument, options = _resolve(name, image_size, preprocessing, data_dir, skip_bad, cache_bytes)
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r} of {name}; expected one of {', '.join(SPLITS)}")
     source = kind.open(argument, split, options)
     if options.image_size not in (None, source.image_shape[:2]):
         found, wanted = ("x".join(map(str, size)) for size in (source.image_shape[:2], options.image_size))
         raise UserError(f"{name}: its images are {found}, but {wanted} is asked for")
-    return CachedSource(source, cache_bytes) if cache_bytes else source
+    return source
 
 
 def prepare_source(
@@ -102,7 +102,12 @@ def prepare_source(
 
 
 def _resolve(
-    name: str, image_size: tuple[int, int] | None, preprocessing: str, data_dir: epath.PathLike | None, skip_bad: bool
+    name: str,
+    image_size: tuple[int, int] | None,
+    preprocessing: str,
+    data_dir: epath.PathLike | None,
+    skip_bad: bool,
+    cache_bytes: int = 0,
 ) -> tuple[Kind, str, Options]:
     """Splits a name into its kind and argument, and checks them with the options."""
     key, _, argument = name.partition(":")
@@ -118,4 +123,4 @@ def _resolve(
     if preprocessing != "none" and not kind.preprocesses:
         raise UserError(f"{name}: its images are not resized; set preprocessing to none")
     size = None if image_size is None else (int(image_size[0]), int(image_size[1]))
-    return kind, argument, Options(data_folder(data_dir), size, preprocessing, skip_bad)
+    return kind, argument, Options(data_folder(data_dir), size, preprocessing, skip_bad, cache_bytes)

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ class Options:
     image_size: tuple[int, int] | None = None
     preprocessing: str = "none"
     skip_bad: bool = False
+    cache_bytes: int = 0
 
 
 class ImageSource(abc.ABC):
@@ -147,17 +149,20 @@ class Item(NamedTuple):
 
 
 class EncodedSource(ImageSource):
-    """A source of encoded images, each decoded and preprocessed when it is read."""
+    """A source of encoded images, each decoded and preprocessed when it is read.
+
+    Keeps decoded images in memory once they are read, as many as fit into `options.cache_bytes`.
+    """
 
     def __init__(
         self,
         name: str,
         num_images: int,
         item_at: Callable[[int], Item],
+        options: Options,
         *,
         content: str,
         image_shape: tuple[int, int, int],
-        preprocessing: str,
         label_names: Sequence[str] = (),
         class_counts: np.ndarray | None = None,
     ) -> None:
@@ -169,16 +174,25 @@ class EncodedSource(ImageSource):
         super().__init__(name, image_shape, len(label_names), label_names)
         if num_images == 0:
             raise UserError(f"{name}: no images")
-        self.preprocessing = self._resize_by = preprocessing
+        self.preprocessing = self._resize_by = options.preprocessing
         self._num_images = num_images
         self._item_at = item_at
         self._contents = content
         self._class_counts = class_counts
+        self._cache: dict[int, dict[str, Any]] = {}
+        self._num_cached = options.cache_bytes // math.prod(self.image_shape)
 
     def __len__(self) -> int:
         return self._num_images
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if index >= self._num_cached:
+            return self._decode(index)
+        if index not in self._cache:
+            self._cache[index] = self._decode(index)
+        return self._cache[index]
+
+    def _decode(self, index: int) -> dict[str, Any]:
         item = self._item_at(index)
         try:
             if self.num_classes and not NO_LABEL <= item.label < self.num_classes:
@@ -197,35 +211,3 @@ class EncodedSource(ImageSource):
 
     def _content(self) -> str:
         return self._contents
-
-
-class CachedSource(ImageSource):
-    """Keeps the decoded images of another source in memory once they are read, as many as fit into `max_bytes`."""
-
-    def __init__(self, source: ImageSource, max_bytes: int) -> None:
-        super().__init__(source.name, source.image_shape, source.num_classes, source.label_names)
-        self.source = source
-        self.preprocessing = source.preprocessing
-        num_slots = min(len(source), max_bytes // int(np.prod(source.image_shape)))
-        self._images = np.empty((num_slots, *source.image_shape), np.uint8)  # untouched pages take no memory
-        self._slot_labels = np.empty(num_slots, np.int32)
-        self._filled = np.zeros(num_slots, bool)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        index = range(len(self))[index]
-        if index >= len(self._filled):
-            return self.source[index]
-        if not self._filled[index]:
-            item = self.source[index]
-            self._images[index], self._slot_labels[index] = item["image"], item["label"]
-            self._filled[index] = True  # last, since other threads read the slot as soon as this is set
-        return {"image": self._images[index], "label": self._slot_labels[index]}
-
-    def class_counts(self) -> np.ndarray:
-        return self.source.class_counts()
-
-    def _content(self) -> str:
-        return self.source._content()

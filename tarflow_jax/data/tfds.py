@@ -114,9 +114,9 @@ def open_tfds(argument: str, split: str, options: Options) -> EncodedSource:
         name,
         len(records),
         item_at,
+        options,
         content=f"{builder.info.full_name}/{chosen}",
         image_shape=(*size, 1 if channels == 1 else 3),
-        preprocessing=options.preprocessing,
         label_names=label_names,
     )
 
