@@ -92,9 +92,12 @@ def pack(
             for index, start in enumerate(range(0, len(items), IMAGES_PER_SHARD)):
                 path = folder / f"{split}-{index:05d}.array_record"
                 shard = items[start : start + IMAGES_PER_SHARD]
-                report = _finished(path, key) or write_shard(path, key, shard, pool.imap(encode, shard))
+                report = _finished(path, key)
+                if report:
+                    bar.update(len(shard))
+                else:
+                    report = write_shard(path, key, shard, pool.imap(encode, shard), bar)
                 reports[split].append(report)
-                bar.update(len(shard))
     bad = {path: why for split in reports.values() for report in split for path, why in report["bad"]}
     refuse_bad(name, bad, num_images, options.skip_bad)
     manifest = {
@@ -121,7 +124,9 @@ def _finished(path: Path, key: str) -> dict[str, Any] | None:
         return None
 
 
-def write_shard(path: Path, key: str, items: list[Item], encoded: Iterable[bytes | ValueError]) -> dict[str, Any]:
+def write_shard(
+    path: Path, key: str, items: list[Item], encoded: Iterable[bytes | ValueError], bar: tqdm
+) -> dict[str, Any]:
     """Writes the good ones of the items as one shard, and its report. Returns the report."""
     labels: list[int] = []
     bad: list[tuple[str, str]] = []
@@ -134,6 +139,7 @@ def write_shard(path: Path, key: str, items: list[Item], encoded: Iterable[bytes
             else:
                 writer.write(LABEL.pack(item.label) + outcome)
                 labels.append(item.label)
+            bar.update()
         writer.close()
         report = {
             "fingerprint": key,

@@ -42,7 +42,7 @@ class ImageSource(abc.ABC):
     unlabelled image.
     """
 
-    preprocessing: str = "none"  # how the images were resized; metrics under different ones do not compare
+    preprocessing: str = "none"  # how images were resized; metrics under different preprocessing do not compare
 
     def __init__(
         self, name: str, image_shape: Sequence[int], num_classes: int, label_names: Sequence[str] = ()
