@@ -1,10 +1,10 @@
-"""Images a second: a folder of JPEG, packed, and cached, against torchvision's ImageFolder + DataLoader.
+"""Images per second: a folder of JPEG, packed, and cached, against torchvision's ImageFolder + DataLoader.
 
-    python -m benchmarks.data [NUM_WORKERS]     # one worker a core by default; under two minutes
+    python -m benchmarks.data [NUM_WORKERS]     # one worker per core by default; under two minutes
 
-All read the same 1,500 JPEG files of about 400x350 (made here: smooth shapes with noise) as shuffled batches of 64x64
-uint8, by the bilinear preprocessing; the packed set holds them as 64x64 PNG in array_record. The runs alternate, and
-the table gives the median of five. Needs requirements-dev.txt.
+All read the same 1,500 generated JPEG files of about 400x350 (smooth shapes with noise) as shuffled batches of 64x64
+uint8, resized bilinearly; the packed set holds them as 64x64 PNG in array_record. The runs alternate, and the table
+gives the median of five. Needs requirements-dev.txt.
 """
 
 import os
@@ -28,7 +28,7 @@ ROUNDS = 5
 
 
 def write_images(root: Path) -> None:
-    """JPEG files in ten class folders, as large on disk as ImageNet's of the same size."""
+    """Writes JPEG files in ten class folders, as large on disk as ImageNet's of the same size."""
     rng = np.random.default_rng(0)
     for index in range(NUM_IMAGES):
         width, height = rng.integers(300, 500), rng.integers(280, 420)
@@ -41,7 +41,7 @@ def write_images(root: Path) -> None:
 
 
 def torchvision_batches(root: Path, num_workers: int) -> Iterator[object]:
-    """What the reference trains from, short of its conversion to floats."""
+    """Yields the batches that the reference trains on, before their conversion to floats."""
     import torch
     from torchvision import datasets, transforms
 
@@ -54,7 +54,7 @@ def torchvision_batches(root: Path, num_workers: int) -> Iterator[object]:
 
 
 def images_per_second(batches: Iterator[object], num_images: int) -> float:
-    """Timed after two batches, so that workers have started."""
+    """Measures the throughput after two batches, once workers have started."""
     count = num_images // BATCH_SIZE - 4
     for _ in islice(batches, 2):
         pass
@@ -65,10 +65,10 @@ def images_per_second(batches: Iterator[object], num_images: int) -> float:
 
 
 def main(argv: list[str]) -> None:
-    """Writes the files, measures in turns, prints the table."""
+    """Writes the files, runs the loaders alternately, prints the table."""
     num_workers = int(argv[1]) if argv[1:] else os.cpu_count() or 1
     with tempfile.TemporaryDirectory() as folder:
-        # All images are the training split, for torchvision to read the same ones.
+        # All images are in the training split, so that torchvision reads the same ones.
         root, options = Path(folder, "images", "train"), {"data_dir": Path(folder, "data")}
         root.mkdir(parents=True)
         write_images(root)
@@ -104,7 +104,7 @@ def main(argv: list[str]) -> None:
         base = statistics.median(figures["torchvision ImageFolder + DataLoader"])
         for run, values in figures.items():
             median = statistics.median(values)
-            print(f"{run:37} {median:9,.0f} images/s, {median / os.cpu_count():9,.0f} a core {median / base:7.2f} x")
+            print(f"{run:37} {median:9,.0f} images/s, {median / os.cpu_count():9,.0f} per core {median / base:7.2f} x")
 
 
 if __name__ == "__main__":

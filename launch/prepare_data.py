@@ -4,8 +4,8 @@
     python -m launch.prepare_data --data=folder:PATH --image_size=64 --preprocessing=tarflow
     python -m launch.prepare_data --data=emoji64:emoji-datasource-google-16.0.0.tgz
 
-Downloads a TFDS set, or packs an image folder into array_record shards (in parallel; run again, it goes on
-where it stopped). Prints the images and classes of each split, and the name to train by; writes a preview of
+Downloads a TFDS set, or packs an image folder into array_record shards (in parallel; run it again to resume after an
+interruption). Prints the number of images and classes of each split and the name to train by, and writes a preview of
 the training images.
 """
 
@@ -23,21 +23,21 @@ from tarflow_jax.files import sole_user
 
 DATA = flags.DEFINE_string("data", None, "Prepare this data set; docs/data.md lists the names.")
 DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "Keep prepared sets in this folder; in $TARFLOW_DATA_DIR or ~/.cache/tarflow_jax if not given."
+    "data_dir", None, "Keep prepared sets in this folder; $TARFLOW_DATA_DIR or ~/.cache/tarflow_jax by default."
 )
 IMAGE_SIZE = flags.DEFINE_list("image_size", None, "Pack images of this size: one number, or height,width.")
 PREPROCESSING = flags.DEFINE_string(
     "preprocessing", "none", "Resize images this way: none, tarflow or adm; see docs/data.md."
 )
-SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "Leave out files that are no images instead of refusing.")
+SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "Leave out files that cannot be used instead of refusing the set.")
 PREVIEW = flags.DEFINE_string(
-    "preview", None, "Write a grid of training images to this PNG file; in the set's folder if not given."
+    "preview", None, "Write a grid of training images to this PNG file; in the set's folder by default."
 )
 flags.mark_flags_as_required(["data"])
 
 
 def main(argv: Sequence[str]) -> None:
-    """Prepares, counts and previews."""
+    """Prepares the set, prints its size and writes the preview."""
     data_dir = data.data_folder(DATA_DIR.value)
     options = {
         "image_size": _parse_size(IMAGE_SIZE.value),
@@ -47,25 +47,19 @@ def main(argv: Sequence[str]) -> None:
     }
     with sole_user(data_dir):
         name = data.prepare_source(DATA.value, **options)
-    preview = Path(PREVIEW.value) if PREVIEW.value else _folder_of(name, data_dir) / "preview.png"
+    kind, _, argument = name.partition(":")
+    folder = Path(argument) if kind == "packed" else data_dir / kind / file_stem(argument)
+    preview = Path(PREVIEW.value or folder / "preview.png")
     for split in ("train", "test"):
         source = data.open_source(name, split, **options)
         shape = "x".join(map(str, source.image_shape))
         classes = f"{source.num_classes} classes" if source.num_classes else "no labels"
         print(f"{split:5} {len(source):9,} images {shape}, {classes}, preprocessing {source.preprocessing}")
         if split == "train":
-            # The images that training with seed 0 would see first.
+            # The first batch of a training run with seed 0.
             batch = next(data.train_batches(source, batch_size=64, seed=0))
             save_png(preview, grid(batch.image))
     print(f"train with --config.data.source={name}; a preview is in {preview}")
-
-
-def _folder_of(name: str, data_dir: Path) -> Path:
-    """Where a set is kept, or for one that is kept elsewhere a folder of its name."""
-    kind, _, argument = name.partition(":")
-    if kind == "packed":
-        return Path(argument)
-    return data_dir / "tfds" / kind if kind == "digits" else data_dir / kind / file_stem(argument)
 
 
 def _parse_size(texts: list[str] | None) -> tuple[int, int] | None:

@@ -1,4 +1,4 @@
-"""Pictures of images: grids, and the path from noise to image."""
+"""Image grids with class names, GIFs, and values drawn over an image."""
 
 import io
 import math
@@ -11,34 +11,42 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tarflow_jax.files import replacing
 
-_MIN_SIDE = 56  # smaller images are enlarged, in whole steps, to be seen
-_FONT_SIZE, _MIN_FONT_SIZE, _TITLE_GAP, _CAPTION_GAP = 16, 9, 8, 4  # pixels
+# All in pixels.
+_MIN_SIDE = 56  # smaller images are enlarged
+_SPACE = 2  # between images
+_FONT_SIZE, _MIN_FONT_SIZE, _TITLE_GAP, _CAPTION_GAP = 16, 9, 8, 4
+
 _MAX_COLUMNS = 20  # of classes
-# From cheap to dear; viridis at five places, which reads the same in grey and to the colour-blind.
+# Five colours of viridis, from the lowest to the highest value; readable in grey and by the colour-blind.
 COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 _OPACITY = 0.75  # of colours over an image
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-    """[-1, 1] floats -> 8-bit values, clipped; the inverse of v / 127.5 - 1."""
+    """Converts floats in [-1, 1] to 8-bit values, clipping others; the inverse of v / 127.5 - 1."""
     return np.clip(np.rint((np.asarray(images, np.float64) + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
+def to_pil(image: np.ndarray) -> Image.Image:
+    """Converts uint8 [H, W, 1 or 3] to a Pillow image."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
 def enlarge(images: np.ndarray, side: int) -> np.ndarray:
-    """Images [B, H, W, K] with every pixel a square of as many as bring the shorter side up to `side`, at least one."""
+    """Repeats the pixels of images [B, H, W, K] by the largest factor that keeps the shorter side within `side`."""
     scale = max(1, side // min(images.shape[1:3]))
     return images.repeat(scale, 1).repeat(scale, 2)
 
 
 def overlay(image: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Values of patches as `COLOURS`, from the lowest to the highest, over an image in grey.
+    """Colours the patches of an image by their values, from the lowest to the highest by `COLOURS`.
 
     Args:
       image: uint8 [H, W, K].
       values: float [H / P, W / P].
 
     Returns:
-      uint8 [H, W, 3].
+      uint8 [H, W, 3], the colours over the image in grey.
     """
     shares = (values - values.min()) / max(np.ptp(values), 1e-9) * (len(COLOURS) - 1)
     channels = [np.interp(shares, range(len(COLOURS)), channel) for channel in zip(*COLOURS, strict=True)]
@@ -51,48 +59,63 @@ def overlay(image: np.ndarray, values: np.ndarray) -> np.ndarray:
 def grid(
     images: np.ndarray, columns: int | None = None, titles: Sequence[str] = (), captions: Sequence[str] = ()
 ) -> np.ndarray:
-    """Lays uint8 images [B, H, W, K] out row by row: uint8 [rows H', columns W', K], 2 white pixels between.
+    """Lays uint8 images [B, H, W, 1 or 3] out row by row on a white sheet, uint8 [H', W', 1 or 3].
 
-    Titles, one a row, stand to the left; captions, one a column, below, if all of them fit the columns' width.
+    Writes a title to the left of each row, and a caption below each column if all captions fit the width of one.
     """
-    images = np.asarray(images)
-    images = enlarge(images, _MIN_SIDE)
-    count, height, width, channels = images.shape
+    tiles = enlarge(np.asarray(images), _MIN_SIDE)
+    count, height, width, channels = tiles.shape
     columns = columns or math.ceil(math.sqrt(count))
-    rows = math.ceil(count / columns)
-    cell = np.full((rows * columns, height + 2, width + 2, channels), 255, np.uint8)
-    cell[:count, :height, :width] = images
-    row_height, column_width = cell.shape[1:3]
-    sheet = cell.reshape(rows, columns, *cell.shape[1:]).swapaxes(1, 2)
-    sheet = sheet.reshape(rows * row_height, columns * column_width, channels)[:-2, :-2]
-    if font := _font_for(captions, column_width - 2):
-        baseline = _CAPTION_GAP + font.size
-        places = [(i * column_width + column_width // 2 - 1, baseline) for i in range(len(captions))]
-        size = (sheet.shape[1], math.ceil(baseline + 0.3 * font.size))
-        sheet = np.concatenate([sheet, _text(size, channels, captions, places, font, "ms")])
+    row_height, column_width = height + _SPACE, width + _SPACE
+    left, bottom = 0, math.ceil(count / columns) * row_height - _SPACE
+    below = 0
     if titles:
-        font = ImageFont.load_default(_FONT_SIZE)
-        size = (math.ceil(max(map(font.getlength, titles))) + 2 * _TITLE_GAP, sheet.shape[0])
-        places = [(size[0] - _TITLE_GAP, i * row_height + row_height // 2) for i in range(len(titles))]
-        sheet = np.concatenate([_text(size, channels, titles, places, font, "rm"), sheet], 1)
-    return sheet
+        title_font = ImageFont.load_default(_FONT_SIZE)
+        left = math.ceil(max(map(title_font.getlength, titles))) + 2 * _TITLE_GAP
+    caption_font = _largest_font(captions, width)
+    if caption_font:
+        below = math.ceil(_CAPTION_GAP + 1.3 * caption_font.size)
+
+    size = (left + columns * column_width - _SPACE, bottom + below)
+    sheet = Image.new("L" if channels == 1 else "RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, tile in enumerate(tiles):
+        row, column = divmod(index, columns)
+        sheet.paste(to_pil(tile), (left + column * column_width, row * row_height))
+    for row, title in enumerate(titles):
+        place = (left - _TITLE_GAP, row * row_height + row_height // 2)
+        draw.text(place, title, "black", title_font, anchor="rm")
+    for column, caption in enumerate(captions if caption_font else ()):
+        place = (left + column * column_width + width // 2, bottom + _CAPTION_GAP + caption_font.size)
+        draw.text(place, caption, "black", caption_font, anchor="ms")
+    return np.array(sheet).reshape(*sheet.size[::-1], channels)
+
+
+def _largest_font(texts: Sequence[str], width: int) -> Any:
+    """Returns the largest font in which no text is wider than `width`; None if there is none, or no text."""
+    for size in range(_FONT_SIZE, _MIN_FONT_SIZE - 1, -1) if texts else ():
+        font = ImageFont.load_default(size)
+        if max(map(font.getlength, texts)) <= width:
+            return font
+    return None
 
 
 def class_names(labels: np.ndarray, names: Sequence[str]) -> list[str]:
-    """The name of each label, int [B], "none" of -1; [] where one has no name."""
+    """Returns the name of each label, int [B], "none" for -1; [] if a label has no name."""
     if not names or max(labels) >= len(names):
         return []
     return [names[label] if label >= 0 else "none" for label in labels]
 
 
 def class_rows(images: np.ndarray, labels: np.ndarray | None, names: Sequence[str]) -> np.ndarray:
-    """A `grid` with a row for each class and its name beside it, if each has several images, as many as the others.
+    """Returns a `grid` with a named row per class, if there are several, each with the same number (> 1) of images.
 
-    Else `class_columns`.
+    Otherwise returns `class_columns`.
 
     Args:
+      images: uint8 [B, H, W, 1 or 3].
       labels: int [B], or None.
-      names: one a class; () where they are not known.
+      names: one per class; () if unknown.
     """
     if labels is None or not names:
         return grid(images)
@@ -104,9 +127,9 @@ def class_rows(images: np.ndarray, labels: np.ndarray | None, names: Sequence[st
 
 
 def class_columns(images: np.ndarray, labels: np.ndarray | None, names: Sequence[str]) -> np.ndarray:
-    """A `grid` with a column for each class and its name below it, if few classes come in turn; else a plain one.
+    """Returns a `grid` with a named column per class, if the labels cycle through at most 20 classes.
 
-    Arguments as of `class_rows`. The images keep their order.
+    Otherwise returns a plain grid. Takes the arguments of `class_rows` and keeps the order of the images.
     """
     if labels is None:
         return grid(images)
@@ -116,58 +139,21 @@ def class_columns(images: np.ndarray, labels: np.ndarray | None, names: Sequence
     return grid(images, period, captions=class_names(labels[:period], names))
 
 
-def _font_for(texts: Sequence[str], width: int) -> Any:
-    """The largest font in which none of them is wider than `width` pixels; None for no texts, or no such font."""
-    for size in range(_FONT_SIZE, _MIN_FONT_SIZE - 1, -1) if texts else ():
-        font = ImageFont.load_default(size)
-        if max(map(font.getlength, texts)) <= width:
-            return font
-    return None
-
-
-def _text(
-    size: tuple[int, int],
-    channels: int,
-    texts: Sequence[str],
-    places: Sequence[tuple[int, int]],
-    font: Any,
-    anchor: str,
-) -> np.ndarray:
-    """White, uint8 [H, W, K] of size (W, H), with black texts at their (x, y)."""
-    image = Image.new("L", size, 255)
-    for text, place in zip(texts, places, strict=True):
-        ImageDraw.Draw(image).text(place, text, 0, font, anchor=anchor)
-    return np.asarray(image)[..., None].repeat(channels, 2)
-
-
 def save_png(path: epath.PathLike, sheet: np.ndarray) -> None:
-    """Writes a uint8 sheet [H, W, 1 or 3], whole or not at all."""
-    _save(path, _encode([sheet], "PNG"))
+    """Writes a uint8 sheet [H, W, 1 or 3] atomically."""
+    with replacing(path) as file:
+        to_pil(sheet).save(file, "PNG")
 
 
 def save_gif(path: epath.PathLike, frames: list[np.ndarray], milliseconds: int = 400) -> None:
-    """Writes `encode_gif`, whole or not at all."""
-    _save(path, encode_gif(frames, milliseconds))
+    """Writes `encode_gif` atomically."""
+    with replacing(path) as file:
+        file.write(encode_gif(frames, milliseconds))
 
 
 def encode_gif(frames: list[np.ndarray], milliseconds: int = 400) -> bytes:
-    """An endless animation of uint8 frames [H, W, 1 or 3], as a file's content."""
-    return _encode(frames, "GIF", duration=milliseconds, loop=0)
-
-
-def to_pil(image: np.ndarray) -> Image.Image:
-    """From uint8 [H, W, 1 or 3]."""
-    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-
-
-def _encode(frames: list[np.ndarray], kind: str, **options: int) -> bytes:
+    """Encodes uint8 frames [H, W, 1 or 3] as a GIF that repeats forever; `milliseconds` is the time per frame."""
     first, *rest = map(to_pil, frames)
-    animation = {"save_all": True, "append_images": rest, **options} if rest else {}
     content = io.BytesIO()
-    first.save(content, kind, **animation)
+    first.save(content, "GIF", save_all=True, append_images=rest, duration=milliseconds, loop=0)
     return content.getvalue()
-
-
-def _save(path: epath.PathLike, content: bytes) -> None:
-    with replacing(path) as file:
-        file.write(content)

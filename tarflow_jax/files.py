@@ -1,4 +1,4 @@
-"""Files on a local disk or in an object store (gs://): written whole or not at all, and their hashes."""
+"""Files on a local disk or in an object store (gs://): atomic writes, locks, npz archives and hashes."""
 
 import contextlib
 import hashlib
@@ -23,15 +23,14 @@ LEASE_S = 300
 MAX_ARRAY_BYTES = 64 * 2**30  # 50,000 images of 512x512 take 37 GiB
 _NPZ_DAMAGE = (ValueError, KeyError, OSError, EOFError, MemoryError, AttributeError, NotImplementedError)
 
-
 _unfinished: set[epath.Path] = set()
 
 
 @contextlib.contextmanager
 def replacing(path: epath.PathLike) -> Iterator[IO[bytes]]:
-    """Yields a file to write bytes to; it gets its name, and its folder, if the body succeeds, else it vanishes."""
+    """Yields a file to write bytes to, which appears under `path` only if the body succeeds. Creates the folder."""
     path = epath.Path(path)
-    if is_remote(path):  # an object appears when all of it is there
+    if is_remote(path):  # an object appears once it is complete
         buffer = io.BytesIO()
         yield buffer
         path.write_bytes(buffer.getvalue())
@@ -44,25 +43,22 @@ def replacing(path: epath.PathLike) -> Iterator[IO[bytes]]:
             yield file
         temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)  # there only if the body failed
+        temporary.unlink(missing_ok=True)
         _unfinished.discard(temporary)
 
 
 def remove_unfinished() -> None:
-    """Removes the files that are being written, for a process that ends here and now."""
+    """Removes the files that are being written, for a process about to end without unwinding its stack."""
     for temporary in tuple(_unfinished):
         temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def sole_user(folder: epath.PathLike) -> Iterator[None]:
-    """Keeps other processes that ask for the same out of a folder, which is made if it is missing.
+    """Locks a folder against other processes that lock it, and creates it if it does not exist.
 
-    On a disk by a lock that ends with the process, however that ends, and that hosts which share the disk see. In an
-    object store by a lease: renewed every minute, void after `LEASE_S` seconds.
-
-    Raises:
-      ValueError: another process is in it.
+    On a disk, also one that several hosts share, the lock ends with the process, however that ends. In an object store
+    it is a lease, renewed every minute and void after `LEASE_S` seconds. Raises ValueError if another process has it.
     """
     folder, me = epath.Path(folder), f"process {os.getpid()} on {socket.gethostname()}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -109,21 +105,21 @@ def _lease(path: epath.Path, me: str) -> Iterator[None]:
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
-    """Writes a text file in UTF-8, whole or not at all."""
+    """Writes a UTF-8 text file atomically."""
     with replacing(path) as file:
         file.write(text.encode())
 
 
 def write_npz(path: epath.PathLike, **arrays: np.ndarray) -> None:
-    """Writes a NumPy archive, whole or not at all."""
+    """Writes a NumPy archive atomically."""
     with replacing(path) as file:
         np.savez(file, allow_pickle=False, **arrays)
 
 
 def read_npz(path: epath.PathLike, names: tuple[str, ...], max_bytes: int = MAX_ARRAY_BYTES) -> dict[str, np.ndarray]:
-    """The arrays of an npz that are among `names`; never unpickles, and never unpacks more than `max_bytes` of one.
+    """Reads those of the named arrays that an npz holds, never unpickling nor unpacking more than `max_bytes` of one.
 
-    Raises FileNotFoundError, and ValueError for a file that is no npz of plain arrays.
+    Raises FileNotFoundError, or ValueError for a file that is not an npz of plain arrays.
     """
     path = epath.Path(path)
     if not path.exists():
@@ -135,7 +131,7 @@ def read_npz(path: epath.PathLike, names: tuple[str, ...], max_bytes: int = MAX_
         large = [name for name in wanted if sizes[name] > max_bytes]
         if large:
             raise UserError(f"array {large[0]} unpacks to {sizes[large[0]]} bytes, more than {max_bytes}")
-        # Opened here, since np.load leaves a damaged file open.
+        # np.load would leave a damaged file open.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in wanted}
     except (*_NPZ_DAMAGE, zipfile.BadZipFile, zlib.error) as error:
@@ -143,16 +139,13 @@ def read_npz(path: epath.PathLike, names: tuple[str, ...], max_bytes: int = MAX_
 
 
 def sha256(path: epath.PathLike) -> str:
-    """A file's SHA-256, in hexadecimal; read a part at a time."""
-    digest = hashlib.sha256()
+    """SHA-256 of a file, in hexadecimal."""
     with epath.Path(path).open("rb") as file:
-        while part := file.read(1 << 20):
-            digest.update(part)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def checksums(folder: epath.Path) -> dict[str, str]:
-    """SHA-256 of a folder's files, by their path in it; not of hidden ones, which file managers make and change."""
+    """SHA-256 of a folder's files by relative path, without hidden ones, which file managers create and change."""
     found: dict[str, str] = {}
     for path in folder.iterdir():  # epath's walk drops the scheme of an object store
         if path.name.startswith("."):
@@ -165,5 +158,5 @@ def checksums(folder: epath.Path) -> dict[str, str]:
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path is in an object store, where a file cannot be appended to."""
+    """Whether a path is in an object store, where files cannot be appended to."""
     return "://" in os.fspath(path)

@@ -1,4 +1,4 @@
-"""Which weights: a hash of a model's numbers, for results that belong to them alone."""
+"""A hash of a model's weights, stored with results that are valid only for them."""
 
 import hashlib
 from typing import Any
@@ -9,9 +9,9 @@ from jax.experimental import multihost_utils
 
 
 def fingerprint(variables: Any) -> str:
-    """16 hexadecimal digits from the names, order and bytes of all arrays; it reads every one of them.
+    """Hashes the names, order and bytes of all arrays to 16 hexadecimal digits. Reads every parameter.
 
-    Arrays placed on several processes are gathered, one at a time: all processes must call it together.
+    All processes must call it together: arrays sharded across processes are all-gathered, one at a time.
     """
     digest = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):

@@ -2,18 +2,16 @@
 
 import gzip
 import json
-import subprocess
-import sys
 
+import commands
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from commands import environment
 from PIL import Image
 from sklearn.datasets import load_digits
 
 from tarflow_jax import data
-from tarflow_jax.data.splits import split_of
+from tarflow_jax.data.source import split_of
 
 
 @pytest.fixture(scope="module")
@@ -55,25 +53,29 @@ def test_digits_are_scikit_learns(data_dir):
         np.testing.assert_array_equal(source.labels, digits.target[rows])
         np.testing.assert_array_equal(source.class_counts(), np.bincount(digits.target[rows]))
         np.testing.assert_array_equal(source.images[..., 0], np.rint(digits.images[rows] * 255 / 16))
-    assert list(data_dir.glob("tfds/digits/*/*.array_record*"))
 
 
 @pytest.mark.slow
-def test_digits_prepare_without_tensorflow_in_processes_that_start_together(tmp_path):
+def test_tfds_sets_of_png_files_need_no_tensorflow(tmp_path):
+    code = (
+        "import sys; from tarflow_jax import data; import test_data_sources; "
+        "assert 'tensorflow_datasets.core' in sys.modules; name = data.prepare_source('tfds:coloured_squares'); "
+        "source = data.open_source(name, 'train', image_size=(16, 16), preprocessing='adm'); "
+        "print(source.read([0])[0].shape, 'tensorflow' in sys.modules)"
+    )
+    code, out, err = commands.run("-W", "error", "-c", code, TARFLOW_DATA_DIR=str(tmp_path), PYTHONPATH="tests")
+    assert (code, out.splitlines()[-1]) == (0, "(1, 16, 16, 3) False"), err
+
+
+@pytest.mark.slow
+def test_digits_need_neither_tfds_nor_a_folder(tmp_path):
     code = (
         "import sys; from tarflow_jax import data; "
-        "print(len(data.open_source('digits', 'train')), 'tensorflow' in sys.modules)"
+        "print(len(data.open_source('digits', 'train')), 'tensorflow_datasets.core' in sys.modules)"
     )
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", "-c", code],
-            env=environment(TARFLOW_DATA_DIR=str(tmp_path), PATH=""),
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for _ in range(2)
-    ]
-    assert [process.communicate()[0] for process in processes] == ["1500 False\n"] * 2
+    code, out, err = commands.run("-W", "error", "-c", code, TARFLOW_DATA_DIR=str(tmp_path), PATH="")
+    assert (code, out) == (0, "1500 False\n"), err
+    assert not list(tmp_path.iterdir())
 
 
 def write_idx(path, array: np.ndarray) -> None:
@@ -139,6 +141,16 @@ def test_a_set_that_needs_tensorflow_to_prepare_says_so(data_dir, monkeypatch):
         data.prepare_source("tfds:coloured_squares", data_dir=data_dir)
 
 
+def test_a_full_disk_leaves_no_part_of_a_tfds_set(tmp_path, monkeypatch):
+    def close(self):
+        raise RuntimeError("write() failed: No space left on device; at byte 36864")
+
+    monkeypatch.setattr("array_record.python.array_record_module.ArrayRecordWriter.close", close, raising=True)
+    with pytest.raises(ValueError, match=r"tfds:coloured_squares cannot be written to .*: .*No space left on device"):
+        data.prepare_source("tfds:coloured_squares", data_dir=tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".png"]
+
+
 @pytest.mark.parametrize("keys", [("images", "labels"), ("arr_0", "arr_1")])
 def test_npz_files(tmp_path, keys):
     images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), np.uint8)
@@ -179,7 +191,7 @@ def test_unknown_names_splits_and_options():
         (("digit", "train"), {}, message),
         (("digits", "validation"), {}, "unknown split 'validation' of digits; expected one of train, test"),
         (("folder:", "train"), {}, "data set 'folder:' is incomplete; expected folder:PATH"),
-        (("digits", "train"), {"preprocessing": "adm"}, "digits: its images are taken as they are"),
+        (("digits", "train"), {"preprocessing": "adm"}, "digits: its images are not resized"),
         (("digits", "train"), {"preprocessing": "crop"}, "unknown preprocessing 'crop'"),
         (("digits", "train"), {"image_size": (8, 16)}, "digits: its images are 8x8, but 8x16 is asked for"),
         (("tfds:cifar11", "train"), {}, "tfds:cifar11: unknown data set; did you mean tfds:cifar10"),

@@ -1,13 +1,12 @@
-"""Data: sources of images by name, and the function from the step to its batch."""
+"""Data sets by name, and the training batch of each step."""
 
-from tarflow_jax.data.batches import Batch, prefetch_to_device, train_batches
+from tarflow_jax.data.loader import Batch, prefetch_to_device, train_batches
 from tarflow_jax.data.registry import data_folder, default_data_dir, open_source, prepare_source
-from tarflow_jax.data.source import ArraySource, CachedSource, ImageSource
+from tarflow_jax.data.source import ArraySource, ImageSource
 
 __all__ = [
     "ArraySource",
     "Batch",
-    "CachedSource",
     "ImageSource",
     "data_folder",
     "default_data_dir",

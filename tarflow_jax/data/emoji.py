@@ -1,7 +1,7 @@
-"""The 3,786 64x64 emoji of npm's emoji-datasource-google in 10 categories.
+"""emoji64: the 3,786 64x64 emoji of npm's emoji-datasource-google, in 10 categories.
 
-The drawings are Google's Noto Emoji (Apache License 2.0), the package around them is MIT. Skin-tone variants
-of one emoji are on one side of the split, which is by a hash of the emoji's code points.
+The drawings are Google's Noto Emoji (Apache License 2.0); the package is under the MIT licence. A hash of an emoji's
+code points assigns it to a split, with all of its skin-tone variants.
 """
 
 import json
@@ -9,10 +9,8 @@ import tarfile
 import zlib
 from pathlib import Path
 
-from tarflow_jax.data.folder import Item
 from tarflow_jax.data.packed import MANIFEST, open_packed, pack
-from tarflow_jax.data.source import EncodedSource, Options
-from tarflow_jax.data.splits import SPLITS, split_of
+from tarflow_jax.data.source import SPLITS, EncodedSource, Item, Options, split_of
 from tarflow_jax.errors import UserError
 
 PACKAGE = "emoji-datasource-google"
@@ -21,14 +19,60 @@ IMAGES = "img/google/64/"
 MAX_MEMBER_BYTES = 16 * 2**20
 
 
-def read_package(path: Path) -> dict[str, bytes]:
-    """emoji.json and the 64x64 PNG files of the package, by path inside it, from the tarball or its folder.
+def open_emoji(argument: str, split: str, options: Options) -> EncodedSource:
+    """Opens one split of the packed set; raises FileNotFoundError where it has not been packed."""
+    folder = options.data_dir / "emoji64"
+    if not (folder / MANIFEST).is_file():
+        raise _not_prepared(folder)
+    return open_packed(str(folder), split, options, "emoji64")
 
-    Nothing is unpacked. Raises FileNotFoundError, or ValueError where the file is no such package.
+
+def prepare_emoji(argument: str, options: Options) -> str:
+    """Packs the set from the package at the path `argument`. Returns the name to open it by."""
+    folder = options.data_dir / "emoji64"
+    if not argument:
+        raise _not_prepared(folder)
+    splits, label_names = _list_emoji(Path(argument).expanduser())
+    pack("emoji64", splits, label_names, folder, (64, 64), options)
+    return "emoji64"
+
+
+def _not_prepared(folder: Path) -> FileNotFoundError:
+    return FileNotFoundError(
+        f"emoji64: not found in {folder}; {HOW}, then python -m launch.prepare_data --data=emoji64:{PACKAGE}-16.0.0.tgz"
+    )
+
+
+def _list_emoji(path: Path) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
+    """Lists the images of each split, and the names of the categories, of the package at `path`."""
+    content = _read_package(path)
+
+    def item(variant: dict[str, str], label: int) -> Item:
+        png = content[IMAGES + variant["image"]]
+        return Item(variant["image"], label, lambda: png, str(zlib.crc32(png)))
+
+    try:
+        entries = json.loads(content["emoji.json"])
+        label_names = tuple(sorted({entry["category"] for entry in entries}))
+        splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
+        for entry in entries:
+            variants = (entry, *entry.get("skin_variations", {}).values())
+            label = label_names.index(entry["category"])
+            items = [item(variant, label) for variant in variants if variant["has_img_google"]]
+            splits[split_of(entry["unified"])] += items
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"emoji64: {path} is not the package {PACKAGE} ({error!r}); {HOW}") from None
+    return splits, label_names
+
+
+def _read_package(path: Path) -> dict[str, bytes]:
+    """Reads emoji.json and the 64x64 PNG files, by their path inside the package, from its tarball or folder.
+
+    Unpacks nothing to disk. Raises FileNotFoundError, or ValueError for a damaged tarball.
     """
     if path.is_dir():
         root = path / "package" if (path / "package").is_dir() else path
-        files = [root / "emoji.json", *sorted((root / IMAGES).glob("*.png"))]
+        files = [root / "emoji.json", *(root / IMAGES).glob("*.png")]
         return {file.relative_to(root).as_posix(): file.read_bytes() for file in files if file.is_file()}
     if not path.is_file():
         raise FileNotFoundError(f"emoji64: {path} not found; {HOW}")
@@ -44,50 +88,3 @@ def read_package(path: Path) -> dict[str, bytes]:
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"emoji64: {path} is no whole tarball ({error}); {HOW}") from None
     return content
-
-
-def list_emoji(path: Path) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
-    """The images of each split, and the names of the categories, from the package at `path`."""
-    content = read_package(path)
-    try:
-        entries = json.loads(content["emoji.json"])
-        label_names = tuple(sorted({entry["category"] for entry in entries}))
-        splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
-        for entry in entries:
-            label = label_names.index(entry["category"])
-            splits[split_of(entry["unified"])] += [
-                _item(variant["image"], label, content[IMAGES + variant["image"]])
-                for variant in (entry, *entry.get("skin_variations", {}).values())
-                if variant["has_img_google"]
-            ]
-    except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"emoji64: {path} is not the package {PACKAGE} ({error!r}); {HOW}") from None
-    return splits, label_names
-
-
-def _item(name: str, label: int, content: bytes) -> Item:
-    return Item(name, label, lambda: content, str(zlib.crc32(content)))
-
-
-def open_emoji(argument: str, split: str, options: Options) -> EncodedSource:
-    """Opens one split of the packed set; FileNotFoundError where it has not been packed."""
-    folder = options.data_dir / "emoji64"
-    if not (folder / MANIFEST).is_file():
-        raise _not_prepared(folder)
-    return open_packed(str(folder), split, options, "emoji64")
-
-
-def prepare_emoji(argument: str, options: Options) -> str:
-    """Packs the set from the package at the path `argument`; returns the name to open it by."""
-    folder = options.data_dir / "emoji64"
-    if not argument:
-        raise _not_prepared(folder)
-    splits, label_names = list_emoji(Path(argument).expanduser())
-    pack("emoji64", splits, label_names, folder, (64, 64), options.preprocessing, options.skip_bad)
-    return "emoji64"
-
-
-def _not_prepared(folder: Path) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"emoji64: not found in {folder}; {HOW}, then python -m launch.prepare_data --data=emoji64:{PACKAGE}-16.0.0.tgz"
-    )

@@ -1,6 +1,6 @@
-"""From a file to an array: reading, decoding and preprocessing of images that others have made.
+"""Reads, decodes and preprocesses image files.
 
-A file is hostile until it is decoded: whatever is wrong with it ends in one ValueError that says what.
+Files are untrusted: any that cannot be used raises a ValueError that says why.
 """
 
 import io
@@ -23,15 +23,15 @@ MAX_FILE_BYTES = 256 * 2**20
 
 
 def read_file(path: Path) -> bytes:
-    """The content of an image file; ValueError where it is no regular, readable file of a sane size."""
+    """Reads an image file; raises ValueError unless it is a regular, readable file of a reasonable size."""
     try:
         status = os.stat(path)
     except OSError as error:
         raise UserError("broken link" if path.is_symlink() else str(error.strerror)) from None
     if not stat.S_ISREG(status.st_mode):
-        raise UserError("not a regular file")  # reading a pipe would wait for ever
+        raise UserError("not a regular file")  # reading a pipe would block
     if not status.st_mode & 0o444:
-        raise UserError("no permission to read")  # root could, but others who train on this folder could not
+        raise UserError("no permission to read")  # root could read it, but not others who train on this folder
     if status.st_size == 0:
         raise UserError("empty file")
     if status.st_size > MAX_FILE_BYTES:
@@ -45,8 +45,8 @@ def read_file(path: Path) -> bytes:
 def decode_image(content: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes a PNG, JPEG, WebP or GIF (its first frame) into a Pillow image, RGB, or L for one channel.
 
-    Turns it upright by its EXIF orientation and composites transparency over white. Raises ValueError for anything that
-    is no whole image of at least 8x8, at most `max_pixels`, and at most 32 times as long as wide.
+    Applies the EXIF orientation and composites transparency over white. Raises ValueError for anything but a whole
+    image of at least 8x8 and at most `max_pixels`, at most 32 times as long as wide.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -61,26 +61,26 @@ def decode_image(content: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS
         refusal = f"more than the {max_pixels} pixels allowed"
     except Image.UnidentifiedImageError:
         refusal = f"not an image of {', '.join(FORMATS)}"
-    except Exception as error:  # damaged files make Pillow's decoders raise nearly anything
+    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         refusal = f"damaged image ({error})"
     raise UserError(refusal)
 
 
 def _refusal(image: Image.Image, max_pixels: int) -> str | None:
-    """Why an image that has been opened but not yet decoded is not to be."""
+    """Returns why an opened image must not be decoded, or None."""
     size = f"{image.width}x{image.height}"
     if image.width * image.height > max_pixels:
         return f"{size}, more than the {max_pixels} pixels allowed"
     if min(image.size) < MIN_SIDE:
         return f"{size}, smaller than {MIN_SIDE}x{MIN_SIDE}"
-    if max(image.size) > MAX_ASPECT * min(image.size):  # enlarging a thread to a square would fill the memory
+    if max(image.size) > MAX_ASPECT * min(image.size):  # covering a square would take too much memory
         return f"{size}, more than {MAX_ASPECT} times as long as wide"
     return None
 
 
 def _flatten(image: Image.Image) -> Image.Image:
-    """The image over the background, in eight bits a channel."""
-    if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip instead of scale
+    """Composites an image over the background, in eight bits per channel."""
+    if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip rather than scale
         values = np.asarray(image).astype(np.int64)
         return Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8))
     if not image.has_transparency_data:
@@ -91,16 +91,16 @@ def _flatten(image: Image.Image) -> Image.Image:
 
 
 def preprocess(image: Image.Image, preprocessing: str, image_size: tuple[int, int]) -> np.ndarray:
-    """Brings an image to (H, W).
+    """Resizes and crops an image to (H, W).
 
     Args:
       image: of mode RGB or L.
-      preprocessing: "tarflow", bilinear to the smallest size that covers (H, W), then centre crop, as the
-        reference and torchvision's Resize + CenterCrop do; "adm", halved by box filter while at least twice
-        too large, then bicubic, then centre crop; "none", already of that size.
+      preprocessing: "tarflow", bilinear to the smallest size that covers (H, W), then centre crop, as the reference
+        and torchvision's Resize + CenterCrop do; "adm", halved by box filter while at least twice too large, then
+        bicubic, then centre crop; "none" for images that have this size.
       image_size: (H, W).
 
-    Returns uint8 [H, W, K]. Raises ValueError: the name is unknown, or "none" meets an image of another size.
+    Returns uint8 [H, W, K]. Raises ValueError for an unknown name, or where "none" is given an image of another size.
     """
     height, width = image_size
     if preprocessing == "tarflow":
@@ -122,7 +122,7 @@ def preprocess(image: Image.Image, preprocessing: str, image_size: tuple[int, in
 
 
 def check_preprocessing(preprocessing: str) -> None:
-    """Raises ValueError unless the name is known."""
+    """Raises ValueError for an unknown name."""
     if preprocessing not in PREPROCESSINGS:
         raise UserError(f"unknown preprocessing {preprocessing!r}; expected one of {', '.join(PREPROCESSINGS)}")
 

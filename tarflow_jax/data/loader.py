@@ -1,7 +1,7 @@
-"""Step -> batch.
+"""Training batches: the batch of a step is a function of (seed, step).
 
-The global batch of a step is a function of (seed, step) alone, so that a run on any number of processes,
-begun anew or resumed anywhere, sees the same images in the same order with the same flips.
+A run therefore sees the same images in the same order with the same flips on any number of processes, uninterrupted
+or resumed.
 """
 
 from collections import deque
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Batch(NamedTuple):
-    """One process's part of a batch: images uint8 [B, H, W, K], and labels int32 [B], -1 for none."""
+    """The rows of a batch that one process reads: images uint8 [B, H, W, K] and labels int32 [B], -1 if unlabelled."""
 
     image: np.ndarray
     label: np.ndarray
@@ -34,14 +34,16 @@ def train_batches(
     rows: Sequence[int] | np.ndarray | None = None,
     num_workers: int = 0,
 ) -> Iterator[Batch]:
-    """Endless shuffled batches of `source` from `start_step` on; each image comes once an epoch, batches cross epochs.
+    """Yields shuffled batches without end, from that of `start_step` on.
+
+    Each image occurs once per epoch; a batch may span two epochs.
 
     Args:
-      batch_size: the global one, B.
+      batch_size: global batch size.
       seed: of the order and the flips.
       flip: mirror each image left to right with probability 1/2, drawn from (seed, step, row).
-      rows: those of each batch to read (`runtime.Rows.local`); None is all of them.
-      num_workers: threads that read batches ahead; 0 reads in the caller's.
+      rows: the rows of each batch to read (`runtime.Rows.local`); None reads all.
+      num_workers: number of threads that read ahead; 0 reads in the caller's thread.
     """
     rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
@@ -60,9 +62,9 @@ def train_batches(
 
 
 def prefetch_to_device(batches: Iterator[Batch], put: Callable[[Batch], T], size: int = 2) -> Iterator[T]:
-    """Yields `put(batch)` of each batch, with the next `size - 1` already on their way.
+    """Yields `put(batch)` for each batch, with up to `size - 1` later copies already started.
 
-    `put` starts a copy and returns at once, as `jax.device_put` with the batch's sharding does.
+    `put` must start a copy and return at once, as `jax.device_put` does.
     """
     ahead = deque(map(put, islice(batches, size)))
     while ahead:

@@ -1,12 +1,15 @@
 """Batches are a function of (seed, step): the same on any number of processes and after a resume."""
 
+import io
 from itertools import islice
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from tarflow_jax import data
+from tarflow_jax.data.source import EncodedSource, Item, Options
 
 NUM_IMAGES = 37
 BATCH_SIZE = 12
@@ -92,19 +95,25 @@ def test_prefetch_keeps_the_order_and_one_ahead(source):
     assert step == 4
 
 
-def test_cache_reads_once_and_stays_in_its_bound(source):
+def test_cache_reads_once_and_stays_in_its_bound(tmp_path):
     reads = []
+    pixels = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, 8, 9, 3), np.uint8)
+    source = data.ArraySource("random", pixels, np.arange(NUM_IMAGES), NUM_IMAGES)
 
-    class Counting(data.ImageSource):
-        def __len__(self):
-            return len(source)
-
-        def __getitem__(self, index):
+    def item_at(index: int) -> Item:
+        def read() -> bytes:
             reads.append(index)
-            return source[index]
+            file = io.BytesIO()
+            Image.fromarray(pixels[index]).save(file, "png")
+            return file.getvalue()
 
-    counting = Counting("counting", source.image_shape, source.num_classes)
-    cached = data.CachedSource(counting, 20 * source.images[0].size + 5)
+        return Item(str(index), index, read)
+
+    options = Options(tmp_path, cache_bytes=20 * pixels[0].size + 5)
+    names = list(map(str, range(NUM_IMAGES)))
+    cached = EncodedSource(
+        "png", NUM_IMAGES, item_at, options, content="", image_shape=pixels.shape[1:], label_names=names
+    )
     assert_equal(take(cached, 20), take(source, 20))
     expected = np.bincount(take(source, 20).label)  # how often each image is drawn
     expected[:20] = 1

@@ -1,0 +1,95 @@
+"""Data sets that are read into memory whole: digits, Fashion-MNIST and npz files."""
+
+import gzip
+import math
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from tarflow_jax.data.source import ArraySource, Options, split_of
+from tarflow_jax.errors import UserError
+from tarflow_jax.files import read_npz
+
+NUM_TRAIN_DIGITS = 1500
+
+# Where Debian's package dataset-fashion-mnist installs the files.
+FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"
+FASHION_MNIST_LABELS = (
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+)  # fmt: skip
+
+
+def open_digits(argument: str, split: str, options: Options) -> ArraySource:
+    """Opens scikit-learn's 1,797 handwritten digits: 8x8, grey level v of 0..16 as round(255 v / 16).
+
+    In scikit-learn's order, "train" is the first 1,500 and "test" the last 297.
+    """
+    from sklearn.datasets import load_digits  # slow to import
+
+    digits = load_digits()
+    rows = slice(NUM_TRAIN_DIGITS) if split == "train" else slice(NUM_TRAIN_DIGITS, None)
+    images = np.rint(digits.images[rows] * (255 / 16)).astype(np.uint8)
+    return ArraySource("digits", images[..., None], digits.target[rows], 10, list(map(str, range(10))))
+
+
+def open_npz(argument: str, split: str, options: Options) -> ArraySource:
+    """Opens one split of a NumPy archive: `images` and perhaps `labels`, or ADM's names `arr_0` and `arr_1`.
+
+    A hash of its index assigns each image to a split. Raises FileNotFoundError, or ValueError unless the file holds
+    uint8 images [N, H, W] or [N, H, W, K].
+    """
+    path = Path(argument).expanduser()
+    name = f"npz:{path}"
+    if not path.is_file():
+        raise FileNotFoundError(f"{name}: no such file")
+    expected = f"{name}: expected an .npz with uint8 arrays `images` and `labels`, or `arr_0` and `arr_1`"
+    try:
+        arrays = read_npz(path, ("images", "labels", "arr_0", "arr_1"))
+    except UserError as error:
+        raise UserError(f"{expected} ({error})") from None
+    images, labels = arrays.get("images", arrays.get("arr_0")), arrays.get("labels", arrays.get("arr_1"))
+    if images is None:
+        raise UserError(expected)
+    if images.ndim == 3:
+        images = images[..., None]
+    num_classes = int(labels.max()) + 1 if labels is not None and labels.size else 0
+    everything = ArraySource(name, images, labels, num_classes)
+    rows = [index for index in range(len(images)) if split_of(str(index)) == split]
+    return ArraySource(name, *everything.read(rows), num_classes)
+
+
+def open_fashion_mnist(argument: str, split: str, options: Options) -> ArraySource:
+    """Opens Fashion-MNIST, 60,000 and 10,000 grey images of 28x28 in 10 classes, from its gzip IDX files in a folder.
+
+    The folder defaults to Debian's.
+    """
+    folder = Path(argument or FASHION_MNIST_FOLDER).expanduser()
+    prefix = {"train": "train", "test": "t10k"}[split]
+    paths = [folder / f"{prefix}-images-idx3-ubyte.gz", folder / f"{prefix}-labels-idx1-ubyte.gz"]
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"fashion_mnist: {path} not found; install Debian's package (apt-get install "
+                "dataset-fashion-mnist), or name the folder of the four gzip IDX files: fashion_mnist:PATH"
+            )
+    images, labels = _read_idx(paths[0], 3), _read_idx(paths[1], 1)
+    return ArraySource("fashion_mnist", images[..., None], labels, 10, FASHION_MNIST_LABELS)
+
+
+def _read_idx(path: Path, num_dimensions: int) -> np.ndarray:
+    """Reads the uint8 array of a gzip IDX file; raises ValueError for a damaged or any other file."""
+    expected = f"expected a gzip IDX file of unsigned bytes with {num_dimensions} dimension(s)"
+    try:
+        with gzip.open(path, "rb") as file:
+            header = file.read(4 + 4 * num_dimensions)
+            if header[:4] != bytes([0, 0, 8, num_dimensions]) or len(header) != 4 + 4 * num_dimensions:
+                raise UserError(f"{path}: {expected}, but its header says otherwise")
+            shape = [int(size) for size in np.frombuffer(header, ">u4", offset=4)]
+            # One byte more than expected reveals a wrong header without reading an endless file.
+            body = file.read(math.prod(shape) + 1)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: {expected}, got a damaged one ({error}); copy the file again") from None
+    if len(body) != math.prod(shape):
+        raise UserError(f"{path}: the header promises {shape}, but {len(body)} bytes follow; copy the file again")
+    return np.frombuffer(body, np.uint8).reshape(shape)
