@@ -1,5 +1,6 @@
 """Checkpoints of a run: written asynchronously and atomically, verified when read. Only this file imports Orbax."""
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -7,6 +8,7 @@ import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +99,8 @@ class Checkpoints:
         def read(path: epath.Path) -> Any:
             record = _read(path, lambda: _load_record(path))
             _check_arrays(path, record["arrays"], _arrays(abstract_state), partial=partial)
-            state = _read(path, lambda: self._states.restore(path / STATE, args=wanted))
+            with mock.patch.object(asyncio, "new_event_loop", _DrainedLoop):
+                state = _read(path, lambda: self._states.restore(path / STATE, args=wanted))
             _read(path, lambda: _check_values(state, record["checksums"]))
             return state
 
@@ -226,6 +229,18 @@ def _check_values(state: Any, expected: Mapping[str, int]) -> None:
     for name, checksum in _checksums(state).items():
         if checksum != expected[name]:
             raise _DamagedError(f"{name} is damaged")
+
+
+class _DrainedLoop(asyncio.SelectorEventLoop):
+    """Finishes all reads before it closes. After a failed read, Orbax leaves the others to a loop it has closed.
+
+    Python would then print a traceback for each.
+    """
+
+    def close(self) -> None:
+        if not self.is_closed() and (tasks := asyncio.all_tasks(self)):
+            self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        super().close()
 
 
 class _DamagedError(Exception):
