@@ -2,9 +2,9 @@
 
     python -m benchmarks.resilience --recipe=fashion_mnist [--steps=20] [--repeats=7]
 
-Times three short runs of the recipe's step in turn: on one batch that stays on the device, on batches from the data, and
-on batches from the data with a checkpoint that starts at the first step. The time that the checkpoint adds is reported as
-a share of a hundred steps, because in runs of a hundred steps noise would hide it.
+Times three short runs of the recipe's step in turn: on one batch that stays on the device, on batches from the data,
+and on batches from the data with a checkpoint that starts at the first step. Reports the time that the checkpoint adds
+as a share of a hundred steps, because in runs of a hundred steps noise would hide it.
 """
 
 import argparse
