@@ -1,10 +1,10 @@
-"""What a checkpoint every hundred steps costs, and the input pipeline: shares of a training step, in one run.
+"""Measures what a checkpoint every hundred steps and the input pipeline cost, as shares of a training step.
 
     python -m benchmarks.resilience --recipe=fashion_mnist [--steps=20] [--repeats=7]
 
-Three runs of the recipe's own step take turns: on one batch that stays on the device, on batches from the data, and
-the same with a checkpoint at the first step, written and sealed while the others are taken. What the checkpoint adds
-to such a run is told as a share of a hundred steps: a machine's noise over a hundred would hide it.
+Times three short runs of the recipe's step in turn: on one batch that stays on the device, on batches from the data,
+and on batches from the data with a checkpoint that starts at the first step. Reports the time that the checkpoint adds
+as a share of a hundred steps, because in runs of a hundred steps noise would hide it.
 """
 
 import argparse
@@ -29,7 +29,7 @@ CHECKPOINT_EVERY = 100
 
 
 class Trainer:
-    """A recipe's training, some steps at a time."""
+    """Trains a recipe a few steps at a time."""
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         fields, data = recipe.config.train, recipe.config.data
@@ -56,7 +56,7 @@ class Trainer:
         self.taken = 0
 
     def run(self, steps: int, *, read: bool, save: bool) -> Callable[[], Any]:
-        """A function that takes `steps` steps and returns the last metrics."""
+        """Returns a function that takes `steps` steps and returns the last metrics."""
 
         def steps_taken() -> Any:
             before: dict[str, Any] | None = None
@@ -67,10 +67,10 @@ class Trainer:
                 if save and i == 0:
                     self.checkpoints.save(self.taken, self.state, self.config)
                 if before is not None:
-                    np.asarray(before["loss"])  # one step behind, as the loop does
+                    np.asarray(before["loss"])  # waits one step behind, like the training loop
                 before = metrics
             if save:
-                self.checkpoints.wait()  # so that the next run does not pay for this one
+                self.checkpoints.wait()  # keeps its cost out of the next run
             return metrics
 
         return steps_taken
@@ -80,8 +80,8 @@ def main() -> None:
     """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", default="fashion_mnist", help="a file of configs/")
-    parser.add_argument("--steps", type=int, default=20, help="of a run")
-    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each")
+    parser.add_argument("--steps", type=int, default=20, help="steps per run")
+    parser.add_argument("--repeats", type=int, default=7, help="timed runs of each kind")
     parser.add_argument("--json", metavar="FILE", help="where to write the figures")
     args = parser.parse_args()
     config = importlib.import_module(f"configs.{args.recipe}").get_config()

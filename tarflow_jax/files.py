@@ -144,19 +144,6 @@ def sha256(path: epath.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def checksums(folder: epath.Path) -> dict[str, str]:
-    """SHA-256 of a folder's files by relative path, without hidden ones, which file managers create and change."""
-    found: dict[str, str] = {}
-    for path in folder.iterdir():  # epath's walk drops the scheme of an object store
-        if path.name.startswith("."):
-            continue
-        if path.is_dir():
-            found |= {f"{path.name}/{name}": digest for name, digest in checksums(path).items()}
-        else:
-            found[path.name] = sha256(path)
-    return found
-
-
 def is_remote(path: epath.PathLike) -> bool:
     """Whether a path is in an object store, where files cannot be appended to."""
     return "://" in os.fspath(path)

@@ -12,7 +12,7 @@ from etils import epath
 from configs import digits
 from tarflow_jax import figures
 from tarflow_jax.evaluation import generation
-from tarflow_jax.files import checksums, replacing, write_text
+from tarflow_jax.files import replacing
 from tarflow_jax.sampling import Schedule, Sequential
 from tarflow_jax.training import Recipe, metrics
 from tarflow_jax.training.workdir import write_results, write_start
@@ -86,14 +86,6 @@ def test_an_object_is_written_when_all_of_it_is_there(bucket):
     with pytest.raises(KeyError):
         half()
     assert not (bucket / "a.json").exists()
-
-
-def test_a_checkpoint_s_files_are_named_alike_on_a_disk_and_in_a_bucket(bucket, tmp_path):
-    for name in ("1/default/d/a", "1/metadata"):
-        write_text(bucket / name, name)
-    found = checksums(bucket / "1")
-    assert found == checksums(epath.Path(tmp_path / "bucket" / "run" / "1"))
-    assert found.keys() == {"default/d/a", "metadata"}
 
 
 class Quiet:

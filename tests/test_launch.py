@@ -30,7 +30,7 @@ def workdir(tmp_path_factory):
     arguments = ("launch.train", "--config=configs/digits.py:smoke", f"--workdir={workdir}")
     process = commands.start("-m", *arguments, "--config.train.log_every=1", PYTHONWARNINGS="default")
     deadline = time.monotonic() + 200
-    while not (workdir / "checksums" / "10.json").exists():
+    while not (workdir / "checkpoints" / "10").exists():
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -194,19 +194,21 @@ def test_processes_restore_the_same_step_or_none(tmp_path):
     codes, lines = finish(start(2, lambda index: ["tests/restore_apart.py", tmp_path], 1, slurm()))
     assert codes == [0, 0]
     found = [{line.split()[0]: line for line in out} for out in lines]
-    assert found[0].keys() - found[1].keys() == {"skipping", "checkpoint"}  # the first tells for all
-    assert [line for line in lines[0] if line.startswith("skipping")] == [
-        f"skipping checkpoint {tmp_path}/checkpoints/3: {who}DATA_LOSS: a checksum does not match"
-        for who in ("", "process 1: ")
-    ]
+    assert found[0].keys() - found[1].keys() == {"checkpoint"}  # the first moved it
+    mine, other = "DATA_LOSS: a checksum does not match", "process {} failed; its log says why"
+    for process, reasons in enumerate(((mine, other.format(1)), (other.format(0), mine))):
+        assert [line for line in lines[process] if line.startswith("skipping")] == [
+            f"skipping checkpoint {tmp_path}/checkpoints/3: {reason}" for reason in reasons
+        ]
     for process in (0, 1):
         here, there = found[process], found[1 - process]
         assert here[f"damaged{process}"] == there[f"damaged{process}"] == f"damaged{process} 2 16"
         reason = f"not enough memory to restore {tmp_path}/checkpoints/3: no bytes left;"
-        assert here[f"memory{process}"].startswith(f"memory{process} OutOfMemoryError False {reason}")
-        assert there[f"memory{process}"].startswith(f"memory{process} OSError True process {process}: {reason}")
+        assert here[f"memory{process}"].startswith(f"memory{process} UserError False {reason}")
+        failed = f"OSError True process {process} failed; its log says why"
+        assert there[f"memory{process}"] == f"memory{process} {failed}"
         assert f"could not read {tmp_path}/checkpoints/3: [Errno 13] Permission" in here[f"denied{process}"]
-        assert f"process {process}: could not read" in there[f"denied{process}"]
+        assert there[f"denied{process}"] == f"denied{process} {failed}"
     assert found[0]["best"] == found[1]["best"] == "best 1"
     assert found[0]["aside"] == found[1]["aside"] == "aside 2 16"
     assert (tmp_path / "damaged" / "3").is_dir()

@@ -177,7 +177,7 @@ def tmpfs(tmp_path):
 
 @pytest.mark.parametrize(
     ("disk", "full", "says"),
-    [("tmpfs", full_tmpfs, "No space left .* Free some"), ("tmp_path", limited_files, "File too large")],
+    [("tmpfs", full_tmpfs, "No space left .* Free some space"), ("tmp_path", limited_files, "File too large")],
 )
 def test_a_full_disk_is_a_clear_error_and_earlier_checkpoints_stay(request, disk, full, says):
     folder = request.getfixturevalue(disk)
@@ -192,7 +192,7 @@ def test_a_full_disk_is_a_clear_error_and_earlier_checkpoints_stay(request, disk
     with full(folder):
         with pytest.raises(OSError, match=rf"could not write a checkpoint in .*{says}") as e:
             save(2)
-        assert "earlier ones are whole" in str(e.value)
+        assert "earlier ones are intact" in str(e.value)
         with contextlib.suppress(OSError):
             checkpoints.close()
     checkpoints = Checkpoints(folder / "checkpoints")

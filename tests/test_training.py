@@ -162,7 +162,7 @@ def test_checkpoints_restore_bit_for_bit_and_pass_over_damaged_ones(saved, caplo
     assert "skipping checkpoint" in caplog.text
     chex.assert_trees_all_equal(found.variables, state.variables)
     largest_file(folder / "1").unlink()
-    with pytest.raises(ValueError, match=r"no checkpoint in .* is whole"):
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is intact"):
         restored(folder, state)
 
 
@@ -255,7 +255,6 @@ def test_the_clock_counts_steps_alone(monkeypatch):
     after(0.25)
     assert steps.rate() == pytest.approx(4.0)
     assert steps.rate() == pytest.approx(4.0)  # nothing new
-    assert steps.first_seconds == 30.0
 
 
 @pytest.mark.slow

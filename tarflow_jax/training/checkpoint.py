@@ -1,232 +1,305 @@
-"""Checkpoints of a run: asynchronous, atomic, verified when they are read. The one file that knows Orbax."""
+"""Checkpoints of a run: written asynchronously and atomically, verified when read. Only this file imports Orbax."""
 
-import functools
+import asyncio
+import contextlib
 import json
 import logging
 import math
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from tarflow_jax.errors import UserError
-from tarflow_jax.files import checksums, is_remote, sha256, write_text
+from tarflow_jax.errors import UserError, one_line
+from tarflow_jax.files import is_remote
 from tarflow_jax.runtime import leaf_name
-from tarflow_jax.training.checkpoint_errors import DamagedError, on_all_processes, plain_read_errors, plain_write_errors
 
 logger = logging.getLogger(__name__)
-STATE, CONFIG, LOSS = "default", "config", "test_loss"
+STATE, RECORD = "state", "record"
 T = TypeVar("T")
 
 
 class Checkpoints:
     """The checkpoints of a workdir, by step.
 
-    A checkpoint appears under its final name only when it is complete. Its files' SHA-256 are then written
-    beside it, and one whose files no longer match is passed over for the one before. All processes of a run
-    call every method together.
+    A checkpoint appears under its final name only when it is complete. It holds the state and a record: the config, the
+    test loss, and every array's shape and checksum. Reading compares the arrays with the record and falls back to the
+    previous checkpoint if they differ. In a run of several processes, all of them call every method together.
     """
 
     def __init__(self, folder: epath.PathLike, *, keep: int = 3) -> None:
-        """Opens or makes the folder; the `keep` newest checkpoints stay, and the one of the lowest test loss."""
+        """Opens or creates the folder, where saving keeps the `keep` newest checkpoints and the best one."""
         folder = epath.Path(folder)
         self._folder = folder if is_remote(folder) else folder.resolve()
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._seals = self._folder.parent / "checksums"
-        policies = ocp.checkpoint_managers
-        self._manager = ocp.CheckpointManager(
-            self._folder,
-            options=ocp.CheckpointManagerOptions(
-                best_fn=_loss,
-                best_mode="min",
-                # All processes must try the same steps, also where a shared disk shows them files at other times.
-                single_host_load_and_broadcast=True,
-                preservation_policy=policies.AnyPreservationPolicy(
-                    [policies.LatestN(keep), policies.BestN(get_metric_fn=_loss, reverse=True, n=1)]
-                ),
-            ),
-        )
-        # Not the manager's: in its `restore` the others wait for a process that failed.
+        self._keep = keep
+        # All processes must try the same steps, even if a shared disk shows them new files at different times.
+        options = ocp.CheckpointManagerOptions(preservation_policy=self, single_host_load_and_broadcast=True)
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        # Not the manager's `restore`, in which the other processes wait for one that failed.
         self._states = ocp.PyTreeCheckpointHandler()
-        self._sealer = ThreadPoolExecutor(1, thread_name_prefix="seal")
-        self._sealing: Future[None] | None = None
+        steps = self._steps()
+        losses = multihost_utils.broadcast_one_to_all(np.array([self._read_loss(step) for step in steps]))
+        self._losses = dict(zip(steps, losses.tolist(), strict=True))  # inf where none was measured
 
     def save(self, step: int, state: Any, config: Mapping[str, Any], test_loss: float | None = None) -> None:
-        """Starts writing; returns once `state` is copied, so that it may be donated.
+        """Starts writing a checkpoint. Returns once `state` is copied, so the caller may donate it.
 
         Args:
-          step: of the run.
-          state: its arrays.
-          config: its config, as JSON has it.
-          test_loss: by which the best checkpoint is known; None if it was not measured.
+          step: number of training steps taken.
+          state: pytree of arrays.
+          config: the run's config as a JSON object.
+          test_loss: ranks the checkpoints; None if it was not measured.
 
-        Raises OSError if this checkpoint, or the one before it, could not be written (disk full, not allowed, …).
-        Errors that are not of the disk stay what they are.
+        Raises OSError if this checkpoint or the previous one could not be written.
         """
-        self.wait()
-        items = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), CONFIG: ocp.args.JsonSave(dict(config))})
-        with plain_write_errors(self._folder):
-            # Forced: Orbax otherwise does nothing, in silence, about a step before its latest.
-            self._manager.save(step, args=items, metrics={} if test_loss is None else {LOSS: test_loss}, force=True)
-        self._sealing = self._sealer.submit(self._seal_when_complete, step)
+        self._losses[step] = math.inf if test_loss is None or math.isnan(test_loss) else test_loss
+        record = {
+            "config": dict(config),
+            "test_loss": self._losses[step],
+            "arrays": _arrays(state),
+            "checksums": _checksums(state),
+        }
+        checked = {**record, "crc32": _crc32(record)}
+        items = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), RECORD: ocp.args.JsonSave(checked)})
+        with _write_errors(self._folder):  # waits for the previous checkpoint
+            self._manager.save(step, args=items, force=True)  # unforced, Orbax silently skips a step before its latest
 
     def wait(self) -> None:
-        """Returns when the checkpoint being written is complete and sealed; OSError if it cannot be written."""
-        sealing, self._sealing = self._sealing, None
-        with plain_write_errors(self._folder):
-            try:
-                if sealing is not None:
-                    sealing.result()
-            finally:  # Orbax tells each thread of a failure; asked now, it does not tell this one again later.
-                self._manager.wait_until_finished()
+        """Blocks until the checkpoint being written is complete. Raises OSError if it could not be written."""
+        with _write_errors(self._folder):
+            self._manager.wait_until_finished()
 
     def restore(self, abstract_state: Any, *, best: bool = False, partial: bool = False) -> tuple[int, Any] | None:
-        """(step, state) of the newest checkpoint that is whole on all processes, or None in a folder without any.
+        """Reads the newest intact checkpoint.
 
         Args:
-          abstract_state: shapes, dtypes and shardings (`jax.ShapeDtypeStruct`) of what to restore; any mesh will do.
-            A leaf without sharding becomes a NumPy array.
-          best: of those with a test loss, the one of the lowest.
-          partial: what the checkpoint holds beside `abstract_state` is not read, instead of being an error.
+          abstract_state: pytree of `jax.ShapeDtypeStruct`, sharded over any mesh. A leaf without a sharding becomes a
+            NumPy array.
+          best: read the one with the lowest test loss instead.
+          partial: skip arrays that `abstract_state` does not have, instead of raising.
+
+        Returns:
+          (step, state), the same step on all processes; None if the folder holds no checkpoint.
 
         Raises:
-          ValueError: there are checkpoints, but none is whole, or they hold another model's state.
-          MemoryError: the state does not fit.
-          OSError: a checkpoint cannot be read, for another reason than damage; or not on another process.
+          ValueError: no checkpoint is intact, or they hold another model's state, or it does not fit into memory.
+          OSError: the disk or network failed, or reading failed on another process.
         """
+        layout = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+        wanted = ocp.args.PyTreeRestore(abstract_state, restore_args=layout, partial_restore=partial)
 
         def read(path: epath.Path) -> Any:
-            _check_shapes(path, self._states.metadata(path / STATE), abstract_state, partial=partial)
-            layout = ocp.checkpoint_utils.construct_restore_args(abstract_state)
-            wanted = ocp.args.PyTreeRestore(abstract_state, restore_args=layout, partial_restore=partial)
-            return self._states.restore(path / STATE, args=wanted)
+            record = _read(path, lambda: _load_record(path))
+            _check_arrays(path, record["arrays"], _arrays(abstract_state), partial=partial)
+            with mock.patch.object(asyncio, "new_event_loop", _DrainedLoop):
+                state = _read(path, lambda: self._states.restore(path / STATE, args=wanted))
+            _read(path, lambda: _check_values(state, record["checksums"]))
+            return state
 
-        return self._first_whole(self._steps(best=best), read)
+        steps = self._steps()
+        if best and steps:
+            steps = sorted((step for step in steps if self._losses[step] < math.inf), key=self._losses.__getitem__)
+            if not steps:
+                raise UserError(
+                    f"no checkpoint in {self._folder} has a test loss; set train.evaluate_every or use the last"
+                )
+        return self._first_intact(steps, read)
 
     def set_aside_after(self, step: int) -> None:
-        """Moves the checkpoints later than `step`, which was restored, to damaged/: the run will save theirs anew.
+        """Moves the checkpoints after `step` to damaged/, so that the run can save these steps again.
 
-        They are kept, because what looked like damage may have been a disk or a network that failed for a moment.
+        They are not deleted: what looked like damage may have been a disk or network that failed for a moment.
         """
         later = [other for other in self._steps() if other > step]
+        aside = self._folder.parent / "damaged"
+
+        def move() -> None:
+            for name in map(str, later if jax.process_index() == 0 else ()):
+                if (aside / name).exists():
+                    (aside / name).rmtree()
+                aside.mkdir(exist_ok=True)
+                (self._folder / name).rename(aside / name)
+                logger.warning("checkpoint %s is now in %s", name, aside)
+
         if later:
-            on_all_processes(functools.partial(self._set_aside, later))
+            _on_all_processes(move)
             self._manager.reload()
 
     def latest_step(self) -> int:
-        """Of the newest checkpoint; 0 in a folder without any."""
+        """Returns the newest checkpoint's step, or 0 if there is none."""
         return max(self._steps(), default=0)
 
     def config(self) -> dict[str, Any] | None:
-        """The config in the newest whole checkpoint; None in a folder without any. Raises as `restore`."""
-        found = self._first_whole(self._steps(), lambda path: ocp.JsonCheckpointHandler().restore(path / CONFIG))
+        """Returns the config from the newest intact record, None if there is no checkpoint. Raises like `restore`."""
+        found = self._first_intact(self._steps(), lambda path: _read(path, lambda: _load_record(path))["config"])
         return None if found is None else found[1]
 
     def close(self) -> None:
-        """Waits for the last checkpoint and lets go of the folder, whatever fails; then raises the first error."""
-        errors = []
-        for release in (self.wait, self._sealer.shutdown, self._manager.close, self._states.close):
-            try:
-                release()
-            except BaseException as error:
-                errors.append(error)
-        if errors:
-            raise errors[0]
+        """Waits for the last checkpoint and releases everything, even if that checkpoint could not be written."""
+        with contextlib.closing(self._states), contextlib.closing(self._manager):
+            self.wait()
 
-    def _steps(self, *, best: bool = False) -> list[int]:
-        """The checkpoints' steps, in the order in which to try them."""
+    def should_preserve(self, checkpoints: Sequence[Any], **_: Any) -> list[bool]:
+        """Tells Orbax which of these checkpoints, oldest first, to keep."""
+        kept = {checkpoint.step for checkpoint in checkpoints[-self._keep :]}
+        measured = [checkpoint.step for checkpoint in checkpoints if math.isfinite(self._losses[checkpoint.step])]
+        kept |= set(sorted(measured, key=self._losses.__getitem__)[:1])
+        return [checkpoint.step in kept for checkpoint in checkpoints]
+
+    def _steps(self) -> list[int]:
+        """All steps, newest first."""
         self.wait()
-        steps = sorted(map(int, self._manager.all_steps()), reverse=True)  # broadcast, they are NumPy's
-        if not best or not steps:
-            return steps
-        losses = np.array([_loss(self._manager.metrics(step)) for step in steps], np.float32)
-        if jax.process_count() > 1:
-            losses = multihost_utils.broadcast_one_to_all(losses)
-        if np.isinf(losses).all():
-            raise UserError(
-                f"no checkpoint in {self._folder} has a test loss; set train.evaluate_every, or use the last"
-            )
-        order = np.argsort(losses, stable=True)
-        return [steps[i] for i in order if np.isfinite(losses[i])]
+        return sorted(map(int, self._manager.all_steps()), reverse=True)  # NumPy integers after the broadcast
 
-    def _first_whole(self, steps: list[int], read: Callable[[epath.Path], T]) -> tuple[int, T] | None:
-        """The first of the checkpoints that every process can read, and what it read."""
+    def _read_loss(self, step: int) -> float:
+        """A checkpoint's test loss; -inf if its record is damaged, so that `best` tries it first and reports that."""
+        try:
+            return _load_record(self._folder / str(step))["test_loss"]
+        except Exception:
+            return -math.inf
+
+    def _first_intact(self, steps: list[int], read: Callable[[epath.Path], T]) -> tuple[int, T] | None:
+        """Returns the first step that all processes can read, and what they read."""
+        reasons = []
         for step in steps:
+            path = self._folder / str(step)
             try:
-                return step, on_all_processes(functools.partial(self._read, step, read))
-            except DamagedError as damage:
-                if jax.process_index() == 0:
-                    logger.warning("skipping checkpoint %s: %s", self._folder / str(step), damage)
-        if steps:
+                return step, read(path)
+            except _DamagedError as reason:
+                logger.warning("skipping checkpoint %s: %s", path, reason)
+                reasons.append(reason)
+        if reasons:
             raise UserError(
-                f"no checkpoint in {self._folder} is whole; restore one from a backup, or start in another workdir"
-            )
+                f"no checkpoint in {self._folder} is intact ({steps[0]}: {reasons[0]}); restore one from a backup, or "
+                "start in another workdir"
+            ) from reasons[0]
         return None
 
-    def _read(self, step: int, read: Callable[[epath.Path], T]) -> T:
-        path = self._folder / str(step)
-        with plain_read_errors(path):
-            if jax.process_index() == 0:
-                self._check_seal(step)
-            return read(path)
 
-    def _set_aside(self, steps: list[int]) -> None:
-        if jax.process_index():
-            return
-        aside = self._folder.parent / "damaged"
-        aside.mkdir(exist_ok=True)
-        for step in steps:
-            if (aside / str(step)).exists():
-                (aside / str(step)).rmtree()
-            (self._folder / str(step)).rename(aside / str(step))
-            self._seal_of(step).unlink(missing_ok=True)
-            logger.warning("checkpoint %d is now in %s", step, aside)
-
-    def _seal_of(self, step: int) -> epath.Path:
-        return self._seals / f"{step}.json"
-
-    def _seal_when_complete(self, step: int) -> None:
-        self._manager.wait_until_finished()
-        if jax.process_index() == 0 and (self._folder / str(step)).exists():
-            write_text(self._seal_of(step), json.dumps(checksums(self._folder / str(step))))
-            for seal in self._seals.glob("*.json"):
-                if not (self._folder / seal.stem).exists():
-                    seal.unlink(missing_ok=True)
-
-    def _check_seal(self, step: int) -> None:
-        """Raises DamagedError. A checkpoint without a seal was complete, but not yet sealed."""
-        seal, folder = self._seal_of(step), self._folder / str(step)
-        try:
-            expected = json.loads(seal.read_text())
-        except FileNotFoundError:
-            return
-        except ValueError:
-            expected = None
-        if not isinstance(expected, dict) or not all(isinstance(value, str) for value in expected.values()):
-            raise DamagedError(f"{seal} is damaged")
-        for name, digest in sorted(expected.items()):  # other files are nobody's business
-            if not (folder / name).exists() or sha256(folder / name) != digest:
-                raise DamagedError(f"{name} is missing or damaged")
+def _load_record(path: epath.Path) -> dict[str, Any]:
+    record = ocp.JsonCheckpointHandler().restore(path / RECORD)
+    if record.pop("crc32", None) != _crc32(record):
+        raise _DamagedError("its record is damaged")
+    return record
 
 
-def _check_shapes(path: epath.Path, metadata: Any, abstract_state: Any, *, partial: bool) -> None:
-    stored, expected = _shapes(metadata), _shapes(abstract_state)
+def _crc32(record: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())
+
+
+def _arrays(tree: Any) -> dict[str, str]:
+    """Every leaf's dtype and shape, like "float32[8, 16]"."""
+    return {leaf_name(p): f"{x.dtype}{list(x.shape)}" for p, x in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _check_arrays(path: epath.Path, stored: Mapping[str, str], expected: Mapping[str, str], *, partial: bool) -> None:
     for name in sorted(expected if partial else stored.keys() | expected.keys()):
-        if stored.get(name) != expected.get(name):
+        there, here = stored.get(name, "missing"), expected.get(name, "missing")
+        if there != here:
+            raise UserError(f"{path} holds another state than this config's: {name} is {there} there, {here} here")
+
+
+@jax.jit
+def _checksum(array: jax.Array) -> jax.Array:
+    """A uint32 hash of elements and positions. It does not depend on the sharding; changing one element changes it."""
+    word = array.view(f"uint{8 * array.dtype.itemsize}").astype(jnp.uint32)
+    position = jnp.zeros(array.shape, jnp.uint32)
+    for axis, size in enumerate(array.shape):
+        position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+    word ^= position * jnp.uint32(0x9E3779B1)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # as MurmurHash3 does, invertibly
+        word = (word ^ (word >> shift)) * jnp.uint32(factor)
+    return word.sum(dtype=jnp.uint32)
+
+
+def _checksums(tree: Any) -> dict[str, int]:
+    found = {leaf_name(path): _checksum(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {name: int(checksum) for name, checksum in jax.device_get(found).items()}
+
+
+def _check_values(state: Any, expected: Mapping[str, int]) -> None:
+    for name, checksum in _checksums(state).items():
+        if checksum != expected[name]:
+            raise _DamagedError(f"{name} is damaged")
+
+
+class _DrainedLoop(asyncio.SelectorEventLoop):
+    """Finishes all reads before it closes. After a failed read, Orbax leaves the others to a loop it has closed.
+
+    Python would then print a traceback for each.
+    """
+
+    def close(self) -> None:
+        if not self.is_closed() and (tasks := asyncio.all_tasks(self)):
+            self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        super().close()
+
+
+class _DamagedError(Exception):
+    """A checkpoint's files are damaged or missing."""
+
+
+def _read(path: epath.Path, action: Callable[[], T]) -> T:
+    return _on_all_processes(_read_errors(path)(action))
+
+
+def _on_all_processes(action: Callable[[], T]) -> T:
+    """Returns `action()` once it has succeeded on every process. All processes must call this together.
+
+    Raises what it raised here. If only another process failed: _DamagedError if that was damage, else OSError.
+    """
+    failure: Exception | None = None
+    try:
+        result = action()
+    except Exception as error:
+        failure = error
+    severity = 0 if failure is None else 1 if isinstance(failure, _DamagedError) else 2
+    severities = multihost_utils.process_allgather(np.int32(severity))
+    if failure and severity == severities.max():
+        raise failure
+    if severities.any():
+        kind = _DamagedError if severities.max() == 1 else OSError
+        raise kind(f"process {severities.argmax()} failed; its log says why")
+    return result
+
+
+@contextlib.contextmanager
+def _read_errors(path: epath.Path) -> Iterator[None]:
+    """Raises UserError if memory ran out, OSError if the disk or network failed, _DamagedError in all other cases."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException = error
+        while type(cause) is Exception and cause.__cause__:  # Orbax wraps errors of reading an array
+            cause = cause.__cause__
+        out_of_memory = isinstance(cause, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(cause)
+        if out_of_memory or isinstance(cause, MemoryError):
             raise UserError(
-                f"checkpoint {path} holds another state than this configuration's: "
-                f"{name} is {stored.get(name, 'missing')} there and {expected.get(name, 'missing')} here"
-            )
+                f"not enough memory to restore {path}: {one_line(cause)}; use more devices (mesh.fsdp), or free some"
+            ) from error
+        missing = isinstance(cause, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+        if isinstance(cause, OSError) and not missing:
+            raise OSError(
+                f"could not read {path}: {one_line(cause)}; fix that and run the same command again, or move the "
+                "checkpoint elsewhere to use the previous one"
+            ) from error
+        raise _DamagedError(one_line(cause)) from error
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {leaf_name(path): tuple(leaf.shape) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _loss(metrics: Mapping[str, Any] | None) -> float:
-    return (metrics or {}).get(LOSS, math.inf)
+@contextlib.contextmanager
+def _write_errors(folder: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # TensorStore raises ValueError, also when a disk is full
+        raise OSError(
+            f"could not write a checkpoint in {folder}: {error}; earlier ones are intact. "
+            "Free some space or fix the disk, then run the same command again"
+        ) from error

@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON object a line, and TensorBoard events."""
+"""Metrics of a run, as JSON lines and TensorBoard events."""
 
 import json
 import os
@@ -13,13 +13,13 @@ from tarflow_jax.files import is_remote, write_text
 
 
 class MetricsWriter:
-    """Writes workdir/metrics.jsonl and workdir/tensorboard, from `start_step` on.
+    """Writes metrics.jsonl, one JSON object per line, and tensorboard/ in the workdir.
 
-    In an object store, which cannot append, metrics.jsonl is written whole by `flush`.
+    Object stores cannot append, so there `flush` writes the whole of metrics.jsonl.
     """
 
     def __init__(self, workdir: epath.PathLike, start_step: int) -> None:
-        """Continues the files; lines of steps after `start_step` are dropped, for they will be written again."""
+        """Opens the files and drops lines after `start_step`, because the run takes these steps again."""
         self._path = epath.Path(workdir) / "metrics.jsonl"
         lines = self._path.read_bytes().decode(errors="replace").splitlines() if self._path.exists() else []
         self._text = "".join(f"{line}\n" for line in lines if _step_of(line) <= start_step)
@@ -28,7 +28,7 @@ class MetricsWriter:
         self._tensorboard = SummaryWriter(os.fspath(epath.Path(workdir) / "tensorboard"), purge_step=start_step + 1)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Writes scalars, and vectors such as the blocks' norms as lists."""
+        """Writes scalars, and vectors (one value per block, for example) as lists."""
         values = {name: np.asarray(value).astype(float).tolist() for name, value in metrics.items()}
         line = json.dumps({"step": step, **values}) + "\n"
         if self._file:
@@ -36,12 +36,12 @@ class MetricsWriter:
         else:
             self._text += line
         for name, value in values.items():
-            for i, number in enumerate(value if isinstance(value, list) else [value]):
-                tag = f"{name}/{i}" if isinstance(value, list) else name
-                self._tensorboard.add_scalar(tag, number, step)
+            scalars = {f"{name}/{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {name: value}
+            for tag, scalar in scalars.items():
+                self._tensorboard.add_scalar(tag, scalar, step)
 
     def flush(self) -> None:
-        """Brings an object store's metrics.jsonl up to date; to be called with every checkpoint."""
+        """Writes metrics.jsonl to an object store. Call with every checkpoint."""
         if not self._file:
             write_text(self._path, self._text)
 
@@ -56,4 +56,4 @@ def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut short by a crash
+        return float("inf")  # a crash cut the line short

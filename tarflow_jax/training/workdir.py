@@ -40,8 +40,7 @@ def read_workdir(workdir: epath.PathLike, mesh: Mesh | None = None, *, best: boo
 
     Raises:
       FileNotFoundError: no config or no checkpoint there.
-      ValueError: they are damaged, or none has a test loss.
-      MemoryError, OSError: see `Checkpoints.restore`.
+      ValueError, OSError: see `Checkpoints.restore`.
     """
     workdir = epath.Path(workdir)
     recipe = Recipe.from_workdir(workdir)
