@@ -1,4 +1,4 @@
-"""The optimizer of a run: its learning rate over the steps, and the update that it makes."""
+"""The optimizer of a run: the learning rate of each step and the update rule."""
 
 import dataclasses
 from typing import Any
@@ -15,18 +15,19 @@ NAMES = ("adamw", "muon")
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """AdamW with decay on every parameter, as the PyTorch release has it; or Muon for the hidden matrices.
+    """AdamW for all parameters, as in the PyTorch release, or Muon for the hidden matrices and AdamW for the rest.
 
     Attributes:
-      num_steps: of the whole run.
-      learning_rate: at its peak, after `warmup_steps` of linear growth from `final_learning_rate`; then a cosine leads
-        back to that.
-      beta1, beta2, weight_decay: AdamW's.
-      clip_norm: largest norm of the whole gradient; 0 for no clipping.
-      ema_decay: of the exponential moving average of the parameters; 0 for none.
-      name: "adamw", or "muon": the momentum of each hidden matrix, orthogonalised by five Newton-Schulz steps (Jordan
-        et al. 2024), and AdamW for all else.
-      muon_learning_rate: the peak for the hidden matrices.
+      num_steps: length of the run.
+      learning_rate: peak of AdamW's schedule. The rate grows linearly from `final_learning_rate` to its peak over
+        `warmup_steps`, then falls back along a cosine.
+      beta1, beta2: decay rates of AdamW's moments.
+      weight_decay: decoupled weight decay of every parameter.
+      clip_norm: largest global norm of the gradient; 0 disables clipping.
+      ema_decay: decay of the exponential moving average of the parameters; 0 keeps none.
+      name: "adamw" or "muon". Muon orthogonalizes the momentum of each hidden matrix by five Newton-Schulz steps
+        (Jordan et al. 2024).
+      muon_learning_rate: peak of Muon's schedule; 0 with "adamw".
 
     Raises:
       ValueError: one line naming the field.
@@ -62,7 +63,7 @@ class Optimizer:
             )
 
     def schedule(self, peak: float | None = None) -> optax.Schedule:
-        """Learning rate of a step: linear warm-up, then a cosine, from and to `final_learning_rate`."""
+        """Returns linear warm-up to `peak` (default: `learning_rate`) and cosine decay to `final_learning_rate`."""
         return optax.warmup_cosine_decay_schedule(
             init_value=self.final_learning_rate,
             peak_value=self.learning_rate if peak is None else peak,
@@ -72,14 +73,14 @@ class Optimizer:
         )
 
     def transformation(self, dtype: DTypeLike = "float32") -> optax.GradientTransformation:
-        """The update rule of a network whose matrix products are in `dtype`."""
+        """Returns the update rule; `dtype` is that of the network's matmuls."""
         update = optax.adamw(self.schedule(), b1=self.beta1, b2=self.beta2, weight_decay=self.weight_decay)
         if self.name == "muon":
             hidden = muon(self.schedule(self.muon_learning_rate), self.weight_decay, dtype)
-            update = optax.partition({"muon": hidden, "adamw": update}, _by_optimizer)
+            update = optax.partition({"muon": hidden, "adamw": update}, _labels)
         return optax.chain(optax.clip_by_global_norm(self.clip_norm), update) if self.clip_norm else update
 
 
-def _by_optimizer(params: Any) -> Any:
-    """Of every parameter the optimizer, "muon" or "adamw"."""
+def _labels(params: Any) -> Any:
+    """Labels every parameter "muon" or "adamw"."""
     return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if is_hidden_matrix(path) else "adamw", params)
