@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from launch import end_at_signals, exit_code, ignore_signals
+from launch import end_at_signals, exit_code, ignore_signals, show_help
 from tarflow_jax.arguments import check_polish
 from tarflow_jax.data import default_data_dir
 from tarflow_jax.errors import UserError, one_line
@@ -50,6 +50,7 @@ COMPILATION_CACHE = flags.DEFINE_string(
     "Keep compiled programs in this folder, not beside the data sets; none: nowhere.",
 )
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show where an error came from, not only what it says.")
+flags.disclaim_key_flags()  # what functions below define are flags of the command that calls them
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -83,6 +84,8 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
                 raise
             _leave_the_others(error)
 
+    for name in ("compilation_cache", "traceback"):
+        flags.declare_key_flag(name)
     app.run(guarded, flags_parser=_parse_flags)
 
 
@@ -211,6 +214,7 @@ def join_processes() -> bool:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """absl's parser; a config field that does not exist is an error of one line, with a suggestion."""
+    show_help(argv[1:])
     try:
         return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:

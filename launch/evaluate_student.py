@@ -19,7 +19,7 @@ POLISHES = (1, 2, 4)
 def measure_student(subject: Subject) -> dict[str, Any]:
     """A row for each way from the same latents to an image, unguided; and the updates of the parallel inverse."""
     pipe, key = subject.pipe, jax.random.key(SEED.value)
-    student = check_student(pipe.student)
+    check_student(pipe.student)
     latents = pipe.latents(key, NUM_LATENTS)
     labels, level = common.example_labels(pipe.config.num_classes, NUM_LATENTS), pipe.drawn_level
     noisy = {"exact": pipe.decode(latents, labels, noise_std=level)}
@@ -27,12 +27,10 @@ def measure_student(subject: Subject) -> dict[str, Any]:
     if pipe.noise_std is not None:
         clean["exact, denoised"] = pipe.denoise_drawn(noisy["exact"], labels)
     clean["student"] = pipe.decode(latents, labels, decoder="student")
-    has_trajectory = student.config.method != "naive"
-    if has_trajectory:
-        noisy |= {
-            f"student, polish {count}": pipe.decode(latents, labels, decoder="student", polish=count, noise_std=level)
-            for count in POLISHES
-        }
+    noisy |= {
+        f"student, polish {count}": pipe.decode(latents, labels, decoder="student", polish=count, noise_std=level)
+        for count in POLISHES
+    }
     noise_key = jax.random.fold_in(key, 1)
     rows = [
         {"images": name} | _row(pipe, images, latents, labels, noise_key if name in clean else None)
@@ -41,12 +39,8 @@ def measure_student(subject: Subject) -> dict[str, Any]:
     judge = next(iter(clean.values()))
     for row, images in zip(rows, (noisy | clean).values(), strict=True):
         row["correlation with " + next(iter(clean))] = _correlation(images, judge)
-    found: dict[str, Any] = {"rows": rows, "latents": NUM_LATENTS}
-    if has_trajectory:
-        found["updates by block"] = {
-            f"Jacobi from the {init}": _updates(pipe, latents, labels, init) for init in ("latents", "student")
-        }
-    return found
+    updates = {f"Jacobi from the {init}": _updates(pipe, latents, labels, init) for init in ("latents", "student")}
+    return {"rows": rows, "latents": NUM_LATENTS, "updates by block": updates}
 
 
 def _row(pipe: TarFlowPipeline, images: jax.Array, latents: jax.Array, labels: Any, key: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from configs.student.common import of_flow
+from configs.defaults import with_flow
 from launch import common
 from tarflow_jax.errors import UserError
 from tarflow_jax.planning import (
@@ -122,7 +122,7 @@ def _config() -> ConfigDict:
         raise UserError("--decoder=student takes --sampler and --student, such as configs/student/digits.py")
     config = ConfigDict(CONFIG.value)
     with config.unlocked():
-        config.student = of_flow(STUDENT.value, config).student
+        config.student = with_flow(STUDENT.value, config).student
     return config
 
 

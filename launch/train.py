@@ -28,23 +28,21 @@ from tarflow_jax.training.recipe import label_names
 from tarflow_jax.training.workdir import write_results
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Train by this recipe: configs/digits.py, or a variant, configs/digits.py:smoke."
+    "config", None, "Train this recipe: configs/digits.py, or a variant, configs/digits.py:smoke."
 )
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Keep the run in this folder, or gs:// bucket; it is made if it is missing."
-)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://; created if missing.")
 common.define_process_flags()
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains, draws the showcase figures and prints a table."""
+    """Trains, draws figures and prints a table."""
     begin = time.perf_counter()
     config, workdir = CONFIG.value, epath.Path(common.folder("workdir"))
     common.join_processes()
     recipe = Recipe(config)
     guidance = Guidance(**config.sample.guidance)
-    # What would be refused after the training is refused before it.
+    # Reject before training what would be rejected after it.
     check_guidance(recipe.model, guidance)
     recipe.source("test")
     figures = workdir / "figures"

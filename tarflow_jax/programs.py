@@ -13,9 +13,8 @@ import jax
 
 from tarflow_jax import likelihood, sampling
 from tarflow_jax.flow import TarFlow, TarFlowConfig
-from tarflow_jax.noise import Noise, to_float
+from tarflow_jax.noise import Noise
 from tarflow_jax.student import Student, StudentConfig
-from tarflow_jax.student.loss import flow_trajectory
 
 
 def exact(config: TarFlowConfig) -> TarFlowConfig:
@@ -76,16 +75,8 @@ def _noisy_log_prob(
 
     `noise_std` [B] is the level of a noise with levels, and what a flow that is conditional on it is told.
     """
-    noisy = _noisy(noise, images, index, noise_std, key)
+    noisy = noise.of_numbered(key, images, index, noise_std)
     return _log_prob(config, variables, noisy, labels if config.num_classes else None, noise_std)
-
-
-def _noisy(noise: Noise, images: jax.Array, index: jax.Array, noise_std: jax.Array | None, key: jax.Array) -> jax.Array:
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-    levels = noise_std if noise.kind == "levels" else None
-    return jax.vmap(lambda key, image, std: noise(key, image[None], None if std is None else std[None])[0])(
-        keys, images, levels
-    )
 
 
 def _denoise(
@@ -132,29 +123,8 @@ def _student(
     latents: jax.Array,
     labels: jax.Array | None,
     weights: jax.Array | None,
-) -> tuple[jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, jax.Array]:
     return Student(config).apply(variables, latents, labels, weights)
-
-
-def _student_error(
-    config: StudentConfig,
-    flow: TarFlowConfig,
-    noise: Noise,
-    variables: tuple[Any, Any],
-    images: jax.Array,
-    labels: jax.Array,
-    index: jax.Array,
-    noise_std: jax.Array | None,
-    key: jax.Array,
-) -> jax.Array:
-    """Mean square error [B] of a student's images, from the latents of 8-bit images with noise as `noisy_log_prob` has.
-
-    `variables` are the flow's and the student's.
-    """
-    noisy = _noisy(noise, images, index, noise_std, key)
-    latents, _ = flow_trajectory(flow, variables[0], noisy, labels, noise_std if flow.noise_conditional else None)
-    found, _ = _student(config, variables[1], latents, labels, None)
-    return jax.numpy.square(found - to_float(images)).mean((1, 2, 3))
 
 
 def _decode_from(
@@ -181,4 +151,3 @@ iterate = _compiled(_iterate, "method", "trajectory")
 decode = _compiled(_decode, "trajectory", "decoders")
 decode_from = _compiled(_decode_from, "trajectory", "decoders")
 student = _compiled(_student)
-student_error = _compiled(_student_error, "flow", "noise")

@@ -19,16 +19,16 @@ from tarflow_jax.interop.layout import flatten
 from tarflow_jax.interop.model_folder import fingerprint as fields_fingerprint
 from tarflow_jax.runtime.parameters import rows_of, student_shapes
 from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Sequential
-from tarflow_jax.student import METHODS, Perception, Student, StudentConfig, TrainedStudent, distillation_loss
+from tarflow_jax.student import Perception, Student, StudentConfig, TrainedStudent, distillation_loss
 from tarflow_jax.student.loss import flow_trajectory
 from tarflow_jax.student.perception import perceptual_distance
 
 GAUSSIAN = Noise("gaussian", 0.1)
 
 
-def student_of(flow, method="hidden_alignment", max_guidance=2.0, seed=0):
+def student_of(flow, max_guidance=2.0, seed=0):
     """A student with random weights."""
-    config = StudentConfig.of_flow(flow, 0, (1,), method=method, max_guidance=max_guidance if flow.num_classes else 0.0)
+    config = StudentConfig(flow, layers_per_block=(1,), max_guidance=max_guidance if flow.num_classes else 0.0)
     rng = np.random.default_rng(seed)
     arrays = {name: rng.normal(0, 0.2, shape).astype(np.float32) for name, shape in student_shapes(config).items()}
     tree = {"params": {}}
@@ -38,9 +38,9 @@ def student_of(flow, method="hidden_alignment", max_guidance=2.0, seed=0):
     return config, jax.tree.map(jnp.asarray, tree)
 
 
-def pipeline(flow=TINY, method="hidden_alignment", variables=None):
+def pipeline(flow=TINY, variables=None):
     variables = random_variables(flow) if variables is None else variables
-    student = TrainedStudent(*student_of(flow, method), fingerprint(variables))
+    student = TrainedStudent(*student_of(flow), fingerprint(variables))
     return TarFlowPipeline(flow, variables, GAUSSIAN, student=student)
 
 
@@ -52,17 +52,15 @@ def pipe():
 apply = jax.jit(lambda config, *args: Student(config).apply(*args), static_argnums=0)
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("flow", [TRIANGULAR, VP], ids=["classes", "none"])
-def test_the_table_has_the_names_and_shapes_that_the_network_makes(flow, method):
-    config, variables = student_of(flow, method)
+def test_the_table_has_the_names_and_shapes_that_the_network_makes(flow):
+    config, variables = student_of(flow)
     made = flatten(jax.eval_shape(lambda: Student(config).init(jax.random.key(0), jnp.zeros((1, *flow.image_shape)))))
     assert {name: leaf.shape for name, leaf in made.items()} == student_shapes(config)
     assert {len(rows_of(name)) for name in made} == {1}
     images, trajectory = jax.eval_shape(Student(config).apply, variables, images_of(flow, 2))
     assert images.shape == (2, *flow.image_shape)
-    expected = None if method == "naive" else (2, flow.num_blocks, *flow.image_shape)
-    assert (trajectory and trajectory.shape) == expected
+    assert trajectory.shape == (2, flow.num_blocks, *flow.image_shape)
 
 
 def test_it_sees_every_token_the_label_and_the_weight():
@@ -207,12 +205,10 @@ def test_sampling_by_it_is_one_pass_and_clean(pipe):
         (lambda pipe, z: pipe.sample(jax.random.key(0), 1, decoder="student", denoise=False), "clean images by itself"),
         (lambda pipe, z: pipe.decode(z, decoder=GaussSeidelJacobi(2, init="student")), "init is 'student'; expected"),
         (lambda pipe, z: TarFlowPipeline(TINY, pipe.variables).decode(z, decoder="student"), "has no student"),
-        (lambda pipe, z: pipeline(method="naive").decode(z, decoder=Jacobi(init="student")), "is 'naive': it has no"),
-        (lambda pipe, z: StudentConfig.of_flow(TINY, 0, (1, 2)), "lists 2 blocks; expected 4, one for each"),
-        (lambda pipe, z: StudentConfig.of_flow(TINY, 0, (1,), method="best"), "method is 'best'; expected"),
-        (lambda pipe, z: StudentConfig.of_flow(TINY, 0, (1,), perceptual=-1.0), "perceptual is -1.0; expected"),
-        (lambda pipe, z: StudentConfig.of_flow(VP, 0, (1,), perceptual=1.0), "has no classes to learn to see by"),
-        (lambda pipe, z: StudentConfig.of_flow(VP, 0, (1,), max_guidance=1.0), "has no classes to guide by"),
+        (lambda pipe, z: StudentConfig(TINY, layers_per_block=(1, 2)), "lists 2 blocks; expected 4, one for each"),
+        (lambda pipe, z: StudentConfig(TINY, perceptual=-1.0), "perceptual is -1.0; expected"),
+        (lambda pipe, z: StudentConfig(VP, perceptual=1.0), "has no classes to learn to see by"),
+        (lambda pipe, z: StudentConfig(VP, max_guidance=1.0), "has no classes to guide by"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(pipe, call, message):
@@ -233,7 +229,7 @@ def test_a_saved_model_carries_it_and_one_of_other_weights_is_refused(pipe, tmp_
         other.sample(key, 2, decoder="student")
     other.save_pretrained(tmp_path / "model")  # what was there is another flow's
     assert load_student(tmp_path / "model") is None
-    with pytest.raises(ValueError, match="of a flow of 3 blocks; this one has 2"):
+    with pytest.raises(ValueError, match="of a flow with num_blocks 3, this one has 2"):
         TarFlowPipeline(runs.SMALL, random_variables(runs.SMALL), student=pipe.student).sample(
             key, 1, decoder="student"
         )
@@ -262,11 +258,13 @@ def test_a_hostile_folder_is_refused_in_one_line(pipe, tmp_path, damage):
         "lacks fields": lambda fields: fields.pop("flow"),
         "lacks fields of": lambda fields: fields.update(weights={"bytes": 1}),
         "is not a student's of layout version 1": lambda fields: fields.update(format_version=2),
-        "a student of 1000000000 blocks": lambda fields: fields["student"]["shape"].update(num_blocks=10**9),
-        "unknown model field 'hidden'": lambda fields: fields["student"]["shape"].update(hidden=3),
-        "tensor .* has shape": lambda fields: fields["student"]["shape"].update(width=64),
-        "expected a shape, a method": lambda fields: fields["student"].update(method=["naive"]),
-        "lacks tensor": lambda fields: fields["student"]["shape"].update(num_blocks=5, layers_per_block=[1] * 5),
+        "a student of 1000000000 blocks": lambda fields: fields["student"]["flow"].update(num_blocks=10**9),
+        "unknown model field 'hidden'": lambda fields: fields["student"]["flow"].update(hidden=3),
+        "tensor .* has shape": lambda fields: fields["student"].update(width=64),
+        "student.max_guidance is .*; expected a number from 0": lambda fields: fields["student"].update(
+            max_guidance=["2"]
+        ),
+        "lacks tensor": lambda fields: fields["student"]["flow"].update(num_blocks=5, layers_per_block=1),
     }
     for message, change in changes.items():
         rewritten(change)

@@ -78,7 +78,7 @@ def load_student(name: str | os.PathLike[str]) -> TrainedStudent | None:
     ):
         raise UserError(f"{path} lacks fields of layout version {VERSION}, or has others; save the model again")
     # Before anything is as long as the number of blocks that the file claims.
-    shape = fields["student"].get("shape")
+    shape = fields["student"].get("flow")
     blocks = shape.get("num_blocks") if isinstance(shape, dict) else None
     if not isinstance(blocks, int) or blocks > _MAX_BLOCKS:
         raise UserError(f"{path} describes a student of {blocks!r} blocks; expected at most {_MAX_BLOCKS}")
