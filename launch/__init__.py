@@ -49,7 +49,8 @@ def show_help(arguments: list[str]) -> None:
     from tarflow_jax.training.recipe import GROUPS, STUDENT_GROUPS, config_help
 
     print(sys.modules["__main__"].__doc__)
-    print(flags.FLAGS.main_module_help())
+    modules = (name for name in flags.FLAGS.flags_by_module_dict() if name.startswith("launch."))
+    print("\n".join(map(flags.FLAGS.module_help, (sys.argv[0], *sorted(modules)))))
     if "config" in flags.FLAGS:
         groups = STUDENT_GROUPS if sys.argv[0].endswith("distill.py") else GROUPS
         print("\n" + (config_help(groups) if "--helpfull" in asked else "--helpfull lists the options of a recipe."))

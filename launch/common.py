@@ -84,8 +84,6 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
                 raise
             _leave_the_others(error)
 
-    for name in ("compilation_cache", "traceback"):
-        flags.declare_key_flag(name)
     app.run(guarded, flags_parser=_parse_flags)
 
 

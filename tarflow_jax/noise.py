@@ -28,8 +28,8 @@ class Levels(NamedTuple):
 class Noise(Options):
     """The noise that training adds to 8-bit images.
 
-    "gaussian" noise is for samples, "uniform" noise (dequantization) for bits per dimension. With "levels" each image has
-    Gaussian noise of its own level σ, and the flow is conditional on it.
+    "gaussian" noise is for samples, "uniform" noise (dequantization) for bits per dimension. With "levels" each image
+    has Gaussian noise of another level σ, and the flow is conditional on it.
 
     Raises UserError: another kind, or a σ that does not fit it.
     """

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Self
 from tarflow_jax.errors import UserError
 
 REQUIRED = dataclasses.MISSING
+_LIMITS: tuple[tuple[str, Any], ...] = (("choices", ()), ("low", -math.inf), ("high", math.inf))
 _KINDS = {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}
 
 
@@ -38,23 +39,21 @@ class Options:
             object.__setattr__(self, name, self._checked(field, kind))
 
     def _checked(self, field: dataclasses.Field[Any], kind: Any) -> Any:
-        given, limits = getattr(self, field.name), field.metadata
-        expected = _described(kind)
+        given, expected = getattr(self, field.name), _described(kind)
+        choices, low, high = (field.metadata.get(*limit) for limit in _LIMITS)
         try:
             value = _converted(given, kind)
         except (TypeError, OverflowError):
             value = None
-        choices, low, high = (limits.get(key) for key in ("choices", "low", "high"))
+        fits = value is not None and all(
+            low <= number <= high and -math.inf < number < math.inf
+            for number in (value if isinstance(value, tuple) else (value,))
+            if isinstance(number, float | int)
+        )
         if choices:
-            expected, fits = f"one of {', '.join(choices)}", value in choices
-        elif low is None:
-            fits = value is not None
-        else:
-            values = value if isinstance(value, tuple) else (value,)
-            fits = value is not None and all(
-                low <= number <= high and math.isfinite(number) for number in values if isinstance(number, float | int)
-            )
-            expected += "" if low == -math.inf else f" from {low:g}" + ("" if high == math.inf else f" to {high:g}")
+            fits, expected = value in choices, f"one of {', '.join(choices)}"
+        elif low > -math.inf:
+            expected += f" from {low:g}" + (f" to {high:g}" if high < math.inf else "")
         if not fits:
             raise UserError(f"{self.group}.{field.name} is {given!r}; expected {expected}")
         return value
@@ -122,13 +121,17 @@ def _converted(value: Any, kind: Any) -> Any:
         if len(arguments) == len(value):
             return tuple(map(_converted, value, arguments))
     elif dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        return kind.from_dict(value) if issubclass(kind, Options) else kind(**value)
+        return _made(kind, value)
     elif kind in (int, float) and not isinstance(value, bool):
         if isinstance(value, numbers.Integral if kind is int else numbers.Real):
             return kind(value)
     elif not arguments and isinstance(value, kind):
         return value
     raise TypeError
+
+
+def _made(kind: Any, fields: Mapping[str, Any]) -> Any:
+    return kind.from_dict(fields) if issubclass(kind, Options) else kind(**fields)
 
 
 def _described(kind: Any) -> str:

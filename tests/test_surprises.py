@@ -99,7 +99,7 @@ def test_a_set_without_labels_trains_no_classes(tmp_path):
     np.savez(tmp_path / "plain.npz", images=images)
     config = digits.get_config()
     config.data.source = f"npz:{tmp_path / 'plain.npz'}"
-    with pytest.raises(ValueError, match="has no classes, the model 10; set model.num_classes to 0"):
+    with pytest.raises(ValueError, match=r"has no classes, the model 10; set model\.num_classes to 0"):
         Recipe(config).source("train")
     config.model.num_classes = 0
     assert Recipe(config).source("train").num_classes == 0

@@ -19,10 +19,10 @@ class TarFlowConfig(Options):
     """Everything that determines a TarFlow's parameters and its arithmetic.
 
     Parameters, the residual stream, softmax, norms, the affine map and log_det are float32 whatever `dtype` is.
-    `noise_conditional` is "Normalizing Flows with Iterative Denoising" (arXiv 2604.20041). `input_limit` keeps an outlier
-    of one block from growing in the next ones, which training with small batches does not survive. `image_limit` does the
-    same for samples that overshoot the training range: 1 and a few standard deviations of the noise. `triangular` adds
-    D (D - 1) / 2 outputs per token, so it is for small patches.
+    `noise_conditional` is "Normalizing Flows with Iterative Denoising" (arXiv 2604.20041). `input_limit` keeps an
+    outlier of one block from growing in the next ones, which training with small batches does not survive.
+    `image_limit` does the same for samples that overshoot the training range: 1 and a few standard deviations of the
+    noise. `triangular` adds D (D - 1) / 2 outputs per token, so it is for small patches.
 
     Raises UserError: one line naming the field, when the shape is impossible.
     """

@@ -57,8 +57,11 @@ class BatchRunner:
 
     def place(self, variables: Any) -> Any:
         """Variables on the devices, sharded over the mesh; arrays that are there already are not moved."""
+        if self.mesh is None:
+            return jax.device_put(variables, self._sharding)
+        layout = shardings(self.mesh, variables)
         if not self._many_processes:
-            return jax.device_put(variables, self._sharding if self.mesh is None else shardings(self.mesh, variables))
+            return jax.device_put(variables, layout)
 
         def put(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
             if isinstance(x, jax.Array) and x.sharding == sharding:  # a training state's, say
@@ -66,7 +69,7 @@ class BatchRunner:
             # From the host: JAX moves no array from one process's devices to all processes'.
             return jax.device_put(jax.device_get(x), sharding)
 
-        return jax.tree.map(put, variables, shardings(self.mesh, variables))
+        return jax.tree.map(put, variables, layout)
 
     def run(
         self,

@@ -16,8 +16,8 @@ _SHARED = ("image_size", "image_channels", "patch_size", "num_classes", "num_blo
 class StudentConfig(Options):
     """Everything that determines a student's parameters and its arithmetic.
 
-    It has one block more than its flow; the last one denoises. It learns by "hidden alignment" (Bidirectional Normalizing
-    Flow, arXiv 2512.10953): the tokens after each block are compared with the flow's trajectory.
+    It has one block more than its flow; the last one denoises. It learns by "hidden alignment" (Bidirectional
+    Normalizing Flow, arXiv 2512.10953): the tokens after each block are compared with the flow's trajectory.
 
     Raises UserError: one line naming the field.
     """

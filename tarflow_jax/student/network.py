@@ -64,7 +64,7 @@ class StudentBlock(nn.Module):
     def __call__(
         self, hidden: jax.Array | None, x: jax.Array, labels: jax.Array | None, weights: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """Maps the previous block's hidden state [B, T, C] (None for the first) and tokens [B, T, D] to this block's."""
+        """Maps the previous block's hidden state [B, T, C] (at first None) and tokens [B, T, D] to this block's."""
         shape, dtype = self.config.shape, self.config.shape.compute_dtype
         dense = functools.partial(nn.Dense, dtype=dtype)
         project = dense(shape.width, kernel_init=kernel_init, dot_general=dense_product, name="project_in")

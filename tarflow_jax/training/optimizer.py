@@ -18,8 +18,8 @@ NAMES = ("adamw", "muon")
 class Optimizer(Options):
     """AdamW with decay on every parameter, as the PyTorch release has it; or Muon for the hidden matrices.
 
-    Muon orthogonalizes the momentum of each hidden matrix by five Newton-Schulz steps (Jordan et al. 2024). Learning rates
-    rise linearly over `warmup_steps` from `final_learning_rate` to their peak, and a cosine leads back.
+    Muon orthogonalizes the momentum of each hidden matrix by five Newton-Schulz steps (Jordan et al. 2024). Learning
+    rates rise linearly over `warmup_steps` from `final_learning_rate` to their peak, and a cosine leads back.
 
     Attributes:
       num_steps: of the whole run.

@@ -79,7 +79,7 @@ class TrainOptions(Options):
     seed: int = option(0, "Seed of weights, noise and the order of images.", low=0)
     checkpoint_every: int = option(1000, "Steps between checkpoints.", low=1)
     keep_checkpoints: int = option(3, "Checkpoints to keep, beside the best one.", low=1)
-    evaluate_every: int = option(0, "Steps between test losses, by which the best checkpoint is kept; 0: never.", low=0)
+    evaluate_every: int = option(0, "Steps between test losses, which choose the best checkpoint; 0 for none.", low=0)
     sample_every: int = option(0, "Steps between previews; 0 for none.", low=0)
     log_every: int = option(50, "Steps between lines of metrics.", low=1)
     profile_steps: tuple[int, int] = option(
@@ -93,7 +93,7 @@ class SampleOptions(Options):
 
     group: ClassVar[str] = "sample"
 
-    guidance: Guidance = Guidance()
+    guidance: Guidance = Guidance()  # noqa: RUF009 (immutable)
     denoise_multiplier: float = option(1.0, "Multiplies the score that denoises samples.")
 
 
