@@ -93,6 +93,9 @@ def test_a_run_goes_on_with_the_data_it_began_with(tmp_path):
         ("optimizer.warmup_steps", -1, "warmup_steps is -1"),
         ("optimizer.learning_rate", float("nan"), "learning_rate is nan"),
         ("model.patch_size", 3, "not divisible by patch_size 3"),
+        ("train.profile_steps", (1, -1), r"profile_steps is \(1, -1\); expected 2 whole numbers from 0"),
+        ("sample.guidance.rule", "best", "guidance rule is 'best'"),
+        ("sample.denoise_multiplier", float("inf"), "denoise_multiplier is inf; expected a number"),
         ("noise.kind", "none", "noise.kind is 'none'"),
     ],
 )
@@ -100,4 +103,12 @@ def test_recipes_refuse_what_cannot_be(field, value, message):
     config = digits.get_config()
     config.update_from_flattened_dict({field: value})
     with pytest.raises(ValueError, match=message):
+        Recipe(config)
+
+
+def test_unknown_options_are_refused():
+    config = digits.get_config()
+    with config.unlocked():
+        config.data.sorce = "digits"
+    with pytest.raises(ValueError, match="unknown data field 'sorce'; did you mean 'source'"):
         Recipe(config)
