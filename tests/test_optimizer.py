@@ -14,11 +14,9 @@ import runs
 from jax.sharding import NamedSharding
 from tiny_models import TINY, new_variables
 
-from configs import imagenet64_cond
 from tarflow_jax.planning.traffic import traffic
 from tarflow_jax.runtime import leaf_name, make_mesh
 from tarflow_jax.runtime.parameters import params_shapes, rows_of
-from tarflow_jax.training import Recipe
 from tarflow_jax.training.muon import orthogonalised
 from tarflow_jax.training.optimizer import Optimizer
 
@@ -151,16 +149,3 @@ def test_what_all_devices_have_is_sent_once_in_the_dtype_of_the_products(depths,
 def test_what_cannot_be_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(ADAMW, **fields)
-
-
-def test_a_run_of_a_release_without_muon_goes_on(tmp_path):
-    config = imagenet64_cond.get_config()
-    Recipe(config).write_to(tmp_path)
-    text = (tmp_path / "config.json").read_text()
-    for field in ('"name": "adamw",', '"muon_learning_rate": 0.0,'):
-        assert field in text
-        text = text.replace(field, "")
-    (tmp_path / "config.json").write_text(text)
-    assert Recipe.from_workdir(tmp_path).train_config == Recipe(config).train_config
-    Recipe(config).write_to(tmp_path)
-    assert jnp.float32(Recipe(config).train_config.optimizer.schedule()(0)) > 0

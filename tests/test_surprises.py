@@ -278,7 +278,9 @@ def test_a_kernel_of_another_device_is_refused():
 
 
 def test_a_saved_model_is_no_run(tmp_path, model):
-    with pytest.raises(ValueError, match=r"is a saved model, no training run's folder; launch\.evaluate takes it"):
+    with pytest.raises(
+        ValueError, match=r"is a saved model, not the workdir of a training run; pass it to launch\.evaluate"
+    ):
         Recipe.from_workdir(model)
 
 
