@@ -278,9 +278,7 @@ def test_a_kernel_of_another_device_is_refused():
 
 
 def test_a_saved_model_is_no_run(tmp_path, model):
-    with pytest.raises(
-        ValueError, match=r"is a saved model, not the workdir of a training run; pass it to launch\.evaluate"
-    ):
+    with pytest.raises(ValueError, match="is a saved model, not the workdir of a training run; pass it to"):
         Recipe.from_workdir(model)
 
 
