@@ -121,17 +121,14 @@ def _converted(value: Any, kind: Any) -> Any:
         if len(arguments) == len(value):
             return tuple(map(_converted, value, arguments))
     elif dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        return _made(kind, value)
+        make: Any = getattr(kind, "from_dict", lambda fields: kind(**fields))  # a Guidance has none
+        return make(value)
     elif kind in (int, float) and not isinstance(value, bool):
         if isinstance(value, numbers.Integral if kind is int else numbers.Real):
             return kind(value)
     elif not arguments and isinstance(value, kind):
         return value
     raise TypeError
-
-
-def _made(kind: Any, fields: Mapping[str, Any]) -> Any:
-    return kind.from_dict(fields) if issubclass(kind, Options) else kind(**fields)
 
 
 def _described(kind: Any) -> str:

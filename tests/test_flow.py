@@ -230,14 +230,13 @@ def test_bfloat16_keeps_log_det_and_loss_in_float32():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_remat_changes_no_gradient(remat):
+def test_remat_changes_no_gradient():
     variables, images = random_variables(TINY), images_of(TINY)
 
     def gradient(config):
         return jax.jit(jax.grad(lambda v: training_loss(TarFlow(config), v, images, LABELS)[0]))(variables)
 
-    chex.assert_trees_all_close(gradient(dataclasses.replace(TINY, remat=remat)), gradient(TINY), atol=1e-5)
+    chex.assert_trees_all_close(gradient(dataclasses.replace(TINY, remat="full")), gradient(TINY), atol=1e-5)
 
 
 @pytest.mark.parametrize(
