@@ -121,8 +121,8 @@ def _converted(value: Any, kind: Any) -> Any:
         if len(arguments) == len(value):
             return tuple(map(_converted, value, arguments))
     elif dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        make: Any = getattr(kind, "from_dict", lambda fields: kind(**fields))  # a Guidance has none
-        return make(value)
+        nested: Any = kind
+        return nested.from_dict(value) if issubclass(nested, Options) else nested(**value)
     elif kind in (int, float) and not isinstance(value, bool):
         if isinstance(value, numbers.Integral if kind is int else numbers.Real):
             return kind(value)

@@ -114,7 +114,7 @@ def _read_results(path: epath.Path) -> dict[str, float]:
         results = json.loads(path.read_bytes())
         return {str(name): float(value) for name, value in results.items()}
     except (ValueError, TypeError, AttributeError) as error:
-        logger.warning("%s is damaged, and left out: %s", path, one_line(error))
+        logger.warning("%s is damaged, and its figures are left out: %s", path, one_line(error))
         return {}
 
 
