@@ -30,7 +30,7 @@ class Shape(NamedTuple):
 # faster than keeping, and few images at a time are faster than many.
 SHAPES = {
     "fashion_mnist": Shape(TarFlowConfig(28, 1, 4, 128, 4, 4, num_classes=10, remat="full"), 128, accumulation=4),
-    "colour64": Shape(TarFlowConfig(64, 3, 8, 256, 4, 4, remat="dots"), 32),
+    "colour64": Shape(TarFlowConfig(64, 3, 8, 256, 4, 4, remat="full"), 32),
     "deep": Shape(TarFlowConfig(28, 1, 4, 128, 8, 8, num_classes=10, remat="full"), 32),
     "imagenet64": Shape(TarFlowConfig(64, 3, 2, 768, 8, 8, num_classes=1000, dtype="bfloat16"), 64),
 }

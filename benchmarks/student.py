@@ -14,8 +14,8 @@ import numpy as np
 
 from benchmarks import common
 from configs import fashion_mnist
+from configs.defaults import with_flow
 from configs.student import fashion_mnist as student_of_fashion
-from configs.student.common import of_flow
 from tarflow_jax import Guidance, TarFlow, TarFlowPipeline
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.sampling import Student as StudentDecoder
@@ -29,10 +29,10 @@ def new_pipeline(patch_size: int) -> TarFlowPipeline:
     """A flow and its student with the weights they have before training."""
     flow = fashion_mnist.get_config()
     flow.model.patch_size = patch_size
-    recipe = Recipe(of_flow(student_of_fashion.get_config(), flow))
+    recipe = Recipe(with_flow(student_of_fashion.get_config(), flow))
     model = dataclasses.replace(recipe.model, remat="none")
     assert recipe.student is not None
-    student = dataclasses.replace(recipe.student, shape=dataclasses.replace(recipe.student.shape, remat="none"))
+    student = dataclasses.replace(recipe.student, flow=dataclasses.replace(recipe.student.flow, remat="none"))
     image = jnp.zeros((1, *model.image_shape))
     variables = {"params": TarFlow(model).init(jax.random.key(0), image)["params"]}
     of_student = Student(student).init(jax.random.key(0), image)

@@ -17,7 +17,7 @@ from tarflow_jax.flow.config import REMAT_POLICIES
 from tarflow_jax.noise import Noise
 from tarflow_jax.planning import forward_flops
 from tarflow_jax.runtime import batch_sharding, make_mesh, use_cores_as_devices
-from tarflow_jax.training import TrainConfig
+from tarflow_jax.training import FlowTask, TrainConfig
 from tarflow_jax.training.optimizer import Optimizer
 from tarflow_jax.training.state import new_state
 from tarflow_jax.training.step import compiled_step
@@ -27,8 +27,8 @@ def our_step(
     config: TarFlowConfig, images: np.ndarray, labels: np.ndarray, accumulation: int
 ) -> tuple[common.Run, Callable[[], int]]:
     """(the step that launch.train takes, a function that tells the bytes it needs)."""
-    optimizer = Optimizer(1000, 1e-3, 1e-3, 0, 0.9, 0.95, 1e-4, 0.0, 0.0)
-    train_config = TrainConfig(config, Noise("gaussian", 0.1), optimizer, 0.1, accumulation)
+    optimizer = Optimizer(1000, 1e-3, 1e-3, 0, 0.9, 0.95, 1e-4, 0.0, 0.0, "adamw", 0.0)
+    train_config = TrainConfig(FlowTask(config, Noise("gaussian", 0.1), drop_label=0.1), optimizer, accumulation)
     mesh, key = make_mesh(), jax.random.key(0)
     step = compiled_step(train_config, mesh)
     images, labels = jax.device_put((images, labels), batch_sharding(mesh))

@@ -8,14 +8,14 @@ Data: a folder of the three classes; packed by launch.prepare_data it reads fast
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import defaults
 
 IMAGES, BATCH, EPOCHS = 14630, 256, 4000
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The recipe; the variant "tuned" has another optimizer and network (docs/optimizers.md), unmeasured."""
-    config = common.get_config()
+    config = defaults.get_config()
     config.model.update(
         {
             "image_size": (256, 256),
@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     config.data.update({"source": "folder:data/afhq", "preprocessing": "tarflow", "flip": True, "num_workers": 16})
     config.noise.update({"kind": "gaussian", "std": 0.07})
-    config.optimizer.update(common.PAPER_OPTIMIZER, warmup_steps=IMAGES // BATCH)  # one epoch
+    config.optimizer.update(defaults.PAPER_OPTIMIZER, warmup_steps=IMAGES // BATCH)  # one epoch
     config.train.update(
         {
             "num_steps": EPOCHS * IMAGES // BATCH,
@@ -43,4 +43,4 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     config.sample.guidance.weight = 3.4
     config.sample.denoise_multiplier = 1.4
-    return common.with_variant(config, variant, common.tuned)
+    return defaults.with_variant(config, variant, defaults.tuned)

@@ -13,12 +13,12 @@ The likelihood variant (configs/digits.py:likelihood), commit 79c37d2 with its d
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import defaults
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The recipe; variants are "likelihood" (uniform dequantisation, no labels) and "smoke" (seconds)."""
-    config = common.get_config()
+    config = defaults.get_config()
     config.model.update(
         {
             "image_size": (8, 8),
@@ -55,11 +55,11 @@ def get_config(variant: str = "") -> ConfigDict:
         }
     )
     config.sample.guidance.weight = 1.0
-    return common.with_variant(config, variant, likelihood, common.smoke)
+    return defaults.with_variant(config, variant, likelihood, defaults.smoke)
 
 
 def likelihood(config: ConfigDict) -> ConfigDict:
     """The variant for bits per dimension. Triangular maps give single test images 12 to 53 bits/dim."""
-    config = common.likelihood(config)
+    config = defaults.likelihood(config)
     config.model.triangular = False
     return config

@@ -12,12 +12,12 @@ of that is guidance's (docs/optimizers.md). configs/emoji64_levels.py draws bett
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import defaults
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The recipe; variants are "likelihood" (uniform dequantisation, no labels) and "smoke" (seconds)."""
-    config = common.get_config()
+    config = defaults.get_config()
     config.model.update(
         {
             "image_size": (64, 64),
@@ -49,4 +49,4 @@ def get_config(variant: str = "") -> ConfigDict:
         }
     )
     config.sample.guidance.update({"weight": 3.0, "schedule": "constant"})
-    return common.with_variant(config, variant)
+    return defaults.with_variant(config, variant)

@@ -10,11 +10,11 @@ AMD EPYC. docs/emoji64.png and docs/noise_levels.md show samples.
 
 from ml_collections import ConfigDict
 
-from configs import common, emoji64
+from configs import defaults, emoji64
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The recipe; the variant is "smoke" (seconds)."""
-    config = common.levels(emoji64.get_config())
+    config = defaults.levels(emoji64.get_config())
     config.sample.guidance.weight = 2.0
-    return common.with_variant(config, variant, common.smoke)
+    return defaults.with_variant(config, variant, defaults.smoke)

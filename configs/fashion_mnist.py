@@ -13,12 +13,12 @@ the same time.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import defaults
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The recipe; variants are "likelihood" (uniform dequantisation, no labels) and "smoke" (seconds)."""
-    config = common.get_config()
+    config = defaults.get_config()
     config.model.update(
         {
             "image_size": (28, 28),
@@ -49,4 +49,4 @@ def get_config(variant: str = "") -> ConfigDict:
         }
     )
     config.sample.guidance.weight = 1.0
-    return common.with_variant(config, variant)
+    return defaults.with_variant(config, variant)

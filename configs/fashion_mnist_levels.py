@@ -10,13 +10,13 @@ another run; test loss -0.1696, -0.1697, -0.1695 (mean over the levels); Fréche
 
 from ml_collections import ConfigDict
 
-from configs import common, fashion_mnist
+from configs import defaults, fashion_mnist
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The recipe; the variant is "smoke" (seconds)."""
-    config = common.levels(fashion_mnist.get_config())
+    config = defaults.levels(fashion_mnist.get_config())
     with config.model.ignore_type():  # a depth for each block
         config.model.layers_per_block = (1, 1, 1, 5)
     config.sample.guidance.weight = 1.5
-    return common.with_variant(config, variant, common.smoke)
+    return defaults.with_variant(config, variant, defaults.smoke)

@@ -8,14 +8,14 @@ Data: the ImageNet training images in class folders, packed by launch.prepare_da
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import defaults
 
 IMAGES, BATCH, EPOCHS = 1281167, 480, 300
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The recipe; the variant "tuned" has another optimizer and network (docs/optimizers.md), unmeasured."""
-    config = common.get_config()
+    config = defaults.get_config()
     config.model.update(
         {
             "image_size": (64, 64),
@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     config.data.update({"source": "tfds:imagenet2012", "preprocessing": "tarflow", "flip": True, "num_workers": 16})
     config.noise.update({"kind": "gaussian", "std": 0.05})
-    config.optimizer.update(common.PAPER_OPTIMIZER, warmup_steps=IMAGES // BATCH)  # one epoch
+    config.optimizer.update(defaults.PAPER_OPTIMIZER, warmup_steps=IMAGES // BATCH)  # one epoch
     config.train.update(
         {
             "num_steps": EPOCHS * IMAGES // BATCH,
@@ -42,4 +42,4 @@ def get_config(variant: str = "") -> ConfigDict:
         }
     )
     config.sample.guidance.weight = 2.0
-    return common.with_variant(config, variant, common.tuned)
+    return defaults.with_variant(config, variant, defaults.tuned)

@@ -8,7 +8,7 @@ Data: the ImageNet training images in class folders, packed by launch.prepare_da
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import defaults
 
 IMAGES, BATCH = 1281167, 512
 
@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
 
 def recipe(*, size: int, patch_size: int, width: int, std_max: float, epochs: int, guidance: float) -> ConfigDict:
     """What the paper's three sizes share: the deep block nearest the noise, and the training."""
-    config = common.get_config()
+    config = defaults.get_config()
     config.model.update(
         {
             "image_size": (size, size),
@@ -38,7 +38,9 @@ def recipe(*, size: int, patch_size: int, width: int, std_max: float, epochs: in
         config.model.layers_per_block = (4, 4, 4, 24)
     config.data.update({"source": "tfds:imagenet2012", "preprocessing": "tarflow", "flip": True, "num_workers": 16})
     config.noise.update({"kind": "levels", "std": 0.0, "std_min": 0.01, "std_max": std_max})
-    config.optimizer.update(common.PAPER_OPTIMIZER, warmup_steps=IMAGES // BATCH, final_learning_rate=1e-5)  # one epoch
+    config.optimizer.update(
+        defaults.PAPER_OPTIMIZER, warmup_steps=IMAGES // BATCH, final_learning_rate=1e-5
+    )  # one epoch
     config.train.update(
         {
             "num_steps": epochs * IMAGES // BATCH,

@@ -8,14 +8,14 @@ Data: as imagenet64_likelihood.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import defaults
 
 IMAGES, BATCH, EPOCHS = 1281149, 256, 200
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The recipe; the variant "tuned" has another optimizer and network (docs/optimizers.md), unmeasured."""
-    config = common.get_config()
+    config = defaults.get_config()
     config.model.update(
         {
             "image_size": (64, 64),
@@ -38,7 +38,7 @@ def get_config(variant: str = "") -> ConfigDict:
         }
     )
     config.noise.update({"kind": "gaussian", "std": 0.05})
-    config.optimizer.update(common.PAPER_OPTIMIZER, warmup_steps=IMAGES // BATCH)  # one epoch
+    config.optimizer.update(defaults.PAPER_OPTIMIZER, warmup_steps=IMAGES // BATCH)  # one epoch
     config.train.update(
         {
             "num_steps": EPOCHS * IMAGES // BATCH,
@@ -49,4 +49,4 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     config.sample.guidance.update({"weight": 0.2, "attention_temperature": 0.3})
     config.sample.denoise_multiplier = 0.9
-    return common.with_variant(config, variant, common.tuned)
+    return defaults.with_variant(config, variant, defaults.tuned)

@@ -39,11 +39,23 @@ def _end(number: int, frame: FrameType | None) -> None:
     os._exit(exit_code(number))
 
 
-if sys.argv[0] == "-m":  # `python -m` is about to run a command; others may import this package
-    end_at_signals()
-    command = sys.orig_argv[sys.orig_argv.index("-m") + 1].removeprefix("launch.")
-    if {"--help", "-h", "--helpfull"} & set(sys.argv[1:]) and command.isidentifier():
-        from launch.help import show
+def show_help(arguments: list[str]) -> None:
+    """Ends the process with --help or --helpfull if it was asked for; to be called once all flags are defined."""
+    asked = {"--help", "-h", "--helpfull"} & set(arguments)
+    if not asked:
+        return
+    from absl import flags
 
-        print(show(command, fields="--helpfull" in sys.argv))
-        sys.exit(0)
+    from tarflow_jax.training.recipe import GROUPS, STUDENT_GROUPS, config_help
+
+    print(sys.modules["__main__"].__doc__)
+    modules = (name for name in flags.FLAGS.flags_by_module_dict() if name.startswith("launch."))
+    print("\n".join(map(flags.FLAGS.module_help, (sys.argv[0], *sorted(modules)))))
+    if "config" in flags.FLAGS:
+        groups = STUDENT_GROUPS if sys.argv[0].endswith("distill.py") else GROUPS
+        print("\n" + (config_help(groups) if "--helpfull" in asked else "--helpfull lists the options of a recipe."))
+    sys.exit(0)
+
+
+if sys.argv[0] == "-m":  # as `python -m` has it while it looks for the command; others may import this package
+    end_at_signals()

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from launch import end_at_signals, exit_code, ignore_signals
+from launch import end_at_signals, exit_code, ignore_signals, show_help
 from tarflow_jax.data import default_data_dir
 from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.pipeline import TarFlowPipeline
@@ -45,6 +45,7 @@ COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache", None, 'Directory of the compilation cache; "none" disables it.'
 )
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of every error.")
+flags.disclaim_key_flags()  # what functions below define are flags of the command that calls them
 
 
 def run(main: Callable[[Sequence[str]], int | None]) -> None:
@@ -195,6 +196,7 @@ def join_processes() -> bool:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parses flags as absl does; an error, in a flag or in a config field, is one line."""
+    show_help(argv[1:])
     try:
         return flags.FLAGS(argv)
     except (AttributeError, KeyError) as error:

@@ -1,9 +1,9 @@
-"""Trains a student of a flow: a second network that makes a clean image from latents in one pass.
+"""Trains a student of a flow: a second network that maps latents to a clean image in one pass.
 
 python -m launch.distill --workdir=runs/digits --config=configs/student/digits.py [--config.train.num_steps=…]
 
-It is trained on the flow's data, and kept in the workdir's folder student/. To continue, run the same command again;
-then draw with launch.sample --decoder=student.
+It trains on the flow's data and keeps the student in the workdir's folder student/. To continue, run the same command
+again; then draw with launch.sample --decoder=student.
 """
 
 import time
@@ -16,24 +16,24 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from configs.student.common import of_flow
+from configs.defaults import with_flow
 from launch import common
-from tarflow_jax.arguments import check_student
 from tarflow_jax.data import data_folder
 from tarflow_jax.evaluation.classifier import perceptual_network_params
 from tarflow_jax.figures import grid, save_png, to_uint8
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import PreemptionGuard, use_cores_as_devices
+from tarflow_jax.sampling import Student
 from tarflow_jax.student import TrainedStudent
-from tarflow_jax.training import Recipe, train
+from tarflow_jax.training import Recipe, Teacher, train
 from tarflow_jax.training.loop import evaluate_loss
 from tarflow_jax.training.workdir import STUDENT, write_results
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Train by this recipe: configs/student/digits.py, or its variant, configs/student/digits.py:smoke."
+    "config", None, "Train this recipe: configs/student/digits.py, or its variant, configs/student/digits.py:smoke."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Train a student of the flow in this training run's folder.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of the flow; the student is kept in its folder student/.")
 COLUMNS, POLISH = 10, 2  # of the figures
 common.define_checkpoint_flag()
 common.define_process_flags()
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     begin = time.perf_counter()
     workdir = epath.Path(common.folder("workdir"))
     common.join_processes()
-    config = of_flow(CONFIG.value, Recipe.from_workdir(workdir).config)
+    config = with_flow(CONFIG.value, Recipe.from_workdir(workdir).config)
     if config.mesh.data == -1:
         use_cores_as_devices(config.train.batch_size // config.train.accumulation)
     recipe = Recipe(config)
@@ -65,9 +65,10 @@ def main(argv: Sequence[str]) -> None:
         if jax.process_index() == 0:
             save_png(figures / f"step_{step:07d}.png", sheet)
 
-    state = train(config, workdir / STUDENT, preview, pipe.variables, perception)
+    teacher = Teacher(pipe.variables, perception)
+    state = train(config, workdir / STUDENT, preview, teacher)
     with PreemptionGuard():
-        error = evaluate_loss(recipe, state.sampling_variables, pipe.variables)
+        error = evaluate_loss(recipe, state.sampling_variables, teacher)
         preview(int(state.step), state.sampling_variables)
     if jax.process_index():
         return
@@ -85,18 +86,17 @@ def main(argv: Sequence[str]) -> None:
 
 
 def compare(pipe: TarFlowPipeline) -> np.ndarray:
-    """Images of the same latents, uint8, a row for each way that leads to them."""
+    """Decodes the same latents in every way, one row each; uint8."""
     latents = pipe.latents(jax.random.key(0), COLUMNS)
     labels, level = common.example_labels(pipe.config.num_classes, COLUMNS), pipe.drawn_level
     rows = {"exact": pipe.decode(latents, labels, noise_std=level)}
     denoised = pipe.noise_std is not None
     if denoised:
         rows["exact, denoised"] = pipe.denoise_drawn(rows["exact"], labels)
-    rows["student"] = pipe.decode(latents, labels, decoder="student")
-    if check_student(pipe.student).config.method != "naive":
-        polished = pipe.decode(latents, labels, decoder="student", polish=POLISH, noise_std=level)
-        name = f"polished by {POLISH}{', denoised' * denoised}"
-        rows[name] = pipe.denoise_drawn(polished, labels) if denoised else polished
+    rows["student"] = pipe.decode(latents, labels, decoder=Student())
+    polished = pipe.decode(latents, labels, decoder=Student(POLISH), noise_std=level)
+    name = f"polished by {POLISH}{', denoised' * denoised}"
+    rows[name] = pipe.denoise_drawn(polished, labels) if denoised else polished
     return grid(np.concatenate([to_uint8(images) for images in rows.values()]), COLUMNS, list(rows))
 
 

@@ -16,7 +16,6 @@ from ml_collections import config_flags
 
 from launch import common
 from launch.showcase import showcase
-from tarflow_jax.arguments import check_guidance
 from tarflow_jax.figures import class_rows, save_png, to_uint8
 from tarflow_jax.likelihood import LOG_2PI
 from tarflow_jax.pipeline import TarFlowPipeline
@@ -28,24 +27,22 @@ from tarflow_jax.training.recipe import label_names
 from tarflow_jax.training.workdir import write_results
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Train by this recipe: configs/digits.py, or a variant, configs/digits.py:smoke."
+    "config", None, "Train this recipe: configs/digits.py, or a variant, configs/digits.py:smoke."
 )
-WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Keep the run in this folder, or gs:// bucket; it is made if it is missing."
-)
+WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://; created if missing.")
 common.define_process_flags()
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: Sequence[str]) -> None:
-    """Trains, draws the showcase figures and prints a table."""
+    """Trains, draws figures and prints a table."""
     begin = time.perf_counter()
     config, workdir = CONFIG.value, epath.Path(common.folder("workdir"))
     common.join_processes()
     recipe = Recipe(config)
     guidance = Guidance(**config.sample.guidance)
-    # What would be refused after the training is refused before it.
-    check_guidance(recipe.model, guidance)
+    # Reject before training what would be rejected after it.
+    guidance.checked_for(recipe.model)
     recipe.source("test")
     figures = workdir / "figures"
 

@@ -99,7 +99,7 @@ def noisy_log_prob(
     Image number `index` [B] of a data set gets the noise of fold_in(key, index). `noise_std` [B] is the level of a
     noise with levels, and the level at which a noise-conditional flow is evaluated.
     """
-    noisy = noise.of_images(key, images, index, noise_std)
+    noisy = noise.of_numbered(key, images, index, noise_std)
     return log_prob(flow, variables, noisy, labels if flow.config.num_classes else None, noise_std)
 
 
@@ -112,16 +112,16 @@ def training_loss(
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
     """Mean over batch and dimensions of ½ z² - log_det / (T D): -log p in nats per dimension, less ½ log 2π.
 
-    z is the last block's output; in VP mode, whose blocks have log_det 0, the prior variance plays no part in it.
+    z is the last block's output. In VP mode, whose blocks have log_det 0, the prior variance plays no part in it.
 
     Args:
       images: noisy float32 [B, H, W, K].
       labels: int32 [B], -1 for no class, or None.
-      levels: of a flow that is conditional on them; each image then counts by its weight.
+      levels: for a flow conditional on noise levels; each image then counts by its σ.
 
     Returns:
-      (loss, (metrics, z)): metrics are scalars and `block_norms` [F], the root mean square of each block's output, with
-      levels also `quarter_losses` and `quarter_shares` [4];
+      (loss, (metrics, z)): metrics are scalars and `block_norms` [F], the root mean square of each block's output; with
+      levels also `quarter_losses` and `quarter_shares` [4], whose quotient is the loss in a quarter of the range.
       z [B, T, D] is what the VP prior learns from.
     """
     noise_std = None if levels is None else levels.std
@@ -131,20 +131,18 @@ def training_loss(
     log_det_per_dim = log_det.mean() / flow.config.num_dims
     if flow.config.volume_preserving:
         log_det_per_dim = jnp.zeros_like(log_det_per_dim)
-    loss = half_square - log_det_per_dim
     metrics = {
-        "loss": loss,
+        "loss": half_square - log_det_per_dim,
         "half_mean_z2": half_square,
         "log_det_per_dim": log_det_per_dim,
         "block_norms": jnp.stack([jnp.sqrt(jnp.square(x).mean()) for x in outputs]),
     }
     if levels is not None:
         of_image = 0.5 * jnp.square(outputs[-1]).mean((1, 2)) - log_det / flow.config.num_dims
-        metrics["loss"] = loss = (levels.weight * of_image).mean()
-        # Means over all images; their quotient is the loss of a quarter of the levels.
+        metrics["loss"] = (levels.std * of_image).mean()
         metrics["quarter_losses"] = (levels.quarter * of_image[:, None]).mean(0)
         metrics["quarter_shares"] = levels.quarter.mean(0)
-    return loss, (metrics, outputs[-1])
+    return metrics["loss"], (metrics, outputs[-1])
 
 
 def unit_prior(variables: dict[str, Any]) -> dict[str, Any]:

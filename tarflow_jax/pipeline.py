@@ -626,7 +626,7 @@ class TarFlowPipeline:
 def _run_student(
     config: StudentConfig, variables: Any, latents: jax.Array, labels: jax.Array | None, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    return StudentNetwork(config).apply(variables, latents, labels, weights)
+    return StudentNetwork(config, device_flow(config.shape).kernels).apply(variables, latents, labels, weights)
 
 
 def check_student_guidance(config: StudentConfig, guidance: Guidance | None) -> float | jax.Array:

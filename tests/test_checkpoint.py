@@ -21,6 +21,7 @@ from tarflow_jax.runtime import Preempted, make_mesh
 from tarflow_jax.training import Checkpoints, Recipe, train
 from tarflow_jax.training.checkpoint import _checksum
 from tarflow_jax.training.state import TrainConfig, initial_state
+from tarflow_jax.training.task import FlowTask
 from tarflow_jax.training.workdir import read_workdir
 
 DATA_LOSS = 'DATA_LOSS: Error decoding local file "manifest.ocdbt": checksum mismatch'
@@ -37,9 +38,8 @@ def shapes_of(state):
 
 def state_of(optimizer):
     """A state with an average and the moments of an optax optimizer."""
-    config = TrainConfig(
-        TINY, Noise("gaussian", 0.1), types.SimpleNamespace(transformation=lambda: optimizer, ema_decay=0.9)
-    )
+    averaged = types.SimpleNamespace(transformation=lambda: optimizer, ema_decay=0.9)
+    config = TrainConfig(FlowTask(TINY, Noise("gaussian", 0.1)), averaged)
     return jax.jit(functools.partial(initial_state, config))(jax.random.key(0))
 
 

@@ -141,7 +141,7 @@ def test_decoders_of_the_pipeline(tmp_path):
     assert schedule.of(100) == mixed
     with pytest.raises(ValueError, match="2 decoders are given; expected one for each of 3 blocks"):
         pipe.decode(latents, labels, decoder=mixed[:2])
-    with pytest.raises(ValueError, match="decoder is 'fast'"):
+    with pytest.raises(ValueError, match="decoder is 'fast'; expected a decoder"):
         pipe.decode(latents, labels, decoder="fast")
 
 

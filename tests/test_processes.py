@@ -152,6 +152,20 @@ def test_the_command_continues_on_two_processes_what_one_began(whole, tmp_path):
     np.testing.assert_allclose(list(losses(workdir).values()), list(expected.values()), rtol=1e-5)
 
 
+def test_previews_are_drawn_while_parameters_are_sharded_across_processes(whole, tmp_path):
+    flags = (
+        "--config.mesh.data=1",
+        "--config.mesh.fsdp=8",
+        "--config.train.num_steps=4",
+        "--config.train.sample_every=4",
+    )
+    codes, _ = finish(start(2, lambda index: train_command(tmp_path, *flags), 4, slurm()))
+    assert codes == [0, 0]
+    assert (tmp_path / "figures" / "step_0000004.png").exists()
+    expected = losses(whole[0])
+    np.testing.assert_allclose(list(losses(tmp_path).values()), [expected[step] for step in (1, 2, 3, 4)], rtol=1e-5)
+
+
 def test_sigterm_to_one_process_stops_both_and_one_process_continues(whole, tmp_path, monkeypatch):
     workdir, address = tmp_path / "run", f"--coordinator_address=127.0.0.1:{free_port()}"
     processes = start(

@@ -86,18 +86,29 @@ def test_a_run_goes_on_with_the_data_it_began_with(tmp_path):
     [
         ("train.batch_size", 0, "batch_size is 0"),
         ("train.accumulation", 3, "not divisible by train.accumulation"),
-        ("train.drop_label", 1.5, "expected a probability"),
+        ("train.drop_label", 1.5, "drop_label is 1.5; expected a number from 0 to 1"),
         ("optimizer.ema_decay", 1.0, "ema_decay is 1.0"),
         ("optimizer.beta1", 2.0, "beta1 is 2.0"),
         ("optimizer.clip_norm", -1.0, "clip_norm is -1.0"),
         ("optimizer.warmup_steps", -1, "warmup_steps is -1"),
         ("optimizer.learning_rate", float("nan"), "learning_rate is nan"),
         ("model.patch_size", 3, "not divisible by patch_size 3"),
-        ("noise.kind", "none", "noise kind is 'none'"),
+        ("train.profile_steps", (1, -1), r"profile_steps is \(1, -1\); expected 2 whole numbers from 0"),
+        ("sample.guidance.rule", "best", "guidance rule is 'best'"),
+        ("sample.denoise_multiplier", float("inf"), "denoise_multiplier is inf; expected a number"),
+        ("noise.kind", "none", "noise.kind is 'none'"),
     ],
 )
 def test_recipes_refuse_what_cannot_be(field, value, message):
     config = digits.get_config()
     config.update_from_flattened_dict({field: value})
     with pytest.raises(ValueError, match=message):
+        Recipe(config)
+
+
+def test_unknown_options_are_refused():
+    config = digits.get_config()
+    with config.unlocked():
+        config.data.sorce = "digits"
+    with pytest.raises(ValueError, match="unknown data field 'sorce'; did you mean 'source'"):
         Recipe(config)

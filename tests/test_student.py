@@ -12,23 +12,24 @@ import pytest
 import runs
 from tiny_models import LABELS, TINY, TRIANGULAR, VP, images_of, random_variables
 
-from tarflow_jax import Guidance, Noise, TarFlowPipeline, programs
+from tarflow_jax import Guidance, Noise, TarFlow, TarFlowPipeline
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.interop import load_student, save_student
 from tarflow_jax.interop.model_folder import checksum as fields_fingerprint
 from tarflow_jax.interop.tensors import flatten
 from tarflow_jax.runtime.parameters import rows_of, student_shapes
 from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Sequential
-from tarflow_jax.student import METHODS, Perception, Student, StudentConfig, TrainedStudent, distillation_loss
+from tarflow_jax.sampling import Student as ByStudent
+from tarflow_jax.student import Perception, Student, StudentConfig, TrainedStudent, distillation_loss
 from tarflow_jax.student.loss import flow_trajectory
 from tarflow_jax.student.perception import perceptual_distance
 
 GAUSSIAN = Noise("gaussian", 0.1)
 
 
-def student_of(flow, method="hidden_alignment", max_guidance=2.0, seed=0):
+def student_of(flow, max_guidance=2.0, seed=0):
     """A student with random weights."""
-    config = StudentConfig.of_flow(flow, 0, (1,), method=method, max_guidance=max_guidance if flow.num_classes else 0.0)
+    config = StudentConfig(flow, layers_per_block=(1,), max_guidance=max_guidance if flow.num_classes else 0.0)
     rng = np.random.default_rng(seed)
     arrays = {name: rng.normal(0, 0.2, shape).astype(np.float32) for name, shape in student_shapes(config).items()}
     tree = {"params": {}}
@@ -38,9 +39,9 @@ def student_of(flow, method="hidden_alignment", max_guidance=2.0, seed=0):
     return config, jax.tree.map(jnp.asarray, tree)
 
 
-def pipeline(flow=TINY, method="hidden_alignment", variables=None):
+def pipeline(flow=TINY, variables=None):
     variables = random_variables(flow) if variables is None else variables
-    student = TrainedStudent(*student_of(flow, method), fingerprint(variables))
+    student = TrainedStudent(*student_of(flow), fingerprint(variables))
     return TarFlowPipeline(flow, variables, GAUSSIAN, student=student)
 
 
@@ -52,17 +53,15 @@ def pipe():
 apply = jax.jit(lambda config, *args: Student(config).apply(*args), static_argnums=0)
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("flow", [TRIANGULAR, VP], ids=["classes", "none"])
-def test_the_table_has_the_names_and_shapes_that_the_network_makes(flow, method):
-    config, variables = student_of(flow, method)
+def test_the_table_has_the_names_and_shapes_that_the_network_makes(flow):
+    config, variables = student_of(flow)
     made = flatten(jax.eval_shape(lambda: Student(config).init(jax.random.key(0), jnp.zeros((1, *flow.image_shape)))))
     assert {name: leaf.shape for name, leaf in made.items()} == student_shapes(config)
     assert {len(rows_of(name)) for name in made} == {1}
     images, trajectory = jax.eval_shape(Student(config).apply, variables, images_of(flow, 2))
     assert images.shape == (2, *flow.image_shape)
-    expected = None if method == "naive" else (2, flow.num_blocks, *flow.image_shape)
-    assert (trajectory and trajectory.shape) == expected
+    assert trajectory.shape == (2, flow.num_blocks, *flow.image_shape)
 
 
 def test_it_sees_every_token_the_label_and_the_weight():
@@ -85,11 +84,13 @@ def test_it_sees_every_token_the_label_and_the_weight():
 
 def test_the_trajectory_is_what_the_blocks_read():
     variables, images, labels = random_variables(TRIANGULAR), images_of(TRIANGULAR), jnp.asarray(LABELS)
-    latents, trajectory = jax.jit(functools.partial(flow_trajectory, TRIANGULAR))(variables, images, labels, None)
+    latents, trajectory = jax.jit(functools.partial(flow_trajectory, TarFlow(TRIANGULAR)))(
+        variables, images, labels, None
+    )
     flow = TarFlowPipeline(TRIANGULAR, variables, GAUSSIAN)
     np.testing.assert_allclose(flow.encode(images, LABELS)[0], latents, atol=1e-5)
-    _, decoded = flow.decode(latents, LABELS, return_trajectory=True)  # F + 1, from the latents
-    np.testing.assert_allclose(trajectory, np.moveaxis(decoded[1:][::-1], 0, 1), atol=1e-4)
+    decoded = flow.decode_trace(latents, LABELS).trajectory  # F + 1, from the latents
+    np.testing.assert_allclose(trajectory, decoded[:, :0:-1], atol=1e-4)
 
 
 @pytest.mark.parametrize("perceptual", [0.0, 0.5])
@@ -100,7 +101,7 @@ def test_loss_is_what_it_says(perceptual):
     weights, labels = np.float32([0.0, 0.0, 1.5]), jnp.asarray(LABELS)
     clean, latents, trajectory = images_of(TINY), images_of(TINY, seed=8), images_of(TINY, 9, seed=9)
     trajectory = trajectory.reshape(3, 3, *TINY.image_shape)
-    loss, metrics = jax.jit(functools.partial(distillation_loss, config))(
+    loss, metrics = jax.jit(functools.partial(distillation_loss, Student(config)))(
         variables, clean, latents, trajectory, labels, weights, perception if perceptual else None
     )
     expected, errors, made = 0.0, [], apply(config, variables, latents, labels, weights)
@@ -144,13 +145,11 @@ def test_polished_it_nears_the_inverse_and_reaches_it(flow):
     pipe, exact = pipeline(flow), images_of(flow)
     labels = LABELS if flow.num_classes else None
     latents, _ = pipe.encode(exact, labels)
-    before = programs.decode_from._cache_size()
     errors = [
-        float(jnp.abs(pipe.decode(latents, labels, decoder="student", polish=count) - exact).max())
+        float(jnp.abs(pipe.decode(latents, labels, decoder=ByStudent(count)) - exact).max())
         for count in (1, 3, flow.num_tokens - 1)
     ]
     assert errors[0] > errors[1] > 1e-4 > 2e-5 > errors[2]
-    assert programs.decode_from._cache_size() == before + 1
 
 
 def test_the_parallel_inverse_that_begins_at_it_is_exact(pipe):
@@ -158,61 +157,69 @@ def test_the_parallel_inverse_that_begins_at_it_is_exact(pipe):
     latents, _ = pipe.encode(exact, LABELS)
     from_student = Jacobi(0.0, init="student")
     decoders = [from_student, Sequential(), from_student]
-    images, (iterations, _) = pipe.decode(latents, LABELS, decoder=decoders, return_statistics=True)
-    np.testing.assert_allclose(images, exact, atol=2e-5)
-    assert int(iterations.max()) <= TINY.num_tokens - 1
+    found = pipe.decode_trace(latents, LABELS, decoder=decoders)
+    np.testing.assert_allclose(found.images, exact, atol=2e-5)
+    assert int(found.updates.max()) <= TINY.num_tokens - 1
 
 
 def test_a_perfect_guess_takes_one_update(pipe):
     images = images_of(TINY)
-    latents, trajectory = jax.jit(functools.partial(flow_trajectory, TINY))(pipe.variables, images, LABELS, None)
+    latents, trajectory = jax.jit(functools.partial(flow_trajectory, TarFlow(TINY)))(
+        pipe.variables, images, LABELS, None
+    )
 
     class Knowing(TarFlowPipeline):
-        def _guess(self, *_):
-            return trajectory
+        def _by_student(self, *_):
+            return images, trajectory
 
-    knowing = Knowing(TINY, pipe.variables, GAUSSIAN)
-    found, (iterations, _) = knowing.decode(latents, LABELS, decoder=Jacobi(init="student"), return_statistics=True)
-    np.testing.assert_allclose(found, images, atol=1e-4)
-    assert int(iterations.max()) == 1
-    _, (from_latents, _) = knowing.decode(latents, LABELS, decoder=Jacobi(), return_statistics=True)
-    assert int(from_latents.max()) > 2
+    knowing = Knowing(TINY, pipe.variables, GAUSSIAN, student=pipe.student)
+    found = knowing.decode_trace(latents, LABELS, decoder=Jacobi(init="student"))
+    np.testing.assert_allclose(found.images, images, atol=1e-4)
+    assert int(found.updates.max()) == 1
+    assert int(knowing.decode_trace(latents, LABELS, decoder=Jacobi()).updates.max()) > 2
 
 
 def test_sampling_by_it_is_one_pass_and_clean(pipe):
     key = jax.random.key(2)
-    images, trajectory = pipe.decode(pipe.latents(key, 3), LABELS, decoder="student", return_trajectory=True)
+    images, log_det, trajectory, *_ = pipe.decode_trace(pipe.latents(key, 3), LABELS, decoder=ByStudent())
+    assert log_det is None
     expected = apply(pipe.student.config, pipe.student.variables, pipe.latents(key, 3), jnp.asarray(LABELS), None)
     np.testing.assert_allclose(images, expected[0], atol=1e-5)
-    np.testing.assert_allclose(trajectory[1:][::-1], np.moveaxis(expected[1], 1, 0), atol=1e-5)
-    np.testing.assert_allclose(pipe.sample(key, 3, LABELS, decoder="student"), images, atol=1e-6)
-    polished = pipe.sample(key, 3, LABELS, decoder="student", polish=7)
+    np.testing.assert_allclose(trajectory[:, :0:-1], expected[1], atol=1e-5)
+    np.testing.assert_allclose(pipe.sample(key, 3, LABELS, decoder=ByStudent()), images, atol=1e-6)
+    polished = pipe.sample(key, 3, LABELS, decoder=ByStudent(7))
     np.testing.assert_allclose(polished, pipe.sample(key, 3, LABELS), atol=1e-4)  # denoised, both
-    guided = pipe.sample(key, 3, LABELS, Guidance(2.0), decoder="student")
+    guided = pipe.sample(key, 3, LABELS, Guidance(2.0), decoder=ByStudent())
     assert float(jnp.abs(guided - images).max()) > 1e-3
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda pipe, z: pipe.decode(z, guidance=Guidance(2.5), decoder="student"), "this student learned 0 to 2"),
-        (lambda pipe, z: pipe.decode(z, guidance=Guidance(-1.0), decoder="student"), "this student learned 0 to 2"),
         (
-            lambda pipe, z: pipe.decode(z, guidance=Guidance(1.0, schedule="constant"), decoder="student"),
+            lambda pipe, z: pipe.decode(z, guidance=Guidance(2.5), decoder=ByStudent()),
+            "this student learned 0 to 2",
+        ),
+        (
+            lambda pipe, z: pipe.decode(z, guidance=Guidance(-1.0), decoder=ByStudent()),
+            "this student learned 0 to 2",
+        ),
+        (
+            lambda pipe, z: pipe.decode(z, guidance=Guidance(1.0, schedule="constant"), decoder=ByStudent()),
             "a student takes a weight alone",
         ),
-        (lambda pipe, z: pipe.decode(z, polish=1), 'polish is 1, which is for decoder="student"'),
-        (lambda pipe, z: pipe.decode(z, decoder="student", polish=-1), "polish is -1; expected a whole number"),
-        (lambda pipe, z: pipe.decode(z, decoder="student", return_statistics=True), "takes no updates"),
-        (lambda pipe, z: pipe.sample(jax.random.key(0), 1, decoder="student", denoise=False), "clean images by itself"),
+        (lambda pipe, z: ByStudent(-1), "polish is -1; expected a whole number"),
+        (lambda pipe, z: pipe.decode(z, decoder="student"), "decoder is 'student'; expected a decoder"),
+        (
+            lambda pipe, z: pipe.sample(jax.random.key(0), 1, decoder=ByStudent(), denoise=False),
+            "clean images by itself",
+        ),
         (lambda pipe, z: pipe.decode(z, decoder=GaussSeidelJacobi(2, init="student")), "init is 'student'; expected"),
-        (lambda pipe, z: TarFlowPipeline(TINY, pipe.variables).decode(z, decoder="student"), "has no student"),
-        (lambda pipe, z: pipeline(method="naive").decode(z, decoder=Jacobi(init="student")), "is 'naive': it has no"),
-        (lambda pipe, z: StudentConfig.of_flow(TINY, 0, (1, 2)), "lists 2 blocks; expected 4, one for each"),
-        (lambda pipe, z: StudentConfig.of_flow(TINY, 0, (1,), method="best"), "method is 'best'; expected"),
-        (lambda pipe, z: StudentConfig.of_flow(TINY, 0, (1,), perceptual=-1.0), "perceptual is -1.0; expected"),
-        (lambda pipe, z: StudentConfig.of_flow(VP, 0, (1,), perceptual=1.0), "has no classes to learn to see by"),
-        (lambda pipe, z: StudentConfig.of_flow(VP, 0, (1,), max_guidance=1.0), "has no classes to guide by"),
+        (lambda pipe, z: TarFlowPipeline(TINY, pipe.variables).decode(z, decoder=ByStudent()), "has no student"),
+        (lambda pipe, z: StudentConfig(TINY, layers_per_block=(1, 2)), "lists 2 blocks; expected 4, one for each"),
+        (lambda pipe, z: StudentConfig(TINY, perceptual=-1.0), "perceptual is -1.0; expected"),
+        (lambda pipe, z: StudentConfig(VP, perceptual=1.0), "has no classes to learn to see by"),
+        (lambda pipe, z: StudentConfig(VP, max_guidance=1.0), "has no classes to guide by"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(pipe, call, message):
@@ -226,16 +233,16 @@ def test_a_saved_model_carries_it_and_one_of_other_weights_is_refused(pipe, tmp_
     again = TarFlowPipeline.from_pretrained(tmp_path / "model")
     assert again.student.config == pipe.student.config
     key = jax.random.key(0)
-    drawn = pipe.sample(key, 2, [0, 1], decoder="student")
-    np.testing.assert_array_equal(again.sample(key, 2, [0, 1], decoder="student"), drawn)
+    drawn = pipe.sample(key, 2, [0, 1], decoder=ByStudent())
+    np.testing.assert_array_equal(again.sample(key, 2, [0, 1], decoder=ByStudent()), drawn)
     other = TarFlowPipeline(TINY, random_variables(TINY, seed=3), GAUSSIAN, student=pipe.student)
     with pytest.raises(ValueError, match=r"was trained for the flow .*, not for this one, .*; run launch.distill"):
-        other.sample(key, 2, decoder="student")
+        other.sample(key, 2, decoder=ByStudent())
     other.save_pretrained(tmp_path / "model")  # what was there is another flow's
     assert load_student(tmp_path / "model") is None
-    with pytest.raises(ValueError, match="of a flow of 3 blocks; this one has 2"):
+    with pytest.raises(ValueError, match="of a flow with num_blocks 3, this one has 2"):
         TarFlowPipeline(runs.SMALL, random_variables(runs.SMALL), student=pipe.student).sample(
-            key, 1, decoder="student"
+            key, 1, decoder=ByStudent()
         )
 
 
@@ -262,11 +269,13 @@ def test_a_hostile_folder_is_refused_in_one_line(pipe, tmp_path, damage):
         "lacks fields": lambda fields: fields.pop("flow"),
         "lacks fields of": lambda fields: fields.update(weights={"bytes": 1}),
         "is not a student's of layout version 1": lambda fields: fields.update(format_version=2),
-        "a student of 1000000000 blocks": lambda fields: fields["student"]["shape"].update(num_blocks=10**9),
-        "unknown model field 'hidden'": lambda fields: fields["student"]["shape"].update(hidden=3),
-        "tensor .* has shape": lambda fields: fields["student"]["shape"].update(width=64),
-        "expected a shape, a method": lambda fields: fields["student"].update(method=["naive"]),
-        "lacks tensor": lambda fields: fields["student"]["shape"].update(num_blocks=5, layers_per_block=[1] * 5),
+        "a student of 1000000000 blocks": lambda fields: fields["student"]["flow"].update(num_blocks=10**9),
+        "unknown model field 'hidden'": lambda fields: fields["student"]["flow"].update(hidden=3),
+        "tensor .* has shape": lambda fields: fields["student"].update(width=64),
+        "student.max_guidance is .*; expected a number from 0": lambda fields: fields["student"].update(
+            max_guidance=["2"]
+        ),
+        "lacks tensor": lambda fields: fields["student"]["flow"].update(num_blocks=5, layers_per_block=1),
     }
     for message, change in changes.items():
         rewritten(change)

@@ -16,12 +16,13 @@ import runs
 from damage import cut_short, flip_a_bit, largest_file
 from tiny_models import TINY, VP, random_variables
 
-from configs import common, digits
+from configs import defaults, digits
 from tarflow_jax import Noise, TarFlow
 from tarflow_jax.evaluation.bits_per_dim import loss_of
+from tarflow_jax.flow import cast_kernels
 from tarflow_jax.likelihood import training_loss
-from tarflow_jax.runtime import for_products, make_mesh, replicated, shardings
-from tarflow_jax.training import Checkpoints, Recipe, TrainConfig, clock, train
+from tarflow_jax.runtime import make_mesh, replicated, shardings
+from tarflow_jax.training import Checkpoints, FlowTask, Recipe, TrainConfig, clock, train
 from tarflow_jax.training.loop import evaluate_loss, run_keys
 from tarflow_jax.training.metrics import MetricsWriter
 from tarflow_jax.training.optimizer import Optimizer
@@ -39,11 +40,12 @@ class AsGiven(Noise):
 @pytest.mark.slow
 def test_the_reference_s_training_run(load_golden):
     golden = load_golden("training")
-    config = common.get_config()
+    config = defaults.get_config()
     config.model.update(golden.config.to_dict())
-    config.optimizer.update(common.PAPER_OPTIMIZER, learning_rate=1e-3, final_learning_rate=1e-3)
+    config.optimizer.update(defaults.PAPER_OPTIMIZER, learning_rate=1e-3, final_learning_rate=1e-3)
     config.train.update({"num_steps": 30, "batch_size": 16})
-    train_config = dataclasses.replace(Recipe(config).train_config, noise=AsGiven("gaussian", 0.1))
+    given = Recipe(config).train_config
+    train_config = dataclasses.replace(given, task=dataclasses.replace(given.task, noise=AsGiven("gaussian", 0.1)))
     mesh = make_mesh(devices=jax.devices()[:1])
     state = new_state(train_config, mesh, jax.random.key(0)).replace(
         variables=jax.device_put({"params": golden.variables["params"]}, replicated(mesh))
@@ -65,7 +67,7 @@ def test_gradients_of_products_are_those_of_their_dtype():
     def gradients(params):
         return jax.grad(lambda params: training_loss(flow, {"params": params}, images)[0])(params)
 
-    cast = gradients(for_products(variables["params"], jnp.bfloat16))
+    cast = gradients(cast_kernels(variables["params"], jnp.bfloat16))
     assert cast["block_0"]["layers"]["qkv"]["kernel"].dtype == jnp.bfloat16
     assert cast["block_0"]["position_embedding"].dtype == jnp.float32
     expected = gradients(variables["params"])
@@ -125,8 +127,8 @@ CONFIG = {"train": {"num_steps": 2}}
 
 
 def small_state():
-    optimizer = Optimizer(2, 1e-3, 1e-3, 0, 0.9, 0.999, 0.0, 0.0, 0.0)
-    return initial_state(TrainConfig(TINY, Noise("gaussian", 0.1), optimizer), jax.random.key(0))
+    optimizer = Optimizer(2, 1e-3, 1e-3, 0, 0.9, 0.999, 0.0, 0.0, 0.0, "adamw", 0.0)
+    return initial_state(TrainConfig(FlowTask(TINY, Noise("gaussian", 0.1)), optimizer), jax.random.key(0))
 
 
 @pytest.fixture

@@ -11,14 +11,13 @@ more.
 
 from ml_collections import ConfigDict
 
-from configs import common as of_all
-from configs.student import common
+from configs import defaults
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The recipe; the variant is "smoke" (seconds)."""
-    config = common.get_config()
+    config = defaults.student_config()
     config.student.update({"layers_per_block": (2, 2, 2, 2, 1), "max_guidance": 2.0, "perceptual": 1.0})
     config.optimizer.update({"muon_learning_rate": 3e-3, "warmup_steps": 100})
     config.train.update({"num_steps": 900, "batch_size": 64, "checkpoint_every": 500, "evaluate_every": 300})
-    return of_all.with_variant(config, variant, common.smoke)
+    return defaults.with_variant(config, variant, defaults.student_smoke)

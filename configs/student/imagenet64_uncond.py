@@ -9,16 +9,15 @@ times faster than the flow's inverse, with a better FID (arXiv 2512.10953).
 
 from ml_collections import ConfigDict
 
-from configs import common as of_all
-from configs.student import common
+from configs import defaults
 
 IMAGES, BATCH, EPOCHS = 1281149, 256, 133
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The recipe; the variant is "smoke" (seconds)."""
-    config = common.get_config()
+    config = defaults.student_config()
     config.student.layers_per_block = (8, 8, 8, 8, 8, 8, 8, 8, 4)
-    config.optimizer.update(of_all.PAPER_OPTIMIZER, warmup_steps=IMAGES // BATCH)  # one epoch
+    config.optimizer.update(defaults.PAPER_OPTIMIZER, warmup_steps=IMAGES // BATCH)  # one epoch
     config.train.update({"num_steps": EPOCHS * IMAGES // BATCH, "batch_size": BATCH, "checkpoint_every": 5000})
-    return of_all.with_variant(config, variant, common.smoke)
+    return defaults.with_variant(config, variant, defaults.student_smoke)

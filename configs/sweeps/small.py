@@ -5,7 +5,7 @@ A run takes some two minutes of one core (docs/results.md), so that a claim can 
 
 from ml_collections import ConfigDict
 
-from configs import common, fashion_mnist
+from configs import defaults, fashion_mnist
 
 SEEDS = [1, 2, 3]  # seed 0 took part in the search for rates (docs/optimizers.md)
 SAMPLES = ("--metrics=fid,precision_recall", "--num_samples=2500")  # what launch.evaluate measures of samples
@@ -17,4 +17,4 @@ def get_config(variant: str = "") -> ConfigDict:
     config.model.width = 64
     config.optimizer.warmup_steps = 100
     config.train.update({"num_steps": 1000, "checkpoint_every": 250, "keep_checkpoints": 4, "sample_every": 0})
-    return common.with_variant(config, variant)
+    return defaults.with_variant(config, variant)

@@ -57,11 +57,20 @@ class BatchRunner:
         self._shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
     def place(self, variables: Any) -> Any:
-        """Puts variables on the devices, sharded over the mesh."""
-        if self._many_processes:  # JAX moves no array from one process's devices to all processes'
-            here = lambda leaf: not isinstance(leaf, jax.Array) or leaf.is_fully_addressable  # noqa: E731
-            variables = jax.tree.map(lambda leaf: np.asarray(leaf) if here(leaf) else leaf, variables)
-        return jax.device_put(variables, self._sharding if self.mesh is None else shardings(self.mesh, variables))
+        """Variables on the devices, sharded over the mesh; arrays that are there already are not moved."""
+        if self.mesh is None:
+            return jax.device_put(variables, self._sharding)
+        layout = shardings(self.mesh, variables)
+        if not self._many_processes:
+            return jax.device_put(variables, layout)
+
+        def put(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+            if isinstance(x, jax.Array) and x.sharding == sharding:  # a training state's, say
+                return x
+            # From the host: JAX moves no array from one process's devices to all processes'.
+            return jax.device_put(jax.device_get(x), sharding)
+
+        return jax.tree.map(put, variables, layout)
 
     def run(
         self,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from tarflow_jax.errors import UserError
 from tarflow_jax.flow import Affine, TarFlowConfig
+from tarflow_jax.options import option
 
 TARGETS = ("both", "log_scale", "shift")
 SCHEDULES = ("linear", "constant")
@@ -36,12 +37,14 @@ class Guidance:
     Raises ValueError: one line naming the field.
     """
 
-    weight: float | jax.Array = 0.0
-    target: str = "both"
-    schedule: str = "linear"
-    attention_temperature: float | jax.Array = 1.0
-    rule: str = "log_scale"
-    blocks: int | str = "all"
+    weight: float | jax.Array = option(0.0, "Guidance weight; 0 for no guidance.")
+    target: str = option("both", "What is guided: both, log_scale or shift.")
+    schedule: str = option("linear", "Weight along the tokens: linear (growing) or constant.")
+    attention_temperature: float | jax.Array = option(1.0, "Divides the attention logits of the unguided pass.")
+    rule: str = option(
+        "log_scale", "Guides log-scales (log_scale) or scales (scale), or multiplies densities (product)."
+    )
+    blocks: int | str = option("all", "Guides all blocks, or this many, counted from the noise.")
 
     def __post_init__(self) -> None:
         if not isinstance(self.weight, jax.Array) and not _is_finite(self.weight):

@@ -1,120 +1,106 @@
-"""The shape of a student, and what it learns to follow."""
+"""The shape of a student, and its trained weights."""
 
 import dataclasses
-import math
-from collections.abc import Mapping
-from typing import Any
+import functools
+from typing import Any, ClassVar
 
 from tarflow_jax.errors import UserError
+from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.flow import TarFlowConfig
+from tarflow_jax.options import Options, option
 
-METHODS = ("hidden_alignment", "hidden_distillation", "naive")
-_OF_THE_FLOW = ("image_size", "image_channels", "patch_size", "num_classes")
+_SHARED = ("image_size", "image_channels", "patch_size", "num_classes", "num_blocks")
 
 
 @dataclasses.dataclass(frozen=True)
-class StudentConfig:
+class StudentConfig(Options):
     """Everything that determines a student's parameters and its arithmetic.
 
-    Attributes:
-      shape: of its transformers: one block more than the flow has, the last of which denoises.
-      method: what its blocks learn beside the clean image ("Bidirectional Normalizing Flow", arXiv 2512.10953): under
-        "hidden_alignment" the tokens behind each block are compared with the flow's trajectory; under
-        "hidden_distillation" too, and the next block reads them and no hidden state; under "naive" nothing.
-      max_guidance: w_max, up to which it takes guidance weights; 0 for none.
-      perceptual: weight of the distance of the clean image as a `Perception` sees it; 0 for none.
+    It has one block more than its flow; the last one denoises. It learns by "hidden alignment" (Bidirectional
+    Normalizing Flow, arXiv 2512.10953): the tokens after each block are compared with the flow's trajectory.
 
-    Raises ValueError: one line naming the field.
+    Raises UserError: one line naming the field.
     """
 
-    shape: TarFlowConfig
-    method: str = "hidden_alignment"
-    max_guidance: float = 0.0
-    perceptual: float = 0.0
+    group: ClassVar[str] = "student"
+
+    flow: TarFlowConfig
+    width: int = option(0, "Width of the student's residual stream; 0 for the flow's.", low=0)
+    layers_per_block: tuple[int, ...] = option(
+        (2,), "Layers of each block: the flow's blocks from last to first, and the denoiser. Or one number.", low=1
+    )
+    max_guidance: float = option(0.0, "Largest guidance weight that the student accepts; 0 for no guidance.", low=0)
+    perceptual: float = option(0.0, "Weight of the perceptual distance of the clean images; 0 for none.", low=0)
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UserError(f"student.method is {self.method!r}; expected one of {', '.join(METHODS)}")
-        if not 0 <= self.max_guidance < math.inf:
-            raise UserError(f"student.max_guidance is {self.max_guidance}; expected a number from 0")
-        if not 0 <= self.perceptual < math.inf:
-            raise UserError(f"student.perceptual is {self.perceptual}; expected a number from 0")
-        if self.perceptual and not self.shape.num_classes:
+        super().__post_init__()
+        for name, need in (("perceptual", "learn to see by"), ("max_guidance", "guide by")):
+            if getattr(self, name) and not self.flow.num_classes:
+                raise UserError(
+                    f"student.{name} is {getattr(self, name)}, but the flow has no classes to {need}; set it to 0"
+                )
+        if len(self.layers_per_block) not in (1, self.num_blocks):
             raise UserError(
-                f"student.perceptual is {self.perceptual}, but the flow has no classes to learn to see by; set it to 0"
+                f"student.layers_per_block lists {len(self.layers_per_block)} blocks; expected {self.num_blocks}, one "
+                "for each of the flow's and one that denoises, or one number for all"
             )
-        if self.max_guidance and not self.shape.num_classes:
-            raise UserError(
-                f"student.max_guidance is {self.max_guidance}, but the flow has no classes to guide by; set it to 0"
-            )
-        if self.shape.num_blocks < 2:
-            raise UserError(f"a student has a block for each of the flow's and one more, not {self.shape.num_blocks}")
+        _ = self.shape  # checks itself
 
-    @classmethod
-    def of_flow(
-        cls, flow: TarFlowConfig, width: int, layers_per_block: tuple[int, ...], **fields: Any
-    ) -> "StudentConfig":
-        """For a flow of this shape.
+    @property
+    def num_blocks(self) -> int:
+        """F + 1."""
+        return self.flow.num_blocks + 1
 
-        Args:
-          width: 0 is the flow's.
-          layers_per_block: of each block of the student, or one number for all.
-          fields: as of the class.
-        """
-        blocks, depths = flow.num_blocks + 1, tuple(layers_per_block)
-        if len(depths) not in (1, blocks):
-            raise UserError(
-                f"student.layers_per_block lists {len(depths)} blocks; expected {blocks}, one for each of the "
-                "flow's and one that denoises, or one number for all"
-            )
-        shape = dataclasses.replace(
-            flow,
-            width=width or flow.width,
-            num_blocks=blocks,
-            layers_per_block=depths if len(depths) == blocks else depths * blocks,
+    @functools.cached_property
+    def shape(self) -> TarFlowConfig:
+        """The shape of its transformers: the flow's without what concerns the flow's density alone."""
+        depths = self.layers_per_block
+        return dataclasses.replace(
+            self.flow,
+            width=self.width or self.flow.width,
+            num_blocks=self.num_blocks,
+            layers_per_block=depths if len(depths) == self.num_blocks else depths * self.num_blocks,
             volume_preserving=False,
             triangular=False,
             noise_conditional=False,
-            input_limit=0,
-            image_limit=0,
+            input_limit=0.0,
+            image_limit=0.0,
         )
-        return cls(shape, **fields)
 
     @property
     def dtype(self) -> str:
-        """Of its matrix products."""
-        return self.shape.dtype
-
-    @property
-    def num_flow_blocks(self) -> int:
-        """F."""
-        return self.shape.num_blocks - 1
+        """Dtype of the matmuls."""
+        return self.flow.dtype
 
     def check_flow(self, flow: TarFlowConfig) -> None:
-        """Raises ValueError where it cannot be a student of a flow of this shape."""
-        for name in _OF_THE_FLOW:
-            if getattr(self.shape, name) != getattr(flow, name):
+        """Raises UserError unless a flow of this shape can be its teacher."""
+        for name in _SHARED:
+            if getattr(self.flow, name) != getattr(flow, name):
                 raise UserError(
-                    f"the student has {name} {getattr(self.shape, name)}, the flow {getattr(flow, name)}; "
-                    "it is of another flow"
+                    f"the student is of a flow with {name} {getattr(self.flow, name)}, this one has "
+                    f"{getattr(flow, name)}; run launch.distill for this flow"
                 )
-        if self.num_flow_blocks != flow.num_blocks:
-            raise UserError(
-                f"the student is of a flow of {self.num_flow_blocks} blocks; this one has {flow.num_blocks}"
-            )
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-ready dictionary; `from_dict` is its inverse."""
-        return {**dataclasses.asdict(self), "shape": self.shape.to_dict()}
 
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "StudentConfig":
-        """From a dictionary, as read from JSON; ValueError for unknown, missing or wrong fields."""
-        number = (int, float)
-        types = {"shape": (dict,), "method": (str,), "max_guidance": number, "perceptual": number}
-        if fields.keys() != types.keys() or any(type(fields[name]) not in types[name] for name in types):
+@dataclasses.dataclass(frozen=True)
+class TrainedStudent:
+    """A student's weights.
+
+    Attributes:
+      config: its shape.
+      variables: {"params": …}.
+      flow: `fingerprint` of the variables of the flow that it inverts.
+    """
+
+    config: StudentConfig
+    variables: dict[str, Any]
+    flow: str
+
+    def check_flow(self, config: TarFlowConfig, variables: Any) -> None:
+        """Raises UserError unless it was trained for this flow; hashes every parameter."""
+        self.config.check_flow(config)
+        if self.flow != (found := fingerprint(variables)):
             raise UserError(
-                f"student is {str(dict(fields))[:200]}; expected a shape, a method, max_guidance and perceptual"
+                f"the student here was trained for the flow {self.flow}, not for this one, {found}; "
+                "run launch.distill again, in a folder without it"
             )
-        numbers = {name: float(fields[name]) for name, allowed in types.items() if allowed is number}
-        return cls(TarFlowConfig.from_dict(fields["shape"]), fields["method"], **numbers)

@@ -1,4 +1,4 @@
-"""What a student is trained on: trajectories of real images through the frozen flow."""
+"""The student's loss, on trajectories of real images through the frozen flow."""
 
 from typing import Any
 
@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from tarflow_jax.flow import TarFlow, to_images
-from tarflow_jax.student.config import StudentConfig
 from tarflow_jax.student.network import Student
 from tarflow_jax.student.perception import perceptual_distance
 
@@ -16,7 +15,7 @@ _SOFTENING = 0.01  # c
 def flow_trajectory(
     flow: TarFlow, variables: Any, noisy: jax.Array, labels: jax.Array | None, noise_std: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """(latents [B, H, W, K], trajectory [B, F, H, W, K]: what each block reads, as images); with no gradient."""
+    """Returns the latents [B, H, W, K] and the input of each block [B, F, H, W, K], as images; with no gradient."""
     (latents, _), sown = flow.apply(variables, noisy, labels, noise_std, mutable=["intermediates"])
     outputs = sown["intermediates"]["block_outputs"][:-1]
     trajectory = jnp.stack([noisy, *(to_images(flow.config, tokens) for tokens in outputs)], axis=1)
@@ -24,7 +23,7 @@ def flow_trajectory(
 
 
 def distillation_loss(
-    student: StudentConfig,
+    student: Student,
     variables: Any,
     clean: jax.Array,
     latents: jax.Array,
@@ -33,35 +32,34 @@ def distillation_loss(
     weights: jax.Array,
     perception: Any = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The sum of the clean image's error and, unless the method is naive, of the errors of the trajectory's F images.
+    """Sums the errors of the clean image and of the F images of the trajectory.
 
-    An image's error on the trajectory is relative to its mean square, which normalises the trajectory; each error D
-    then counts as D / (D + c), the divisor detached. So does the perceptual distance of the clean image, weighted.
+    An error on the trajectory is divided by that image's mean square. Each error D then counts as D / (D + c), with no
+    gradient through the divisor.
 
     Args:
       variables: the student's.
       clean: float32 [B, H, W, K].
-      latents: of the same with noise, by the flow as `weights` guide it, float32 [B, H, W, K].
-      trajectory: what the flow's blocks read on the way there, float32 [B, F, H, W, K].
+      latents: of `clean` with noise, encoded by the flow as `weights` guide it, float32 [B, H, W, K].
+      trajectory: the inputs of the flow's blocks on the way there, float32 [B, F, H, W, K].
       labels: int32 [B], -1 for no class.
-      weights: of guidance, float32 [B]; 0 where there is no label.
-      perception: parameters of the `Perception` by which `student.perceptual` counts; its distance is one more D.
+      weights: guidance weights, float32 [B]; 0 where there is no label.
+      perception: parameters of `Perception`, where `config.perceptual` adds its distance to the loss.
 
     Returns (loss, metrics): metrics are scalars, and `block_errors` [F], the relative errors.
     """
-    images, found = Student(student).apply(variables, latents, labels, weights)
+    images, found = student.apply(variables, latents, labels, weights)
     image_error = jnp.square(images - clean).mean((1, 2, 3))  # [B]
     metrics = {"image_error": image_error.mean()}
     loss = _adapted(image_error).mean()
-    if student.perceptual:
-        distance = perceptual_distance(student.shape.num_classes, perception, images, clean)
+    if student.config.perceptual:
+        distance = perceptual_distance(student.config.shape.num_classes, perception, images, clean)
         metrics["perceptual"] = distance.mean()
-        loss = loss + student.perceptual * _adapted(distance).mean()
-    if found is not None:
-        sizes = jnp.square(trajectory).mean((2, 3, 4))  # [B, F]
-        errors = jnp.square(found - trajectory).mean((2, 3, 4)) / sizes
-        metrics["block_errors"] = errors.mean(0)
-        loss = loss + _adapted(errors).mean(0).sum()
+        loss = loss + student.config.perceptual * _adapted(distance).mean()
+    sizes = jnp.square(trajectory).mean((2, 3, 4))  # [B, F]
+    errors = jnp.square(found - trajectory).mean((2, 3, 4)) / sizes
+    metrics["block_errors"] = errors.mean(0)
+    loss = loss + _adapted(errors).mean(0).sum()
     return loss, metrics | {"loss": loss}
 
 

@@ -11,14 +11,14 @@ from tarflow_jax.flow.block import class_vectors, embedding_init, position_init,
 from tarflow_jax.flow.transformer import kernel_init, stacked_layers
 from tarflow_jax.student.config import StudentConfig
 
-NUM_WAVES = 16  # numbers that a guidance weight becomes
+NUM_WAVES = 16  # features of a guidance weight
 MAX_LOG_SCALE = 2.0
 
 
 class Student(nn.Module):
-    """Latents -> clean images, and the flow's trajectory between the two (see `StudentConfig.method`).
+    """Maps latents to clean images, and to the flow's trajectory between the two.
 
-    Block number j stands for the inverse of flow block F - 1 - j; the last one denoises. Variables: `params`.
+    Block j stands for the inverse of flow block F - 1 - j; the last block denoises. Variables: `params`.
     """
 
     config: StudentConfig
@@ -27,16 +27,16 @@ class Student(nn.Module):
     @nn.compact
     def __call__(
         self, latents: jax.Array, labels: jax.Array | None = None, weights: jax.Array | None = None
-    ) -> tuple[jax.Array, jax.Array | None]:
+    ) -> tuple[jax.Array, jax.Array]:
         """Inverts and denoises.
 
         Args:
           latents: float32 [B, H, W, K], as `TarFlow` returns them.
           labels: int32 [B], -1 for no class; None for no class anywhere.
-          weights: of guidance, float32 [B] in [0, max_guidance]; None for 0.
+          weights: guidance weights, float32 [B] in [0, max_guidance]; None for 0.
 
-        Returns (images, trajectory): float32 [B, H, W, K], clean; and [B, F, H, W, K], what flow block k = 0 … F - 1
-        reads, whose first is the noisy image; None for a "naive" student.
+        Returns (images, trajectory): float32 [B, H, W, K], clean; and [B, F, H, W, K], the inputs of flow blocks
+        0 … F - 1, the first of which is the noisy image.
         """
         config, shape = self.config, self.config.shape
         tokens, hidden, outputs = to_tokens(shape, latents.astype(jnp.float32)), None, []
@@ -44,14 +44,12 @@ class Student(nn.Module):
             block = StudentBlock(config, shape.depths[j], self.kernels, name=f"block_{j}")
             hidden, tokens = block(hidden, tokens, labels, weights)
             outputs.append(to_images(shape, tokens))
-            if config.method == "hidden_distillation":
-                hidden = None
         *between, images = outputs
-        return images, None if config.method == "naive" else jnp.stack(between[::-1], axis=1)
+        return images, jnp.stack(between[::-1], axis=1)
 
 
 class StudentBlock(nn.Module):
-    """Transformer layers that see all tokens, the label and the guidance weight, and an affine map of each token."""
+    """Bidirectional transformer layers, conditional on label and guidance weight, and an affine map of each token."""
 
     config: StudentConfig
     depth: int
@@ -61,7 +59,7 @@ class StudentBlock(nn.Module):
     def __call__(
         self, hidden: jax.Array | None, x: jax.Array, labels: jax.Array | None, weights: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """The hidden state [B, T, C] of the block before, and tokens [B, T, D] -> this block's, and its tokens."""
+        """Maps the previous block's hidden state [B, T, C] (at first None) and tokens [B, T, D] to this block's."""
         shape, dtype = self.config.shape, self.config.shape.compute_dtype
         dense = functools.partial(nn.Dense, dtype=dtype, dot_general=self.kernels.dot_general)
         project = dense(shape.width, kernel_init=kernel_init, name="project_in")
@@ -86,6 +84,6 @@ class StudentBlock(nn.Module):
 
 
 def waves(shares: jax.Array) -> jax.Array:
-    """Sines and cosines [B, NUM_WAVES] of numbers [B] in [0, 1]; zeros of 0."""
+    """Returns sines and cosines [B, NUM_WAVES] of numbers [B] in [0, 1]; 0 maps to zeros."""
     angles = jnp.pi * shares[:, None] * jnp.arange(1, NUM_WAVES // 2 + 1, dtype=jnp.float32)[None]
     return jnp.concatenate([jnp.sin(angles), 1 - jnp.cos(angles)], axis=1)

@@ -1,7 +1,6 @@
-"""How far images are from others as a network sees them that has learned to tell a data set's classes apart.
+"""Perceptual distance between images, by a small classifier of the data set's classes.
 
-A student may learn by it. The network measures nothing: what `launch.evaluate` measures by has another architecture,
-and is trained with another seed.
+A student may learn by it. It measures nothing: the classifier of `launch.evaluate` has another architecture and seed.
 """
 
 from typing import Any, NamedTuple
@@ -15,14 +14,14 @@ _SMALL = 1e-4
 
 
 class Seen(NamedTuple):
-    """What the network makes of images."""
+    """The classifier's features and logits."""
 
-    scales: list[jax.Array]  # float32 [B, H, W, C], at ever smaller heights and widths
+    scales: list[jax.Array]  # float32 [B, H, W, C], from the finest to the coarsest
     logits: jax.Array  # [B, num_classes]
 
 
 class Perception(nn.Module):
-    """Images [B, H, W, K], float32 in [-1, 1] or uint8, -> `Seen`: three pairs of convolutions, ever smaller."""
+    """Three pairs of convolutions over images [B, H, W, K], float32 in [-1, 1] or uint8."""
 
     num_classes: int
 
@@ -38,9 +37,9 @@ class Perception(nn.Module):
 
 
 def perceptual_distance(num_classes: int, params: Any, images: jax.Array, others: jax.Array) -> jax.Array:
-    """[B]: square distance of the directions in channels, the mean over places and scales.
+    """Returns the squared distance [B] between normalized features, the mean over positions and scales.
 
-    It is that of LPIPS (arXiv 1801.03924) without learned weights.
+    This is LPIPS (arXiv 1801.03924) without learned weights.
     """
     network = Perception(num_classes)
     pairs = zip(*(network.apply({"params": params}, x).scales for x in (images, others)), strict=True)

@@ -1,60 +1,50 @@
 """The optimizer of a run: the learning rate of each step and the update rule."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import optax
 from jax.typing import DTypeLike
 
 from tarflow_jax.errors import UserError
+from tarflow_jax.options import Options, option
 from tarflow_jax.training.muon import is_hidden_matrix, muon
 
 NAMES = ("adamw", "muon")
 
 
 @dataclasses.dataclass(frozen=True)
-class Optimizer:
+class Optimizer(Options):
     """AdamW for all parameters, as in the PyTorch release, or Muon for the hidden matrices and AdamW for the rest.
+
+    Muon orthogonalizes the momentum of each hidden matrix by five Newton-Schulz steps (Jordan et al. 2024). Learning
+    rates rise linearly over `warmup_steps` from `final_learning_rate` to their peak, and a cosine leads back.
 
     Attributes:
       num_steps: length of the run.
-      learning_rate: peak of AdamW's schedule. The rate grows linearly from `final_learning_rate` to its peak over
-        `warmup_steps`, then falls back along a cosine.
-      beta1, beta2: decay rates of AdamW's moments.
-      weight_decay: decoupled weight decay of every parameter.
-      clip_norm: largest global norm of the gradient; 0 disables clipping.
-      ema_decay: decay of the exponential moving average of the parameters; 0 keeps none.
-      name: "adamw" or "muon". Muon orthogonalizes the momentum of each hidden matrix by five Newton-Schulz steps
-        (Jordan et al. 2024).
-      muon_learning_rate: peak of Muon's schedule; 0 with "adamw".
 
-    Raises:
-      ValueError: one line naming the field.
+    Raises UserError: one line naming the field.
     """
 
+    group: ClassVar[str] = "optimizer"
+
     num_steps: int
-    learning_rate: float
-    final_learning_rate: float
-    warmup_steps: int
-    beta1: float
-    beta2: float
-    weight_decay: float
-    clip_norm: float
-    ema_decay: float
-    name: str = "adamw"
-    muon_learning_rate: float = 0.0
+    learning_rate: float = option(3e-3, "Peak learning rate of AdamW.", low=0)
+    final_learning_rate: float = option(1e-6, "Learning rate of the first and the last step.", low=0)
+    warmup_steps: int = option(0, "Steps of linear warm-up.", low=0)
+    beta1: float = option(0.9, "AdamW's decay of the mean gradient.", low=0)
+    beta2: float = option(0.95, "AdamW's decay of the mean squared gradient.", low=0)
+    weight_decay: float = option(1e-4, "Weight decay of every parameter.", low=0)
+    clip_norm: float = option(1.0, "Largest norm of the whole gradient; 0 for no clipping.", low=0)
+    ema_decay: float = option(0.0, "Decay of the exponential moving average of the parameters; 0 for none.", low=0)
+    name: str = option("muon", "muon (hidden matrices; AdamW for the rest), or adamw for all.", choices=NAMES)
+    muon_learning_rate: float = option(5e-3, "Peak learning rate of the hidden matrices; 0 with adamw.", low=0)
 
     def __post_init__(self) -> None:
-        if self.name not in NAMES:
-            raise UserError(f"optimizer.name is {self.name!r}; expected one of {', '.join(NAMES)}")
-        for name in (
-            "learning_rate", "final_learning_rate", "warmup_steps", "weight_decay", "clip_norm", "muon_learning_rate",
-        ):  # fmt: skip
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UserError(f"optimizer.{name} is {getattr(self, name)}; expected a number from 0")
+        super().__post_init__()
         for name in ("beta1", "beta2", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
+            if getattr(self, name) >= 1:
                 raise UserError(f"optimizer.{name} is {getattr(self, name)}; expected 0 to less than 1")
         if (self.name == "muon") != (self.muon_learning_rate > 0):
             raise UserError(

@@ -1,12 +1,12 @@
-"""What a config says, checked and turned into the objects that training uses."""
+"""A recipe: a training run's config, checked and turned into the objects that training uses."""
 
 import contextlib
 import dataclasses
 import json
 import logging
-import math
+import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import ml_collections
@@ -20,18 +20,21 @@ from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.files import write_text
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.noise import Noise
+from tarflow_jax.options import Options, defaults, described, option
 from tarflow_jax.runtime import make_mesh
+from tarflow_jax.sampling import Guidance
 from tarflow_jax.student import StudentConfig
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.optimizer import Optimizer
 from tarflow_jax.training.state import TrainConfig
+from tarflow_jax.training.task import FlowTask, StudentTask, Task
 
 logger = logging.getLogger(__name__)
 
 CONFIG, DATA = "config.json", "data.json"
 
-# What may differ between the runs that share a workdir: where it runs, where the data is kept (which is known by its
-# fingerprint) and what is drawn and printed, never what it computes.
+# What may differ between runs that continue each other: where they run, where the data is (its fingerprint identifies
+# it), and what is drawn and printed.
 _FREE_FIELDS = (
     "data.cache_bytes",
     "data.data_dir",
@@ -46,31 +49,95 @@ _FREE_FIELDS = (
     "train.log_every",
     "train.profile_steps",
 )
-# What configs of earlier releases mean that lack these fields.
-_NEW_FIELDS = {
-    "model.rotary": False,
-    "model.input_limit": 0.0,
-    "model.image_limit": 0.0,
-    "model.triangular": False,
-    "model.noise_conditional": False,
-    "noise.std_min": 0.0,
-    "noise.std_max": 0.0,
-    "noise.draw": "uniform",
-    "noise.weight": "std",
-    "optimizer.name": "adamw",
-    "optimizer.muon_learning_rate": 0.0,
-    "data.missing_labels": False,
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions(Options):
+    """The training data."""
+
+    group: ClassVar[str] = "data"
+
+    source: str = option("", "Data set: digits, fashion_mnist, emoji64, tfds:NAME, folder:, packed: or npz:PATH.")
+    data_dir: str = option("", "Folder of the data sets; empty for the default one.")
+    preprocessing: str = option("none", "Crop and resize: none, tarflow or adm.")
+    flip: bool = option(False, "Mirrors images at random.")
+    num_workers: int = option(0, "Threads that read ahead.", low=0)
+    skip_bad: bool = option(False, "Leaves out a folder's damaged images instead of rejecting it.")
+    cache_bytes: int = option(0, "Keeps decoded images in memory, up to this many bytes.", low=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainOptions(Options):
+    """The training loop."""
+
+    group: ClassVar[str] = "train"
+
+    num_steps: int = option(0, "Optimizer steps.", low=1)
+    batch_size: int = option(0, "Images of a step, over all devices.", low=1)
+    accumulation: int = option(1, "Microbatches of a step.", low=1)
+    drop_label: float = option(0.0, "Probability of training an image without its label.", low=0, high=1)
+    seed: int = option(0, "Seed of weights, noise and the order of images.", low=0)
+    checkpoint_every: int = option(1000, "Steps between checkpoints.", low=1)
+    keep_checkpoints: int = option(3, "Checkpoints to keep, beside the best one.", low=1)
+    evaluate_every: int = option(0, "Steps between test losses, which choose the best checkpoint; 0 for none.", low=0)
+    sample_every: int = option(0, "Steps between previews; 0 for none.", low=0)
+    log_every: int = option(50, "Steps between lines of metrics.", low=1)
+    profile_steps: tuple[int, int] = option(
+        (0, 0), "First and last step of a jax.profiler trace; 0, 0 for none.", low=0
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOptions(Options):
+    """The previews and figures of a run."""
+
+    group: ClassVar[str] = "sample"
+
+    guidance: Guidance = Guidance()  # noqa: RUF009 (immutable)
+    denoise_multiplier: float = option(1.0, "Multiplies the score that denoises samples.")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshOptions(Options):
+    """The device mesh."""
+
+    group: ClassVar[str] = "mesh"
+
+    data: int = option(-1, "Devices over which the batch is sharded; -1 for those left, on a CPU its cores.", low=-1)
+    fsdp: int = option(1, "Devices over which batch and parameters are sharded.", low=-1)
+    tensor: int = option(1, "Devices over which heads and hidden units are sharded.", low=-1)
+
+
+GROUPS: dict[str, Any] = {
+    cls.group: cls for cls in (TarFlowConfig, DataOptions, Noise, Optimizer, TrainOptions, SampleOptions, MeshOptions)
 }
+# A student's model, data and noise are its flow's.
+STUDENT_GROUPS = {"student": StudentConfig, **{name: GROUPS[name] for name in ("optimizer", "train", "sample", "mesh")}}
+
+
+def default_config(groups: dict[str, Any] = GROUPS) -> ml_collections.ConfigDict:
+    """Returns a recipe of these groups with every option's default."""
+    return ml_collections.ConfigDict({name: defaults(cls) for name, cls in groups.items()})
+
+
+def config_help(groups: dict[str, Any] = GROUPS) -> str:
+    """Returns a line for each option of a recipe: the end of its flag, its sentence and its default."""
+    lines = ["Options of a recipe, each a flag --config.GROUP.NAME=VALUE:"]
+    for group, cls in groups.items():
+        for name, default, text in described(cls):
+            line = f"  {f'{group}.{name}':<38} {text} [{default}]"
+            lines.append(textwrap.fill(line, 118, subsequent_indent=" " * 41))
+    return "\n".join(lines)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """A training run's config and what follows from it.
 
-    One with a group `student` trains that, by the flow that its model and noise tell of.
+    A recipe with a group `student` trains a student of the flow that its model and noise describe.
 
     Raises:
-      ValueError: one line naming the field that is unknown, missing, or cannot be.
+      UserError: one line naming the field that is unknown, missing or impossible.
     """
 
     config: ml_collections.ConfigDict
@@ -78,55 +145,52 @@ class Recipe:
     def __post_init__(self) -> None:
         if "model" not in self.config:
             raise UserError("this recipe has no model: it is a student's, for launch.distill")
-        train = self.config.train
-        for name in ("num_steps", "batch_size", "checkpoint_every", "log_every", "accumulation", "keep_checkpoints"):
-            if train[name] < 1:
-                raise UserError(f"train.{name} is {train[name]}; expected a positive number")
-        others = {f"data.{name}": self.config.data[name] for name in ("num_workers", "cache_bytes")}
-        others |= {f"train.{name}": train[name] for name in ("seed", "evaluate_every", "sample_every")}
-        for name, value in others.items():
-            if value < 0:
-                raise UserError(f"{name} is {value}; expected a number from 0")
-        multiplier = self.config.sample.denoise_multiplier
-        if not math.isfinite(multiplier):
-            raise UserError(f"sample.denoise_multiplier is {multiplier}; expected a finite number")
+        for group in ("data", "sample", "mesh"):
+            self._options(group)
+        train = self._options("train")
         if train.batch_size % train.accumulation:
             raise UserError(
                 f"train.batch_size {train.batch_size} is not divisible by train.accumulation {train.accumulation}"
             )
-        if not 0 <= train.drop_label <= 1:
-            raise UserError(f"train.drop_label is {train.drop_label}; expected a probability")
         _ = self.train_config  # its parts check themselves
+
+    def _options(self, group: str) -> Any:
+        return GROUPS[group].from_dict(self.config[group].to_dict())
 
     @property
     def model(self) -> TarFlowConfig:
-        return TarFlowConfig.from_dict(json.loads(self.config.model.to_json()))
+        return self._options("model")
 
     @property
     def noise(self) -> Noise:
-        return Noise.from_dict(self.config.noise.to_dict())
+        return self._options("noise")
+
+    @property
+    def student(self) -> StudentConfig | None:
+        """The student that this recipe trains; None if it trains the flow."""
+        if "student" not in self.config:
+            return None
+        return StudentConfig.from_dict({**self.config.student.to_dict(), "flow": self.model})  # not its fingerprint
+
+    @property
+    def task(self) -> Task:
+        """What is trained."""
+        drop_label, student = self.config.train.drop_label, self.student
+        if student:
+            return StudentTask(student, self.noise, drop_label)
+        return FlowTask(self.model, self.noise, drop_label)
 
     @property
     def train_config(self) -> TrainConfig:
         """What determines the state and the step."""
-        fields = self.config.train
-        optimizer = Optimizer(num_steps=fields.num_steps, **self.config.optimizer)
-        return TrainConfig(self.model, self.noise, optimizer, fields.drop_label, fields.accumulation, self.student)
-
-    @property
-    def student(self) -> StudentConfig | None:
-        """What a recipe of a student trains; None for a flow's."""
-        if "student" not in self.config:
-            return None
-        fields = self.config.student.to_dict()
-        del fields["flow"]  # its fingerprint
-        return StudentConfig.of_flow(self.model, **fields)
+        fields = {"num_steps": self.config.train.num_steps, **self.config.optimizer}
+        return TrainConfig(self.task, Optimizer.from_dict(fields), self.config.train.accumulation)
 
     def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        """The config's mesh over `devices`; None is all that there are.
+        """Returns the config's mesh over `devices`, by default all.
 
         Raises:
-          ValueError: it does not cover them, or the batch cannot be sharded over it.
+          UserError: it does not cover them, or the batch cannot be sharded over it.
         """
         mesh = make_mesh(**self.config.mesh, devices=devices)
         shards = mesh.shape["data"] * mesh.shape["fsdp"] * self.config.train.accumulation
@@ -138,10 +202,10 @@ class Recipe:
         return mesh
 
     def source(self, split: str) -> ImageSource:
-        """The data's "train" or "test" split, of the model's image shape.
+        """Opens the "train" or "test" split of the data.
 
         Raises:
-          ValueError: another image shape than the model's, or labels that the model has no classes for.
+          UserError: its images have another shape than the model's, or its classes are not the model's.
         """
         fields, model = self.config.data, self.model
         source = open_source(
@@ -158,32 +222,24 @@ class Recipe:
                 f"{source.name} has images {tuple(source.image_shape)}, the model {model.image_shape}; "
                 "set model.image_size and model.image_channels to match"
             )
-        if model.num_classes and source.num_classes > model.num_classes:
+        if model.num_classes not in (0, source.num_classes):
             raise UserError(
-                f"{source.name} has {source.num_classes} classes, the model {model.num_classes}; set model.num_classes"
-            )
-        if source.num_classes < model.num_classes and not fields.get("missing_labels", False):
-            raise UserError(
-                f"{source.name} has {source.num_classes or 'no'} classes, the model {model.num_classes}: some would "
-                "never see an image; set model.num_classes, or data.missing_labels if that is meant"
+                f"{source.name} has {source.num_classes or 'no'} classes, the model {model.num_classes}; "
+                f"set model.num_classes to {source.num_classes}"
             )
         return source
 
     def write_to(self, workdir: epath.PathLike, source: ImageSource | None = None) -> None:
-        """Writes workdir/config.json, and data.json of what it is trained on, unless others are there.
+        """Writes workdir/config.json and, for a training split, data.json.
 
-        A run may be given more steps before its end, where the steps that it has taken would have had the same learning
-        rates.
-
-        Args:
-          source: the training split; None is not looked at.
+        `train.num_steps` may grow before the end of a run, if the steps taken keep their learning rates.
 
         Raises:
-          ValueError: the workdir holds another configuration (names the fields), or a run on other data.
+          UserError: the workdir holds another configuration (names the fields), or a run on other data.
         """
         workdir = epath.Path(workdir)
         if (workdir / CONFIG).exists():
-            stored = _NEW_FIELDS | flatten_dict(_read_json(workdir / CONFIG), sep=".")
+            stored = flatten_dict(_read_json(workdir / CONFIG), sep=".")
             ours = flatten_dict(json.loads(self.to_json()), sep=".")
             differing = [
                 f"{name} ({stored.get(name)!r} there, {ours.get(name)!r} here)"
@@ -208,7 +264,7 @@ class Recipe:
                 write_text(workdir / DATA, json.dumps(data) + "\n")
 
     def _check_growth(self, workdir: epath.Path, planned: int) -> None:
-        """Raises UserError where a run of `planned` steps cannot become this one."""
+        """Raises UserError unless a run of `planned` steps can become this one."""
         grown = self.train_config.optimizer
         with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
             step = checkpoints.latest_step()
@@ -231,11 +287,11 @@ class Recipe:
 
     @classmethod
     def from_workdir(cls, workdir: epath.PathLike) -> "Recipe":
-        """The recipe that a workdir was trained by: its config.json, or if that is lost the last checkpoint's.
+        """Reads the recipe of a run: the workdir's config.json or, if that is lost, the last checkpoint's.
 
         Raises:
           FileNotFoundError: neither is there.
-          ValueError: it is no training config.
+          UserError: it is no training config.
         """
         path, folder = epath.Path(workdir) / CONFIG, epath.Path(workdir) / "checkpoints"
         stored = None
@@ -253,7 +309,7 @@ class Recipe:
 
 
 def label_names(workdir: epath.PathLike) -> list[str]:
-    """The names of the classes that a run was trained on; [] where they are not known."""
+    """Returns the names of the classes that a run was trained on, [] if unknown."""
     path = epath.Path(workdir) / DATA
     names = _read_json(path).get("label_names") if path.exists() else None
     return [str(name) for name in names] if isinstance(names, list) else []
@@ -265,9 +321,9 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {one_line(error)}") from error
     if not isinstance(fields, dict):
-        raise UserError(f"{path} is not what a training run wrote: it is no JSON object")
+        raise UserError(f"{path} is not a JSON object; expected the config of a training run")
     if "format" in fields:
         raise UserError(
-            f"{path.parent} is a saved model, no training run's folder; launch.evaluate takes it as --model"
+            f"{path.parent} is a saved model, not the workdir of a training run; pass it to launch.evaluate as --model"
         )
     return fields

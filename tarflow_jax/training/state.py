@@ -1,4 +1,4 @@
-"""What a training step reads and writes: its shapes, a new one, and where each array is placed."""
+"""What a training step reads and writes: its shapes, its initial value, and where each array is placed."""
 
 import dataclasses
 import functools
@@ -10,42 +10,22 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from tarflow_jax.errors import UserError
-from tarflow_jax.flow import TarFlow, TarFlowConfig
-from tarflow_jax.noise import Noise
 from tarflow_jax.runtime import shardings
-from tarflow_jax.student import Student, StudentConfig
 from tarflow_jax.training.optimizer import Optimizer
+from tarflow_jax.training.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """All that determines the state and the step of a run; hashable, so that compiled programs are known by it.
+    """All that determines the state and the step of a run; hashable, because compiled programs are cached by it.
 
     Attributes:
-      model, noise, optimizer: of the recipe.
-      drop_label: probability of training an image without its label.
       accumulation: microbatches of a step.
-      student: what is trained, by the flow that `model` and `noise` tell of; None where that flow is.
-
-    Raises ValueError: noise levels that the model is not told, or the other way round.
     """
 
-    model: TarFlowConfig
-    noise: Noise
+    task: Task
     optimizer: Optimizer
-    drop_label: float = 0.0
     accumulation: int = 1
-    student: StudentConfig | None = None
-
-    def __post_init__(self) -> None:
-        if self.model.noise_conditional != (self.noise.kind == "levels"):
-            raise UserError(
-                f"model.noise_conditional is {self.model.noise_conditional} with noise.kind {self.noise.kind!r}; "
-                "expected True with 'levels', False otherwise"
-            )
-        if self.student:
-            self.student.check_flow(self.model)
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -53,7 +33,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     Attributes:
       step: int32 scalar, steps taken.
-      variables: {"params": …} and, in VP mode, {"prior": {"variance": [T, D]}}.
+      variables: the task's: {"params": …} and, in VP mode, {"prior": {"variance": [T, D]}}.
       opt_state: of the optax optimizer.
       ema_params: exponential moving average of the parameters, or None.
     """
@@ -65,23 +45,15 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def sampling_variables(self) -> dict[str, Any]:
-        """The averaged parameters where an average is kept, else the raw ones."""
+        """The variables with the averaged parameters, where an average is kept."""
         if self.ema_params is None:
             return self.variables
         return {**self.variables, "params": self.ema_params}
 
 
 def initial_state(config: TrainConfig, key: jax.Array) -> TrainState:
-    """The state before the first step."""
-    # Parameters do not depend on the attention kernel, and splash cannot shard the one image over a mesh.
-    image = jnp.zeros((1, *config.model.image_shape))
-    if config.student:
-        shape = dataclasses.replace(config.student.shape, attention="plain")
-        variables = Student(dataclasses.replace(config.student, shape=shape)).init(key, image)
-    else:
-        flow = TarFlow(dataclasses.replace(config.model, attention="plain"))
-        variables = flow.init(key, image, noise_std=jnp.ones(1))
-    variables = {name: variables[name] for name in ("params", "prior") if name in variables}
+    """Returns the state before the first step."""
+    variables = config.task.init(key)
     params = variables["params"]
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -94,7 +66,7 @@ def initial_state(config: TrainConfig, key: jax.Array) -> TrainState:
 
 @functools.cache
 def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """Shapes, dtypes and shardings (`jax.ShapeDtypeStruct`) of the state, with no array made."""
+    """Returns shapes, dtypes and shardings of the state (`jax.ShapeDtypeStruct`), without making an array."""
     shapes = jax.eval_shape(functools.partial(initial_state, config), jax.random.key(0))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -104,6 +76,6 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
 
 
 def new_state(config: TrainConfig, mesh: Mesh, key: jax.Array) -> TrainState:
-    """`initial_state`, every array made where it is placed, never whole on one device."""
+    """Returns `initial_state`, every array made where it is placed, never whole on one device."""
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     return jax.jit(functools.partial(initial_state, config), out_shardings=layout)(key)

@@ -1,7 +1,6 @@
-"""A training run's folder: what it keeps beside checkpoints and metrics, read back as a model."""
+"""The workdir of a run: opens a checkpoint as a model, and keeps the run's starts and results."""
 
 import contextlib
-import dataclasses
 import datetime
 import json
 import logging
@@ -22,36 +21,29 @@ from tarflow_jax.training.recipe import Recipe, label_names
 from tarflow_jax.training.state import abstract_state
 
 RESULTS, STUDENT, STARTS = "results.json", "student", "starts.jsonl"
-_SAMPLES = ("samples_guided.png", "samples_denoised.png", "samples_raw.png")  # of a card, the first that there is
+_SAMPLES = ("samples_guided.png", "samples_denoised.png", "samples_raw.png")  # the first that exists is the card's
 logger = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainedRun(SavedModel):
-    """What a run's checkpoint holds, and what a model card tells of the run, see `interop.save_model`."""
+def read_workdir(workdir: epath.PathLike, mesh: Mesh | None = None, *, best: bool = False) -> SavedModel:
+    """Reads the last whole checkpoint, or the one with the lowest test loss, onto `mesh` or the default device.
 
-    card: dict[str, Any]
-
-
-def read_workdir(workdir: epath.PathLike, mesh: Mesh | None = None, *, best: bool = False) -> TrainedRun:
-    """Reads the last whole checkpoint, or that of the lowest test loss, onto `mesh` or the default device.
-
-    The optimizer's state stays on the disk.
+    The optimizer's state is not read.
 
     Raises:
       FileNotFoundError: no config or no checkpoint there.
-      ValueError, OSError: see `Checkpoints.restore`.
+      UserError, OSError: see `Checkpoints.restore`.
     """
     workdir = epath.Path(workdir)
     recipe = Recipe.from_workdir(workdir)
     if recipe.student:
         raise UserError(f"{workdir} holds a student; open the workdir of its flow, {workdir.parent}")
     step, model = _restored(recipe, workdir, mesh, best=best)
-    return TrainedRun(config=recipe.model, noise=recipe.noise, **model, card=_card(recipe, workdir, step))
+    return SavedModel(config=recipe.model, noise=recipe.noise, **model, card=_card(recipe, workdir, step))
 
 
 def read_student(workdir: epath.PathLike, mesh: Mesh | None = None) -> TrainedStudent | None:
-    """The student kept in a flow's workdir, from its last whole checkpoint; None if there is none. Raises as above."""
+    """Reads the student in a flow's workdir from its last whole checkpoint; None if there is none. Raises as above."""
     folder = epath.Path(workdir) / STUDENT
     if not (folder / "checkpoints").is_dir():
         return None
@@ -64,7 +56,7 @@ def read_student(workdir: epath.PathLike, mesh: Mesh | None = None) -> TrainedSt
 
 
 def _restored(recipe: Recipe, workdir: epath.Path, mesh: Mesh | None, *, best: bool) -> tuple[int, dict[str, Any]]:
-    """The step, the variables and the averaged parameters of a checkpoint."""
+    """Returns the step of a checkpoint, and its variables and averaged parameters."""
     state = abstract_state(recipe.train_config, mesh or make_mesh(devices=jax.local_devices()[:1]))
     wanted = {"variables": state.variables, "ema_params": state.ema_params}
     with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
@@ -75,7 +67,7 @@ def _restored(recipe: Recipe, workdir: epath.Path, mesh: Mesh | None, *, best: b
 
 
 def write_start(workdir: epath.PathLike, step: int) -> None:
-    """Adds a line to starts.jsonl: when the run began, or went on, after which step, and on what (`environment`)."""
+    """Adds a line to starts.jsonl: the steps taken so far, the time, and the `environment`."""
     path = epath.Path(workdir) / STARTS
     earlier = path.read_bytes().decode(errors="replace") if path.exists() else ""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -83,7 +75,7 @@ def write_start(workdir: epath.PathLike, step: int) -> None:
 
 
 def write_results(workdir: epath.PathLike, results: dict[str, float]) -> None:
-    """Keeps a finished run's figures, for its model card."""
+    """Writes a finished run's results, for its model card."""
     write_text(epath.Path(workdir) / RESULTS, json.dumps(results) + "\n")
 
 
@@ -106,7 +98,7 @@ def _card(recipe: Recipe, workdir: epath.Path, step: int) -> dict[str, Any]:
 
 
 def _read_results(path: epath.Path) -> dict[str, float]:
-    """A finished run's figures; {} where there are none, or, with a warning, where they are damaged."""
+    """Returns a finished run's results; {} if there are none or, with a warning, if they are damaged."""
     if not path.exists():
         return {}
     try:
@@ -118,7 +110,7 @@ def _read_results(path: epath.Path) -> dict[str, float]:
 
 
 def _read_evaluations(folder: epath.Path) -> list[dict[str, Any]]:
-    """What launch.evaluate wrote; files that are damaged are left out, with a warning."""
+    """Returns what launch.evaluate wrote; damaged files are left out, with a warning."""
     found = []
     for path in sorted(folder.glob("*.json")):
         try:

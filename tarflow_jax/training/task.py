@@ -1,0 +1,216 @@
+"""Tasks: what the loop trains. A task has initial variables, a loss and a test loss.
+
+`FlowTask` trains a flow by maximum likelihood, `StudentTask` a student to invert a flow.
+"""
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tarflow_jax.data import ImageSource
+from tarflow_jax.errors import UserError
+from tarflow_jax.evaluation.bits_per_dim import loss_of, split_log_prob
+from tarflow_jax.flow import TarFlow, TarFlowConfig, updated_prior
+from tarflow_jax.likelihood import training_loss, unit_prior
+from tarflow_jax.noise import Noise, to_float
+from tarflow_jax.runtime import BatchRunner, LazyRows, device_flow, training_kernels
+from tarflow_jax.runtime.batch_runner import forward_bytes
+from tarflow_jax.sampling import guided_trajectory
+from tarflow_jax.student import Student, StudentConfig, distillation_loss
+from tarflow_jax.student.loss import flow_trajectory
+
+Variables = dict[str, Any]
+Metrics = dict[str, jax.Array]
+Batch = tuple[Any, ...]  # arrays [B, …]
+_TEST_LEVELS = 8  # noise levels in a test loss
+
+
+class Task(Protocol):
+    """What the loop trains; hashable, because compiled programs are cached by it."""
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of the matmuls."""
+
+    def init(self, key: jax.Array) -> Variables:
+        """Returns the initial variables: `params`, and whatever else training updates."""
+
+    def prepare(self, key: jax.Array, images: jax.Array, labels: jax.Array) -> Batch:
+        """Returns what the loss reads, noise included, for uint8 images [B, H, W, K] and int32 labels [B].
+
+        All randomness is drawn here, for the whole batch, so that microbatches change no number.
+        """
+
+    def loss(self, variables: Variables, batch: Batch, frozen: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
+        """Returns (loss, (metrics, outputs)) of a microbatch: metrics are means over it, outputs are arrays [B, …]."""
+
+    def finish(self, variables: Variables, metrics: Metrics, outputs: Any) -> tuple[Variables, Metrics]:
+        """Updates what no gradient does, from the whole batch's metrics and outputs."""
+
+    def test_loss(self, runner: BatchRunner, variables: Variables, source: ImageSource, frozen: Any) -> float:
+        """Returns the loss of a split by which the best checkpoint is chosen; its noise is fixed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowTask:
+    """Maximum likelihood of images with noise (sections 3.1 and 3.2 of the paper); `frozen` is unused.
+
+    Attributes:
+      drop_label: probability of training an image without its label.
+
+    Raises UserError: noise levels without a flow conditional on them, or the other way round.
+    """
+
+    model: TarFlowConfig
+    noise: Noise
+    drop_label: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_noise(self.model, self.noise)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.model.compute_dtype
+
+    def init(self, key: jax.Array) -> Variables:
+        variables = TarFlow(self.model).init(key, jnp.zeros((1, *self.model.image_shape)), noise_std=jnp.ones(1))
+        return {name: variables[name] for name in ("params", "prior") if name in variables}
+
+    def prepare(self, key: jax.Array, images: jax.Array, labels: jax.Array) -> Batch:
+        noise_key, drop_key = jax.random.split(key)
+        labels = _dropped(drop_key, labels, self.drop_label)
+        levels = self.noise.levels(jax.random.fold_in(noise_key, 1), len(images))
+        return self.noise(noise_key, images, None if levels is None else levels.std), labels, levels
+
+    def loss(self, variables: Variables, batch: Batch, frozen: None) -> tuple[jax.Array, tuple[Metrics, Any]]:
+        return training_loss(TarFlow(self.model, training_kernels(self.model)), variables, *batch)
+
+    def finish(self, variables: Variables, metrics: Metrics, outputs: Any) -> tuple[Variables, Metrics]:
+        if self.model.volume_preserving:
+            prior = {"variance": updated_prior(variables["prior"]["variance"], outputs)}
+            variables = {**variables, "prior": prior}
+        if self.noise.kind == "levels":  # a quarter without an image has none
+            metrics = dict(metrics)
+            metrics["level_losses"] = metrics.pop("quarter_losses") / metrics.pop("quarter_shares")
+        return variables, metrics
+
+    def test_loss(self, runner: BatchRunner, variables: Variables, source: ImageSource, frozen: None) -> float:
+        """The training loss with labels kept: nats per dimension less ½ log 2π. Image i has noise level i mod 8."""
+        levels = self.noise.quantiles(_TEST_LEVELS) if self.noise.kind == "levels" else None
+        key, num_dims = jax.random.key(0), self.model.num_dims
+        log_probs = split_log_prob(runner, self.model, unit_prior(variables), source, self.noise, key, levels)
+        if levels is None:
+            return loss_of(log_probs, num_dims)
+        return float(np.mean(levels * [loss_of(log_probs[i::_TEST_LEVELS], num_dims) for i in range(_TEST_LEVELS)]))
+
+
+class Teacher(NamedTuple):
+    """What a student learns from; training does not change it."""
+
+    flow: Variables
+    perception: Any = None  # parameters of the `Perception`, where the student's loss has one
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentTask:
+    """Distillation of a flow's inverse from trajectories of real images; `frozen` is a `Teacher`.
+
+    Noise is of the level at which samples are drawn. Half of the images with a label have a guidance weight, drawn
+    uniformly up to `max_guidance`, and the latents that guided sampling maps to them.
+
+    Attributes:
+      drop_label: probability of training an image without its label.
+
+    Raises UserError: as `FlowTask`.
+    """
+
+    student: StudentConfig
+    noise: Noise
+    drop_label: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_noise(self.student.flow, self.noise)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.student.shape.compute_dtype
+
+    def init(self, key: jax.Array) -> Variables:
+        return {"params": Student(self.student).init(key, jnp.zeros((1, *self.student.flow.image_shape)))["params"]}
+
+    def prepare(self, key: jax.Array, images: jax.Array, labels: jax.Array) -> Batch:
+        noise_key, drop_key = jax.random.split(key)
+        labels, levels = _dropped(drop_key, labels, self.drop_label), self._levels(len(images))
+        weight_key, guide_key = jax.random.split(jax.random.fold_in(noise_key, 1))
+        weights = self.student.max_guidance * jax.random.uniform(weight_key, labels.shape)
+        guided = (labels >= 0) & jax.random.bernoulli(guide_key, 0.5, labels.shape)
+        noisy = self.noise(noise_key, images, levels)
+        return to_float(images), noisy, labels, levels, jnp.where(guided, weights, 0.0)
+
+    def loss(self, variables: Variables, batch: Batch, frozen: Teacher) -> tuple[jax.Array, tuple[Metrics, Any]]:
+        flow = device_flow(self.student.flow)
+        student = Student(self.student, training_kernels(self.student.flow))
+        clean, noisy, labels, levels, weights = batch
+        if self.student.max_guidance:
+            path = guided_trajectory(flow, frozen.flow, noisy, labels, weights, levels)
+        else:
+            path = flow_trajectory(flow, frozen.flow, noisy, labels, levels)
+        loss, metrics = distillation_loss(student, variables, clean, *path, labels, weights, frozen.perception)
+        return loss, (metrics, None)
+
+    def finish(self, variables: Variables, metrics: Metrics, outputs: Any) -> tuple[Variables, Metrics]:
+        return variables, metrics
+
+    def test_loss(self, runner: BatchRunner, variables: Variables, source: ImageSource, frozen: Teacher) -> float:
+        """The mean square error of the clean images, unguided."""
+
+        def read(index: np.ndarray) -> dict[str, Any]:
+            images, labels = source.read(index)
+            return {"images": images, "labels": labels, "index": index.astype(np.int32)}
+
+        errors = runner.run(
+            functools.partial(_image_errors, self),
+            (frozen.flow, variables),
+            LazyRows(read, len(source)),
+            bytes_per_image=2 * forward_bytes(self.student.flow),
+            description="student's errors",
+            key=jax.random.key(0),
+        )
+        return float(errors.mean(dtype=np.float64))
+
+    def _levels(self, count: int) -> jax.Array | None:
+        return jnp.full(count, self.noise.std_max) if self.noise.kind == "levels" else None
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _image_errors(
+    task: StudentTask,
+    variables: tuple[Any, Any],
+    images: jax.Array,
+    labels: jax.Array,
+    index: jax.Array,
+    key: jax.Array,
+) -> jax.Array:
+    """Mean square errors [B] of a student's images; noise as in `Noise.of_numbered`."""
+    levels = task._levels(len(images))
+    noisy = task.noise.of_numbered(key, images, index, levels)
+    latents, _ = flow_trajectory(device_flow(task.student.flow), variables[0], noisy, labels, levels)
+    found, _ = Student(task.student).apply(variables[1], latents, labels, None)
+    return jnp.square(found - to_float(images)).mean((1, 2, 3))
+
+
+def _dropped(key: jax.Array, labels: jax.Array, probability: float) -> jax.Array:
+    """Labels, some replaced by -1, no class."""
+    return jnp.where(jax.random.bernoulli(key, probability, labels.shape), -1, labels)
+
+
+def _check_noise(model: TarFlowConfig, noise: Noise) -> None:
+    if model.noise_conditional != (noise.kind == "levels"):
+        raise UserError(
+            f"model.noise_conditional is {model.noise_conditional} with noise.kind {noise.kind!r}; "
+            "expected True with 'levels', False otherwise"
+        )
