@@ -9,13 +9,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from jax.sharding import PartitionSpec
 
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.flow.transformer import MLP_EXPANSION
-from tarflow_jax.student.config import StudentConfig
-from tarflow_jax.student.network import NUM_WAVES
 
 Shape = tuple[int, ...]
 
@@ -122,7 +121,7 @@ PARAMETERS = (
     Parameter("prior/variance", "T D", "var", when="volume_preserving"),
 )
 # In a student's blocks, which otherwise have the same parameters as the flow's.
-GUIDANCE = Parameter("guidance/kernel", f"{NUM_WAVES} -> C:fsdp", "")
+GUIDANCE = Parameter("guidance/kernel", "16 -> C:fsdp", "")
 
 
 def params_shapes(config: TarFlowConfig) -> dict[str, Shape]:
@@ -137,8 +136,8 @@ def variables_shapes(config: TarFlowConfig) -> dict[str, Shape]:
     return shapes | {row.name: row.shape(config, depth=0) for row in _rows(config, in_block=False)}
 
 
-def student_shapes(config: StudentConfig) -> dict[str, Shape]:
-    """Shapes of a student's variables, "params/block_0/project_in/kernel" and so on."""
+def student_shapes(config: Any) -> dict[str, Shape]:
+    """Shapes of the variables of a student with this `StudentConfig`."""
     rows = [*_rows(config.shape, in_block=True), *([GUIDANCE] if config.max_guidance else [])]
     depths = enumerate(config.shape.depths)
     return {f"params/block_{j}/{row.name}": row.shape(config.shape, depth) for j, depth in depths for row in rows}
