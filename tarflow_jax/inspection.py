@@ -1,5 +1,4 @@
-"""What a flow can be asked of an image: its likelihood and where it arises, its class, its latents; and the way between
-two images."""
+"""Likelihood of an image by patch, its class and its latents; interpolation between two images."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,30 +14,30 @@ from tarflow_jax.likelihood import bits_per_dim
 from tarflow_jax.noise import to_float
 from tarflow_jax.pipeline import TarFlowPipeline, check_levels
 
-Progress = Callable[[float, str], Any]  # the share that is done, and what comes now
+Progress = Callable[[float, str], Any]  # called with the share done and a description of the next step
 
 
 class Inspection(NamedTuple):
-    """What `inspect` finds out. H, W, K of the image, P the patch size, C the classes."""
+    """Result of `inspect`. P is the patch size, C the number of classes."""
 
-    noisy: np.ndarray  # x, the image with the noise that the flow was trained with, float32 [H, W, K]
+    noisy: np.ndarray  # x, the image with training noise, float32 [H, W, K]
     log_prob: float  # log p(x | label), nats
     bits_per_dim: float
-    patch_bits: np.ndarray  # bits per dimension of each patch, whose mean is `bits_per_dim`; float64 [H / P, W / P]
+    patch_bits: np.ndarray  # bits per dimension by patch, with mean `bits_per_dim`; float64 [H / P, W / P]
     latents: np.ndarray  # float32 [H, W, K]
     reconstruction: np.ndarray  # decode(encode(x)), float32 [H, W, K]
-    class_log_probs: np.ndarray | None  # log p(x | y), nats, float64 [C]; None of a flow without classes
+    class_log_probs: np.ndarray | None  # log p(x | y), nats, float64 [C]; None without classes
 
     @property
     def error(self) -> float:
-        """The largest error of a number of the reconstruction, in [-1, 1] units."""
+        """Largest absolute error of the reconstruction, in [-1, 1] units."""
         return float(np.abs(self.reconstruction - self.noisy).max())
 
     def posterior(self, temperature: float = 1.0) -> np.ndarray:
         """p(y | x), float64 [C], by Bayes' rule under equal priors: softmax_y(log p(x | y) / temperature).
 
-        A temperature of 1 is the rule itself, and far too sure; `launch.evaluate --metrics=classification` finds the
-        one that calibrates it. Raises ValueError where the flow has no classes.
+        Temperature 1 is overconfident; `launch.evaluate --metrics=classification` finds one that calibrates it. Raises
+        ValueError if the flow has no classes.
         """
         if self.class_log_probs is None:
             raise UserError("this model has no classes, and so no class probabilities")
@@ -48,16 +47,15 @@ class Inspection(NamedTuple):
 def with_noise(
     pipe: TarFlowPipeline, images_uint8: np.ndarray, key: jax.Array, noise_std: float | None = None
 ) -> jax.Array:
-    """8-bit images [B, H, W, K] with the noise of the flow's training, float32; as they are where that is unknown.
+    """Adds the training noise to 8-bit images [B, H, W, K]; float32, without noise if it is unknown.
 
-    Image i has the noise of `pipe.bits_per_dim`. `noise_std` is the level, for a noise with levels.
+    Image i gets the noise that it has in `pipe.bits_per_dim`. `noise_std` is the level, for a noise with levels.
     """
     if pipe.noise is None:
         return to_float(images_uint8)
-    levels = check_levels(pipe.config, noise_std, 1)
-    keys = [jax.random.fold_in(jax.random.fold_in(key, 0), i) for i in range(len(images_uint8))]
-    pairs = zip(keys, jnp.asarray(images_uint8), strict=True)
-    return jnp.concatenate([pipe.noise(key, image[None], levels) for key, image in pairs])
+    count = len(images_uint8)
+    levels = check_levels(pipe.config, noise_std, count)
+    return pipe.noise.of_numbered(jax.random.fold_in(key, 0), jnp.asarray(images_uint8), jnp.arange(count), levels)
 
 
 def inspect(
@@ -68,16 +66,16 @@ def inspect(
     noise_std: float | None = None,
     progress: Progress = lambda share, what: None,
 ) -> Inspection:
-    """Asks a flow about one 8-bit image [H, W, K].
+    """Evaluates a flow at one 8-bit image [H, W, K].
 
-    The flow is a density of images with noise, so it is asked about this one with noise that `key` draws. For uniform
-    noise `bits_per_dim` is the field's figure of 8-bit data; for Gaussian noise it is that of the noisy image, in the
-    same unit, and compares only under the same noise.
+    The flow is a density of images with noise, so `key` draws noise for this one. For uniform noise `bits_per_dim` is
+    the usual figure for 8-bit data; for Gaussian noise it is that of the noisy image, and compares only under the same
+    noise.
 
     Args:
       label: the condition y of log p(x | y), of the patches and of the latents; -1 for no class.
       noise_std: σ, for a flow of many noise levels, and for it alone.
-      progress: is told the share of the work that is done.
+      progress: called before each step.
 
     Raises:
       ValueError: a shape, label or noise level that does not fit the model, or log p is not finite.
@@ -122,18 +120,17 @@ def interpolate(
     noise_std: float | None = None,
     progress: Progress = lambda share, what: None,
 ) -> np.ndarray:
-    """From one image to another, by `spherical` interpolation of their latents.
+    """Interpolates between two images by `spherical` interpolation of their latents.
 
-    Both get noise as in `inspect`; what is decoded is denoised where the noise is Gaussian. So the first and the last
-    are the images themselves, up to what denoising by one step leaves.
+    Both get noise as in `inspect`; decoded images are denoised if the noise is Gaussian. So the first and the last are
+    the images themselves, up to the noise that one step of denoising leaves.
 
     Args:
       images_uint8: [2, H, W, K].
       key: of the noise.
       count: N, the images from first to last.
       label: of all images on the way, -1 for no class.
-      noise_std: as of `inspect`.
-      progress: as of `inspect`.
+      noise_std, progress: as of `inspect`.
 
     Returns:
       float32 [N, H, W, K].

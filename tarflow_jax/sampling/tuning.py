@@ -32,31 +32,31 @@ _NO_ERROR = 1e-30  # in place of 0 as a divisor
 
 
 class Trial(NamedTuple):
-    """A decoder tried on a block: its mean number of updates, its seconds, and the largest error of a token."""
+    """A decoder tried on a block."""
 
     decoder: Decoder
-    updates: float
+    updates: float  # mean over the images
     seconds: float
-    error: float
+    error: float  # largest of a token
 
 
 class BlockReport(NamedTuple):
-    """A block's convergence ranking (CRM, arXiv 2505.12849), its better init, its trials, and the chosen one."""
+    """The trials of a block, `Sequential` first, and the chosen one."""
 
     block: int
-    crm: float
-    init: str
+    crm: float  # convergence ranking metric (arXiv 2505.12849)
+    init: str  # the better one
     trials: list[Trial]
     chosen: Trial
 
 
 class Tuning(NamedTuple):
-    """Reports by block number; seconds of the sequential decoder and of the chosen ones; their error in pixels."""
+    """Result of `tune`, for all blocks together."""
 
-    reports: list[BlockReport]
+    reports: list[BlockReport]  # by block number
     sequential_seconds: float
     seconds: float
-    error: float
+    error: float  # largest of a pixel
 
     @property
     def decoders(self) -> tuple[Decoder, ...]:
@@ -75,11 +75,11 @@ def tune(
     tolerance: float,
     max_error: float,
 ) -> Tuning:
-    """Measures the candidates of every block on the blocks' own inputs, and picks the fastest that is close enough.
+    """Times candidate decoders on every block, and picks the fastest that is close enough.
 
     Args:
-      decode_with: decoders -> images of `latents`, as they will be drawn; it times and checks them together.
-      latents, labels, guidance, noise_std: as of `decode`; the batch size is the one that is tuned for.
+      decode_with: decoders -> images of `latents`, drawn as users will draw; the choice is timed and checked with it.
+      latents, labels, guidance, noise_std: as of `decode`, for the batch size to tune.
       tolerance: of the candidates.
       max_error: of any pixel of the images, against `Sequential`, in [-1, 1] units. Blocks whose errors exceed it,
         alone or together, stay sequential.
@@ -109,10 +109,9 @@ def tune(
 
 
 def least_worth(reports: Sequence[BlockReport], per_error: bool) -> int | None:
-    """The parallel block that gains least over `Sequential` and so goes back to it; None where all are sequential.
+    """The parallel block that gains the least over `Sequential`, to be made sequential again; None if none is parallel.
 
-    `reports` are by block number, the first trial of each the sequential one. With `per_error` the images are too far
-    off, so a block's gain is in seconds for each unit of its error; otherwise they take too long, and it is in seconds.
+    Its gain is the seconds it saves; with `per_error`, because the images are too far off, seconds per unit of error.
     """
 
     def gain(i: int) -> float:
