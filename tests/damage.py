@@ -1,4 +1,4 @@
-"""What may happen to a checkpoint on a disk, done to the largest file of its folder."""
+"""Damages the largest file in a folder, as a disk may do."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Restores while something fails in process 1 alone; to be started as two processes. Prints what each found.
+"""Restores while reading fails on one of two processes; prints what each of them found.
 
 python tests/restore_apart.py FOLDER
 """
@@ -21,23 +21,33 @@ from tarflow_jax.training import Checkpoints
 DATA_LOSS = ValueError("DATA_LOSS: a checksum does not match")
 
 
-def failing_on(process, error):
-    """Within it, step 3 cannot be restored on one process."""
+@contextlib.contextmanager
+def trouble(change):
+    """Passes what Orbax restores of step 3 through a function."""
     original = ocp.PyTreeCheckpointHandler.restore
 
     def restore(self, directory, *args, **kwargs):
-        if directory.parent.name == "3":
+        state = original(self, directory, *args, **kwargs)
+        return change(state) if directory.parent.name == "3" else state
+
+    with mock.patch.object(ocp.PyTreeCheckpointHandler, "restore", restore):
+        yield
+
+
+def failing_on(process, error):
+    """Step 3 cannot be restored on one process."""
+
+    def change(state):
+        if jax.process_index() == process:
             raise error
-        return original(self, directory, *args, **kwargs)
+        return state
 
-    if jax.process_index() != process:
-        return contextlib.nullcontext()
-    return mock.patch.object(ocp.PyTreeCheckpointHandler, "restore", restore)
+    return trouble(change)
 
 
-def attempt(name, checkpoints, shapes, process, error):
-    """Prints what a restore gives; then a collective, in which processes that went apart would hang."""
-    with failing_on(process, error):
+def attempt(name, checkpoints, shapes, context):
+    """Prints what a restore returns or raises, then runs a collective, which hangs if the processes disagree."""
+    with context:
         try:
             step, state = checkpoints.restore(shapes)
             total = jax.jit(jnp.sum)(state["kernel"])
@@ -48,7 +58,7 @@ def attempt(name, checkpoints, shapes, process, error):
 
 
 def main(folder):
-    """Saves steps 1 to 3, restores them in trouble of several kinds, and sets the last aside."""
+    """Saves steps 1 to 3, restores them with several kinds of failures, and sets the last aside."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stdout, format="%(message)s", force=True)
     logging.getLogger("absl").setLevel(logging.ERROR)
     lie = NamedSharding(make_mesh(), PartitionSpec(("data",)))
@@ -60,12 +70,14 @@ def main(folder):
     checkpoints = Checkpoints(Path(folder) / "checkpoints")
     shapes = {"kernel": jax.ShapeDtypeStruct((8,), jnp.int32, sharding=lie)}
     for process in (0, 1):
-        attempt(f"damaged{process}", checkpoints, shapes, process, DATA_LOSS)
-        attempt(f"memory{process}", checkpoints, shapes, process, MemoryError("no bytes left"))
-        attempt(f"denied{process}", checkpoints, shapes, process, PermissionError(13, "Permission denied"))
+        attempt(f"damaged{process}", checkpoints, shapes, failing_on(process, DATA_LOSS))
+        attempt(f"memory{process}", checkpoints, shapes, failing_on(process, MemoryError("no bytes left")))
+        denied = PermissionError(13, "Permission denied")
+        attempt(f"denied{process}", checkpoints, shapes, failing_on(process, denied))
+    attempt("changed", checkpoints, shapes, trouble(lambda state: jax.tree.map(lambda x: x + 1, state)))
     print("best", repr(checkpoints.restore(shapes, best=True)[0]))
     checkpoints.set_aside_after(2)
-    attempt("aside", checkpoints, shapes, 1, DATA_LOSS)
+    attempt("aside", checkpoints, shapes, failing_on(1, DATA_LOSS))
     checkpoints.close()
 
 

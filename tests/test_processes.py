@@ -211,6 +211,7 @@ def test_processes_restore_the_same_step_or_none(tmp_path):
     assert found[0].keys() - found[1].keys() == {"checkpoint"}  # the first moved it
     mine, other = "DATA_LOSS: a checksum does not match", "process {} failed; its log says why"
     for process, reasons in enumerate(((mine, other.format(1)), (other.format(0), mine))):
+        reasons += ("kernel is damaged",)
         assert [line for line in lines[process] if line.startswith("skipping")] == [
             f"skipping checkpoint {tmp_path}/checkpoints/3: {reason}" for reason in reasons
         ]
@@ -224,6 +225,7 @@ def test_processes_restore_the_same_step_or_none(tmp_path):
         assert f"could not read {tmp_path}/checkpoints/3: [Errno 13] Permission" in here[f"denied{process}"]
         assert there[f"denied{process}"] == f"denied{process} {failed}"
     assert found[0]["best"] == found[1]["best"] == "best 1"
+    assert found[0]["changed"] == found[1]["changed"] == "changed 2 16"
     assert found[0]["aside"] == found[1]["aside"] == "aside 2 16"
     assert (tmp_path / "damaged" / "3").is_dir()
 
