@@ -12,7 +12,9 @@ ROOT = Path(__file__).parent.parent
 # Programs run for milliseconds and are compiled for seconds, a quarter of them in XLA's newer emitters of loops.
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
 NOT_OPTIMISED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # a program runs a few times
-COMMANDS = tuple(sorted(path.stem for path in ROOT.joinpath("launch").glob("*.py") if "__main__" in path.read_text()))
+COMMANDS = tuple(
+    sorted(path.stem for path in ROOT.joinpath("launch").glob("*.py") if '__name__ == "__main__"' in path.read_text())
+)
 
 
 def environment(**variables):
