@@ -54,6 +54,8 @@ class Options:
             fits, expected = value in choices, f"one of {', '.join(choices)}"
         elif low > -math.inf:
             expected += f" from {low:g}" + (f" to {high:g}" if high < math.inf else "")
+        elif kind is float:
+            expected = "a finite number"
         if not fits:
             raise UserError(f"{self.group}.{field.name} is {given!r}; expected {expected}")
         return value

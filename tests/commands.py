@@ -11,10 +11,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 # Tests' programs run for milliseconds but compile for seconds, a quarter of them in XLA's fusion emitters.
 QUICK_TO_COMPILE = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
-NOT_OPTIMISED = (
-    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # for programs that run a few times
+NOT_OPTIMISED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # a program runs a few times
+COMMANDS = tuple(
+    sorted(path.stem for path in ROOT.joinpath("launch").glob("*.py") if '__name__ == "__main__"' in path.read_text())
 )
-COMMANDS = tuple(sorted(path.stem for path in ROOT.joinpath("launch").glob("*.py") if "__main__" in path.read_text()))
 
 
 def environment(**variables):

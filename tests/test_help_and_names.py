@@ -17,12 +17,28 @@ from tarflow_jax.training import Recipe
 from tarflow_jax.training.recipe import GROUPS, STUDENT_GROUPS, config_help, default_config, label_names
 
 
-@pytest.mark.parametrize(
-    "command", [c if c in ("train", "evaluate") else pytest.param(c, marks=pytest.mark.slow) for c in commands.COMMANDS]
-)
-def test_help_has_an_example_and_a_sentence_for_every_flag(command):
-    code, out, err = commands.run("-m", f"launch.{command}", "--helpfull")
+@pytest.fixture(scope="module")
+def helps():
+    """What --helpfull prints, by command; forked from a process that has imported most of what they need."""
+    program = (
+        "import os, runpy, sys, warnings\n"
+        "from launch import common\n"
+        "warnings.filterwarnings('ignore', '.*fork')\n"
+        f"for name in {commands.COMMANDS}:\n"
+        "    print(f'== {name}', flush=True)\n"
+        "    if os.fork() == 0:\n"
+        "        sys.argv = [name, '--helpfull']\n"
+        "        runpy.run_module(f'launch.{name}', run_name='__main__', alter_sys=True)\n"
+        "    assert os.waitstatus_to_exitcode(os.wait()[1]) == 0\n"
+    )
+    code, out, err = commands.run("-c", program)
     assert code == 0, err
+    return dict(part.split("\n", 1) for part in out.split("== ")[1:])
+
+
+@pytest.mark.parametrize("command", commands.COMMANDS)
+def test_help_has_an_example_and_a_sentence_for_every_flag(command, helps):
+    out = helps[command]
     assert any(line.strip().startswith(f"python -m launch.{command} --") for line in out.splitlines())
     flags = dict(re.findall(r"^  --(?:\[no\])?(\w+): +(?:<.*>: )?(.*)$", out, re.MULTILINE))
     assert {"compilation_cache", "traceback"} < flags.keys()
