@@ -42,7 +42,8 @@ def noisy_log_prob(
         read = images.read
         rows: Any = LazyRows(lambda index: named(*read(index), index), images.total)
     else:
-        rows = named(*images, np.arange(len(images[0])))
+        in_memory, labels = images
+        rows = named(in_memory, labels, np.arange(len(in_memory)))
     function = functools.partial(likelihood.noisy_log_prob, exact_flow(config), noise)
     size = forward_bytes(config)
     return runner.run(function, variables, rows, bytes_per_image=size, description="log-likelihoods", key=key)

@@ -118,10 +118,10 @@ def trace(recipe: Recipe, mesh: Mesh, sampler: bool) -> tuple[Any, dict[str, Any
 
 
 def _sample(recipe: Recipe, variables: Any, latents: jax.Array, labels: jax.Array) -> jax.Array:
-    model, guidance = recipe.model, Guidance(**recipe.config.sample.guidance)
+    model = recipe.model
+    guidance = Guidance(**recipe.config.sample.guidance).checked_for(model)
     given = labels if model.num_classes else None
     levels = jnp.ones(len(labels)) if model.noise_conditional else None
-    guidance = guidance if guidance.weight else None
     with jax.default_matmul_precision("highest"):
         return decode(device_flow(model), variables, latents, given, levels, guidance=guidance)
 

@@ -35,7 +35,7 @@ class LazyRows:
       total: the number of rows, B.
     """
 
-    read: Callable[[np.ndarray], Mapping[str, Any]]
+    read: Callable[[np.ndarray], Any]
     total: int
 
 

@@ -78,8 +78,8 @@ class BlockInverse:
         if self.guidance is None:
             return affine, caches
         pairs = jax.tree.map(lambda both: both.reshape(-1, 2, *both.shape[1:]), affine)
-        passes = (jax.tree.map(lambda pair, i=i: pair[:, i], pairs) for i in range(2))
-        return guided(self.guidance, *passes, start, self.block.config.num_tokens), caches
+        with_label, without = (jax.tree.map(lambda pair, i=i: pair[:, i], pairs) for i in range(2))
+        return guided(self.guidance, with_label, without, start, self.block.config.num_tokens), caches
 
 
 def _interleave(guided: jax.Array, unguided: jax.Array) -> jax.Array:

@@ -51,7 +51,8 @@ def decode_trace(
     if config.volume_preserving:
         variance = variables["prior"]["variance"]
         tokens, log_det = tokens * jnp.sqrt(variance)[None], log_det - 0.5 * jnp.log(variance).sum()
-    path, found = [latents], []
+    path: list[jax.Array] = [latents]
+    found: list[Inverted] = []
     for numbers in reversed(equal_blocks(config, decoders, guidance)):
 
         def invert(tokens: jax.Array, block: Any, k: int = numbers[-1]) -> tuple[jax.Array, Inverted]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 import jax
@@ -91,7 +92,7 @@ class Guidance:
 
 
 def _is_finite(number: object) -> bool:
-    return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+    return isinstance(number, numbers.Real) and not isinstance(number, bool) and math.isfinite(number)
 
 
 _TRACED, _STATIC = ("weight", "attention_temperature"), ("target", "schedule", "rule", "blocks")
@@ -116,7 +117,7 @@ def guided(guidance: Guidance, with_label: Affine, without: Affine, start: jax.A
     weights = jax.lax.dynamic_slice_in_dim(guidance.weights(num_tokens), start, with_label.shift.shape[1], axis=-1)
     weights = weights.reshape(-1, with_label.shift.shape[1], 1)  # [1 or B, S, 1]
 
-    def guide(name: str, a: jax.Array, unguided: jax.Array) -> jax.Array:
+    def guide(name: str, a: Any, unguided: Any) -> Any:
         return a + weights * (a - unguided) if guidance.target in ("both", name) else a
 
     # The lower triangle of a triangular map is guided with its scales.
