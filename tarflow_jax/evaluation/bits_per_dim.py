@@ -34,19 +34,21 @@ def noisy_log_prob(
         noise is of that level where `noise` has many.
     """
 
-    def named(images: Any, labels: Any, index: np.ndarray) -> dict[str, Any]:
-        noise_std = None if levels is None else levels[index % len(levels)]
-        return {"images": images, "labels": labels, "index": index.astype(np.int32), "noise_std": noise_std}
+    if not isinstance(images, LazyRows):
+        pixels, labels = images
+        images = LazyRows(lambda index: (pixels[index], None if labels is None else labels[index]), len(pixels))
+    source = images
 
-    if isinstance(images, LazyRows):
-        read = images.read
-        rows: Any = LazyRows(lambda index: named(*read(index), index), images.total)
-    else:
-        in_memory, labels = images
-        rows = named(in_memory, labels, np.arange(len(in_memory)))
+    def read(index: np.ndarray) -> dict[str, Any]:
+        pixels, labels = source.read(index)
+        noise_std = None if levels is None else levels[index % len(levels)]
+        return {"images": pixels, "labels": labels, "index": index.astype(np.int32), "noise_std": noise_std}
+
     function = functools.partial(likelihood.noisy_log_prob, exact_flow(config), noise)
     size = forward_bytes(config)
-    return runner.run(function, variables, rows, bytes_per_image=size, description="log-likelihoods", key=key)
+    return runner.run(
+        function, variables, LazyRows(read, source.total), bytes_per_image=size, description="log-likelihoods", key=key
+    )
 
 
 def split_log_prob(
