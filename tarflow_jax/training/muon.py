@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from tarflow_jax.runtime.parameters import Parameter, rows_of
 
 MOMENTUM = 0.95
 RMS = 0.2  # of an update, about AdamW's, so that learning rates and weight decay carry over (Liu et al. 2025)
-_NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # optax scans over a row a step, but unrolls steps of a single row
+_COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 5  # optax scans over a row a step, but unrolls steps of a single row
 
 
 def muon(learning_rate: optax.Schedule, weight_decay: float, dtype: DTypeLike) -> optax.GradientTransformation:
@@ -51,35 +52,48 @@ def orthogonalized(blocks: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
     """
 
     def of_all_blocks(path: tuple[Any, ...], *kernels: jax.Array) -> list[jax.Array]:
-        ends = list(itertools.accumulate(map(len, kernels)))
-        return jnp.split(_orthogonalized(_row(path), jnp.concatenate(kernels), dtype), ends[:-1])
+        row, ends = _row(path), list(itertools.accumulate(map(len, kernels)))
+        sides = optax.contrib.MuonDimensionNumbers(row.input_axes, row.output_axes)
+        function = functools.partial(_newton_schulz, sides, dtype)
+        axes = jax.sharding.get_abstract_mesh().axis_names
+        return jnp.split(_over_devices(axes, function, jnp.concatenate(kernels), row.spec[1:]), ends[:-1])
 
     first, *others = blocks.values()
     directions = jax.tree_util.tree_map_with_path(of_all_blocks, first, *others)
+    directions = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), directions)
     return dict(zip(blocks, jax.tree.transpose(jax.tree.structure(first), None, directions), strict=True))
 
 
-def _orthogonalized(row: Parameter, stack: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """`orthogonalized` for one stack of kernels; each device computes its share of the layers."""
-    mesh, layouts = jax.sharding.get_abstract_mesh(), []
-    # From the parameters' sharding to layers over all devices, one mesh axis at a time. XLA compiles such a change to
-    # a slice or an all-to-all; to move all axes at once, or a concatenation, it would send whole stacks.
-    for count in range(0 if mesh.empty else len(mesh.axis_names) + 1):
-        moved = mesh.axis_names[:count]
-        layouts.append(PartitionSpec(moved, *(None if axis in moved else axis for axis in row.spec[1:])))
-
-    padding = [(0, -len(stack) % max(mesh.size, 1)), *[(0, 0)] * (stack.ndim - 1)]
-    shared = functools.reduce(jax.lax.with_sharding_constraint, layouts, jnp.pad(stack, padding))
-    matrices = optax.contrib.MuonDimensionNumbers(row.input_axes, row.output_axes)
+def _newton_schulz(sides: optax.contrib.MuonDimensionNumbers, dtype: DTypeLike, stack: jax.Array) -> jax.Array:
+    """Orthogonalizes and scales a stack [layers, …] of kernels."""
     # optax does not export its Newton-Schulz iteration. Without momentum, its Muon is just that.
-    newton_schulz = optax.contrib.scale_by_muon(
-        _NEWTON_SCHULZ, beta=0.0, nesterov=False, weight_dimension_numbers=matrices
-    )
-    directions, _ = newton_schulz.update(shared, newton_schulz.init(shared))
-    longer_side = max(math.prod(stack.shape[i] for i in axes) for axes in (row.input_axes, row.output_axes))
-    directions = (math.sqrt(longer_side) * directions).astype(dtype)
-    directions = functools.reduce(jax.lax.with_sharding_constraint, reversed(layouts), directions)
-    return directions[: len(stack)].astype(jnp.float32)
+    iteration = optax.contrib.scale_by_muon(_COEFFICIENTS, beta=0.0, nesterov=False, weight_dimension_numbers=sides)
+    directions, _ = iteration.update(stack, iteration.init(stack))
+    longer_side = max(math.prod(stack.shape[axis] for axis in axes) for axes in sides)
+    return (math.sqrt(longer_side) * directions).astype(dtype)
+
+
+def _over_devices(
+    axes: Sequence[str], function: Callable[[jax.Array], jax.Array], stack: jax.Array, spec: Sequence[str | None]
+) -> jax.Array:
+    """Applies `function` to a stack [layers, …], the layers divided among the devices along the mesh's `axes`.
+
+    `spec` shards the other dimensions. XLA compiles each axis to a slice and an all-gather where it is not in `spec`,
+    to two all-to-alls where it is. Constrained to all axes at once, it would all-gather whole stacks.
+    """
+    if not axes:
+        return function(stack)
+    axis, *others = axes
+    size = jax.sharding.get_abstract_mesh().shape[axis]
+    without = [None if name == axis else name for name in spec]
+    divided, constrain = PartitionSpec(axis, None, *without), jax.lax.with_sharding_constraint
+
+    whole = constrain(stack, PartitionSpec(None, *spec))
+    padded = jnp.pad(whole, [(0, -len(stack) % size), *[(0, 0)] * (stack.ndim - 1)])
+    shares = constrain(padded.reshape(size, -1, *stack.shape[1:]), divided)
+    results = jax.vmap(lambda share: _over_devices(others, function, share, without), spmd_axis_name=axis)(shares)
+    gathered = constrain(constrain(results, divided), PartitionSpec(None, None, *spec))
+    return gathered.reshape(-1, *stack.shape[1:])[: len(stack)]
 
 
 def _row(path: tuple[Any, ...]) -> Parameter:
