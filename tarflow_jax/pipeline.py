@@ -461,10 +461,9 @@ class TarFlowPipeline:
         decoders = self._decoders(decoder, guidance, len(latents))
         rows = self._rows(latents, labels, noise_std, "latents")
         if decoders and any(isinstance(one, Student) or getattr(one, "init", "") == "student" for one in decoders):
-            known = self.require_student().config.max_guidance
-            _, rows["guess"] = self._by_student(
-                latents, labels, min(max(guidance.weight, 0.0), known) if guidance else 0.0
-            )
+            most = self.require_student().config.max_guidance
+            weight = jnp.clip(guidance.weight, 0, most) if guidance else 0.0
+            _, rows["guess"] = self._by_student(latents, labels, weight)
         one_by_one = decoders is None or Sequential() in decoders
         caches = max(self.config.depths) * 4 * 4 * self.config.num_tokens * self.config.width  # and their copies
         at_once = forward_bytes(self.config) if decoders else 0
