@@ -192,7 +192,11 @@ def test_unknown_names_splits_and_options():
         (("digits", "validation"), {}, "unknown split 'validation' of digits; expected one of train, test"),
         (("folder:", "train"), {}, "data set 'folder:' is incomplete; expected folder:PATH"),
         (("digits", "train"), {"preprocessing": "adm"}, "digits: its images are not resized"),
-        (("digits", "train"), {"preprocessing": "crop"}, "unknown preprocessing 'crop'"),
+        (
+            ("digits", "train"),
+            {"preprocessing": "crop"},
+            "unknown preprocessing 'crop'; expected one of none, tarflow, adm",
+        ),
         (("digits", "train"), {"image_size": (8, 16)}, "digits: its images are 8x8, but 8x16 is asked for"),
         (("tfds:cifar11", "train"), {}, "tfds:cifar11: unknown data set; did you mean tfds:cifar10"),
     ):

@@ -4,6 +4,7 @@ The drawings are Google's Noto Emoji (Apache License 2.0); the package is under 
 code points assigns it to a split, with all of its skin-tone variants.
 """
 
+import dataclasses
 import json
 import tarfile
 import zlib
@@ -33,7 +34,7 @@ def prepare_emoji(argument: str, options: Options) -> str:
     if not argument:
         raise _not_prepared(folder)
     splits, label_names = _list_emoji(Path(argument).expanduser())
-    pack("emoji64", splits, label_names, folder, (64, 64), options)
+    pack("emoji64", splits, label_names, folder, dataclasses.replace(options, image_size=(64, 64)))
     return "emoji64"
 
 
@@ -46,11 +47,6 @@ def _not_prepared(folder: Path) -> FileNotFoundError:
 def _list_emoji(path: Path) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
     """Lists the images of each split, and the names of the categories, of the package at `path`."""
     content = _read_package(path)
-
-    def item(variant: dict[str, str], label: int) -> Item:
-        png = content[IMAGES + variant["image"]]
-        return Item(variant["image"], label, lambda: png, str(zlib.crc32(png)))
-
     try:
         entries = json.loads(content["emoji.json"])
         label_names = tuple(sorted({entry["category"] for entry in entries}))
@@ -58,18 +54,20 @@ def _list_emoji(path: Path) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
         for entry in entries:
             variants = (entry, *entry.get("skin_variations", {}).values())
             label = label_names.index(entry["category"])
-            items = [item(variant, label) for variant in variants if variant["has_img_google"]]
+            names = [variant["image"] for variant in variants if variant["has_img_google"]]
+            items = [_item(name, content[IMAGES + name], label) for name in names]
             splits[split_of(entry["unified"])] += items
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"emoji64: {path} is not the package {PACKAGE} ({error!r}); {HOW}") from None
     return splits, label_names
 
 
-def _read_package(path: Path) -> dict[str, bytes]:
-    """Reads emoji.json and the 64x64 PNG files, by their path inside the package, from its tarball or folder.
+def _item(name: str, png: bytes, label: int) -> Item:
+    return Item(name, label, lambda: png, str(zlib.crc32(png)))
 
-    Unpacks nothing to disk. Raises FileNotFoundError, or ValueError for a damaged tarball.
-    """
+
+def _read_package(path: Path) -> dict[str, bytes]:
+    """Reads emoji.json and the 64x64 PNG files, by their path inside the package, from its tarball or folder."""
     if path.is_dir():
         root = path / "package" if (path / "package").is_dir() else path
         files = [root / "emoji.json", *(root / IMAGES).glob("*.png")]
