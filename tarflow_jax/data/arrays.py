@@ -36,21 +36,14 @@ def open_digits(argument: str, split: str, options: Options) -> ArraySource:
 def open_npz(argument: str, split: str, options: Options) -> ArraySource:
     """Opens one split of a NumPy archive: `images` and perhaps `labels`, or ADM's names `arr_0` and `arr_1`.
 
-    A hash of its index assigns each image to a split. Raises FileNotFoundError, or ValueError unless the file holds
-    uint8 images [N, H, W] or [N, H, W, K].
+    Images are uint8 [N, H, W] or [N, H, W, K]. A hash of its index assigns each image to a split.
     """
     path = Path(argument).expanduser()
     name = f"npz:{path}"
-    if not path.is_file():
-        raise FileNotFoundError(f"{name}: no such file")
-    expected = f"{name}: expected an .npz with uint8 arrays `images` and `labels`, or `arr_0` and `arr_1`"
-    try:
-        arrays = read_npz(path, ("images", "labels", "arr_0", "arr_1"))
-    except UserError as error:
-        raise UserError(f"{expected} ({error})") from None
+    arrays = read_npz(path, ("images", "labels", "arr_0", "arr_1"))
     images, labels = arrays.get("images", arrays.get("arr_0")), arrays.get("labels", arrays.get("arr_1"))
     if images is None:
-        raise UserError(expected)
+        raise UserError(f"{name}: expected uint8 arrays `images` and `labels`, or `arr_0` and `arr_1`")
     if images.ndim == 3:
         images = images[..., None]
     num_classes = int(labels.max()) + 1 if labels is not None and labels.size else 0
@@ -60,25 +53,21 @@ def open_npz(argument: str, split: str, options: Options) -> ArraySource:
 
 
 def open_fashion_mnist(argument: str, split: str, options: Options) -> ArraySource:
-    """Opens Fashion-MNIST, 60,000 and 10,000 grey images of 28x28 in 10 classes, from its gzip IDX files in a folder.
-
-    The folder defaults to Debian's.
-    """
+    """Opens Fashion-MNIST, 60,000 and 10,000 grey images of 28x28 in 10 classes, from its gzip IDX files in a folder."""
     folder = Path(argument or FASHION_MNIST_FOLDER).expanduser()
     prefix = {"train": "train", "test": "t10k"}[split]
-    paths = [folder / f"{prefix}-images-idx3-ubyte.gz", folder / f"{prefix}-labels-idx1-ubyte.gz"]
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"fashion_mnist: {path} not found; install Debian's package (apt-get install "
-                "dataset-fashion-mnist), or name the folder of the four gzip IDX files: fashion_mnist:PATH"
-            )
-    images, labels = _read_idx(paths[0], 3), _read_idx(paths[1], 1)
+    images = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", 3)
+    labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", 1)
     return ArraySource("fashion_mnist", images[..., None], labels, 10, FASHION_MNIST_LABELS)
 
 
 def _read_idx(path: Path, num_dimensions: int) -> np.ndarray:
-    """Reads the uint8 array of a gzip IDX file; raises ValueError for a damaged or any other file."""
+    """Reads the uint8 array of a gzip IDX file; raises UserError for a damaged or any other file."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"fashion_mnist: {path} not found; install Debian's package (apt-get install dataset-fashion-mnist), "
+            "or name the folder of the four gzip IDX files: fashion_mnist:PATH"
+        )
     expected = f"expected a gzip IDX file of unsigned bytes with {num_dimensions} dimension(s)"
     try:
         with gzip.open(path, "rb") as file:

@@ -35,10 +35,8 @@ def prepare_folder(argument: str, options: Options) -> str:
     """Packs an image folder under the data folder. Returns the name to open it by."""
     root = Path(argument).expanduser()
     listings = {split: list_folder(root, split) for split in SPLITS}
-    if options.image_size is None:
-        raise UserError(f"folder:{root}: packing needs an image size; give one")
-    height, width = options.image_size
-    output = options.data_dir / "packed" / f"{root.resolve().name}-{height}x{width}-{options.preprocessing}"
+    size = "x".join(map(str, options.image_size or ()))
+    output = options.data_dir / "packed" / f"{root.resolve().name}-{size}-{options.preprocessing}"
     splits = {split: items for split, (items, _) in listings.items()}
     pack(f"folder:{root}", splits, listings["train"][1], output, options)
     return f"packed:{output}"
@@ -53,8 +51,11 @@ def pack(
     images, of skipped files, of images of each class, and the shards with their SHA-256. Raises UserError where files
     are bad (all are listed), the folder holds another set, or a packed shard has changed.
     """
+    image_size = options.image_size
+    if image_size is None:
+        raise UserError(f"{name}: packing needs an image size; give one")
     parts = [(split, hash_items(items)) for split, items in splits.items()]
-    key = hash_items([], FORMAT, parts, label_names, options.image_size, options.preprocessing)
+    key = hash_items([], FORMAT, parts, label_names, image_size, options.preprocessing)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / MANIFEST).exists():
         _check_packed(name, folder, key)
@@ -62,7 +63,7 @@ def pack(
 
     def encode(item: Item) -> bytes | ValueError:
         try:
-            array = preprocess(decode_image(item.read()), options.preprocessing, options.image_size)
+            array = preprocess(decode_image(item.read()), options.preprocessing, image_size)
         except ValueError as error:
             return error
         file = io.BytesIO()
@@ -70,7 +71,8 @@ def pack(
         Image.fromarray(array).save(file, "png", compress_level=1)
         return file.getvalue()
 
-    summaries, bad = {}, {}
+    bad: dict[str, str] = {}
+    summaries = {}
     with ThreadPool() as pool:
         for split, items in splits.items():
             reports = []
@@ -93,7 +95,7 @@ def pack(
         "format": FORMAT,
         "name": name,
         "fingerprint": key,
-        "image_shape": [*options.image_size, 3],
+        "image_shape": [*image_size, 3],
         "preprocessing": options.preprocessing,
         "background": BACKGROUND,
         "label_names": list(label_names),
