@@ -114,7 +114,7 @@ def write_npz(path: epath.PathLike, **arrays: np.ndarray) -> None:
 
 
 def read_npz(path: epath.PathLike, names: tuple[str, ...], max_bytes: int = MAX_ARRAY_BYTES) -> dict[str, np.ndarray]:
-    """Reads those of the named arrays that an npz holds, never unpickling nor unpacking more than `max_bytes` of one."""
+    """Reads those of the named arrays that an npz holds; never unpickles, nor unpacks more than `max_bytes` of one."""
     path = epath.Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} not found; expected an npz file")

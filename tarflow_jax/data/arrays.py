@@ -1,7 +1,6 @@
 """Data sets that are read into memory whole: digits, Fashion-MNIST and npz files."""
 
 import gzip
-import math
 import zlib
 from pathlib import Path
 
@@ -12,9 +11,6 @@ from tarflow_jax.errors import UserError
 from tarflow_jax.files import read_npz
 
 NUM_TRAIN_DIGITS = 1500
-
-# Where Debian's package dataset-fashion-mnist installs the files.
-FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"
 FASHION_MNIST_LABELS = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
@@ -53,8 +49,8 @@ def open_npz(argument: str, split: str, options: Options) -> ArraySource:
 
 
 def open_fashion_mnist(argument: str, split: str, options: Options) -> ArraySource:
-    """Opens Fashion-MNIST, 60,000 and 10,000 grey images of 28x28 in 10 classes, from its gzip IDX files in a folder."""
-    folder = Path(argument or FASHION_MNIST_FOLDER).expanduser()
+    """Opens Fashion-MNIST, 60,000 and 10,000 grey images of 28x28 in 10 classes, from a folder of gzip IDX files."""
+    folder = Path(argument or "/usr/share/datasets/fashion-mnist").expanduser()  # of Debian's package
     prefix = {"train": "train", "test": "t10k"}[split]
     images = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", 3)
     labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", 1)
@@ -68,17 +64,12 @@ def _read_idx(path: Path, num_dimensions: int) -> np.ndarray:
             f"fashion_mnist: {path} not found; install Debian's package (apt-get install dataset-fashion-mnist), "
             "or name the folder of the four gzip IDX files: fashion_mnist:PATH"
         )
-    expected = f"expected a gzip IDX file of unsigned bytes with {num_dimensions} dimension(s)"
     try:
-        with gzip.open(path, "rb") as file:
-            header = file.read(4 + 4 * num_dimensions)
-            if header[:4] != bytes([0, 0, 8, num_dimensions]) or len(header) != 4 + 4 * num_dimensions:
-                raise UserError(f"{path}: {expected}, but its header says otherwise")
-            shape = [int(size) for size in np.frombuffer(header, ">u4", offset=4)]
-            # One byte more than expected reveals a wrong header without reading an endless file.
-            body = file.read(math.prod(shape) + 1)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: {expected}, got a damaged one ({error}); copy the file again") from None
-    if len(body) != math.prod(shape):
-        raise UserError(f"{path}: the header promises {shape}, but {len(body)} bytes follow; copy the file again")
-    return np.frombuffer(body, np.uint8).reshape(shape)
+        content = gzip.decompress(path.read_bytes())
+        shape = np.frombuffer(content, ">u4", num_dimensions, offset=4)
+        if content[:4] != bytes([0, 0, 8, num_dimensions]):
+            raise UserError("its header says otherwise")
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dimensions).reshape(shape)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        expected = f"expected a gzip IDX file of unsigned bytes with {num_dimensions} dimension(s)"
+        raise UserError(f"{path}: {expected}, got a damaged one or another ({error}); copy the file again") from None

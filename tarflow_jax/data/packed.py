@@ -207,12 +207,14 @@ def open_packed(argument: str, split: str, options: Options, name: str | None = 
             raise UserError(f"{name}: {item}: damaged shard ({error}); pack the set again") from None
         return Item(item, LABEL.unpack_from(record)[0], lambda: record[LABEL.size :])
 
-    return EncodedSource(
+    source = EncodedSource(
         name,
         len(records),
         item_at,
-        dataclasses.replace(options, preprocessing=packed_with),  # leaves images of this size as they are
+        dataclasses.replace(options, preprocessing="none"),
         content=" ".join(shard["sha256"] for shard in shards),
         image_shape=tuple(manifest["image_shape"]),
         label_names=manifest["label_names"],
     )
+    source.preprocessing = packed_with
+    return source

@@ -160,7 +160,7 @@ class EncodedSource(ImageSource):
         super().__init__(name, image_shape, len(label_names), label_names)
         if num_images == 0:
             raise UserError(f"{name}: no images")
-        self.preprocessing = options.preprocessing
+        self.preprocessing = self._resize_by = options.preprocessing
         self._num_images = num_images
         self._item_at = item_at
         self._contents = content
@@ -183,7 +183,7 @@ class EncodedSource(ImageSource):
             if self.num_classes and not NO_LABEL <= item.label < self.num_classes:
                 raise UserError(f"label {item.label} is out of range; {self.num_classes} classes are expected")
             image = decode_image(item.read(), self.image_shape[2])
-            array = preprocess(image, self.preprocessing, self.image_shape[:2])
+            array = preprocess(image, self._resize_by, self.image_shape[:2])
         except ValueError as error:
             raise UserError(f"{self.name}: {item.name}: {error}") from None
         return {"image": array, "label": np.int32(item.label if self.num_classes else NO_LABEL)}
