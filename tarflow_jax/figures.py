@@ -106,16 +106,15 @@ def class_names(labels: np.ndarray, names: Sequence[str]) -> list[str]:
 def class_rows(images: np.ndarray, labels: np.ndarray | None, names: Sequence[str]) -> np.ndarray:
     """Returns a `grid` with a named row per class, if there are several, each with the same number (> 1) of images.
 
-    Otherwise returns `class_columns`. Takes uint8 [B, H, W, 1 or 3], int [B] or None, and a name per class, or () if
-    unknown.
+    Otherwise returns `class_columns`. Takes images uint8 [B, H, W, 1 or 3], labels int [B], and a name per class.
     """
     if labels is None or not names:
         return grid(images)
     classes, counts = np.unique(labels, return_counts=True)
     titles = class_names(classes, names)
-    if len(classes) < 2 or counts.min() < 2 or counts.min() < counts.max() or not titles:
-        return class_columns(images, labels, names)
-    return grid(images[np.argsort(labels, kind="stable")], counts[0], titles)
+    if titles and len(classes) > 1 and counts.min() == counts.max() > 1:
+        return grid(images[np.argsort(labels, kind="stable")], counts[0], titles)
+    return class_columns(images, labels, names)
 
 
 def class_columns(images: np.ndarray, labels: np.ndarray | None, names: Sequence[str]) -> np.ndarray:

@@ -180,13 +180,11 @@ class EncodedSource(ImageSource):
     def _decode(self, index: int) -> dict[str, Any]:
         item = self._item_at(index)
         try:
-            if self.num_classes and not NO_LABEL <= item.label < self.num_classes:
-                raise UserError(f"label {item.label} is out of range; {self.num_classes} classes are expected")
             image = decode_image(item.read(), self.image_shape[2])
             array = preprocess(image, self._resize_by, self.image_shape[:2])
         except ValueError as error:
             raise UserError(f"{self.name}: {item.name}: {error}") from None
-        return {"image": array, "label": np.int32(item.label if self.num_classes else NO_LABEL)}
+        return {"image": array, "label": np.int32(item.label)}
 
     def _labels(self) -> list[int]:  # without decoding the images
         return [self._item_at(index).label for index in range(len(self))]

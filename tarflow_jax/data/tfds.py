@@ -17,7 +17,7 @@ with epy.lazy_imports():  # they take a second
     import tensorflow_datasets as tfds
 
 # A set without a test split is evaluated on its validation split, as ImageNet is in published results.
-TEST_SPLITS = ("test", "validation")
+TFDS_SPLITS = {"train": ("train",), "test": ("test", "validation")}
 
 
 def load_builder(argument: str, data_dir: Path) -> "tfds.core.DatasetBuilder":
@@ -97,8 +97,7 @@ def open_tfds(argument: str, split: str, options: Options) -> EncodedSource:
     feature = features.get("image")
     if not isinstance(feature, tfds.features.Image) or feature.np_dtype != np.uint8:
         raise UserError(f"{name}: has no uint8 feature `image`; only image sets can be trained on")
-    names = (split,) if split == "train" else TEST_SPLITS
-    chosen = next((known for known in names if known in builder.info.splits), None)
+    chosen = next((known for known in TFDS_SPLITS[split] if known in builder.info.splits), None)
     if chosen is None:
         raise UserError(f"{name}: has no {split} split, only {', '.join(builder.info.splits)}")
     height, width, channels = feature.shape
