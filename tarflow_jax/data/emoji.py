@@ -49,13 +49,15 @@ def _list_emoji(path: Path) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
         for entry in entries:
             variants = (entry, *entry.get("skin_variations", {}).values())
             label = label_names.index(entry["category"])
-            for name in (variant["image"] for variant in variants if variant["has_img_google"]):
-                png = content[IMAGES + name]
-                item = Item(name, label, lambda png=png: png, str(zlib.crc32(png)))
-                splits[split_of(entry["unified"])].append(item)
+            names = [variant["image"] for variant in variants if variant["has_img_google"]]
+            splits[split_of(entry["unified"])] += [_item(name, content[IMAGES + name], label) for name in names]
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"emoji64: {path} is not the package emoji-datasource-google ({error!r}); {HOW}") from None
     return splits, label_names
+
+
+def _item(name: str, png: bytes, label: int) -> Item:
+    return Item(name, label, lambda: png, str(zlib.crc32(png)))
 
 
 def _read_package(path: Path) -> dict[str, bytes]:
