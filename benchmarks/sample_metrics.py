@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from tarflow_jax.data import default_data_dir, open_source
+from tarflow_jax.data import data_folder, open_source
 from tarflow_jax.evaluation.classifier import classifier_network
 from tarflow_jax.evaluation.distances import data_set_reference, sample_metrics
 from tarflow_jax.evaluation.features import FeatureExtractor
@@ -15,7 +15,7 @@ class SampleMetrics:
 
     def __init__(self, name: str) -> None:
         self.train, self.test = (open_source(name, split) for split in ("train", "test"))
-        folder = default_data_dir() / "evaluation"
+        folder = data_folder() / "evaluation"
         self.extractor = FeatureExtractor(classifier_network(self.train, self.test, folder))
         self.reference = data_set_reference(self.extractor, self.train, "train", "none", folder)
 

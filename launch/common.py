@@ -16,7 +16,7 @@ import numpy as np
 from absl import app, flags
 
 from launch import end_at_signals, exit_code, ignore_signals, show_help
-from tarflow_jax.data import default_data_dir
+from tarflow_jax.data import data_folder
 from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import Preempted, start_processes, use_compilation_cache
@@ -82,7 +82,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
 def _use_compilation_cache(folder: str | None) -> None:
     given = jax.config.jax_compilation_cache_dir  # from JAX_COMPILATION_CACHE_DIR
     if folder != "none" and (folder or not given):
-        use_compilation_cache(Path(folder or default_data_dir() / "compiled"))
+        use_compilation_cache(Path(folder or data_folder() / "compiled"))
 
 
 def _exit_at_once(error: jax.errors.JaxRuntimeError) -> NoReturn:

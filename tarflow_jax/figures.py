@@ -67,14 +67,10 @@ def grid(
     count, height, width, channels = tiles.shape
     columns = columns or math.ceil(math.sqrt(count))
     row_height, column_width = height + _SPACE, width + _SPACE
-    left, bottom = 0, math.ceil(count / columns) * row_height - _SPACE
-    below = 0
-    if titles:
-        title_font = ImageFont.load_default(_FONT_SIZE)
-        left = math.ceil(max(map(title_font.getlength, titles))) + 2 * _TITLE_GAP
-    caption_font = _largest_font(captions, width)
-    if caption_font:
-        below = math.ceil(_CAPTION_GAP + 1.3 * caption_font.size)
+    title_font, caption_font = ImageFont.load_default(_FONT_SIZE), _largest_font(captions, width)
+    left = math.ceil(max(map(title_font.getlength, titles))) + 2 * _TITLE_GAP if titles else 0
+    bottom = math.ceil(count / columns) * row_height - _SPACE
+    below = math.ceil(_CAPTION_GAP + 1.3 * caption_font.size) if caption_font else 0
 
     size = (left + columns * column_width - _SPACE, bottom + below)
     sheet = Image.new("L" if channels == 1 else "RGB", size, "white")
@@ -110,20 +106,15 @@ def class_names(labels: np.ndarray, names: Sequence[str]) -> list[str]:
 def class_rows(images: np.ndarray, labels: np.ndarray | None, names: Sequence[str]) -> np.ndarray:
     """Returns a `grid` with a named row per class, if there are several, each with the same number (> 1) of images.
 
-    Otherwise returns `class_columns`.
-
-    Args:
-      images: uint8 [B, H, W, 1 or 3].
-      labels: int [B], or None.
-      names: one per class; () if unknown.
+    Otherwise returns `class_columns`. Takes images uint8 [B, H, W, 1 or 3], labels int [B], and a name per class.
     """
     if labels is None or not names:
         return grid(images)
     classes, counts = np.unique(labels, return_counts=True)
     titles = class_names(classes, names)
-    if len(classes) < 2 or counts.min() < 2 or counts.min() < counts.max() or not titles:
-        return class_columns(images, labels, names)
-    return grid(images[np.argsort(labels, kind="stable")], counts[0], titles)
+    if titles and len(classes) > 1 and counts.min() == counts.max() > 1:
+        return grid(images[np.argsort(labels, kind="stable")], counts[0], titles)
+    return class_columns(images, labels, names)
 
 
 def class_columns(images: np.ndarray, labels: np.ndarray | None, names: Sequence[str]) -> np.ndarray:
@@ -145,10 +136,10 @@ def save_png(path: epath.PathLike, sheet: np.ndarray) -> None:
         to_pil(sheet).save(file, "PNG")
 
 
-def save_gif(path: epath.PathLike, frames: list[np.ndarray], milliseconds: int = 400) -> None:
-    """Writes `encode_gif` atomically."""
+def save_gif(path: epath.PathLike, frames: list[np.ndarray]) -> None:
+    """Writes uint8 frames [H, W, 1 or 3] atomically."""
     with replacing(path) as file:
-        file.write(encode_gif(frames, milliseconds))
+        file.write(encode_gif(frames))
 
 
 def encode_gif(frames: list[np.ndarray], milliseconds: int = 400) -> bytes:

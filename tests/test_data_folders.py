@@ -183,7 +183,7 @@ def test_packed_sets_hold_what_the_folder_does(classes, options):
     for source in (data.open_source(name, "train"), data.open_source(f"folder:{classes}", "train", **options)):
         assert source.class_counts().tolist() == train["class_counts"]
     path, broken = Path(name.removeprefix("packed:")) / "manifest.json", json.loads(json.dumps(manifest))
-    broken["splits"]["train"]["class_counts"][0] = -1
+    broken["splits"]["train"]["shards"][0]["bytes"] = -1
     path.write_text(json.dumps(broken))
     with pytest.raises(ValueError, match="damaged or from another version"):
         data.open_source(name, "train")
@@ -192,6 +192,16 @@ def test_packed_sets_hold_what_the_folder_does(classes, options):
         data.open_source(name, "train", preprocessing="adm")
     with pytest.raises(ValueError, match="its images are 12x12, but 8x8 is asked for"):
         data.open_source(name, "train", image_size=(8, 8))
+
+
+def test_packed_images_without_classes_have_no_labels(tmp_path, options):
+    for index in range(30):
+        write_image(tmp_path / "flat" / f"{index}.png", index)
+    name = data.prepare_source(f"folder:{tmp_path}/flat", **options)
+    packed_set, folder = (data.open_source(source, "train", **options) for source in (name, f"folder:{tmp_path}/flat"))
+    assert packed_set.num_classes == 0
+    for ours, theirs in zip(packed_set.read(range(len(packed_set))), folder.read(range(len(folder))), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def shards_of(name: str) -> dict[str, tuple[int, bytes]]:

@@ -1,7 +1,7 @@
 """Data sets by name, and the training batch of each step."""
 
 from tarflow_jax.data.loader import Batch, prefetch_to_device, train_batches
-from tarflow_jax.data.registry import data_folder, default_data_dir, open_source, prepare_source
+from tarflow_jax.data.registry import data_folder, open_source, prepare_source
 from tarflow_jax.data.source import ArraySource, ImageSource
 
 __all__ = [
@@ -9,7 +9,6 @@ __all__ = [
     "Batch",
     "ImageSource",
     "data_folder",
-    "default_data_dir",
     "open_source",
     "prefetch_to_device",
     "prepare_source",

@@ -1,7 +1,6 @@
 """Data sets that are read into memory whole: digits, Fashion-MNIST and npz files."""
 
 import gzip
-import math
 import zlib
 from pathlib import Path
 
@@ -12,9 +11,6 @@ from tarflow_jax.errors import UserError
 from tarflow_jax.files import read_npz
 
 NUM_TRAIN_DIGITS = 1500
-
-# Where Debian's package dataset-fashion-mnist installs the files.
-FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"
 FASHION_MNIST_LABELS = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
@@ -36,21 +32,14 @@ def open_digits(argument: str, split: str, options: Options) -> ArraySource:
 def open_npz(argument: str, split: str, options: Options) -> ArraySource:
     """Opens one split of a NumPy archive: `images` and perhaps `labels`, or ADM's names `arr_0` and `arr_1`.
 
-    A hash of its index assigns each image to a split. Raises FileNotFoundError, or ValueError unless the file holds
-    uint8 images [N, H, W] or [N, H, W, K].
+    Images are uint8 [N, H, W] or [N, H, W, K]. A hash of its index assigns each image to a split.
     """
     path = Path(argument).expanduser()
     name = f"npz:{path}"
-    if not path.is_file():
-        raise FileNotFoundError(f"{name}: no such file")
-    expected = f"{name}: expected an .npz with uint8 arrays `images` and `labels`, or `arr_0` and `arr_1`"
-    try:
-        arrays = read_npz(path, ("images", "labels", "arr_0", "arr_1"))
-    except UserError as error:
-        raise UserError(f"{expected} ({error})") from None
+    arrays = read_npz(path, ("images", "labels", "arr_0", "arr_1"))
     images, labels = arrays.get("images", arrays.get("arr_0")), arrays.get("labels", arrays.get("arr_1"))
     if images is None:
-        raise UserError(expected)
+        raise UserError(f"{name}: expected uint8 arrays `images` and `labels`, or `arr_0` and `arr_1`")
     if images.ndim == 3:
         images = images[..., None]
     num_classes = int(labels.max()) + 1 if labels is not None and labels.size else 0
@@ -60,36 +49,27 @@ def open_npz(argument: str, split: str, options: Options) -> ArraySource:
 
 
 def open_fashion_mnist(argument: str, split: str, options: Options) -> ArraySource:
-    """Opens Fashion-MNIST, 60,000 and 10,000 grey images of 28x28 in 10 classes, from its gzip IDX files in a folder.
-
-    The folder defaults to Debian's.
-    """
-    folder = Path(argument or FASHION_MNIST_FOLDER).expanduser()
+    """Opens Fashion-MNIST, 60,000 and 10,000 grey images of 28x28 in 10 classes, from a folder of gzip IDX files."""
+    folder = Path(argument or "/usr/share/datasets/fashion-mnist").expanduser()  # of Debian's package
     prefix = {"train": "train", "test": "t10k"}[split]
-    paths = [folder / f"{prefix}-images-idx3-ubyte.gz", folder / f"{prefix}-labels-idx1-ubyte.gz"]
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"fashion_mnist: {path} not found; install Debian's package (apt-get install "
-                "dataset-fashion-mnist), or name the folder of the four gzip IDX files: fashion_mnist:PATH"
-            )
-    images, labels = _read_idx(paths[0], 3), _read_idx(paths[1], 1)
+    images = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", 3)
+    labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", 1)
     return ArraySource("fashion_mnist", images[..., None], labels, 10, FASHION_MNIST_LABELS)
 
 
 def _read_idx(path: Path, num_dimensions: int) -> np.ndarray:
-    """Reads the uint8 array of a gzip IDX file; raises ValueError for a damaged or any other file."""
-    expected = f"expected a gzip IDX file of unsigned bytes with {num_dimensions} dimension(s)"
+    """Reads the uint8 array of a gzip IDX file; raises UserError for a damaged or any other file."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"fashion_mnist: {path} not found; install Debian's package (apt-get install dataset-fashion-mnist), "
+            "or name the folder of the four gzip IDX files: fashion_mnist:PATH"
+        )
     try:
-        with gzip.open(path, "rb") as file:
-            header = file.read(4 + 4 * num_dimensions)
-            if header[:4] != bytes([0, 0, 8, num_dimensions]) or len(header) != 4 + 4 * num_dimensions:
-                raise UserError(f"{path}: {expected}, but its header says otherwise")
-            shape = [int(size) for size in np.frombuffer(header, ">u4", offset=4)]
-            # One byte more than expected reveals a wrong header without reading an endless file.
-            body = file.read(math.prod(shape) + 1)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: {expected}, got a damaged one ({error}); copy the file again") from None
-    if len(body) != math.prod(shape):
-        raise UserError(f"{path}: the header promises {shape}, but {len(body)} bytes follow; copy the file again")
-    return np.frombuffer(body, np.uint8).reshape(shape)
+        content = gzip.decompress(path.read_bytes())
+        shape = np.frombuffer(content, ">u4", num_dimensions, offset=4)
+        if content[:4] != bytes([0, 0, 8, num_dimensions]):
+            raise UserError("its header says otherwise")
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * num_dimensions).reshape(shape)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        expected = f"expected a gzip IDX file of unsigned bytes with {num_dimensions} dimension(s)"
+        raise UserError(f"{path}: {expected}, got a damaged one or another ({error}); copy the file again") from None

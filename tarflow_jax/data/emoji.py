@@ -4,6 +4,7 @@ The drawings are Google's Noto Emoji (Apache License 2.0); the package is under 
 code points assigns it to a split, with all of its skin-tone variants.
 """
 
+import dataclasses
 import json
 import tarfile
 import zlib
@@ -13,8 +14,7 @@ from tarflow_jax.data.packed import MANIFEST, open_packed, pack
 from tarflow_jax.data.source import SPLITS, EncodedSource, Item, Options, split_of
 from tarflow_jax.errors import UserError
 
-PACKAGE = "emoji-datasource-google"
-HOW = f"get it with: npm pack {PACKAGE}@16.0.0"
+HOW = "get it with: npm pack emoji-datasource-google@16.0.0"
 IMAGES = "img/google/64/"
 MAX_MEMBER_BYTES = 16 * 2**20
 
@@ -23,34 +23,25 @@ def open_emoji(argument: str, split: str, options: Options) -> EncodedSource:
     """Opens one split of the packed set; raises FileNotFoundError where it has not been packed."""
     folder = options.data_dir / "emoji64"
     if not (folder / MANIFEST).is_file():
-        raise _not_prepared(folder)
+        raise FileNotFoundError(
+            f"emoji64: not found in {folder}; {HOW}, "
+            "then python -m launch.prepare_data --data=emoji64:emoji-datasource-google-16.0.0.tgz"
+        )
     return open_packed(str(folder), split, options, "emoji64")
 
 
 def prepare_emoji(argument: str, options: Options) -> str:
-    """Packs the set from the package at the path `argument`. Returns the name to open it by."""
-    folder = options.data_dir / "emoji64"
-    if not argument:
-        raise _not_prepared(folder)
-    splits, label_names = _list_emoji(Path(argument).expanduser())
-    pack("emoji64", splits, label_names, folder, (64, 64), options)
+    """Packs the set from the package at the path `argument`, if given. Returns the name to open it by."""
+    if argument:
+        splits, label_names = _list_emoji(Path(argument).expanduser())
+        options = dataclasses.replace(options, image_size=(64, 64))
+        pack("emoji64", splits, label_names, options.data_dir / "emoji64", options)
     return "emoji64"
-
-
-def _not_prepared(folder: Path) -> FileNotFoundError:
-    return FileNotFoundError(
-        f"emoji64: not found in {folder}; {HOW}, then python -m launch.prepare_data --data=emoji64:{PACKAGE}-16.0.0.tgz"
-    )
 
 
 def _list_emoji(path: Path) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
     """Lists the images of each split, and the names of the categories, of the package at `path`."""
     content = _read_package(path)
-
-    def item(variant: dict[str, str], label: int) -> Item:
-        png = content[IMAGES + variant["image"]]
-        return Item(variant["image"], label, lambda: png, str(zlib.crc32(png)))
-
     try:
         entries = json.loads(content["emoji.json"])
         label_names = tuple(sorted({entry["category"] for entry in entries}))
@@ -58,18 +49,19 @@ def _list_emoji(path: Path) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
         for entry in entries:
             variants = (entry, *entry.get("skin_variations", {}).values())
             label = label_names.index(entry["category"])
-            items = [item(variant, label) for variant in variants if variant["has_img_google"]]
-            splits[split_of(entry["unified"])] += items
+            names = [variant["image"] for variant in variants if variant["has_img_google"]]
+            splits[split_of(entry["unified"])] += [_item(name, content[IMAGES + name], label) for name in names]
     except (KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"emoji64: {path} is not the package {PACKAGE} ({error!r}); {HOW}") from None
+        raise UserError(f"emoji64: {path} is not the package emoji-datasource-google ({error!r}); {HOW}") from None
     return splits, label_names
 
 
-def _read_package(path: Path) -> dict[str, bytes]:
-    """Reads emoji.json and the 64x64 PNG files, by their path inside the package, from its tarball or folder.
+def _item(name: str, png: bytes, label: int) -> Item:
+    return Item(name, label, lambda: png, str(zlib.crc32(png)))
 
-    Unpacks nothing to disk. Raises FileNotFoundError, or ValueError for a damaged tarball.
-    """
+
+def _read_package(path: Path) -> dict[str, bytes]:
+    """Reads emoji.json and the 64x64 PNG files, by their path inside the package, from its tarball or folder."""
     if path.is_dir():
         root = path / "package" if (path / "package").is_dir() else path
         files = [root / "emoji.json", *(root / IMAGES).glob("*.png")]
@@ -83,8 +75,7 @@ def _read_package(path: Path) -> dict[str, bytes]:
                 name = member.name.removeprefix("package/")
                 wanted = name == "emoji.json" or (name.startswith(IMAGES) and name.endswith(".png"))
                 if wanted and member.isreg() and member.size <= MAX_MEMBER_BYTES:
-                    file = archive.extractfile(member)
-                    content[name] = file.read() if file else b""
+                    content[name] = archive.extractfile(member).read()  # type: ignore[union-attr]
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"emoji64: {path} is no whole tarball ({error}); {HOW}") from None
     return content

@@ -28,22 +28,21 @@ def list_folder(root: Path, split: str) -> tuple[list[Item], tuple[str, ...]]:
 
     `root` holds one subfolder per class, or images without classes, or folders named `train` and `test` (see
     `SPLIT_FOLDERS`) with either. Without split folders, a hash of its path assigns each image to a split. Ignores
-    hidden files, other extensions and links to folders.
-
-    Raises:
-      FileNotFoundError: there is no such folder.
-      ValueError: there are no images, images lie both beside and inside class folders, or folders may be either
-        splits or classes.
+    hidden files, other extensions and links to folders. Raises UserError where there are no images or their classes
+    are ambiguous.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"folder:{root}: no such folder")
     split_folders = _split_folders(root)
-    base = split_folders.get(split, root)
+    train, base = split_folders.get("train", root), split_folders.get(split, root)
     paths = sorted(_walk(base))
-    if split_folders:
-        label_names = _class_names(_walk(split_folders["train"]), split_folders["train"])
-    else:
-        label_names = _class_names(paths, root)
+    names = {path.split("/")[0] if "/" in path else "" for path in (paths if base == train else _walk(train))}
+    if "" in names and len(names) > 1:
+        raise UserError(
+            f"folder:{train}: images are both beside and inside class folders; move the former into a class"
+        )
+    label_names = tuple(sorted(names - {""}))
+    if not split_folders:
         paths = [path for path in paths if split_of(path) == split]
     if not paths:
         raise UserError(f"folder:{root}: no {', '.join(EXTENSIONS)} files for the {split} split")
@@ -53,21 +52,20 @@ def list_folder(root: Path, split: str) -> tuple[list[Item], tuple[str, ...]]:
 def _split_folders(root: Path) -> dict[str, Path]:
     """Returns the folder of each split, or {} if no folder has the name of a split."""
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    found = {
-        split: [name for known in SPLIT_FOLDERS[split] for name in names if name.lower() == known]
-        for split in SPLIT_FOLDERS
-    }
-    named = [*found["train"], *found["test"]]
-    if not named:
+    train, test = (
+        [name for known in known_names for name in names if name.lower() == known]
+        for known_names in SPLIT_FOLDERS.values()
+    )
+    if not train and not test:
         return {}
-    others = [name for name in names if name not in named and any(_walk(root / name))]
-    twice = len({name.lower() for name in named}) < len(named)
-    if len(found["train"]) != 1 or not found["test"] or others or twice:
+    others = [name for name in names if name not in train + test and any(_walk(root / name))]
+    twice = len({name.lower() for name in test}) < len(test)
+    if len(train) != 1 or not test or twice or others:
         raise UserError(
-            f"folder:{root}: {', '.join(named + others)} may be splits or classes; expected train and test (or val), "
-            "each with a folder per class, and nothing beside them, or a folder per class, none with such a name"
+            f"folder:{root}: {', '.join(train + test + others)} may be splits or classes; expected train and test (or "
+            "val), each with a folder per class, and nothing beside them, or a folder per class, none with such a name"
         )
-    return {split: root / folders[0] for split, folders in found.items()}
+    return {"train": root / train[0], "test": root / test[0]}
 
 
 def _walk(root: Path) -> Iterator[str]:
@@ -79,21 +77,11 @@ def _walk(root: Path) -> Iterator[str]:
                 yield (Path(folder) / name).relative_to(root).as_posix()
 
 
-def _class_names(paths: Iterable[str], root: Path) -> tuple[str, ...]:
-    names = {path.split("/")[0] if "/" in path else "" for path in paths}
-    if "" in names and len(names) > 1:
-        raise UserError(f"folder:{root}: images are both beside and inside class folders; move the former into a class")
-    return tuple(sorted(names - {""}))
-
-
 def _item(root: Path, base: Path, path: str, label_names: tuple[str, ...]) -> Item:
-    label = NO_LABEL
-    if label_names:
-        name = path.split("/")[0]
-        if name not in label_names:
-            raise UserError(f"folder:{base}: class {name!r} of {path} has no folder in the training split")
-        label = label_names.index(name)
-    file = base / path
+    name, file = path.split("/")[0], base / path
+    if label_names and name not in label_names:
+        raise UserError(f"folder:{base}: class {name!r} of {path} has no folder in the training split")
+    label = label_names.index(name) if label_names else NO_LABEL
     try:
         status = file.stat()
         stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_mode}"
@@ -105,7 +93,7 @@ def _item(root: Path, base: Path, path: str, label_names: tuple[str, ...]) -> It
 def open_folder(argument: str, split: str, options: Options) -> EncodedSource:
     """Opens one split of an image folder, after checking that every file of it decodes.
 
-    Caches the outcome of the check under the data folder until a file changes. Bad files raise ValueError with a list
+    Caches the outcome of the check under the data folder until a file changes. Bad files raise UserError with a list
     of them; with `skip_bad` they are left out and counted in the log.
     """
     root, preprocessing = Path(argument).expanduser(), options.preprocessing
@@ -172,15 +160,14 @@ def find_bad(items: list[Item], preprocessing: str, image_size: tuple[int, int])
 
 
 def refuse_bad(name: str, bad: dict[str, str], num_images: int, skip_bad: bool) -> None:
-    """Raises ValueError with a list of the bad files, unless they may be skipped: then logs their number."""
+    """Raises UserError with a list of the bad files, unless they may be skipped: then logs their number."""
     if not bad:
         return
     if not skip_bad or len(bad) == num_images:
-        listed = [f"{path} ({reason})" for path, reason in list(bad.items())[:MAX_LISTED]]
-        if len(bad) > MAX_LISTED:
-            listed.append(f"and {len(bad) - MAX_LISTED} more")
+        listed = "; ".join(f"{path} ({reason})" for path, reason in list(bad.items())[:MAX_LISTED])
+        more = f"; and {len(bad) - MAX_LISTED} more" if len(bad) > MAX_LISTED else ""
         raise UserError(
             f"{name}: {len(bad)} of {num_images} files cannot be used; fix or remove them, or set skip_bad: "
-            + "; ".join(listed)
+            f"{listed}{more}"
         )
     logging.getLogger(__name__).warning("%s: skipping %d of %d files as bad", name, len(bad), num_images)

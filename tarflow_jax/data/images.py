@@ -1,6 +1,6 @@
 """Reads, decodes and preprocesses image files.
 
-Files are untrusted: any that cannot be used raises a ValueError that says why.
+Files are untrusted: any that cannot be used raises a UserError that says why.
 """
 
 import io
@@ -19,25 +19,21 @@ BACKGROUND = 255  # transparent pixels become white
 MIN_SIDE = 8
 MAX_PIXELS = 80_000_000  # below Pillow's own limit, which only warns
 MAX_ASPECT = 32
-MAX_FILE_BYTES = 256 * 2**20
 
 
 def read_file(path: Path) -> bytes:
-    """Reads an image file; raises ValueError unless it is a regular, readable file of a reasonable size."""
+    """Reads an image file; raises UserError unless it is a regular, readable file with content."""
     try:
         status = os.stat(path)
-    except OSError as error:
-        raise UserError("broken link" if path.is_symlink() else str(error.strerror)) from None
-    if not stat.S_ISREG(status.st_mode):
-        raise UserError("not a regular file")  # reading a pipe would block
-    if not status.st_mode & 0o444:
-        raise UserError("no permission to read")  # root could read it, but not others who train on this folder
-    if status.st_size == 0:
-        raise UserError("empty file")
-    if status.st_size > MAX_FILE_BYTES:
-        raise UserError(f"{status.st_size} bytes, more than the {MAX_FILE_BYTES} allowed")
-    try:
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError("not a regular file")  # reading a pipe would block
+        if not status.st_mode & 0o444:
+            raise UserError("no permission to read")  # root could read it, but not others who train on this folder
+        if status.st_size == 0:
+            raise UserError("empty file")
         return path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError("broken link" if path.is_symlink() else str(error.strerror)) from None
     except OSError as error:
         raise UserError(str(error.strerror)) from None
 
@@ -45,37 +41,29 @@ def read_file(path: Path) -> bytes:
 def decode_image(content: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decodes a PNG, JPEG, WebP or GIF (its first frame) into a Pillow image, RGB, or L for one channel.
 
-    Applies the EXIF orientation and composites transparency over white. Raises ValueError for anything but a whole
+    Applies the EXIF orientation and composites transparency over white. Raises UserError for anything but a whole
     image of at least 8x8 and at most `max_pixels`, at most 32 times as long as wide.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            refusal = _refusal(image, max_pixels)
-            if refusal is None:
-                image.load()
-                ImageOps.exif_transpose(image, in_place=True)
-                mode = "L" if channels == 1 else "RGB"
-                flat = _flatten(image)
-                return flat if flat.mode == mode else flat.convert(mode)
+            size = f"{image.width}x{image.height}"
+            if image.width * image.height > max_pixels:
+                raise UserError(f"{size}, more than the {max_pixels} pixels allowed")
+            if min(image.size) < MIN_SIDE:
+                raise UserError(f"{size}, smaller than {MIN_SIDE}x{MIN_SIDE}")
+            if max(image.size) > MAX_ASPECT * min(image.size):  # covering a square would take too much memory
+                raise UserError(f"{size}, more than {MAX_ASPECT} times as long as wide")
+            image.load()
+            ImageOps.exif_transpose(image, in_place=True)
+            return _flatten(image).convert("L" if channels == 1 else "RGB")
+    except UserError:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        refusal = f"more than the {max_pixels} pixels allowed"
+        raise UserError(f"more than the {max_pixels} pixels allowed") from None
     except Image.UnidentifiedImageError:
-        refusal = f"not an image of {', '.join(FORMATS)}"
+        raise UserError(f"not an image of {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
-        refusal = f"damaged image ({error})"
-    raise UserError(refusal)
-
-
-def _refusal(image: Image.Image, max_pixels: int) -> str | None:
-    """Returns why an opened image must not be decoded, or None."""
-    size = f"{image.width}x{image.height}"
-    if image.width * image.height > max_pixels:
-        return f"{size}, more than the {max_pixels} pixels allowed"
-    if min(image.size) < MIN_SIDE:
-        return f"{size}, smaller than {MIN_SIDE}x{MIN_SIDE}"
-    if max(image.size) > MAX_ASPECT * min(image.size):  # covering a square would take too much memory
-        return f"{size}, more than {MAX_ASPECT} times as long as wide"
-    return None
+        raise UserError(f"damaged image ({error})") from None
 
 
 def _flatten(image: Image.Image) -> Image.Image:
@@ -85,22 +73,16 @@ def _flatten(image: Image.Image) -> Image.Image:
         return Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8))
     if not image.has_transparency_data:
         return image
-    image = image.convert("RGBA")
     background = Image.new("RGBA", image.size, (BACKGROUND,) * 4)
-    return Image.alpha_composite(background, image)
+    return Image.alpha_composite(background, image.convert("RGBA"))
 
 
 def preprocess(image: Image.Image, preprocessing: str, image_size: tuple[int, int]) -> np.ndarray:
-    """Resizes and crops an image to (H, W).
+    """Resizes and crops an image, of mode RGB or L, to `image_size`, (H, W). Returns uint8 [H, W, K].
 
-    Args:
-      image: of mode RGB or L.
-      preprocessing: "tarflow", bilinear to the smallest size that covers (H, W), then centre crop, as the reference
-        and torchvision's Resize + CenterCrop do; "adm", halved by box filter while at least twice too large, then
-        bicubic, then centre crop; "none" for images that have this size.
-      image_size: (H, W).
-
-    Returns uint8 [H, W, K]. Raises ValueError for an unknown name, or where "none" is given an image of another size.
+    "tarflow" resizes bilinearly to the smallest size that covers (H, W), then crops the centre, as the reference and
+    torchvision's Resize + CenterCrop do. "adm" halves by box filter while the image is at least twice too large, then
+    resizes bicubically, then crops the centre. "none" raises UserError for an image of another size.
     """
     height, width = image_size
     if preprocessing == "tarflow":
@@ -110,21 +92,14 @@ def preprocess(image: Image.Image, preprocessing: str, image_size: tuple[int, in
         image = _resize_adm(image, height, width)
         top, left = (image.height - height) // 2, (image.width - width) // 2
     else:
-        check_preprocessing(preprocessing)
+        top = left = 0
         if image.size != (width, height):
             raise UserError(
                 f"{image.height}x{image.width} (height x width), expected {height}x{width}; "
                 "choose preprocessing tarflow or adm to resize"
             )
-        top = left = 0
     array = np.asarray(image.crop((left, top, left + width, top + height)))
     return array[..., None] if array.ndim == 2 else array
-
-
-def check_preprocessing(preprocessing: str) -> None:
-    """Raises ValueError for an unknown name."""
-    if preprocessing not in PREPROCESSINGS:
-        raise UserError(f"unknown preprocessing {preprocessing!r}; expected one of {', '.join(PREPROCESSINGS)}")
 
 
 def _resize_tarflow(image: Image.Image, height: int, width: int) -> Image.Image:

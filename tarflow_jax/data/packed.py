@@ -7,7 +7,6 @@ complete. Until then every finished shard has a report beside it, from which an 
 import dataclasses
 import io
 import json
-import os
 import struct
 from collections.abc import Iterable, Mapping
 from multiprocessing.pool import ThreadPool
@@ -24,7 +23,7 @@ from tarflow_jax.data.folder import hash_items, list_folder, refuse_bad
 from tarflow_jax.data.images import BACKGROUND, PREPROCESSINGS, decode_image, preprocess
 from tarflow_jax.data.source import NO_LABEL, SPLITS, EncodedSource, Item, Options
 from tarflow_jax.errors import UserError
-from tarflow_jax.files import sha256, write_text
+from tarflow_jax.files import replacing, sha256, write_text
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -36,39 +35,25 @@ def prepare_folder(argument: str, options: Options) -> str:
     """Packs an image folder under the data folder. Returns the name to open it by."""
     root = Path(argument).expanduser()
     listings = {split: list_folder(root, split) for split in SPLITS}
-    if options.image_size is None:
-        raise UserError(f"folder:{root}: packing needs an image size; give one")
-    height, width = options.image_size
-    output = options.data_dir / "packed" / f"{root.resolve().name}-{height}x{width}-{options.preprocessing}"
+    size = "x".join(map(str, options.image_size or ()))
+    output = options.data_dir / "packed" / f"{root.resolve().name}-{size}-{options.preprocessing}"
     splits = {split: items for split, (items, _) in listings.items()}
-    pack(f"folder:{root}", splits, listings["train"][1], output, options.image_size, options)
+    pack(f"folder:{root}", splits, listings["train"][1], output, options)
     return f"packed:{output}"
 
 
 def pack(
-    name: str,
-    splits: Mapping[str, list[Item]],
-    label_names: tuple[str, ...],
-    folder: Path,
-    image_size: tuple[int, int],
-    options: Options,
+    name: str, splits: Mapping[str, list[Item]], label_names: tuple[str, ...], folder: Path, options: Options
 ) -> None:
-    """Packs the images of every split into `folder`, or resumes an interrupted packing.
+    """Packs the images of every split into `folder`, as RGB of `options.image_size`, or resumes an interrupted packing.
 
     The manifest records the preprocessing, the image size and the label names, and for each split the number of
-    images, of skipped files, of images of each class, and the shards with their SHA-256.
-
-    Args:
-      name: of the set, for messages and the manifest.
-      splits: split -> images.
-      label_names: one per class; () for unlabelled images.
-      folder: output folder, created if it does not exist.
-      image_size: (H, W) of the packed images, which are RGB.
-      options: gives the preprocessing, and whether to leave out bad files.
-
-    Raises ValueError: files are bad (all are listed), the folder holds another set, or a packed shard has changed.
+    images, of skipped files, of images of each class, and the shards with their SHA-256. Raises UserError where files
+    are bad (all are listed), the folder holds another set, or a packed shard has changed.
     """
-    num_images = sum(map(len, splits.values()))
+    image_size = options.image_size
+    if image_size is None:
+        raise UserError(f"{name}: packing needs an image size; give one")
     parts = [(split, hash_items(items)) for split, items in splits.items()]
     key = hash_items([], FORMAT, parts, label_names, image_size, options.preprocessing)
     folder.mkdir(parents=True, exist_ok=True)
@@ -86,20 +71,26 @@ def pack(
         Image.fromarray(array).save(file, "png", compress_level=1)
         return file.getvalue()
 
-    reports: dict[str, list[dict[str, Any]]] = {split: [] for split in splits}
-    with tqdm(total=num_images, desc=f"packing {name}") as bar, ThreadPool() as pool:
+    bad: dict[str, str] = {}
+    summaries = {}
+    with ThreadPool() as pool:
         for split, items in splits.items():
-            for index, start in enumerate(range(0, len(items), IMAGES_PER_SHARD)):
+            reports = []
+            starts = range(0, len(items), IMAGES_PER_SHARD)
+            for index, start in enumerate(tqdm(starts, f"packing {split}", unit="shard")):
                 path = folder / f"{split}-{index:05d}.array_record"
                 shard = items[start : start + IMAGES_PER_SHARD]
-                report = _finished(path, key)
-                if report:
-                    bar.update(len(shard))
-                else:
-                    report = write_shard(path, key, shard, pool.imap(encode, shard), bar)
-                reports[split].append(report)
-    bad = {path: why for split in reports.values() for report in split for path, why in report["bad"]}
-    refuse_bad(name, bad, num_images, options.skip_bad)
+                reports.append(_finished(path, key) or write_shard(path, key, shard, pool.imap(encode, shard)))
+            labels = np.array([label for report in reports for label in report["labels"]], np.int64)
+            summaries[split] = {
+                "images": len(labels),
+                "skipped": len(items) - len(labels),
+                "class_counts": np.bincount(labels[labels != NO_LABEL], minlength=len(label_names)).tolist(),
+                "shards": [report["shard"] for report in reports if report["labels"]],
+            }
+            for report in reports:
+                bad |= report["bad"]
+    refuse_bad(name, bad, sum(map(len, splits.values())), options.skip_bad)
     manifest = {
         "format": FORMAT,
         "name": name,
@@ -108,7 +99,7 @@ def pack(
         "preprocessing": options.preprocessing,
         "background": BACKGROUND,
         "label_names": list(label_names),
-        "splits": {split: _summarize(of_split, len(label_names)) for split, of_split in reports.items()},
+        "splits": summaries,
     }
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     for shard_report in folder.glob("*-*.json"):
@@ -119,60 +110,32 @@ def _finished(path: Path, key: str) -> dict[str, Any] | None:
     """Returns the report of a shard that an interrupted packing of the same set has finished, or None."""
     try:
         report = json.loads(path.with_suffix(".json").read_text())
-        return report if report["fingerprint"] == key and report["sha256"] == sha256(path) else None
+        return report if report["fingerprint"] == key and report["shard"]["sha256"] == sha256(path) else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
 
-def write_shard(
-    path: Path, key: str, items: list[Item], encoded: Iterable[bytes | ValueError], bar: tqdm
-) -> dict[str, Any]:
+def write_shard(path: Path, key: str, items: list[Item], encoded: Iterable[bytes | ValueError]) -> dict[str, Any]:
     """Writes the good ones of the items as one shard, and its report. Returns the report."""
     labels: list[int] = []
-    bad: list[tuple[str, str]] = []
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        writer = ArrayRecordWriter(str(partial), "group_size:1")
+    bad: dict[str, str] = {}
+    with replacing(path) as file:
+        writer = ArrayRecordWriter(file.name, "group_size:1")
         for item, outcome in zip(items, encoded, strict=True):
             if isinstance(outcome, ValueError):
-                bad.append((item.name, str(outcome)))
+                bad[item.name] = str(outcome)
             else:
                 writer.write(LABEL.pack(item.label) + outcome)
                 labels.append(item.label)
-            bar.update()
         writer.close()
-        report = {
-            "fingerprint": key,
-            "file": path.name,
-            "images": len(labels),
-            "bytes": partial.stat().st_size,
-            "sha256": sha256(partial),
-            "class_counts": np.bincount([label for label in labels if label != NO_LABEL]).tolist(),
-            "bad": bad,
-        }
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    shard = {"file": path.name, "images": len(labels), "bytes": path.stat().st_size, "sha256": sha256(path)}
+    report = {"fingerprint": key, "shard": shard, "labels": labels, "bad": bad}
     write_text(path.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
     return report
 
 
-def _summarize(reports: list[dict[str, Any]], num_classes: int) -> dict[str, Any]:
-    """Returns the manifest's entry for one split."""
-    counts = np.zeros(num_classes, np.int64)
-    for report in reports:
-        counts[: len(report["class_counts"])] += report["class_counts"]
-    shard_keys = ("file", "images", "bytes", "sha256")
-    return {
-        "images": sum(report["images"] for report in reports),
-        "skipped": sum(len(report["bad"]) for report in reports),
-        "class_counts": counts.tolist(),
-        "shards": [{key: report[key] for key in shard_keys} for report in reports if report["images"]],
-    }
-
-
 def _check_packed(name: str, folder: Path, key: str) -> None:
-    """Raises ValueError unless the folder holds this very set, with unchanged shards."""
+    """Raises UserError unless the folder holds this very set, with unchanged shards."""
     manifest = read_manifest(folder)
     if manifest["fingerprint"] != key:
         raise UserError(
@@ -186,10 +149,7 @@ def _check_packed(name: str, folder: Path, key: str) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads and checks the manifest of a packed set.
-
-    Raises FileNotFoundError where there is none, and ValueError where it is damaged.
-    """
+    """Reads the manifest of a packed set; raises FileNotFoundError where there is none, UserError if it is damaged."""
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(
@@ -201,7 +161,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         height, width, channels = manifest["image_shape"]
         names, splits = manifest["label_names"], manifest["splits"].values()
         shards = [shard for split in splits for shard in split["shards"]]
-        counts = [split["class_counts"] for split in splits]
         valid = (
             manifest["format"] == FORMAT
             and manifest["preprocessing"] in PREPROCESSINGS
@@ -209,8 +168,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             and all(type(size) is int and size > 0 for size in (height, width, *(shard["bytes"] for shard in shards)))
             and all(type(text) is str for text in (*names, *(shard["sha256"] for shard in shards)))
             and all(Path(shard["file"]).name == shard["file"] for shard in shards)
-            and all(len(of_split) == len(names) for of_split in counts)
-            and all(type(count) is int and count >= 0 for of_split in counts for count in of_split)
         )
         if not valid:
             raise UserError("unexpected values")
@@ -223,14 +180,13 @@ def open_packed(argument: str, split: str, options: Options, name: str | None = 
     """Opens one split of the packed set in the folder `argument`; `name` is for messages, "packed:FOLDER" if None.
 
     Preprocessing "none" accepts the set as it was packed. Raises FileNotFoundError where there is no packed set, and
-    ValueError where it was packed with another preprocessing or shards are missing or truncated.
+    UserError where it was packed with another preprocessing or shards are missing or truncated.
     """
-    folder, preprocessing, name = Path(argument).expanduser(), options.preprocessing, name or f"packed:{argument}"
+    folder, name = Path(argument).expanduser(), name or f"packed:{argument}"
     manifest = read_manifest(folder)
-    if preprocessing not in ("none", manifest["preprocessing"]):
-        raise UserError(
-            f"{name}: packed with preprocessing {manifest['preprocessing']}, not {preprocessing}; pack it again"
-        )
+    packed_with = manifest["preprocessing"]
+    if options.preprocessing not in ("none", packed_with):
+        raise UserError(f"{name}: packed with preprocessing {packed_with}, not {options.preprocessing}; pack it again")
     if split not in manifest["splits"]:
         raise UserError(f"{name}: has no {split} split")
     shards = manifest["splits"][split]["shards"]
@@ -259,7 +215,6 @@ def open_packed(argument: str, split: str, options: Options, name: str | None = 
         content=" ".join(shard["sha256"] for shard in shards),
         image_shape=tuple(manifest["image_shape"]),
         label_names=manifest["label_names"],
-        class_counts=np.array(manifest["splits"][split]["class_counts"], np.int64),
     )
-    source.preprocessing = manifest["preprocessing"]  # applied when the set was packed
+    source.preprocessing = packed_with
     return source

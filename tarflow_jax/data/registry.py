@@ -1,53 +1,46 @@
 """Opens and prepares data sets by name: `KIND` or `KIND:ARGUMENT`."""
 
-import dataclasses
 import difflib
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from etils import epath
 
 from tarflow_jax.data.arrays import open_digits, open_fashion_mnist, open_npz
 from tarflow_jax.data.emoji import open_emoji, prepare_emoji
 from tarflow_jax.data.folder import open_folder
-from tarflow_jax.data.images import check_preprocessing
+from tarflow_jax.data.images import PREPROCESSINGS
 from tarflow_jax.data.packed import open_packed, prepare_folder
 from tarflow_jax.data.source import SPLITS, ImageSource, Options
 from tarflow_jax.data.tfds import open_tfds, prepare_tfds
 from tarflow_jax.errors import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """A kind of data set: how its name is written, opened and, where necessary, prepared."""
 
     pattern: str
     open: Callable[[str, str, Options], ImageSource]  # (argument, split, options)
     prepare: Callable[[str, Options], str] | None = None  # returns the name to train by
-    preprocesses: bool = False  # whether its images can be resized
 
 
 # To add a set, add a line; see docs/data.md.
 KINDS = {
     "digits": Kind("digits", open_digits),
-    "emoji64": Kind("emoji64", open_emoji, prepare_emoji, preprocesses=True),
+    "emoji64": Kind("emoji64", open_emoji, prepare_emoji),
     "fashion_mnist": Kind("fashion_mnist[:FOLDER]", open_fashion_mnist),
-    "folder": Kind("folder:PATH", open_folder, prepare_folder, preprocesses=True),
+    "folder": Kind("folder:PATH", open_folder, prepare_folder),
     "npz": Kind("npz:FILE", open_npz),
-    "packed": Kind("packed:FOLDER", open_packed, preprocesses=True),
-    "tfds": Kind("tfds:NAME[/CONFIG][:VERSION]", open_tfds, prepare_tfds, preprocesses=True),
+    "packed": Kind("packed:FOLDER", open_packed),
+    "tfds": Kind("tfds:NAME[/CONFIG][:VERSION]", open_tfds, prepare_tfds),
 }
 
 
-def data_folder(data_dir: str | Path | None) -> Path:
-    """The folder of prepared data sets that a user names, with "~" expanded; `default_data_dir()` for None or ""."""
-    return Path(data_dir).expanduser() if data_dir else default_data_dir()
-
-
-def default_data_dir() -> Path:
-    """The default folder of prepared data sets: $TARFLOW_DATA_DIR, or ~/.cache/tarflow_jax."""
-    return Path(os.environ.get("TARFLOW_DATA_DIR") or "~/.cache/tarflow_jax").expanduser()
+def data_folder(data_dir: epath.PathLike | None = None) -> Path:
+    """The folder of prepared data sets: `data_dir`, or else $TARFLOW_DATA_DIR, or else ~/.cache/tarflow_jax."""
+    return Path(data_dir or os.environ.get("TARFLOW_DATA_DIR") or "~/.cache/tarflow_jax").expanduser()
 
 
 def open_source(
@@ -67,20 +60,23 @@ def open_source(
       split: "train" or "test".
       image_size: (H, W) to resize to; None keeps the set's own size.
       preprocessing: how to resize: "none", "tarflow" or "adm"; see `images.preprocess`.
-      data_dir: folder of prepared data sets; None or "" means `default_data_dir()`.
+      data_dir: folder of prepared data sets; see `data_folder` for the default.
       skip_bad: leave out bad files of a folder instead of raising.
       cache_bytes: memory for decoded images, which are kept once read; 0 keeps none.
 
     Raises:
-      ValueError: unknown name, split or preprocessing, images of another size, or a damaged file.
+      UserError: unknown name, split or preprocessing, images of another size, or a damaged file.
       FileNotFoundError: the data are missing; the message says how to get them.
     """
-    kind, argument, options = _resolve(name, image_size, preprocessing, data_dir, skip_bad, cache_bytes)
+    options = Options(data_folder(data_dir), image_size, preprocessing, skip_bad, cache_bytes)
+    kind, argument = _find(name, options)
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r} of {name}; expected one of {', '.join(SPLITS)}")
     source = kind.open(argument, split, options)
-    if options.image_size not in (None, source.image_shape[:2]):
-        found, wanted = ("x".join(map(str, size)) for size in (source.image_shape[:2], options.image_size))
+    if preprocessing not in ("none", source.preprocessing):
+        raise UserError(f"{name}: its images are not resized; set preprocessing to none")
+    if image_size not in (None, source.image_shape[:2]):
+        found, wanted = ("x".join(map(str, size)) for size in (source.image_shape[:2], image_size))
         raise UserError(f"{name}: its images are {found}, but {wanted} is asked for")
     return source
 
@@ -97,19 +93,13 @@ def prepare_source(
 
     Takes the arguments of `open_source` and raises the same errors. Returns the name to open the set by.
     """
-    kind, argument, options = _resolve(name, image_size, preprocessing, data_dir, skip_bad)
+    options = Options(data_folder(data_dir), image_size, preprocessing, skip_bad)
+    kind, argument = _find(name, options)
     return kind.prepare(argument, options) if kind.prepare else name
 
 
-def _resolve(
-    name: str,
-    image_size: tuple[int, int] | None,
-    preprocessing: str,
-    data_dir: epath.PathLike | None,
-    skip_bad: bool,
-    cache_bytes: int = 0,
-) -> tuple[Kind, str, Options]:
-    """Splits a name into its kind and argument, and checks them with the options."""
+def _find(name: str, options: Options) -> tuple[Kind, str]:
+    """Splits a name into its kind and argument, and checks them and the preprocessing."""
     key, _, argument = name.partition(":")
     if key not in KINDS:
         known = ", ".join(kind.pattern for kind in KINDS.values())
@@ -119,8 +109,6 @@ def _resolve(
     kind = KINDS[key]
     if not argument and kind.pattern.startswith(f"{key}:"):
         raise UserError(f"data set {name!r} is incomplete; expected {kind.pattern}")
-    check_preprocessing(preprocessing)
-    if preprocessing != "none" and not kind.preprocesses:
-        raise UserError(f"{name}: its images are not resized; set preprocessing to none")
-    size = None if image_size is None else (int(image_size[0]), int(image_size[1]))
-    return kind, argument, Options(data_folder(data_dir), size, preprocessing, skip_bad, cache_bytes)
+    if options.preprocessing not in PREPROCESSINGS:
+        raise UserError(f"unknown preprocessing {options.preprocessing!r}; expected one of {', '.join(PREPROCESSINGS)}")
+    return kind, argument

@@ -47,10 +47,10 @@ class ImageSource(abc.ABC):
     def __init__(
         self, name: str, image_shape: Sequence[int], num_classes: int, label_names: Sequence[str] = ()
     ) -> None:
-        height, width, channels = (int(size) for size in image_shape)
+        height, width, channels = image_shape
         self.name = name  # for messages
         self.image_shape = (height, width, channels)
-        self.num_classes = int(num_classes)  # 0 for unlabelled sets
+        self.num_classes = num_classes  # 0 for unlabelled sets
         self.label_names = tuple(label_names)  # one per class, or ()
 
     @abc.abstractmethod
@@ -71,19 +71,16 @@ class ImageSource(abc.ABC):
 
     def class_counts(self) -> np.ndarray:
         """Number of images of each class: int64 [num_classes]."""
-        labels = np.array(self._labels(), np.int64)
+        labels = np.array(self._labels())
         return np.bincount(labels[labels != NO_LABEL], minlength=self.num_classes)
 
-    def _labels(self) -> Sequence[int] | np.ndarray:
+    def _labels(self) -> list[int]:
         return [self[index]["label"] for index in range(len(self))]
 
     def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Reads the given images, uint8 [N, H, W, K], and their labels, int32 [N]."""
         items = [self[int(index)] for index in indices]
-        images = np.empty((len(items), *self.image_shape), np.uint8)
-        for image, item in zip(images, items, strict=True):
-            image[:] = item["image"]
-        return images, np.array([item["label"] for item in items], np.int32)
+        return np.stack([item["image"] for item in items]), np.array([item["label"] for item in items], np.int32)
 
 
 class ArraySource(ImageSource):
@@ -97,7 +94,7 @@ class ArraySource(ImageSource):
         num_classes: int = 0,
         label_names: Sequence[str] = (),
     ) -> None:
-        """Takes uint8 images [N, H, W, K] and integer labels [N], or None. Raises ValueError for any others."""
+        """Takes uint8 images [N, H, W, K] and integer labels [N], or None. Raises UserError for any others."""
         if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
             got = f"{images.dtype} {list(images.shape)}"
             raise UserError(f"{name}: expected images as uint8 [N, H, W, K] with N > 0, got {got}")
@@ -105,8 +102,14 @@ class ArraySource(ImageSource):
         self.images = images
         if labels is None or num_classes == 0:
             labels = np.full(len(images), NO_LABEL)
-        else:
-            _check_labels(name, labels, len(images), num_classes)
+        elif labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
+            got = f"{labels.dtype} {list(labels.shape)}"
+            raise UserError(f"{name}: expected {len(images)} integer labels, one per image, got {got}")
+        elif (outside := np.flatnonzero((labels < 0) | (labels >= num_classes))).size:
+            raise UserError(
+                f"{name}: label {labels[outside[0]]} of image {outside[0]} is out of range; "
+                f"labels of {num_classes} classes are 0 to {num_classes - 1}"
+            )
         self.labels = labels.astype(np.int32)
 
     def __len__(self) -> int:
@@ -118,25 +121,10 @@ class ArraySource(ImageSource):
     def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.images[indices], self.labels[indices]
 
-    def _labels(self) -> np.ndarray:
-        return self.labels
-
     def _content(self) -> str:
         digest = hashlib.sha256(np.ascontiguousarray(self.images).data)
         digest.update(np.ascontiguousarray(self.labels).data)
         return digest.hexdigest()
-
-
-def _check_labels(name: str, labels: np.ndarray, num_images: int, num_classes: int) -> None:
-    if labels.shape != (num_images,) or not np.issubdtype(labels.dtype, np.integer):
-        got = f"{labels.dtype} {list(labels.shape)}"
-        raise UserError(f"{name}: expected {num_images} integer labels, one per image, got {got}")
-    outside = np.flatnonzero((labels < 0) | (labels >= num_classes))
-    if len(outside):
-        raise UserError(
-            f"{name}: label {labels[outside[0]]} of image {outside[0]} is out of range; "
-            f"labels of {num_classes} classes are 0 to {num_classes - 1}"
-        )
 
 
 class Item(NamedTuple):
@@ -164,12 +152,10 @@ class EncodedSource(ImageSource):
         content: str,
         image_shape: tuple[int, int, int],
         label_names: Sequence[str] = (),
-        class_counts: np.ndarray | None = None,
     ) -> None:
         """Builds a source from `item_at`, which returns the encoded image of an index.
 
-        `content` distinguishes these images and labels from others, see `fingerprint`. `class_counts` saves reading
-        all labels to count them.
+        `content` distinguishes these images and labels from others, see `fingerprint`.
         """
         super().__init__(name, image_shape, len(label_names), label_names)
         if num_images == 0:
@@ -178,7 +164,6 @@ class EncodedSource(ImageSource):
         self._num_images = num_images
         self._item_at = item_at
         self._contents = content
-        self._class_counts = class_counts
         self._cache: dict[int, dict[str, Any]] = {}
         self._num_cached = options.cache_bytes // math.prod(self.image_shape)
 
@@ -195,18 +180,13 @@ class EncodedSource(ImageSource):
     def _decode(self, index: int) -> dict[str, Any]:
         item = self._item_at(index)
         try:
-            if self.num_classes and not NO_LABEL <= item.label < self.num_classes:
-                raise UserError(f"label {item.label} is out of range; {self.num_classes} classes are expected")
             image = decode_image(item.read(), self.image_shape[2])
             array = preprocess(image, self._resize_by, self.image_shape[:2])
         except ValueError as error:
             raise UserError(f"{self.name}: {item.name}: {error}") from None
-        return {"image": array, "label": np.int32(item.label if self.num_classes else NO_LABEL)}
+        return {"image": array, "label": np.int32(item.label)}
 
-    def class_counts(self) -> np.ndarray:
-        return super().class_counts() if self._class_counts is None else self._class_counts
-
-    def _labels(self) -> Sequence[int]:
+    def _labels(self) -> list[int]:  # without decoding the images
         return [self._item_at(index).label for index in range(len(self))]
 
     def _content(self) -> str:

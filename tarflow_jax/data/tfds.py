@@ -16,14 +16,12 @@ with epy.lazy_imports():  # they take a second
     import requests
     import tensorflow_datasets as tfds
 
-TIMEOUT_S = 25  # for a host that does not answer
-
 # A set without a test split is evaluated on its validation split, as ImageNet is in published results.
-TEST_SPLITS = ("test", "validation")
+TFDS_SPLITS = {"train": ("train",), "test": ("test", "validation")}
 
 
 def load_builder(argument: str, data_dir: Path) -> "tfds.core.DatasetBuilder":
-    """Returns the builder of NAME[/CONFIG][:VERSION]; raises ValueError if there is none or its package is missing."""
+    """Returns the builder of NAME[/CONFIG][:VERSION]; raises UserError if there is none or its package is missing."""
     name = argument.split("/")[0].split(":")[0]
     known = tfds.list_builders(with_community_datasets=False)  # community sets need TensorFlow to look up
     if name not in known:
@@ -41,12 +39,11 @@ def load_builder(argument: str, data_dir: Path) -> "tfds.core.DatasetBuilder":
 def prepare_tfds(argument: str, options: Options) -> str:
     """Downloads and prepares a set as array_record, unless that has been done. Returns the name to open it by.
 
-    This is the only step for which most sets need TensorFlow, since TFDS encodes PNG with it. Raises ValueError that
-    names the package to install where one is missing.
+    This is the only step for which most sets need TensorFlow, since TFDS encodes PNG with it.
     """
     folder = options.data_dir / "tfds"
     try:
-        with download_timeouts(TIMEOUT_S):
+        with download_timeouts(seconds=25):
             load_builder(argument, folder).download_and_prepare()
     except ImportError as error:
         package = {"tensorflow": "tensorflow-cpu"}.get((error.name or "").split(".")[0], error.name)
@@ -88,13 +85,19 @@ def open_tfds(argument: str, split: str, options: Options) -> EncodedSource:
     in TFDS's own. Raises FileNotFoundError where the set has not been prepared.
     """
     name = f"tfds:{argument}"
-    builder = _find_prepared(argument, options.data_dir)
+    folders = [options.data_dir / "tfds", Path(tfds.core.constants.DATA_DIR).expanduser()]
+    builders = (load_builder(argument, folder) for folder in folders)
+    builder = next((builder for builder in builders if builder.is_prepared()), None)
+    if builder is None:
+        raise FileNotFoundError(
+            f"{name}: not prepared as array_record under {' or '.join(map(str, folders))}; "
+            f"run python -m launch.prepare_data --data={name}"
+        )
     features = dict(builder.info.features.items())
     feature = features.get("image")
     if not isinstance(feature, tfds.features.Image) or feature.np_dtype != np.uint8:
         raise UserError(f"{name}: has no uint8 feature `image`; only image sets can be trained on")
-    names = (split,) if split == "train" else TEST_SPLITS
-    chosen = next((known for known in names if known in builder.info.splits), None)
+    chosen = next((known for known in TFDS_SPLITS[split] if known in builder.info.splits), None)
     if chosen is None:
         raise UserError(f"{name}: has no {split} split, only {', '.join(builder.info.splits)}")
     height, width, channels = feature.shape
@@ -118,16 +121,4 @@ def open_tfds(argument: str, split: str, options: Options) -> EncodedSource:
         content=f"{builder.info.full_name}/{chosen}",
         image_shape=(*size, 1 if channels == 1 else 3),
         label_names=label_names,
-    )
-
-
-def _find_prepared(argument: str, data_dir: Path) -> "tfds.core.DatasetBuilder":
-    folders = [data_dir / "tfds", Path(tfds.core.constants.DATA_DIR).expanduser()]
-    for folder in folders:
-        builder = load_builder(argument, folder)
-        if builder.is_prepared():
-            return builder
-    raise FileNotFoundError(
-        f"tfds:{argument}: not prepared as array_record under {' or '.join(map(str, folders))}; "
-        f"run python -m launch.prepare_data --data=tfds:{argument}"
     )
