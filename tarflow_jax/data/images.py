@@ -19,6 +19,7 @@ BACKGROUND = 255  # transparent pixels become white
 MIN_SIDE = 8
 MAX_PIXELS = 80_000_000  # below Pillow's own limit, which only warns
 MAX_ASPECT = 32
+MAX_FILE_BYTES = 256 * 2**20
 
 
 def read_file(path: Path) -> bytes:
@@ -31,6 +32,8 @@ def read_file(path: Path) -> bytes:
             raise UserError("no permission to read")  # root could read it, but not others who train on this folder
         if status.st_size == 0:
             raise UserError("empty file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise UserError(f"{status.st_size} bytes, more than the {MAX_FILE_BYTES} allowed")
         return path.read_bytes()
     except FileNotFoundError as error:
         raise UserError("broken link" if path.is_symlink() else str(error.strerror)) from None

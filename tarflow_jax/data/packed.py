@@ -168,6 +168,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             and all(type(size) is int and size > 0 for size in (height, width, *(shard["bytes"] for shard in shards)))
             and all(type(text) is str for text in (*names, *(shard["sha256"] for shard in shards)))
             and all(Path(shard["file"]).name == shard["file"] for shard in shards)
+            and all(len(split["class_counts"]) == len(names) for split in splits)
+            and all(type(count) is int and count >= 0 for split in splits for count in split["class_counts"])
         )
         if not valid:
             raise UserError("unexpected values")
@@ -215,6 +217,7 @@ def open_packed(argument: str, split: str, options: Options, name: str | None = 
         content=" ".join(shard["sha256"] for shard in shards),
         image_shape=tuple(manifest["image_shape"]),
         label_names=manifest["label_names"],
+        class_counts=manifest["splits"][split]["class_counts"],
     )
     source.preprocessing = packed_with
     return source

@@ -152,10 +152,12 @@ class EncodedSource(ImageSource):
         content: str,
         image_shape: tuple[int, int, int],
         label_names: Sequence[str] = (),
+        class_counts: Sequence[int] | None = None,
     ) -> None:
         """Builds a source from `item_at`, which returns the encoded image of an index.
 
-        `content` distinguishes these images and labels from others, see `fingerprint`.
+        `content` distinguishes these images and labels from others, see `fingerprint`. `class_counts` is None if they
+        must be counted.
         """
         super().__init__(name, image_shape, len(label_names), label_names)
         if num_images == 0:
@@ -163,7 +165,7 @@ class EncodedSource(ImageSource):
         self.preprocessing = self._resize_by = options.preprocessing
         self._num_images = num_images
         self._item_at = item_at
-        self._contents = content
+        self._contents, self._class_counts = content, class_counts
         self._cache: dict[int, dict[str, Any]] = {}
         self._num_cached = options.cache_bytes // math.prod(self.image_shape)
 
@@ -185,6 +187,10 @@ class EncodedSource(ImageSource):
         except ValueError as error:
             raise UserError(f"{self.name}: {item.name}: {error}") from None
         return {"image": array, "label": np.int32(item.label)}
+
+    def class_counts(self) -> np.ndarray:
+        counts = self._class_counts
+        return super().class_counts() if counts is None else np.array(counts, np.int64)
 
     def _labels(self) -> list[int]:  # without decoding the images
         return [self._item_at(index).label for index in range(len(self))]
