@@ -107,7 +107,7 @@ def hub(monkeypatch, tmp_path):
 def test_a_model_goes_to_the_hub_and_comes_back_the_same(hub, tmp_path):
     variables = random_variables(SMALL)
     schedule = Schedule({1: (Sequential(),)}, fingerprint(variables))
-    student = StudentConfig.of_flow(SMALL, 0, (1,))
+    student = StudentConfig(SMALL, layers_per_block=(1,))
     weights = {name: np.ones(shape, np.float32) for name, shape in student_shapes(student).items()}
     student = TrainedStudent(student, unflatten(weights), fingerprint(variables))
     pipe = TarFlowPipeline(SMALL, variables, Noise("gaussian", 0.1), schedule=schedule, student=student)

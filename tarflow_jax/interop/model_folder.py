@@ -45,22 +45,13 @@ FILES = [CONFIG, WEIGHTS, CARD, PICTURE, "decoder.json", f"{STUDENT}/{CONFIG}", 
 
 @dataclasses.dataclass(frozen=True)
 class SavedModel:
-    """A model, as it is saved and loaded.
-
-    Attributes:
-      config: the flow's shape.
-      variables: {"params": …} and, in VP mode, {"prior": {"variance": [T, D]}}; float32 arrays.
-      noise: the training noise; None if unknown.
-      ema_params: exponential moving average of variables["params"], which is what users sample with; None if none
-        was kept.
-      card: fields of the model card, see `model_card`. It is written, but not read back.
-    """
+    """A model, as it is saved and loaded; all arrays are float32."""
 
     config: TarFlowConfig
-    variables: Mapping[str, Any]
-    noise: Noise | None = None
-    ema_params: Mapping[str, Any] | None = None
-    card: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    variables: Mapping[str, Any]  # {"params": …} and, in VP mode, {"prior": {"variance": [T, D]}}
+    noise: Noise | None = None  # of the training; None if unknown
+    ema_params: Mapping[str, Any] | None = None  # moving average of the params, which users sample with, if any
+    card: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # see `model_card`; not read back
 
 
 def save_model(
@@ -68,12 +59,8 @@ def save_model(
 ) -> None:
     """Writes a model folder. Neither config.json nor model.safetensors is replaced before both are written.
 
-    Args:
-      folder: created if it is missing. A saved model in it is replaced.
-      model: its card's evaluations are kept only if they were made with these very weights.
-      dtype: of the saved parameters: "float32" (exact), or "bfloat16" (half the size). A prior stays float32.
-        Evaluations and the student belong to the exact weights, so bfloat16 leaves them out.
-      student: saved in student/; None removes the student of an earlier model.
+    A saved model in the folder is replaced, its student too. Parameters are saved as float32 (exact) or bfloat16 (half
+    the size), a prior as float32. Evaluations and the student belong to the exact weights, so bfloat16 leaves them out.
 
     Raises ValueError: variables that do not fit the config, an unknown dtype or card field, a picture that cannot be
     read, or a folder whose config.json is not a saved model's.
@@ -107,7 +94,6 @@ def load_model(name: str | os.PathLike[str]) -> SavedModel:
     folder = local_folder(name)
     with _config_errors(folder / CONFIG):
         fields = _read_config(folder, "model")
-        _check_num_blocks(fields["model"])
         config = TarFlowConfig.from_dict(fields["model"])
         noise = None if fields["noise"] is None else Noise.from_dict(fields["noise"])
         shapes = _model_shapes(config, fields["weights"]["ema"])
@@ -127,16 +113,12 @@ def save_student(folder: str | os.PathLike[str], student: TrainedStudent | None)
 
 
 def load_student(name: str | os.PathLike[str]) -> TrainedStudent | None:
-    """Reads the student of a model folder or of the hub's model "owner/name"; None if it has none.
-
-    Raises ValueError as `load_model` does.
-    """
+    """Reads the student of a model folder or of the hub's model "owner/name", as `load_model`; None if it has none."""
     folder = local_folder(name) / STUDENT
     if not (folder / CONFIG).exists():
         return None
     with _config_errors(folder / CONFIG):
         fields = _read_config(folder, "student")
-        _check_num_blocks(fields["student"]["shape"])
         config, flow = StudentConfig.from_dict(fields["student"]), str(fields["flow"])
     return TrainedStudent(config, read_safetensors(folder / WEIGHTS, student_shapes(config)), flow)
 
@@ -147,7 +129,6 @@ def _model_shapes(config: TarFlowConfig, ema: bool) -> dict[str, Shape]:
 
 
 def _evaluations_of(model: SavedModel) -> list[Mapping[str, Any]]:
-    """Returns the card's evaluations that were made with this model's weights."""
     evaluations = model.card.get("evaluations", ())
     if not evaluations:
         return []
@@ -156,7 +137,6 @@ def _evaluations_of(model: SavedModel) -> list[Mapping[str, Any]]:
 
 
 def _read_picture(path: epath.PathLike | None) -> np.ndarray | None:
-    """Returns the pixels of the card's samples, uint8 [H, W, 3]; ValueError if the file is not an image."""
     if path is None:
         return None
     try:
@@ -175,7 +155,6 @@ def _write(
     shapes: Mapping[str, Shape],
     dtype: str,
 ) -> None:
-    """Writes model.safetensors and config.json, after checking the variables' names and shapes."""
     tensors = flatten(variables)
     check_tensors(f"the {what}", {name: array.shape for name, array in tensors.items()}, shapes)
     arrays = {}
@@ -196,7 +175,7 @@ def _write(
 
 
 def _read_config(folder: Path, what: str) -> dict[str, Any]:
-    """Reads config.json, and checks its format, its version, and both checksums."""
+    """Reads config.json, and checks its format, its version, both checksums, and the number of blocks."""
     path, weights = folder / CONFIG, folder / WEIGHTS
     for file in (path, weights):
         if not file.is_file():
@@ -208,6 +187,9 @@ def _read_config(folder: Path, what: str) -> dict[str, Any]:
         raise UserError("it does not match its own checksum: it was damaged or edited; save the model again")
     if sha256(weights) != fields["weights"]["sha256"]:
         raise UserError(f"{WEIGHTS} does not match the checksum in it: one is damaged; copy the folder again")
+    num_blocks = (fields["model"] if what == "model" else fields["student"]["flow"])["num_blocks"]
+    if num_blocks > _MAX_BLOCKS:  # before the config allocates a tuple of that length
+        raise UserError(f"it describes a {what} of {num_blocks} blocks; expected at most {_MAX_BLOCKS}")
     return fields
 
 
@@ -223,12 +205,6 @@ def _config_errors(path: Path) -> Iterator[None]:
             f"{path} lacks fields of layout version {VERSION}, or some have another type ({one_line(error)}); "
             "save the model again"
         ) from error
-
-
-def _check_num_blocks(shape: Mapping[str, Any]) -> None:
-    """Bounds the number of blocks before the config allocates a tuple of that length."""
-    if shape["num_blocks"] > _MAX_BLOCKS:
-        raise UserError(f"it describes a model of {shape['num_blocks']} blocks; expected at most {_MAX_BLOCKS}")
 
 
 def checksum(fields: Mapping[str, Any]) -> str:
