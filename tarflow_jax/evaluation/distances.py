@@ -125,10 +125,7 @@ def data_set_reference(
 
 
 def file_reference(network: FeatureNetwork, path: str | Path, metrics: list[str]) -> Reference:
-    """Reads a reference file; precision, recall and KID take the features of its images (`arr_0`), if it has any.
-
-    Raises FileNotFoundError, and UserError for anything but a reference file.
-    """
+    """Reads a reference file; precision, recall and KID take the features of its images (`arr_0`), if it has any."""
     reference = read_reference(path)
     features, protocol = reference.features, {"file": Path(path).name} | reference.protocol
     if features is None and {"kid", "precision_recall"} & set(metrics):

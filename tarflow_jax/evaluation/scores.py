@@ -83,7 +83,6 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
-    """A factor R [D, D] with R Rᵀ = covariance."""
     values, vectors = scipy.linalg.eigh(covariance)
     return vectors * np.sqrt(np.maximum(values, 0))
 
@@ -110,7 +109,7 @@ def kernel_distance(
     """Squared maximum mean discrepancy, kernel (x·y / D + 1)³: mean and standard deviation over random subsets.
 
     Features are [N, D] and [M, D]. With Inception's pool_3 this is KID (Bińkowski et al. 2018), unbiased at any number
-    of samples. Raises UserError when a set is smaller than a subset.
+    of samples. Raises UserError if a set is smaller than a subset.
     """
     if min(len(first), len(second)) < subset_size:
         raise UserError(f"kernel distance takes subsets of {subset_size} images, got {len(first)} and {len(second)}")
@@ -119,13 +118,10 @@ def kernel_distance(
     for _ in progress(range(subsets), "kernel distance"):
         x = first[random.choice(len(first), subset_size, replace=False)].astype(np.float64)
         y = second[random.choice(len(second), subset_size, replace=False)].astype(np.float64)
-        within = _mean_off_diagonal(polynomial_kernel(x, x)) + _mean_off_diagonal(polynomial_kernel(y, y))
+        kernels = polynomial_kernel(x) + polynomial_kernel(y)
+        within = (kernels.sum() - np.trace(kernels)) / (subset_size * (subset_size - 1))  # unbiased: no diagonals
         distances.append(within - 2 * polynomial_kernel(x, y).mean())
     return float(np.mean(distances)), float(np.std(distances))
-
-
-def _mean_off_diagonal(kernel: np.ndarray) -> float:
-    return float((kernel.sum() - np.trace(kernel)) / (kernel.size - len(kernel)))
 
 
 def precision_recall(generated: np.ndarray, real: np.ndarray, neighbours: int = 3) -> tuple[float, float]:

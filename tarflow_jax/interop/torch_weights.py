@@ -50,8 +50,8 @@ def load_torch(
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     config = _read_config(path, shapes, image_size, image_channels, patch_size)
     buffers, tensors = _buffers(config), list(_tensors(config))
-    expected = {name: buffer.shape for name, buffer in buffers.items()}
-    expected |= {name: row.torch_shape(config) for _, row, names in tensors for name in names}
+    expected = {name: row.torch_shape(config) for _, row, names in tensors for name in names}
+    expected |= {name: buffer.shape for name, buffer in buffers.items()}
     check_tensors(str(path), shapes, expected)
     for name, buffer in buffers.items():
         if not np.array_equal(state[name].float().numpy(), buffer):
@@ -80,7 +80,7 @@ def save_torch(path: str | os.PathLike[str], config: TarFlowConfig, variables: M
     for name, row, torch_names in progress(list(_tensors(config)), "converting"):
         parts = _to_torch(config, row, np.asarray(flat[name], np.float32))
         for torch_name, part in zip(torch_names, parts, strict=True):
-            state[torch_name] = torch.from_numpy(np.array(part, order="C"))
+            state[torch_name] = torch.from_numpy(part.copy())
     with replacing(path) as file:
         torch.save(state, file)  # given a path, it would write the temporary name into the file
 
@@ -90,9 +90,9 @@ def _read_state_dict(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no PyTorch checkpoint at {path}")
     _check_archive(path)
-    state, torch = load_tensors(path), import_torch()
+    state = load_tensors(path)
     for name, tensor in state.items():
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if not tensor.is_floating_point() or tensor.element_size() > 4:
             raise UserError(f"{path}: tensor {name} is {tensor.dtype}; expected float32")
     # A strided view can repeat the same few bytes endlessly; the tensors of a state dict each own their bytes.
     if sum(tensor.nelement() * tensor.element_size() for tensor in state.values()) > path.stat().st_size:
@@ -122,7 +122,7 @@ def _check_archive(path: Path) -> None:
 def _read_config(
     path: Path, shapes: Mapping[str, Shape], image_size: int | tuple[int, int], image_channels: int, patch_size: int
 ) -> TarFlowConfig:
-    """Infers the config from the shapes, against which `check_tensors` then verifies every tensor."""
+    """Infers the config from the shapes; `check_tensors` then verifies every tensor against it."""
 
     def count(pattern: str) -> int:
         return len({match[1] for name in shapes if (match := re.match(pattern, name))})
@@ -205,7 +205,6 @@ def _buffers(config: TarFlowConfig) -> dict[str, np.ndarray]:
 
 
 def _from_torch(config: TarFlowConfig, row: Parameter, parts: list[np.ndarray]) -> np.ndarray:
-    """Converts the reference's tensors of one variable."""
     stacked = np.stack([part.T if row.input_axes else part for part in parts])
     return _reorder_tokens(config, row, stacked.reshape(row.shape(config, depth=len(parts))))
 
