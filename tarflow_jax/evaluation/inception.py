@@ -112,7 +112,9 @@ class Block(nn.Module):
                 if isinstance(layer[0], tuple):
                     y = jnp.concatenate([convolution(y, *layer[k], name=name + "ab"[k]) for k in (0, 1)], axis=-1)
                 else:
-                    y = convolution(y, *layer, self.strides if i == len(layers) else 1, name=name)
+                    strides = self.strides if i == len(layers) else 1
+                    features, rows, columns = layer
+                    y = convolution(y, features, rows, columns, strides, name=name)
             outputs.append(y)
         pooled = self.pool(x)
         if self.pool_features:
