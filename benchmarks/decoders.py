@@ -13,7 +13,6 @@ from launch.common import DECODERS, example_labels
 from tarflow_jax import Guidance, TarFlowPipeline
 from tarflow_jax.data import open_source
 from tarflow_jax.evaluation.classifier import classifier_network
-from tarflow_jax.evaluation.features import FeatureExtractor
 from tarflow_jax.evaluation.scores import FeatureStatistics, feature_statistics, frechet_distance
 from tarflow_jax.figures import to_uint8
 from tarflow_jax.flow import FlowBlock, is_reversed, permute, to_tokens
@@ -109,13 +108,13 @@ def _distances(pipe: TarFlowPipeline, workdir: str, guidance: Guidance) -> dict[
     fields = Recipe.from_workdir(Path(workdir)).config.data
     train, test = (open_source(fields.source, split) for split in ("train", "test"))
     with tempfile.TemporaryDirectory() as cache:
-        extractor = FeatureExtractor(classifier_network(train, test, cache))
+        network = classifier_network(train, test, cache)
 
     def statistics(decoder: object, seed: int) -> FeatureStatistics:
         latents = pipe.latents(jax.random.key(seed), NUM_FRECHET)
         labels = example_labels(pipe.config.num_classes, NUM_FRECHET)
         images = to_uint8(pipe.decode(latents, labels, guidance, decoder=decoder))
-        return feature_statistics(extractor(images).pooled)
+        return feature_statistics(network(images).pooled)
 
     sequential = statistics(Sequential(), 0)
     found = {

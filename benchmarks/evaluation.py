@@ -19,7 +19,6 @@ import numpy as np
 
 from tarflow_jax.data import open_source
 from tarflow_jax.evaluation.distances import METRICS, Reference, sample_metrics
-from tarflow_jax.evaluation.features import FeatureExtractor
 from tarflow_jax.evaluation.generation import as_colour
 from tarflow_jax.evaluation.inception import InceptionV3, inception_network
 from tarflow_jax.evaluation.scores import feature_statistics
@@ -53,7 +52,7 @@ def write_random_inception_weights(path: str | Path, seed: int = 0) -> None:
 def seconds_of_ours(path: str, images: np.ndarray) -> float:
     """Seconds for one batch after the first; the process keeps what is compiled."""
     if path not in _NETWORKS:
-        _NETWORKS[path] = FeatureExtractor(inception_network(path))
+        _NETWORKS[path] = inception_network(path)
         _NETWORKS[path](images)
     start = time.perf_counter()
     _NETWORKS[path](images)
@@ -145,13 +144,13 @@ def metrics_of_theirs(path: str, generated: np.ndarray, real: np.ndarray) -> dic
 
 def agreement(path: str) -> None:
     """Prints every metric of both on 2,048 noisy images against 2,048 others, for a grey and a colour set."""
-    extractor = FeatureExtractor(inception_network(path))
+    network = inception_network(path)
     for name, images in (("fashion_mnist", fashion_mnist_images()), ("photographs", photograph_images())):
         noise = np.random.default_rng(1).normal(0, 12, images[:NUM_IMAGES].shape)
         generated = np.clip(images[:NUM_IMAGES] + noise, 0, 255).astype(np.uint8)
-        real = extractor(images[NUM_IMAGES:])
+        real = network(images[NUM_IMAGES:])
         statistics = feature_statistics(real.pooled), feature_statistics(real.spatial)
-        ours = sample_metrics(list(METRICS), "inception", extractor(generated), Reference(*statistics, real.pooled, {}))
+        ours = sample_metrics(list(METRICS), "inception", network(generated), Reference(*statistics, real.pooled, {}))
         # In a process of its own: their loader starts more, which a process with JAX's threads should not.
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             theirs = pool.submit(metrics_of_theirs, path, generated, images[NUM_IMAGES:]).result()

@@ -43,7 +43,7 @@ def run_trial(trial: dict[str, Any], seed: int) -> dict[str, Any]:
     import jax
 
     from benchmarks.digits_classifier import reads
-    from tarflow_jax.evaluation.bits_per_dim import loss_of, split_log_prob
+    from tarflow_jax.evaluation.bits_per_dim import loss_of, noisy_log_prob
     from tarflow_jax.likelihood import LOG_2PI
     from tarflow_jax.pipeline import TarFlowPipeline
     from tarflow_jax.runtime import BatchRunner
@@ -60,7 +60,7 @@ def run_trial(trial: dict[str, Any], seed: int) -> dict[str, Any]:
     if row["diverged"]:
         return row
     source, runner = recipe.source("test"), BatchRunner(recipe.mesh())
-    log_probs = split_log_prob(runner, recipe.model, variables, source, recipe.noise, jax.random.key(0))
+    log_probs = noisy_log_prob(runner, recipe.model, variables, source, recipe.noise, jax.random.key(0))
     count = trial.get("test_images", 0) or len(source)
     row["test_loss"] = loss_of(log_probs[:count], recipe.model.num_dims)
     if recipe.noise.kind == "uniform":

@@ -32,12 +32,12 @@ from launch.tables import format_protocol, format_table
 from tarflow_jax.data import ImageSource, data_folder, open_source
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation import classification, distances
-from tarflow_jax.evaluation.bits_per_dim import image_bits_per_dim, split_log_prob
+from tarflow_jax.evaluation.bits_per_dim import image_bits_per_dim, noisy_log_prob
 from tarflow_jax.files import write_text
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.noise import to_float
 from tarflow_jax.pipeline import TarFlowPipeline
-from tarflow_jax.runtime import BatchRunner, LazyRows, environment, make_mesh
+from tarflow_jax.runtime import BatchRunner, environment, make_mesh
 from tarflow_jax.training import Recipe
 
 ALL_METRICS = ("bits_per_dim", *distances.METRICS, "classification", "outliers", "student")
@@ -149,11 +149,10 @@ def measure_likelihood(evaluation: Evaluation) -> dict[str, Any]:
     variables, key = runner.place(pipe.variables), jax.random.key(SEED.value)
     levels = None if level is None else np.array([level], np.float32)
     if pipe.noise_std is None:
-        images = LazyRows(source.read, len(source))
-        values = image_bits_per_dim(runner, pipe.config, variables, images, key, DRAWS.value, levels)
+        values = image_bits_per_dim(runner, pipe.config, variables, source, key, DRAWS.value, levels)
         unit, more = "bits/dim", {"dequantisation draws": DRAWS.value, "precision": "float32, full matmul"}
     else:
-        log_probs = split_log_prob(runner, pipe.config, variables, source, pipe.noise, key, levels)
+        log_probs = noisy_log_prob(runner, pipe.config, variables, source, pipe.noise, key, levels)
         values = -log_probs.astype(np.float64) / pipe.config.num_dims
         unit, more = "nats/dim of noisy data", {} if level is None else {"noise level": level}
     error = float(values.std(ddof=1) / np.sqrt(len(values)))

@@ -19,7 +19,6 @@ from tarflow_jax.data import ImageSource
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation import distances, generation
 from tarflow_jax.evaluation.classifier import classifier_network
-from tarflow_jax.evaluation.features import FeatureExtractor
 from tarflow_jax.evaluation.inception import inception_network
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.pipeline import TarFlowPipeline, check_student_guidance
@@ -100,17 +99,16 @@ def measure_samples(evaluation: Evaluation, metrics: list[str]) -> tuple[list[di
         network = inception_network(INCEPTION.value)
     else:
         network = classifier_network(evaluation.source("train"), evaluation.source("test"), cache_dir)
-    extractor = FeatureExtractor(network)
     if REFERENCE.value:
-        reference = distances.file_reference(extractor, REFERENCE.value, metrics)
+        reference = distances.file_reference(network, REFERENCE.value, metrics)
     else:
         preprocessing = evaluation.protocol["preprocessing"]
-        reference = distances.data_set_reference(extractor, source, REFERENCE_SPLIT.value, preprocessing, cache_dir)
+        reference = distances.data_set_reference(network, source, REFERENCE_SPLIT.value, preprocessing, cache_dir)
     rows = []
     for (guidance, denoise), folder in zip(settings, folders, strict=True):
         samples = generation.read_chunks(folder, NUM_SAMPLES.value, CHUNK_SIZE, counts)
         row = {"guidance": guidance.weight, "denoised": denoise, "not finite": samples.num_not_finite}
-        features = extractor(samples.images, f"features, guidance {guidance.weight:g}")
+        features = network(samples.images, f"features, guidance {guidance.weight:g}")
         rows.append(row | distances.sample_metrics(metrics, network.name, features, reference))
     if SAVE_SAMPLES.value:
         generation.write_samples(SAVE_SAMPLES.value, samples.images, samples.labels)

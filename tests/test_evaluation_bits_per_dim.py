@@ -9,7 +9,7 @@ from tarflow_jax.data import ArraySource
 from tarflow_jax.evaluation.bits_per_dim import image_bits_per_dim
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.noise import dequantise
-from tarflow_jax.runtime import BatchRunner, LazyRows, make_mesh
+from tarflow_jax.runtime import BatchRunner, make_mesh
 
 CONFIG = TarFlowConfig((4, 4), 1, patch_size=2, width=64, num_blocks=2, layers_per_block=1)
 
@@ -45,8 +45,7 @@ def test_bits_per_dim_of_an_affine_flow(affine, num_samples):
     images = np.random.default_rng(1).integers(0, 256, (37, 4, 4, 1), dtype=np.uint8)
     key = jax.random.key(5)
     runner, source = BatchRunner(make_mesh()), ArraySource("noise", images)
-    rows = LazyRows(source.read, len(source))
-    result = image_bits_per_dim(runner, CONFIG, variables, rows, key, num_samples)
+    result = image_bits_per_dim(runner, CONFIG, variables, source, key, num_samples)
     draws = []
     for draw in (jax.random.fold_in(key, k) for k in range(num_samples)):
         noisy = [dequantise(jax.random.fold_in(draw, i), jnp.asarray(image)) for i, image in enumerate(images)]

@@ -15,7 +15,6 @@ from PIL import Image
 from tarflow_jax import data
 from tarflow_jax.evaluation import scores
 from tarflow_jax.evaluation.classifier import classifier_network
-from tarflow_jax.evaluation.features import FeatureExtractor
 from tarflow_jax.evaluation.generation import read_samples
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.noise import Noise
@@ -49,9 +48,9 @@ def log_prob(noisy: jax.Array) -> np.ndarray:
 def sample_metrics(images: np.ndarray, folder: Path) -> dict[str, float]:
     """Of samples against the training images, by the features of the classifier that the command left."""
     train, test = (data.open_source("digits", split, data_dir=folder) for split in ("train", "test"))
-    extractor = FeatureExtractor(classifier_network(train, test, folder / "evaluation"))
+    network = classifier_network(train, test, folder / "evaluation")
     generated, real = (
-        np.asarray(extractor(x).pooled, np.float64) for x in (images, train.read(np.arange(len(train)))[0])
+        np.asarray(network(x).pooled, np.float64) for x in (images, train.read(np.arange(len(train)))[0])
     )
     shift = generated.mean(0) - real.mean(0)
     covariances = [np.cov(features, rowvar=False) for features in (generated, real)]

@@ -1,32 +1,34 @@
 import functools
 
 import chex
+import flax.linen as nn
 import numpy as np
 import pytest
 
 from tarflow_jax.data import ArraySource
 from tarflow_jax.evaluation import classifier, distances, scores
-from tarflow_jax.evaluation.features import FeatureExtractor, FeatureNetwork, Features
+from tarflow_jax.evaluation.features import FeatureNetwork, Features
 from tarflow_jax.evaluation.scores import FeatureStatistics
 from tarflow_jax.files import write_npz
 from tarflow_jax.student import Perception
 
 
-def pixels(variables, images):
-    flat = images.reshape(images.shape[0], -1).astype("float32")
-    return Features(flat, flat[:, :2], flat[:, :3])
+class Pixels(nn.Module):
+    def __call__(self, images):
+        flat = images.reshape(images.shape[0], -1).astype("float32")
+        return Features(flat, flat[:, :2], flat[:, :3])
 
 
-PIXELS = FeatureNetwork("inception", "the pixels themselves", "none", {}, pixels, bytes_per_image=1000)
+PIXELS = FeatureNetwork("inception", "the pixels themselves", "none", Pixels(), {}, bytes_per_image=1000)
 
 
 def random_images(number, seed=0):
     return np.random.default_rng(seed).integers(0, 256, (number, 2, 2, 1), dtype=np.uint8)
 
 
-def test_extractor_pads_and_keeps_order():
+def test_a_network_pads_and_keeps_order():
     images = random_images(1000)
-    features = FeatureExtractor(PIXELS)(images)
+    features = PIXELS(images)
     np.testing.assert_array_equal(features.pooled, images.reshape(1000, 4))
     np.testing.assert_array_equal(features.spatial, images.reshape(1000, 4)[:, :3])
 
@@ -36,8 +38,7 @@ def test_reference_is_computed_once_and_again_for_other_data(tmp_path, monkeypat
     monkeypatch.setattr(distances, "NUM_REAL_FEATURES", 100)
     images = random_images(1000)
     source = ArraySource("noise", images)
-    extractor = FeatureExtractor(PIXELS)
-    reference = distances.data_set_reference(extractor, source, "train", "none", tmp_path)
+    reference = distances.data_set_reference(PIXELS, source, "train", "none", tmp_path)
     flat = images.reshape(1000, 4).astype(np.float64)
     np.testing.assert_allclose(reference.pooled.mean, flat.mean(0), rtol=1e-12)
     np.testing.assert_allclose(reference.spatial.covariance, np.cov(flat[:, :3], rowvar=False), rtol=1e-10)
@@ -45,13 +46,13 @@ def test_reference_is_computed_once_and_again_for_other_data(tmp_path, monkeypat
     assert reference.protocol["preprocessing"] == "none"
 
     with monkeypatch.context() as patched:
-        patched.setattr(FeatureExtractor, "__call__", lambda *_: pytest.fail("computed again"))
-        again = distances.data_set_reference(extractor, source, "train", "none", tmp_path)
+        patched.setattr(FeatureNetwork, "__call__", lambda *_: pytest.fail("computed again"))
+        again = distances.data_set_reference(PIXELS, source, "train", "none", tmp_path)
     np.testing.assert_array_equal(again.pooled.covariance, reference.pooled.covariance)
     np.testing.assert_array_equal(again.features, reference.features)
 
     other = ArraySource("noise", random_images(500, seed=1))
-    changed = distances.data_set_reference(extractor, other, "train", "none", tmp_path)
+    changed = distances.data_set_reference(PIXELS, other, "train", "none", tmp_path)
     assert changed.protocol["num_images"] == 500
 
 
@@ -59,7 +60,7 @@ def test_metrics_of_a_set_against_itself(monkeypatch):
     few = functools.partial(scores.kernel_distance, subsets=3)
     monkeypatch.setattr(distances, "kernel_distance", few)
     images = random_images(1200)
-    features = FeatureExtractor(PIXELS)(images)
+    features = PIXELS(images)
     flat = features.pooled.astype(np.float64)
     statistics = FeatureStatistics(flat.mean(0), np.cov(flat, rowvar=False))
     spatial = FeatureStatistics(flat[:, :3].mean(0), np.cov(flat[:, :3], rowvar=False))
@@ -75,7 +76,7 @@ def test_metrics_of_a_set_against_itself(monkeypatch):
 
 
 def test_what_a_network_or_a_reference_lacks_is_refused():
-    features = FeatureExtractor(PIXELS)(random_images(3))
+    features = PIXELS(random_images(3))
     statistics = FeatureStatistics(np.zeros(4), np.eye(4))
     bare = distances.Reference(statistics, None, None, {})
     with pytest.raises(ValueError, match="at least 4 images"):
@@ -91,7 +92,7 @@ def test_what_a_network_or_a_reference_lacks_is_refused():
 
 
 def test_distances_of_classifier_features_are_not_called_fid():
-    features = FeatureExtractor(PIXELS)(random_images(1000))
+    features = PIXELS(random_images(1000))
     reference = distances.Reference(FeatureStatistics(np.zeros(4), np.eye(4)), None, features.pooled, {})
     results = distances.sample_metrics(["fid", "kid", "precision_recall"], "classifier", features, reference)
     assert len(results) == 5
@@ -103,8 +104,7 @@ def test_reference_file_of_adm(tmp_path):
     images = np.repeat(random_images(40), 3, axis=-1)
     statistics = {"mu": np.zeros(12), "sigma": np.eye(12)}
     write_npz(tmp_path / "adm.npz", arr_0=images, **statistics)
-    extractor = FeatureExtractor(PIXELS)
-    reference = distances.file_reference(extractor, tmp_path / "adm.npz", ["fid", "precision_recall"])
+    reference = distances.file_reference(PIXELS, tmp_path / "adm.npz", ["fid", "precision_recall"])
     assert reference.features.shape == (40, 12)
     assert reference.protocol == {"file": "adm.npz"}
 
@@ -128,7 +128,7 @@ def test_classifier_learns_is_cached_and_states_its_accuracy(tmp_path, monkeypat
     monkeypatch.setattr(classifier, "train_classifier", lambda *_, **__: pytest.fail("trained again"))
     again = classifier.classifier_network(train, test, tmp_path)
     assert again.identity == network.identity
-    assert FeatureExtractor(again)(images[:5]).pooled.shape == (5, 128)
+    assert again(images[:5]).pooled.shape == (5, 128)
 
     (path,) = tmp_path.iterdir()
     path.write_bytes(b"rubbish")

@@ -3,7 +3,6 @@ import numpy as np
 import pytest
 
 from benchmarks.evaluation import write_random_inception_weights
-from tarflow_jax.evaluation import features
 from tarflow_jax.evaluation.inception import inception_network, resize_like_tensorflow1
 
 
@@ -46,7 +45,7 @@ def test_features_equal_torch_fidelity(tmp_path):
 
     network = inception_network(path)
     assert "NOT the published weights" in network.identity
-    ours = features.FeatureExtractor(network)(images)
+    ours = network(images)
     flat = spatial[0][:, :7].numpy().transpose(0, 2, 3, 1).reshape(3, -1)
     for mine, theirs in ((ours.pooled, pooled.numpy()), (ours.logits, logits.numpy()), (ours.spatial, flat)):
         assert mine.shape == theirs.shape
@@ -59,7 +58,7 @@ def test_files_that_are_not_inception_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="pt_inception-2015-12-05"):
         inception_network(tmp_path / "nowhere.pth")
     (tmp_path / "text.pth").write_text("no weights")
-    with pytest.raises(ValueError, match="not a PyTorch file"):
+    with pytest.raises(ValueError, match="not a plain PyTorch state dict"):
         inception_network(tmp_path / "text.pth")
     torch.save({"fc.weight": torch.zeros(1008, 2048)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match="layers or their shapes differ"):
@@ -78,6 +77,6 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, capsys):
     import torch
 
     torch.save({"fc.weight": Payload()}, tmp_path / "evil.pth")
-    with pytest.raises(ValueError, match="not a PyTorch file"):
+    with pytest.raises(ValueError, match="not a plain PyTorch state dict"):
         inception_network(tmp_path / "evil.pth")
     assert "executed" not in capsys.readouterr().out

@@ -19,7 +19,7 @@ def noisy_log_prob(
     runner: BatchRunner,
     config: TarFlowConfig,
     variables: dict[str, Any],
-    images: LazyRows | tuple[Any, Any],
+    images: ImageSource | tuple[Any, Any],
     noise: Noise,
     key: jax.Array,
     levels: np.ndarray | None = None,
@@ -29,39 +29,23 @@ def noisy_log_prob(
     Image i gets the noise of fold_in(key, i), so its value depends neither on the devices nor on the other images.
 
     Args:
-      images: uint8 [N, H, W, K] and labels int32 [N] or None, in memory or read batch by batch.
+      images: a source, or uint8 [N, H, W, K] and labels int32 [N] or None.
       levels: noise levels σ, float32 [n], for a noise-conditional flow; image i is evaluated at level i mod n, and its
         noise is of that level where `noise` has many.
     """
 
-    if not isinstance(images, LazyRows):
-        pixels, labels = images
-        images = LazyRows(lambda index: (pixels[index], None if labels is None else labels[index]), len(pixels))
-    source = images
-
     def read(index: np.ndarray) -> dict[str, Any]:
-        pixels, labels = source.read(index)
+        if isinstance(images, ImageSource):
+            pixels, labels = images.read(index)
+        else:
+            pixels, labels = jax.tree.map(lambda x: x[index], images)
         noise_std = None if levels is None else levels[index % len(levels)]
         return {"images": pixels, "labels": labels, "index": index.astype(np.int32), "noise_std": noise_std}
 
+    rows = LazyRows(read, len(images) if isinstance(images, ImageSource) else len(images[0]))
     function = functools.partial(likelihood.noisy_log_prob, exact_flow(config), noise)
     size = forward_bytes(config)
-    return runner.run(
-        function, variables, LazyRows(read, source.total), bytes_per_image=size, description="log-likelihoods", key=key
-    )
-
-
-def split_log_prob(
-    runner: BatchRunner,
-    config: TarFlowConfig,
-    variables: dict[str, Any],
-    source: ImageSource,
-    noise: Noise,
-    key: jax.Array,
-    levels: np.ndarray | None = None,
-) -> np.ndarray:
-    """`noisy_log_prob` of every image of a split; the processes share the work, and each gets the whole array."""
-    return noisy_log_prob(runner, config, variables, LazyRows(source.read, len(source)), noise, key, levels)
+    return runner.run(function, variables, rows, bytes_per_image=size, description="log-likelihoods", key=key)
 
 
 def loss_of(log_probs: np.ndarray, num_dims: int) -> float:
@@ -73,7 +57,7 @@ def image_bits_per_dim(
     runner: BatchRunner,
     config: TarFlowConfig,
     variables: dict[str, Any],
-    images: LazyRows | tuple[Any, Any],
+    images: ImageSource | tuple[Any, Any],
     key: jax.Array,
     num_draws: int = 1,
     levels: np.ndarray | None = None,
@@ -81,13 +65,8 @@ def image_bits_per_dim(
     """Returns each image's bits per dimension under uniform dequantisation, float64 [N].
 
     In expectation over the noise it is an upper bound. With K draws it is the tighter, importance-weighted one,
-    log 1/K Σ_k p(x + u_k); the paper's protocol is one draw.
-
-    Args:
-      images: as in `noisy_log_prob`.
-      key: draw k uses fold_in(key, k).
-      num_draws: K.
-      levels: as in `noisy_log_prob`.
+    log 1/K Σ_k p(x + u_k); the paper's protocol is one draw. Draw k uses fold_in(key, k). Other arguments are as in
+    `noisy_log_prob`.
     """
     keys = [jax.random.fold_in(key, draw) for draw in range(num_draws)]
     draws = [noisy_log_prob(runner, config, variables, images, Noise("uniform"), key, levels) for key in keys]

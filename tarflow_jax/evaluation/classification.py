@@ -30,16 +30,11 @@ def bayes_classification(log_probs: np.ndarray, labels: np.ndarray) -> dict[str,
     The posterior is overconfident, because the errors of all dimensions add up; dividing log p by a temperature
     corrects that. It is fitted on the images of even index; the posterior is evaluated on those of odd index.
 
-    Args:
-      log_probs: nats [N, C].
-      labels: int [N].
+    log_probs are in nats, [N, C], labels int [N].
 
     Returns:
-      accuracy; temperature; negative_log_likelihood in nats and the expected calibration_error (15 bins of
-      confidence), and both also as raw_…, at temperature 1.
-
-    Raises:
-      UserError: the shapes differ, or a log-likelihood is not finite.
+      accuracy; temperature; negative_log_likelihood in nats and calibration_error, and both also as raw_…, at
+      temperature 1.
     """
     if log_probs.ndim != 2 or labels.shape != log_probs.shape[:1]:
         raise UserError(f"expected log p [N, C] and N labels, got {log_probs.shape} and {labels.shape}")
@@ -67,7 +62,7 @@ def _negative_log_likelihood(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Expected calibration error: mean |accuracy - confidence| over bins of confidence (Guo et al. 2017)."""
+    """Expected calibration error: mean |accuracy - confidence| over 15 bins of confidence (Guo et al. 2017)."""
     posterior = scipy.special.softmax(logits, axis=1)
     confidence, correct = posterior.max(1), posterior.argmax(1) == labels
     bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
@@ -92,11 +87,7 @@ def outlier_scores(inside: np.ndarray, outside: np.ndarray, num_dims: int) -> di
     """Measures how well log p separates images of the model's data set from those of another.
 
     Flows often assign higher likelihood to simpler data sets than to their own (Nalisnick et al. 2019), so an AUROC
-    below ½ is a finding, not an error.
-
-    Args:
-      inside, outside: log p(x) in nats, [N] and [M].
-      num_dims: H W K.
+    below ½ is a finding, not an error. inside and outside are log p(x) in nats, [N] and [M].
 
     Returns:
       auroc, the probability that an image of the data set is more likely than one of the other, ties counted half;

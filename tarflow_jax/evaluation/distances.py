@@ -10,7 +10,7 @@ from etils import epath
 
 from tarflow_jax.data import ImageSource
 from tarflow_jax.errors import UserError
-from tarflow_jax.evaluation.features import FeatureExtractor, Features
+from tarflow_jax.evaluation.features import FeatureNetwork, Features
 from tarflow_jax.evaluation.generation import as_colour, file_stem, read_samples
 from tarflow_jax.evaluation.scores import (
     FeatureStatistics,
@@ -70,11 +70,13 @@ def read_reference(path: epath.PathLike) -> Reference:
     arrays = read_npz(path, names, MAX_STATISTICS_BYTES)
     if not {"mu", "sigma"} <= arrays.keys():
         raise UserError(f"{path} holds no reference statistics: expected arrays mu and sigma")
+
+    def statistics(mean: str, covariance: str) -> FeatureStatistics:
+        return FeatureStatistics(arrays[mean].astype(np.float64), arrays[covariance].astype(np.float64))
+
     try:
-        pooled = FeatureStatistics(arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64))
-        spatial = None
-        if {"mu_s", "sigma_s"} <= arrays.keys():
-            spatial = FeatureStatistics(arrays["mu_s"].astype(np.float64), arrays["sigma_s"].astype(np.float64))
+        pooled = statistics("mu", "sigma")
+        spatial = statistics("mu_s", "sigma_s") if {"mu_s", "sigma_s"} <= arrays.keys() else None
         protocol = json.loads(str(arrays["protocol"])) if "protocol" in arrays else {}
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
@@ -85,13 +87,12 @@ def read_reference(path: epath.PathLike) -> Reference:
 
 
 def data_set_reference(
-    extractor: FeatureExtractor, source: ImageSource, split: str, preprocessing: str, cache_dir: Path
+    network: FeatureNetwork, source: ImageSource, split: str, preprocessing: str, cache_dir: Path
 ) -> Reference:
     """Computes the statistics of all images of a split, or reads them from `cache_dir` if they are there.
 
     `preprocessing` says what the source did to its images ("tarflow", "adm", "none"), for the protocol.
     """
-    network = extractor.network
     protocol = {
         "data_set": source.name,
         "split": split,
@@ -112,7 +113,7 @@ def data_set_reference(
     stride = -(-len(source) // NUM_REAL_FEATURES)
     for start in range(0, len(source), IMAGES_AT_A_TIME):
         images, _ = source.read(np.arange(start, min(start + IMAGES_AT_A_TIME, len(source))))
-        features = extractor(images, f"features of {source.name} from image {start}")
+        features = network(images, f"features of {source.name} from image {start}")
         running.add(features.pooled)
         kept.append(features.pooled[-start % stride :: stride])
         if features.spatial is not None:
@@ -123,15 +124,12 @@ def data_set_reference(
     return reference
 
 
-def file_reference(extractor: FeatureExtractor, path: str | Path, metrics: list[str]) -> Reference:
-    """Reads a reference file; precision, recall and KID take the features of its images (`arr_0`), if it has any.
-
-    Raises FileNotFoundError, and UserError for anything but a reference file of this network.
-    """
+def file_reference(network: FeatureNetwork, path: str | Path, metrics: list[str]) -> Reference:
+    """Reads a reference file; precision, recall and KID take the features of its images (`arr_0`), if it has any."""
     reference = read_reference(path)
     features, protocol = reference.features, {"file": Path(path).name} | reference.protocol
     if features is None and {"kid", "precision_recall"} & set(metrics):
-        features = extractor(as_colour(read_samples(path)[0]), "features of the reference").pooled
+        features = network(as_colour(read_samples(path)[0]), "features of the reference").pooled
     return dataclasses.replace(reference, features=features, protocol=protocol)
 
 
@@ -148,18 +146,17 @@ def sample_metrics(metrics: list[str], network: str, features: Features, referen
     """Returns {printed name: value} of the metrics of generated images' features.
 
     Scores over splits or subsets come with their standard deviation, as "… (std)". Raises UserError for metrics that
-    the network or the reference does not support, and for fewer images than features.
+    the reference does not support, and for fewer images than features.
     """
-    check_metrics(metrics, network)
     names, results = NAMES[network], {}
     for metric in metrics:
         name = names[metric]
         if metric == "fid":
-            results[name] = _frechet(features.pooled, reference.pooled, name)
+            results[name] = frechet_distance(feature_statistics(features.pooled), reference.pooled)
         elif metric == "sfid":
             if reference.spatial is None:
                 raise UserError("the reference has no spatial statistics (mu_s, sigma_s), which sFID needs")
-            results[name] = _frechet(features.spatial, reference.spatial, name)
+            results[name] = frechet_distance(feature_statistics(features.spatial), reference.spatial)
         elif metric == "inception_score":
             results[name], results[f"{name} (std)"] = inception_score(features.logits)
         elif reference.features is None:
@@ -170,13 +167,3 @@ def sample_metrics(metrics: list[str], network: str, features: Features, referen
             precision, recall = precision_recall(features.pooled, reference.features)
             results |= {name.format("precision"): precision, name.format("recall"): recall}
     return results
-
-
-def _frechet(features: np.ndarray, reference: FeatureStatistics, name: str) -> float:
-    number, size = features.shape
-    if number < size:
-        raise UserError(
-            f"{name} has {size} features, so it needs at least {size} images, got {number}: fewer leave the "
-            "covariance singular (the field draws 50,000)"
-        )
-    return frechet_distance(feature_statistics(features), reference)

@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import numpy as np
 
@@ -21,39 +21,27 @@ class Features(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FeatureNetwork:
-    """A pure function `apply(variables, images uint8 [B, H, W, K]) -> Features`, and its weights.
-
-    Pass the same function object for the same network: compiled programs are cached by it.
-    """
+    """A module that maps images uint8 [B, H, W, K] to `Features`, its parameters, and what they are."""
 
     name: str  # "inception" or "classifier"
     identity: str  # hash of the weights' file and how good they are; printed with every distance
     preprocessing: str  # of the images inside the network, in words
-    variables: Any
-    apply: Callable[[Any, jax.Array], Features]
+    model: nn.Module
+    params: Any
     bytes_per_image: int  # of activations
 
-
-class FeatureExtractor:
-    """Runs a `FeatureNetwork` on all devices of this process."""
-
-    def __init__(self, network: FeatureNetwork) -> None:
-        self.network = network
-        mesh = make_mesh(devices=jax.local_devices())
-        self._runner = BatchRunner(mesh)
-        self._variables = jax.device_put(network.variables, replicated(mesh))
-
     def __call__(self, images: np.ndarray, description: str = "features") -> Features:
-        """Returns NumPy features of uint8 images [N, H, W, K]."""
-        return self._runner.run(
-            functools.partial(_features, self.network.apply),
-            self._variables,
+        """Returns NumPy features of uint8 images [N, H, W, K], computed on all devices of this process."""
+        mesh = make_mesh(devices=jax.local_devices())
+        return BatchRunner(mesh).run(
+            functools.partial(_features, self.model),
+            jax.device_put(self.params, replicated(mesh)),
             {"images": images},
-            bytes_per_image=self.network.bytes_per_image,
+            bytes_per_image=self.bytes_per_image,
             description=description,
         )
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _features(apply: Callable[..., Features], variables: Any, images: jax.Array) -> Features:
-    return apply(variables, images)
+def _features(model: nn.Module, params: Any, images: jax.Array) -> Features:
+    return model.apply({"params": params}, images)

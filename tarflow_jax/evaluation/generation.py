@@ -23,14 +23,11 @@ NOT_FINITE = 128  # grey, in place of a pixel that is NaN or infinite
 
 
 class Samples(NamedTuple):
-    """Images uint8 [N, H, W, K], labels int32 [N] or None, and how many of the images had NaN or infinite pixels.
+    """Samples of a model, measured with its failures: pixels that were NaN or infinite are grey."""
 
-    Such images stay in the set, with grey for these pixels, so that a model is measured with its failures.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray | None
-    num_not_finite: int
+    images: np.ndarray  # uint8 [N, H, W, K]
+    labels: np.ndarray | None  # int32 [N]
+    num_not_finite: int  # images with such pixels
 
 
 def quantise(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -60,8 +57,7 @@ def labels_in_proportion(class_counts: Sequence[int] | np.ndarray, num_images: i
 def chunk_folder(root: epath.PathLike, protocol: Mapping[str, Any]) -> epath.Path:
     """Returns the folder of a protocol's chunks, named by its hash; protocol.json in it holds the protocol.
 
-    `protocol` must hold all that the samples depend on: model, seed, guidance, denoising, chunk size. Different
-    protocols get different folders, so a run with another guidance cannot continue this one by mistake.
+    `protocol` must hold all that the samples depend on, so that a run with another guidance cannot continue this one.
     """
     text = json.dumps(dict(protocol), indent=2, sort_keys=True)
     folder = epath.Path(root) / hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -80,7 +76,7 @@ def generate(
     """Draws the chunks of `num_images` samples that are missing in `folder`; each process draws its share.
 
     `sample(key, number, labels)` returns float images [number, H, W, K] in [-1, 1], for `labels_in_proportion`. Every
-    chunk is drawn in full, so the first images do not depend on `num_images`. Nothing is drawn twice, NaN or not.
+    chunk is drawn in full, so the first images do not depend on `num_images`.
     """
     num_chunks = -(-num_images // chunk_size)
     all_labels = labels_in_proportion(class_counts, num_chunks * chunk_size)
@@ -99,15 +95,12 @@ def generate(
 def read_chunks(
     folder: epath.PathLike, num_images: int, chunk_size: int, class_counts: Sequence[int] | np.ndarray
 ) -> Samples:
-    """Reads the first `num_images` samples of a folder.
-
-    Raises FileNotFoundError while a chunk is missing, and UserError for a damaged one.
-    """
+    """Reads the first `num_images` samples of a folder; FileNotFoundError while a chunk is missing."""
     images, not_finite = [], []
     for index in range(-(-num_images // chunk_size)):
         path = _chunk_path(folder, index)
         chunk = read_npz(path, ("images", "not_finite"))
-        if {"images", "not_finite"} - chunk.keys() or len(chunk["images"]) != chunk_size:
+        if len(chunk) < 2 or len(chunk["images"]) != chunk_size:
             raise UserError(f"{path} is not a chunk of {chunk_size} samples; delete it and run again")
         images.append(chunk["images"])
         not_finite.append(chunk["not_finite"])
@@ -131,10 +124,7 @@ def write_samples(path: epath.PathLike, images: np.ndarray, labels: np.ndarray |
 
 
 def read_samples(path: epath.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
-    """Reads images uint8 [N, H, W, K] and labels [N] or None from an ADM sample file.
-
-    Raises FileNotFoundError, and UserError for anything but a complete sample file.
-    """
+    """Reads images uint8 [N, H, W, K] and labels [N] or None from an ADM sample file; UserError for other files."""
     arrays = read_npz(path, ("arr_0", "arr_1"))
     images, labels = arrays.get("arr_0"), arrays.get("arr_1")
     if images is None or images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):

@@ -2,7 +2,7 @@
 
 It differs from the InceptionV3 of model zoos: 1,008 outputs, average pools that exclude the padding, a max pool in the
 last block, and images resized by TensorFlow 1's bilinear rule. Batch normalisation is folded into the convolutions when
-weights are loaded (`interop/inception_weights.py`). Modules are named as in the PyTorch file.
+weights are loaded. Modules are named as in the PyTorch file.
 """
 
 import functools
@@ -13,16 +13,21 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax import lax
+import numpy as np
+from flax.traverse_util import unflatten_dict
 
-from tarflow_jax.errors import UserError
+from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.evaluation.features import FeatureNetwork, Features
-from tarflow_jax.interop.inception_weights import PUBLISHED_HASH_PREFIX, load_inception_weights
+from tarflow_jax.files import sha256
+from tarflow_jax.interop.tensors import load_tensors
 
 Array = jax.Array
 
 IMAGE_SIZE = 299
 SPATIAL_CHANNELS = 7  # of mixed_6/conv:0, for sFID
+BATCH_NORM_EPSILON = 1e-3
+# The name of the published file, pt_inception-2015-12-05-6726825d.pth, contains the start of its SHA-256.
+PUBLISHED_HASH_PREFIX = "6726825d"
 
 
 def resize_like_tensorflow1(images: Array, size: int = IMAGE_SIZE) -> Array:
@@ -52,53 +57,12 @@ def average_pool(x: Array) -> Array:
     return nn.avg_pool(x, (3, 3), padding=((1, 1), (1, 1)), count_include_pad=False)
 
 
-def _convolve_by_patches(x: Array, kernel: Array, strides: int) -> Array:
-    """Convolves one image [H, W, I] without padding, as one matmul with the matrix of its patches."""
-    rows, columns, inputs, outputs = kernel.shape
-    height = (x.shape[0] - rows) // strides + 1
-    width = (x.shape[1] - columns) // strides + 1
-    taps = [
-        x[i : i + strides * (height - 1) + 1 : strides, j : j + strides * (width - 1) + 1 : strides]
-        for i in range(rows)
-        for j in range(columns)
-    ]
-    patches = jnp.concatenate(taps, axis=-1).reshape(height * width, rows * columns * inputs)
-    return (patches @ kernel.reshape(-1, outputs)).reshape(height, width, outputs)
-
-
-def convolve(x: Array, kernel: Array, strides: int, padding: tuple[int, int]) -> Array:
-    """NHWC convolution.
-
-    XLA's is slow on CPUs for large images and for strides; there a matmul with patches, image by image so that they
-    stay in the cache, is 2 to 4 times faster.
-    """
-    rows, columns = kernel.shape[:2]
-    pads = tuple((p, p) for p in padding)
-    if jax.default_backend() == "cpu" and rows == columns == 1:
-        return jnp.einsum("bhwi,io->bhwo", x, kernel[0, 0])
-    if jax.default_backend() == "cpu" and (x.shape[1] > 64 or strides > 1):
-        padded = jnp.pad(x, ((0, 0), *pads, (0, 0)))
-        return lax.map(lambda image: _convolve_by_patches(image, kernel, strides), padded)
-    numbers = ("NHWC", "HWIO", "NHWC")
-    return lax.conv_general_dilated(x, kernel, (strides, strides), pads, dimension_numbers=numbers)
-
-
-class Convolution(nn.Module):
+def convolution(
+    x: Array, features: int, rows: int = 1, columns: int = 1, strides: int = 1, same: bool = True, *, name: str
+) -> Array:
     """Convolution with a bias, then ReLU; `same` keeps the image's size at stride 1."""
-
-    features: int
-    rows: int = 1
-    columns: int = 1
-    strides: int = 1
-    same: bool = True
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        shape = (self.rows, self.columns, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.he_normal(), shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        padding = (self.rows // 2, self.columns // 2) if self.same and self.strides == 1 else (0, 0)
-        return nn.relu(convolve(x, kernel, self.strides, padding) + bias[None, None, None])
+    padding = "SAME" if same and strides == 1 else "VALID"
+    return nn.relu(nn.Conv(features, (rows, columns), strides, padding, name=name)(x))
 
 
 # Name -> a sequence of convolutions (features, rows, columns); a pair of them runs in parallel.
@@ -146,30 +110,34 @@ class Block(nn.Module):
             for i, layer in enumerate(layers, 1):
                 name = f"{branch}_{i}" if len(layers) > 1 else branch
                 if isinstance(layer[0], tuple):
-                    y = jnp.concatenate([Convolution(*layer[k], name=name + "ab"[k])(y) for k in (0, 1)], axis=-1)
+                    y = jnp.concatenate([convolution(y, *layer[k], name=name + "ab"[k]) for k in (0, 1)], axis=-1)
                 else:
-                    y = Convolution(*layer, self.strides if i == len(layers) else 1, name=name)(y)
+                    strides = self.strides if i == len(layers) else 1
+                    features, rows, columns = layer
+                    y = convolution(y, features, rows, columns, strides, name=name)
             outputs.append(y)
         pooled = self.pool(x)
         if self.pool_features:
-            pooled = Convolution(self.pool_features, name="branch_pool")(pooled)
+            pooled = convolution(pooled, self.pool_features, name="branch_pool")
         return jnp.concatenate([*outputs, pooled], axis=-1)
 
 
 class InceptionV3(nn.Module):
-    """Images uint8 [B, H, W, 3] of any size to pool_3 [B, 2048], logits [B, 1008] and spatial [B, 17 * 17 * 7].
+    """Images uint8 [B, H, W, 1 or 3] of any size to pool_3 [B, 2048], logits [B, 1008] and spatial [B, 17 * 17 * 7].
 
-    The spatial features are the first 7 channels of mixed_6/conv:0, flattened as rows, columns, channels.
+    Grey images are repeated to three channels. The spatial features are the first 7 channels of mixed_6/conv:0,
+    flattened as rows, columns, channels.
     """
 
     @nn.compact
     def __call__(self, images: Array) -> Features:
-        x = (resize_like_tensorflow1(images.astype(jnp.float32)) - 128.0) / 128.0  # [B, 299, 299, 3]
-        x = Convolution(32, 3, 3, strides=2, name="Conv2d_1a_3x3")(x)
-        x = Convolution(32, 3, 3, same=False, name="Conv2d_2a_3x3")(x)
-        x = max_pool(Convolution(64, 3, 3, name="Conv2d_2b_3x3")(x))  # [B, 73, 73, 64]
-        x = Convolution(80, name="Conv2d_3b_1x1")(x)
-        x = max_pool(Convolution(192, 3, 3, same=False, name="Conv2d_4a_3x3")(x))  # [B, 35, 35, 192]
+        images = jnp.broadcast_to(images, (*images.shape[:-1], 3)).astype(jnp.float32)
+        x = (resize_like_tensorflow1(images) - 128.0) / 128.0  # [B, 299, 299, 3]
+        x = convolution(x, 32, 3, 3, strides=2, name="Conv2d_1a_3x3")
+        x = convolution(x, 32, 3, 3, same=False, name="Conv2d_2a_3x3")
+        x = max_pool(convolution(x, 64, 3, 3, name="Conv2d_2b_3x3"))  # [B, 73, 73, 64]
+        x = convolution(x, 80, name="Conv2d_3b_1x1")
+        x = max_pool(convolution(x, 192, 3, 3, same=False, name="Conv2d_4a_3x3"))  # [B, 35, 35, 192]
         for name, pool_features in (("Mixed_5b", 32), ("Mixed_5c", 64), ("Mixed_5d", 64)):
             x = Block(BLOCK_A, average_pool, pool_features, name=name)(x)
         x = Block(BLOCK_B, max_pool, strides=2, name="Mixed_6a")(x)  # [B, 17, 17, 768]
@@ -186,27 +154,40 @@ class InceptionV3(nn.Module):
         return Features(pooled, logits, spatial)
 
 
-def _features_of_any(params: Any, images: Array) -> Features:
-    return InceptionV3().apply({"params": params}, jnp.broadcast_to(images, (*images.shape[:-1], 3)))
-
-
 def inception_network(path: str | Path) -> FeatureNetwork:
-    """Returns FID's network with the weights of a local PyTorch file; grey images are repeated to three channels.
+    """Reads FID's network from a local PyTorch file, without executing code in it.
 
     Raises FileNotFoundError, and UserError for a file of anything else.
     """
-    params, sha256 = load_inception_weights(path)
-    model = InceptionV3()
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"Inception weights {path} not found: name the local file pt_inception-2015-12-05.pth")
+    state = {name: tensor.double().numpy() for name, tensor in load_tensors(path).items()}
+    convolutions = [name.removesuffix(".conv.weight") for name in state if name.endswith(".conv.weight")]
+    try:
+        folded: dict[str, Any] = {name: _fold_batch_norm(state, name) for name in convolutions}
+        folded["fc"] = {"kernel": jnp.float32(state["fc.weight"].T)}
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path} does not hold FID's InceptionV3: no such tensor {one_line(error)}") from error
+    model, params = InceptionV3(), unflatten_dict(folded, sep=".")
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 8, 8, 3), jnp.uint8))["params"]
     if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, shapes):
         raise UserError(f"{path} does not hold FID's InceptionV3: its layers or their shapes differ")
-    published = sha256.startswith(PUBLISHED_HASH_PREFIX)
+    digest = sha256(path)
+    published = digest.startswith(PUBLISHED_HASH_PREFIX)
     note = "the published pt_inception-2015-12-05" if published else "NOT the published weights: no FID compares"
     return FeatureNetwork(
         name="inception",
-        identity=f"sha256 {sha256} ({note})",
+        identity=f"sha256 {digest} ({note})",
         preprocessing="grey repeated to RGB, TensorFlow 1 bilinear resize to 299 x 299, (v - 128) / 128",
-        variables=jax.tree.map(jnp.asarray, params),
-        apply=_features_of_any,
+        model=model,
+        params=params,
         bytes_per_image=64 * 2**20,  # 299 x 299 pixels and the two widest layers
     )
+
+
+def _fold_batch_norm(state: dict[str, np.ndarray], name: str) -> dict[str, Array]:
+    """Folds batch normalisation into the convolution before it; returns a kernel [h, w, I, O] and a bias, float32."""
+    bias, mean, variance = (state[f"{name}.bn.{part}"] for part in ("bias", "running_mean", "running_var"))
+    scale = state[f"{name}.bn.weight"] / np.sqrt(variance + BATCH_NORM_EPSILON)
+    kernel = np.einsum("oihw,o->hwio", state[f"{name}.conv.weight"], scale)
+    return {"kernel": jnp.float32(kernel), "bias": jnp.float32(bias - mean * scale)}

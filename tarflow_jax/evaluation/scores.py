@@ -20,21 +20,16 @@ SEED = 2020  # of NumPy's legacy generator
 
 @dataclasses.dataclass(frozen=True)
 class FeatureStatistics:
-    """Mean [D] and covariance [D, D] (divided by count - 1) of features, float64.
-
-    Raises UserError for shapes that do not match, or values that are not finite.
-    """
+    """Mean [D] and covariance [D, D] (divided by count - 1) of features."""
 
     mean: np.ndarray
     covariance: np.ndarray
 
     def __post_init__(self) -> None:
-        (size,) = self.mean.shape if self.mean.ndim == 1 else (0,)
-        if not size or self.covariance.shape != (size, size):
-            raise UserError(
-                f"feature statistics have a mean of shape {list(self.mean.shape)} and a covariance of shape "
-                f"{list(self.covariance.shape)}; expected [D] and [D, D]"
-            )
+        shape = self.mean.shape
+        if len(shape) != 1 or self.covariance.shape != shape * 2:
+            found = f"{list(shape)} and {list(self.covariance.shape)}"
+            raise UserError(f"feature statistics have shapes {found}; expected a mean [D] and a covariance [D, D]")
         if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
             raise UserError("feature statistics hold numbers that are not finite")
 
@@ -46,7 +41,7 @@ class RunningStatistics:
         self.count, self.mean, self.scatter = 0, np.zeros(()), np.zeros(())
 
     def add(self, features: np.ndarray) -> "RunningStatistics":
-        """Adds features [N, D] of any float type; returns itself."""
+        """Adds features [N, D]; returns itself."""
         batch = np.asarray(features, np.float64)
         mean = batch.mean(0)
         centred = batch - mean
@@ -58,14 +53,15 @@ class RunningStatistics:
         return self
 
     def result(self) -> FeatureStatistics:
-        """Returns the statistics so far; raises UserError for fewer than two samples."""
-        if self.count < 2:
-            raise UserError(f"a covariance needs at least 2 samples, got {self.count}")
+        """Returns the statistics so far."""
         return FeatureStatistics(self.mean, self.scatter / (self.count - 1))
 
 
 def feature_statistics(features: np.ndarray) -> FeatureStatistics:
-    """Returns the statistics of features [N, D] in memory."""
+    """Returns the statistics of features [N, D]; raises UserError for N < D, which leaves the covariance singular."""
+    number, size = features.shape
+    if number < size:
+        raise UserError(f"a Fréchet distance of {size} features needs at least {size} images, got {number}")
     return RunningStatistics().add(features).result()
 
 
@@ -87,7 +83,6 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:
-    """A factor R [D, D] with R Rᵀ = covariance."""
     values, vectors = scipy.linalg.eigh(covariance)
     return vectors * np.sqrt(np.maximum(values, 0))
 
@@ -114,7 +109,7 @@ def kernel_distance(
     """Squared maximum mean discrepancy, kernel (x·y / D + 1)³: mean and standard deviation over random subsets.
 
     Features are [N, D] and [M, D]. With Inception's pool_3 this is KID (Bińkowski et al. 2018), unbiased at any number
-    of samples. Raises UserError when a set is smaller than a subset.
+    of samples. Raises UserError if a set is smaller than a subset.
     """
     if min(len(first), len(second)) < subset_size:
         raise UserError(f"kernel distance takes subsets of {subset_size} images, got {len(first)} and {len(second)}")
@@ -123,13 +118,10 @@ def kernel_distance(
     for _ in progress(range(subsets), "kernel distance"):
         x = first[random.choice(len(first), subset_size, replace=False)].astype(np.float64)
         y = second[random.choice(len(second), subset_size, replace=False)].astype(np.float64)
-        within = _mean_off_diagonal(polynomial_kernel(x, x)) + _mean_off_diagonal(polynomial_kernel(y, y))
+        kernels = polynomial_kernel(x) + polynomial_kernel(y)
+        within = (kernels.sum() - np.trace(kernels)) / (subset_size * (subset_size - 1))  # unbiased: no diagonals
         distances.append(within - 2 * polynomial_kernel(x, y).mean())
     return float(np.mean(distances)), float(np.std(distances))
-
-
-def _mean_off_diagonal(kernel: np.ndarray) -> float:
-    return float((kernel.sum() - np.trace(kernel)) / (kernel.size - len(kernel)))
 
 
 def precision_recall(generated: np.ndarray, real: np.ndarray, neighbours: int = 3) -> tuple[float, float]:

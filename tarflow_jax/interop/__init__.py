@@ -1,7 +1,14 @@
 """Weights in and out: model folders, the Hugging Face hub, and PyTorch checkpoints of the reference."""
 
-from tarflow_jax.interop.hub import local_folder, push_model
-from tarflow_jax.interop.model_folder import SavedModel, load_model, load_student, save_model, save_student
+from tarflow_jax.interop.model_folder import (
+    SavedModel,
+    load_model,
+    load_student,
+    local_folder,
+    push_model,
+    save_model,
+    save_student,
+)
 from tarflow_jax.interop.torch_weights import load_torch, save_torch
 
 __all__ = [

@@ -19,13 +19,9 @@ _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 def model_card(config: TarFlowConfig, noise: Noise | None, card: Mapping[str, Any]) -> str:
     """Returns a model card: Markdown with the hub's YAML header.
 
-    Args:
-      noise: the training noise; None if unknown.
-      card: any of "name" (str), "datasets" (list of str), "training" (dict: what to say about it, in words or
-        numbers), "metrics" (dict: name with its unit -> measured number), "samples" (path of an image file to show)
-        and "evaluations" (list of what launch.evaluate writes, {"protocol": …, "results": …}).
-
-    Raises ValueError: another field in `card`.
+    `card` has any of "name" (str), "datasets" (list of str), "training" (dict: what to say about it, in words or
+    numbers), "metrics" (dict: name with its unit -> measured number), "samples" (path of an image file to show) and
+    "evaluations" (list of what launch.evaluate writes, {"protocol": …, "results": …}); other fields are a ValueError.
     """
     # Imported here, since only saving needs them.
     import jinja2

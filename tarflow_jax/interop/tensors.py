@@ -1,9 +1,10 @@
-"""Variables as named tensors: their names, the check of names and shapes, and safetensors files.
+"""Variables as named tensors: their names, the check of names and shapes, and files of safetensors and PyTorch.
 
 A tensor's name is its path in the tree of variables, "params/block_0/layers/qkv/kernel".
 """
 
 import functools
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import safetensors
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from tarflow_jax.errors import UserError, one_line
+from tarflow_jax.errors import MissingPackageError, UserError, one_line
 from tarflow_jax.runtime import progress
 from tarflow_jax.runtime.parameters import Shape
 
@@ -51,3 +52,35 @@ def read_safetensors(path: Path, expected: Mapping[str, Shape]) -> dict[str, Any
             return unflatten(tensors)
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is not a valid safetensors file: {one_line(error)}") from error
+
+
+def import_torch() -> Any:
+    """Returns PyTorch; raises MissingPackageError, which says how to install it."""
+    try:
+        import torch
+    except ImportError as error:
+        raise MissingPackageError("PyTorch checkpoints need PyTorch; install it with `pip install torch`") from error
+    return torch
+
+
+def load_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads the PyTorch tensors of a file by their names; executes no code in it.
+
+    Raises UserError for a file of anything but dense tensors.
+    """
+    torch = import_torch()
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged bytes can raise anything in its reader
+        reason = one_line(error)
+        if "weights only" in reason.lower():  # the rest of the message advises to load it nevertheless
+            reason = "it holds more than tensors, and other objects are never loaded; save `model.state_dict()` alone"
+        raise UserError(f"{path} is not a plain PyTorch state dict: {reason}") from error
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
+    ):
+        raise UserError(f"{path} holds no state dict of tensors; save `model.state_dict()` alone")
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise UserError(f"{path}: tensor {name} is {tensor.dtype}, {tensor.layout}; expected dense numbers")
+    return state

@@ -15,10 +15,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from tarflow_jax.errors import MissingPackageError, UserError, one_line
+from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.files import replacing
 from tarflow_jax.flow.config import TarFlowConfig
-from tarflow_jax.interop.tensors import check_tensors, flatten, unflatten
+from tarflow_jax.interop.tensors import check_tensors, flatten, import_torch, load_tensors, unflatten
 from tarflow_jax.runtime import progress
 from tarflow_jax.runtime.parameters import Parameter, Shape, rows_of, variables_shapes
 
@@ -31,14 +31,11 @@ def load_torch(
 ) -> tuple[TarFlowConfig, dict[str, Any]]:
     """Reads a state dict of the reference; executes no code in it.
 
-    Args:
-      path: a file that `torch.save(model.state_dict(), path)` wrote.
-      image_size: side, or (height, width), in pixels.
-      image_channels: K.
-      patch_size: P. The tensors determine T and D, but not how these divide into image_size, K and P.
+    Width, blocks, layers, classes and VP/NVP follow from the tensors, which determine T and D too, but not how these
+    divide into image_size (a side, or height and width), image_channels K and patch_size P.
 
     Returns:
-      (config, variables): width, blocks, layers, classes and VP/NVP follow from the tensors; float32 arrays.
+      (config, variables), float32 arrays.
 
     Raises:
       FileNotFoundError: there is no such file.
@@ -53,8 +50,8 @@ def load_torch(
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     config = _read_config(path, shapes, image_size, image_channels, patch_size)
     buffers, tensors = _buffers(config), list(_tensors(config))
-    expected = {name: buffer.shape for name, buffer in buffers.items()}
-    expected |= {name: row.torch_shape(config) for _, row, names in tensors for name in names}
+    expected = {name: row.torch_shape(config) for _, row, names in tensors for name in names}
+    expected |= {name: buffer.shape for name, buffer in buffers.items()}
     check_tensors(str(path), shapes, expected)
     for name, buffer in buffers.items():
         if not np.array_equal(state[name].float().numpy(), buffer):
@@ -75,7 +72,7 @@ def save_torch(path: str | os.PathLike[str], config: TarFlowConfig, variables: M
       ImportError: PyTorch is not installed.
       ValueError: the reference has no model of this shape, or the variables do not fit `config`.
     """
-    torch = _import_torch()
+    torch = import_torch()
     _check_representable(config)
     flat = flatten(variables)
     check_tensors("the model", {name: value.shape for name, value in flat.items()}, variables_shapes(config))
@@ -83,40 +80,20 @@ def save_torch(path: str | os.PathLike[str], config: TarFlowConfig, variables: M
     for name, row, torch_names in progress(list(_tensors(config)), "converting"):
         parts = _to_torch(config, row, np.asarray(flat[name], np.float32))
         for torch_name, part in zip(torch_names, parts, strict=True):
-            state[torch_name] = torch.from_numpy(np.array(part, order="C"))
+            state[torch_name] = torch.from_numpy(part.copy())
     with replacing(path) as file:
         torch.save(state, file)  # given a path, it would write the temporary name into the file
 
 
-def _import_torch() -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise MissingPackageError("PyTorch checkpoints need PyTorch; install it with `pip install torch`") from error
-    return torch
-
-
 def _read_state_dict(path: Path) -> dict[str, Any]:
     """Reads a file of named, dense tensors of floating point, whose memory the file's size bounds."""
-    torch = _import_torch()
     if not path.is_file():
         raise FileNotFoundError(f"no PyTorch checkpoint at {path}")
     _check_archive(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged bytes can raise anything in its reader
-        reason = one_line(error)
-        if "weights only" in reason.lower():  # the rest of the message advises to load it nevertheless
-            reason = "it holds more than tensors, and other objects are never loaded; save `model.state_dict()` alone"
-        raise UserError(f"{path} is not a plain PyTorch state dict: {reason}") from error
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in state.items()
-    ):
-        raise UserError(f"{path} holds no state dict of tensors; save `model.state_dict()` alone")
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    state = load_tensors(path)
     for name, tensor in state.items():
-        if tensor.dtype not in dtypes or tensor.layout != torch.strided or tensor.device.type != "cpu":
-            raise UserError(f"{path}: tensor {name} is {tensor.dtype}, {tensor.layout}; expected dense float32")
+        if not tensor.is_floating_point() or tensor.element_size() > 4:
+            raise UserError(f"{path}: tensor {name} is {tensor.dtype}; expected float32")
     # A strided view can repeat the same few bytes endlessly; the tensors of a state dict each own their bytes.
     if sum(tensor.nelement() * tensor.element_size() for tensor in state.values()) > path.stat().st_size:
         raise UserError(f"{path}: the tensors claim more bytes than the file has")
@@ -147,27 +124,23 @@ def _read_config(
 ) -> TarFlowConfig:
     """Infers the config from the shapes; `check_tensors` then verifies every tensor against it."""
 
-    def shape_of(name: str, rank: int) -> Shape:
-        shape = shapes.get(f"blocks.0.{name}", ())
-        if len(shape) != rank or not all(shape):
-            raise UserError(f"{path} is not a TarFlow: blocks.0.{name} has shape {list(shape)}; expected rank {rank}")
-        return shape
-
     def count(pattern: str) -> int:
         return len({match[1] for name in shapes if (match := re.match(pattern, name))})
 
     if any("shared_backbone" in name for name in shapes):
         raise UserError(f"{path} has layers that its blocks share (shared_backbone_layers); expected none")
-    tokens = {shape[0] for name, shape in shapes.items() if re.fullmatch(r"blocks\.\d+\.pos_embed", name) and shape}
+    try:
+        width, token_dim = shapes["blocks.0.proj_in.weight"]
+        num_tokens, _ = shapes["blocks.0.pos_embed"]
+        outputs, _ = shapes["blocks.0.proj_out.weight"]
+        num_classes, *_ = shapes.get("blocks.0.class_embed", (0,))
+        tokens = {shape[0] for name, shape in shapes.items() if re.fullmatch(r"blocks\.\d+\.pos_embed", name)}
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{path} is not a TarFlow of the reference: its blocks lack tensors, or have others") from error
     if len(tokens) > 1:
         raise UserError(
             f"{path} has blocks of {sorted(tokens)} tokens, so several patch_sizes; expected one for all blocks"
         )
-    width, token_dim = shape_of("proj_in.weight", 2)
-    num_tokens = shape_of("pos_embed", 2)[0]
-    outputs = shape_of("proj_out.weight", 2)[0]
-    if outputs not in (token_dim, 2 * token_dim):
-        raise UserError(f"{path}: proj_out has {outputs} outputs; expected {token_dim} (VP) or {2 * token_dim} (NVP)")
     noise_conditional = "blocks.0.time_embed.mlp.0.weight" in shapes
     num_blocks, layers = count(r"blocks\.(\d+)\."), "head_blocks" if noise_conditional else "attn_blocks"
     depths = tuple(count(rf"blocks\.{k}\.{layers}\.(\d+)\.") for k in range(num_blocks))
@@ -178,7 +151,7 @@ def _read_config(
         width=width,
         layers_per_block=depths[0] if len(set(depths)) == 1 else depths,
         num_blocks=num_blocks,
-        num_classes=shape_of("class_embed", 3)[0] if "blocks.0.class_embed" in shapes else 0,
+        num_classes=num_classes,
         volume_preserving=outputs == token_dim,
         head_dim=HEAD_DIM,
         noise_conditional=noise_conditional,
@@ -232,30 +205,23 @@ def _buffers(config: TarFlowConfig) -> dict[str, np.ndarray]:
 
 
 def _from_torch(config: TarFlowConfig, row: Parameter, parts: list[np.ndarray]) -> np.ndarray:
-    """Converts the reference's tensors of one variable."""
-    if row.input_axes:
-        parts = [part.T for part in parts]
-    shape = row.shape(config, depth=len(parts))
-    if row.stacked:
-        return np.stack([part.reshape(shape[1:]) for part in parts])
-    return _reorder_tokens(row, parts[0].reshape(shape), _token_order(config))
+    stacked = np.stack([part.T if row.input_axes else part for part in parts])
+    return _reorder_tokens(config, row, stacked.reshape(row.shape(config, depth=len(parts))))
 
 
 def _to_torch(config: TarFlowConfig, row: Parameter, array: np.ndarray) -> list[np.ndarray]:
     """The inverse of `_from_torch`."""
-    array = _reorder_tokens(row, array, np.argsort(_token_order(config)))
-    shape = row.torch_shape(config)
+    array, shape = _reorder_tokens(config, row, array, inverse=True), row.torch_shape(config)
     parts = list(array) if row.stacked else [array]
     return [part.reshape(shape[::-1]).T if row.input_axes else part.reshape(shape) for part in parts]
 
 
-def _token_order(config: TarFlowConfig) -> np.ndarray:
-    """Returns the indices [D] that reorder (channel, row, column) as (row, column, channel)."""
+def _reorder_tokens(config: TarFlowConfig, row: Parameter, array: np.ndarray, inverse: bool = False) -> np.ndarray:
+    """Reorders the axes that are numbers of a token from (channel, row, column) to (row, column, channel)."""
     patch = (config.image_channels, config.patch_size, config.patch_size)
-    return np.arange(config.token_dim).reshape(patch).transpose(1, 2, 0).reshape(-1)
-
-
-def _reorder_tokens(row: Parameter, array: np.ndarray, order: np.ndarray) -> np.ndarray:
+    order = np.arange(config.token_dim).reshape(patch).transpose(1, 2, 0).reshape(-1)
+    if inverse:
+        order = np.argsort(order)
     for axis, letter in enumerate(row.letters):
         if letter in ("D", "2D"):
             # In NVP mode the output projection returns log_scale, then shift.

@@ -13,7 +13,7 @@ import numpy as np
 
 from tarflow_jax.data import ImageSource
 from tarflow_jax.errors import UserError
-from tarflow_jax.evaluation.bits_per_dim import loss_of, split_log_prob
+from tarflow_jax.evaluation.bits_per_dim import loss_of, noisy_log_prob
 from tarflow_jax.flow import TarFlow, TarFlowConfig, updated_prior
 from tarflow_jax.likelihood import training_loss, unit_prior
 from tarflow_jax.noise import Noise, to_float
@@ -102,7 +102,7 @@ class FlowTask:
         """The training loss with labels kept: nats per dimension less ½ log 2π. Image i has noise level i mod 8."""
         levels = self.noise.quantiles(_TEST_LEVELS) if self.noise.kind == "levels" else None
         key, num_dims = jax.random.key(0), self.model.num_dims
-        log_probs = split_log_prob(runner, self.model, unit_prior(variables), source, self.noise, key, levels)
+        log_probs = noisy_log_prob(runner, self.model, unit_prior(variables), source, self.noise, key, levels)
         if levels is None:
             return loss_of(log_probs, num_dims)
         return float(np.mean(levels * [loss_of(log_probs[i::_TEST_LEVELS], num_dims) for i in range(_TEST_LEVELS)]))
