@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from absl import flags
 from etils import epath
 
-from launch import common
+from launch import cli
 from launch.report_page import page
 from launch.report_workdir import read_run
 from tarflow_jax.errors import UserError
@@ -26,8 +26,8 @@ flags.mark_flags_as_required(["workdir"])
 
 def main(argv: Sequence[str]) -> None:
     """Writes the page, prints its path, and says on stderr what it had to leave out."""
-    workdir = common.folder("workdir")
-    output = epath.Path(common.folder("output") if OUTPUT.value else epath.Path(workdir) / "report.html")
+    workdir = cli.folder("workdir")
+    output = epath.Path(cli.folder("output") if OUTPUT.value else epath.Path(workdir) / "report.html")
     if output.is_dir():
         raise UserError(f"--output={output} is a folder; expected a file")
     run = read_run(workdir)
@@ -38,4 +38,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

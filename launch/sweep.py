@@ -21,7 +21,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from launch import common, jobs, sweep_report
+from launch import cli, jobs, sweep_report
 from tarflow_jax.errors import UserError
 from tarflow_jax.files import sole_user
 from tarflow_jax.runtime import Preempted
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
         else:
             failed = run_here(runs)
         report([run for run in runs if not run.to_do()], workdir)
-    return common.EXIT_ERROR if failed else 0
+    return cli.EXIT_ERROR if failed else 0
 
 
 def run_here(runs: Sequence[Run]) -> int:
@@ -167,4 +167,4 @@ def _steps(
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

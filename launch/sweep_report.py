@@ -12,7 +12,7 @@ from numbers import Number
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from launch.common import GUIDANCE_FLAGS
+from launch.cli import GUIDANCE_FLAGS
 from launch.tables import format_table
 from tarflow_jax.errors import MissingPackageError, UserError
 from tarflow_jax.files import replacing, write_text
