@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from launch import SIGNALS
 
@@ -87,44 +87,36 @@ class LocalRunner:
     def _run_job(self, job: Job) -> int | None:
         job.folder.mkdir(parents=True, exist_ok=True)
         with (job.folder / "run.lock").open("a+") as lock, (job.folder / LOG).open("ab") as log:
-            self._lock(job, lock)
-            code: int | None = 0
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                left = int(lock.read() or 0)  # 0: the sweep was killed before it wrote the number
+                _say(job, f"still runs, left by a sweep that was killed; waiting for process {left or 'unknown'}")
+                with self._stoppable(left):
+                    fcntl.flock(lock, fcntl.LOCK_EX)
             for step in job.to_do():
-                code = self._run_step(job, step, lock, log)
+                if self.stopping:
+                    return None
+                lock.truncate(0)
+                process = subprocess.Popen(
+                    step.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    pass_fds=[lock.fileno()],
+                )
+                with self._stoppable(process.pid):
+                    lock.write(str(process.pid))
+                    lock.flush()
+                    _say(job, f"{step.arguments[0]} runs, process {process.pid}")
+                    code = process.wait()
                 if code != 0:
-                    break
-            if code is not None:
-                _say(job, "is done" if code == 0 else "has stopped" if self.stopping else f"failed: {code}")
-            return code
-
-    def _lock(self, job: Job, lock: IO[str]) -> None:
-        """Locks a job's folder, once the child of a sweep that was killed has left it."""
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            left = int(lock.read() or 0)  # 0: the sweep was killed before it wrote the number
-            _say(job, f"still runs, left by a sweep that was killed; waiting for process {left or 'unknown'}")
-            with self._stoppable(left):
-                fcntl.flock(lock, fcntl.LOCK_EX)
-
-    def _run_step(self, job: Job, step: Step, lock: IO[str], log: IO[bytes]) -> int | None:
-        if self.stopping:
-            return None
-        lock.truncate(0)
-        process = subprocess.Popen(
-            step.command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            pass_fds=[lock.fileno()],
-        )
-        with self._stoppable(process.pid):
-            lock.write(str(process.pid))
-            lock.flush()
-            _say(job, f"{step.arguments[0]} runs, process {process.pid}")
-            return process.wait()
+                    _say(job, "has stopped" if self.stopping else f"failed with exit code {code}")
+                    return code
+            _say(job, "is done")
+            return 0
 
     @contextlib.contextmanager
     def _stoppable(self, process: int) -> Iterator[None]:

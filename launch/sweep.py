@@ -37,8 +37,6 @@ PARALLEL = flags.DEFINE_integer("parallel", 1, "Number of local runs at a time."
 METRIC = flags.DEFINE_string("metric", None, "Metric to plot: a part of its name; default: the last column.")
 flags.mark_flags_as_required(["config", "workdir"])
 
-_MAX_NAME = 160  # characters of a folder's name; file systems allow 255 bytes
-
 
 @dataclasses.dataclass(frozen=True)
 class Run(jobs.Job):
@@ -65,35 +63,25 @@ def main(argv: Sequence[str]) -> int:
             run.recipe.write_to(run.folder)
         if EXECUTOR.value == "slurm":
             jobs.submit(runs)
-            failed = 0
         else:
-            failed = run_here(runs)
-        report([run for run in runs if not run.to_do()], workdir)
+            runner = jobs.LocalRunner(PARALLEL.value)
+            runner.run(runs)
+            if runner.stopping:
+                left = sum(bool(run.to_do()) for run in runs)
+                raise Preempted(f"{left} of {len(runs)} runs are left; run the same command to continue")
+        rows = []
+        for run in runs:
+            if not run.to_do():
+                results, *evaluations = [next(run.folder.glob(step.result)) for step in run.steps]
+                rows += sweep_report.read_rows(run.settings, results, evaluations)
+        if rows:
+            print(sweep_report.write_table(rows, workdir))
+            sweep_report.write_plot(rows, sweep_report.choose_metric(rows, METRIC.value), workdir / "sweep.png")
+            print(workdir / "sweep.png")
+    failed = [run for run in runs if run.to_do()] if EXECUTOR.value == "local" else []
+    for run in failed:
+        print(f"failed: see {run.folder / jobs.LOG}")
     return cli.EXIT_ERROR if failed else 0
-
-
-def run_here(runs: Sequence[Run]) -> int:
-    """Runs all jobs here; prints those that failed, and returns their number. Raises Preempted if stopped."""
-    runner = jobs.LocalRunner(PARALLEL.value)
-    codes = runner.run(runs)
-    failed = [(run, code) for run, code in zip(runs, codes, strict=True) if run.to_do()]
-    if runner.stopping:
-        raise Preempted(f"{len(failed)} of {len(runs)} runs are left; run the same command to continue")
-    for run, code in failed:
-        print(f"failed with exit code {code}: see {run.folder / jobs.LOG}")
-    return len(failed)
-
-
-def report(runs: Sequence[Run], workdir: Path) -> None:
-    """Prints and writes the table and the plot of finished runs."""
-    rows = []
-    for run in runs:
-        results, *evaluations = [next(run.folder.glob(step.result)) for step in run.steps]
-        rows += sweep_report.read_rows(run.settings, results, evaluations)
-    if rows:
-        print(sweep_report.write_table(rows, workdir))
-        sweep_report.write_plot(rows, sweep_report.choose_metric(rows, METRIC.value), workdir / "sweep.png")
-        print(workdir / "sweep.png")
 
 
 def plan(config: ConfigDict, source: str, shared: Mapping[str, Any], workdir: Path) -> list[Run]:
@@ -120,27 +108,31 @@ def plan(config: ConfigDict, source: str, shared: Mapping[str, Any], workdir: Pa
         evaluations = [evaluations]
     runs: dict[str, Run] = {}
     for point in points:
-        recipe, name = _recipe(config, point), run_name(point)
+        name = run_name(point)
         if name in runs:
             raise UserError(f"{source} has the run {name} twice")
+        recipe, folder = _recipe(config, point), workdir / name
         settings = {field: functools.reduce(operator.getitem, field.split("."), recipe.config) for field in fields}
-        steps = _steps(source, {**shared, **point}, workdir / name, evaluations)
-        runs[name] = Run(workdir / name, steps, recipe, settings)
+        overrides = [f"--config.{field}={value}" for field, value in {**shared, **point}.items()]
+        steps = [jobs.Step(("launch.train", f"--config={source}", f"--workdir={folder}", *overrides), RESULTS)]
+        for given in evaluations:
+            out = f"evaluation/{_hash(repr(given))}"  # other flags, another folder
+            evaluate = ("launch.evaluate", f"--workdir={folder}", f"--out={folder / out}", *given)
+            steps.append(jobs.Step(evaluate, f"{out}/*.json"))
+        runs[name] = Run(folder, tuple(steps), recipe, settings)
     return list(runs.values())
 
 
 def run_name(overrides: Mapping[str, Any]) -> str:
     """Names a run's folder, as in `noise.std=0.1,train.seed=2`; unsafe or too long a name gets a hash."""
     plain = _plain(overrides)
-    safe = re.sub(r"[^A-Za-z0-9._=,+-]", "_", plain)[:_MAX_NAME]
-    return safe if safe == plain else f"{safe}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
+    safe = re.sub(r"[^A-Za-z0-9._=,+-]", "_", plain)[:160]  # file systems allow 255 bytes
+    return safe if safe == plain else f"{safe}-{_hash(plain)}"
 
 
 def _plain(overrides: Mapping[str, Any]) -> str:
-    return ",".join(
-        f"{name}={str(value).removesuffix('.0') if isinstance(value, float) else value}"
-        for name, value in overrides.items()
-    )
+    values = {name: f"{value:.16g}" if isinstance(value, float) else value for name, value in overrides.items()}
+    return ",".join(f"{name}={value}" for name, value in values.items())
 
 
 def _recipe(config: ConfigDict, overrides: Mapping[str, Any]) -> Recipe:
@@ -153,17 +145,8 @@ def _recipe(config: ConfigDict, overrides: Mapping[str, Any]) -> Recipe:
         raise UserError(f"the sweep's {_plain(overrides)}: {reason}") from error
 
 
-def _steps(
-    source: str, overrides: Mapping[str, Any], folder: Path, evaluations: Sequence[Sequence[str]]
-) -> tuple[jobs.Step, ...]:
-    """The training of a run, and its evaluations."""
-    fields = [f"--config.{name}={value}" for name, value in overrides.items()]
-    steps = [jobs.Step(("launch.train", f"--config={source}", f"--workdir={folder}", *fields), RESULTS)]
-    for given in evaluations:
-        out = f"evaluation/{hashlib.sha256(repr(given).encode()).hexdigest()[:8]}"  # so other flags have another folder
-        evaluate = ("launch.evaluate", f"--workdir={folder}", f"--out={folder / out}", *given)
-        steps.append(jobs.Step(evaluate, f"{out}/*.json"))
-    return tuple(steps)
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def test_a_second_signal_kills(start, tmp_path):
 @pytest.mark.slow
 def test_a_failure_is_reported_and_the_others_go_on(start, tmp_path):
     out, _ = start("a:fail", "b", "c").communicate(timeout=60)
-    assert "a: failed: 3\n" in out
+    assert "a: failed with exit code 3\n" in out
     assert out.endswith("[3, 0, 0] False\n")
 
 
