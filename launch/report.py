@@ -15,7 +15,7 @@ from etils import epath
 
 from launch import cli
 from launch.report_page import page
-from launch.report_workdir import read_run
+from launch.report_workdir import Run
 from tarflow_jax.errors import UserError
 from tarflow_jax.files import write_text
 
@@ -30,7 +30,7 @@ def main(argv: Sequence[str]) -> None:
     output = epath.Path(cli.folder("output") if OUTPUT.value else epath.Path(workdir) / "report.html")
     if output.is_dir():
         raise UserError(f"--output={output} is a folder; expected a file")
-    run = read_run(workdir)
+    run = Run(workdir)
     for note in run.notes:
         print(f"left out: {note}", file=sys.stderr)
     write_text(output, page(run))

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from launch.report_workdir import Run, Series
 from tarflow_jax.likelihood import LOG_2PI
 from tarflow_jax.runtime import release
+from tarflow_jax.runtime.parameters import variables_shapes
 
 MAX_STARTS, MAX_ROWS, MAX_COLUMNS, MAX_DEPTH = 10, 200, 20, 4
 MAX_CELL = 300  # characters
@@ -30,10 +31,11 @@ def page(run: Run) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"text": text_of, "mapping": _mapping, "facts": _facts, "table": _table}
+    environment.filters |= {"text": text_of, "facts": _facts, "table": _table}
     text = environment.get_template("report.html.j2").render(
         run=run,
         recipe=json.loads(run.recipe.to_json()),
+        num_parameters=sum(math.prod(shape) for shape in variables_shapes(run.recipe.model).values()),
         steps=max((points[-1][0] for points in run.series.values()), default=0),
         seconds=_seconds(run),
         test_loss=next((value for name, value in run.results.items() if name.startswith("test loss")), None),
@@ -95,13 +97,10 @@ def _flat(mapping: Mapping[str, Any], depth: int = MAX_DEPTH) -> dict[str, Any]:
 def _table(found: Any) -> list[list[str]]:
     """Cells of a table, its heading first: a row per mapping, columns in order of first appearance, no lists."""
     items = found[:MAX_ROWS] if isinstance(found, list) else [found]
-    rows = [{name: value for name, value in _mapping(item).items() if not isinstance(value, list)} for item in items]
+    mappings = [item if isinstance(item, Mapping) else {} for item in items]
+    rows = [{name: value for name, value in row.items() if not isinstance(value, list)} for row in mappings]
     columns = list(dict.fromkeys(name for row in rows for name in row))[:MAX_COLUMNS]
     return [[text_of(name) for name in columns], *([text_of(row.get(name, "")) for name in columns] for row in rows)]
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def chart(series: Series, labels: Mapping[str, str]) -> dict[str, Any] | None:
@@ -109,17 +108,17 @@ def chart(series: Series, labels: Mapping[str, str]) -> dict[str, Any] | None:
 
     A curve has a label with its last value, CSS classes, and points; a tick has a text and a pixel.
     """
-    curves, arrays = [], []
+    curves, arrays, averaged = [], [], 1
     for name, points in series.items():
         metric, _, index = name.partition("/")
         if metric in labels:
             style = f"c{len(curves) % _COLOURS}" + (" dashed" if len(curves) >= _COLOURS else "")
             curves.append({"label": f"{labels[metric]}{index} {points[-1][1]:.4g}", "style": style})
-            arrays.append(np.asarray(points, np.float64))
+            share = math.ceil(len(points) / MAX_POINTS)
+            arrays.append(np.array([np.mean(points[i : i + share], 0) for i in range(0, len(points), share)]))
+            averaged = max(averaged, share)
     if not curves:
         return None
-    averaged = max(-(-len(array) // MAX_POINTS) for array in arrays)
-    arrays = [_averaged(array) for array in arrays]
     steps, values = np.concatenate(arrays).T
     x_range, y_range = (0.0, max(steps.max(), 1.0)), _value_range(values)
     for curve, array in zip(curves, arrays, strict=True):
@@ -132,12 +131,6 @@ def chart(series: Series, labels: Mapping[str, str]) -> dict[str, Any] | None:
         "x_ticks": [(_step_text(tick), np.interp(tick, x_range, _X_PIXELS).round(1)) for tick in _ticks(*x_range)],
         "y_ticks": [(f"{tick:.4g}", np.interp(tick, y_range, _Y_PIXELS).round(1)) for tick in _ticks(*y_range)],
     }
-
-
-def _averaged(points: np.ndarray) -> np.ndarray:
-    """Means of equally many neighbours, float64 [n, 2] with n at most `MAX_POINTS`."""
-    share = -(-len(points) // MAX_POINTS)
-    return np.array([points[i : i + share].mean(0) for i in range(0, len(points), share)])
 
 
 def _value_range(values: np.ndarray) -> tuple[float, float]:
@@ -157,7 +150,4 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _step_text(step: float) -> str:
-    for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if step >= unit:
-            return f"{step / unit:g}{letter}"
-    return f"{step:g}"
+    return f"{step / 1000:g}k" if step >= 1000 else f"{step:g}"

@@ -17,7 +17,7 @@ from PIL import Image, PngImagePlugin
 from configs import digits
 from launch import report_workdir
 from launch.report_page import MAX_POINTS, chart, page, text_of
-from launch.report_workdir import read_run
+from launch.report_workdir import Run
 from tarflow_jax.training import Recipe
 
 HOSTILE = """</script><script>alert(1)</script><img src=x onerror="alert(2)">'"&<!-- https://evil.example \ud800"""
@@ -61,7 +61,7 @@ class Page(HTMLParser):
 
 def rendered(workdir):
     """Renders a workdir's page and checks what must hold of every page."""
-    run = read_run(workdir)
+    run = Run(workdir)
     text = page(run)
     text.encode()  # fails for lone surrogates, which JSON may contain
     found = Page(text)
@@ -151,7 +151,7 @@ def test_a_run_that_has_only_begun_has_a_report(tmp_path):
     assert "0 of 20" in found.text
     assert not found.find("img")
     with pytest.raises(FileNotFoundError, match="expected the workdir of a training run"):
-        read_run(tmp_path / "nothing")
+        Run(tmp_path / "nothing")
 
 
 def test_hostile_contents_are_escaped(workdir, tmp_path):
@@ -202,9 +202,9 @@ def test_sizes_are_limited(workdir, monkeypatch):
     for step in range(100):
         save_picture(workdir / "figures" / f"step_{step:07d}.png", (8, 8))
     run, found = rendered(workdir)
-    names = [picture.name for picture in run.previews]
-    assert len(names) == report_workdir.MAX_PREVIEWS
-    assert (names[0], names[-1]) == ("step 0", "step 99")
+    steps = list(run.previews)
+    assert len(steps) == report_workdir.MAX_PREVIEWS
+    assert (steps[0], steps[-1]) == (0, 99)
     assert run.notes == ["figures: 76 of 100 previews"]
     save_picture(workdir / "figures" / "samples_guided.png", (3200, 400))
     monkeypatch.setattr(report_workdir, "MAX_EMBEDDED_BYTES", 3 * 2**20)
@@ -217,7 +217,7 @@ def test_sizes_are_limited(workdir, monkeypatch):
     monkeypatch.setattr(report_workdir, "MAX_EMBEDDED_BYTES", 0)
     monkeypatch.setattr(report_workdir, "MAX_METRICS_BYTES", 10)
     run, found = rendered(workdir)
-    assert (run.series, run.evaluations, run.pictures, run.previews) == ({}, {}, {}, [])
+    assert (run.series, run.evaluations, run.pictures, run.previews) == ({}, {}, {}, {})
     assert "evaluation/fid-test-01234567.json: " in found.text
 
 
@@ -242,7 +242,7 @@ def test_damaged_files_are_left_out_with_a_note(workdir):
 @pytest.mark.parametrize("name", ["metrics.jsonl", "figures/samples_raw.png", "evaluation/fid-test-01234567.json"])
 def test_no_damage_stops_a_report(workdir, damage, name):
     for _ in damage(workdir / name, 20):
-        assert "</html>" in page(read_run(workdir))
+        assert "</html>" in page(Run(workdir))
 
 
 def curve(points):
