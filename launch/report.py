@@ -14,8 +14,7 @@ from absl import flags
 from etils import epath
 
 from launch import cli
-from launch.report_page import page
-from launch.report_workdir import Run
+from launch.report_page import Run, page
 from tarflow_jax.errors import UserError
 from tarflow_jax.files import write_text
 

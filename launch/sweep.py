@@ -85,16 +85,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def plan(config: ConfigDict, source: str, shared: Mapping[str, Any], workdir: Path) -> list[Run]:
-    """Returns the runs of a recipe's sweep, all checked before the first one starts.
+    """Returns the runs of a sweep, all checked before the first one starts.
 
-    Args:
-      config: the recipe, with `shared` applied.
-      source: the recipe's file, FILE or FILE:VARIANT.
-      shared: overrides that hold for all runs.
-      workdir: directory of the sweep.
-
-    Raises:
-      ValueError: no sweep() in the file, an invalid field or value, or two runs with the same overrides.
+    `config` is the recipe of `source`, FILE or FILE:VARIANT, with the overrides `shared` that hold for all runs. Raises
+    UserError for a file without sweep(), an invalid field or value, and two runs with the same overrides.
     """
     module = runpy.run_path(source.partition(":")[0])
     points = list(module["sweep"]()) if "sweep" in module else []
@@ -111,38 +105,30 @@ def plan(config: ConfigDict, source: str, shared: Mapping[str, Any], workdir: Pa
         name = run_name(point)
         if name in runs:
             raise UserError(f"{source} has the run {name} twice")
-        recipe, folder = _recipe(config, point), workdir / name
+        swept = config.copy_and_resolve_references()
+        try:
+            swept.update_from_flattened_dict(point)
+            recipe = Recipe(swept)
+        except (KeyError, TypeError, ValueError) as error:
+            raise UserError(f"the sweep's {name}: {' '.join(str(error.args[0]).split())}") from error
+        folder, overrides = workdir / name, {**shared, **point}
+        given = [f"--config.{field}={value}" for field, value in overrides.items()]
+        steps = [jobs.Step(("launch.train", f"--config={source}", f"--workdir={folder}", *given), RESULTS)]
+        for evaluation in evaluations:
+            out = f"evaluation/{_hash(repr(evaluation))}"  # other flags, another folder
+            command = ("launch.evaluate", f"--workdir={folder}", f"--out={folder / out}", *evaluation)
+            steps.append(jobs.Step(command, f"{out}/*.json"))
         settings = {field: functools.reduce(operator.getitem, field.split("."), recipe.config) for field in fields}
-        overrides = [f"--config.{field}={value}" for field, value in {**shared, **point}.items()]
-        steps = [jobs.Step(("launch.train", f"--config={source}", f"--workdir={folder}", *overrides), RESULTS)]
-        for given in evaluations:
-            out = f"evaluation/{_hash(repr(given))}"  # other flags, another folder
-            evaluate = ("launch.evaluate", f"--workdir={folder}", f"--out={folder / out}", *given)
-            steps.append(jobs.Step(evaluate, f"{out}/*.json"))
         runs[name] = Run(folder, tuple(steps), recipe, settings)
     return list(runs.values())
 
 
 def run_name(overrides: Mapping[str, Any]) -> str:
     """Names a run's folder, as in `noise.std=0.1,train.seed=2`; unsafe or too long a name gets a hash."""
-    plain = _plain(overrides)
+    values = {name: f"{value:.16g}" if isinstance(value, float) else value for name, value in overrides.items()}
+    plain = ",".join(f"{name}={value}" for name, value in values.items())
     safe = re.sub(r"[^A-Za-z0-9._=,+-]", "_", plain)[:160]  # file systems allow 255 bytes
     return safe if safe == plain else f"{safe}-{_hash(plain)}"
-
-
-def _plain(overrides: Mapping[str, Any]) -> str:
-    values = {name: f"{value:.16g}" if isinstance(value, float) else value for name, value in overrides.items()}
-    return ",".join(f"{name}={value}" for name, value in values.items())
-
-
-def _recipe(config: ConfigDict, overrides: Mapping[str, Any]) -> Recipe:
-    config = config.copy_and_resolve_references()
-    try:
-        config.update_from_flattened_dict(overrides)
-        return Recipe(config)
-    except (KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error.args[0]).split())
-        raise UserError(f"the sweep's {_plain(overrides)}: {reason}") from error
 
 
 def _hash(text: str) -> str:

@@ -15,9 +15,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from configs import digits
-from launch import report_workdir
-from launch.report_page import MAX_POINTS, chart, page, text_of
-from launch.report_workdir import Run
+from launch import report_page
+from launch.report_page import MAX_POINTS, Run, chart, page, text_of
 from tarflow_jax.training import Recipe
 
 HOSTILE = """</script><script>alert(1)</script><img src=x onerror="alert(2)">'"&<!-- https://evil.example \ud800"""
@@ -203,19 +202,19 @@ def test_sizes_are_limited(workdir, monkeypatch):
         save_picture(workdir / "figures" / f"step_{step:07d}.png", (8, 8))
     run, found = rendered(workdir)
     steps = list(run.previews)
-    assert len(steps) == report_workdir.MAX_PREVIEWS
+    assert len(steps) == report_page.MAX_PREVIEWS
     assert (steps[0], steps[-1]) == (0, 99)
     assert run.notes == ["figures: 76 of 100 previews"]
     save_picture(workdir / "figures" / "samples_guided.png", (3200, 400))
-    monkeypatch.setattr(report_workdir, "MAX_EMBEDDED_BYTES", 3 * 2**20)
+    monkeypatch.setattr(report_page, "MAX_EMBEDDED_BYTES", 3 * 2**20)
     run, _ = rendered(workdir)
     large = run.pictures["samples_guided"]
     assert (large.width, large.height) == (1600, 200)
     assert large.uri.startswith("data:image/jpeg")  # noise does not compress
     assert len(large.uri) < 2**20 * 2
-    monkeypatch.setattr(report_workdir, "MAX_JSON_BYTES", 200)
-    monkeypatch.setattr(report_workdir, "MAX_EMBEDDED_BYTES", 0)
-    monkeypatch.setattr(report_workdir, "MAX_METRICS_BYTES", 10)
+    monkeypatch.setattr(report_page, "MAX_JSON_BYTES", 200)
+    monkeypatch.setattr(report_page, "MAX_EMBEDDED_BYTES", 0)
+    monkeypatch.setattr(report_page, "MAX_METRICS_BYTES", 10)
     run, found = rendered(workdir)
     assert (run.series, run.evaluations, run.pictures, run.previews) == ({}, {}, {}, {})
     assert "evaluation/fid-test-01234567.json: " in found.text
@@ -265,8 +264,8 @@ def test_the_page_draws_curves_and_axes_at_these_pixels(workdir):
     run, found = rendered(workdir)
     drawn = chart(run.series, {"block_norms": "block "})
     assert [curve["label"] for curve in drawn["curves"]] == ["block 0 1", "block 1 0.5"]
-    for curve in drawn["curves"]:
-        lines = [line["points"].split() for line in found.find("polyline", **{"class": curve["style"]})]
+    for i, curve in enumerate(drawn["curves"]):
+        lines = [line["points"].split() for line in found.find("polyline", **{"class": f"c{i}"})]
         assert [f"{x},{y}" for x, y in curve["points"]] in lines
     for _, y in drawn["y_ticks"]:
         assert found.find("line", x1="58", x2="430", y1=str(y), y2=str(y))
