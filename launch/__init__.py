@@ -7,6 +7,7 @@ training finishes its step and saves first (`runtime.PreemptionGuard`).
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -17,11 +18,16 @@ def exit_code(number: int) -> int:
     return os.EX_TEMPFAIL if number == signal.SIGTERM else 128 + number
 
 
-def end_at_signals() -> None:
-    """Installs the signal handlers. All commands but training call it again once JAX has replaced that of SIGTERM."""
+def on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
+    """Installs a handler of `SIGNALS`, but not where one is ignored, as SIGHUP is under nohup."""
     for number in SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
-            signal.signal(number, _end)
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def end_at_signals() -> None:
+    """Has signals end the process. All commands but training call it again once JAX has replaced SIGTERM's handler."""
+    on_signals(_end)
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from launch import SIGNALS, end_at_signals, exit_code
+from launch import end_at_signals, exit_code, on_signals
 from tarflow_jax.data import default_data_dir
 from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.options import described
@@ -56,8 +56,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
             if argv[1:]:
                 raise UserError(f"unexpected argument {argv[1]!r}; see --help for the flags")
             code = main(argv) or 0
-            for number in SIGNALS:  # all is done, and Python removes its handlers before it exits
-                signal.signal(number, signal.SIG_IGN)
+            on_signals(signal.SIG_IGN)  # all is done, and Python removes its handlers before it exits
             return code
         except Preempted as stop:
             print(f"stopped: {stop}", file=sys.stderr)
@@ -230,7 +229,7 @@ def class_number(text: str, names: Sequence[str], flag: str = "labels") -> int:
         return folded.index(text.casefold())
     if not names or text.lstrip("-").isdigit():
         return whole_number(flag, text)
-    nearest = difflib.get_close_matches(text.casefold(), folded, n=1)
-    known = f"expected a number or one of {', '.join(names)}"
-    hint = f"did you mean {names[folded.index(nearest[0])]!r}?" if nearest else known
+    hint = f"expected a number or one of {', '.join(names)}"
+    if nearest := difflib.get_close_matches(text.casefold(), folded, n=1):
+        hint = f"did you mean {names[folded.index(nearest[0])]!r}?"
     raise UserError(f"--{flag} has {text!r}; {hint}")

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NamedTuple
 
-from launch import SIGNALS
+from launch import end_at_signals, on_signals
 
 LOG = "log.txt"
 SLURM_SCRIPT = Path(__file__).with_name("slurm.sbatch")
@@ -64,19 +64,14 @@ class LocalRunner:
     def run(self, jobs: Sequence[Job]) -> list[int | None]:
         """Runs all jobs to their end, whether or not others fail. Call it from the main thread.
 
-        Returns:
-          Each job's exit code; negative: the signal that killed it; None: it did not start.
+        Returns each job's exit code: negative for the signal that killed it, None if it did not start.
         """
-        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        on_signals(self._stop)
         try:
-            for number, handler in handlers.items():
-                if handler != signal.SIG_IGN:  # nohup has SIGHUP ignored
-                    signal.signal(number, self._stop)
             with ThreadPoolExecutor(self._parallel) as pool:
                 return list(pool.map(self._run_job, jobs))
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            end_at_signals()
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         with self._guard:

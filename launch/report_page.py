@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -44,21 +44,13 @@ MAX_POINTS = 400  # of a curve; neighbours are averaged to stay below it
 _X_PIXELS, _Y_PIXELS = (58, 430), (214, 10)  # ends of the axes in report.html.j2
 
 
-class Picture(NamedTuple):
-    """A picture to embed, as a data: URI that holds nothing but its pixels."""
-
-    uri: str
-    width: int
-    height: int
-
-
 class Run:
     """Contents of a run directory. Strings and values are as the files have them: escape them.
 
     Attributes:
-      previews: samples drawn during training, by step. pictures: the other figures, by name.
+      previews: samples drawn during training, by step; pictures: the other figures, by name; all as data: URIs.
       evaluations: protocol, results and environment that launch.evaluate wrote, by file name.
-      starts: see `training.workdir.write_start`. notes: what was left out, and why.
+      starts: see `training.workdir.write_start`; notes: what was left out, and why.
 
     Raises FileNotFoundError or UserError if it is no run directory, see `Recipe.from_workdir`.
     """
@@ -127,10 +119,10 @@ class Run:
                         series.setdefault(key, []).append((step, float(number)))
         return series
 
-    def _picture(self, name: str) -> Picture | None:
+    def _picture(self, name: str) -> str | None:
         return self._read(f"figures/{name}.png", MAX_PICTURE_BYTES, self._embedded)
 
-    def _embedded(self, content: bytes) -> Picture:
+    def _embedded(self, content: bytes) -> str:
         """Decodes and re-encodes a picture, so that only its pixels reach the page."""
         image = decode_image(content)
         image.thumbnail((MAX_SIDE, MAX_SIDE))
@@ -143,9 +135,9 @@ class Run:
         if len(encoded) > self._room:
             raise UserError("no room left for pictures on the page")
         self._room -= len(encoded)
-        return Picture(f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}", *image.size)
+        return f"data:image/{kind};base64,{base64.b64encode(encoded).decode()}"
 
-    def _previews(self) -> dict[int, Picture]:
+    def _previews(self) -> dict[int, str]:
         """Returns samples drawn during training; of too many, evenly spaced ones, first and last included."""
         paths = (self.folder / "figures").glob("step_*.png")
         names = {int(m[1]): m[0] for path in paths if (m := re.fullmatch(r"step_([0-9]{1,15})", path.stem))}
@@ -166,10 +158,8 @@ class Run:
 
 def _evaluation(content: bytes) -> dict[str, dict[str, Any]]:
     found = {name: part for name, part in _json_object(content).items() if isinstance(part, dict)}
-    results = found.get("results", {})
-    return {"results": results} | {
-        name: flatten_dict(found.get(name, {}), sep=".") for name in ("protocol", "environment")
-    }
+    protocol, environment = (flatten_dict(found.get(name, {}), sep=".") for name in ("protocol", "environment"))
+    return {"protocol": protocol, "results": found.get("results", {}), "environment": environment}
 
 
 def _json_object(content: bytes) -> dict[str, Any]:
@@ -188,7 +178,7 @@ def page(run: Run) -> str:
     environment.filters |= {"text": text_of, "facts": _facts, "table": _table}
     text = environment.get_template("report.html.j2").render(
         run=run,
-        recipe={group: flatten_dict(fields, sep=".") for group, fields in json.loads(run.recipe.to_json()).items()},
+        recipe={group: flatten_dict(fields, sep=".") for group, fields in run.recipe.config.to_dict().items()},
         num_parameters=sum(math.prod(shape) for shape in variables_shapes(run.recipe.model).values()),
         steps=max((points[-1][0] for points in run.series.values()), default=0),
         seconds=_seconds(run),
@@ -239,9 +229,8 @@ def _facts(mapping: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _table(found: Any) -> list[list[str]]:
     """Cells of a table, its heading first: a row per mapping, columns in order of first appearance, no lists."""
-    items = found[:MAX_ROWS] if isinstance(found, list) else [found]
-    mappings = [item if isinstance(item, Mapping) else {} for item in items]
-    rows = [{name: value for name, value in row.items() if not isinstance(value, list)} for row in mappings]
+    mappings = [item for item in (found if isinstance(found, list) else [found]) if isinstance(item, Mapping)]
+    rows = [{k: value for k, value in row.items() if not isinstance(value, list)} for row in mappings[:MAX_ROWS]]
     columns = list(dict.fromkeys(name for row in rows for name in row))[:MAX_COLUMNS]
     return [[text_of(name) for name in columns], *([text_of(row.get(name, "")) for name in columns] for row in rows)]
 
