@@ -56,30 +56,31 @@ class LocalRunner:
     """
 
     def __init__(self, parallel: int) -> None:
-        self.stopping = False  # a signal has arrived
         self._parallel = parallel
+        self._stopping = False  # a signal has arrived
         self._guard = threading.RLock()  # reentrant: a second signal may interrupt the first one's handler
         self._live: set[int] = set()  # process ids
 
-    def run(self, jobs: Sequence[Job]) -> list[int | None]:
-        """Runs all jobs to their end, whether or not others fail. Call it from the main thread.
+    def run(self, jobs: Sequence[Job]) -> bool:
+        """Runs all jobs, whether or not others fail, and returns whether a signal stopped them.
 
-        Returns each job's exit code: negative for the signal that killed it, None if it did not start.
+        Call it from the main thread.
         """
         on_signals(self._stop)
         try:
             with ThreadPoolExecutor(self._parallel) as pool:
-                return list(pool.map(self._run_job, jobs))
+                list(pool.map(self._run_job, jobs))
         finally:
             end_at_signals()
+        return self._stopping
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         with self._guard:
             for process in self._live:
-                _send(process, signal.SIGKILL if self.stopping else signal.SIGTERM)
-            self.stopping = True
+                _send(process, signal.SIGKILL if self._stopping else signal.SIGTERM)
+            self._stopping = True
 
-    def _run_job(self, job: Job) -> int | None:
+    def _run_job(self, job: Job) -> None:
         job.folder.mkdir(parents=True, exist_ok=True)
         with (job.folder / "run.lock").open("a+") as lock, (job.folder / LOG).open("ab") as log:
             try:
@@ -91,8 +92,8 @@ class LocalRunner:
                 with self._stoppable(left):
                     fcntl.flock(lock, fcntl.LOCK_EX)
             for step in job.to_do():
-                if self.stopping:
-                    return None
+                if self._stopping:
+                    return
                 lock.truncate(0)
                 process = subprocess.Popen(
                     step.command,
@@ -108,17 +109,16 @@ class LocalRunner:
                     _say(job, f"{step.arguments[0]} runs, process {process.pid}")
                     code = process.wait()
                 if code != 0:
-                    _say(job, "has stopped" if self.stopping else f"failed with exit code {code}")
-                    return code
+                    _say(job, f"{'stopped' if self._stopping else 'failed'} with exit code {code}")
+                    return
             _say(job, "is done")
-            return 0
 
     @contextlib.contextmanager
     def _stoppable(self, process: int) -> Iterator[None]:
         """Has signals forwarded to a process, including one that arrived while it started."""
         with self._guard:
             self._live.add(process)
-            if self.stopping:
+            if self._stopping:
                 _send(process, signal.SIGTERM)
         yield
         with self._guard:
