@@ -10,8 +10,6 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
 
 def exit_code(number: int) -> int:
     """Returns the exit code of a command that a signal stopped: 75 for SIGTERM, 130 for SIGINT, 129 for SIGHUP."""
@@ -19,8 +17,8 @@ def exit_code(number: int) -> int:
 
 
 def on_signals(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> None:
-    """Installs a handler of `SIGNALS`, but not where one is ignored, as SIGHUP is under nohup."""
-    for number in SIGNALS:
+    """Installs a handler of SIGTERM, SIGINT and SIGHUP, but of none that is ignored, as SIGHUP is under nohup."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
 

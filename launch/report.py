@@ -26,7 +26,7 @@ flags.mark_flags_as_required(["workdir"])
 def main(argv: Sequence[str]) -> None:
     """Writes the page, prints its path, and says on stderr what it had to leave out."""
     workdir = cli.folder("workdir")
-    output = epath.Path(cli.folder("output") if OUTPUT.value else epath.Path(workdir) / "report.html")
+    output = epath.Path(OUTPUT.value or f"{workdir}/report.html").expanduser()
     if output.is_dir():
         raise UserError(f"--output={output} is a folder; expected a file")
     run = Run(workdir)

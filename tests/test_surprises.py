@@ -25,8 +25,8 @@ from tarflow_jax import Noise, TarFlowPipeline, data, files
 from tarflow_jax.data import packed
 from tarflow_jax.data.folder import list_folder
 from tarflow_jax.data.tfds import download_timeouts
-from tarflow_jax.flow.attention import attend_whole
 from tarflow_jax.interop import load_torch
+from tarflow_jax.runtime.kernels import attend_on_device
 from tarflow_jax.training import Recipe, train, workdir
 from tarflow_jax.training.metrics import MetricsWriter
 
@@ -55,11 +55,11 @@ def model(tmp_path_factory):
     ("overrides", "message"),
     [
         (["model.num_classes=0", "sample.guidance.weight=1.0"], "guidance by class needs a class-conditional model"),
-        (["model.num_classes=12"], "digits has 10 classes, the model 12: some would never see an image"),
+        (["model.num_classes=12"], "digits has 10 classes, the model 12; set model.num_classes to 10"),
         (["data.source=npz:{folder}/only_train.npz"], "no such file"),
-        (["sample.denoise_multiplier=nan"], "sample.denoise_multiplier is nan; expected a finite number"),
-        (["train.seed=-1"], "train.seed is -1; expected a number from 0"),
-        (["data.num_workers=-2"], "data.num_workers is -2; expected a number from 0"),
+        (["sample.denoise_multiplier=nan"], "sample.denoise_multiplier is nan; expected a number"),
+        (["train.seed=-1"], "train.seed is -1; expected a whole number from 0"),
+        (["data.num_workers=-2"], "data.num_workers is -2; expected a whole number from 0"),
     ],
 )
 def test_training_refuses_at_its_start_and_leaves_the_workdir_usable(tmp_path, overrides, message):
@@ -271,7 +271,7 @@ def test_pytorch_files_of_ddp_are_read_and_others_never_with_advice_to_run_them(
 def test_a_kernel_of_another_device_is_refused():
     query = np.zeros((1, 1, 2, 8), np.float32)
     with pytest.raises(ValueError, match=r"model\.attention is 'cudnn', which needs a device of kind NVIDIA"):
-        attend_whole(query, query, query, "cudnn")
+        attend_on_device(query, query, query, causal=True, kernel="cudnn")
 
 
 def test_a_saved_model_is_no_run(tmp_path, model):
