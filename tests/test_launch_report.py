@@ -270,6 +270,10 @@ def test_the_page_draws_curves_and_axes_at_these_pixels(workdir):
         assert [f"{x},{y}" for x, y in curve["points"]] in lines
     for _, y in drawn["y_ticks"]:
         assert found.find("line", x1="58", x2="430", y1=str(y), y2=str(y))
+    lines = [{"step": step, "block_norms": [1.0] * 9} for step in (1, 2)]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, many = rendered(workdir)
+    assert [line["class"] for line in many.find("polyline")] == [*(f"c{i}" for i in range(8)), "c0 dashed"]
 
 
 def test_long_curves_are_averaged_and_outliers_cut(workdir):
