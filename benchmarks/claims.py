@@ -29,7 +29,7 @@ from benchmarks.common import add_row
 from benchmarks.optimizers import run_trial
 from benchmarks.sample_metrics import SampleMetrics
 from configs.sweeps.small import SEEDS
-from launch.common import example_labels
+from launch.cli import example_labels
 from tarflow_jax.data import open_source
 from tarflow_jax.evaluation import classification
 from tarflow_jax.flow import TarFlow, TarFlowConfig, block

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib import pyplot
 
 from benchmarks import common, rivals
-from launch.common import DECODERS, example_labels
+from launch.cli import DECODERS, example_labels
 from tarflow_jax import Guidance, TarFlowPipeline
 from tarflow_jax.data import open_source
 from tarflow_jax.evaluation.classifier import classifier_network

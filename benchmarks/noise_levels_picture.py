@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from launch.common import example_labels
+from launch.cli import example_labels
 from tarflow_jax.figures import grid, save_png, to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance

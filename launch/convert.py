@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from launch import common
+from launch import cli
 from tarflow_jax.pipeline import TarFlowPipeline
 
 FROM_TORCH = flags.DEFINE_string("from_torch", None, "PyTorch file of the reference's state dict.")
@@ -34,4 +34,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

@@ -17,7 +17,7 @@ from etils import epath
 from ml_collections import config_flags
 
 from configs.defaults import with_flow
-from launch import common
+from launch import cli
 from tarflow_jax.data import data_folder
 from tarflow_jax.evaluation.classifier import perceptual_network_params
 from tarflow_jax.figures import grid, save_png, to_uint8
@@ -35,21 +35,21 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of the flow; the student is kept in its folder student/.")
 COLUMNS, POLISH = 10, 2  # of the figures
-common.define_checkpoint_flag()
-common.define_process_flags()
+cli.define_checkpoint_flag()
+cli.define_process_flags()
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: Sequence[str]) -> None:
     """Trains, and prints a table."""
     begin = time.perf_counter()
-    workdir = epath.Path(common.folder("workdir"))
-    common.join_processes()
+    workdir = epath.Path(cli.folder("workdir"))
+    cli.join_processes()
     config = with_flow(CONFIG.value, Recipe.from_workdir(workdir).config)
     if config.mesh.data == -1:
         use_cores_as_devices(config.train.batch_size // config.train.accumulation)
     recipe = Recipe(config)
-    pipe = common.open_pipeline(workdir, recipe.mesh())
+    pipe = cli.open_pipeline(workdir, recipe.mesh())
     config.student.flow = fingerprint(pipe.variables)
     recipe = Recipe(config)
     recipe.source("test")
@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
 def compare(pipe: TarFlowPipeline) -> np.ndarray:
     """Decodes the same latents in every way, one row each; uint8."""
     latents = pipe.latents(jax.random.key(0), COLUMNS)
-    labels, level = common.example_labels(pipe.config.num_classes, COLUMNS), pipe.drawn_level
+    labels, level = cli.example_labels(pipe.config.num_classes, COLUMNS), pipe.drawn_level
     rows = {"exact": pipe.decode(latents, labels, noise_std=level)}
     denoised = pipe.noise_std is not None
     if denoised:
@@ -101,4 +101,4 @@ def compare(pipe: TarFlowPipeline) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from launch import common, end_at_signals
+from launch import cli, end_at_signals
 from launch.evaluate_samples import (
     DENOISE,
     GUIDANCE,
@@ -63,20 +63,20 @@ CLASSIFICATION_DRAWS = flags.DEFINE_integer(
     "classification_draws", 1, "Number of draws of training noise to average log p over.", lower_bound=1
 )
 OUTLIERS = flags.DEFINE_string("outliers", None, "Out-of-distribution data set.")
-common.define_checkpoint_flag()
-common.define_process_flags()
+cli.define_checkpoint_flag()
+cli.define_process_flags()
 
 
 def open_evaluation() -> Evaluation:
     """Opens what --workdir or --model, and --data, name; the model runs on the devices of this process."""
     if (WORKDIR.value is None) == (MODEL.value is None):
         raise UserError("expected one of --workdir and --model")
-    workdir = None if WORKDIR.value is None else common.folder("workdir")
-    name = workdir or common.folder("model")
+    workdir = None if WORKDIR.value is None else cli.folder("workdir")
+    name = workdir or cli.folder("model")
     fields = Recipe.from_workdir(workdir).config.data if workdir else None
     if fields is None and DATA.value is None:
         raise UserError("a saved model does not say what data it was trained on; name it, --data=NAME")
-    pipe = common.open_pipeline(name, make_mesh(devices=jax.local_devices()))
+    pipe = cli.open_pipeline(name, make_mesh(devices=jax.local_devices()))
     data = DATA.value or fields.source
     preprocessing = PREPROCESSING.value or (fields.preprocessing if fields else "none")
     data_dir = data_folder(fields.data_dir if fields else None)
@@ -103,7 +103,7 @@ def open_evaluation() -> Evaluation:
         "compute": pipe.config.dtype,
         "seed": SEED.value,
     }
-    out = common.folder("out") if OUT.value else f"{workdir}/evaluation" if workdir else "evaluation"
+    out = cli.folder("out") if OUT.value else f"{workdir}/evaluation" if workdir else "evaluation"
     return Evaluation(pipe, source, data_dir, epath.Path(out), protocol)
 
 
@@ -223,7 +223,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"unknown metric {unknown[0]!r}; expected some of {', '.join(ALL_METRICS)}")
     if not metrics:
         raise UserError(f"--metrics is empty; expected some of {', '.join(ALL_METRICS)}")
-    common.join_processes()
+    cli.join_processes()
     end_at_signals()  # JAX may have taken SIGTERM
     evaluation = open_evaluation()
     check_metrics(evaluation, metrics)
@@ -250,4 +250,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

@@ -14,7 +14,7 @@ from absl import flags
 from etils import epath
 from jax.experimental import multihost_utils
 
-from launch import common
+from launch import cli
 from tarflow_jax.data import ImageSource
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation import distances, generation
@@ -29,19 +29,19 @@ NUM_FEATURES = {"inception": 2048, "classifier": 128}
 STUDENT_LATENTS, JACOBI_LATENTS = 1000, 100
 POLISHES = (1, 2, 4)
 
-SEED = common.define_seed("Seed of the noise and the samples.")
+SEED = cli.define_seed("Seed of the noise and the samples.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 50_000, "Number of samples for each setting.", lower_bound=2)
 GUIDANCE = flags.DEFINE_list("guidance", ["0"], "Guidance weights w, one setting each.")
 DENOISE = flags.DEFINE_list(
     "denoise", None, "Whether to denoise: true, false or both; default: true for Gaussian training noise."
 )
-MULTIPLIER = common.define_number("denoise_multiplier", 1.0, "Factor of the score in denoising.")
+MULTIPLIER = cli.define_number("denoise_multiplier", 1.0, "Factor of the score in denoising.")
 INCEPTION = flags.DEFINE_string("inception", None, "PyTorch file of FID's weights; default: train a classifier.")
 REFERENCE = flags.DEFINE_string("reference", None, "File (npz) of reference statistics, instead of a split.")
 REFERENCE_SPLIT = flags.DEFINE_enum("reference_split", "train", ["train", "test"], "Split to compare samples with.")
 SAVE_SAMPLES = flags.DEFINE_string("save_samples", None, "File (npz, as ADM's) for the last setting's samples.")
-common.define_guidance_flags()
-common.define_decoder_flags()
+cli.define_guidance_flags()
+cli.define_decoder_flags()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +64,14 @@ def check_samples(pipe: TarFlowPipeline, metrics: Sequence[str]) -> None:
         raise UserError(f"--num_samples is {NUM_SAMPLES.value}; a Fréchet distance needs at least {needed}")
     for guidance, _ in sample_settings(pipe):
         checked = guidance.checked_for(pipe.config)
-        if common.draws_clean_images():
+        if cli.draws_clean_images():
             check_student_guidance(pipe.require_student().config, checked)
 
 
 def sample_settings(pipe: TarFlowPipeline) -> list[tuple[Guidance, bool]]:
     """Every --guidance with every --denoise."""
     words = DENOISE.value or ["true" if pipe.noise_std is not None else "false"]
-    if common.draws_clean_images():
+    if cli.draws_clean_images():
         if "false" in (DENOISE.value or ()):
             raise UserError(
                 "--denoise=false is not for --decoder=student, whose images are clean; with --polish they are not"
@@ -83,7 +83,7 @@ def sample_settings(pipe: TarFlowPipeline) -> list[tuple[Guidance, bool]]:
         weights = [float(weight) for weight in GUIDANCE.value]
     except ValueError:
         raise UserError(f"--guidance has {','.join(GUIDANCE.value)!r}; expected numbers") from None
-    return [(common.guidance(weight), word == "true") for weight, word in itertools.product(weights, words)]
+    return [(cli.guidance(weight), word == "true") for weight, word in itertools.product(weights, words)]
 
 
 def measure_samples(evaluation: Evaluation, metrics: list[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -117,7 +117,7 @@ def measure_samples(evaluation: Evaluation, metrics: list[str]) -> tuple[list[di
         "labels": labels,
         "decoder": "sequential",
         **decoder_protocol(pipe),
-        **{name: flags.FLAGS[name].value for name in common.GUIDANCE_FLAGS},
+        **{name: flags.FLAGS[name].value for name in cli.GUIDANCE_FLAGS},
         "denoise_multiplier": MULTIPLIER.value,
         "network": f"{network.name}, {network.identity}",
         "reference": reference.protocol,
@@ -141,7 +141,7 @@ def label_counts(num_classes: int, reference: ImageSource) -> tuple[np.ndarray, 
 
 def decoder_protocol(pipe: TarFlowPipeline) -> dict[str, Any]:
     """The protocol's entries for --decoder; none for the sequential one."""
-    name, decoder = flags.FLAGS.decoder, common.decoder()
+    name, decoder = flags.FLAGS.decoder, cli.decoder()
     if isinstance(decoder, Sequential):
         return {}
     if not isinstance(decoder, Student):
@@ -164,7 +164,7 @@ def draw(evaluation: Evaluation, guidance: Guidance, denoise: bool, counts: np.n
     folder = generation.chunk_folder(evaluation.out / "samples", protocol)
 
     def sample(key: jax.Array, number: int, labels: jax.Array | None) -> jax.Array:
-        return pipe.sample(key, number, labels, guidance, denoise, MULTIPLIER.value, common.decoder())
+        return pipe.sample(key, number, labels, guidance, denoise, MULTIPLIER.value, cli.decoder())
 
     generation.generate(sample, folder, NUM_SAMPLES.value, CHUNK_SIZE, counts, SEED.value)
     if jax.process_count() > 1:
@@ -179,7 +179,7 @@ def measure_student(evaluation: Evaluation) -> dict[str, Any]:
     """
     pipe = evaluation.pipe
     key, latents = jax.random.key(SEED.value), pipe.latents(jax.random.key(SEED.value), STUDENT_LATENTS)
-    labels = common.example_labels(pipe.config.num_classes, STUDENT_LATENTS)
+    labels = cli.example_labels(pipe.config.num_classes, STUDENT_LATENTS)
     decode = functools.partial(pipe.decode, noise_std=pipe.drawn_level)
     noisy = {"exact": decode(latents, labels)}
     for polish in POLISHES:

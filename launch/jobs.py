@@ -17,9 +17,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
-from launch import SIGNALS
+from launch import end_at_signals, on_signals
 
 LOG = "log.txt"
 SLURM_SCRIPT = Path(__file__).with_name("slurm.sbatch")
@@ -56,82 +56,69 @@ class LocalRunner:
     """
 
     def __init__(self, parallel: int) -> None:
-        self.stopping = False  # a signal has arrived
         self._parallel = parallel
+        self._stopping = False  # a signal has arrived
         self._guard = threading.RLock()  # reentrant: a second signal may interrupt the first one's handler
         self._live: set[int] = set()  # process ids
 
-    def run(self, jobs: Sequence[Job]) -> list[int | None]:
-        """Runs all jobs to their end, whether or not others fail. Call it from the main thread.
+    def run(self, jobs: Sequence[Job]) -> bool:
+        """Runs all jobs, whether or not others fail, and returns whether a signal stopped them.
 
-        Returns:
-          Each job's exit code; negative: the signal that killed it; None: it did not start.
+        Call it from the main thread.
         """
-        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        on_signals(self._stop)
         try:
-            for number, handler in handlers.items():
-                if handler != signal.SIG_IGN:  # nohup has SIGHUP ignored
-                    signal.signal(number, self._stop)
             with ThreadPoolExecutor(self._parallel) as pool:
-                return list(pool.map(self._run_job, jobs))
+                list(pool.map(self._run_job, jobs))
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            end_at_signals()
+        return self._stopping
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
         with self._guard:
             for process in self._live:
-                _send(process, signal.SIGKILL if self.stopping else signal.SIGTERM)
-            self.stopping = True
+                _send(process, signal.SIGKILL if self._stopping else signal.SIGTERM)
+            self._stopping = True
 
-    def _run_job(self, job: Job) -> int | None:
+    def _run_job(self, job: Job) -> None:
         job.folder.mkdir(parents=True, exist_ok=True)
         with (job.folder / "run.lock").open("a+") as lock, (job.folder / LOG).open("ab") as log:
-            self._lock(job, lock)
-            code: int | None = 0
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.seek(0)
+                left = int(lock.read() or 0)  # 0: the sweep was killed before it wrote the number
+                _say(job, f"still runs, left by a sweep that was killed; waiting for process {left or 'unknown'}")
+                with self._stoppable(left):
+                    fcntl.flock(lock, fcntl.LOCK_EX)
             for step in job.to_do():
-                code = self._run_step(job, step, lock, log)
+                if self._stopping:
+                    return
+                lock.truncate(0)
+                process = subprocess.Popen(
+                    step.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    pass_fds=[lock.fileno()],
+                )
+                with self._stoppable(process.pid):
+                    lock.write(str(process.pid))
+                    lock.flush()
+                    _say(job, f"{step.arguments[0]} runs, process {process.pid}")
+                    code = process.wait()
                 if code != 0:
-                    break
-            if code is not None:
-                _say(job, "is done" if code == 0 else "has stopped" if self.stopping else f"failed: {code}")
-            return code
-
-    def _lock(self, job: Job, lock: IO[str]) -> None:
-        """Locks a job's folder, once the child of a sweep that was killed has left it."""
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.seek(0)
-            left = int(lock.read() or 0)  # 0: the sweep was killed before it wrote the number
-            _say(job, f"still runs, left by a sweep that was killed; waiting for process {left or 'unknown'}")
-            with self._stoppable(left):
-                fcntl.flock(lock, fcntl.LOCK_EX)
-
-    def _run_step(self, job: Job, step: Step, lock: IO[str], log: IO[bytes]) -> int | None:
-        if self.stopping:
-            return None
-        lock.truncate(0)
-        process = subprocess.Popen(
-            step.command,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            pass_fds=[lock.fileno()],
-        )
-        with self._stoppable(process.pid):
-            lock.write(str(process.pid))
-            lock.flush()
-            _say(job, f"{step.arguments[0]} runs, process {process.pid}")
-            return process.wait()
+                    _say(job, f"{'stopped' if self._stopping else 'failed'} with exit code {code}")
+                    return
+            _say(job, "is done")
 
     @contextlib.contextmanager
     def _stoppable(self, process: int) -> Iterator[None]:
         """Has signals forwarded to a process, including one that arrived while it started."""
         with self._guard:
             self._live.add(process)
-            if self.stopping:
+            if self._stopping:
                 _send(process, signal.SIGTERM)
         yield
         with self._guard:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from launch import common
+from launch import cli
 from tarflow_jax.errors import UserError
 from tarflow_jax.planning import changes, make_plan, open_topology, prepare
 from tarflow_jax.training import Recipe
@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
     """Compiles and prints, changed recipes too if the given one does not fit."""
     config = CONFIG.value
     if MESH.value:
-        sizes = [common.whole_number("mesh", size) for size in MESH.value]
+        sizes = [cli.whole_number("mesh", size) for size in MESH.value]
         if len(sizes) != 3:
             raise UserError(f"--mesh has {len(sizes)} sizes; expected data,fsdp,tensor")
         config.mesh.update(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
@@ -64,4 +64,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

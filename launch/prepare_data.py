@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import flags
 
-from launch import common
+from launch import cli
 from tarflow_jax import data
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.generation import file_stem
@@ -71,4 +71,4 @@ def _parse_size(texts: list[str] | None) -> tuple[int, int] | None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

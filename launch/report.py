@@ -13,9 +13,8 @@ from collections.abc import Sequence
 from absl import flags
 from etils import epath
 
-from launch import common
-from launch.report_page import page
-from launch.report_workdir import read_run
+from launch import cli
+from launch.report_page import Run, page
 from tarflow_jax.errors import UserError
 from tarflow_jax.files import write_text
 
@@ -26,11 +25,11 @@ flags.mark_flags_as_required(["workdir"])
 
 def main(argv: Sequence[str]) -> None:
     """Writes the page, prints its path, and says on stderr what it had to leave out."""
-    workdir = common.folder("workdir")
-    output = epath.Path(common.folder("output") if OUTPUT.value else epath.Path(workdir) / "report.html")
+    workdir = cli.folder("workdir")
+    output = epath.Path(OUTPUT.value or f"{workdir}/report.html").expanduser()
     if output.is_dir():
         raise UserError(f"--output={output} is a folder; expected a file")
-    run = read_run(workdir)
+    run = Run(workdir)
     for note in run.notes:
         print(f"left out: {note}", file=sys.stderr)
     write_text(output, page(run))
@@ -38,4 +37,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

@@ -13,7 +13,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from launch import common, end_at_signals
+from launch import cli, end_at_signals
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.generation import quantise, write_samples
 from tarflow_jax.figures import class_columns, grid, save_gif, save_png, to_uint8
@@ -29,17 +29,17 @@ LABELS = flags.DEFINE_list(
     "labels", None, "Classes to draw in turn, by number or name, -1 for no class; default: all of them."
 )
 LABEL = flags.DEFINE_string("label", None, "The only class to draw, by number or name.")
-SEED = common.define_seed("Seed of the latents.")
-GUIDANCE = common.define_number("guidance", 0.0, "Guidance weight w; 0 is no guidance.")
-common.define_guidance_flags()
+SEED = cli.define_seed("Seed of the latents.")
+GUIDANCE = cli.define_number("guidance", 0.0, "Guidance weight w; 0 is no guidance.")
+cli.define_guidance_flags()
 DENOISE = flags.DEFINE_bool("denoise", None, "Denoise the samples; default: if the training noise was Gaussian.")
-MULTIPLIER = common.define_number("denoise_multiplier", 1.0, "Factor of the score in denoising.")
+MULTIPLIER = cli.define_number("denoise_multiplier", 1.0, "Factor of the score in denoising.")
 STEPS = flags.DEFINE_integer(
     "denoise_steps", None, "Number of denoising steps, equal in log σ, of a noise-conditional model.", lower_bound=1
 )
-common.define_decoder_flags()
-common.define_checkpoint_flag()
-common.define_process_flags()
+cli.define_decoder_flags()
+cli.define_checkpoint_flag()
+cli.define_process_flags()
 flags.mark_flags_as_required(["workdir"])
 
 
@@ -48,10 +48,10 @@ def chosen_labels(num_classes: int, names: Sequence[str]) -> np.ndarray | None:
     if LABELS.value and LABEL.value is not None:
         raise UserError("--label and --labels are both given; expected one of them")
     if LABEL.value is not None:
-        return np.full(NUM_IMAGES.value, common.class_number(LABEL.value, names, "label"))
+        return np.full(NUM_IMAGES.value, cli.class_number(LABEL.value, names, "label"))
     if LABELS.value:
-        return np.resize([common.class_number(label, names) for label in LABELS.value], NUM_IMAGES.value)
-    return common.example_labels(num_classes, NUM_IMAGES.value)
+        return np.resize([cli.class_number(label, names) for label in LABELS.value], NUM_IMAGES.value)
+    return cli.example_labels(num_classes, NUM_IMAGES.value)
 
 
 def denoised(pipe: TarFlowPipeline, images: jax.Array, labels: np.ndarray | None) -> list[np.ndarray]:
@@ -65,21 +65,21 @@ def denoised(pipe: TarFlowPipeline, images: jax.Array, labels: np.ndarray | None
 
 def main(argv: Sequence[str]) -> int:
     """Draws and writes; returns 1 if every image is bad."""
-    guidance, decoder = common.guidance(GUIDANCE.value), common.decoder()
-    if common.draws_clean_images() and DENOISE.value is False:
+    guidance, decoder = cli.guidance(GUIDANCE.value), cli.decoder()
+    if cli.draws_clean_images() and DENOISE.value is False:
         raise UserError("--nodenoise is not for --decoder=student, whose images are clean; with --polish they are not")
-    distributed = common.join_processes()
+    distributed = cli.join_processes()
     end_at_signals()  # JAX may have taken SIGTERM
-    workdir = common.folder("workdir")
-    pipe = common.open_pipeline(workdir, make_mesh() if distributed else None)
+    workdir = cli.folder("workdir")
+    pipe = cli.open_pipeline(workdir, make_mesh() if distributed else None)
     names = label_names(workdir)
     labels = chosen_labels(pipe.config.num_classes, names)
-    out = epath.Path(common.folder("out") if OUT.value else epath.Path(workdir) / "samples")
+    out = epath.Path(cli.folder("out") if OUT.value else epath.Path(workdir) / "samples")
 
     latents = pipe.latents(jax.random.key(SEED.value), NUM_IMAGES.value)
     images, _, trajectory, *_ = pipe.decode_trace(latents, labels, guidance, decoder, pipe.drawn_level)
     frames = list(np.moveaxis(np.asarray(trajectory), 1, 0))
-    if common.draws_clean_images():
+    if cli.draws_clean_images():
         frames.append(np.asarray(images))
     elif DENOISE.value or (DENOISE.value is None and pipe.noise_std is not None):
         frames += denoised(pipe, images, labels)
@@ -98,8 +98,8 @@ def main(argv: Sequence[str]) -> int:
             "use less guidance, or train longer",
             file=sys.stderr,
         )
-    return common.EXIT_ERROR if bad.all() else 0
+    return cli.EXIT_ERROR if bad.all() else 0
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from launch.common import example_labels
+from launch.cli import example_labels
 from tarflow_jax.figures import class_names, class_rows, grid, save_png, to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance

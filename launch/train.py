@@ -14,7 +14,7 @@ from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
-from launch import common
+from launch import cli
 from launch.showcase import showcase
 from tarflow_jax.figures import class_rows, save_png, to_uint8
 from tarflow_jax.likelihood import LOG_2PI
@@ -30,15 +30,15 @@ CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Train this recipe: configs/digits.py, or a variant, configs/digits.py:smoke."
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://; created if missing.")
-common.define_process_flags()
+cli.define_process_flags()
 flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: Sequence[str]) -> None:
     """Trains, draws figures and prints a table."""
     begin = time.perf_counter()
-    config, workdir = CONFIG.value, epath.Path(common.folder("workdir"))
-    common.join_processes()
+    config, workdir = CONFIG.value, epath.Path(cli.folder("workdir"))
+    cli.join_processes()
     recipe = Recipe(config)
     guidance = Guidance(**config.sample.guidance)
     # Reject before training what would be rejected after it.
@@ -48,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
 
     def preview(step: int, variables: dict[str, Any]) -> None:
         pipe = TarFlowPipeline(recipe.model, variables, recipe.noise, mesh=recipe.mesh())
-        labels = common.example_labels(pipe.config.num_classes, 64)
+        labels = cli.example_labels(pipe.config.num_classes, 64)
         images = pipe.sample(jax.random.key(0), 64, labels, guidance)
         if jax.process_index() == 0:
             save_png(figures / f"step_{step:07d}.png", class_rows(to_uint8(images), labels, label_names(workdir)))
@@ -77,4 +77,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

@@ -13,7 +13,7 @@ import jax
 from absl import flags
 from etils import epath
 
-from launch import common
+from launch import cli
 from launch.tables import format_table
 from tarflow_jax.errors import UserError
 from tarflow_jax.fingerprint import fingerprint
@@ -25,23 +25,23 @@ from tarflow_jax.sampling.tuning import Tuning, tune
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, or saved model's folder.")
 NUM_IMAGES = flags.DEFINE_list("num_images", ["100", "16", "1"], "Batch sizes to tune for.")
 GUIDANCE = flags.DEFINE_float("guidance", 0.0, "Guidance weight w to tune for.")
-common.define_guidance_flags()
+cli.define_guidance_flags()
 TOLERANCE = flags.DEFINE_float("tolerance", 1e-4, "Change at which parallel decoders stop.", lower_bound=0.0)
 MAX_ERROR = flags.DEFINE_float(
     "max_error", 1 / 255, "Largest accepted error of a pixel, in [-1, 1] units.", lower_bound=0.0
 )
 SEED = flags.DEFINE_integer("seed", 0, "Seed of the latents.")
-common.define_checkpoint_flag()
+cli.define_checkpoint_flag()
 flags.mark_flags_as_required(["workdir"])
 
 
 def main(argv: Sequence[str]) -> None:
     """Measures, prints a table for each batch size, writes decoder.json."""
-    counts = [common.whole_number("num_images", text) for text in NUM_IMAGES.value]
+    counts = [cli.whole_number("num_images", text) for text in NUM_IMAGES.value]
     if min(counts, default=0) < 1:
         raise UserError(f"num_images is {NUM_IMAGES.value}; expected positive numbers")
-    pipe = common.open_pipeline(WORKDIR.value, None)
-    guidance = common.guidance(GUIDANCE.value).checked_for(pipe.config)
+    pipe = cli.open_pipeline(WORKDIR.value, None)
+    guidance = cli.guidance(GUIDANCE.value).checked_for(pipe.config)
     decoders: dict[int, tuple[Decoder, ...]] = {}
     for count in counts:
         tuning = tune_for(pipe, count, guidance)
@@ -54,7 +54,7 @@ def main(argv: Sequence[str]) -> None:
 def tune_for(pipe: TarFlowPipeline, count: int, guidance: Guidance | None) -> Tuning:
     """Finds the fastest decoders for batches of `count` images."""
     latents = pipe.latents(jax.random.key(SEED.value), count)
-    labels = common.example_labels(pipe.config.num_classes, count)
+    labels = cli.example_labels(pipe.config.num_classes, count)
     return tune(
         lambda decoders: pipe.decode(latents, labels, guidance, decoder=decoders, noise_std=pipe.drawn_level),
         device_flow(pipe.config),
@@ -96,4 +96,4 @@ def describe(decoder: Decoder) -> str:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    cli.run(main)

@@ -8,7 +8,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import digits
-from launch import common
+from launch import cli
 from tarflow_jax import data
 from tarflow_jax.evaluation import distances
 from tarflow_jax.figures import class_columns, class_names, class_rows, grid
@@ -63,15 +63,15 @@ def test_classes_have_names_where_the_data_set_has_them(tmp_path):
     source = data.ArraySource("npz:x", np.zeros((2, 8, 8, 1), np.uint8), np.array([0, 1]), 2, ("trouser", "sneaker"))
     Recipe(digits.get_config()).write_to(tmp_path, source)
     names = label_names(tmp_path)
-    assert [common.class_number(text, names) for text in ("sneaker", "0", "-1")] == [1, 0, -1]
+    assert [cli.class_number(text, names) for text in ("sneaker", "0", "-1")] == [1, 0, -1]
     with pytest.raises(ValueError, match="--labels has 'sneakers'; did you mean 'sneaker'"):
-        common.class_number("sneakers", names)
+        cli.class_number("sneakers", names)
     with pytest.raises(ValueError, match="expected a number or one of trouser, sneaker"):
-        common.class_number("x", names)
+        cli.class_number("x", names)
     names = ("Bag", "bag", "Ankle boot")
-    assert [common.class_number(text, names) for text in ("bag", "Bag", "ANKLE BOOT")] == [1, 0, 2]
+    assert [cli.class_number(text, names) for text in ("bag", "Bag", "ANKLE BOOT")] == [1, 0, 2]
     with pytest.raises(ValueError, match="--label has 'BAG'; did you mean 'Bag'"):
-        common.class_number("BAG", names, "label")
+        cli.class_number("BAG", names, "label")
     assert label_names(tmp_path / "none") == []
 
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from configs import digits
-from launch import common
+from launch import cli
 from tarflow_jax import Guidance, TarFlowPipeline
 from tarflow_jax.figures import grid, to_uint8
 from tarflow_jax.training import train
@@ -48,7 +48,7 @@ def test_every_command_refuses_a_flag_it_does_not_know_in_one_line_and_names_the
     # For speed: forked from a process that has most modules loaded, and ended without the interpreter's finalization.
     program = (
         "import os, runpy, sys, warnings\n"
-        "import launch.common, launch.demo_app.builder, tarflow_jax.evaluation.classification\n"
+        "import launch.cli, launch.demo_app.page, tarflow_jax.evaluation.classification\n"
         "warnings.filterwarnings('ignore', '.*fork')\n"
         f"for name, flag in {given}.items():\n"
         "    if os.fork() == 0:\n"
@@ -62,7 +62,7 @@ def test_every_command_refuses_a_flag_it_does_not_know_in_one_line_and_names_the
     code, out, err = commands.run("-c", program)
     assert code == 0
     told = dict.fromkeys(commands.COMMANDS, "error: Unknown command line flag 'tracebak'. Did you mean: traceback ?")
-    guidance_flags = ", ".join(sorted(["guidance", *common.GUIDANCE_FLAGS])).removeprefix("attention_temperature, ")
+    guidance_flags = ", ".join(sorted(["guidance", *cli.GUIDANCE_FLAGS])).removeprefix("attention_temperature, ")
     told["sample"] = f"error: Unknown command line flag 'guidence'. Did you mean: {guidance_flags} ?"
     told["train"] = "error: Unknown command line flag 'surplus'"
     assert err.splitlines() == list(told.values())
@@ -186,10 +186,10 @@ def test_processes_that_cannot_be_joined(tmp_path, arguments, message):
 )
 def test_only_errors_of_the_user_lose_their_traceback(error, flags, shows_traceback):
     program = (
-        "from launch import common\n"
+        "from launch import cli\n"
         "from tarflow_jax.errors import UserError\n"
         f"def main(argv): raise {error}\n"
-        "common.run(main)\n"
+        "cli.run(main)\n"
     )
     code, _, err = commands.run("-c", program, *flags)
     assert code == 1

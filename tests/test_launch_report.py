@@ -15,9 +15,8 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from configs import digits
-from launch import report_workdir
-from launch.report_page import MAX_POINTS, chart, page, text_of
-from launch.report_workdir import read_run
+from launch import report_page
+from launch.report_page import MAX_POINTS, Run, chart, page, text_of
 from tarflow_jax.training import Recipe
 
 HOSTILE = """</script><script>alert(1)</script><img src=x onerror="alert(2)">'"&<!-- https://evil.example \ud800"""
@@ -61,7 +60,7 @@ class Page(HTMLParser):
 
 def rendered(workdir):
     """Renders a workdir's page and checks what must hold of every page."""
-    run = read_run(workdir)
+    run = Run(workdir)
     text = page(run)
     text.encode()  # fails for lone surrogates, which JSON may contain
     found = Page(text)
@@ -151,7 +150,7 @@ def test_a_run_that_has_only_begun_has_a_report(tmp_path):
     assert "0 of 20" in found.text
     assert not found.find("img")
     with pytest.raises(FileNotFoundError, match="expected the workdir of a training run"):
-        read_run(tmp_path / "nothing")
+        Run(tmp_path / "nothing")
 
 
 def test_hostile_contents_are_escaped(workdir, tmp_path):
@@ -189,7 +188,7 @@ def test_pictures_are_embedded_as_nothing_but_pixels(workdir, tmp_path):
     run, found = rendered(workdir)
     assert len(found.find("img")) == 2
     assert not run.previews
-    assert "SECRET" not in str(base64.b64decode(run.pictures["samples_raw"].uri.partition(",")[2]))
+    assert "SECRET" not in str(base64.b64decode(run.pictures["samples_raw"].partition(",")[2]))
     reasons = dict(note.split(".png: ") for note in run.notes)
     assert reasons["figures/trajectory"].startswith("not an image")
     assert reasons["figures/step_0000010"] == "a link out of the workdir"
@@ -202,22 +201,23 @@ def test_sizes_are_limited(workdir, monkeypatch):
     for step in range(100):
         save_picture(workdir / "figures" / f"step_{step:07d}.png", (8, 8))
     run, found = rendered(workdir)
-    names = [picture.name for picture in run.previews]
-    assert len(names) == report_workdir.MAX_PREVIEWS
-    assert (names[0], names[-1]) == ("step 0", "step 99")
+    steps = list(run.previews)
+    assert len(steps) == report_page.MAX_PREVIEWS
+    assert (steps[0], steps[-1]) == (0, 99)
     assert run.notes == ["figures: 76 of 100 previews"]
     save_picture(workdir / "figures" / "samples_guided.png", (3200, 400))
-    monkeypatch.setattr(report_workdir, "MAX_EMBEDDED_BYTES", 3 * 2**20)
+    monkeypatch.setattr(report_page, "MAX_EMBEDDED_BYTES", 3 * 2**20)
     run, _ = rendered(workdir)
     large = run.pictures["samples_guided"]
-    assert (large.width, large.height) == (1600, 200)
-    assert large.uri.startswith("data:image/jpeg")  # noise does not compress
-    assert len(large.uri) < 2**20 * 2
-    monkeypatch.setattr(report_workdir, "MAX_JSON_BYTES", 200)
-    monkeypatch.setattr(report_workdir, "MAX_EMBEDDED_BYTES", 0)
-    monkeypatch.setattr(report_workdir, "MAX_METRICS_BYTES", 10)
+    assert large.startswith("data:image/jpeg")  # noise does not compress
+    assert len(large) < 2**20 * 2
+    with Image.open(io.BytesIO(base64.b64decode(large.partition(",")[2]))) as image:
+        assert image.size == (1600, 200)
+    monkeypatch.setattr(report_page, "MAX_JSON_BYTES", 200)
+    monkeypatch.setattr(report_page, "MAX_EMBEDDED_BYTES", 0)
+    monkeypatch.setattr(report_page, "MAX_METRICS_BYTES", 10)
     run, found = rendered(workdir)
-    assert (run.series, run.evaluations, run.pictures, run.previews) == ({}, {}, {}, [])
+    assert (run.series, run.evaluations, run.pictures, run.previews) == ({}, {}, {}, {})
     assert "evaluation/fid-test-01234567.json: " in found.text
 
 
@@ -242,7 +242,7 @@ def test_damaged_files_are_left_out_with_a_note(workdir):
 @pytest.mark.parametrize("name", ["metrics.jsonl", "figures/samples_raw.png", "evaluation/fid-test-01234567.json"])
 def test_no_damage_stops_a_report(workdir, damage, name):
     for _ in damage(workdir / name, 20):
-        assert "</html>" in page(read_run(workdir))
+        assert "</html>" in page(Run(workdir))
 
 
 def curve(points):
@@ -265,11 +265,15 @@ def test_the_page_draws_curves_and_axes_at_these_pixels(workdir):
     run, found = rendered(workdir)
     drawn = chart(run.series, {"block_norms": "block "})
     assert [curve["label"] for curve in drawn["curves"]] == ["block 0 1", "block 1 0.5"]
-    for curve in drawn["curves"]:
-        lines = [line["points"].split() for line in found.find("polyline", **{"class": curve["style"]})]
+    for i, curve in enumerate(drawn["curves"]):
+        lines = [line["points"].split() for line in found.find("polyline", **{"class": f"c{i}"})]
         assert [f"{x},{y}" for x, y in curve["points"]] in lines
     for _, y in drawn["y_ticks"]:
         assert found.find("line", x1="58", x2="430", y1=str(y), y2=str(y))
+    lines = [{"step": step, "block_norms": [1.0] * 9} for step in (1, 2)]
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, many = rendered(workdir)
+    assert [line["class"] for line in many.find("polyline")] == [*(f"c{i}" for i in range(8)), "c0 dashed"]
 
 
 def test_long_curves_are_averaged_and_outliers_cut(workdir):

@@ -12,17 +12,18 @@ from PIL import Image
 
 from configs import digits
 from configs.sweeping import grid, log_uniform, sampled, zipped
-from launch.sweep import plan, run_name
-from launch.sweep_report import (
+from launch.sweep import (
     Row,
     choose_metric,
     over_seeds,
+    plan,
     plot_lines,
     read_rows,
     require_matplotlib,
+    run_name,
     write_plot,
     write_table,
-)  # fmt: skip
+)
 from tarflow_jax import files
 
 LOSS = "test loss (nats/dim, less ½ log 2π)"

@@ -112,9 +112,9 @@ def test_a_signal_ends_a_command_at_once_and_leaves_no_half_file(tmp_path, numbe
         folder = tmp_path / str(i)
         folder.mkdir()
         program = (
-            "import os, signal, jax\nfrom launch import common\nfrom tarflow_jax import files\n"
+            "import os, signal, jax\nfrom launch import cli\nfrom tarflow_jax import files\n"
             f"from tarflow_jax.evaluation import generation\nfolder = {str(folder)!r}\n"
-            f"def main(argv):\n    {body}\ncommon.run(main)\n"
+            f"def main(argv):\n    {body}\ncli.run(main)\n"
         )
         found, out, err = commands.run("-c", program)
         assert (found, out) == (code, ""), err

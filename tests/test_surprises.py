@@ -271,7 +271,7 @@ def test_pytorch_files_of_ddp_are_read_and_others_never_with_advice_to_run_them(
 def test_a_kernel_of_another_device_is_refused():
     query = np.zeros((1, 1, 2, 8), np.float32)
     with pytest.raises(ValueError, match=r"model\.attention is 'cudnn', which needs a device of kind NVIDIA"):
-        attend_on_device(query, query, query, True, "cudnn")
+        attend_on_device(query, query, query, causal=True, kernel="cudnn")
 
 
 def test_a_saved_model_is_no_run(tmp_path, model):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from launch import common
+from launch import cli
 from tarflow_jax.data.images import decode_image, preprocess, read_file
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.generation import quantise
@@ -75,9 +75,9 @@ class DemoModel:
         names = label_names(path) or [str(label) for label in range(pipe.config.num_classes)]
         if len(set(names)) < len(names):  # ImageNet's crane is a bird, and a machine
             names = [f"{name} ({label})" for label, name in enumerate(names)]
-        decoders = {"Sequential": common.DECODERS["sequential"], "Jacobi": common.DECODERS["jacobi"]}
+        decoders = {"Sequential": cli.DECODERS["sequential"], "Jacobi": cli.DECODERS["jacobi"]}
         if _has_schedule(pipe):
-            decoders["Tuned"] = common.DECODERS["auto"]
+            decoders["Tuned"] = cli.DECODERS["auto"]
         return cls(
             pipe,
             path.resolve().name,
@@ -106,7 +106,7 @@ class DemoModel:
             raise UserError(f"the seed is {settings.seed}; expected a whole number from 0 to {SEED_LIMIT}")
         labels = np.full(count, settings.label, np.int32)
         if settings.label == IN_TURN:
-            labels = common.example_labels(len(self.class_names), count)
+            labels = cli.example_labels(len(self.class_names), count)
         guidance = Guidance(settings.guidance, attention_temperature=settings.attention_temperature)
         latents = settings.temperature * pipe.latents(jax.random.key(int(settings.seed)), count)
         progress(0.1, f"inverting {pipe.config.num_blocks} blocks for {count} images")

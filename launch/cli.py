@@ -1,38 +1,31 @@
-"""Shared by the commands: errors in one line, flags that several commands have, joining other processes."""
+"""Shared by the commands: errors in one line, help, flags that several commands have, joining other processes."""
 
-import ast
-import contextlib
 import difflib
 import logging
 import math
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 import numpy as np
 from absl import app, flags
 
-from launch import end_at_signals, exit_code, ignore_signals, show_help
+from launch import end_at_signals, exit_code, on_signals
 from tarflow_jax.data import data_folder
 from tarflow_jax.errors import UserError, one_line
+from tarflow_jax.options import described
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import Preempted, start_processes, use_compilation_cache
 from tarflow_jax.sampling import Decoder, GaussSeidelJacobi, Guidance, Jacobi, Sequential, Student, Tuned
-from tarflow_jax.sampling.guidance import RULES, SCHEDULES, TARGETS
 from tarflow_jax.training.loop import NonFiniteError
+from tarflow_jax.training.recipe import GROUPS, STUDENT_GROUPS, config_help
 
 EXIT_ERROR = 1
-# The fields of `Guidance` after its weight, in their order.
-GUIDANCE_FLAGS = (
-    "guidance_target",
-    "guidance_schedule",
-    "attention_temperature",
-    "guidance_rule",
-    "guidance_blocks",
-)
+# The options of `Guidance` after its weight, in their order.
+GUIDANCE_FLAGS = ("guidance_target", "guidance_schedule", "attention_temperature", "guidance_rule", "guidance_blocks")
 DECODERS = {
     "sequential": Sequential(),
     "jacobi": Jacobi(),
@@ -57,11 +50,13 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         logging.getLogger("tarflow_jax").setLevel(logging.INFO)
         end_at_signals()
         try:
-            _use_compilation_cache(COMPILATION_CACHE.value)
+            cache, given = COMPILATION_CACHE.value, jax.config.jax_compilation_cache_dir  # JAX_COMPILATION_CACHE_DIR
+            if cache != "none" and (cache or not given):
+                use_compilation_cache(Path(cache or data_folder() / "compiled"))
             if argv[1:]:
                 raise UserError(f"unexpected argument {argv[1]!r}; see --help for the flags")
             code = main(argv) or 0
-            ignore_signals()  # all is done, and Python removes its handlers before it exits
+            on_signals(signal.SIG_IGN)  # all is done, and Python removes its handlers before it exits
             return code
         except Preempted as stop:
             print(f"stopped: {stop}", file=sys.stderr)
@@ -74,26 +69,15 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() == 1:
                 raise
-            _exit_at_once(error)
+            print(
+                f"error: process {jax.process_index()} of {jax.process_count()}: {one_line(error)}; if another stopped "
+                "before, its log says why. Start all of them again with the same command",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(EXIT_ERROR)  # an ordinary exit would wait a minute for the others, which may be dead
 
     app.run(guarded, flags_parser=_parse_flags)
-
-
-def _use_compilation_cache(folder: str | None) -> None:
-    given = jax.config.jax_compilation_cache_dir  # from JAX_COMPILATION_CACHE_DIR
-    if folder != "none" and (folder or not given):
-        use_compilation_cache(Path(folder or data_folder() / "compiled"))
-
-
-def _exit_at_once(error: jax.errors.JaxRuntimeError) -> NoReturn:
-    """Exits one of several processes; an ordinary exit would wait a minute for the others, which may be dead."""
-    print(
-        f"error: process {jax.process_index()} of {jax.process_count()}: {one_line(error)}; if another stopped before, "
-        "its log says why. Start all of them again with the same command",
-        file=sys.stderr,
-        flush=True,
-    )
-    os._exit(EXIT_ERROR)
 
 
 def define_number(name: str, default: float, text: str) -> flags.FlagHolder[float]:
@@ -110,34 +94,28 @@ def define_seed(text: str) -> flags.FlagHolder[int]:
 
 def define_guidance_flags() -> None:
     """Defines the flags of `guidance`."""
-    flags.DEFINE_enum("guidance_target", "both", TARGETS, "Affine parameters to guide.")
-    flags.DEFINE_enum(
-        "guidance_schedule", "linear", SCHEDULES, "Increase the guidance weight along the tokens, or keep it constant."
-    )
-    define_number("attention_temperature", 1.0, "Temperature of the attention logits in the unguided pass.")
-    flags.DEFINE_enum("guidance_rule", "log_scale", RULES, "Extrapolate log-scales or scales, or multiply densities.")
-    flags.DEFINE_string("guidance_blocks", "all", "Number of blocks to guide, counted from the noise, or all.")
+    _, *options = described(Guidance)
+    for name, (_, default, text) in zip(GUIDANCE_FLAGS, options, strict=True):
+        define = flags.DEFINE_float if isinstance(default, float) else flags.DEFINE_string
+        define(name, default, text)
 
 
 def define_decoder_flags() -> None:
     """Defines --decoder and --polish."""
-    flags.DEFINE_enum(
-        "decoder",
-        "sequential",
-        list(DECODERS),
-        "Block decoder; auto: see launch.tune_decoder; student: see launch.distill.",
-    )
-    flags.DEFINE_integer(
-        "polish", 0, "Fixed-point updates per block that refine the images of a student.", lower_bound=0
-    )
+    text = "Block decoder; auto: tuned by launch.tune_decoder; student: trained by launch.distill."
+    flags.DEFINE_enum("decoder", "sequential", list(DECODERS), text)
+    text = "Fixed-point updates per block that refine the images of a student."
+    flags.DEFINE_integer("polish", 0, text, lower_bound=0)
 
 
 def decoder() -> Decoder | Tuned:
     """Returns the decoder that --decoder and --polish select."""
     name, polish = flags.FLAGS.decoder, flags.FLAGS.polish
-    if polish and name != "student":
+    if name == "student":
+        return Student(polish)
+    if polish:
         raise UserError(f"--polish is {polish}, which is for --decoder=student; leave it out")
-    return Student(polish) if polish else DECODERS[name]
+    return DECODERS[name]
 
 
 def draws_clean_images() -> bool:
@@ -160,9 +138,8 @@ def folder(name: str) -> str:
 
 def define_checkpoint_flag() -> None:
     """Defines --checkpoint, which `open_pipeline` reads."""
-    flags.DEFINE_enum(
-        "checkpoint", "last", ["last", "best"], "Checkpoint to open in a workdir; best: the lowest test loss."
-    )
+    text = "Checkpoint to open in a workdir; best: the lowest test loss."
+    flags.DEFINE_enum("checkpoint", "last", ["last", "best"], text)
 
 
 def open_pipeline(name: str, mesh: jax.sharding.Mesh | None) -> TarFlowPipeline:
@@ -196,15 +173,29 @@ def join_processes() -> bool:
 
 def _parse_flags(argv: list[str]) -> list[str]:
     """Parses flags as absl does; an error, in a flag or in a config field, is one line."""
-    show_help(argv[1:])
+    if asked := {"--help", "-h", "--helpfull"} & set(argv):
+        _print_help(full="--helpfull" in asked)
+        sys.exit(0)
     try:
         return flags.FLAGS(argv)
-    except (AttributeError, KeyError) as error:
-        message = _unknown_field(error)
+    except (AttributeError, KeyError) as error:  # of a config field; the former holds one of the latter
+        cause = error.args[0] if error.args else ""
+        name, _, suggestion = str(cause.args[0] if isinstance(cause, KeyError) else cause).partition("\n")
+        message = f"unknown config field {name}" + (f". {suggestion}" if suggestion else "")
     except (flags.Error, TypeError, ValueError, OSError, ImportError) as error:
         message = _plain(error)
     print(f"error: {message}", file=sys.stderr)
     sys.exit(EXIT_ERROR)
+
+
+def _print_help(*, full: bool) -> None:
+    """Prints a command's docstring and flags; `full`: the options of a recipe, too."""
+    print(sys.modules["__main__"].__doc__)
+    modules = (name for name in flags.FLAGS.flags_by_module_dict() if name.startswith("launch."))
+    print("\n".join(map(flags.FLAGS.module_help, (sys.argv[0], *sorted(modules)))))
+    if "config" in flags.FLAGS:
+        groups = STUDENT_GROUPS if sys.argv[0].endswith("distill.py") else GROUPS
+        print("\n" + (config_help(groups) if full else "--helpfull lists the options of a recipe."))
 
 
 def _plain(error: Exception) -> str:
@@ -213,22 +204,13 @@ def _plain(error: Exception) -> str:
     return text.rpartition("Error: ")[2] if "Error whilst parsing config file" in text else text
 
 
-def _unknown_field(error: Exception) -> str:
-    """Unwraps the name of a field, and the suggestion on a second line, from ml_collections' layers of quotes."""
-    text = str(error.args[0] if error.args else error)
-    with contextlib.suppress(SyntaxError):
-        text = str(ast.literal_eval(text))
-    name, _, suggestion = text.replace("'", "").partition("\n")
-    return f"unknown config field {name!r}" + (f". {suggestion}" if suggestion else "")
-
-
 def example_labels(num_classes: int, count: int) -> np.ndarray | None:
     """Returns labels 0, 1, 2, … in a cycle, int32 [count]; None for an unconditional model."""
     return np.arange(count, dtype=np.int32) % num_classes if num_classes else None
 
 
 def whole_number(name: str, text: str) -> int:
-    """Parses an item of a flag's list; a ValueError names the flag."""
+    """Parses an item of a flag's list; a UserError names the flag."""
     try:
         return int(text)
     except ValueError:
@@ -238,7 +220,7 @@ def whole_number(name: str, text: str) -> int:
 def class_number(text: str, names: Sequence[str], flag: str = "labels") -> int:
     """Returns the number of a class from its number, -1 for none, or from its name, in upper or lower case.
 
-    Raises ValueError, which suggests the nearest name.
+    Raises UserError, which suggests the nearest name.
     """
     folded = [name.casefold() for name in names]
     if text in names:
@@ -247,7 +229,7 @@ def class_number(text: str, names: Sequence[str], flag: str = "labels") -> int:
         return folded.index(text.casefold())
     if not names or text.lstrip("-").isdigit():
         return whole_number(flag, text)
-    nearest = difflib.get_close_matches(text.casefold(), folded, n=1)
-    known = f"expected a number or one of {', '.join(names)}"
-    hint = f"did you mean {names[folded.index(nearest[0])]!r}?" if nearest else known
+    hint = f"expected a number or one of {', '.join(names)}"
+    if nearest := difflib.get_close_matches(text.casefold(), folded, n=1):
+        hint = f"did you mean {names[folded.index(nearest[0])]!r}?"
     raise UserError(f"--{flag} has {text!r}; {hint}")
