@@ -20,15 +20,11 @@ flags.mark_flags_as_required(["workdir"])
 
 def main(argv: Sequence[str]) -> None:
     """Opens the model, draws the first images, and serves until it is stopped."""
-    build = demo_app.page_builder()
+    serve = demo_app.page_server()
     demo_app.check_address(HOST.value, PORT.value)
     workdir = common.folder("workdir")
-    model = DemoModel.of(common.open_pipeline(workdir, None), workdir, NUM_IMAGES.value)
-    print(f"drawing the first {model.num_images} images", flush=True)
-    page, options = build(model)
-    page.launch(server_name=HOST.value, server_port=PORT.value, prevent_thread_lock=True, quiet=True, **options)
-    print(f"http://{HOST.value}:{PORT.value}", flush=True)
-    page.block_thread()
+    model = DemoModel(common.open_pipeline(workdir, None), workdir, NUM_IMAGES.value)
+    serve(model, HOST.value, PORT.value)
 
 
 if __name__ == "__main__":

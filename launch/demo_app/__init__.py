@@ -5,21 +5,20 @@ import logging
 import os
 import socket
 from collections.abc import Callable
-from typing import Any
 
 from tarflow_jax.errors import MissingPackageError, UserError
 
 
-def page_builder() -> Callable[..., Any]:
-    """Returns `page.build`, with Gradio's telemetry off; raises MissingPackageError without Gradio."""
+def page_server() -> Callable[..., None]:
+    """Returns `page.serve`, with Gradio's telemetry off; raises MissingPackageError without Gradio."""
     # Gradio reads these when it is imported.
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
     if importlib.util.find_spec("gradio") is None:
         raise MissingPackageError("the demo needs Gradio; pip install 'gradio>=6.31,<7'")
-    from launch.demo_app.page import build
+    from launch.demo_app.page import serve
 
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio requests its own address
-    return build
+    return serve
 
 
 def check_address(host: str, port: int) -> None:
