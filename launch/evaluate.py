@@ -50,27 +50,17 @@ MODEL = flags.DEFINE_string("model", None, "Saved model instead of --workdir, by
 DATA = flags.DEFINE_string("data", None, "Data set; default: the one the run was trained on.")
 PREPROCESSING = flags.DEFINE_string("preprocessing", None, "Preprocessing of --data: none, tarflow or adm.")
 OUT = flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR/evaluation or ./evaluation.")
-METRICS = flags.DEFINE_list(
-    "metrics",
-    ["bits_per_dim"],
-    "Metrics: bits_per_dim, fid, sfid, inception_score, kid, precision_recall, classification, outliers, student.",
-)
+METRICS = flags.DEFINE_list("metrics", ["bits_per_dim"], f"Metrics: {', '.join(ALL_METRICS)}.")
 SPLIT = flags.DEFINE_string("split", "test", "Split for likelihood, classification and outliers.")
 SEED = common.define_seed("Seed of the noise and the samples.")
-NOISE_STD = flags.DEFINE_float(
-    "noise_std", None, "Noise level σ of a noise-conditional model; default: the lowest, or best."
-)
+NOISE_STD = flags.DEFINE_float("noise_std", None, "Noise level σ, if noise-conditional; default: the lowest, or best.")
 ALLOW_NOISY = flags.DEFINE_bool("allow_noisy", False, "Report nats/dim of noisy data for Gaussian training noise.")
 DRAWS = flags.DEFINE_integer("dequantisation_draws", 1, "Draws K in the importance-weighted bound.", lower_bound=1)
-CLASSIFICATION_DRAWS = flags.DEFINE_integer(
-    "classification_draws", 1, "Number of draws of training noise to average log p over.", lower_bound=1
-)
+CLASSIFICATION_DRAWS = flags.DEFINE_integer("classification_draws", 1, "Draws of noise to average.", lower_bound=1)
 OUTLIERS = flags.DEFINE_string("outliers", None, "Out-of-distribution data set.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 50_000, "Number of samples for each setting.", lower_bound=2)
 GUIDANCE = flags.DEFINE_list("guidance", ["0"], "Guidance weights w, one setting each.")
-DENOISE = flags.DEFINE_list(
-    "denoise", None, "Whether to denoise: true, false or both; default: true for Gaussian training noise."
-)
+DENOISE = flags.DEFINE_list("denoise", None, "True, false or both; default: true for Gaussian training noise.")
 MULTIPLIER = common.define_number("denoise_multiplier", 1.0, "Factor of the score in denoising.")
 INCEPTION = flags.DEFINE_string("inception", None, "PyTorch file of FID's weights; default: train a classifier.")
 REFERENCE = flags.DEFINE_string("reference", None, "File (npz) of reference statistics, instead of a split.")
@@ -80,15 +70,14 @@ common.define_guidance_flags()
 common.define_decoder_flags()
 common.define_checkpoint_flag()
 common.define_process_flags()
+flags.mark_flags_as_mutual_exclusive(["workdir", "model"], required=True)
 
 
 class Evaluation:
     """Opens what --workdir or --model, and --data, name; the model runs on the devices of this process."""
 
     def __init__(self) -> None:
-        if (WORKDIR.value is None) == (MODEL.value is None):
-            raise UserError("expected one of --workdir and --model")
-        workdir = None if WORKDIR.value is None else common.folder("workdir")
+        workdir = common.folder("workdir") if WORKDIR.value is not None else None
         name = workdir or common.folder("model")
         self._trained_on = Recipe.from_workdir(workdir).config.data if workdir else None
         if not workdir and DATA.value is None:
@@ -232,7 +221,7 @@ def measure_outliers(evaluation: Evaluation) -> dict[str, Any]:
 
 def sample_settings(pipe: TarFlowPipeline) -> list[tuple[Guidance, bool]]:
     """Every --guidance with every --denoise."""
-    words = DENOISE.value or ["true" if pipe.noise_std is not None else "false"]
+    words = DENOISE.value or ["false" if pipe.noise_std is None else "true"]
     if common.draws_clean_images():
         if "false" in (DENOISE.value or ()):
             raise UserError(
@@ -349,21 +338,23 @@ def measure_student(evaluation: Evaluation) -> dict[str, Any]:
     target, target_images = next(iter(clean.items()))
     rows = []
     for name, images in (noisy | clean).items():
-        row: dict[str, Any] = {"images": name}
         errors = np.abs(np.asarray(pipe.encode(images, labels, pipe.drawn_level)[0]) - np.asarray(latents))
-        row["latents off by (root mean square)"] = float(np.sqrt(np.square(errors).mean()))
-        row["at most"] = float(errors.max())
-        row["nats/dim"] = row["nats/dim with noise"] = _nats_per_dim(pipe, images, labels)
+        with_noise = images
         if name in clean and pipe.noise_std is not None:
-            noise = pipe.noise_std * jax.random.normal(jax.random.fold_in(key, 1), images.shape)
-            row["nats/dim with noise"] = _nats_per_dim(pipe, images + noise, labels)
-        row[f"correlation with {target}"] = _correlation(images, target_images)
+            with_noise = images + pipe.noise_std * jax.random.normal(jax.random.fold_in(key, 1), images.shape)
+        row = {
+            "images": name,
+            "latents off by (root mean square)": float(np.sqrt(np.square(errors).mean())),
+            "at most": float(errors.max()),
+            "nats/dim": _nats_per_dim(pipe, images, labels),
+            "nats/dim with noise": _nats_per_dim(pipe, with_noise, labels),
+            f"correlation with {target}": _correlation(images, target_images),
+        }
         rows.append(row)
     few = None if labels is None else labels[:JACOBI_LATENTS]
     updates = {}
     for init in ("latents", "student"):
-        decoder = Jacobi(init=init)
-        trace = pipe.decode_trace(latents[:JACOBI_LATENTS], few, decoder=decoder, noise_std=pipe.drawn_level)
+        trace = pipe.decode_trace(latents[:JACOBI_LATENTS], few, None, Jacobi(init=init), pipe.drawn_level)
         updates[f"Jacobi from the {init}"] = np.asarray(trace.updates).mean(0).tolist()
     return {"rows": rows, "latents": STUDENT_LATENTS, "updates by block": updates}
 

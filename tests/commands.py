@@ -14,7 +14,11 @@ QUICK_TO_COMPILE = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emit
 NOT_OPTIMISED = (
     "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # for programs that run a few times
 )
-COMMANDS = tuple(sorted(path.stem for path in ROOT.joinpath("launch").glob("*.py") if "__main__" in path.read_text()))
+COMMANDS = tuple(
+    sorted(
+        path.stem for path in ROOT.joinpath("launch").glob("*.py") if 'if __name__ == "__main__"' in path.read_text()
+    )
+)
 
 
 def environment(**variables):

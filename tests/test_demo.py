@@ -1,21 +1,20 @@
 """What the demo computes, without its page."""
 
 import dataclasses
-import importlib.util
 import io
 import socket
 
 import chex
+import commands
 import numpy as np
 import pytest
 from PIL import Image
 from runs import SMALL
 from tiny_models import random_variables
 
-from launch.demo_app import check_address, page_server
-from launch.demo_app.model import IN_TURN, MAX_UPLOAD_PIXELS, DemoModel
+from launch.demo_model import IN_TURN, MAX_UPLOAD_PIXELS, DemoModel
 from tarflow_jax import Guidance, Noise, TarFlowPipeline, sampling
-from tarflow_jax.errors import MissingPackageError, UserError
+from tarflow_jax.errors import UserError
 from tarflow_jax.figures import COLOURS, enlarge, overlay
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.sampling import Jacobi, Schedule
@@ -151,16 +150,29 @@ def test_the_head_tells_what_is_known(model):
     assert [facts[name] for name in ("data", "steps", "test loss")] == ["digits", "1,200", "-1.25"]
 
 
-def test_without_gradio_one_line_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingPackageError, match="the demo needs Gradio; pip install 'gradio"):
-        page_server()
+def refused(*arguments, program=("-m", "launch.demo")):
+    """The one line that launch.demo prints where there is no model to read."""
+    code, out, err = commands.run(*program, "--workdir=/nowhere", *arguments)
+    assert (code, out) == (1, "")
+    return err.splitlines()[-1]
 
 
+@pytest.mark.slow
+def test_without_gradio_one_line_says_what_to_install():
+    program = (
+        "import importlib.util, runpy, sys\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *more: None if name == 'gradio' else find(name, *more)\n"
+        "runpy.run_module('launch.demo', run_name='__main__', alter_sys=True)"
+    )
+    assert "error: the demo needs Gradio; pip install 'gradio" in refused(program=("-c", program))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("host", "reason"), [("127.0.0.1", "in use"), ("no.such.host.invalid", "choose another")])
 def test_an_address_that_cannot_be_had_is_refused_before_the_model_is_read(host, reason):
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match=reason):
-        check_address(host, taken.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert reason in refused(f"--host={host}", f"--port={taken.getsockname()[1]}")
 
 
 def test_overlay_colours_patches_from_the_lowest_to_the_highest():

@@ -1,4 +1,4 @@
-"""What the demo computes, without its page: samples, arrays of uploads, facts about a model."""
+"""What launch.demo computes, without its page: samples, arrays of uploads, facts about a model."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The page that is served, tab by tab."""
+"""The page that launch.demo serves, tab by tab."""
 
 import base64
 import contextlib
@@ -12,7 +12,7 @@ import gradio as gr
 import jax
 import numpy as np
 
-from launch.demo_app.model import IN_TURN, NO_CLASS, SEED_LIMIT, DemoModel, Drawn
+from launch.demo_model import IN_TURN, NO_CLASS, SEED_LIMIT, DemoModel, Drawn
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.generation import quantise
 from tarflow_jax.figures import COLOURS, encode_gif, enlarge, grid, overlay, to_pil, to_uint8
@@ -42,7 +42,7 @@ def serve(model: DemoModel, host: str, port: int) -> None:
         prevent_thread_lock=True,
         quiet=True,
         theme=gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=fonts),
-        css_paths=Path(__file__).with_name("page.css"),
+        css_paths=Path(__file__).with_name("demo_page.css"),
         max_file_size="16mb",
         footer_links=[],
         # Nothing leaves this machine.
