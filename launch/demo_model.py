@@ -37,7 +37,7 @@ class Drawn(NamedTuple):
 
 
 class DemoModel:
-    """A pipeline, and what the page shows of the model.
+    """A pipeline and what the page shows about it.
 
     Attributes:
       num_images: N of every draw, so that each program is compiled once.
@@ -117,7 +117,7 @@ class DemoModel:
         return Drawn(shown, dict(zip(titles, pictures, strict=True)), int((bad[-1] | far).sum()))
 
     def facts(self) -> dict[str, str]:
-        """The facts at the top of the page: the model's shape, its training, its metrics."""
+        """Returns the facts at the top of the page: the model's shape, training and metrics."""
         pipe, card = self.pipe, self.pipe.card
         config, training = pipe.config, card.get("training", {})
         height, width, channels = config.image_shape
@@ -135,7 +135,7 @@ class DemoModel:
 
 
 def _calibration(pipe: TarFlowPipeline) -> float | None:
-    """The posterior's temperature, if the workdir has an evaluation of these weights; of several, the fewest draws'."""
+    """Returns the posterior's temperature from the evaluation of these weights with the fewest draws, if any."""
     found = [each for each in pipe.card.get("evaluations", ()) if "classification" in each["results"]]
     weights = fingerprint(pipe.variables) if found else None
     figures = [each["results"]["classification"] for each in found if each["protocol"].get("fingerprint") == weights]

@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import html
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,7 +65,7 @@ def _head(model: DemoModel) -> str:
 
 
 def _draw_tabs(model: DemoModel, page: gr.Blocks) -> Drawn:
-    """Samples, and how they emerge from noise; returns the first ones."""
+    """Builds both tabs and returns the first samples."""
     with gr.Tab("Draw"):
         gr.Markdown("Latents z ~ τ · N(0, I) become images x = f⁻¹(z): the blocks are inverted, one after the other.")
         with gr.Row():
@@ -114,7 +113,7 @@ def _draw_tabs(model: DemoModel, page: gr.Blocks) -> Drawn:
 
 
 def _controls(model: DemoModel) -> tuple[list[Any], gr.Number]:
-    """The controls of `DemoModel.draw`'s arguments, in their order; and among them the seed's."""
+    """Returns the controls of `DemoModel.draw`'s arguments, in order, and the seed's control."""
     has_classes = bool(model.pipe.config.num_classes)
     unguided = "a° without class" if has_classes else "of both passes"
     label = gr.Dropdown(
@@ -157,7 +156,6 @@ def _drawn(model: DemoModel, drawn: Drawn) -> list[Any]:
 
 
 def _ask_tab(model: DemoModel, page: gr.Blocks, first: Drawn) -> None:
-    """Likelihood, class and latents of one image; `first` are examples for visitors without an image."""
     gr.Markdown("For any image: its exact log p(x), the patches that cost most, its class by Bayes' rule, its latents.")
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
@@ -231,7 +229,6 @@ def _figures(model: DemoModel, found: Inspection) -> str:
 
 
 def _scale(patch_bits: np.ndarray) -> str:
-    """The colours of `overlay`, and what a patch's bits mean."""
     colours = ", ".join(f"rgb{colour}" for colour in COLOURS)
     return (
         f"<div class='scale'>{patch_bits.min():.2f}<i style='background: linear-gradient(to right, {colours})'></i>"
@@ -241,7 +238,6 @@ def _scale(patch_bits: np.ndarray) -> str:
 
 
 def _interpolate_tab(model: DemoModel, first: Drawn) -> None:
-    """The way between two images."""
     gr.Markdown(
         "Two images become latents, and a great circle connects these, "
         "z(t) = (sin((1 - t) θ) z₀ + sin(t θ) z₁) / sin θ. Every point on it decodes to an image, x(t) = f⁻¹(z(t))."
@@ -268,17 +264,15 @@ def _interpolate_tab(model: DemoModel, first: Drawn) -> None:
 
     changes = [control.change for control in uploads] + [control.input for control in conditions]
     gr.on(changes, go, [*uploads, *conditions], [between, animation], show_progress_on=between, **EVENT)
-    clicks = itertools.count()
 
     def pick_two() -> list[Any]:
-        chosen = np.random.default_rng(next(clicks)).choice(len(first.images), 2, replace=len(first.images) < 2)
+        chosen = np.random.default_rng().choice(len(first.images), 2, replace=len(first.images) < 2)
         return [to_pil(image) for image in first.images[chosen]]
 
     button.click(pick_two, None, uploads, **EVENT)
 
 
 def _conditions(model: DemoModel) -> list[Any]:
-    """Controls of the class, and of the noise level of a flow of many."""
     noise = model.pipe.noise
     low, high = (noise.std_min, noise.std_max) if noise and noise.kind == "levels" else (0.01, 1.0)
     return [

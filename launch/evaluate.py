@@ -144,14 +144,14 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
 
 
 def noise_level(pipe: TarFlowPipeline) -> float | None:
-    """σ at which a noise-conditional flow is evaluated, --noise_std or the lowest; None for other flows."""
+    """Returns σ for a noise-conditional flow, --noise_std or the lowest; None for other flows."""
     if pipe.config.noise_conditional and NOISE_STD.value is None:
         return pipe.noise.std_min
     return NOISE_STD.value
 
 
 def measure_likelihood(evaluation: Evaluation) -> dict[str, Any]:
-    """Bits per dimension; for Gaussian training noise, nats per dimension of noisy data."""
+    """Measures bits per dimension or, for Gaussian training noise, nats per dimension of noisy data."""
     runner = BatchRunner(make_mesh())  # over all processes, which share the split
     pipe, source, level = evaluation.pipe, evaluation.source(SPLIT.value), noise_level(evaluation.pipe)
     variables, key = runner.place(pipe.variables), jax.random.key(SEED.value)
@@ -169,14 +169,14 @@ def measure_likelihood(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def noisy_images(pipe: TarFlowPipeline, images: np.ndarray, key: jax.Array, level: float | None) -> jax.Array:
-    """8-bit images [N, H, W, K] as float32 with the training noise, at `level` for a noise-conditional flow."""
+    """Adds the training noise, at `level` for a noise-conditional flow, to 8-bit images: float32 [N, H, W, K]."""
     if pipe.noise is None:
         return to_float(jnp.asarray(images))
     return pipe.noise(key, jnp.asarray(images), None if level is None else jnp.full(len(images), level))
 
 
 def mean_class_log_probs(pipe: TarFlowPipeline, images: np.ndarray, level: float | None, draws: int = 1) -> np.ndarray:
-    """log p(x | y) in nats of 8-bit images under every label, averaged over draws of noise: float64 [N, C]."""
+    """Averages log p(x | y) of 8-bit images under every label over draws of noise: nats, float64 [N, C]."""
     log_prob = functools.partial(pipe.log_prob, noise_std=level)
     found = []
     for draw in range(draws):
@@ -187,7 +187,7 @@ def mean_class_log_probs(pipe: TarFlowPipeline, images: np.ndarray, level: float
 
 
 def best_level(evaluation: Evaluation) -> float:
-    """The noise level, of several, at which Bayes' rule classifies some training images best."""
+    """Returns the candidate noise level at which Bayes' rule classifies the most training images correctly."""
     levels = [float(level) for level in evaluation.pipe.noise.quantiles(NUM_CANDIDATES)]
     source = evaluation.source("train")
     images, labels = source.read(np.arange(min(len(source), TUNING_IMAGES)))
@@ -196,7 +196,7 @@ def best_level(evaluation: Evaluation) -> float:
 
 
 def measure_classification(evaluation: Evaluation) -> dict[str, Any]:
-    """Bayes' rule over the split."""
+    """Classifies the split by Bayes' rule."""
     source, level = evaluation.source(SPLIT.value), NOISE_STD.value
     if not source.num_classes:
         raise UserError(f"{source.name} has no labels; classification needs them")
@@ -209,7 +209,7 @@ def measure_classification(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def measure_outliers(evaluation: Evaluation) -> dict[str, Any]:
-    """Unconditional log p of the split against that of the same split of --outliers."""
+    """Compares unconditional log p of the split with that of the same split of --outliers."""
     pipe, level = evaluation.pipe, noise_level(evaluation.pipe)
     outside = open_source(OUTLIERS.value, SPLIT.value, data_dir=evaluation.data_dir)
     keys, log_probs = jax.random.split(jax.random.key(SEED.value)), []
@@ -220,7 +220,7 @@ def measure_outliers(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def sample_settings(pipe: TarFlowPipeline) -> list[tuple[Guidance, bool]]:
-    """Every --guidance with every --denoise."""
+    """Returns every combination of --guidance and --denoise."""
     words = DENOISE.value or ["false" if pipe.noise_std is None else "true"]
     if common.draws_clean_images():
         if "false" in (DENOISE.value or ()):
@@ -277,9 +277,9 @@ def measure_samples(evaluation: Evaluation, metrics: list[str]) -> tuple[list[di
 
 
 def label_counts(num_classes: int, reference: ImageSource) -> tuple[np.ndarray, str]:
-    """Returns in which proportion samples have each label, as integers [C] without a common divisor, and in words.
+    """Returns how often samples have each label, as coprime integers [C], and the words for it in the protocol.
 
-    It is that of the reference split where known: otherwise a distance would measure the labels, not the images.
+    As often as in the reference split, if known: otherwise a distance would measure the labels, not the images.
     """
     if not num_classes:
         return np.zeros(0, np.int64), "none"
@@ -291,7 +291,7 @@ def label_counts(num_classes: int, reference: ImageSource) -> tuple[np.ndarray, 
 
 
 def decoder_protocol(pipe: TarFlowPipeline) -> dict[str, str]:
-    """The protocol's entries for --decoder and --polish."""
+    """Returns the protocol's entries for --decoder and --polish."""
     name, polish = flags.FLAGS.decoder, flags.FLAGS.polish
     if name != "student":
         return {"decoder": name}
@@ -322,9 +322,9 @@ def draw(evaluation: Evaluation, guidance: Guidance, denoise: bool, counts: np.n
 
 
 def measure_student(evaluation: Evaluation) -> dict[str, Any]:
-    """Compares a student's images of given latents with the flow's own, by the flow's latents and log p, unguided.
+    """Compares a student's images with the flow's, for the same latents and without guidance.
 
-    Returns a row for each way from the latents to an image, and how many updates parallel decoding then takes.
+    Returns a row for each decoder, and the updates that Jacobi decoding takes from either initial guess.
     """
     pipe = evaluation.pipe
     key, latents = jax.random.key(SEED.value), pipe.latents(jax.random.key(SEED.value), STUDENT_LATENTS)

@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def summary(tuning: Tuning) -> str:
-    """A table with a row a block, the choice beside the sequential decoder's time, and the times of the whole."""
+    """Formats a table with a row per block, and the times of all blocks together."""
     rows = []
     for report in tuning.reports:
         decoder = report.chosen.decoder
