@@ -3,12 +3,17 @@
 python -m launch.demo --workdir=runs/fashion_mnist
 """
 
+import importlib.util
+import logging
+import os
+import socket
 from collections.abc import Sequence
 
 from absl import flags
 
-from launch import cli, demo_app
-from launch.demo_app.model import DemoModel
+from launch import cli
+from launch.demo_model import DemoModel
+from tarflow_jax.errors import MissingPackageError, UserError
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, saved model's folder, or hub name.")
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 is open to other machines.")
@@ -19,16 +24,22 @@ flags.mark_flags_as_required(["workdir"])
 
 
 def main(argv: Sequence[str]) -> None:
-    """Opens the model, draws the first images, and serves until it is stopped."""
-    build = demo_app.page_builder()
-    demo_app.check_address(HOST.value, PORT.value)
+    """Opens the model and serves the page until it is stopped."""
+    if importlib.util.find_spec("gradio") is None:
+        raise MissingPackageError("the demo needs Gradio; pip install 'gradio>=6.31,<7'")
+    # Gradio reads these when it is imported.
+    os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    from launch.demo_page import serve
+
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio requests its own address
+    try:  # before a model is read
+        family, *_, address = socket.getaddrinfo(HOST.value, PORT.value, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address[:2], family=family).close()
+    except OSError as error:
+        message = f"--host={HOST.value} --port={PORT.value}: {error.strerror}; choose another port or address"
+        raise UserError(message) from error
     workdir = cli.folder("workdir")
-    model = DemoModel.of(cli.open_pipeline(workdir, None), workdir, NUM_IMAGES.value)
-    print(f"drawing the first {model.num_images} images", flush=True)
-    page, options = build(model)
-    page.launch(server_name=HOST.value, server_port=PORT.value, prevent_thread_lock=True, quiet=True, **options)
-    print(f"http://{HOST.value}:{PORT.value}", flush=True)
-    page.block_thread()
+    serve(DemoModel(cli.open_pipeline(workdir, None), workdir, NUM_IMAGES.value), HOST.value, PORT.value)
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def main(argv: Sequence[str]) -> None:
     """Trains, and prints a table."""
     begin = time.perf_counter()
     workdir = epath.Path(cli.folder("workdir"))
+    folder = workdir / STUDENT
     cli.join_processes()
     config = with_flow(CONFIG.value, Recipe.from_workdir(workdir).config)
     if config.mesh.data == -1:
@@ -51,52 +52,48 @@ def main(argv: Sequence[str]) -> None:
     recipe = Recipe(config)
     pipe = cli.open_pipeline(workdir, recipe.mesh())
     config.student.flow = fingerprint(pipe.variables)
-    recipe = Recipe(config)
-    recipe.source("test")
+    recipe.source("test")  # reject before training what would be rejected after it
     perception = None
     if recipe.student.perceptual:
         perception = perceptual_network_params(recipe.source("train"), data_folder(config.data.data_dir) / "evaluation")
-    figures = workdir / STUDENT / "figures"
 
     def preview(step: int, variables: dict[str, Any]) -> None:
         student = TrainedStudent(recipe.student, variables, config.student.flow)
-        drawing = TarFlowPipeline(pipe.config, pipe.variables, pipe.noise, student=student, mesh=recipe.mesh())
-        sheet = compare(drawing)
+        sheet = compare(TarFlowPipeline(pipe.config, pipe.variables, pipe.noise, student=student, mesh=recipe.mesh()))
         if jax.process_index() == 0:
-            save_png(figures / f"step_{step:07d}.png", sheet)
+            save_png(folder / "figures" / f"step_{step:07d}.png", sheet)
 
     teacher = Teacher(pipe.variables, perception)
-    state = train(config, workdir / STUDENT, preview, teacher)
+    state = train(config, folder, preview, teacher)
     with PreemptionGuard():
         error = evaluate_loss(recipe, state.sampling_variables, teacher)
         preview(int(state.step), state.sampling_variables)
     if jax.process_index():
         return
-    write_results(workdir / STUDENT, {"mean square error of clean test images": error})
+    write_results(folder, {"mean square error of clean test images": error})
     counts = [sum(leaf.size for leaf in jax.tree.leaves(v["params"])) for v in (state.variables, pipe.variables)]
     rows = {
         "steps": int(state.step),
         "parameters": f"{counts[0]}, {counts[0] / counts[1]:.2f} times the flow's",
         "test error": f"{error:.4f}",
         "minutes": f"{(time.perf_counter() - begin) / 60:.1f}",
-        "metrics": workdir / STUDENT / "metrics.jsonl",
-        "figures": figures,
+        "metrics": folder / "metrics.jsonl",
+        "figures": folder / "figures",
     }
     print("\n".join(f"{name:<22} {value}" for name, value in rows.items()))
 
 
 def compare(pipe: TarFlowPipeline) -> np.ndarray:
     """Decodes the same latents in every way, one row each; uint8."""
-    latents = pipe.latents(jax.random.key(0), COLUMNS)
-    labels, level = cli.example_labels(pipe.config.num_classes, COLUMNS), pipe.drawn_level
+    latents, level = pipe.latents(jax.random.key(0), COLUMNS), pipe.drawn_level
+    labels = cli.example_labels(pipe.config.num_classes, COLUMNS)
     rows = {"exact": pipe.decode(latents, labels, noise_std=level)}
-    denoised = pipe.noise_std is not None
-    if denoised:
-        rows["exact, denoised"] = pipe.denoise_drawn(rows["exact"], labels)
-    rows["student"] = pipe.decode(latents, labels, decoder=Student())
     polished = pipe.decode(latents, labels, decoder=Student(POLISH), noise_std=level)
-    name = f"polished by {POLISH}{', denoised' * denoised}"
-    rows[name] = pipe.denoise_drawn(polished, labels) if denoised else polished
+    if pipe.noise_std is not None:
+        rows["exact, denoised"] = pipe.denoise_drawn(rows["exact"], labels)
+        polished = pipe.denoise_drawn(polished, labels)
+    rows["student"] = pipe.decode(latents, labels, decoder=Student())
+    rows[f"polished by {POLISH}" + ", denoised" * (pipe.noise_std is not None)] = polished
     return grid(np.concatenate([to_uint8(images) for images in rows.values()]), COLUMNS, list(rows))
 
 

@@ -6,8 +6,10 @@
 Prints tables, and writes them with their protocol to DIR/evaluation/. What each metric is: docs/evaluation.md.
 """
 
+import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -17,97 +19,97 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
+from flax.traverse_util import flatten_dict
+from jax.experimental import multihost_utils
 
 from launch import cli, end_at_signals
-from launch.evaluate_samples import (
-    DENOISE,
-    GUIDANCE,
-    SEED,
-    Evaluation,
-    check_samples,
-    measure_samples,
-    measure_student,
-)
-from launch.tables import format_protocol, format_table
+from launch.tables import format_table
 from tarflow_jax.data import ImageSource, data_folder, open_source
 from tarflow_jax.errors import UserError
-from tarflow_jax.evaluation import classification, distances
+from tarflow_jax.evaluation import classification, distances, generation
 from tarflow_jax.evaluation.bits_per_dim import image_bits_per_dim, noisy_log_prob
+from tarflow_jax.evaluation.classifier import classifier_network
+from tarflow_jax.evaluation.inception import inception_network
 from tarflow_jax.files import write_text
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.noise import to_float
-from tarflow_jax.pipeline import TarFlowPipeline
+from tarflow_jax.pipeline import TarFlowPipeline, check_student_guidance
 from tarflow_jax.runtime import BatchRunner, environment, make_mesh
+from tarflow_jax.sampling import Guidance, Jacobi, Student
 from tarflow_jax.training import Recipe
 
 ALL_METRICS = ("bits_per_dim", *distances.METRICS, "classification", "outliers", "student")
 NUM_CANDIDATES, TUNING_IMAGES = 8, 500  # to find the noise level that classifies best
+CHUNK_SIZE = 500  # samples in a file
+NUM_FEATURES = {"inception": 2048, "classifier": 128}
+STUDENT_LATENTS, JACOBI_LATENTS, POLISHES = 1000, 100, (1, 2, 4)
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of the model.")
 MODEL = flags.DEFINE_string("model", None, "Saved model instead of --workdir, by its folder or hub name.")
 DATA = flags.DEFINE_string("data", None, "Data set; default: the one the run was trained on.")
 PREPROCESSING = flags.DEFINE_string("preprocessing", None, "Preprocessing of --data: none, tarflow or adm.")
 OUT = flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR/evaluation or ./evaluation.")
-METRICS = flags.DEFINE_list(
-    "metrics",
-    ["bits_per_dim"],
-    "Metrics: bits_per_dim, fid, sfid, inception_score, kid, precision_recall, classification, outliers, student.",
-)
+METRICS = flags.DEFINE_list("metrics", ["bits_per_dim"], f"Metrics: {', '.join(ALL_METRICS)}.")
 SPLIT = flags.DEFINE_string("split", "test", "Split for likelihood, classification and outliers.")
-NOISE_STD = flags.DEFINE_float(
-    "noise_std", None, "Noise level σ of a noise-conditional model; default: the lowest, or best."
-)
+SEED = cli.define_seed("Seed of the noise and the samples.")
+NOISE_STD = flags.DEFINE_float("noise_std", None, "Noise level σ, if noise-conditional; default: the lowest, or best.")
 ALLOW_NOISY = flags.DEFINE_bool("allow_noisy", False, "Report nats/dim of noisy data for Gaussian training noise.")
 DRAWS = flags.DEFINE_integer("dequantisation_draws", 1, "Draws K in the importance-weighted bound.", lower_bound=1)
-CLASSIFICATION_DRAWS = flags.DEFINE_integer(
-    "classification_draws", 1, "Number of draws of training noise to average log p over.", lower_bound=1
-)
+CLASSIFICATION_DRAWS = flags.DEFINE_integer("classification_draws", 1, "Draws of noise to average.", lower_bound=1)
 OUTLIERS = flags.DEFINE_string("outliers", None, "Out-of-distribution data set.")
+NUM_SAMPLES = flags.DEFINE_integer("num_samples", 50_000, "Number of samples for each setting.", lower_bound=2)
+GUIDANCE = flags.DEFINE_list("guidance", ["0"], "Guidance weights w, one setting each.")
+DENOISE = flags.DEFINE_list("denoise", None, "True, false or both; default: true for Gaussian training noise.")
+MULTIPLIER = cli.define_number("denoise_multiplier", 1.0, "Factor of the score in denoising.")
+INCEPTION = flags.DEFINE_string("inception", None, "PyTorch file of FID's weights; default: train a classifier.")
+REFERENCE = flags.DEFINE_string("reference", None, "File (npz) of reference statistics, instead of a split.")
+REFERENCE_SPLIT = flags.DEFINE_enum("reference_split", "train", ["train", "test"], "Split to compare samples with.")
+SAVE_SAMPLES = flags.DEFINE_string("save_samples", None, "File (npz, as ADM's) for the last setting's samples.")
+cli.define_guidance_flags()
+cli.define_decoder_flags()
 cli.define_checkpoint_flag()
 cli.define_process_flags()
+flags.mark_flags_as_mutual_exclusive(["workdir", "model"], required=True)
 
 
-def open_evaluation() -> Evaluation:
+class Evaluation:
     """Opens what --workdir or --model, and --data, name; the model runs on the devices of this process."""
-    if (WORKDIR.value is None) == (MODEL.value is None):
-        raise UserError("expected one of --workdir and --model")
-    workdir = None if WORKDIR.value is None else cli.folder("workdir")
-    name = workdir or cli.folder("model")
-    fields = Recipe.from_workdir(workdir).config.data if workdir else None
-    if fields is None and DATA.value is None:
-        raise UserError("a saved model does not say what data it was trained on; name it, --data=NAME")
-    pipe = cli.open_pipeline(name, make_mesh(devices=jax.local_devices()))
-    data = DATA.value or fields.source
-    preprocessing = PREPROCESSING.value or (fields.preprocessing if fields else "none")
-    data_dir = data_folder(fields.data_dir if fields else None)
 
-    def source(split: str) -> ImageSource:
-        found = open_source(
-            data,
+    def __init__(self) -> None:
+        workdir = cli.folder("workdir") if WORKDIR.value is not None else None
+        name = workdir or cli.folder("model")
+        self._trained_on = Recipe.from_workdir(workdir).config.data if workdir else None
+        if not workdir and DATA.value is None:
+            raise UserError("a saved model does not say what data it was trained on; name it, --data=NAME")
+        self.pipe = cli.open_pipeline(name, make_mesh(devices=jax.local_devices()))
+        self.data_dir = data_folder(self._trained_on and self._trained_on.data_dir)
+        self.out = epath.Path(cli.folder("out") if OUT.value else f"{workdir}/evaluation" if workdir else "evaluation")
+        self.protocol = {
+            "model": name,
+            "fingerprint": fingerprint(self.pipe.variables),
+            "training_noise": "unknown" if self.pipe.noise is None else str(self.pipe.noise),
+            "data_set": DATA.value or self._trained_on.source,
+            "preprocessing": PREPROCESSING.value or (self._trained_on.preprocessing if workdir else "none"),
+            "compute": self.pipe.config.dtype,
+            "seed": SEED.value,
+        }
+
+    def source(self, split: str) -> ImageSource:
+        """Opens a split of the data set."""
+        source = open_source(
+            self.protocol["data_set"],
             split,
-            image_size=pipe.config.image_size,
-            preprocessing=preprocessing,
-            data_dir=data_dir,
-            skip_bad=bool(fields and fields.skip_bad),
+            image_size=self.pipe.config.image_size,
+            preprocessing=self.protocol["preprocessing"],
+            data_dir=self.data_dir,
+            skip_bad=bool(self._trained_on and self._trained_on.skip_bad),
         )
-        if found.image_shape != pipe.config.image_shape:
-            raise UserError(f"{data} has images {found.image_shape}, the model {pipe.config.image_shape}")
-        return found
-
-    protocol = {
-        "model": str(name),
-        "fingerprint": fingerprint(pipe.variables),
-        "training_noise": "unknown" if pipe.noise is None else str(pipe.noise),
-        "data_set": data,
-        "preprocessing": preprocessing,
-        "compute": pipe.config.dtype,
-        "seed": SEED.value,
-    }
-    out = cli.folder("out") if OUT.value else f"{workdir}/evaluation" if workdir else "evaluation"
-    return Evaluation(pipe, source, data_dir, epath.Path(out), protocol)
+        if source.image_shape != self.pipe.config.image_shape:
+            raise UserError(f"{source.name} has images {source.image_shape}, the model {self.pipe.config.image_shape}")
+        return source
 
 
-def check_metrics(evaluation: Evaluation, metrics: Sequence[str]) -> None:
+def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
     """Raises UserError for what a metric would reject only after hours of work on others."""
     pipe, of_samples = evaluation.pipe, [metric for metric in metrics if metric in distances.METRICS]
     if "bits_per_dim" in metrics and pipe.noise_std is not None and not ALLOW_NOISY.value:
@@ -117,6 +119,8 @@ def check_metrics(evaluation: Evaluation, metrics: Sequence[str]) -> None:
         )
     if NOISE_STD.value is not None and not pipe.config.noise_conditional:
         raise UserError("--noise_std is for noise-conditional models; this one has a single noise level")
+    if pipe.config.noise_conditional and pipe.noise is None and NOISE_STD.value is None:
+        raise UserError("the noise levels of this model are not known; name one, --noise_std=σ")
     if "classification" in metrics and not pipe.config.num_classes:
         raise UserError("classification needs a class-conditional model, this one has no classes")
     if "student" in metrics:
@@ -124,26 +128,27 @@ def check_metrics(evaluation: Evaluation, metrics: Sequence[str]) -> None:
     if "outliers" in metrics and OUTLIERS.value is None:
         raise UserError("outliers needs a second data set, --outliers=NAME")
     if of_samples:
-        check_samples(pipe, of_samples)
+        network = "inception" if INCEPTION.value else "classifier"
+        distances.check_metrics(of_samples, network)
+        needed = NUM_FEATURES[network]
+        if {"fid", "sfid"} & set(metrics) and NUM_SAMPLES.value < needed:
+            raise UserError(f"--num_samples is {NUM_SAMPLES.value}; a Fréchet distance needs at least {needed}")
+        for guidance, _ in sample_settings(pipe):
+            guidance = guidance.checked_for(pipe.config)
+            if cli.draws_clean_images():
+                check_student_guidance(pipe.require_student().config, guidance)
     evaluation.source(SPLIT.value)
 
 
 def noise_level(pipe: TarFlowPipeline) -> float | None:
-    """σ at which a noise-conditional flow is evaluated, --noise_std or the lowest; None for other flows."""
-    if not pipe.config.noise_conditional or NOISE_STD.value is not None:
-        return NOISE_STD.value
-    return training_noise(pipe).std_min
-
-
-def training_noise(pipe: TarFlowPipeline) -> Any:
-    """The noise levels of training; raises UserError where they are unknown."""
-    if pipe.noise is None:
-        raise UserError("the noise levels of this model are not known; name one, --noise_std=σ")
-    return pipe.noise
+    """Returns σ for a noise-conditional flow, --noise_std or the lowest; None for other flows."""
+    if pipe.config.noise_conditional and NOISE_STD.value is None:
+        return pipe.noise.std_min
+    return NOISE_STD.value
 
 
 def measure_likelihood(evaluation: Evaluation) -> dict[str, Any]:
-    """Bits per dimension; for Gaussian training noise, nats per dimension of noisy data."""
+    """Measures bits per dimension or, for Gaussian training noise, nats per dimension of noisy data."""
     runner = BatchRunner(make_mesh())  # over all processes, which share the split
     pipe, source, level = evaluation.pipe, evaluation.source(SPLIT.value), noise_level(evaluation.pipe)
     variables, key = runner.place(pipe.variables), jax.random.key(SEED.value)
@@ -160,24 +165,26 @@ def measure_likelihood(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def noisy_images(pipe: TarFlowPipeline, images: np.ndarray, key: jax.Array, level: float | None) -> jax.Array:
-    """8-bit images [N, H, W, K] as float32 with the training noise, at `level` for a noise-conditional flow."""
+    """Adds the training noise, at `level` for a noise-conditional flow, to 8-bit images: float32 [N, H, W, K]."""
     if pipe.noise is None:
         return to_float(jnp.asarray(images))
     return pipe.noise(key, jnp.asarray(images), None if level is None else jnp.full(len(images), level))
 
 
 def mean_class_log_probs(pipe: TarFlowPipeline, images: np.ndarray, level: float | None, draws: int = 1) -> np.ndarray:
-    """log p(x | y) in nats of 8-bit images under every label, averaged over draws of noise: float64 [N, C]."""
-    first = jax.random.key(SEED.value)
-    keys = [first, *(jax.random.fold_in(first, draw) for draw in range(1, draws))]
-    log_prob, num_classes = functools.partial(pipe.log_prob, noise_std=level), pipe.config.num_classes
-    noisy = (noisy_images(pipe, images, key, level) for key in keys)
-    return np.mean([classification.class_log_probs(log_prob, x, num_classes) for x in noisy], axis=0)
+    """Averages log p(x | y) of 8-bit images under every label over draws of noise: nats, float64 [N, C]."""
+    log_prob = functools.partial(pipe.log_prob, noise_std=level)
+    found = []
+    for draw in range(draws):
+        key = jax.random.key(SEED.value)
+        noisy = noisy_images(pipe, images, jax.random.fold_in(key, draw) if draw else key, level)
+        found.append(classification.class_log_probs(log_prob, noisy, pipe.config.num_classes))
+    return np.mean(found, axis=0)
 
 
 def best_level(evaluation: Evaluation) -> float:
-    """The noise level, of several, at which Bayes' rule classifies some training images best."""
-    levels = [float(level) for level in training_noise(evaluation.pipe).quantiles(NUM_CANDIDATES)]
+    """Returns the candidate noise level at which Bayes' rule classifies the most training images correctly."""
+    levels = [float(level) for level in evaluation.pipe.noise.quantiles(NUM_CANDIDATES)]
     source = evaluation.source("train")
     images, labels = source.read(np.arange(min(len(source), TUNING_IMAGES)))
     correct = [(mean_class_log_probs(evaluation.pipe, images, level).argmax(1) == labels).sum() for level in levels]
@@ -185,20 +192,20 @@ def best_level(evaluation: Evaluation) -> float:
 
 
 def measure_classification(evaluation: Evaluation) -> dict[str, Any]:
-    """Bayes' rule over the split."""
+    """Classifies the split by Bayes' rule."""
     source, level = evaluation.source(SPLIT.value), NOISE_STD.value
     if not source.num_classes:
         raise UserError(f"{source.name} has no labels; classification needs them")
-    images, labels = source.read(np.arange(len(source)))
     if level is None and evaluation.pipe.config.noise_conditional:
         level = best_level(evaluation)
+    images, labels = source.read(np.arange(len(source)))
     log_probs = mean_class_log_probs(evaluation.pipe, images, level, CLASSIFICATION_DRAWS.value)
     found = classification.bayes_classification(log_probs, labels) | {"draws": CLASSIFICATION_DRAWS.value}
     return found if level is None else found | {"noise_level": level}
 
 
 def measure_outliers(evaluation: Evaluation) -> dict[str, Any]:
-    """Unconditional log p of the split against that of the same split of --outliers."""
+    """Compares unconditional log p of the split with that of the same split of --outliers."""
     pipe, level = evaluation.pipe, noise_level(evaluation.pipe)
     outside = open_source(OUTLIERS.value, SPLIT.value, data_dir=evaluation.data_dir)
     keys, log_probs = jax.random.split(jax.random.key(SEED.value)), []
@@ -206,6 +213,156 @@ def measure_outliers(evaluation: Evaluation) -> dict[str, Any]:
         images = classification.fit_images(source.read(np.arange(len(source)))[0], pipe.config.image_shape)
         log_probs.append(np.asarray(pipe.log_prob(noisy_images(pipe, images, key, level), noise_std=level)))
     return classification.outlier_scores(*log_probs, pipe.config.num_dims)
+
+
+def sample_settings(pipe: TarFlowPipeline) -> list[tuple[Guidance, bool]]:
+    """Returns every combination of --guidance and --denoise."""
+    words = DENOISE.value or ["false" if pipe.noise_std is None else "true"]
+    if cli.draws_clean_images():
+        if "false" in (DENOISE.value or ()):
+            raise UserError(
+                "--denoise=false is not for --decoder=student, whose images are clean; with --polish they are not"
+            )
+        words = ["true"]
+    if set(words) - {"true", "false"}:
+        raise UserError(f"--denoise has {','.join(words)!r}; expected true, false, or false,true")
+    try:
+        weights = [float(weight) for weight in GUIDANCE.value]
+    except ValueError:
+        raise UserError(f"--guidance has {','.join(GUIDANCE.value)!r}; expected numbers") from None
+    return [(cli.guidance(weight), word == "true") for weight, word in itertools.product(weights, words)]
+
+
+def measure_samples(evaluation: Evaluation, metrics: list[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Returns a row for each setting of guidance and denoising, and the protocol that the rows share."""
+    pipe, cache_dir = evaluation.pipe, evaluation.data_dir / "evaluation"
+    source = evaluation.source(REFERENCE_SPLIT.value)
+    counts, labels = label_counts(pipe.config.num_classes, source)
+    settings = sample_settings(pipe)
+    folders = [draw(evaluation, guidance, denoise, counts) for guidance, denoise in settings]
+    if jax.process_index():
+        return [], {}
+    if INCEPTION.value:
+        network = inception_network(INCEPTION.value)
+    else:
+        network = classifier_network(evaluation.source("train"), evaluation.source("test"), cache_dir)
+    if REFERENCE.value:
+        reference = distances.file_reference(network, REFERENCE.value, metrics)
+    else:
+        preprocessing = evaluation.protocol["preprocessing"]
+        reference = distances.data_set_reference(network, source, REFERENCE_SPLIT.value, preprocessing, cache_dir)
+    rows = []
+    for (guidance, denoise), folder in zip(settings, folders, strict=True):
+        samples = generation.read_chunks(folder, NUM_SAMPLES.value, CHUNK_SIZE, counts)
+        row = {"guidance": guidance.weight, "denoised": denoise, "not finite": samples.num_not_finite}
+        features = network(samples.images, f"features, guidance {guidance.weight:g}")
+        rows.append(row | distances.sample_metrics(metrics, network.name, features, reference))
+    if SAVE_SAMPLES.value:
+        generation.write_samples(SAVE_SAMPLES.value, samples.images, samples.labels)
+    protocol = {
+        "num_samples": NUM_SAMPLES.value,
+        "labels": labels,
+        **decoder_protocol(pipe),
+        **{name: flags.FLAGS[name].value for name in cli.GUIDANCE_FLAGS},
+        "denoise_multiplier": MULTIPLIER.value,
+        "network": f"{network.name}, {network.identity}",
+        "reference": reference.protocol,
+    }
+    return rows, protocol
+
+
+def label_counts(num_classes: int, reference: ImageSource) -> tuple[np.ndarray, str]:
+    """Returns how often samples have each label, as coprime integers [C], and the words for it in the protocol.
+
+    As often as in the reference split, if known: otherwise a distance would measure the labels, not the images.
+    """
+    if not num_classes:
+        return np.zeros(0, np.int64), "none"
+    if not REFERENCE.value:
+        counts = reference.class_counts()
+        if len(counts) == num_classes and counts.any():
+            return counts // np.gcd.reduce(counts), "as often as in the reference split"
+    return np.ones(num_classes, np.int64), "in turn"
+
+
+def decoder_protocol(pipe: TarFlowPipeline) -> dict[str, str]:
+    """Returns the protocol's entries for --decoder and --polish."""
+    name, polish = flags.FLAGS.decoder, flags.FLAGS.polish
+    if name != "student":
+        return {"decoder": name}
+    weights = fingerprint(pipe.require_student().variables)
+    return {"decoder": f"student, polish {polish}" if polish else name, "student": weights}
+
+
+def draw(evaluation: Evaluation, guidance: Guidance, denoise: bool, counts: np.ndarray) -> epath.Path:
+    """Draws a setting's missing samples; returns their folder when all processes are done."""
+    pipe = evaluation.pipe
+    protocol = {
+        **{name: evaluation.protocol[name] for name in ("fingerprint", "seed", "compute")},
+        "guidance": dataclasses.asdict(guidance) if guidance.weight else None,
+        "denoise": MULTIPLIER.value if denoise else None,
+        "chunk_size": CHUNK_SIZE,
+        "class_counts": counts.tolist(),
+        **decoder_protocol(pipe),
+    }
+    folder = generation.chunk_folder(evaluation.out / "samples", protocol)
+
+    def sample(key: jax.Array, number: int, labels: jax.Array | None) -> jax.Array:
+        return pipe.sample(key, number, labels, guidance, denoise, MULTIPLIER.value, cli.decoder())
+
+    generation.generate(sample, folder, NUM_SAMPLES.value, CHUNK_SIZE, counts, SEED.value)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"samples in {folder}")
+    return folder
+
+
+def measure_student(evaluation: Evaluation) -> dict[str, Any]:
+    """Compares a student's images with the flow's, for the same latents and without guidance.
+
+    Returns a row for each decoder, and the updates that Jacobi decoding takes from either initial guess.
+    """
+    pipe = evaluation.pipe
+    key, latents = jax.random.key(SEED.value), pipe.latents(jax.random.key(SEED.value), STUDENT_LATENTS)
+    labels = cli.example_labels(pipe.config.num_classes, STUDENT_LATENTS)
+    decode = functools.partial(pipe.decode, latents, labels, noise_std=pipe.drawn_level)
+    noisy = {"exact": decode()}
+    for polish in POLISHES:
+        noisy[f"student, polish {polish}"] = decode(decoder=Student(polish))
+    clean = {} if pipe.noise_std is None else {"exact, denoised": pipe.denoise_drawn(noisy["exact"], labels)}
+    clean["student"] = pipe.decode(latents, labels, decoder=Student())
+    target, target_images = next(iter(clean.items()))
+    rows = []
+    for name, images in (noisy | clean).items():
+        errors = np.abs(np.asarray(pipe.encode(images, labels, pipe.drawn_level)[0]) - np.asarray(latents))
+        with_noise = images
+        if name in clean and pipe.noise_std is not None:
+            with_noise = images + pipe.noise_std * jax.random.normal(jax.random.fold_in(key, 1), images.shape)
+        row = {
+            "images": name,
+            "latents off by (root mean square)": float(np.sqrt(np.square(errors).mean())),
+            "at most": float(errors.max()),
+            "nats/dim": _nats_per_dim(pipe, images, labels),
+            "nats/dim with noise": _nats_per_dim(pipe, with_noise, labels),
+            f"correlation with {target}": _correlation(images, target_images),
+        }
+        rows.append(row)
+    few = None if labels is None else labels[:JACOBI_LATENTS]
+    updates = {}
+    for init in ("latents", "student"):
+        trace = pipe.decode_trace(latents[:JACOBI_LATENTS], few, None, Jacobi(init=init), pipe.drawn_level)
+        updates[f"Jacobi from the {init}"] = np.asarray(trace.updates).mean(0).tolist()
+    return {"rows": rows, "latents": STUDENT_LATENTS, "updates by block": updates}
+
+
+def _nats_per_dim(pipe: TarFlowPipeline, images: jax.Array, labels: Any) -> float:
+    log_prob = np.asarray(pipe.log_prob(images, labels, pipe.drawn_level), np.float64)
+    return float(-log_prob.mean() / pipe.config.num_dims)
+
+
+def _correlation(images: jax.Array, others: jax.Array) -> float:
+    """Correlation of the pixels, after subtracting the mean of `others`."""
+    first, second = (np.asarray(x, np.float64) - np.asarray(others, np.float64).mean(0) for x in (images, others))
+    return float((first * second).sum() / np.sqrt(np.square(first).sum() * np.square(second).sum()))
 
 
 MEASURES = {
@@ -218,30 +375,31 @@ MEASURES = {
 
 def main(argv: Sequence[str]) -> None:
     """Measures, prints, writes."""
-    metrics = list(dict.fromkeys(METRICS.value))
+    metrics, known = list(dict.fromkeys(METRICS.value)), f"expected some of {', '.join(ALL_METRICS)}"
     if unknown := [metric for metric in metrics if metric not in ALL_METRICS]:
-        raise UserError(f"unknown metric {unknown[0]!r}; expected some of {', '.join(ALL_METRICS)}")
+        raise UserError(f"unknown metric {unknown[0]!r}; {known}")
     if not metrics:
-        raise UserError(f"--metrics is empty; expected some of {', '.join(ALL_METRICS)}")
+        raise UserError(f"--metrics is empty; {known}")
     cli.join_processes()
     end_at_signals()  # JAX may have taken SIGTERM
-    evaluation = open_evaluation()
-    check_metrics(evaluation, metrics)
+    evaluation = Evaluation()
+    check(evaluation, metrics)
     results: dict[str, Any] = {}
     protocol = evaluation.protocol | {"split": SPLIT.value}
+    writes = jax.process_index() == 0
     for metric in metrics:
         if metric in MEASURES:
             results[metric] = MEASURES[metric](evaluation)
-            row = {k: v for k, v in results[metric].items() if not isinstance(v, list)}
-            if jax.process_index() == 0:
+            row = {name: value for name, value in results[metric].items() if not isinstance(value, list)}
+            if writes:
                 print(format_table(results[metric].get("rows", [row])), flush=True)
     if of_samples := [metric for metric in metrics if metric in distances.METRICS]:
         results["samples"], more = measure_samples(evaluation, of_samples)
         protocol |= more
-    if jax.process_index() == 0:
-        if of_samples:
+        if writes:
             print(format_table(results["samples"]))
-        print(format_protocol(protocol))
+    if writes:
+        print("\n".join(f"{name}: {value}" for name, value in flatten_dict(protocol, sep=".").items()))
         name = hashlib.sha256(json.dumps([protocol, GUIDANCE.value, DENOISE.value]).encode()).hexdigest()[:8]
         path = evaluation.out / f"{'+'.join(metrics)}-{SPLIT.value}-{name}.json"
         content = {"protocol": protocol, "results": results, "environment": environment()}

@@ -58,8 +58,9 @@ def main(argv: Sequence[str]) -> int:
         changed = make_plan(Recipe(config), topology, SAMPLER.value)
         print(changed.table(MFU.value))
         if changed.fits:
-            return EXIT_DOES_NOT_FIT
-    print("\nnone of these changes fits; choose more devices or a smaller model")
+            break
+    else:
+        print("\nnone of these changes fits; choose more devices or a smaller model")
     return EXIT_DOES_NOT_FIT
 
 

@@ -21,26 +21,25 @@ from tarflow_jax.evaluation.generation import file_stem
 from tarflow_jax.figures import grid, save_png
 from tarflow_jax.files import sole_user
 
-DATA = flags.DEFINE_string("data", None, "Prepare this data set; docs/data.md lists the names.")
+DATA = flags.DEFINE_string("data", None, "Data set to prepare; docs/data.md lists the names.")
 DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "Keep prepared sets in this folder; $TARFLOW_DATA_DIR or ~/.cache/tarflow_jax by default."
+    "data_dir", None, "Folder of prepared sets; default: $TARFLOW_DATA_DIR or ~/.cache/tarflow_jax."
 )
-IMAGE_SIZE = flags.DEFINE_list("image_size", None, "Pack images of this size: one number, or height,width.")
-PREPROCESSING = flags.DEFINE_string(
-    "preprocessing", "none", "Resize images this way: none, tarflow or adm; see docs/data.md."
-)
-SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "Leave out files that cannot be used instead of refusing the set.")
-PREVIEW = flags.DEFINE_string(
-    "preview", None, "Write a grid of training images to this PNG file; in the set's folder by default."
-)
+IMAGE_SIZE = flags.DEFINE_list("image_size", None, "Size to pack images at: one number, or height,width.")
+PREPROCESSING = flags.DEFINE_string("preprocessing", "none", "Crop and resize images: none, tarflow or adm.")
+SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "Leave out files that cannot be used instead of rejecting the set.")
+PREVIEW = flags.DEFINE_string("preview", None, "PNG file for a grid of training images; default: in the set's folder.")
 flags.mark_flags_as_required(["data"])
 
 
 def main(argv: Sequence[str]) -> None:
     """Prepares the set, prints its size and writes the preview."""
     data_dir = data.data_folder(DATA_DIR.value)
+    sizes = IMAGE_SIZE.value or ()
+    if len(sizes) > 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
+        raise UserError(f"--image_size is {','.join(sizes)!r}; expected a positive number, or height,width")
     options = {
-        "image_size": _parse_size(IMAGE_SIZE.value),
+        "image_size": (int(sizes[0]), int(sizes[-1])) if sizes else None,
         "preprocessing": PREPROCESSING.value,
         "data_dir": data_dir,
         "skip_bad": SKIP_BAD.value,
@@ -56,18 +55,9 @@ def main(argv: Sequence[str]) -> None:
         classes = f"{source.num_classes} classes" if source.num_classes else "no labels"
         print(f"{split:5} {len(source):9,} images {shape}, {classes}, preprocessing {source.preprocessing}")
         if split == "train":
-            # The first batch of a training run with seed 0.
             batch = next(data.train_batches(source, batch_size=64, seed=0))
             save_png(preview, grid(batch.image))
     print(f"train with --config.data.source={name}; a preview is in {preview}")
-
-
-def _parse_size(texts: list[str] | None) -> tuple[int, int] | None:
-    if texts is None:
-        return None
-    if len(texts) > 2 or not all(text.isdecimal() and int(text) > 0 for text in texts):
-        raise UserError(f"image size {','.join(texts)!r} is not a positive number or height,width")
-    return int(texts[0]), int(texts[-1])
 
 
 if __name__ == "__main__":

@@ -41,12 +41,11 @@ cli.define_decoder_flags()
 cli.define_checkpoint_flag()
 cli.define_process_flags()
 flags.mark_flags_as_required(["workdir"])
+flags.mark_flags_as_mutual_exclusive(["label", "labels"])
 
 
 def chosen_labels(num_classes: int, names: Sequence[str]) -> np.ndarray | None:
     """Labels int32 [--num_images] by --label or --labels, else all classes in turn; None without classes."""
-    if LABELS.value and LABEL.value is not None:
-        raise UserError("--label and --labels are both given; expected one of them")
     if LABEL.value is not None:
         return np.full(NUM_IMAGES.value, cli.class_number(LABEL.value, names, "label"))
     if LABELS.value:
@@ -57,10 +56,10 @@ def chosen_labels(num_classes: int, names: Sequence[str]) -> np.ndarray | None:
 def denoised(pipe: TarFlowPipeline, images: jax.Array, labels: np.ndarray | None) -> list[np.ndarray]:
     """Drawn images [B, H, W, K] after each step of denoising."""
     method = dataclasses.replace(DEFAULT_DENOISING, num_steps=STEPS.value) if STEPS.value else None
-    if pipe.config.noise_conditional:
-        _, path = pipe.denoise_drawn(images, labels, method=method, return_trajectory=True)
-        return list(np.asarray(path[1:]))
-    return [np.asarray(pipe.denoise_drawn(images, labels, MULTIPLIER.value, method))]
+    if not pipe.config.noise_conditional:
+        return [np.asarray(pipe.denoise_drawn(images, labels, MULTIPLIER.value, method))]
+    _, path = pipe.denoise_drawn(images, labels, method=method, return_trajectory=True)
+    return list(np.asarray(path[1:]))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -77,12 +76,12 @@ def main(argv: Sequence[str]) -> int:
     out = epath.Path(cli.folder("out") if OUT.value else epath.Path(workdir) / "samples")
 
     latents = pipe.latents(jax.random.key(SEED.value), NUM_IMAGES.value)
-    images, _, trajectory, *_ = pipe.decode_trace(latents, labels, guidance, decoder, pipe.drawn_level)
-    frames = list(np.moveaxis(np.asarray(trajectory), 1, 0))
+    trace = pipe.decode_trace(latents, labels, guidance, decoder, pipe.drawn_level)
+    frames = list(np.moveaxis(np.asarray(trace.trajectory), 1, 0))
     if cli.draws_clean_images():
-        frames.append(np.asarray(images))
+        frames.append(np.asarray(trace.images))
     elif DENOISE.value or (DENOISE.value is None and pipe.noise_std is not None):
-        frames += denoised(pipe, images, labels)
+        frames += denoised(pipe, trace.images, labels)
     if jax.process_index():
         return 0
     pixels, bad = quantise(frames[-1])

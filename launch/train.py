@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from absl import flags
 from etils import epath
 from ml_collections import config_flags
 
 from launch import cli
-from launch.showcase import showcase
-from tarflow_jax.figures import class_rows, save_png, to_uint8
+from tarflow_jax.figures import class_names, class_rows, grid, save_png, to_uint8
 from tarflow_jax.likelihood import LOG_2PI
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import PreemptionGuard
@@ -25,6 +25,8 @@ from tarflow_jax.training import Recipe, train
 from tarflow_jax.training.loop import evaluate_loss
 from tarflow_jax.training.recipe import label_names
 from tarflow_jax.training.workdir import write_results
+
+PREVIEW_IMAGES, FIGURE_IMAGES, TRAJECTORIES = 64, 100, 8
 
 CONFIG = config_flags.DEFINE_config_file(
     "config", None, "Train this recipe: configs/digits.py, or a variant, configs/digits.py:smoke."
@@ -44,24 +46,26 @@ def main(argv: Sequence[str]) -> None:
     # Reject before training what would be rejected after it.
     guidance.checked_for(recipe.model)
     recipe.source("test")
-    figures = workdir / "figures"
 
     def preview(step: int, variables: dict[str, Any]) -> None:
         pipe = TarFlowPipeline(recipe.model, variables, recipe.noise, mesh=recipe.mesh())
-        labels = cli.example_labels(pipe.config.num_classes, 64)
-        images = pipe.sample(jax.random.key(0), 64, labels, guidance)
+        labels = cli.example_labels(pipe.config.num_classes, PREVIEW_IMAGES)
+        images = pipe.sample(jax.random.key(0), PREVIEW_IMAGES, labels, guidance)
+        sheet = class_rows(to_uint8(images), labels, label_names(workdir))
         if jax.process_index() == 0:
-            save_png(figures / f"step_{step:07d}.png", class_rows(to_uint8(images), labels, label_names(workdir)))
+            save_png(workdir / "figures" / f"step_{step:07d}.png", sheet)
 
     state = train(config, workdir, preview)
-    variables = state.sampling_variables
+    variables, names = state.sampling_variables, label_names(workdir)
     with PreemptionGuard():
         test_loss = evaluate_loss(recipe, variables)
         pipe = TarFlowPipeline(recipe.model, variables, recipe.noise, mesh=recipe.mesh())
-        names, multiplier = label_names(workdir), config.sample.denoise_multiplier
-        paths = showcase(pipe, figures, guidance, denoise_multiplier=multiplier, names=names)
+        sheets = figures(pipe, guidance, config.sample.denoise_multiplier, names)
     if jax.process_index():
         return
+    paths = {name: workdir / "figures" / f"{name}.png" for name in sheets}
+    for name, sheet in sheets.items():
+        save_png(paths[name], sheet)
     write_results(workdir, {"test loss (nats/dim, less ½ log 2π)": test_loss})  # last: the run is complete
     rows = {
         "steps": int(state.step),
@@ -71,9 +75,30 @@ def main(argv: Sequence[str]) -> None:
         "nats/dim of noisy data": f"{test_loss + LOG_2PI / 2:.4f}",
         "minutes": f"{(time.perf_counter() - begin) / 60:.1f}",
         "metrics": workdir / "metrics.jsonl",
-        **{path.stem: path for path in paths},
+        **paths,
     }
     print("\n".join(f"{name:<22} {value}" for name, value in rows.items()))
+
+
+def figures(
+    pipe: TarFlowPipeline, guidance: Guidance, denoise_multiplier: float, names: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Decodes the same latents raw, denoised, guided and denoised, and block by block; uint8 sheets by name."""
+    latents = pipe.latents(jax.random.key(0), FIGURE_IMAGES)
+    labels = cli.example_labels(pipe.config.num_classes, FIGURE_IMAGES)
+    raw = pipe.decode_trace(latents, labels, noise_std=pipe.drawn_level)
+    images = {"samples_raw": raw.images}
+    guided = pipe.decode(latents, labels, guidance, noise_std=pipe.drawn_level)
+    if pipe.noise_std is not None:
+        images["samples_denoised"] = pipe.denoise_drawn(raw.images, labels, denoise_multiplier)
+        guided = pipe.denoise_drawn(guided, labels, denoise_multiplier)
+    images["samples_guided"] = guided
+    sheets = {name: class_rows(to_uint8(drawn), labels, names) for name, drawn in images.items()}
+    # A column for each image, its latents at the top.
+    steps = np.moveaxis(np.asarray(raw.trajectory[:TRAJECTORIES]), 1, 0).reshape(-1, *pipe.config.image_shape)
+    captions = () if labels is None else class_names(labels[:TRAJECTORIES], names)
+    sheets["trajectory"] = grid(to_uint8(steps), TRAJECTORIES, captions=captions)
+    return sheets
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ than --max_error. The choice holds for this machine, these batch sizes, weights 
 other weights and guidance.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from absl import flags
 from etils import epath
 
@@ -17,20 +19,20 @@ from launch import cli
 from launch.tables import format_table
 from tarflow_jax.errors import UserError
 from tarflow_jax.fingerprint import fingerprint
-from tarflow_jax.pipeline import TarFlowPipeline, check_levels
+from tarflow_jax.pipeline import check_levels
 from tarflow_jax.runtime import device_flow
-from tarflow_jax.sampling import Decoder, Guidance, Schedule
+from tarflow_jax.sampling import Decoder, Schedule
 from tarflow_jax.sampling.tuning import Tuning, tune
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, or saved model's folder.")
 NUM_IMAGES = flags.DEFINE_list("num_images", ["100", "16", "1"], "Batch sizes to tune for.")
-GUIDANCE = flags.DEFINE_float("guidance", 0.0, "Guidance weight w to tune for.")
+GUIDANCE = cli.define_number("guidance", 0.0, "Guidance weight w to tune for.")
 cli.define_guidance_flags()
 TOLERANCE = flags.DEFINE_float("tolerance", 1e-4, "Change at which parallel decoders stop.", lower_bound=0.0)
 MAX_ERROR = flags.DEFINE_float(
     "max_error", 1 / 255, "Largest accepted error of a pixel, in [-1, 1] units.", lower_bound=0.0
 )
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the latents.")
+SEED = cli.define_seed("Seed of the latents.")
 cli.define_checkpoint_flag()
 flags.mark_flags_as_required(["workdir"])
 
@@ -39,60 +41,52 @@ def main(argv: Sequence[str]) -> None:
     """Measures, prints a table for each batch size, writes decoder.json."""
     counts = [cli.whole_number("num_images", text) for text in NUM_IMAGES.value]
     if min(counts, default=0) < 1:
-        raise UserError(f"num_images is {NUM_IMAGES.value}; expected positive numbers")
-    pipe = cli.open_pipeline(WORKDIR.value, None)
+        raise UserError(f"--num_images is {','.join(NUM_IMAGES.value)!r}; expected positive numbers")
+    workdir = cli.folder("workdir")
+    pipe = cli.open_pipeline(workdir, None)
     guidance = cli.guidance(GUIDANCE.value).checked_for(pipe.config)
     decoders: dict[int, tuple[Decoder, ...]] = {}
     for count in counts:
-        tuning = tune_for(pipe, count, guidance)
+        latents = pipe.latents(jax.random.key(SEED.value), count)
+        labels = cli.example_labels(pipe.config.num_classes, count)
+        tuning = tune(
+            functools.partial(pipe.decode, latents, labels, guidance, noise_std=pipe.drawn_level),
+            device_flow(pipe.config),
+            pipe.variables,
+            latents,
+            None if labels is None else jnp.asarray(labels),
+            guidance,
+            check_levels(pipe.config, pipe.drawn_level, count),
+            tolerance=TOLERANCE.value,
+            max_error=MAX_ERROR.value,
+        )
         decoders[count] = tuning.decoders
-        print(summary(count, tuning))
-    Schedule(decoders, fingerprint(pipe.variables), guidance).write(WORKDIR.value)
-    print(epath.Path(WORKDIR.value) / "decoder.json")
+        print(f"{count} images\n{summary(tuning)}")
+    Schedule(decoders, fingerprint(pipe.variables), guidance).write(workdir)
+    print(epath.Path(workdir) / "decoder.json")
 
 
-def tune_for(pipe: TarFlowPipeline, count: int, guidance: Guidance | None) -> Tuning:
-    """Finds the fastest decoders for batches of `count` images."""
-    latents = pipe.latents(jax.random.key(SEED.value), count)
-    labels = cli.example_labels(pipe.config.num_classes, count)
-    return tune(
-        lambda decoders: pipe.decode(latents, labels, guidance, decoder=decoders, noise_std=pipe.drawn_level),
-        device_flow(pipe.config),
-        pipe.variables,
-        latents,
-        None if labels is None else jax.numpy.asarray(labels),
-        guidance,
-        check_levels(pipe.config, pipe.drawn_level, count),
-        tolerance=TOLERANCE.value,
-        max_error=MAX_ERROR.value,
-    )
-
-
-def summary(count: int, tuning: Tuning) -> str:
-    """A table with a row a block, the choice beside the sequential decoder's time, and the times of the whole."""
-    rows = [
-        {
+def summary(tuning: Tuning) -> str:
+    """Formats a table with a row per block, and the times of all blocks together."""
+    rows = []
+    for report in tuning.reports:
+        decoder = report.chosen.decoder
+        fields = [str(getattr(decoder, name)) for name in ("num_segments", "init") if hasattr(decoder, name)]
+        row = {
             "block": report.block,
             "CRM": report.crm,
-            "decoder": describe(report.chosen.decoder),
+            "decoder": f"{type(decoder).__name__}({', '.join(fields)})",
             "updates": report.chosen.updates,
             "seconds": report.chosen.seconds,
             "sequential": report.trials[0].seconds,
             "error": report.chosen.error,
         }
-        for report in tuning.reports
-    ]
+        rows.append(row)
     return (
-        f"{count} images\n{format_table(rows)}\n"
+        f"{format_table(rows)}\n"
         f"together: {tuning.seconds:.4f} s, sequential {tuning.sequential_seconds:.4f} s, "
         f"{tuning.sequential_seconds / tuning.seconds:.2f} x; largest error of a pixel {tuning.error:.1e}"
     )
-
-
-def describe(decoder: Decoder) -> str:
-    """The decoder's class and the fields by which candidates differ."""
-    shown = [str(getattr(decoder, name)) for name in ("num_segments", "init") if hasattr(decoder, name)]
-    return f"{type(decoder).__name__}({', '.join(shown)})"
 
 
 if __name__ == "__main__":

@@ -1,52 +1,50 @@
 """What the demo computes, without its page."""
 
 import dataclasses
-import importlib.util
 import io
 import socket
 
 import chex
+import commands
 import numpy as np
 import pytest
 from PIL import Image
 from runs import SMALL
 from tiny_models import random_variables
 
-from launch.demo_app import check_address, page_builder
-from launch.demo_app.model import IN_TURN, MAX_UPLOAD_PIXELS, DemoModel, Settings
+from launch.demo_model import IN_TURN, MAX_UPLOAD_PIXELS, DemoModel
 from tarflow_jax import Guidance, Noise, TarFlowPipeline, sampling
-from tarflow_jax.errors import MissingPackageError, UserError
+from tarflow_jax.errors import UserError
 from tarflow_jax.figures import COLOURS, enlarge, overlay
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.sampling import Jacobi, Schedule
 
 COUNT = 4
-GUIDED = Settings(guidance=1.0)
 
 
 @pytest.fixture(scope="module")
 def model():
     pipe = TarFlowPipeline(SMALL, random_variables(SMALL), Noise("gaussian", 0.1))
-    return DemoModel.of(pipe, "models/tiny", COUNT)
+    return DemoModel(pipe, "models/tiny", COUNT)
 
 
 def test_a_draw_has_the_frames_from_latents_to_denoised_images_and_its_classes(model):
     told = []
-    drawn = model.draw(GUIDED, lambda share, what: told.append(share))
-    chex.assert_shape(drawn.frames, (COUNT, *SMALL.image_shape))
-    assert [frame.dtype for frame in drawn.frames] == [np.uint8] * 4
-    assert model.frame_titles(drawn) == ["latents", "1 of 2 blocks inverted", "2 of 2 blocks inverted", "denoised"]
+    drawn = model.draw(guidance=1.0, progress=lambda share, what: told.append(share))
+    chex.assert_shape(list(drawn.frames.values()), (COUNT, *SMALL.image_shape))
+    assert [frame.dtype for frame in drawn.frames.values()] == [np.uint8] * 4
+    assert list(drawn.frames) == ["latents", "1 of 2 blocks inverted", "2 of 2 blocks inverted", "denoised"]
     np.testing.assert_array_equal(drawn.labels, [0, 1, 2, 0])
     assert told == sorted(told)
-    noisy = model.draw(Settings(guidance=1.0, denoise=False, decoder="Jacobi"))
+    noisy = model.draw(guidance=1.0, denoise=False, decoder="Jacobi")
     assert len(noisy.frames) == 3
-    np.testing.assert_allclose(noisy.images.astype(int), drawn.frames[2], atol=1)
+    np.testing.assert_allclose(noisy.images.astype(int), drawn.frames["2 of 2 blocks inverted"], atol=1)
 
 
 def test_no_slider_compiles_anything(model):
-    model.draw(GUIDED)
+    model.draw(guidance=1.0)
     before = sampling.decode_trace._cache_size(), sampling.denoise._cache_size()
-    other = model.draw(Settings(label=2, guidance=2.5, attention_temperature=0.9, temperature=0.7, seed=5))
+    other = model.draw(label=2, guidance=2.5, attention_temperature=0.9, temperature=0.7, seed=5)
     np.testing.assert_array_equal(other.labels, [2] * COUNT)
     assert (sampling.decode_trace._cache_size(), sampling.denoise._cache_size()) == before
 
@@ -56,32 +54,32 @@ def test_a_tuned_decoder_is_offered_for_these_weights_and_tells_of_its_guidance(
     pipe = lambda weights: TarFlowPipeline(  # noqa: E731
         SMALL, model.pipe.variables, schedule=Schedule({COUNT: (Jacobi(), Jacobi())}, weights, Guidance(1.0))
     )
-    tuned = DemoModel.of(pipe(weights), "models/tiny", COUNT)
+    tuned = DemoModel(pipe(weights), "models/tiny", COUNT)
     assert list(tuned.decoders) == ["Sequential", "Jacobi", "Tuned"]
-    assert list(DemoModel.of(pipe("others"), "models/tiny", COUNT).decoders) == ["Sequential", "Jacobi"]
-    settings = Settings(guidance=1.0, denoise=False, decoder="Tuned")
-    np.testing.assert_array_equal(
-        tuned.draw(settings).images, model.draw(dataclasses.replace(settings, decoder="Jacobi")).images
-    )
+    assert list(DemoModel(pipe("others"), "models/tiny", COUNT).decoders) == ["Sequential", "Jacobi"]
+    draws = [
+        each.draw(guidance=1.0, denoise=False, decoder=name) for each, name in ((tuned, "Tuned"), (model, "Jacobi"))
+    ]
+    np.testing.assert_array_equal(draws[0].images, draws[1].images)
     with pytest.raises(UserError, match="was tuned for Guidance"):
-        tuned.draw(dataclasses.replace(settings, guidance=2.0))
+        tuned.draw(guidance=2.0, denoise=False, decoder="Tuned")
 
 
 def test_images_far_outside_the_range_are_counted(model):
-    assert model.draw(Settings(guidance=1.0, temperature=1e4)).num_bad == COUNT
-    assert model.draw(Settings(guidance=1.0, temperature=0.1)).num_bad == 0
+    assert model.draw(guidance=1.0, temperature=1e4).num_bad == COUNT
+    assert model.draw(guidance=1.0, temperature=0.1).num_bad == 0
 
 
 @pytest.mark.parametrize("seed", [-1, 2**40])
 def test_a_seed_that_cannot_be_is_refused(model, seed):
     with pytest.raises(ValueError, match=f"the seed is {seed}; expected a whole number"):
-        model.draw(Settings(seed=seed))
+        model.draw(seed=seed)
 
 
 def test_a_model_without_classes_draws_none():
     config = dataclasses.replace(SMALL, num_classes=0)
-    model = DemoModel.of(TarFlowPipeline(config, random_variables(config), Noise("uniform")), "models/tiny", 2)
-    drawn = model.draw(Settings(label=IN_TURN))
+    model = DemoModel(TarFlowPipeline(config, random_variables(config), Noise("uniform")), "models/tiny", 2)
+    drawn = model.draw(label=IN_TURN)
     np.testing.assert_array_equal(drawn.labels, [-1, -1])
     assert len(drawn.frames) == SMALL.num_blocks + 1  # uniform noise is not denoised
     assert model.choices == [("no class", -1)]
@@ -138,7 +136,7 @@ def test_probabilities_are_calibrated_where_these_weights_were_evaluated(model):
         ]
     }
     pipe = TarFlowPipeline(SMALL, model.pipe.variables, Noise("gaussian", 0.1), card=card)
-    assert DemoModel.of(pipe, "runs/tiny", COUNT).temperature == 3.5
+    assert DemoModel(pipe, "runs/tiny", COUNT).temperature == 3.5
 
 
 def test_the_head_tells_what_is_known(model):
@@ -148,20 +146,33 @@ def test_the_head_tells_what_is_known(model):
     assert "steps" not in facts
     card = {"datasets": ["digits"], "training": {"steps": 1200}, "metrics": {"test loss": -1.25}}
     known = TarFlowPipeline(SMALL, model.pipe.variables, Noise("gaussian", 0.1), card=card)
-    facts = DemoModel.of(known, "runs/digits", COUNT).facts()
+    facts = DemoModel(known, "runs/digits", COUNT).facts()
     assert [facts[name] for name in ("data", "steps", "test loss")] == ["digits", "1,200", "-1.25"]
 
 
-def test_without_gradio_one_line_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingPackageError, match="the demo needs Gradio; pip install 'gradio"):
-        page_builder()
+def refused(*arguments, program=("-m", "launch.demo")):
+    """The one line that launch.demo prints where there is no model to read."""
+    code, out, err = commands.run(*program, "--workdir=/nowhere", *arguments)
+    assert (code, out) == (1, "")
+    return err.splitlines()[-1]
 
 
+@pytest.mark.slow
+def test_without_gradio_one_line_says_what_to_install():
+    program = (
+        "import importlib.util, runpy, sys\n"
+        "find = importlib.util.find_spec\n"
+        "importlib.util.find_spec = lambda name, *more: None if name == 'gradio' else find(name, *more)\n"
+        "runpy.run_module('launch.demo', run_name='__main__', alter_sys=True)"
+    )
+    assert "error: the demo needs Gradio; pip install 'gradio" in refused(program=("-c", program))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("host", "reason"), [("127.0.0.1", "in use"), ("no.such.host.invalid", "choose another")])
 def test_an_address_that_cannot_be_had_is_refused_before_the_model_is_read(host, reason):
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UserError, match=reason):
-        check_address(host, taken.getsockname()[1])
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert reason in refused(f"--host={host}", f"--port={taken.getsockname()[1]}")
 
 
 def test_overlay_colours_patches_from_the_lowest_to_the_highest():

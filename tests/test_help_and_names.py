@@ -22,7 +22,7 @@ def helps():
     """What --helpfull prints, by command; forked from a process that has imported most of what they need."""
     program = (
         "import os, runpy, sys, warnings\n"
-        "from launch import common\n"
+        "from launch import cli\n"
         "warnings.filterwarnings('ignore', '.*fork')\n"
         f"for name in {commands.COMMANDS}:\n"
         "    print(f'== {name}', flush=True)\n"

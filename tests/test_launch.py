@@ -48,7 +48,7 @@ def test_every_command_refuses_a_flag_it_does_not_know_in_one_line_and_names_the
     # For speed: forked from a process that has most modules loaded, and ended without the interpreter's finalization.
     program = (
         "import os, runpy, sys, warnings\n"
-        "import launch.cli, launch.demo_app.page, tarflow_jax.evaluation.classification\n"
+        "import launch.cli, launch.demo_model, tarflow_jax.evaluation.classification\n"
         "warnings.filterwarnings('ignore', '.*fork')\n"
         f"for name, flag in {given}.items():\n"
         "    if os.fork() == 0:\n"

@@ -1,4 +1,4 @@
-from launch.tables import format_protocol, format_table
+from launch.tables import format_table
 
 
 def test_table_is_aligned_and_fills_gaps():
@@ -9,9 +9,3 @@ def test_table_is_aligned_and_fills_gaps():
         "| 0        | 12.346 |        |",
         "| 1.5      |        | 0.5    |",
     ]
-
-
-def test_protocol_is_one_line_a_field():
-    assert format_protocol({"seed": 0, "guidance": {"weight": 1.5, "target": "both"}}) == (
-        "seed: 0\nguidance.weight: 1.5\nguidance.target: both"
-    )

@@ -1,17 +1,17 @@
-"""The page that is served, tab by tab."""
+"""The page that launch.demo serves, tab by tab."""
 
 import base64
 import contextlib
 import html
-import itertools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import jax
 import numpy as np
 
-from launch.demo_app.model import IN_TURN, NO_CLASS, SEED_LIMIT, DemoModel, Drawn, Settings
+from launch.demo_model import IN_TURN, NO_CLASS, SEED_LIMIT, DemoModel, Drawn
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.generation import quantise
 from tarflow_jax.figures import COLOURS, encode_gif, enlarge, grid, overlay, to_pil, to_uint8
@@ -22,48 +22,36 @@ NUM_EXAMPLES, NUM_STEPS = 6, 8  # of an image to upload; of an interpolation
 PROGRESS = gr.Progress()
 EVENT: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}  # one model: one event at a time
 
-CSS = """
-.head h1 { font-size: 1.9rem; margin: 0; } .head h1 span { color: var(--primary-500); }
-.gradio-container { max-width: 1120px !important; margin: 0 auto !important; }
-.gradio-container, .gradio-container .main { width: 100% !important; min-width: 0 !important; }
-@media (max-width: 640px) { .gradio-container .main { padding: 16px 12px !important; } }
-.pixels img { image-rendering: pixelated; }
-.pixels:not(.upload) [data-testid="block-label"] { position: static; border: 0; }
-.pixels .image-frame img { width: 100%; height: 100%; object-fit: contain !important; }
-.pixels .grid-wrap { height: auto !important; min-height: 0 !important; max-height: none !important; }
-.pixels .grid-container { grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important; }
-.pixels .grid-container { grid-template-rows: none !important; grid-auto-rows: auto !important; padding-top: 0; }
-.pixels .thumbnail-item { height: auto; min-height: 0; aspect-ratio: auto; }
-@media (max-width: 640px) { .many .grid-container { --grid-cols: 4 !important; gap: 4px; } }
-.facts { display: flex; flex-wrap: wrap; gap: .4rem 1.4rem; margin-top: .5rem; font-size: .9rem; }
-.facts span { color: var(--body-text-color-subdued); }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .7rem; }
-.figures div { padding: .7rem .9rem; border: 1px solid var(--border-color-primary); border-radius: 8px; }
-.figures b { display: block; font-size: 1.45rem; }
-.figures span, .note { color: var(--body-text-color-subdued); font-size: .85rem; }
-.scale { display: flex; align-items: center; gap: .6rem; font-size: .85rem; }
-.scale i { flex: 1; height: .7rem; border-radius: 4px; }
-.film img { display: block; width: 100%; margin: 0 auto; image-rendering: pixelated; border-radius: 8px; }
-.way .film img { max-width: 336px; }
-"""
 
-
-def build(model: DemoModel) -> tuple[gr.Blocks, dict[str, Any]]:
-    """Returns the page and the options of its `launch`; draws the first images, which compiles most programs."""
-    start = Settings(guidance=1.0) if model.pipe.config.num_classes else Settings(attention_temperature=0.7)
-    first = model.draw(start)
+def serve(model: DemoModel, host: str, port: int) -> None:
+    """Draws the first images, which compiles most programs, and serves the page until the process is stopped."""
+    print(f"drawing the first {model.num_images} images", flush=True)
     with gr.Blocks(title=f"TarFlow: {model.name}", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.HTML(_head(model), elem_classes="head")
         with gr.Tabs(overflow_behavior="wrap"):
-            _draw_tabs(model, page, start, first)
+            first = _draw_tabs(model, page)
             with gr.Tab("Ask"):
                 _ask_tab(model, page, first)
             with gr.Tab("Interpolate"):
                 _interpolate_tab(model, first)
     fonts = (gr.themes.LocalFont("IBM Plex Sans", (400, 700)), "system-ui", "sans-serif")  # Gradio's own files
-    theme = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=fonts)
-    offline = {"share": False, "ssr_mode": False, "mcp_server": False, "run_history": False, "footer_links": []}
-    return page, {"theme": theme, "css": CSS, "max_file_size": "16mb", **offline}
+    page.launch(
+        server_name=host,
+        server_port=port,
+        prevent_thread_lock=True,
+        quiet=True,
+        theme=gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=fonts),
+        css_paths=Path(__file__).with_name("demo_page.css"),
+        max_file_size="16mb",
+        footer_links=[],
+        # Nothing leaves this machine.
+        share=False,
+        ssr_mode=False,
+        mcp_server=False,
+        run_history=False,
+    )
+    print(f"http://{host}:{port}", flush=True)
+    page.block_thread()
 
 
 def _head(model: DemoModel) -> str:
@@ -76,13 +64,13 @@ def _head(model: DemoModel) -> str:
     )
 
 
-def _draw_tabs(model: DemoModel, page: gr.Blocks, start: Settings, first: Drawn) -> None:
-    """Samples, and how they emerge from noise."""
+def _draw_tabs(model: DemoModel, page: gr.Blocks) -> Drawn:
+    """Builds both tabs and returns the first samples."""
     with gr.Tab("Draw"):
         gr.Markdown("Latents z ~ τ · N(0, I) become images x = f⁻¹(z): the blocks are inverted, one after the other.")
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
-                controls, seed = _controls(model, start)
+                controls, seed = _controls(model)
                 with gr.Row():
                     button = gr.Button("Draw", variant="primary", min_width=100)
                     next_seed = gr.Button("Next seed", min_width=100)
@@ -103,9 +91,10 @@ def _draw_tabs(model: DemoModel, page: gr.Blocks, start: Settings, first: Drawn)
         label: int, guidance: float, attention_temperature: float, temperature: float, seed: int, decoder: str,
         denoise: bool, progress: Progress = PROGRESS,
     ) -> list[Any]:  # fmt: skip
-        settings = Settings(label, guidance, attention_temperature, temperature, int(seed or 0), decoder, denoise)
         with _errors_as_messages():
-            drawn = model.draw(settings, progress)
+            drawn = model.draw(
+                label, guidance, attention_temperature, temperature, int(seed or 0), decoder, denoise, progress
+            )
         if drawn.num_bad:
             gr.Warning(
                 f"{drawn.num_bad} of {model.num_images} images have pixels that are not finite or far outside [-1, 1]; "
@@ -118,34 +107,36 @@ def _draw_tabs(model: DemoModel, page: gr.Blocks, start: Settings, first: Drawn)
     button.click(draw, controls, shown, **options)
     advanced = next_seed.click(lambda seed: (int(seed or 0) + 1) % SEED_LIMIT, seed, seed, **EVENT)
     advanced.then(draw, controls, shown, **options)
+    first = model.draw(*(control.value for control in controls))
     page.load(lambda: _drawn(model, first), None, shown, **options)
+    return first
 
 
-def _controls(model: DemoModel, start: Settings) -> tuple[list[Any], gr.Number]:
-    """The controls of `Settings`, in its order; and among them the seed's."""
+def _controls(model: DemoModel) -> tuple[list[Any], gr.Number]:
+    """Returns the controls of `DemoModel.draw`'s arguments, in order, and the seed's control."""
     has_classes = bool(model.pipe.config.num_classes)
     unguided = "a° without class" if has_classes else "of both passes"
     label = gr.Dropdown(
         [("each class in turn", IN_TURN), *model.choices], value=IN_TURN, label="Class", visible=has_classes
     )
     guidance = gr.Slider(
-        0, 4, start.guidance, step=0.1, label="Guidance weight w",
+        0, 4, 1.0 if has_classes else 0.0, step=0.1, label="Guidance weight w",
         info=f"a + w (a - a°) for shift and log-scale a, {unguided}",
     )  # fmt: skip
     attention_temperature = gr.Slider(
-        0.2, 1, start.attention_temperature, step=0.05, label="Attention temperature of a°", visible=not has_classes
+        0.2, 1, 1.0 if has_classes else 0.7, step=0.05, label="Attention temperature of a°", visible=not has_classes
     )
     temperature = gr.Slider(
-        0, 1.5, start.temperature, step=0.05, label="Temperature τ of the latents",
+        0, 1.5, 1.0, step=0.05, label="Temperature τ of the latents",
         info="1 samples the model's distribution; less stays closer to its mode",
     )  # fmt: skip
-    seed = gr.Number(start.seed, label="Seed", precision=0, minimum=0, maximum=SEED_LIMIT)
+    seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=SEED_LIMIT)
     decoder = gr.Radio(
-        list(model.decoders), value=start.decoder, label="Decoder",
+        list(model.decoders), value="Sequential", label="Decoder",
         info="Token after token, or all at once until nothing changes: the same images",
     )  # fmt: skip
     denoise = gr.Checkbox(
-        start.denoise, label="Denoise",
+        True, label="Denoise",
         info="x + σ² ∇ log p(x), Tweedie's formula" + (", in steps of σ" if model.pipe.drawn_level else ""),
         visible=model.pipe.noise_std is not None,
     )  # fmt: skip
@@ -156,16 +147,15 @@ def _drawn(model: DemoModel, drawn: Drawn) -> list[Any]:
     """Values of the gallery of samples, of the animation, and of the gallery of frames."""
     names = {label: name for name, label in model.choices} if model.class_names else {}
     captions = [names.get(label) for label in drawn.labels.tolist()]
-    sheets = [grid(frame) for frame in drawn.frames]
+    sheets = [grid(frame) for frame in drawn.frames.values()]
     return [
         list(zip(map(to_pil, enlarge(drawn.images, TILE)), captions, strict=True)),
         _animation([*sheets, sheets[-1], sheets[-1]], "the samples emerging from noise"),
-        list(zip(map(to_pil, sheets), model.frame_titles(drawn), strict=True)),
+        list(zip(map(to_pil, sheets), drawn.frames, strict=True)),
     ]
 
 
 def _ask_tab(model: DemoModel, page: gr.Blocks, first: Drawn) -> None:
-    """Likelihood, class and latents of one image; `first` are examples for visitors without an image."""
     gr.Markdown("For any image: its exact log p(x), the patches that cost most, its class by Bayes' rule, its latents.")
     with gr.Row():
         with gr.Column(scale=2, min_width=280):
@@ -239,7 +229,6 @@ def _figures(model: DemoModel, found: Inspection) -> str:
 
 
 def _scale(patch_bits: np.ndarray) -> str:
-    """The colours of `overlay`, and what a patch's bits mean."""
     colours = ", ".join(f"rgb{colour}" for colour in COLOURS)
     return (
         f"<div class='scale'>{patch_bits.min():.2f}<i style='background: linear-gradient(to right, {colours})'></i>"
@@ -249,7 +238,6 @@ def _scale(patch_bits: np.ndarray) -> str:
 
 
 def _interpolate_tab(model: DemoModel, first: Drawn) -> None:
-    """The way between two images."""
     gr.Markdown(
         "Two images become latents, and a great circle connects these, "
         "z(t) = (sin((1 - t) θ) z₀ + sin(t θ) z₁) / sin θ. Every point on it decodes to an image, x(t) = f⁻¹(z(t))."
@@ -276,17 +264,15 @@ def _interpolate_tab(model: DemoModel, first: Drawn) -> None:
 
     changes = [control.change for control in uploads] + [control.input for control in conditions]
     gr.on(changes, go, [*uploads, *conditions], [between, animation], show_progress_on=between, **EVENT)
-    clicks = itertools.count()
 
     def pick_two() -> list[Any]:
-        chosen = np.random.default_rng(next(clicks)).choice(len(first.images), 2, replace=len(first.images) < 2)
+        chosen = np.random.default_rng().choice(len(first.images), 2, replace=len(first.images) < 2)
         return [to_pil(image) for image in first.images[chosen]]
 
     button.click(pick_two, None, uploads, **EVENT)
 
 
 def _conditions(model: DemoModel) -> list[Any]:
-    """Controls of the class, and of the noise level of a flow of many."""
     noise = model.pipe.noise
     low, high = (noise.std_min, noise.std_max) if noise and noise.kind == "levels" else (0.01, 1.0)
     return [
