@@ -25,12 +25,12 @@ class StudentConfig(Options):
     group: ClassVar[str] = "student"
 
     flow: TarFlowConfig
-    width: int = option(0, "Width of the student's residual stream; 0 for the flow's.", low=0)
+    width: int = option(0, "Width of the student's residual stream; 0 for the flow's.")
     layers_per_block: tuple[int, ...] = option(
         (2,), "Layers of each block: the flow's blocks from last to first, and the denoiser. Or one number.", low=1
     )
-    max_guidance: float = option(0.0, "Largest guidance weight that the student accepts; 0 for no guidance.", low=0)
-    perceptual: float = option(0.0, "Weight of the perceptual distance of the clean images; 0 for none.", low=0)
+    max_guidance: float = option(0.0, "Largest guidance weight that the student accepts; 0 for no guidance.")
+    perceptual: float = option(0.0, "Weight of the perceptual distance of the clean images; 0 for none.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

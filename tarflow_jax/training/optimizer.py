@@ -30,16 +30,16 @@ class Optimizer(Options):
     group: ClassVar[str] = "optimizer"
 
     num_steps: int
-    learning_rate: float = option(3e-3, "Peak learning rate of AdamW.", low=0)
-    final_learning_rate: float = option(1e-6, "Learning rate of the first and the last step.", low=0)
-    warmup_steps: int = option(0, "Steps of linear warm-up.", low=0)
-    beta1: float = option(0.9, "AdamW's decay of the mean gradient.", low=0)
-    beta2: float = option(0.95, "AdamW's decay of the mean squared gradient.", low=0)
-    weight_decay: float = option(1e-4, "Weight decay of every parameter.", low=0)
-    clip_norm: float = option(1.0, "Largest norm of the whole gradient; 0 for no clipping.", low=0)
-    ema_decay: float = option(0.0, "Decay of the exponential moving average of the parameters; 0 for none.", low=0)
+    learning_rate: float = option(3e-3, "Peak learning rate of AdamW.")
+    final_learning_rate: float = option(1e-6, "Learning rate of the first and the last step.")
+    warmup_steps: int = option(0, "Steps of linear warm-up.")
+    beta1: float = option(0.9, "AdamW's decay of the mean gradient.")
+    beta2: float = option(0.95, "AdamW's decay of the mean squared gradient.")
+    weight_decay: float = option(1e-4, "Weight decay of every parameter.")
+    clip_norm: float = option(1.0, "Largest norm of the whole gradient; 0 for no clipping.")
+    ema_decay: float = option(0.0, "Decay of the exponential moving average of the parameters; 0 for none.")
     name: str = option("muon", "muon (hidden matrices; AdamW for the rest), or adamw for all.", choices=NAMES)
-    muon_learning_rate: float = option(5e-3, "Peak learning rate of the hidden matrices; 0 with adamw.", low=0)
+    muon_learning_rate: float = option(5e-3, "Peak learning rate of the hidden matrices; 0 with adamw.")
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -72,7 +72,23 @@ def accumulated_gradients(loss: Loss, params: Any, batch: Batch, count: int) -> 
         gradients, (metrics, outputs) = gradient(params, batch)
         return gradients, metrics, outputs
 
-    means = functools.partial(_means, gradient, count)
+    def split(x: jax.Array) -> jax.Array:
+        # Strided, so that each device keeps its own rows in every microbatch.
+        return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+
+    def means(params: Any, batch: Batch) -> tuple[Any, Metrics, Any]:
+        def accumulate(total: Any, microbatch: Batch) -> tuple[Any, Any]:
+            gradients, (metrics, outputs) = gradient(params, microbatch)
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, (gradients, metrics)), outputs
+
+        microbatches = jax.tree.map(split, batch)
+        shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], microbatches))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (shapes[0], shapes[1][0]))
+        total, outputs = jax.lax.scan(accumulate, zeros, microbatches)
+        gradients, metrics = jax.tree.map(lambda leaf: leaf / count, total)
+        # Norms are means of microbatches' norms. The order of the outputs does not matter: tasks take means over rows.
+        return gradients, metrics, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.shape["data"] < mesh.size:
         return means(params, batch)
@@ -87,23 +103,3 @@ def accumulated_gradients(loss: Loss, params: Any, batch: Batch, count: int) -> 
         of_own_rows, in_specs=(everywhere, rows), out_specs=(everywhere, everywhere, rows), check_vma=False
     )
     return run(params, batch)
-
-
-def _means(gradient: Callable[..., Any], count: int, params: Any, batch: Batch) -> tuple[Any, Metrics, Any]:
-    """As `accumulated_gradients`, one microbatch after another."""
-
-    def split(x: jax.Array) -> jax.Array:
-        # Strided, so that each device keeps its own rows in every microbatch.
-        return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
-
-    def accumulate(total: Any, microbatch: Batch) -> tuple[Any, Any]:
-        gradients, (metrics, outputs) = gradient(params, microbatch)
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, (gradients, metrics)), outputs
-
-    microbatches = jax.tree.map(split, batch)
-    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], microbatches))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (shapes[0], shapes[1][0]))
-    total, outputs = jax.lax.scan(accumulate, zeros, microbatches)
-    gradients, metrics = jax.tree.map(lambda leaf: leaf / count, total)
-    # Norms are means of microbatches' norms. The order of the outputs does not matter: tasks take means over rows.
-    return gradients, metrics, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
