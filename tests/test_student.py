@@ -21,8 +21,7 @@ from tarflow_jax.runtime.parameters import rows_of, student_shapes
 from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Sequential
 from tarflow_jax.sampling import Student as ByStudent
 from tarflow_jax.student import Perception, Student, StudentConfig, TrainedStudent, distillation_loss
-from tarflow_jax.student.loss import flow_trajectory
-from tarflow_jax.student.perception import perceptual_distance
+from tarflow_jax.student.loss import flow_trajectory, perceptual_distance
 
 GAUSSIAN = Noise("gaussian", 0.1)
 
@@ -218,8 +217,8 @@ def test_sampling_by_it_is_one_pass_and_clean(pipe):
         (lambda pipe, z: TarFlowPipeline(TINY, pipe.variables).decode(z, decoder=ByStudent()), "has no student"),
         (lambda pipe, z: StudentConfig(TINY, layers_per_block=(1, 2)), "lists 2 blocks; expected 4, one for each"),
         (lambda pipe, z: StudentConfig(TINY, perceptual=-1.0), "perceptual is -1.0; expected"),
-        (lambda pipe, z: StudentConfig(VP, perceptual=1.0), "has no classes to learn to see by"),
-        (lambda pipe, z: StudentConfig(VP, max_guidance=1.0), "has no classes to guide by"),
+        (lambda pipe, z: StudentConfig(VP, perceptual=1.0), "perceptual is 1.0, but the flow has no classes"),
+        (lambda pipe, z: StudentConfig(VP, max_guidance=1.0), "max_guidance is 1.0, but the flow has no classes"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(pipe, call, message):

@@ -133,7 +133,7 @@ def load_student(name: str | os.PathLike[str]) -> TrainedStudent | None:
         return None
     fields = _read_description(folder, "student")
     with _one_line_errors(folder / CONFIG):
-        _check_num_blocks("student", fields["student"]["shape"])
+        _check_num_blocks("student", fields["student"]["flow"])
         config, flow = StudentConfig.from_dict(fields["student"]), str(fields["flow"])
     return TrainedStudent(config, read_safetensors(folder / WEIGHTS, student_shapes(config)), flow)
 
