@@ -34,8 +34,6 @@ from tarflow_jax.training.task import Metrics
 from tarflow_jax.training.workdir import write_start
 
 logger = logging.getLogger(__name__)
-# Folded into a run's seed, so that sampling and evaluation never derive the same keys from the same seed.
-_TRAINING = 0x747261696E % 2**31
 
 
 class NonFiniteError(ArithmeticError):
@@ -48,7 +46,7 @@ def train(
     preview: Callable[[int, dict[str, Any]], None] | None = None,
     frozen: Any = None,
 ) -> TrainState:
-    """Trains until `config.train.num_steps`, from the workdir's last checkpoint on.
+    """Trains until `config.train.num_steps`, from the workdir's last checkpoint on; returns the final state.
 
     Args:
       config: a recipe, see configs/defaults.py.
@@ -57,9 +55,6 @@ def train(
       preview: called as preview(step, variables) every `train.sample_every` steps, on every process.
       frozen: arrays that the recipe's task reads and training does not change, such as a student's `Teacher`. Arrays
         that are not on the config's mesh are replicated.
-
-    Returns:
-      The final state, sharded over the config's mesh.
 
     Raises:
       UserError: an impossible config, a workdir that holds another one, or one that another process trains in.
@@ -104,12 +99,13 @@ def train(
 
 def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
     """Returns the keys of the initial weights, and of the steps' noise and dropped labels."""
-    init_key, step_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), _TRAINING))
+    # Folded in, so that sampling and evaluation never derive the same keys from the same seed.
+    init_key, step_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0x747261696E % 2**31))
     return init_key, step_key
 
 
 def evaluate_loss(recipe: Recipe, variables: dict[str, Any], frozen: Any = None) -> float:
-    """Returns the test loss of a recipe's task; see `FlowTask.test_loss` and `StudentTask.test_loss`."""
+    """Returns the test loss of a recipe's task."""
     return recipe.task.test_loss(BatchRunner(recipe.mesh()), variables, recipe.source("test"), frozen)
 
 
@@ -190,7 +186,7 @@ class _Run:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Settles the running step and keeps the time of other work out of the step rate."""
+        """Keeps the time of other work out of the step rate."""
         self.settle()
         yield
         self.clock.pause()
