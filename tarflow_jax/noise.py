@@ -27,8 +27,6 @@ class Noise(Options):
 
     "gaussian" noise is for samples, "uniform" noise (dequantization) for bits per dimension. With "levels" each image
     has Gaussian noise of another level σ, and the flow is conditional on it.
-
-    Raises UserError: another kind, or a σ that does not fit it.
     """
 
     group: ClassVar[str] = "noise"

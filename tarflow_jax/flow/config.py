@@ -21,8 +21,6 @@ class TarFlowConfig(Options):
     outlier of one block from growing in the next ones, which training with small batches does not survive.
     `image_limit` does the same for samples that overshoot the training range: 1 and a few standard deviations of the
     noise. `triangular` adds D (D - 1) / 2 outputs per token, so it is for small patches.
-
-    Raises UserError: one line naming the field, when the shape is impossible.
     """
 
     group: ClassVar[str] = "model"

@@ -16,8 +16,6 @@ class StudentConfig(Options):
 
     It has one block more than its flow; the last one denoises. It learns by "hidden alignment" (Bidirectional
     Normalizing Flow, arXiv 2512.10953): the tokens after each block are compared with the flow's trajectory.
-
-    Raises UserError: one line naming the field.
     """
 
     group: ClassVar[str] = "student"

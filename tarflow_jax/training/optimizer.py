@@ -1,17 +1,25 @@
-"""The optimizer of a run: the learning rate of each step and the update rule."""
+"""The optimizer of a run: the learning rate of each step, AdamW, and Muon, whose layers the devices share."""
 
 import dataclasses
+import functools
+import itertools
+import math
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from tarflow_jax.errors import UserError
 from tarflow_jax.options import Options, option
-from tarflow_jax.training.muon import is_hidden_matrix, muon
+from tarflow_jax.runtime import leaf_name
+from tarflow_jax.runtime.parameters import Parameter, rows_of
 
-NAMES = ("adamw", "muon")
+MOMENTUM = 0.95
+RMS = 0.2  # of an update, about AdamW's, so that learning rates and weight decay carry over (Liu et al. 2025)
+_NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # optax scans over a row a step, but unrolls steps of a single row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,16 +28,11 @@ class Optimizer(Options):
 
     Muon orthogonalizes the momentum of each hidden matrix by five Newton-Schulz steps (Jordan et al. 2024). Learning
     rates rise linearly over `warmup_steps` from `final_learning_rate` to their peak, and a cosine leads back.
-
-    Attributes:
-      num_steps: length of the run.
-
-    Raises UserError: one line naming the field.
     """
 
     group: ClassVar[str] = "optimizer"
 
-    num_steps: int
+    num_steps: int  # of the run
     learning_rate: float = option(3e-3, "Peak learning rate of AdamW.")
     final_learning_rate: float = option(1e-6, "Learning rate of the first and the last step.")
     warmup_steps: int = option(0, "Steps of linear warm-up.")
@@ -38,7 +41,7 @@ class Optimizer(Options):
     weight_decay: float = option(1e-4, "Weight decay of every parameter.")
     clip_norm: float = option(1.0, "Largest norm of the whole gradient; 0 for no clipping.")
     ema_decay: float = option(0.0, "Decay of the exponential moving average of the parameters; 0 for none.")
-    name: str = option("muon", "muon (hidden matrices; AdamW for the rest), or adamw for all.", choices=NAMES)
+    name: str = option("muon", "Muon for the hidden matrices, or AdamW for all.", choices=("adamw", "muon"))
     muon_learning_rate: float = option(5e-3, "Peak learning rate of the hidden matrices; 0 with adamw.")
 
     def __post_init__(self) -> None:
@@ -66,11 +69,69 @@ class Optimizer(Options):
         """Returns the update rule; `dtype` is that of the network's matmuls."""
         update = optax.adamw(self.schedule(), b1=self.beta1, b2=self.beta2, weight_decay=self.weight_decay)
         if self.name == "muon":
-            hidden = muon(self.schedule(self.muon_learning_rate), self.weight_decay, dtype)
+            hidden = optax.chain(
+                optax.trace(MOMENTUM, nesterov=True),  # without optax.contrib.muon's bias correction
+                optax.stateless(lambda momentum, _: orthogonalized(momentum, dtype)),
+                optax.scale(RMS),
+                optax.add_decayed_weights(self.weight_decay),
+                optax.scale_by_learning_rate(self.schedule(self.muon_learning_rate)),
+            )
             update = optax.partition({"muon": hidden, "adamw": update}, _labels)
         return optax.chain(optax.clip_by_global_norm(self.clip_norm), update) if self.clip_norm else update
 
 
+def orthogonalized(blocks: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
+    """Orthogonalizes every matrix and scales it to a root mean square of about 1.
+
+    Args:
+      blocks: the same tree of kernels [layers, …] for each block, sharded as the parameters are.
+      dtype: devices send each other directions in it; that of the network's matmuls.
+
+    Returns the same trees with the same shardings, rounded to `dtype`, in float32.
+    """
+
+    def of_all_blocks(path: tuple[Any, ...], *kernels: jax.Array) -> list[jax.Array]:
+        ends = list(itertools.accumulate(map(len, kernels)))
+        return jnp.split(_orthogonalized(_row(path), jnp.concatenate(kernels), dtype), ends[:-1])
+
+    first, *others = blocks.values()
+    directions = jax.tree_util.tree_map_with_path(of_all_blocks, first, *others)
+    return dict(zip(blocks, jax.tree.transpose(jax.tree.structure(first), None, directions), strict=True))
+
+
+def _orthogonalized(row: Parameter, stack: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """`orthogonalized` for one stack of kernels; each device computes its share of the layers."""
+    mesh, layouts = jax.sharding.get_abstract_mesh(), []
+    # From the parameters' sharding to layers over all devices, one mesh axis at a time. XLA compiles such a change to
+    # a slice or an all-to-all; to move all axes at once, or a concatenation, it would send whole stacks.
+    for count in range(0 if mesh.empty else len(mesh.axis_names) + 1):
+        moved = mesh.axis_names[:count]
+        layouts.append(PartitionSpec(moved, *(None if axis in moved else axis for axis in row.spec[1:])))
+
+    padding = [(0, -len(stack) % max(mesh.size, 1)), *[(0, 0)] * (stack.ndim - 1)]
+    shared = functools.reduce(jax.lax.with_sharding_constraint, layouts, jnp.pad(stack, padding))
+    matrices = optax.contrib.MuonDimensionNumbers(row.input_axes, row.output_axes)
+    # optax does not export its Newton-Schulz iteration. Without momentum, its Muon is just that.
+    newton_schulz = optax.contrib.scale_by_muon(
+        _NEWTON_SCHULZ, beta=0.0, nesterov=False, weight_dimension_numbers=matrices
+    )
+    directions, _ = newton_schulz.update(shared, newton_schulz.init(shared))
+    longer_side = max(math.prod(stack.shape[i] for i in axes) for axes in (row.input_axes, row.output_axes))
+    directions = (math.sqrt(longer_side) * directions).astype(dtype)
+    directions = functools.reduce(jax.lax.with_sharding_constraint, reversed(layouts), directions)
+    return directions[: len(stack)].astype(jnp.float32)
+
+
 def _labels(params: Any) -> Any:
-    """Labels every parameter "muon" or "adamw"."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if is_hidden_matrix(path) else "adamw", params)
+    """Labels kernels of dense layers inside the transformer layers "muon", all other parameters "adamw"."""
+
+    def label(path: tuple[Any, ...], _: Any) -> str:
+        row = _row(path)
+        return "muon" if row.stacked and row.input_axes else "adamw"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _row(path: tuple[Any, ...]) -> Parameter:
+    (row,) = rows_of(leaf_name(path))
+    return row

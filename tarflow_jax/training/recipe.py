@@ -170,11 +170,7 @@ class Recipe:
         self.train_config = TrainConfig(self.task, optimizer, train.accumulation)
 
     def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        """Returns the config's mesh over `devices`, by default all.
-
-        Raises:
-          UserError: it does not cover them, or the batch cannot be sharded over it.
-        """
+        """Returns the config's mesh over `devices`, by default all; raises UserError unless it divides the batch."""
         mesh, fields = make_mesh(**self.config.mesh, devices=devices), self.config.train
         shards = mesh.shape["data"] * mesh.shape["fsdp"] * fields.accumulation
         if fields.batch_size % shards:
@@ -185,11 +181,7 @@ class Recipe:
         return mesh
 
     def source(self, split: str) -> ImageSource:
-        """Opens the "train" or "test" split of the data.
-
-        Raises:
-          UserError: its images have another shape than the model's, or its classes are not the model's.
-        """
+        """Opens the "train" or "test" split of the data; raises UserError unless its images fit the model."""
         fields, model = self.config.data, self.model
         source = open_source(
             fields.source,
@@ -215,10 +207,8 @@ class Recipe:
     def write_to(self, workdir: epath.PathLike, source: ImageSource | None = None) -> None:
         """Writes workdir/config.json and, for a training split, data.json.
 
-        `train.num_steps` may grow before the end of a run, if the steps taken keep their learning rates.
-
-        Raises:
-          UserError: the workdir holds another configuration (names the fields), or a run on other data.
+        `train.num_steps` may grow before the end of a run, if the steps taken keep their learning rates. Raises
+        UserError if the workdir holds another configuration, or a run on other data.
         """
         workdir = epath.Path(workdir)
         if (workdir / CONFIG).exists():
@@ -264,9 +254,8 @@ class Recipe:
                 f"{workdir} holds a run of {planned} steps, {step} taken, and cannot become one of {longer.num_steps}: "
                 "the learning rate follows from train.num_steps; choose another workdir"
             )
-        logger.info(
-            "train.num_steps grows from %d to %d; the %d steps taken are its first", planned, longer.num_steps, step
-        )
+        message = "train.num_steps grows from %d to %d; the %d steps taken are its first"
+        logger.info(message, planned, longer.num_steps, step)
 
     def to_json(self) -> str:
         return self.config.to_json(indent=2) + "\n"
@@ -275,12 +264,9 @@ class Recipe:
     def from_workdir(cls, workdir: epath.PathLike) -> Self:
         """Reads the recipe of a run: the workdir's config.json or, if that is lost, the last checkpoint's.
 
-        Raises:
-          FileNotFoundError: neither is there.
-          UserError: it is no training config.
+        Raises FileNotFoundError if neither is there.
         """
-        path, folder = epath.Path(workdir) / CONFIG, epath.Path(workdir) / "checkpoints"
-        stored = None
+        path, folder, stored = epath.Path(workdir) / CONFIG, epath.Path(workdir) / "checkpoints", None
         if path.exists():
             stored = _read_json(path)
         elif folder.exists():

@@ -29,11 +29,8 @@ logger = logging.getLogger(__name__)
 def read_workdir(workdir: epath.PathLike, mesh: Mesh | None = None, *, best: bool = False) -> SavedModel:
     """Reads the last whole checkpoint, or the one with the lowest test loss, onto `mesh` or the default device.
 
-    The optimizer's state is not read.
-
-    Raises:
-      FileNotFoundError: no config or no checkpoint there.
-      UserError, OSError: see `Checkpoints.restore`.
+    The optimizer's state is not read. Raises FileNotFoundError without a config or checkpoint; see also
+    `Checkpoints.restore`.
     """
     workdir = epath.Path(workdir)
     recipe = Recipe.from_workdir(workdir)
