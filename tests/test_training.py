@@ -26,8 +26,7 @@ from tarflow_jax.training import Checkpoints, FlowTask, Recipe, TrainConfig, met
 from tarflow_jax.training.loop import evaluate_loss, run_keys
 from tarflow_jax.training.metrics import MetricsWriter
 from tarflow_jax.training.optimizer import Optimizer
-from tarflow_jax.training.state import initial_state, new_state
-from tarflow_jax.training.step import compiled_step
+from tarflow_jax.training.step import compiled_step, initial_state, new_state
 
 
 class AsGiven(Noise):

@@ -28,8 +28,7 @@ from tarflow_jax.runtime import (
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.metrics import MetricsWriter, StepClock
 from tarflow_jax.training.recipe import Recipe
-from tarflow_jax.training.state import TrainState, abstract_state, new_state
-from tarflow_jax.training.step import compiled_step
+from tarflow_jax.training.step import TrainState, abstract_state, compiled_step, new_state
 from tarflow_jax.training.task import Metrics
 from tarflow_jax.training.workdir import write_start
 

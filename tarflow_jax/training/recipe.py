@@ -26,7 +26,7 @@ from tarflow_jax.sampling import Guidance
 from tarflow_jax.student import StudentConfig
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.optimizer import Optimizer
-from tarflow_jax.training.state import TrainConfig
+from tarflow_jax.training.step import TrainConfig
 from tarflow_jax.training.task import FlowTask, StudentTask, Task
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from tarflow_jax.runtime import environment, make_mesh
 from tarflow_jax.student import TrainedStudent
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.recipe import Recipe, label_names
-from tarflow_jax.training.state import abstract_state
+from tarflow_jax.training.step import abstract_state
 
 RESULTS, STUDENT, STARTS = "results.json", "student", "starts.jsonl"
 _SAMPLES = ("samples_guided.png", "samples_denoised.png", "samples_raw.png")  # the first that exists is the card's
