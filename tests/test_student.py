@@ -239,7 +239,7 @@ def test_a_saved_model_carries_it_and_one_of_other_weights_is_refused(pipe, tmp_
         other.sample(key, 2, decoder=ByStudent())
     other.save_pretrained(tmp_path / "model")  # what was there is another flow's
     assert load_student(tmp_path / "model") is None
-    with pytest.raises(ValueError, match="of a flow with num_blocks 3, this one has 2"):
+    with pytest.raises(ValueError, match="was trained for the flow"):
         TarFlowPipeline(runs.SMALL, random_variables(runs.SMALL), student=pipe.student).sample(
             key, 1, decoder=ByStudent()
         )
@@ -271,7 +271,7 @@ def test_a_hostile_folder_is_refused_in_one_line(pipe, tmp_path, damage):
         "a student of 1000000000 blocks": lambda fields: fields["student"]["flow"].update(num_blocks=10**9),
         "unknown model field 'hidden'": lambda fields: fields["student"]["flow"].update(hidden=3),
         "tensor .* has shape": lambda fields: fields["student"].update(width=64),
-        "student.max_guidance is .*; expected a number from 0": lambda fields: fields["student"].update(
+        "student.max_guidance is .*; expected float": lambda fields: fields["student"].update(
             max_guidance=["2"]
         ),
         "lacks tensor": lambda fields: fields["student"]["flow"].update(num_blocks=5, layers_per_block=1),

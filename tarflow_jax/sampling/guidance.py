@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 import jax
@@ -91,7 +92,7 @@ class Guidance:
 
 
 def _is_finite(number: object) -> bool:
-    return isinstance(number, int | float) and not isinstance(number, bool) and math.isfinite(number)
+    return isinstance(number, numbers.Real) and not isinstance(number, bool) and math.isfinite(number)
 
 
 _TRACED, _STATIC = ("weight", "attention_temperature"), ("target", "schedule", "rule", "blocks")

@@ -69,15 +69,8 @@ class TrainedStudent:
     variables: dict[str, Any]  # {"params": …}
     flow: str  # `fingerprint` of the variables of the flow that it inverts
 
-    def check_flow(self, config: TarFlowConfig, variables: Any) -> None:
+    def check_flow(self, variables: Any) -> None:
         """Raises UserError unless it was trained for this flow; hashes every parameter."""
-        for name in ("image_size", "image_channels", "patch_size", "num_classes", "num_blocks"):
-            theirs, ours = getattr(self.config.flow, name), getattr(config, name)
-            if theirs != ours:
-                raise UserError(
-                    f"the student is of a flow with {name} {theirs}, this one has {ours}; "
-                    "run launch.distill for this flow"
-                )
         if self.flow != (found := fingerprint(variables)):
             raise UserError(
                 f"the student here was trained for the flow {self.flow}, not for this one, {found}; "
