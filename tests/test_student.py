@@ -271,9 +271,7 @@ def test_a_hostile_folder_is_refused_in_one_line(pipe, tmp_path, damage):
         "a student of 1000000000 blocks": lambda fields: fields["student"]["flow"].update(num_blocks=10**9),
         "unknown model field 'hidden'": lambda fields: fields["student"]["flow"].update(hidden=3),
         "tensor .* has shape": lambda fields: fields["student"].update(width=64),
-        "student.max_guidance is .*; expected float": lambda fields: fields["student"].update(
-            max_guidance=["2"]
-        ),
+        "student.max_guidance is .*; expected float": lambda fields: fields["student"].update(max_guidance=["2"]),
         "lacks tensor": lambda fields: fields["student"]["flow"].update(num_blocks=5, layers_per_block=1),
     }
     for message, change in changes.items():

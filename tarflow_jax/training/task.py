@@ -61,7 +61,11 @@ class FlowTask:
     drop_label: float = 0.0  # probability of training an image without its label
 
     def __post_init__(self) -> None:
-        _check_noise(self.model, self.noise)
+        if self.model.noise_conditional != (self.noise.kind == "levels"):
+            raise UserError(
+                f"model.noise_conditional is {self.model.noise_conditional} with noise.kind {self.noise.kind!r}; "
+                "expected True with 'levels', False otherwise"
+            )
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -116,10 +120,7 @@ class StudentTask:
 
     student: StudentConfig
     noise: Noise
-    drop_label: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check_noise(self.student.flow, self.noise)
+    drop_label: float = 0.0  # as of a `FlowTask`
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -186,11 +187,3 @@ def _image_errors(
 
 def _dropped(key: jax.Array, labels: jax.Array, probability: float) -> jax.Array:
     return jnp.where(jax.random.bernoulli(key, probability, labels.shape), -1, labels)
-
-
-def _check_noise(model: TarFlowConfig, noise: Noise) -> None:
-    if model.noise_conditional != (noise.kind == "levels"):
-        raise UserError(
-            f"model.noise_conditional is {model.noise_conditional} with noise.kind {noise.kind!r}; "
-            "expected True with 'levels', False otherwise"
-        )
