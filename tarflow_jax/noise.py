@@ -82,7 +82,7 @@ class Noise(Options):
     ) -> jax.Array:
         """Adds the noise of fold_in(key, i) to image number i of a data set, however the images are batched.
 
-        As a call, with the images' numbers int32 [B]; kinds other than "levels" ignore `noise_std`.
+        `index`, int32 [B], holds the numbers. Kinds other than "levels" ignore `noise_std`.
         """
 
         def add(number: jax.Array, image: jax.Array, std: jax.Array | None) -> jax.Array:
