@@ -78,8 +78,7 @@ def training(recipe: Any) -> Iterator[dict[str, Any]]:
     from tarflow_jax.planning.flops import program_flops
     from tarflow_jax.runtime import Rows, use_cores_as_devices
     from tarflow_jax.training.loop import run_keys
-    from tarflow_jax.training.state import new_state
-    from tarflow_jax.training.step import compiled_step
+    from tarflow_jax.training.step import compiled_step, new_state
 
     fields = recipe.config.train
     use_cores_as_devices(fields.batch_size // fields.accumulation)

@@ -23,8 +23,7 @@ from benchmarks import common
 from tarflow_jax.planning.topology import GPUS
 from tarflow_jax.runtime import batch_sharding
 from tarflow_jax.training import Recipe
-from tarflow_jax.training.state import new_state
-from tarflow_jax.training.step import compiled_step
+from tarflow_jax.training.step import compiled_step, new_state
 
 TOLERANCE = 0.1  # of the memory
 

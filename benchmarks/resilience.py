@@ -22,8 +22,7 @@ from benchmarks import common
 from tarflow_jax.data import Batch, prefetch_to_device, train_batches
 from tarflow_jax.runtime import Rows, use_cores_as_devices
 from tarflow_jax.training import Checkpoints, Recipe
-from tarflow_jax.training.state import new_state
-from tarflow_jax.training.step import compiled_step
+from tarflow_jax.training.step import compiled_step, new_state
 
 CHECKPOINT_EVERY = 100
 

@@ -18,8 +18,7 @@ from matplotlib.figure import Figure
 from configs.sweeps import widths as widths_recipe
 from tarflow_jax.planning.flops import program_flops
 from tarflow_jax.training import Recipe
-from tarflow_jax.training.state import abstract_state
-from tarflow_jax.training.step import compiled_step
+from tarflow_jax.training.step import abstract_state, compiled_step
 
 FOLDER = Path("docs/results")
 DISTANCE = "Fréchet distance (classifier features)"

@@ -19,8 +19,7 @@ from tarflow_jax.planning import forward_flops
 from tarflow_jax.runtime import batch_sharding, make_mesh, use_cores_as_devices
 from tarflow_jax.training import FlowTask, TrainConfig
 from tarflow_jax.training.optimizer import Optimizer
-from tarflow_jax.training.state import new_state
-from tarflow_jax.training.step import compiled_step
+from tarflow_jax.training.step import compiled_step, new_state
 
 
 def our_step(

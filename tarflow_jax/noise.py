@@ -13,9 +13,6 @@ import numpy as np
 from tarflow_jax.errors import UserError
 from tarflow_jax.options import Options, option
 
-KINDS = ("gaussian", "uniform", "levels")
-DRAWS = ("uniform", "variance")
-
 
 class Levels(NamedTuple):
     """Noise levels of a batch."""
@@ -30,47 +27,45 @@ class Noise(Options):
 
     "gaussian" noise is for samples, "uniform" noise (dequantization) for bits per dimension. With "levels" each image
     has Gaussian noise of another level σ, and the flow is conditional on it.
-
-    Raises UserError: another kind, or a σ that does not fit it.
     """
 
     group: ClassVar[str] = "noise"
 
-    kind: str = option("gaussian", "Kind of noise: gaussian, uniform or levels.", choices=KINDS)
-    std: float = option(0.0, "Standard deviation of gaussian noise, for pixels in [-1, 1].", low=0)
-    std_min: float = option(0.0, "Lowest of the noise levels.", low=0)
-    std_max: float = option(0.0, "Highest of the noise levels, at which samples are drawn.", low=0)
-    draw: str = option("uniform", "Draws a level uniformly in σ (uniform) or σ² (variance).", choices=DRAWS)
+    kind: str = option("gaussian", "Kind of noise.", choices=("gaussian", "uniform", "levels"))
+    std: float = option(0.0, "Standard deviation of gaussian noise, for pixels in [-1, 1].")
+    std_min: float = option(0.0, "Lowest of the noise levels.")
+    std_max: float = option(0.0, "Highest of the noise levels, at which samples are drawn.")
+    draw: str = option("uniform", "Draws levels uniformly in σ, or in σ² (variance).", choices=("uniform", "variance"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind == "gaussian" and not self.std:
-            raise UserError("noise.std is 0; expected a positive number for gaussian noise")
-        if self.kind != "gaussian" and self.std:
-            raise UserError(f"noise.std is {self.std}; expected 0 for {self.kind} noise")
+        if (self.kind == "gaussian") != (self.std > 0):
+            expected = "a positive number" if self.kind == "gaussian" else "0"
+            raise UserError(f"noise.std is {self.std}; expected {expected} for {self.kind} noise")
         if self.kind == "levels" and not 0 < self.std_min < self.std_max:
             raise UserError(f"noise levels are {self.std_min} to {self.std_max}; expected 0 < std_min < std_max")
         if self.kind != "levels" and (self.std_min or self.std_max):
             raise UserError(f"noise.std_min and std_max are set; expected 0 for {self.kind} noise")
 
     def __str__(self) -> str:
-        numbers = {"gaussian": f" {self.std:g}", "uniform": "", "levels": f" {self.std_min:g} to {self.std_max:g}"}
-        return self.kind + numbers[self.kind]
+        if self.kind == "uniform":
+            return "uniform"
+        return f"gaussian {self.std:g}" if self.std else f"levels {self.std_min:g} to {self.std_max:g}"
 
     def levels(self, key: jax.Array, count: int) -> Levels | None:
         """Draws the levels of `count` training images; None for the other kinds."""
         if self.kind != "levels":
             return None
-        std = self._quantiles(jax.random.uniform(key, (count,), jnp.float32))
+        std = self._level_at(jax.random.uniform(key, (count,), jnp.float32))
         quarter = jnp.floor(4 * (std - self.std_min) / (self.std_max - self.std_min)).astype(jnp.int32)
         return Levels(std, jax.nn.one_hot(jnp.clip(quarter, 0, 3), 4))
 
     def quantiles(self, count: int) -> np.ndarray:
         """Midpoint quantiles of the training distribution of levels, float32 [count]."""
-        return np.asarray(self._quantiles((jnp.arange(count, dtype=jnp.float32) + 0.5) / count))
+        return np.asarray(self._level_at((jnp.arange(count, dtype=jnp.float32) + 0.5) / count))
 
-    def _quantiles(self, shares: jax.Array) -> jax.Array:
-        """Inverse distribution function of the levels, float32 [count]."""
+    def _level_at(self, shares: jax.Array) -> jax.Array:
+        """The inverse distribution function of the levels."""
         power = 2 if self.draw == "variance" else 1
         low, high = self.std_min**power, self.std_max**power
         return (low + (high - low) * shares) ** (1 / power)
@@ -87,13 +82,13 @@ class Noise(Options):
     ) -> jax.Array:
         """Adds the noise of fold_in(key, i) to image number i of a data set, however the images are batched.
 
-        Args:
-          images: uint8 [B, H, W, K]. index: int32 [B]. noise_std: as of a call; other kinds than "levels" ignore it.
+        `index`, int32 [B], holds the numbers. Kinds other than "levels" ignore `noise_std`.
         """
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-        levels = noise_std if self.kind == "levels" else None
-        add = lambda key, image, std: self(key, image[None], None if std is None else std[None])[0]  # noqa: E731
-        return jax.vmap(add)(keys, images, levels)
+
+        def add(number: jax.Array, image: jax.Array, std: jax.Array | None) -> jax.Array:
+            return self(jax.random.fold_in(key, number), image[None], None if std is None else std[None])[0]
+
+        return jax.vmap(add)(index, images, noise_std if self.kind == "levels" else None)
 
 
 def to_float(images: jax.Array | np.ndarray) -> jax.Array:

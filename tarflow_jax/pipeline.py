@@ -245,7 +245,7 @@ class TarFlowPipeline:
             found = read_student(found, self._runner.mesh) if in_workdir else interop.load_student(found)
         if found is None:
             return None
-        found.check_flow(self.config, self.variables)
+        found.check_flow(self.variables)
         return dataclasses.replace(found, variables=self._runner.place(found.variables))
 
     # Density

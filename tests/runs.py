@@ -17,8 +17,7 @@ from tarflow_jax.evaluation.bits_per_dim import image_bits_per_dim
 from tarflow_jax.runtime import BatchRunner, Rows, make_mesh, start_processes
 from tarflow_jax.training import FlowTask, TrainConfig
 from tarflow_jax.training.optimizer import Optimizer
-from tarflow_jax.training.state import new_state
-from tarflow_jax.training.step import compiled_step
+from tarflow_jax.training.step import compiled_step, new_state
 
 BATCH_SIZE = 16
 SMALL = dataclasses.replace(TINY, num_blocks=2, layers_per_block=1)

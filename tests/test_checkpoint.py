@@ -20,7 +20,7 @@ from tarflow_jax.errors import UserError
 from tarflow_jax.runtime import Preempted, make_mesh
 from tarflow_jax.training import Checkpoints, Recipe, train
 from tarflow_jax.training.checkpoint import _checksum
-from tarflow_jax.training.state import TrainConfig, initial_state
+from tarflow_jax.training.step import TrainConfig, initial_state
 from tarflow_jax.training.task import FlowTask
 from tarflow_jax.training.workdir import read_workdir
 

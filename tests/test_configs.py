@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from tarflow_jax.training import Recipe, train_step
-from tarflow_jax.training.state import initial_state
+from tarflow_jax.training.step import initial_state
 
 QUICK = ("digits:smoke", "fashion_mnist:likelihood", "imagenet64_cond")
 OTHERS = (

@@ -247,9 +247,9 @@ def test_config_survives_json_and_refuses_what_it_does_not_know():
     assert TarFlowConfig.from_dict(TINY.to_dict()) == TINY
     with pytest.raises(ValueError, match="unknown model field 'widht'; did you mean 'width'"):
         TarFlowConfig.from_dict({**TINY.to_dict(), "widht": 1})
-    with pytest.raises(ValueError, match="width is '16'; expected a whole number"):
+    with pytest.raises(ValueError, match="width is '16'; expected int"):
         TarFlowConfig.from_dict({**TINY.to_dict(), "width": "16"})
-    with pytest.raises(ValueError, match="lacks width"):
+    with pytest.raises(ValueError, match="width is 0; expected a number from 1"):
         TarFlowConfig.from_dict({name: value for name, value in TINY.to_dict().items() if name != "width"})
 
 

@@ -17,8 +17,7 @@ from tiny_models import TINY, new_variables
 
 from tarflow_jax.runtime import leaf_name, make_mesh, shardings
 from tarflow_jax.runtime.parameters import params_shapes
-from tarflow_jax.training.muon import orthogonalized
-from tarflow_jax.training.optimizer import Optimizer
+from tarflow_jax.training.optimizer import Optimizer, orthogonalized
 
 ADAMW = Optimizer(10, 1e-2, 1e-3, 2, 0.9, 0.95, 0.1, 0.0, 0.0, "adamw", 0.0)
 MUON = dataclasses.replace(ADAMW, name="muon", muon_learning_rate=3e-2)

@@ -26,8 +26,7 @@ from tarflow_jax.runtime.parameters import params_shapes, student_shapes
 from tarflow_jax.student import Perception, StudentConfig
 from tarflow_jax.training import Recipe, StudentTask, Teacher, TrainConfig, train
 from tarflow_jax.training.optimizer import Optimizer
-from tarflow_jax.training.state import new_state
-from tarflow_jax.training.step import compiled_step
+from tarflow_jax.training.step import compiled_step, new_state
 
 GAUSSIAN = Noise("gaussian", 0.1)
 

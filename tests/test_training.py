@@ -22,12 +22,11 @@ from tarflow_jax.evaluation.bits_per_dim import loss_of
 from tarflow_jax.flow import cast_kernels
 from tarflow_jax.likelihood import training_loss
 from tarflow_jax.runtime import make_mesh, replicated, shardings
-from tarflow_jax.training import Checkpoints, FlowTask, Recipe, TrainConfig, clock, train
+from tarflow_jax.training import Checkpoints, FlowTask, Recipe, TrainConfig, metrics, train
 from tarflow_jax.training.loop import evaluate_loss, run_keys
 from tarflow_jax.training.metrics import MetricsWriter
 from tarflow_jax.training.optimizer import Optimizer
-from tarflow_jax.training.state import initial_state, new_state
-from tarflow_jax.training.step import compiled_step
+from tarflow_jax.training.step import compiled_step, initial_state, new_state
 
 
 class AsGiven(Noise):
@@ -238,8 +237,8 @@ def test_profile_of_some_steps(tmp_path):
 
 def test_the_clock_counts_steps_alone(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(clock, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
-    steps = clock.StepClock()
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    steps = metrics.StepClock()
 
     def after(seconds, *, pause=0.0):
         now[0] += seconds

@@ -6,12 +6,10 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from tarflow_jax.errors import UserError
-from tarflow_jax.options import REQUIRED, Options, option
+from tarflow_jax.options import Options, option
 
 REMAT_POLICIES = ("none", "full")
 KERNELS = ("auto", "plain", "cudnn", "splash")
-DTYPES = ("float32", "bfloat16")
-POSITION_INITS = ("normal", "grid")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,44 +21,30 @@ class TarFlowConfig(Options):
     outlier of one block from growing in the next ones, which training with small batches does not survive.
     `image_limit` does the same for samples that overshoot the training range: 1 and a few standard deviations of the
     noise. `triangular` adds D (D - 1) / 2 outputs per token, so it is for small patches.
-
-    Raises UserError: one line naming the field, when the shape is impossible.
     """
 
     group: ClassVar[str] = "model"
 
-    image_size: tuple[int, int] = option(REQUIRED, "Height and width; one number for a square.", low=1)
-    image_channels: int = option(REQUIRED, "Channels of an image, such as 1 or 3.", low=1)
-    patch_size: int = option(REQUIRED, "Side of the square patches that become tokens.", low=1)
-    width: int = option(REQUIRED, "Width of the residual stream.", low=1)
-    num_blocks: int = option(REQUIRED, "Autoregressive flow blocks; their directions alternate.", low=1)
-    layers_per_block: int | tuple[int, ...] = option(
-        REQUIRED, "Transformer layers of a block, or of each block.", low=1
-    )
-    num_classes: int = option(0, "Number of classes; 0 for an unconditional model.", low=0)
+    image_size: tuple[int, int] = option((0, 0), "Height and width; one number for a square.", low=1)
+    image_channels: int = option(0, "Channels of an image, such as 1 or 3.", low=1)
+    patch_size: int = option(0, "Side of the square patches that become tokens.", low=1)
+    width: int = option(0, "Width of the residual stream.", low=1)
+    num_blocks: int = option(0, "Autoregressive flow blocks; their directions alternate.", low=1)
+    layers_per_block: int | tuple[int, ...] = option(0, "Transformer layers of a block, or of each block.", low=1)
+    num_classes: int = option(0, "Number of classes; 0 for an unconditional model.")
     volume_preserving: bool = option(False, "Volume-preserving flow (VP) with a learned prior variance, not NVP.")
     head_dim: int = option(64, "Width of an attention head; divides the model's width.", low=1)
-    dtype: str = option("float32", "Dtype of the matmuls: float32 or bfloat16.", choices=DTYPES)
-    remat: str = option(
-        "none", "What the backward pass recomputes: none, or full (every layer).", choices=REMAT_POLICIES
-    )
-    attention: str = option(
-        "auto", "Attention kernel of whole sequences: auto, plain, cudnn or splash.", choices=KERNELS
-    )
-    position_init: str = option(
-        "normal", "Initial position embeddings: normal, or grid (sines and cosines).", choices=POSITION_INITS
-    )
+    dtype: str = option("float32", "Dtype of the matmuls.", choices=("float32", "bfloat16"))
+    remat: str = option("none", "Layers that the backward pass recomputes.", choices=REMAT_POLICIES)
+    attention: str = option("auto", "Attention kernel of whole sequences.", choices=KERNELS)
+    position_init: str = option("normal", "Initial position embeddings; grid: sines.", choices=("normal", "grid"))
     rotary: bool = option(False, "Rotary position embeddings by a patch's row and column.")
-    input_limit: float = option(0.0, "Clips the tokens that enter a transformer to ± this; 0 for no limit.", low=0)
-    image_limit: float = option(0.0, "Clips the tokens that enter the first block to ± this; 0 for no limit.", low=0)
+    input_limit: float = option(0.0, "Clips the tokens that enter a transformer to ± this; 0 for no limit.")
+    image_limit: float = option(0.0, "Clips the tokens that enter the first block to ± this; 0 for no limit.")
     triangular: bool = option(False, "Affine maps with triangular matrices instead of diagonal ones.")
     noise_conditional: bool = option(False, "One flow for all noise levels, conditional on the level.")
 
     def __post_init__(self) -> None:
-        size = (self.image_size,) if isinstance(self.image_size, int) else self.image_size
-        if isinstance(size, list | tuple) and len(size) == 1:  # a flag's (8,)
-            size = (*size, *size)
-        object.__setattr__(self, "image_size", size)
         super().__post_init__()
         height, width = self.image_size
         if height % self.patch_size or width % self.patch_size:
@@ -69,7 +53,7 @@ class TarFlowConfig(Options):
                 "choose a patch that divides both sides"
             )
         if self.width % self.head_dim:
-            raise UserError(f"width {self.width} is not a multiple of head_dim {self.head_dim}; choose a width that is")
+            raise UserError(f"width {self.width} is not a multiple of head_dim {self.head_dim}")
         if len(self.depths) != self.num_blocks:
             raise UserError(f"layers_per_block lists {len(self.depths)} blocks, but num_blocks is {self.num_blocks}")
         if self.position_init == "grid" and self.width % 4:

@@ -18,8 +18,7 @@ from tarflow_jax.planning.topology import Topology
 from tarflow_jax.runtime import Program, batch_sharding, device_flow, replicated
 from tarflow_jax.sampling import Guidance, decode
 from tarflow_jax.training import Recipe
-from tarflow_jax.training.state import abstract_state
-from tarflow_jax.training.step import compiled_step
+from tarflow_jax.training.step import abstract_state, compiled_step
 
 
 @dataclasses.dataclass(frozen=True)

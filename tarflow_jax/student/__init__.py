@@ -4,8 +4,7 @@ The flow's own inverse stays exact; see `sampling`.
 """
 
 from tarflow_jax.student.config import StudentConfig, TrainedStudent
-from tarflow_jax.student.loss import distillation_loss
+from tarflow_jax.student.loss import Perception, distillation_loss
 from tarflow_jax.student.network import Student
-from tarflow_jax.student.perception import Perception
 
 __all__ = ["Perception", "Student", "StudentConfig", "TrainedStudent", "distillation_loss"]

@@ -1,13 +1,13 @@
-"""The student's loss, on trajectories of real images through the frozen flow."""
+"""The student's loss, on trajectories of real images through the frozen flow, and a perceptual distance in it."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from tarflow_jax.flow import TarFlow, to_images
 from tarflow_jax.student.network import Student
-from tarflow_jax.student.perception import perceptual_distance
 
 _SOFTENING = 0.01  # c
 
@@ -56,12 +56,50 @@ def distillation_loss(
         distance = perceptual_distance(student.config.shape.num_classes, perception, images, clean)
         metrics["perceptual"] = distance.mean()
         loss = loss + student.config.perceptual * _adapted(distance).mean()
-    sizes = jnp.square(trajectory).mean((2, 3, 4))  # [B, F]
-    errors = jnp.square(found - trajectory).mean((2, 3, 4)) / sizes
-    metrics["block_errors"] = errors.mean(0)
+    errors = jnp.square(found - trajectory).mean((2, 3, 4)) / jnp.square(trajectory).mean((2, 3, 4))  # [B, F]
     loss = loss + _adapted(errors).mean(0).sum()
-    return loss, metrics | {"loss": loss}
+    return loss, metrics | {"block_errors": errors.mean(0), "loss": loss}
 
 
 def _adapted(errors: jax.Array) -> jax.Array:
     return errors / (jax.lax.stop_gradient(errors) + _SOFTENING)
+
+
+class Seen(NamedTuple):
+    """A `Perception` network's features and logits."""
+
+    scales: list[jax.Array]  # float32 [B, H, W, C], from the finest to the coarsest
+    logits: jax.Array  # [B, num_classes]
+
+
+class Perception(nn.Module):
+    """A small classifier of images [B, H, W, K], float32 in [-1, 1] or uint8, from whose features a student may learn.
+
+    It measures nothing: the classifier of `launch.evaluate` has another architecture and seed.
+    """
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> Seen:
+        x, scales = images if images.dtype == jnp.float32 else images.astype(jnp.float32) / 127.5 - 1.0, []
+        for width in (24, 48, 96):
+            for _ in range(2):
+                x = nn.gelu(nn.Conv(width, (3, 3))(x))
+            scales.append(x)
+            x = nn.pool(x, 0.0, jax.lax.add, (2, 2), (2, 2), "VALID") / 4.0
+        return Seen(scales, nn.Dense(self.num_classes)(x.mean((1, 2))))
+
+
+def perceptual_distance(num_classes: int, params: Any, images: jax.Array, others: jax.Array) -> jax.Array:
+    """Returns the squared distance [B] between normalized features, the mean over positions and scales.
+
+    This is LPIPS (arXiv 1801.03924) without learned weights.
+    """
+
+    def directions(x: jax.Array) -> list[jax.Array]:
+        scales = Perception(num_classes).apply({"params": params}, x).scales
+        return [x * jax.lax.rsqrt(jnp.square(x).sum(3, keepdims=True) + 1e-4) for x in scales]
+
+    pairs = zip(directions(images), directions(others), strict=True)
+    return jnp.stack([jnp.square(a - b).sum(3).mean((1, 2)) for a, b in pairs]).mean(0)

@@ -3,8 +3,7 @@
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.loop import train
 from tarflow_jax.training.recipe import Recipe
-from tarflow_jax.training.state import TrainConfig, TrainState
-from tarflow_jax.training.step import train_step
+from tarflow_jax.training.step import TrainConfig, TrainState, train_step
 from tarflow_jax.training.task import FlowTask, StudentTask, Teacher
 
 __all__ = [

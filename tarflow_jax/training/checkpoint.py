@@ -50,25 +50,20 @@ class Checkpoints:
         self._losses = dict(zip(steps, losses.tolist(), strict=True))  # inf where none was measured
 
     def save(self, step: int, state: Any, config: Mapping[str, Any], test_loss: float | None = None) -> None:
-        """Starts writing a checkpoint. Returns once `state` is copied, so the caller may donate it.
+        """Starts writing a checkpoint. Returns once `state`, a pytree, is copied, so the caller may donate it.
 
-        Args:
-          step: number of training steps taken.
-          state: pytree of arrays.
-          config: the run's config as a JSON object.
-          test_loss: ranks the checkpoints; None if it was not measured.
-
-        Raises OSError if this checkpoint or the previous one could not be written.
+        `config` can be written as JSON. `test_loss` ranks the checkpoints; it is None if it was not measured. Raises
+        OSError if this checkpoint or the previous one could not be written.
         """
         self._losses[step] = math.inf if test_loss is None or math.isnan(test_loss) else test_loss
-        record = {
+        record: dict[str, Any] = {
             "config": dict(config),
             "test_loss": self._losses[step],
             "arrays": _arrays(state),
             "checksums": _checksums(state),
         }
-        checked = {**record, "crc32": _crc32(record)}
-        items = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), RECORD: ocp.args.JsonSave(checked)})
+        record["crc32"] = _crc32(record)
+        items = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), RECORD: ocp.args.JsonSave(record)})
         with _write_errors(self._folder):  # waits for the previous checkpoint
             self._manager.save(step, args=items, force=True)  # unforced, Orbax silently skips a step before its latest
 
@@ -78,7 +73,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def restore(self, abstract_state: Any, *, best: bool = False, partial: bool = False) -> tuple[int, Any] | None:
-        """Reads the newest intact checkpoint.
+        """Reads the newest intact checkpoint, of the same step on all processes; None if the folder holds none.
 
         Args:
           abstract_state: pytree of `jax.ShapeDtypeStruct`, sharded over any mesh. A leaf without a sharding becomes a
@@ -86,11 +81,8 @@ class Checkpoints:
           best: read the one with the lowest test loss instead.
           partial: skip arrays that `abstract_state` does not have, instead of raising.
 
-        Returns:
-          (step, state), the same step on all processes; None if the folder holds no checkpoint.
-
         Raises:
-          ValueError: no checkpoint is intact, or they hold another model's state, or it does not fit into memory.
+          UserError: no checkpoint is intact, or they hold another model's state, or it does not fit into memory.
           OSError: the disk or network failed, or reading failed on another process.
         """
         layout = ocp.checkpoint_utils.construct_restore_args(abstract_state)
@@ -106,7 +98,7 @@ class Checkpoints:
 
         steps = self._steps()
         if best and steps:
-            steps = sorted((step for step in steps if self._losses[step] < math.inf), key=self._losses.__getitem__)
+            steps = self._ranked(steps)
             if not steps:
                 raise UserError(
                     f"no checkpoint in {self._folder} has a test loss; set train.evaluate_every or use the last"
@@ -122,12 +114,13 @@ class Checkpoints:
         aside = self._folder.parent / "damaged"
 
         def move() -> None:
-            for name in map(str, later if jax.process_index() == 0 else ()):
-                if (aside / name).exists():
-                    (aside / name).rmtree()
+            if jax.process_index() == 0:
                 aside.mkdir(exist_ok=True)
-                (self._folder / name).rename(aside / name)
-                logger.warning("checkpoint %s is now in %s", name, aside)
+                for name in map(str, later):
+                    if (aside / name).exists():
+                        (aside / name).rmtree()
+                    (self._folder / name).rename(aside / name)
+                    logger.warning("checkpoint %s is now in %s", name, aside)
 
         if later:
             _on_all_processes(move)
@@ -149,10 +142,13 @@ class Checkpoints:
 
     def should_preserve(self, checkpoints: Sequence[Any], **_: Any) -> list[bool]:
         """Tells Orbax which of these checkpoints, oldest first, to keep."""
-        kept = {checkpoint.step for checkpoint in checkpoints[-self._keep :]}
-        measured = [checkpoint.step for checkpoint in checkpoints if math.isfinite(self._losses[checkpoint.step])]
-        kept |= set(sorted(measured, key=self._losses.__getitem__)[:1])
-        return [checkpoint.step in kept for checkpoint in checkpoints]
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[-self._keep :], *self._ranked(steps)[:1]}
+        return [step in kept for step in steps]
+
+    def _ranked(self, steps: list[int]) -> list[int]:
+        """Those with a test loss, best first."""
+        return sorted((step for step in steps if self._losses[step] < math.inf), key=self._losses.__getitem__)
 
     def _steps(self) -> list[int]:
         """All steps, newest first."""

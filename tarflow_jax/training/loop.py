@@ -26,18 +26,13 @@ from tarflow_jax.runtime import (
     use_cores_as_devices,
 )
 from tarflow_jax.training.checkpoint import Checkpoints
-from tarflow_jax.training.clock import Profiler, StepClock
-from tarflow_jax.training.metrics import MetricsWriter
+from tarflow_jax.training.metrics import MetricsWriter, StepClock
 from tarflow_jax.training.recipe import Recipe
-from tarflow_jax.training.state import TrainState, abstract_state, new_state
-from tarflow_jax.training.step import compiled_step
+from tarflow_jax.training.step import TrainState, abstract_state, compiled_step, new_state
 from tarflow_jax.training.task import Metrics
 from tarflow_jax.training.workdir import write_start
 
 logger = logging.getLogger(__name__)
-Preview = Callable[[int, dict[str, Any]], None]
-# Folded into a run's seed, so that sampling and evaluation never derive the same keys from the same seed.
-_TRAINING = 0x747261696E % 2**31
 
 
 class NonFiniteError(ArithmeticError):
@@ -45,9 +40,12 @@ class NonFiniteError(ArithmeticError):
 
 
 def train(
-    config: ml_collections.ConfigDict, workdir: epath.PathLike, preview: Preview | None = None, frozen: Any = None
+    config: ml_collections.ConfigDict,
+    workdir: epath.PathLike,
+    preview: Callable[[int, dict[str, Any]], None] | None = None,
+    frozen: Any = None,
 ) -> TrainState:
-    """Trains until `config.train.num_steps`, from the workdir's last checkpoint on.
+    """Trains until `config.train.num_steps`, from the workdir's last checkpoint on; returns the final state.
 
     Args:
       config: a recipe, see configs/defaults.py.
@@ -56,9 +54,6 @@ def train(
       preview: called as preview(step, variables) every `train.sample_every` steps, on every process.
       frozen: arrays that the recipe's task reads and training does not change, such as a student's `Teacher`. Arrays
         that are not on the config's mesh are replicated.
-
-    Returns:
-      The final state, sharded over the config's mesh.
 
     Raises:
       UserError: an impossible config, a workdir that holds another one, or one that another process trains in.
@@ -103,24 +98,20 @@ def train(
 
 def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
     """Returns the keys of the initial weights, and of the steps' noise and dropped labels."""
-    init_key, step_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), _TRAINING))
+    # Folded in, so that sampling and evaluation never derive the same keys from the same seed.
+    init_key, step_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0x747261696E % 2**31))
     return init_key, step_key
 
 
 def evaluate_loss(recipe: Recipe, variables: dict[str, Any], frozen: Any = None) -> float:
-    """Returns the test loss of a recipe's task; see `FlowTask.test_loss` and `StudentTask.test_loss`."""
+    """Returns the test loss of a recipe's task."""
     return recipe.task.test_loss(BatchRunner(recipe.mesh()), variables, recipe.source("test"), frozen)
 
 
 class _Run:
-    """A run's state, and what it writes.
-
-    Attributes:
-      step: the number of steps taken. state: after them.
-    """
+    """A run's state after `step` steps, and what it writes."""
 
     def __init__(self, recipe: Recipe, workdir: epath.Path, frozen: Any, resources: contextlib.ExitStack) -> None:
-        """Begins or continues; closing `resources` closes everything, even if closing one of them fails."""
         fields, config = recipe.config.train, recipe.train_config
         self.recipe, self.fields, self.mesh = recipe, fields, recipe.mesh()
         init_key, self.key = run_keys(fields.seed)
@@ -143,7 +134,8 @@ class _Run:
             write_start(workdir, self.step)
             self.metrics = MetricsWriter(workdir, self.step)
             resources.callback(self.metrics.close)
-        self.profiler = resources.enter_context(Profiler(workdir / "profile", fields.profile_steps))
+        self.profile_folder, self.profile_from = workdir / "profile", max(fields.profile_steps[0], self.step + 1)
+        self.profile = resources.enter_context(contextlib.ExitStack())
         bar = tqdm(total=fields.num_steps, initial=self.step, unit="step", disable=self.metrics is None, smoothing=0.05)
         self.bar = resources.enter_context(bar)
         self.clock = StepClock()
@@ -167,10 +159,13 @@ class _Run:
 
     def take_step(self, images: jax.Array, labels: jax.Array) -> None:
         """Starts a step, then checks the previous one: the devices never wait for the host."""
-        with self.profiler.step(self.step + 1):
+        number = self.step + 1
+        if number == self.profile_from <= self.fields.profile_steps[1]:
+            self.profile.enter_context(jax.profiler.trace(str(self.profile_folder)))
+        with jax.profiler.StepTraceAnnotation("train", step_num=number):
             state, metrics = self.program(self.state, images, labels, self.key, self.frozen)
         self.settle()
-        self.step, self.state, self._running = self.step + 1, state, metrics
+        self.step, self.state, self._running = number, state, metrics
         self.bar.update()
 
     def settle(self) -> dict[str, np.ndarray]:
@@ -178,7 +173,8 @@ class _Run:
         if self._running is not None:
             self._last, self._running = jax.device_get(self._running), None
             self.clock.step_done()
-            self.profiler.step_done(self.step)
+            if self.step >= self.fields.profile_steps[1]:
+                self.profile.close()
             for name in ("loss", "grad_norm"):
                 if not np.isfinite(self._last[name]):
                     raise NonFiniteError(
@@ -189,7 +185,7 @@ class _Run:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Settles the running step and keeps the time of other work out of the step rate."""
+        """Keeps the time of other work out of the step rate."""
         self.settle()
         yield
         self.clock.pause()
@@ -199,7 +195,6 @@ class _Run:
         return every > 0 and self.step % every == 0
 
     def log(self) -> None:
-        """Writes the metrics of the step."""
         metrics = self.settle()
         images_per_second = self.clock.rate() * self.fields.batch_size
         self.bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {images_per_second:.0f} images/s")
@@ -208,7 +203,6 @@ class _Run:
             self.metrics.write(self.step, {**metrics, **rates})
 
     def evaluate(self) -> float:
-        """Returns the test loss, and writes it."""
         with self.paused():
             test_loss = evaluate_loss(self.recipe, self.state.sampling_variables, self.frozen)
         if self.metrics:
@@ -216,7 +210,6 @@ class _Run:
         return test_loss
 
     def save(self, test_loss: float | None) -> None:
-        """Starts to write a checkpoint."""
         with self.paused():
             self.checkpoints.save(self.step, self.state, json.loads(self.recipe.to_json()), test_loss)
             if self.metrics:
@@ -225,11 +218,9 @@ class _Run:
 
 def _on_mesh(mesh: Mesh, tree: Any) -> Any:
     """Replicates arrays over the mesh; those already on its devices stay as they are."""
-    devices = set(mesh.devices.flat)
 
     def placed(x: Any) -> jax.Array:
-        return (
-            x if isinstance(x, jax.Array) and x.sharding.device_set == devices else jax.device_put(x, replicated(mesh))
-        )
+        on_mesh = isinstance(x, jax.Array) and x.sharding.device_set == set(mesh.devices.flat)
+        return x if on_mesh else jax.device_put(x, replicated(mesh))
 
     return jax.tree.map(placed, tree)

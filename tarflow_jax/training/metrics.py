@@ -1,7 +1,8 @@
-"""Metrics of a run, as JSON lines and TensorBoard events."""
+"""Metrics of a run, as JSON lines and TensorBoard events, and its steps per second."""
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +58,29 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
         return float("inf")  # a crash cut the line short
+
+
+class StepClock:
+    """Measures steps per second. Excludes the first step, which compiles, and any step that follows a pause."""
+
+    def __init__(self) -> None:
+        self._last: float | None = None  # when the last step ended, unless other work followed it
+        self._seconds, self._steps, self._rate = 0.0, 0, 0.0
+
+    def step_done(self) -> None:
+        """Call when a step's results are on the host."""
+        now = time.perf_counter()
+        if self._last is not None:
+            self._seconds, self._steps = self._seconds + now - self._last, self._steps + 1
+        self._last = now
+
+    def pause(self) -> None:
+        """Call after work between steps, such as an evaluation."""
+        self._last = None
+
+    def rate(self) -> float:
+        """Returns steps per second since the last call; the previous rate if none were counted, at first 0."""
+        if self._steps:
+            self._rate = self._steps / self._seconds
+        self._seconds, self._steps = 0.0, 0
+        return self._rate

@@ -1,17 +1,26 @@
-"""The optimizer of a run: the learning rate of each step and the update rule."""
+"""The optimizer of a run: the learning rate of each step, AdamW, and Muon, whose layers the devices share."""
 
 import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from tarflow_jax.errors import UserError
 from tarflow_jax.options import Options, option
-from tarflow_jax.training.muon import is_hidden_matrix, muon
+from tarflow_jax.runtime import leaf_name
+from tarflow_jax.runtime.parameters import Parameter, rows_of
 
-NAMES = ("adamw", "muon")
+MOMENTUM = 0.95
+RMS = 0.2  # of an update, about AdamW's, so that learning rates and weight decay carry over (Liu et al. 2025)
+_COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 5  # optax scans over a row a step, but unrolls steps of a single row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,26 +29,21 @@ class Optimizer(Options):
 
     Muon orthogonalizes the momentum of each hidden matrix by five Newton-Schulz steps (Jordan et al. 2024). Learning
     rates rise linearly over `warmup_steps` from `final_learning_rate` to their peak, and a cosine leads back.
-
-    Attributes:
-      num_steps: length of the run.
-
-    Raises UserError: one line naming the field.
     """
 
     group: ClassVar[str] = "optimizer"
 
-    num_steps: int
-    learning_rate: float = option(3e-3, "Peak learning rate of AdamW.", low=0)
-    final_learning_rate: float = option(1e-6, "Learning rate of the first and the last step.", low=0)
-    warmup_steps: int = option(0, "Steps of linear warm-up.", low=0)
-    beta1: float = option(0.9, "AdamW's decay of the mean gradient.", low=0)
-    beta2: float = option(0.95, "AdamW's decay of the mean squared gradient.", low=0)
-    weight_decay: float = option(1e-4, "Weight decay of every parameter.", low=0)
-    clip_norm: float = option(1.0, "Largest norm of the whole gradient; 0 for no clipping.", low=0)
-    ema_decay: float = option(0.0, "Decay of the exponential moving average of the parameters; 0 for none.", low=0)
-    name: str = option("muon", "muon (hidden matrices; AdamW for the rest), or adamw for all.", choices=NAMES)
-    muon_learning_rate: float = option(5e-3, "Peak learning rate of the hidden matrices; 0 with adamw.", low=0)
+    num_steps: int  # of the run
+    learning_rate: float = option(3e-3, "Peak learning rate of AdamW.")
+    final_learning_rate: float = option(1e-6, "Learning rate of the first and the last step.")
+    warmup_steps: int = option(0, "Steps of linear warm-up.")
+    beta1: float = option(0.9, "AdamW's decay of the mean gradient.")
+    beta2: float = option(0.95, "AdamW's decay of the mean squared gradient.")
+    weight_decay: float = option(1e-4, "Weight decay of every parameter.")
+    clip_norm: float = option(1.0, "Largest norm of the whole gradient; 0 for no clipping.")
+    ema_decay: float = option(0.0, "Decay of the exponential moving average of the parameters; 0 for none.")
+    name: str = option("muon", "Muon for the hidden matrices, or AdamW for all.", choices=("adamw", "muon"))
+    muon_learning_rate: float = option(5e-3, "Peak learning rate of the hidden matrices; 0 with adamw.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,11 +70,82 @@ class Optimizer(Options):
         """Returns the update rule; `dtype` is that of the network's matmuls."""
         update = optax.adamw(self.schedule(), b1=self.beta1, b2=self.beta2, weight_decay=self.weight_decay)
         if self.name == "muon":
-            hidden = muon(self.schedule(self.muon_learning_rate), self.weight_decay, dtype)
+            hidden = optax.chain(
+                optax.trace(MOMENTUM, nesterov=True),  # without optax.contrib.muon's bias correction
+                optax.stateless(lambda momentum, _: orthogonalized(momentum, dtype)),
+                optax.scale(RMS),
+                optax.add_decayed_weights(self.weight_decay),
+                optax.scale_by_learning_rate(self.schedule(self.muon_learning_rate)),
+            )
             update = optax.partition({"muon": hidden, "adamw": update}, _labels)
         return optax.chain(optax.clip_by_global_norm(self.clip_norm), update) if self.clip_norm else update
 
 
+def orthogonalized(blocks: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
+    """Orthogonalizes every matrix and scales it to a root mean square of about 1.
+
+    Args:
+      blocks: the same tree of kernels [layers, …] for each block, sharded as the parameters are.
+      dtype: devices send each other directions in it; that of the network's matmuls.
+
+    Returns the same trees with the same shardings, rounded to `dtype`, in float32.
+    """
+
+    def of_all_blocks(path: tuple[Any, ...], *kernels: jax.Array) -> list[jax.Array]:
+        row, ends = _row(path), list(itertools.accumulate(map(len, kernels)))
+        sides = optax.contrib.MuonDimensionNumbers(row.input_axes, row.output_axes)
+        function = functools.partial(_newton_schulz, sides, dtype)
+        axes = jax.sharding.get_abstract_mesh().axis_names
+        return jnp.split(_over_devices(axes, function, jnp.concatenate(kernels), row.spec[1:]), ends[:-1])
+
+    first, *others = blocks.values()
+    directions = jax.tree_util.tree_map_with_path(of_all_blocks, first, *others)
+    directions = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), directions)
+    return dict(zip(blocks, jax.tree.transpose(jax.tree.structure(first), None, directions), strict=True))
+
+
+def _newton_schulz(sides: optax.contrib.MuonDimensionNumbers, dtype: DTypeLike, stack: jax.Array) -> jax.Array:
+    """Orthogonalizes and scales a stack [layers, …] of kernels."""
+    # optax does not export its Newton-Schulz iteration. Without momentum, its Muon is just that.
+    iteration = optax.contrib.scale_by_muon(_COEFFICIENTS, beta=0.0, nesterov=False, weight_dimension_numbers=sides)
+    directions, _ = iteration.update(stack, iteration.init(stack))
+    longer_side = max(math.prod(stack.shape[axis] for axis in axes) for axes in sides)
+    return (math.sqrt(longer_side) * directions).astype(dtype)
+
+
+def _over_devices(
+    axes: Sequence[str], function: Callable[[jax.Array], jax.Array], stack: jax.Array, spec: Sequence[str | None]
+) -> jax.Array:
+    """Applies `function` to a stack [layers, …], the layers divided among the devices along the mesh's `axes`.
+
+    `spec` shards the other dimensions. XLA compiles each axis to a slice and an all-gather where it is not in `spec`,
+    to two all-to-alls where it is. Constrained to all axes at once, it would all-gather whole stacks.
+    """
+    if not axes:
+        return function(stack)
+    axis, *others = axes
+    size = jax.sharding.get_abstract_mesh().shape[axis]
+    without = [None if name == axis else name for name in spec]
+    divided, constrain = PartitionSpec(axis, None, *without), jax.lax.with_sharding_constraint
+
+    whole = constrain(stack, PartitionSpec(None, *spec))
+    padded = jnp.pad(whole, [(0, -len(stack) % size), *[(0, 0)] * (stack.ndim - 1)])
+    shares = constrain(padded.reshape(size, -1, *stack.shape[1:]), divided)
+    results = jax.vmap(lambda share: _over_devices(others, function, share, without), spmd_axis_name=axis)(shares)
+    gathered = constrain(constrain(results, divided), PartitionSpec(None, None, *spec))
+    return gathered.reshape(-1, *stack.shape[1:])[: len(stack)]
+
+
 def _labels(params: Any) -> Any:
-    """Labels every parameter "muon" or "adamw"."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: "muon" if is_hidden_matrix(path) else "adamw", params)
+    """Labels kernels of dense layers inside the transformer layers "muon", all other parameters "adamw"."""
+
+    def label(path: tuple[Any, ...], _: Any) -> str:
+        row = _row(path)
+        return "muon" if row.stacked and row.input_axes else "adamw"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def _row(path: tuple[Any, ...]) -> Parameter:
+    (row,) = rows_of(leaf_name(path))
+    return row

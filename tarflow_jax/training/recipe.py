@@ -6,13 +6,13 @@ import json
 import logging
 import textwrap
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import jax
 import ml_collections
 import numpy as np
 from etils import epath
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from tarflow_jax.data import ImageSource, open_source
@@ -20,13 +20,13 @@ from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.files import write_text
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.noise import Noise
-from tarflow_jax.options import Options, defaults, described, option
+from tarflow_jax.options import Options, described, option
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling import Guidance
 from tarflow_jax.student import StudentConfig
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.optimizer import Optimizer
-from tarflow_jax.training.state import TrainConfig
+from tarflow_jax.training.step import TrainConfig
 from tarflow_jax.training.task import FlowTask, StudentTask, Task
 
 logger = logging.getLogger(__name__)
@@ -61,9 +61,9 @@ class DataOptions(Options):
     data_dir: str = option("", "Folder of the data sets; empty for the default one.")
     preprocessing: str = option("none", "Crop and resize: none, tarflow or adm.")
     flip: bool = option(False, "Mirrors images at random.")
-    num_workers: int = option(0, "Threads that read ahead.", low=0)
+    num_workers: int = option(0, "Threads that read ahead.")
     skip_bad: bool = option(False, "Leaves out a folder's damaged images instead of rejecting it.")
-    cache_bytes: int = option(0, "Keeps decoded images in memory, up to this many bytes.", low=0)
+    cache_bytes: int = option(0, "Keeps decoded images in memory, up to this many bytes.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,16 +75,26 @@ class TrainOptions(Options):
     num_steps: int = option(0, "Optimizer steps.", low=1)
     batch_size: int = option(0, "Images of a step, over all devices.", low=1)
     accumulation: int = option(1, "Microbatches of a step.", low=1)
-    drop_label: float = option(0.0, "Probability of training an image without its label.", low=0, high=1)
-    seed: int = option(0, "Seed of weights, noise and the order of images.", low=0)
+    drop_label: float = option(0.0, "Probability of training an image without its label.")
+    seed: int = option(0, "Seed of weights, noise and the order of images.")
     checkpoint_every: int = option(1000, "Steps between checkpoints.", low=1)
     keep_checkpoints: int = option(3, "Checkpoints to keep, beside the best one.", low=1)
-    evaluate_every: int = option(0, "Steps between test losses, which choose the best checkpoint; 0 for none.", low=0)
-    sample_every: int = option(0, "Steps between previews; 0 for none.", low=0)
+    evaluate_every: int = option(0, "Steps between test losses, which choose the best checkpoint; 0 for none.")
+    sample_every: int = option(0, "Steps between previews; 0 for none.")
     log_every: int = option(50, "Steps between lines of metrics.", low=1)
-    profile_steps: tuple[int, int] = option(
-        (0, 0), "First and last step of a jax.profiler trace; 0, 0 for none.", low=0
-    )
+    profile_steps: tuple[int, int] = option((0, 0), "First and last step of a jax.profiler trace; 0, 0 for none.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size % self.accumulation:
+            raise UserError(
+                f"train.batch_size {self.batch_size} is not divisible by train.accumulation {self.accumulation}"
+            )
+        if self.drop_label > 1:
+            raise UserError(f"train.drop_label is {self.drop_label}; expected a number from 0 to 1")
+        first, last = self.profile_steps
+        if first > last or (last and not first):
+            raise UserError(f"train.profile_steps is {self.profile_steps}; expected (first, last), or (0, 0) for none")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +127,8 @@ STUDENT_GROUPS = {"student": StudentConfig, **{name: GROUPS[name] for name in ("
 
 def default_config(groups: dict[str, Any] = GROUPS) -> ml_collections.ConfigDict:
     """Returns a recipe of these groups with every option's default."""
-    return ml_collections.ConfigDict({name: defaults(cls) for name, cls in groups.items()})
+    defaults = {f"{group}.{name}": default for group, cls in groups.items() for name, default, _ in described(cls)}
+    return ml_collections.ConfigDict(unflatten_dict(defaults, sep="."))
 
 
 def config_help(groups: dict[str, Any] = GROUPS) -> str:
@@ -130,83 +141,47 @@ def config_help(groups: dict[str, Any] = GROUPS) -> str:
     return "\n".join(lines)
 
 
-@dataclasses.dataclass(frozen=True)
 class Recipe:
     """A training run's config and what follows from it.
 
-    A recipe with a group `student` trains a student of the flow that its model and noise describe.
-
-    Raises:
-      UserError: one line naming the field that is unknown, missing or impossible.
+    Attributes:
+      config: as given; a group `student` in it trains a student of the flow that model and noise describe.
+      student: the student to train; None if the flow itself is trained.
+      task: what is trained.
+      train_config: what determines the state and the step.
     """
 
-    config: ml_collections.ConfigDict
-
-    def __post_init__(self) -> None:
-        if "model" not in self.config:
+    def __init__(self, config: ml_collections.ConfigDict) -> None:
+        """Raises UserError: one line naming the field that is unknown, missing or impossible."""
+        if "model" not in config:
             raise UserError("this recipe has no model: it is a student's, for launch.distill")
-        for group in ("data", "sample", "mesh"):
-            self._options(group)
-        train = self._options("train")
-        if train.batch_size % train.accumulation:
-            raise UserError(
-                f"train.batch_size {train.batch_size} is not divisible by train.accumulation {train.accumulation}"
-            )
-        _ = self.train_config  # its parts check themselves
-
-    def _options(self, group: str) -> Any:
-        return GROUPS[group].from_dict(self.config[group].to_dict())
-
-    @property
-    def model(self) -> TarFlowConfig:
-        return self._options("model")
-
-    @property
-    def noise(self) -> Noise:
-        return self._options("noise")
-
-    @property
-    def student(self) -> StudentConfig | None:
-        """The student that this recipe trains; None if it trains the flow."""
-        if "student" not in self.config:
-            return None
-        return StudentConfig.from_dict({**self.config.student.to_dict(), "flow": self.model})  # not its fingerprint
-
-    @property
-    def task(self) -> Task:
-        """What is trained."""
-        drop_label, student = self.config.train.drop_label, self.student
-        if student:
-            return StudentTask(student, self.noise, drop_label)
-        return FlowTask(self.model, self.noise, drop_label)
-
-    @property
-    def train_config(self) -> TrainConfig:
-        """What determines the state and the step."""
-        fields = {"num_steps": self.config.train.num_steps, **self.config.optimizer}
-        return TrainConfig(self.task, Optimizer.from_dict(fields), self.config.train.accumulation)
+        groups = config.to_dict()
+        for name in ("data", "sample", "mesh"):
+            GROUPS[name].from_dict(groups[name])
+        train = TrainOptions.from_dict(groups["train"])
+        self.config = config
+        self.model, self.noise = TarFlowConfig.from_dict(groups["model"]), Noise.from_dict(groups["noise"])
+        self.student: StudentConfig | None = None
+        self.task: Task = FlowTask(self.model, self.noise, train.drop_label)
+        if "student" in config:
+            self.student = StudentConfig.from_dict({**groups["student"], "flow": self.model})  # not its fingerprint
+            self.task = StudentTask(self.student, self.noise, train.drop_label)
+        optimizer = Optimizer.from_dict({**groups["optimizer"], "num_steps": train.num_steps})
+        self.train_config = TrainConfig(self.task, optimizer, train.accumulation)
 
     def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        """Returns the config's mesh over `devices`, by default all.
-
-        Raises:
-          UserError: it does not cover them, or the batch cannot be sharded over it.
-        """
-        mesh = make_mesh(**self.config.mesh, devices=devices)
-        shards = mesh.shape["data"] * mesh.shape["fsdp"] * self.config.train.accumulation
-        if self.config.train.batch_size % shards:
+        """Returns the config's mesh over `devices`, by default all; raises UserError unless it divides the batch."""
+        mesh, fields = make_mesh(**self.config.mesh, devices=devices), self.config.train
+        shards = mesh.shape["data"] * mesh.shape["fsdp"] * fields.accumulation
+        if fields.batch_size % shards:
             raise UserError(
-                f"train.batch_size {self.config.train.batch_size} does not divide by data x fsdp x accumulation "
+                f"train.batch_size {fields.batch_size} does not divide by data x fsdp x accumulation "
                 f"= {shards}; choose a multiple of it"
             )
         return mesh
 
     def source(self, split: str) -> ImageSource:
-        """Opens the "train" or "test" split of the data.
-
-        Raises:
-          UserError: its images have another shape than the model's, or its classes are not the model's.
-        """
+        """Opens the "train" or "test" split of the data; raises UserError unless its images fit the model."""
         fields, model = self.config.data, self.model
         source = open_source(
             fields.source,
@@ -232,26 +207,12 @@ class Recipe:
     def write_to(self, workdir: epath.PathLike, source: ImageSource | None = None) -> None:
         """Writes workdir/config.json and, for a training split, data.json.
 
-        `train.num_steps` may grow before the end of a run, if the steps taken keep their learning rates.
-
-        Raises:
-          UserError: the workdir holds another configuration (names the fields), or a run on other data.
+        `train.num_steps` may grow before the end of a run, if the steps taken keep their learning rates. Raises
+        UserError if the workdir holds another configuration, or a run on other data.
         """
         workdir = epath.Path(workdir)
         if (workdir / CONFIG).exists():
-            stored = flatten_dict(_read_json(workdir / CONFIG), sep=".")
-            ours = flatten_dict(json.loads(self.to_json()), sep=".")
-            differing = [
-                f"{name} ({stored.get(name)!r} there, {ours.get(name)!r} here)"
-                for name in sorted(stored.keys() | ours.keys())
-                if stored.get(name) != ours.get(name) and not name.startswith(_FREE_FIELDS)
-            ]
-            if len(differing) == 1 and differing[0].startswith("train.num_steps "):
-                self._check_growth(workdir, stored["train.num_steps"])
-            elif differing:
-                raise UserError(
-                    f"{workdir} holds another configuration: {', '.join(differing)}; choose another workdir"
-                )
+            self._check_continues(workdir, _read_json(workdir / CONFIG))
         data = source and {"fingerprint": source.fingerprint, "label_names": source.label_names}
         if data and (workdir / DATA).exists() and _read_json(workdir / DATA).get("fingerprint") != data["fingerprint"]:
             raise UserError(
@@ -263,38 +224,49 @@ class Recipe:
             if data:
                 write_text(workdir / DATA, json.dumps(data) + "\n")
 
+    def _check_continues(self, workdir: epath.Path, stored: dict[str, Any]) -> None:
+        there = flatten_dict(stored, sep=".")
+        here = flatten_dict(json.loads(self.to_json()), sep=".")
+        differing = [
+            name
+            for name in sorted(there.keys() | here.keys())
+            if there.get(name) != here.get(name) and not name.startswith(_FREE_FIELDS)
+        ]
+        if differing == ["train.num_steps"]:
+            self._check_growth(workdir, there["train.num_steps"])
+        elif differing:
+            fields = ", ".join(f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)" for name in differing)
+            raise UserError(f"{workdir} holds another configuration: {fields}; choose another workdir")
+
     def _check_growth(self, workdir: epath.Path, planned: int) -> None:
         """Raises UserError unless a run of `planned` steps can become this one."""
-        grown = self.train_config.optimizer
+        longer = self.train_config.optimizer
         with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
             step = checkpoints.latest_step()
-        plans = [dataclasses.replace(grown, num_steps=num_steps) for num_steps in (planned, grown.num_steps)]
-        same = all(
-            np.array_equal(*(jax.vmap(plan.schedule(peak))(np.arange(step, dtype=np.float32)) for plan in plans))
-            for peak in (grown.learning_rate, grown.muon_learning_rate)
-        )
-        if not (same and step < planned < grown.num_steps):
+
+        def rates(optimizer: Optimizer) -> list[Any]:
+            peaks = optimizer.learning_rate, optimizer.muon_learning_rate
+            return [optimizer.schedule(peak)(np.arange(step, dtype=np.float32)) for peak in peaks]
+
+        same = np.array_equal(rates(longer), rates(dataclasses.replace(longer, num_steps=planned)))
+        if not (same and step < planned < longer.num_steps):
             raise UserError(
-                f"{workdir} holds a run of {planned} steps, {step} taken, and cannot become one of {grown.num_steps}: "
+                f"{workdir} holds a run of {planned} steps, {step} taken, and cannot become one of {longer.num_steps}: "
                 "the learning rate follows from train.num_steps; choose another workdir"
             )
-        logger.info(
-            "train.num_steps grows from %d to %d; the %d steps taken are its first", planned, grown.num_steps, step
-        )
+        message = "train.num_steps grows from %d to %d; the %d steps taken are its first"
+        logger.info(message, planned, longer.num_steps, step)
 
     def to_json(self) -> str:
         return self.config.to_json(indent=2) + "\n"
 
     @classmethod
-    def from_workdir(cls, workdir: epath.PathLike) -> "Recipe":
+    def from_workdir(cls, workdir: epath.PathLike) -> Self:
         """Reads the recipe of a run: the workdir's config.json or, if that is lost, the last checkpoint's.
 
-        Raises:
-          FileNotFoundError: neither is there.
-          UserError: it is no training config.
+        Raises FileNotFoundError if neither is there.
         """
-        path, folder = epath.Path(workdir) / CONFIG, epath.Path(workdir) / "checkpoints"
-        stored = None
+        path, folder, stored = epath.Path(workdir) / CONFIG, epath.Path(workdir) / "checkpoints", None
         if path.exists():
             stored = _read_json(path)
         elif folder.exists():

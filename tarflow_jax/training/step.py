@@ -1,21 +1,78 @@
-"""One optimizer step."""
+"""One optimizer step: what determines it, the state that it reads and writes, and its program."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from tarflow_jax.flow import cast_kernels
-from tarflow_jax.runtime import Program
-from tarflow_jax.training.state import TrainConfig, TrainState, abstract_state
-from tarflow_jax.training.task import Batch, Metrics
+from tarflow_jax.runtime import Program, shardings
+from tarflow_jax.training.optimizer import Optimizer
+from tarflow_jax.training.task import Batch, Metrics, Task
 
 Loss = Callable[[Any, Batch], tuple[jax.Array, tuple[Metrics, Any]]]  # of parameters and a batch
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """All that determines the state and the step of a run; hashable, because compiled programs are cached by it."""
+
+    task: Task
+    optimizer: Optimizer
+    accumulation: int = 1  # microbatches of a step
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """The whole state of a run."""
+
+    step: jax.Array  # int32 scalar, steps taken
+    variables: dict[str, Any]  # the task's: {"params": …} and, in VP mode, {"prior": {"variance": [T, D]}}
+    opt_state: optax.OptState
+    ema_params: dict[str, Any] | None  # exponential moving average of the parameters
+
+    @property
+    def sampling_variables(self) -> dict[str, Any]:
+        """The variables with the averaged parameters, where an average is kept."""
+        if self.ema_params is None:
+            return self.variables
+        return {**self.variables, "params": self.ema_params}
+
+
+def initial_state(config: TrainConfig, key: jax.Array) -> TrainState:
+    """Returns the state before the first step."""
+    variables = config.task.init(key)
+    params = variables["params"]
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        variables=variables,
+        opt_state=config.optimizer.transformation().init(params),
+        # A copy: the state is donated, and a buffer cannot be donated twice.
+        ema_params=jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else None,
+    )
+
+
+@functools.cache
+def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
+    """Returns shapes, dtypes and shardings of the state (`jax.ShapeDtypeStruct`), without making an array."""
+    shapes = jax.eval_shape(functools.partial(initial_state, config), jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings(mesh, shapes),
+    )
+
+
+def new_state(config: TrainConfig, mesh: Mesh, key: jax.Array) -> TrainState:
+    """Returns `initial_state`, every array made where it is placed, never whole on one device."""
+    layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    return jax.jit(functools.partial(initial_state, config), out_shardings=layout)(key)
 
 
 @functools.cache
@@ -72,7 +129,23 @@ def accumulated_gradients(loss: Loss, params: Any, batch: Batch, count: int) -> 
         gradients, (metrics, outputs) = gradient(params, batch)
         return gradients, metrics, outputs
 
-    means = functools.partial(_means, gradient, count)
+    def split(x: jax.Array) -> jax.Array:
+        # Strided, so that each device keeps its own rows in every microbatch.
+        return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
+
+    def means(params: Any, batch: Batch) -> tuple[Any, Metrics, Any]:
+        def accumulate(total: Any, microbatch: Batch) -> tuple[Any, Any]:
+            gradients, (metrics, outputs) = gradient(params, microbatch)
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, (gradients, metrics)), outputs
+
+        microbatches = jax.tree.map(split, batch)
+        shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], microbatches))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (shapes[0], shapes[1][0]))
+        total, outputs = jax.lax.scan(accumulate, zeros, microbatches)
+        gradients, metrics = jax.tree.map(lambda leaf: leaf / count, total)
+        # Norms are means of microbatches' norms. The order of the outputs does not matter: tasks take means over rows.
+        return gradients, metrics, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
+
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or mesh.shape["data"] < mesh.size:
         return means(params, batch)
@@ -87,23 +160,3 @@ def accumulated_gradients(loss: Loss, params: Any, batch: Batch, count: int) -> 
         of_own_rows, in_specs=(everywhere, rows), out_specs=(everywhere, everywhere, rows), check_vma=False
     )
     return run(params, batch)
-
-
-def _means(gradient: Callable[..., Any], count: int, params: Any, batch: Batch) -> tuple[Any, Metrics, Any]:
-    """As `accumulated_gradients`, one microbatch after another."""
-
-    def split(x: jax.Array) -> jax.Array:
-        # Strided, so that each device keeps its own rows in every microbatch.
-        return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
-
-    def accumulate(total: Any, microbatch: Batch) -> tuple[Any, Any]:
-        gradients, (metrics, outputs) = gradient(params, microbatch)
-        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, (gradients, metrics)), outputs
-
-    microbatches = jax.tree.map(split, batch)
-    shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], microbatches))
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (shapes[0], shapes[1][0]))
-    total, outputs = jax.lax.scan(accumulate, zeros, microbatches)
-    gradients, metrics = jax.tree.map(lambda leaf: leaf / count, total)
-    # Norms are means of microbatches' norms. The order of the outputs does not matter: tasks take means over rows.
-    return gradients, metrics, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)

@@ -40,10 +40,7 @@ class Task(Protocol):
         """Returns the initial variables: `params`, and whatever else training updates."""
 
     def prepare(self, key: jax.Array, images: jax.Array, labels: jax.Array) -> Batch:
-        """Returns what the loss reads, noise included, for uint8 images [B, H, W, K] and int32 labels [B].
-
-        All randomness is drawn here, for the whole batch, so that microbatches change no number.
-        """
+        """Returns what the loss reads of uint8 images and int32 labels; all noise is drawn here, for the batch."""
 
     def loss(self, variables: Variables, batch: Batch, frozen: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
         """Returns (loss, (metrics, outputs)) of a microbatch: metrics are means over it, outputs are arrays [B, …]."""
@@ -52,25 +49,23 @@ class Task(Protocol):
         """Updates what no gradient does, from the whole batch's metrics and outputs."""
 
     def test_loss(self, runner: BatchRunner, variables: Variables, source: ImageSource, frozen: Any) -> float:
-        """Returns the loss of a split by which the best checkpoint is chosen; its noise is fixed."""
+        """Returns the loss of a split, with fixed noise."""
 
 
 @dataclasses.dataclass(frozen=True)
 class FlowTask:
-    """Maximum likelihood of images with noise (sections 3.1 and 3.2 of the paper); `frozen` is unused.
-
-    Attributes:
-      drop_label: probability of training an image without its label.
-
-    Raises UserError: noise levels without a flow conditional on them, or the other way round.
-    """
+    """Maximum likelihood of images with noise (sections 3.1 and 3.2 of the paper); `frozen` is unused."""
 
     model: TarFlowConfig
     noise: Noise
-    drop_label: float = 0.0
+    drop_label: float = 0.0  # probability of training an image without its label
 
     def __post_init__(self) -> None:
-        _check_noise(self.model, self.noise)
+        if self.model.noise_conditional != (self.noise.kind == "levels"):
+            raise UserError(
+                f"model.noise_conditional is {self.model.noise_conditional} with noise.kind {self.noise.kind!r}; "
+                "expected True with 'levels', False otherwise"
+            )
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -121,19 +116,11 @@ class StudentTask:
 
     Noise is of the level at which samples are drawn. Half of the images with a label have a guidance weight, drawn
     uniformly up to `max_guidance`, and the latents that guided sampling maps to them.
-
-    Attributes:
-      drop_label: probability of training an image without its label.
-
-    Raises UserError: as `FlowTask`.
     """
 
     student: StudentConfig
     noise: Noise
-    drop_label: float = 0.0
-
-    def __post_init__(self) -> None:
-        _check_noise(self.student.flow, self.noise)
+    drop_label: float = 0.0  # as of a `FlowTask`
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -188,14 +175,9 @@ class StudentTask:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _image_errors(
-    task: StudentTask,
-    variables: tuple[Any, Any],
-    images: jax.Array,
-    labels: jax.Array,
-    index: jax.Array,
-    key: jax.Array,
+    task: StudentTask, variables: Any, images: jax.Array, labels: jax.Array, index: jax.Array, key: jax.Array
 ) -> jax.Array:
-    """Mean square errors [B] of a student's images; noise as in `Noise.of_numbered`."""
+    """Returns the mean square error of each image, [B]; noise as in `Noise.of_numbered`."""
     levels = task._levels(len(images))
     noisy = task.noise.of_numbered(key, images, index, levels)
     latents, _ = flow_trajectory(device_flow(task.student.flow), variables[0], noisy, labels, levels)
@@ -204,13 +186,4 @@ def _image_errors(
 
 
 def _dropped(key: jax.Array, labels: jax.Array, probability: float) -> jax.Array:
-    """Labels, some replaced by -1, no class."""
     return jnp.where(jax.random.bernoulli(key, probability, labels.shape), -1, labels)
-
-
-def _check_noise(model: TarFlowConfig, noise: Noise) -> None:
-    if model.noise_conditional != (noise.kind == "levels"):
-        raise UserError(
-            f"model.noise_conditional is {model.noise_conditional} with noise.kind {noise.kind!r}; "
-            "expected True with 'levels', False otherwise"
-        )

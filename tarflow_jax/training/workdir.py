@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from tarflow_jax.runtime import environment, make_mesh
 from tarflow_jax.student import TrainedStudent
 from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.recipe import Recipe, label_names
-from tarflow_jax.training.state import abstract_state
+from tarflow_jax.training.step import abstract_state
 
 RESULTS, STUDENT, STARTS = "results.json", "student", "starts.jsonl"
 _SAMPLES = ("samples_guided.png", "samples_denoised.png", "samples_raw.png")  # the first that exists is the card's
@@ -28,11 +29,8 @@ logger = logging.getLogger(__name__)
 def read_workdir(workdir: epath.PathLike, mesh: Mesh | None = None, *, best: bool = False) -> SavedModel:
     """Reads the last whole checkpoint, or the one with the lowest test loss, onto `mesh` or the default device.
 
-    The optimizer's state is not read.
-
-    Raises:
-      FileNotFoundError: no config or no checkpoint there.
-      UserError, OSError: see `Checkpoints.restore`.
+    The optimizer's state is not read. Raises FileNotFoundError without a config or checkpoint; see also
+    `Checkpoints.restore`.
     """
     workdir = epath.Path(workdir)
     recipe = Recipe.from_workdir(workdir)
@@ -80,45 +78,37 @@ def write_results(workdir: epath.PathLike, results: dict[str, float]) -> None:
 
 
 def _card(recipe: Recipe, workdir: epath.Path, step: int) -> dict[str, Any]:
-    fields = recipe.config.train
-    results, names = _read_results(workdir / RESULTS), label_names(workdir)
+    fields, names = recipe.config.train, label_names(workdir)
+    training = {"classes": ", ".join(names)} if names else {}
+    evaluations = [_read_whole(path, _evaluation) for path in sorted((workdir / "evaluation").glob("*.json"))]
     return {
         "name": workdir.resolve().name,
         "datasets": [recipe.config.data.source],
-        "training": {
-            **({"classes": ", ".join(names)} if names else {}),
-            "steps": step,
-            "batch size": fields.batch_size,
-            "seed": fields.seed,
-        },
-        "metrics": {name: float(np.round(value, 4)) for name, value in results.items()},
+        "training": {**training, "steps": step, "batch size": fields.batch_size, "seed": fields.seed},
+        "metrics": {name: float(np.round(value, 4)) for name, value in _read_results(workdir / RESULTS).items()},
         "samples": next((path for name in _SAMPLES if (path := workdir / "figures" / name).exists()), None),
-        "evaluations": _read_evaluations(workdir / "evaluation"),
+        "evaluations": list(filter(None, evaluations)),
     }
 
 
 def _read_results(path: epath.Path) -> dict[str, float]:
-    """Returns a finished run's results; {} if there are none or, with a warning, if they are damaged."""
+    """Returns a finished run's results, by name."""
     if not path.exists():
         return {}
+    return _read_whole(path, lambda results: {str(name): float(value) for name, value in results.items()}) or {}
+
+
+def _evaluation(content: Any) -> dict[str, Any]:
+    """Returns what launch.evaluate wrote."""
+    if not (isinstance(content["protocol"], dict) and isinstance(content["results"], dict)):
+        raise TypeError("no protocol and results")
+    return content
+
+
+def _read_whole(path: epath.Path, read: Callable[[Any], dict[str, Any]]) -> dict[str, Any] | None:
+    """Returns `read` of a JSON file's content; None, with a warning, if the file is damaged."""
     try:
-        results = json.loads(path.read_bytes())
-        return {str(name): float(value) for name, value in results.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+        return read(json.loads(path.read_bytes()))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
         logger.warning("%s is damaged, and its figures are left out: %s", path, one_line(error))
-        return {}
-
-
-def _read_evaluations(folder: epath.Path) -> list[dict[str, Any]]:
-    """Returns what launch.evaluate wrote; damaged files are left out, with a warning."""
-    found = []
-    for path in sorted(folder.glob("*.json")):
-        try:
-            content = json.loads(path.read_bytes())
-            if not (isinstance(content["protocol"], dict) and isinstance(content["results"], dict)):
-                raise TypeError("no protocol and results")
-        except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
-            logger.warning("%s is damaged, and left out: %s", path, one_line(error))
-        else:
-            found.append(content)
-    return found
+        return None
