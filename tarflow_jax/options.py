@@ -47,7 +47,9 @@ class Options:
             if choices and value not in choices:
                 raise UserError(f"{problem} one of {', '.join(choices)}")
             for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, int | float) and not low <= number < math.inf:
+                if isinstance(number, int | float) and not math.isfinite(number):
+                    raise UserError(f"{problem} a finite number")
+                if isinstance(number, int | float) and number < low:
                     raise UserError(f"{problem} a number from {low}")
             object.__setattr__(self, field.name, value)
 
