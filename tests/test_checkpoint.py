@@ -139,6 +139,7 @@ def everything(tmp_path):
         checkpoints.close()
 
 
+@pytest.mark.slow
 def test_no_damage_to_any_file_changes_what_is_read_or_shows_a_traceback(tmp_path, damage):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     for step in (1, 2):
@@ -278,6 +279,7 @@ def arrays_read(monkeypatch):
     return names
 
 
+@pytest.mark.slow
 def test_part_of_a_state_is_restored_whatever_optimizer_it_had(tmp_path, arrays_read):
     saved = state_of(optax.adam(1e-3))
     used = {"variables": saved.variables, "ema_params": saved.ema_params}

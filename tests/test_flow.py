@@ -19,7 +19,7 @@ from tarflow_jax.sampling.block_inverse import block_inverse
 
 CASES = pytest.mark.parametrize(
     "config",
-    [TINY, pytest.param(VP, marks=pytest.mark.slow), TRIANGULAR],
+    [TINY, pytest.param(VP, marks=pytest.mark.slow), pytest.param(TRIANGULAR, marks=pytest.mark.slow)],
     ids=["nvp-conditional", "vp", "triangular"],
 )
 
@@ -125,6 +125,7 @@ def test_a_block_is_causal_in_its_own_order(reverse):
     assert float(jnp.tril(size, -1)[1:, 0].min()) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reverse", [False, True])
 def test_layers_behind_a_cache_equal_the_whole_sequence(reverse):
     params = random_variables(TRIANGULAR)["params"]["block_1"]
@@ -160,6 +161,7 @@ def test_a_limit_of_the_inputs_changes_what_the_map_is_a_function_of_alone():
     np.testing.assert_allclose(decoded, far, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_no_class_is_the_mean_embedding():
     variables, images = random_variables(TINY), images_of(TINY)
     none = encode(TINY, variables, images, None)

@@ -135,6 +135,7 @@ def test_spherical_interpolation_keeps_the_norm_and_the_ends():
     np.testing.assert_allclose(spherical(a, a, jnp.linspace(0, 1, 3)), jnp.stack([a, a, a]), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "noise"), [(SMALL, UNIFORM), (SMALL, GAUSSIAN), (CONDITIONAL, LEVELS)])
 def test_interpolation_goes_from_one_image_to_the_other(config, noise):
     pipe, images = pipeline(config, noise), random_images(config, 2)[0]

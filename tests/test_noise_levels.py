@@ -64,7 +64,13 @@ def test_the_reference_s_denoising(golden, pipe, given):
 
 
 @pytest.mark.parametrize(
-    "decoder", [None, pytest.param(Jacobi(0), marks=pytest.mark.slow), GaussSeidelJacobi(3, 0)], ids=str
+    "decoder",
+    [
+        None,
+        pytest.param(Jacobi(0), marks=pytest.mark.slow),
+        pytest.param(GaussSeidelJacobi(3, 0), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_the_reference_s_samples(golden, pipe, given, decoder):
     latents, labels = golden.latents("noise"), golden.labels("sample_y")
@@ -126,6 +132,7 @@ def gaussian_flow():
     return TarFlowPipeline(config, {"params": params}, LEVELS)
 
 
+@pytest.mark.slow
 def test_steps_follow_the_flow_of_a_gaussian_with_the_order_they_say():
     pipe = gaussian_flow()
     images = images_of(pipe.config)[:1]
@@ -176,6 +183,7 @@ def test_the_sde_draws_by_its_key():
         pipe.denoise(images, None, 0.3, method=method)
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_at_the_highest_level_and_denoised_to_none():
     pipe = TarFlowPipeline(CONDITIONAL, random_variables(CONDITIONAL, scale=0.05), LEVELS)
     key, method = jax.random.key(0), IterativeDenoising(2)
@@ -188,6 +196,7 @@ def test_samples_are_drawn_at_the_highest_level_and_denoised_to_none():
     assert float(jnp.abs(pipe.encode(noisy, LABELS, 0.1)[0] - latents).max()) > 1e-3
 
 
+@pytest.mark.slow
 def test_what_leaves_the_range_is_clipped_on_the_way():
     pipe = TarFlowPipeline(CONDITIONAL, random_variables(CONDITIONAL, scale=0.05), LEVELS)
     key = jax.random.key(0)
@@ -209,6 +218,7 @@ def test_bits_per_dim_are_asked_at_a_level():
         pipe.bits_per_dim(key, images, LABELS)
 
 
+@pytest.mark.slow
 def test_guidance_leaves_the_blocks_it_does_not_cover():
     config = dataclasses.replace(CONDITIONAL, num_blocks=2, layers_per_block=1)
     pipe = TarFlowPipeline(config, random_variables(config), LEVELS)

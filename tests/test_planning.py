@@ -32,6 +32,7 @@ def step_plan(accumulation=1):
     return make_plan(tiny_recipe(**{"train.accumulation": accumulation}), open_topology("cpu:8"))
 
 
+@pytest.mark.slow
 def test_the_plan_of_a_training_step_on_eight_cpu_devices():
     recipe, plan = tiny_recipe(), step_plan()
     model, batch = recipe.model, recipe.config.train.batch_size

@@ -70,6 +70,7 @@ def test_which_blocks_are_equal_blocks():
     assert equal_blocks(config, mixed, None) == [range(3), range(3, 4), range(4, 5), range(5, 6)]
 
 
+@pytest.mark.slow
 def test_blocks_in_one_loop_give_what_each_gives_by_itself():
     config = dataclasses.replace(TRIANGULAR, layers_per_block=1)
     variables, latents = random_variables(config, scale=0.05), images_of(config)
@@ -134,6 +135,7 @@ def test_guidance_that_changes_nothing(config, weight, temperature):
     np.testing.assert_allclose(guided, plain, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [TRIANGULAR, dataclasses.replace(VP, num_classes=3)], ids=["triangular", "vp"])
 def test_guided_decoding_undoes_guided_encoding(config):
     variables, images, labels = random_variables(config), images_of(config), jnp.asarray(LABELS)

@@ -63,6 +63,7 @@ def test_the_table_has_the_names_and_shapes_that_the_network_makes(flow):
     assert trajectory.shape == (2, flow.num_blocks, *flow.image_shape)
 
 
+@pytest.mark.slow
 def test_it_sees_every_token_the_label_and_the_weight():
     config, variables = student_of(TINY)
     latents, labels, zeros = images_of(TINY), jnp.asarray(LABELS), jnp.zeros(3)
@@ -139,6 +140,7 @@ def test_the_perceptual_distance_is_of_directions_of_features():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flow", [TRIANGULAR, pytest.param(VP, marks=pytest.mark.slow)], ids=["triangular", "vp"])
 def test_polished_it_nears_the_inverse_and_reaches_it(flow):
     pipe, exact = pipeline(flow), images_of(flow)
@@ -161,6 +163,7 @@ def test_the_parallel_inverse_that_begins_at_it_is_exact(pipe):
     assert int(found.updates.max()) <= TINY.num_tokens - 1
 
 
+@pytest.mark.slow
 def test_a_perfect_guess_takes_one_update(pipe):
     images = images_of(TINY)
     latents, trajectory = jax.jit(functools.partial(flow_trajectory, TarFlow(TINY)))(

@@ -47,6 +47,7 @@ def test_a_student_s_recipe_alone_is_no_flow_s():
         with_flow(digits.get_config(), digits.get_config())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_guidance", [0.0, 2.0])
 def test_guided_or_not_it_learns_what_the_flow_makes_of_the_latents_and_clean_images(monkeypatch, max_guidance):
     seen = {}

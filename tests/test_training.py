@@ -57,6 +57,7 @@ def test_the_reference_s_training_run(load_golden):
     np.testing.assert_allclose(losses, golden.arrays["loss"], rtol=1e-4, atol=4 * np.finfo(np.float32).eps)
 
 
+@pytest.mark.slow
 def test_gradients_of_products_are_those_of_their_dtype():
     """Kernels that are cast before the gradient is taken give what casting them within it gives."""
     flow = TarFlow(dataclasses.replace(TINY, dtype="bfloat16"))
