@@ -1,8 +1,8 @@
-"""Errors of the caller's making, told in one line; any other exception is a fault of this package."""
+"""Errors that the user caused, in one line; any other exception is a bug of this package."""
 
 
 class UserError(ValueError):
-    """What was given cannot be; the message says what is wrong, what was expected and what to do, in one line."""
+    """An error that the user caused. Its message is one line: what is wrong, what was expected, what to do."""
 
 
 class MissingPackageError(UserError, ImportError):
