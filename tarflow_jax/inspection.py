@@ -130,7 +130,8 @@ def interpolate(
       key: of the noise.
       count: N, the images from first to last.
       label: of all images on the way, -1 for no class.
-      noise_std, progress: as of `inspect`.
+      noise_std: as of `inspect`.
+      progress: as of `inspect`.
 
     Returns:
       float32 [N, H, W, K].
@@ -155,7 +156,9 @@ def spherical(start: jax.Array, end: jax.Array, shares: jax.Array) -> jax.Array:
     between two of them. Parallel latents, where sin θ is 0, are interpolated linearly.
 
     Args:
-      start, end: latents a and b, float32 [H, W, K]. shares: t, float32 [N]; 0 is the start, 1 the end.
+      start: latents a, float32 [H, W, K].
+      end: latents b.
+      shares: t, float32 [N]; 0 is the start, 1 the end.
 
     Returns:
       float32 [N, H, W, K].

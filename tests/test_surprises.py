@@ -56,10 +56,10 @@ def model(tmp_path_factory):
     [
         (["model.num_classes=0", "sample.guidance.weight=1.0"], "guidance by class needs a class-conditional model"),
         (["model.num_classes=12"], "digits has 10 classes, the model 12; set model.num_classes to 10"),
-        (["data.source=npz:{folder}/only_train.npz"], "no such file"),
+        (["data.source=npz:{folder}/only_train.npz"], "only_train.npz not found; expected an npz file"),
         (["sample.denoise_multiplier=nan"], "sample.denoise_multiplier is nan; expected a finite number"),
-        (["train.seed=-1"], "train.seed is -1; expected a whole number from 0"),
-        (["data.num_workers=-2"], "data.num_workers is -2; expected a whole number from 0"),
+        (["train.seed=-1"], "train.seed is -1; expected a number from 0"),
+        (["data.num_workers=-2"], "data.num_workers is -2; expected a number from 0"),
     ],
 )
 def test_training_refuses_at_its_start_and_leaves_the_workdir_usable(tmp_path, overrides, message):
