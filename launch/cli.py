@@ -6,8 +6,9 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -233,3 +234,18 @@ def class_number(text: str, names: Sequence[str], flag: str = "labels") -> int:
     if nearest := difflib.get_close_matches(text.casefold(), folded, n=1):
         hint = f"did you mean {names[folded.index(nearest[0])]!r}?"
     raise UserError(f"--{flag} has {text!r}; {hint}")
+
+
+def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A Markdown table with one row a mapping, columns in the order they first appear, and floats to 5 digits."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [columns, *([_cell(row.get(name, "")) for name in columns] for row in rows)]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    lines = [f"| {line} |" for line in lines]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return f"{value:.5g}" if isinstance(value, float) else str(value)

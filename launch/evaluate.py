@@ -23,7 +23,6 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from launch import cli, end_at_signals
-from launch.tables import format_table
 from tarflow_jax.data import ImageSource, data_folder, open_source
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation import classification, distances, generation
@@ -392,12 +391,12 @@ def main(argv: Sequence[str]) -> None:
             results[metric] = MEASURES[metric](evaluation)
             row = {name: value for name, value in results[metric].items() if not isinstance(value, list)}
             if writes:
-                print(format_table(results[metric].get("rows", [row])), flush=True)
+                print(cli.format_table(results[metric].get("rows", [row])), flush=True)
     if of_samples := [metric for metric in metrics if metric in distances.METRICS]:
         results["samples"], more = measure_samples(evaluation, of_samples)
         protocol |= more
         if writes:
-            print(format_table(results["samples"]))
+            print(cli.format_table(results["samples"]))
     if writes:
         print("\n".join(f"{name}: {value}" for name, value in flatten_dict(protocol, sep=".").items()))
         name = hashlib.sha256(json.dumps([protocol, GUIDANCE.value, DENOISE.value]).encode()).hexdigest()[:8]

@@ -30,7 +30,6 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from launch import cli, jobs
-from launch.tables import format_table
 from tarflow_jax.errors import MissingPackageError, UserError
 from tarflow_jax.files import replacing, sole_user, write_text
 from tarflow_jax.runtime import Preempted
@@ -186,7 +185,7 @@ def write_table(rows: Sequence[Row], folder: Path) -> str:
     writer.writeheader()
     writer.writerows(lines)
     write_text(folder / "sweep.csv", text.getvalue())
-    table = format_table([_line(group) for group in over_seeds(rows)])
+    table = cli.format_table([_line(group) for group in over_seeds(rows)])
     write_text(folder / "sweep.md", table + "\n")
     return table
 

@@ -16,7 +16,6 @@ from absl import flags
 from etils import epath
 
 from launch import cli
-from launch.tables import format_table
 from tarflow_jax.errors import UserError
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.pipeline import check_levels
@@ -83,7 +82,7 @@ def summary(tuning: Tuning) -> str:
         }
         rows.append(row)
     return (
-        f"{format_table(rows)}\n"
+        f"{cli.format_table(rows)}\n"
         f"together: {tuning.seconds:.4f} s, sequential {tuning.sequential_seconds:.4f} s, "
         f"{tuning.sequential_seconds / tuning.seconds:.2f} x; largest error of a pixel {tuning.error:.1e}"
     )

@@ -14,7 +14,7 @@ from tarflow_jax.flow.attention import attend
 from tarflow_jax.flow.block import rotary_angles
 from tarflow_jax.flow.transformer import gelu, rotate
 from tarflow_jax.runtime import make_mesh, use_mesh
-from tarflow_jax.runtime.kernels import choose_kernel, dot_general_of_training, splash
+from tarflow_jax.runtime.kernels import dot_general_of_training, splash
 
 
 def test_gelu_and_its_gradient():
@@ -72,13 +72,6 @@ def test_splash_attention_is_attention_forwards_and_backwards():
     chex.assert_trees_all_close(gradients(splash_interpreted), expected, atol=2e-4, rtol=2e-4)
     with use_mesh(mesh):
         chex.assert_trees_all_close(gradients(splash_interpreted), expected, atol=2e-4, rtol=2e-4)
-
-
-def test_the_attention_kernel_is_chosen_in_one_place():
-    assert choose_kernel("auto", 4096, jnp.dtype("bfloat16")) == "plain"  # on a CPU
-    assert choose_kernel("splash", 128, jnp.dtype("float32")) == "splash"
-    with pytest.raises(ValueError, match="attention is 'flash'; expected one of auto"):
-        dataclasses.replace(TINY, attention="flash")
 
 
 @pytest.mark.slow

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import SMALL, random_images
 from tiny_models import images_of, random_variables
 
+from runs import SMALL, random_images
 from tarflow_jax import Noise, TarFlowPipeline, inspection
 from tarflow_jax.flow import FlowBlock, is_reversed, permute, to_tokens
 from tarflow_jax.inspection import spherical

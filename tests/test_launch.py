@@ -196,3 +196,13 @@ def test_only_errors_of_the_user_lose_their_traceback(error, flags, shows_traceb
     assert ("Traceback" in err) == shows_traceback
     if not shows_traceback:
         assert err == f"error: {error.split(chr(39))[1]}\n"
+
+
+def test_table_is_aligned_and_fills_gaps():
+    table = cli.format_table([{"guidance": 0.0, "FID": 12.345678}, {"guidance": 1.5, "recall": 0.5}])
+    assert table.splitlines() == [
+        "| guidance | FID    | recall |",
+        "|----------|--------|--------|",
+        "| 0        | 12.346 |        |",
+        "| 1.5      |        | 0.5    |",
+    ]

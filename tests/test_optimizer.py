@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import runs
 from flax import traverse_util
 from tiny_models import TINY, new_variables
 
+import runs
 from tarflow_jax.runtime import leaf_name, make_mesh, shardings
 from tarflow_jax.runtime.parameters import params_shapes
 from tarflow_jax.training.optimizer import Optimizer, orthogonalized
@@ -35,17 +35,6 @@ def updated(optimizer):
         for _ in range(3):  # past the warm-up
             updates, state = jax.jit(transformation.update)(gradients, state, params)
     return params, gradients, updates, state
-
-
-def test_adamw_is_optax_s():
-    params, gradients, updates, _ = updated(ADAMW)
-    rate = optax.warmup_cosine_decay_schedule(1e-3, 1e-2, 2, 10, 1e-3)
-    expected = optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.1)
-    with jax.numpy_dtype_promotion("standard"):
-        state = expected.init(params)
-        for _ in range(3):
-            wanted, state = jax.jit(expected.update)(gradients, state, params)
-    chex.assert_trees_all_equal(updates, wanted)
 
 
 def test_muon_orthogonalizes_the_hidden_matrices_and_adamw_updates_the_rest():

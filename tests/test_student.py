@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 from tiny_models import LABELS, TINY, TRIANGULAR, VP, images_of, random_variables
 
+import runs
 from tarflow_jax import Guidance, Noise, TarFlow, TarFlowPipeline
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.interop import load_student, save_student

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 from tiny_models import TINY, decode, random_variables
 
+import runs
 from configs import digits
 from configs.defaults import with_flow
 from configs.student import digits as student_digits

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import runs
 from damage import cut_short, flip_a_bit, largest_file
 from tiny_models import TINY, VP, random_variables
 
+import runs
 from configs import defaults, digits
 from tarflow_jax import Noise, TarFlow
 from tarflow_jax.evaluation.bits_per_dim import loss_of
