@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-# Tests' programs run for milliseconds but compile for seconds, a quarter of them in XLA's fusion emitters.
-QUICK_TO_COMPILE = "--xla_backend_optimization_level=1 --xla_cpu_use_fusion_emitters=false"
-NOT_OPTIMISED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"  # a program runs a few times
+# Tests' programs run for milliseconds but compile for seconds; .ci/run also tests programs that are optimised.
+NOT_OPTIMISED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 COMMANDS = tuple(
     sorted(path.stem for path in ROOT.joinpath("launch").glob("*.py") if '__name__ == "__main__"' in path.read_text())
 )
@@ -20,7 +19,7 @@ COMMANDS = tuple(
 def environment(**variables):
     """Returns this process's environment without its eight CPU devices."""
     path = os.pathsep.join([str(Path(__file__).with_name("without_torch")), str(ROOT)])
-    return os.environ | {"PYTHONPATH": path, "XLA_FLAGS": QUICK_TO_COMPILE} | variables
+    return os.environ | {"PYTHONPATH": path, "XLA_FLAGS": NOT_OPTIMISED} | variables
 
 
 def start(*arguments, cwd=ROOT, **variables):

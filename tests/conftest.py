@@ -10,14 +10,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from commands import QUICK_TO_COMPILE
+from commands import NOT_OPTIMISED
 
 # Before JAX is imported for the first time: it reads them only once. XLA_FLAGS="--xla_backend_optimization_level=3
 # --xla_cpu_use_fusion_emitters=true" has programs compiled as usual.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
     [
-        QUICK_TO_COMPILE,
+        NOT_OPTIMISED,
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
     ]

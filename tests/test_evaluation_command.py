@@ -36,7 +36,7 @@ def model(tmp_path_factory) -> Path:
 
 
 def evaluate(folder: Path, *arguments: str) -> tuple[int, str, str]:
-    devices = f"{commands.QUICK_TO_COMPILE} --xla_force_host_platform_device_count=2"
+    devices = f"{commands.NOT_OPTIMISED} --xla_force_host_platform_device_count=2"
     return commands.run(COMMAND, *arguments, cwd=folder, TARFLOW_DATA_DIR=str(folder / "data"), XLA_FLAGS=devices)
 
 
