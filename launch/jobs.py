@@ -75,10 +75,10 @@ class LocalRunner:
         return self._stopping
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
+        again, self._stopping = self._stopping, True  # first, since a second signal may come while these are sent
         with self._guard:
             for process in self._live:
-                _send(process, signal.SIGKILL if self._stopping else signal.SIGTERM)
-            self._stopping = True
+                _send(process, signal.SIGKILL if again else signal.SIGTERM)
 
     def _run_job(self, job: Job) -> None:
         job.folder.mkdir(parents=True, exist_ok=True)

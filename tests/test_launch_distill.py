@@ -13,7 +13,8 @@ from tarflow_jax.training import train
 
 
 def run(tmp_path, *arguments):
-    code, out, err = commands.run("-m", *arguments, TARFLOW_DATA_DIR=str(tmp_path / "data"))
+    flags = "--xla_backend_optimization_level=1"  # it trains a network of convolutions
+    code, out, err = commands.run("-m", *arguments, TARFLOW_DATA_DIR=str(tmp_path / "data"), XLA_FLAGS=flags)
     assert code == 0, err
     return out
 
