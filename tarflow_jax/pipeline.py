@@ -21,7 +21,7 @@ from tarflow_jax.evaluation.bits_per_dim import image_bits_per_dim
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.interop import SavedModel
 from tarflow_jax.noise import Noise, to_float
-from tarflow_jax.runtime import BatchRunner, device_flow
+from tarflow_jax.runtime import BatchRunner, device_flow, exact
 from tarflow_jax.runtime.batch_runner import DEFAULT_MEMORY_BOUND, backward_bytes, forward_bytes
 from tarflow_jax.sampling import (
     DEFAULT_DENOISING,
@@ -268,14 +268,16 @@ class TarFlowPipeline:
 
     def log_prob(self, images: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
         """log p(x | label), float32 [B], nats; arguments and errors as of `encode`."""
-        return self._run(likelihood.log_prob, self._exact, self._rows(check_range(images), labels, noise_std))
+        return self._run(likelihood.log_prob, exact(self.config), self._rows(check_range(images), labels, noise_std))
 
     def patch_log_prob(self, images: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
         """log p(x | label) by patch, float32 [B, H / P, W / P], nats, which add up to `log_prob`.
 
         `likelihood.patch_log_prob` says what a patch's share means. Arguments and errors as of `encode`.
         """
-        return self._run(likelihood.patch_log_prob, self._exact, self._rows(check_range(images), labels, noise_std))
+        return self._run(
+            likelihood.patch_log_prob, exact(self.config), self._rows(check_range(images), labels, noise_std)
+        )
 
     def bits_per_dim(self, key: jax.Array, images_uint8: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
         """Bits per dimension of 8-bit images [B, H, W, K] under uniform dequantisation, float32 [B].
@@ -567,11 +569,6 @@ class TarFlowPipeline:
         return jax.random.normal(key, (num_images, *self.config.image_shape), jnp.float32)
 
     # Running
-
-    @property
-    def _exact(self) -> TarFlowConfig:
-        """The model in float32: bits per dimension of anything less are wrong in the second decimal."""
-        return dataclasses.replace(self.config, dtype="float32")
 
     def _rows(self, images: Any, labels: Any, noise_std: Any, name: str = "images") -> dict[str, Any]:
         """The checked arrays [B, …] of a call, by argument name; `name` is that of the images."""

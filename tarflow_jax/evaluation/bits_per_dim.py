@@ -11,7 +11,7 @@ from tarflow_jax.data import ImageSource
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.likelihood import LOG_2PI, bits_per_dim
 from tarflow_jax.noise import Noise
-from tarflow_jax.runtime import BatchRunner, LazyRows, exact_flow
+from tarflow_jax.runtime import BatchRunner, LazyRows, device_flow, exact
 from tarflow_jax.runtime.batch_runner import forward_bytes
 
 
@@ -43,7 +43,7 @@ def noisy_log_prob(
         return {"images": pixels, "labels": labels, "index": index.astype(np.int32), "noise_std": noise_std}
 
     rows = LazyRows(read, len(images) if isinstance(images, ImageSource) else len(images[0]))
-    function = functools.partial(likelihood.noisy_log_prob, exact_flow(config), noise)
+    function = functools.partial(likelihood.noisy_log_prob, device_flow(exact(config)), noise)
     size = forward_bytes(config)
     return runner.run(function, variables, rows, bytes_per_image=size, description="log-likelihoods", key=key)
 

@@ -4,7 +4,7 @@ from tarflow_jax.runtime.batch_runner import BatchRunner, LazyRows, progress
 from tarflow_jax.runtime.compilation import Program, use_compilation_cache, use_mesh
 from tarflow_jax.runtime.cores import use_cores_as_devices
 from tarflow_jax.runtime.environment import environment, release
-from tarflow_jax.runtime.kernels import device_flow, exact_flow, training_kernels
+from tarflow_jax.runtime.kernels import device_flow, exact, training_kernels
 from tarflow_jax.runtime.mesh import Rows, batch_sharding, make_mesh, many_devices, replicated
 from tarflow_jax.runtime.preemption import Preempted, PreemptionGuard, stop_if_requested
 from tarflow_jax.runtime.processes import start_processes
@@ -20,7 +20,7 @@ __all__ = [
     "batch_sharding",
     "device_flow",
     "environment",
-    "exact_flow",
+    "exact",
     "gathered",
     "leaf_name",
     "make_mesh",

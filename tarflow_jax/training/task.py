@@ -181,7 +181,8 @@ def _image_errors(
     levels = task._levels(len(images))
     noisy = task.noise.of_numbered(key, images, index, levels)
     latents, _ = flow_trajectory(device_flow(task.student.flow), variables[0], noisy, labels, levels)
-    found, _ = Student(task.student).apply(variables[1], latents, labels, None)
+    student = Student(task.student, device_flow(task.student.shape).kernels)
+    found, _ = student.apply(variables[1], latents, labels, None)
     return jnp.square(found - to_float(images)).mean((1, 2, 3))
 
 
