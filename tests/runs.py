@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from tiny_models import TINY, new_variables
 
 from tarflow_jax import Guidance, Noise, TarFlowPipeline
 from tarflow_jax.evaluation.bits_per_dim import image_bits_per_dim
@@ -18,6 +17,7 @@ from tarflow_jax.runtime import BatchRunner, Rows, make_mesh, start_processes
 from tarflow_jax.training import FlowTask, TrainConfig
 from tarflow_jax.training.optimizer import Optimizer
 from tarflow_jax.training.step import compiled_step, new_state
+from tiny_models import TINY, new_variables
 
 BATCH_SIZE = 16
 SMALL = dataclasses.replace(TINY, num_blocks=2, layers_per_block=1)

@@ -12,9 +12,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import commands
 import numpy as np
 from PIL import Image
+
+import commands
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGHUP: 129}
 FIELDS = ("--config.train.num_steps=600", "--config.train.checkpoint_every=50", "--config.train.sample_every=0")

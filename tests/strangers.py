@@ -10,9 +10,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-import commands
 import numpy as np
 from PIL import Image
+
+import commands
 
 TRAIN = "launch.train --config=configs/digits.py:smoke --workdir={new}"
 SAMPLE = "launch.sample --workdir={run}"

@@ -12,8 +12,6 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
-from test_resume import small_config, steps_in
-from tiny_models import TINY
 
 from tarflow_jax import Noise
 from tarflow_jax.errors import UserError
@@ -23,6 +21,8 @@ from tarflow_jax.training.checkpoint import _checksum
 from tarflow_jax.training.step import TrainConfig, initial_state
 from tarflow_jax.training.task import FlowTask
 from tarflow_jax.training.workdir import read_workdir
+from test_resume import small_config, steps_in
+from tiny_models import TINY
 
 DATA_LOSS = 'DATA_LOSS: Error decoding local file "manifest.ocdbt": checksum mismatch'
 

@@ -7,18 +7,18 @@ import logging
 import os
 from pathlib import Path
 
-import commands
 import numpy as np
 import pytest
 from PIL import Image
-from test_data_images import bomb
 
+import commands
 from tarflow_jax import data
 from tarflow_jax.data import packed
 from tarflow_jax.data.folder import list_folder
 from tarflow_jax.data.registry import KINDS
 from tarflow_jax.data.source import split_of
 from tarflow_jax.figures import grid
+from test_data_images import bomb
 
 KINDS_OF_FILES = ("png", "jpg", "webp", "gif", "JPEG")
 FOLDERS = ("bird/a", "cat", "dog")

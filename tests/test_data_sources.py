@@ -3,13 +3,13 @@
 import gzip
 import json
 
-import commands
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 from PIL import Image
 from sklearn.datasets import load_digits
 
+import commands
 from tarflow_jax import data
 from tarflow_jax.data.source import split_of
 

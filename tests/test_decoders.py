@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import LABELS, TINY, VP, decode, encode, images_of, random_variables
 
 from tarflow_jax import Guidance, Noise, TarFlowConfig, TarFlowPipeline
 from tarflow_jax.errors import UserError
@@ -16,6 +15,7 @@ from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.flow import FlowBlock, to_tokens
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Schedule, Sequential, Tuned
+from tiny_models import LABELS, TINY, VP, decode, encode, images_of, random_variables
 
 EXACT = [Jacobi(tolerance=0), GaussSeidelJacobi(3, tolerance=0, init="zeros")]
 LONGER = dataclasses.replace(TINY, image_size=(8, 10))  # 20 tokens

@@ -5,19 +5,19 @@ import io
 import socket
 
 import chex
-import commands
 import numpy as np
 import pytest
 from PIL import Image
-from runs import SMALL
-from tiny_models import random_variables
 
+import commands
 from launch.demo_model import IN_TURN, MAX_UPLOAD_PIXELS, DemoModel
+from runs import SMALL
 from tarflow_jax import Guidance, Noise, TarFlowPipeline, sampling
 from tarflow_jax.errors import UserError
 from tarflow_jax.figures import COLOURS, enlarge, overlay
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.sampling import Jacobi, Schedule
+from tiny_models import random_variables
 
 COUNT = 4
 

@@ -3,17 +3,17 @@
 import io
 import socket
 
-import browser
-import commands
 import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import expect
-from runs import SMALL
-from tiny_models import random_variables
 
+import browser
+import commands
+from runs import SMALL
 from tarflow_jax import Noise, TarFlowPipeline
 from tarflow_jax.likelihood import bits_per_dim
+from tiny_models import random_variables
 
 pytestmark = [pytest.mark.slow, browser.needs_chromium]
 TIMEOUT_MS = 120_000

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from test_flow import affine_flow
-from tiny_models import LABELS, TINY, TRIANGULAR, images_of, random_variables
 
 from tarflow_jax import Noise, TarFlow, TarFlowPipeline
 from tarflow_jax.flow import to_tokens
 from tarflow_jax.likelihood import log_prob
+from test_flow import affine_flow
+from tiny_models import LABELS, TINY, TRIANGULAR, images_of, random_variables
 
 SMALL = dataclasses.replace(TRIANGULAR, num_blocks=2, layers_per_block=1)
 

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from urllib.parse import unquote, urlsplit
 
 import pytest
+
 from commands import ROOT, environment
 
 

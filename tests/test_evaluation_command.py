@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 
-import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ import scipy.linalg
 import scipy.stats
 from PIL import Image
 
+import commands
 from tarflow_jax import data
 from tarflow_jax.evaluation import scores
 from tarflow_jax.evaluation.classifier import classifier_network

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
-from tiny_models import LABELS, TINY, TRIANGULAR, VP, decode, encode, images_of, new_variables, random_variables
 
 from tarflow_jax import TarFlow, TarFlowConfig
 from tarflow_jax.flow import FlowBlock, permute, to_images, to_tokens, updated_prior
@@ -16,6 +15,7 @@ from tarflow_jax.flow.block import Affine, solve_unit_lower
 from tarflow_jax.likelihood import bits_per_dim, log_prob, training_loss
 from tarflow_jax.sampling import denoise
 from tarflow_jax.sampling.block_inverse import block_inverse
+from tiny_models import LABELS, TINY, TRIANGULAR, VP, decode, encode, images_of, new_variables, random_variables
 
 CASES = pytest.mark.parametrize(
     "config",

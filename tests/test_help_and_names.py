@@ -2,11 +2,11 @@
 
 import re
 
-import commands
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
+import commands
 from configs import digits
 from launch import cli
 from tarflow_jax import data

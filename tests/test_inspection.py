@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import images_of, random_variables
 
 from runs import SMALL, random_images
 from tarflow_jax import Noise, TarFlowPipeline, inspection
 from tarflow_jax.flow import FlowBlock, is_reversed, permute, to_tokens
 from tarflow_jax.inspection import spherical
 from tarflow_jax.likelihood import LOG_2PI, bits_per_dim
+from tiny_models import images_of, random_variables
 
 GAUSSIAN, UNIFORM = Noise("gaussian", 0.1), Noise("uniform")
 LEVELS = Noise("levels", std_min=0.1, std_max=0.5)

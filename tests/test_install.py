@@ -3,8 +3,9 @@
 import shutil
 import zipfile
 
-import commands
 import pytest
+
+import commands
 
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_wheel(sys.argv[1])"
 USE = """

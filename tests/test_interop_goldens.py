@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import decode
 
 from tarflow_jax.flow import TarFlow, to_images
 from tarflow_jax.likelihood import bits_per_dim, log_prob
 from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Sequential
 from tarflow_jax.sampling.denoise import denoise
 from tarflow_jax.sampling.guidance import Guidance
+from tiny_models import decode
 
 CASES = ("cond", "vp")
 GUIDED = {

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_models import TINY, random_variables
 
 from tarflow_jax import Noise, TarFlowPipeline
 from tarflow_jax.fingerprint import fingerprint
@@ -23,6 +22,7 @@ from tarflow_jax.interop.tensors import unflatten
 from tarflow_jax.runtime.parameters import student_shapes
 from tarflow_jax.sampling import Schedule, Sequential
 from tarflow_jax.student import StudentConfig, TrainedStudent
+from tiny_models import TINY, random_variables
 
 NAME = "owner/tiny"
 SMALL = dataclasses.replace(TINY, num_blocks=1, layers_per_block=1)

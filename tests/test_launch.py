@@ -4,12 +4,12 @@ import json
 import signal
 import time
 
-import commands
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+import commands
 from configs import digits
 from launch import cli
 from tarflow_jax import Guidance, TarFlowPipeline

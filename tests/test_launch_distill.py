@@ -2,11 +2,11 @@
 
 import json
 
-import commands
 import numpy as np
 import pytest
 from PIL import Image
 
+import commands
 from configs import digits
 from tarflow_jax import TarFlowPipeline
 from tarflow_jax.training import train

@@ -9,11 +9,11 @@ import re
 import zlib
 from html.parser import HTMLParser
 
-import commands
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
+import commands
 from configs import digits
 from launch import report_page
 from launch.report_page import MAX_POINTS, Run, chart, page, text_of

@@ -6,10 +6,10 @@ import json
 import random
 import time
 
-import commands
 import pytest
 from PIL import Image
 
+import commands
 from configs import digits
 from configs.sweeping import grid, log_uniform, sampled, zipped
 from launch.sweep import (

@@ -2,13 +2,13 @@
 
 import json
 
-import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
+import commands
 from configs import digits
 from tarflow_jax import Noise, TarFlow, TarFlowPipeline
 from tarflow_jax.likelihood import training_loss

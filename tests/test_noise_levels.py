@@ -8,9 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import DATA
-from tiny_models import LABELS, TINY, images_of, new_variables, random_variables
 
+from conftest import DATA
 from tarflow_jax import Guidance, IterativeDenoising, Noise, TarFlow, TarFlowPipeline, sampling
 from tarflow_jax.interop import load_torch
 from tarflow_jax.likelihood import training_loss
@@ -18,6 +17,7 @@ from tarflow_jax.noise import Levels
 from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi
 from tarflow_jax.sampling.guidance import product
 from tarflow_jax.training import FlowTask
+from tiny_models import LABELS, TINY, images_of, new_variables, random_variables
 
 LEVELS = Noise("levels", std_min=0.01, std_max=0.3)
 CONDITIONAL = dataclasses.replace(TINY, noise_conditional=True)

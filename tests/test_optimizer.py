@@ -12,12 +12,12 @@ import numpy as np
 import optax
 import pytest
 from flax import traverse_util
-from tiny_models import TINY, new_variables
 
 import runs
 from tarflow_jax.runtime import leaf_name, make_mesh, shardings
 from tarflow_jax.runtime.parameters import params_shapes
 from tarflow_jax.training.optimizer import Optimizer, orthogonalized
+from tiny_models import TINY, new_variables
 
 ADAMW = Optimizer(10, 1e-2, 1e-3, 2, 0.9, 0.95, 0.1, 0.0, 0.0, "adamw", 0.0)
 MUON = dataclasses.replace(ADAMW, name="muon", muon_learning_rate=3e-2)

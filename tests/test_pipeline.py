@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import LABELS, TINY, VP, encode, images_of, random_variables
 
 from tarflow_jax import Guidance, Noise, TarFlow, TarFlowPipeline, likelihood
 from tarflow_jax.likelihood import bits_per_dim, log_prob
 from tarflow_jax.runtime import make_mesh
+from tiny_models import LABELS, TINY, VP, encode, images_of, random_variables
 
 GAUSSIAN = Noise("gaussian", 0.1)
 

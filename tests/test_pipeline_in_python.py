@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import LABELS, TINY, images_of, random_variables
 
 from tarflow_jax import Guidance, Noise, TarFlowPipeline, pipeline
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling import Jacobi
+from tiny_models import LABELS, TINY, images_of, random_variables
 
 
 @pytest.fixture(scope="module")

@@ -4,11 +4,11 @@ import dataclasses
 import functools
 import json
 
-import commands
 import jax
 import jax.numpy as jnp
 import pytest
 
+import commands
 from configs import digits
 from tarflow_jax.flow import TarFlow
 from tarflow_jax.planning import Plan, changes, forward_flops, make_plan, open_topology

@@ -2,11 +2,11 @@
 
 import functools
 
-import commands
 import jax
 import jax.numpy as jnp
 import pytest
 
+import commands
 from benchmarks import plan_check
 from benchmarks.hlo_traffic import traffic
 from tarflow_jax.planning import open_topology

@@ -7,12 +7,12 @@ import signal
 import socket
 import time
 
-import commands
 import jax
 import numpy as np
 import pytest
-import runs
 
+import commands
+import runs
 from configs import digits
 from tarflow_jax import TarFlowPipeline
 from tarflow_jax.evaluation.generation import read_samples

@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 
 import chex
-import commands
 import jax
 import numpy as np
 import pytest
-from damage import cut_short
 
+import commands
 from configs import digits
+from damage import cut_short
 from tarflow_jax import TarFlowPipeline
 from tarflow_jax.data import ArraySource, train_batches
 from tarflow_jax.runtime import Preempted, make_mesh

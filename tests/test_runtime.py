@@ -16,7 +16,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_models import LABELS, TINY, images_of, random_variables
 
 import tarflow_jax
 from tarflow_jax import Guidance, Noise, TarFlowPipeline
@@ -32,6 +31,7 @@ from tarflow_jax.runtime import (
 )
 from tarflow_jax.runtime.cores import usable_cores
 from tarflow_jax.runtime.environment import commit_of
+from tiny_models import LABELS, TINY, images_of, random_variables
 
 ROOT = Path(__file__).parent.parent
 

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import LABELS, TINY, TRIANGULAR, VP, decode, encode, images_of, new_variables, random_variables
 
 from tarflow_jax import Guidance, Noise, TarFlow
 from tarflow_jax.flow import FlowBlock, TarFlowConfig, is_reversed, permute, to_images, to_tokens
 from tarflow_jax.noise import to_float
 from tarflow_jax.sampling import GaussSeidelJacobi, Sequential, guided_trajectory
 from tarflow_jax.sampling.block_inverse import block_inverse, equal_blocks
+from tiny_models import LABELS, TINY, TRIANGULAR, VP, decode, encode, images_of, new_variables, random_variables
 
 UNCONDITIONAL = dataclasses.replace(TINY, num_classes=0)
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import LABELS, TINY, TRIANGULAR, VP, images_of, random_variables
 
 import runs
 from tarflow_jax import Guidance, Noise, TarFlow, TarFlowPipeline
@@ -22,6 +21,7 @@ from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Sequential
 from tarflow_jax.sampling import Student as ByStudent
 from tarflow_jax.student import Perception, Student, StudentConfig, TrainedStudent, distillation_loss
 from tarflow_jax.student.loss import flow_trajectory, perceptual_distance
+from tiny_models import LABELS, TINY, TRIANGULAR, VP, images_of, random_variables
 
 GAUSSIAN = Noise("gaussian", 0.1)
 

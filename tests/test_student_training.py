@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import TINY, decode, random_variables
 
 import runs
 from configs import digits
@@ -27,6 +26,7 @@ from tarflow_jax.student import Perception, StudentConfig
 from tarflow_jax.training import Recipe, StudentTask, Teacher, TrainConfig, train
 from tarflow_jax.training.optimizer import Optimizer
 from tarflow_jax.training.step import compiled_step, new_state
+from tiny_models import TINY, decode, random_variables
 
 GAUSSIAN = Noise("gaussian", 0.1)
 

@@ -12,14 +12,13 @@ import threading
 import time
 
 import chex
-import commands
 import numpy as np
 import pytest
 import requests
 from etils import epath
 from PIL import Image
-from tiny_models import TINY, random_variables
 
+import commands
 from configs import digits
 from tarflow_jax import Noise, TarFlowPipeline, data, files
 from tarflow_jax.data import packed
@@ -29,6 +28,7 @@ from tarflow_jax.interop import load_torch
 from tarflow_jax.runtime.kernels import attend_on_device
 from tarflow_jax.training import Recipe, train, workdir
 from tarflow_jax.training.metrics import MetricsWriter
+from tiny_models import TINY, random_variables
 
 SMOKE = ("-m", "launch.train", "--config=configs/digits.py:smoke")
 

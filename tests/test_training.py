@@ -12,11 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from damage import cut_short, flip_a_bit, largest_file
-from tiny_models import TINY, VP, random_variables
 
 import runs
 from configs import defaults, digits
+from damage import cut_short, flip_a_bit, largest_file
 from tarflow_jax import Noise, TarFlow
 from tarflow_jax.evaluation.bits_per_dim import loss_of
 from tarflow_jax.flow import cast_kernels
@@ -27,6 +26,7 @@ from tarflow_jax.training.loop import evaluate_loss, run_keys
 from tarflow_jax.training.metrics import MetricsWriter
 from tarflow_jax.training.optimizer import Optimizer
 from tarflow_jax.training.step import compiled_step, initial_state, new_state
+from tiny_models import TINY, VP, random_variables
 
 
 class AsGiven(Noise):

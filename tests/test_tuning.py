@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_models import LABELS, TINY, random_variables
 
 from tarflow_jax import Guidance, Noise, TarFlow, TarFlowPipeline
 from tarflow_jax.flow import permute, to_tokens
 from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Sequential, tuning
 from tarflow_jax.sampling.block_inverse import block_inverse
+from tiny_models import LABELS, TINY, random_variables
 
 MILLISECOND = 1e-3
 

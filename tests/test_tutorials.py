@@ -7,8 +7,9 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from commands import ROOT, environment
 from nbclient import NotebookClient
+
+from commands import ROOT, environment
 
 NOTEBOOKS = sorted((ROOT / "docs" / "tutorials").glob("*.ipynb"))
 MAX_BYTES = 1_000_000
