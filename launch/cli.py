@@ -46,7 +46,8 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
     """Runs a command by app.run. An error that the user caused is one line on stderr; any other keeps its traceback."""
 
     def guarded(argv: Sequence[str]) -> int:
-        for chatty in ("absl", "jax"):  # Orbax and TFDS log every file, JAX every missing platform
+        # Orbax and TFDS log every file, JAX every missing platform, the hub's client every request.
+        for chatty in ("absl", "jax", "httpx"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
         logging.getLogger("tarflow_jax").setLevel(logging.INFO)
         end_at_signals()

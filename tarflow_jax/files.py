@@ -4,10 +4,12 @@ import contextlib
 import hashlib
 import io
 import json
+import math
 import os
 import socket
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from typing import IO
 
@@ -15,10 +17,11 @@ import filelock
 import numpy as np
 from etils import epath
 
-from tarflow_jax.errors import UserError
+from tarflow_jax.errors import UserError, one_line
 
 LEASE_S = 300
 MAX_ARRAY_BYTES = 64 * 2**30  # 50,000 images of 512x512 take 37 GiB
+_MAX_DEFLATED = 1032  # bytes that one byte can unpack to, see zlib's technical details
 
 _unfinished: set[epath.Path] = set()
 
@@ -114,22 +117,38 @@ def write_npz(path: epath.PathLike, **arrays: np.ndarray) -> None:
 
 
 def read_npz(path: epath.PathLike, names: tuple[str, ...], max_bytes: int = MAX_ARRAY_BYTES) -> dict[str, np.ndarray]:
-    """Reads those of the named arrays that an npz holds; never unpickles, nor unpacks more than `max_bytes` of one."""
+    """Reads those of the named arrays that an npz holds; UserError if the file is damaged or another.
+
+    Never unpickles. Checks an array's claimed size against the bytes that the file has for it, `max_bytes` and this
+    machine's memory before it allocates any.
+    """
     path = epath.Path(path)
-    if not path.exists():
+    if not (path.exists() if is_remote(path) else os.path.isfile(path)):  # opening a pipe would block
         raise FileNotFoundError(f"{path} not found; expected an npz file")
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            found = {}
-            for name in names:
-                if name in arrays:
-                    size = arrays.zip.getinfo(f"{name}.npy").file_size
-                    if size > max_bytes:
-                        raise UserError(f"array {name} unpacks to {size} bytes, more than {max_bytes}")
-                    found[name] = arrays[name]
-            return found
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            members = archive.namelist()
+            return {name: _read_array(archive, name, max_bytes) for name in names if f"{name}.npy" in members}
     except Exception as error:  # NumPy and zipfile raise nearly anything on damaged files
-        raise UserError(f"{path} is not a readable npz file: {error}") from error
+        raise UserError(f"{path} is not a readable npz file: {one_line(error)}") from error
+
+
+def _read_array(archive: zipfile.ZipFile, name: str, max_bytes: int) -> np.ndarray:
+    entry = archive.getinfo(f"{name}.npy")
+    with archive.open(entry) as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read_header(file)
+        claimed, held = math.prod(shape) * dtype.itemsize, entry.file_size - file.tell()
+    if dtype.hasobject:
+        raise UserError(f"array {name} holds Python objects, which are never loaded; save numbers")
+    if claimed != held or held > _MAX_DEFLATED * entry.compress_size:
+        raise UserError(f"array {name} claims {claimed} bytes, but the file does not hold that many")
+    allowed = min(max_bytes, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    if claimed > allowed:
+        raise UserError(f"array {name} unpacks to {claimed} bytes, more than the {allowed} allowed")
+    with archive.open(entry) as file:
+        return np.lib.format.read_array(file, allow_pickle=False)
 
 
 def sha256(path: epath.PathLike) -> str:

@@ -138,7 +138,7 @@ class TarFlowPipeline:
           FileNotFoundError: there is no model.
           ValueError: it is damaged, or something else.
         """
-        folder: epath.PathLike = epath.Path(name)
+        folder: epath.PathLike = epath.Path(interop.check_path(name))
         if (epath.Path(name) / "checkpoints").is_dir():
             saved = read_workdir(folder, options.get("mesh"), best=best)
         elif best:
@@ -182,8 +182,9 @@ class TarFlowPipeline:
         if self._raw_params is not None:
             variables, ema_params = {**variables, "params": self._raw_params}, variables["params"]
         saved = SavedModel(self.config, variables, self.noise, ema_params, {**self.card, **(card or {})})
-        interop.save_model(folder, saved, dtype=dtype, student=self._unless_stale("student"))
-        if dtype == "float32" and (schedule := self._unless_stale("schedule")):
+        student, schedule = self._unless_stale("student"), self._unless_stale("schedule")  # perhaps of this folder
+        interop.save_model(folder, saved, dtype=dtype, student=student)
+        if dtype == "float32" and schedule:
             schedule.write(Path(folder))
 
     def push_to_hub(self, name: str, *, private: bool = False, token: str | None = None, **options: Any) -> str:

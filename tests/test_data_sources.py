@@ -185,6 +185,54 @@ def test_bad_npz_files_are_refused(tmp_path, damage):
     assert refused > 20
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (np.array(list("abc") * 20), r"expected 60 integer labels, one per image, got <U1 \[60\]"),
+        (np.linspace(0, 1, 60), r"expected 60 integer labels, one per image, got float64 \[60\]"),
+        (np.full(60, np.nan), "expected 60 integer labels"),
+        (np.zeros(60, bool), "expected 60 integer labels"),
+        (np.eye(60, dtype=int), r"got int64 \[60, 60\]"),
+        (np.zeros(0, int), r"got int64 \[0\]"),
+        (np.zeros((), int), r"got int64 \[\]"),
+        (np.where(np.arange(60) == 7, 2**40, 1), f"label {2**40} of image 7 is out of range"),
+        (np.where(np.arange(60) == 7, 2**63 + 1, 1).astype(np.uint64), f"label {2**63 + 1} of image 7 is out of"),
+        (np.where(np.arange(60) == 7, -1, 1), "label -1 of image 7 is out of range; labels of 2 classes are 0 to 1"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused_by_file_and_row(tmp_path, labels, message):
+    np.savez(tmp_path / "set.npz", images=np.zeros((60, 8, 8), np.uint8), labels=labels)
+    with pytest.raises(ValueError, match=rf"npz:.*set\.npz: {message}" if "got" not in message else message) as caught:
+        data.open_source(f"npz:{tmp_path}/set.npz", "train")
+    assert "set.npz" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((60, 8, 8, 3), np.float32), r"expected images as uint8 .*, got float32 \[60, 8, 8, 3\]"),
+        (np.zeros((60, 8, 8), np.int64), "got int64"),
+        (np.zeros((0, 8, 8, 3), np.uint8), r"with N > 0, got uint8 \[0, 8, 8, 3\]"),
+        (np.zeros((), np.uint8), r"got uint8 \[\]"),
+        (np.zeros(60, [("r", np.uint8)]), "expected images as uint8"),
+        (np.array(["cat.png"] * 60), "got <U7"),
+        (np.zeros((1, 8, 8), np.uint8), "none of its 1 images falls into the test split; expected more images"),
+    ],
+)
+def test_images_that_are_none_are_refused_by_file(tmp_path, images, message):
+    np.savez(tmp_path / "set.npz", images=images)
+    with pytest.raises(ValueError, match=rf"npz:.*set\.npz: .*{message}"):
+        data.open_source(f"npz:{tmp_path}/set.npz", "test")
+
+
+def test_npz_files_in_fortran_order_and_other_byte_order(tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (60, 8, 8, 3), np.uint8)
+    np.savez(tmp_path / "c.npz", images=images, labels=np.arange(60))
+    np.savez(tmp_path / "f.npz", images=np.asfortranarray(images), labels=np.arange(60, dtype=">u2"))
+    ours, theirs = (data.open_source(f"npz:{tmp_path}/{name}.npz", "train") for name in "cf")
+    assert ours.fingerprint == theirs.fingerprint
+
+
 def test_unknown_names_splits_and_options():
     message = "unknown data set 'digit'; known are digits, .*; did you mean digits?"
     for arguments, options, expected in (

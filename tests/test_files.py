@@ -2,6 +2,8 @@
 
 import json
 import os
+import tracemalloc
+import zipfile
 from pathlib import Path
 
 import jax
@@ -12,7 +14,7 @@ from etils import epath
 from configs import digits
 from tarflow_jax import figures
 from tarflow_jax.evaluation import generation
-from tarflow_jax.files import replacing
+from tarflow_jax.files import read_npz, replacing
 from tarflow_jax.sampling import Schedule, Sequential
 from tarflow_jax.training import Recipe, metrics
 from tarflow_jax.training.workdir import write_results, write_start
@@ -96,3 +98,59 @@ class Quiet:
 
     def close(self):
         pass
+
+
+def rewritten(path, old, new):
+    """Replaces bytes in the first array of an npz file, whose members are not compressed."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            assert old in content
+            archive.writestr(name, content.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        (b"(3, 4)", b"(3, 5)", "array x claims 15 bytes, but the file does not hold that many"),
+        (b"(3, 4), }" + b" " * 7, b"(2147483648, 1),}", "array x claims 2147483648 bytes"),
+        (b"(3, 4), }" + b" " * 12, b"(10000000000000, 12),}", "array x claims 120000000000000 bytes"),
+        (b"|u1", b"|O1", "damaged|not supported|not valid|Python objects|not interpret|descr"),
+        (b"\x93NUMPY", b"\x93NUMPX", "magic"),
+    ],
+)
+def test_an_npz_allocates_no_more_than_it_holds(tmp_path, old, new, message):
+    np.savez(tmp_path / "x.npz", x=np.zeros((3, 4), np.uint8))
+    rewritten(tmp_path / "x.npz", old, new)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=f"x.npz is not a readable npz file: .*({message})") as caught:
+            read_npz(tmp_path / "x.npz", ("x",))
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
+    assert "\n" not in str(caught.value)
+
+
+def test_an_npz_that_unpacks_to_more_than_its_bytes_can_or_may_is_refused(tmp_path):
+    path = tmp_path / "x.npz"
+    np.savez_compressed(path, x=np.zeros(1 << 20, np.uint8), y=np.ones(3))
+    assert read_npz(path, ("y", "x", "z"))["x"].nbytes == 1 << 20
+    with pytest.raises(ValueError, match="array x unpacks to 1048576 bytes, more than the 1048575 allowed"):
+        read_npz(path, ("x",), max_bytes=(1 << 20) - 1)
+    size = (1 << 20) + 128
+    content = path.read_bytes()
+    claims = content.replace(size.to_bytes(4, "little"), (size + 2**30).to_bytes(4, "little"))
+    path.write_bytes(claims)
+    with pytest.raises(ValueError, match="but the file does not hold that many"):
+        read_npz(path, ("x",))
+    np.savez(path, allow_pickle=True, x=np.array([{}], object))
+    with pytest.raises(ValueError, match="array x holds Python objects, which are never loaded"):
+        read_npz(path, ("x",))
+    np.save(tmp_path / "x.npy", np.zeros(3))
+    with pytest.raises(ValueError, match=r"x\.npy is not a readable npz file: File is not a zip file"):
+        read_npz(tmp_path / "x.npy", ("x",))
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(FileNotFoundError, match=r"pipe\.npz not found; expected an npz file"):
+        read_npz(tmp_path / "pipe.npz", ("x",))

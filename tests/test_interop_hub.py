@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import commands
 from tarflow_jax import Noise, TarFlowPipeline
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.interop.tensors import unflatten
@@ -34,6 +35,7 @@ class Hub(BaseHTTPRequestHandler):
 
     files: dict[str, bytes]
     made: list[dict]
+    address: str
 
     def log_message(self, *_):
         pass
@@ -65,6 +67,8 @@ class Hub(BaseHTTPRequestHandler):
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "deletedFile":
+                del self.files[line["value"]["path"]]
         return self.answer(
             200, {"commitUrl": f"http://{self.headers['Host']}/{NAME}/commit/{COMMIT}", "commitOid": COMMIT}
         )
@@ -75,7 +79,7 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(
                 200, {"id": NAME, "sha": COMMIT, "siblings": [{"rfilename": name} for name in self.files]}
             )
-        if self.path.startswith(f"/api/models/{NAME}/tree/{COMMIT}"):
+        if self.path.startswith((f"/api/models/{NAME}/tree/{COMMIT}", f"/api/models/{NAME}/tree/main")):
             sizes = {name: len(content) for name, content in self.files.items()}
             return self.answer(200, [{"type": "file", "path": n, "size": s, "oid": n} for n, s in sizes.items()])
         if not self.path.startswith(f"/{NAME}/resolve/{COMMIT}/") or content is None:
@@ -92,7 +96,7 @@ def hub(monkeypatch, tmp_path):
     kind = type("OneHub", (Hub,), {"files": {}, "made": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), kind)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    address = f"http://127.0.0.1:{server.server_port}"
+    address = kind.address = f"http://127.0.0.1:{server.server_port}"
     for module in (huggingface_hub.constants, huggingface_hub.hf_api):
         monkeypatch.setattr(module, "ENDPOINT", address, raising=False)
     template = address + "/{repo_id}/resolve/{revision}/{filename}"
@@ -104,7 +108,15 @@ def hub(monkeypatch, tmp_path):
     server.server_close()
 
 
-def test_a_model_goes_to_the_hub_and_comes_back_the_same(hub, tmp_path):
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An empty current folder."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return tmp_path / "elsewhere"
+
+
+def test_a_model_goes_to_the_hub_and_comes_back_the_same(hub, tmp_path, elsewhere):
     variables = random_variables(SMALL)
     schedule = Schedule({1: (Sequential(),)}, fingerprint(variables))
     student = StudentConfig(SMALL, layers_per_block=(1,))
@@ -129,8 +141,27 @@ def test_a_model_goes_to_the_hub_and_comes_back_the_same(hub, tmp_path):
     for mine, theirs in zip(jax.tree.leaves(pipe.variables), jax.tree.leaves(again.variables), strict=True):
         np.testing.assert_array_equal(mine, theirs)
     assert again.student.config == student.config
+    (elsewhere / NAME / "samples").mkdir(parents=True)  # as launch.sample makes it
+    assert TarFlowPipeline.from_pretrained(NAME).config == SMALL
+    hub.files["notes.md"] = b"mine"
+    TarFlowPipeline(SMALL, random_variables(SMALL, seed=1)).push_to_hub(NAME, token="hf_token")
+    assert sorted(hub.files) == ["README.md", "config.json", "model.safetensors", "notes.md"]  # the rest was of others
     with pytest.raises(ValueError, match="'tiny' is not the name of a model on the hub; expected owner/name"):
         pipe.push_to_hub("tiny")
+
+
+@pytest.mark.slow
+def test_commands_open_a_pushed_model_elsewhere_and_again_offline(hub, tmp_path, elsewhere):
+    TarFlowPipeline(SMALL, random_variables(SMALL), Noise("gaussian", 0.1)).push_to_hub(NAME, token="hf_token")
+    command = ("-m", "launch.sample", f"--workdir={NAME}", "--num_images=2")
+    options = {"cwd": elsewhere, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home")}
+    for offline in "01":
+        code, out, err = commands.run(*command, HF_HUB_OFFLINE=offline, **options)
+        assert code == 0, err
+        assert f"{NAME}/samples/samples.png" in out
+    code, _, err = commands.run("-m", "launch.sample", "--workdir=owner/none", **options)
+    assert code == 1
+    assert re.fullmatch("error: no folder owner/none, and the hub did not return a model of that name .*\n", err)
 
 
 def test_a_card_shows_samples_and_the_figures_of_these_weights_and_its_example_runs(tmp_path, capsys):

@@ -2,13 +2,17 @@
 
 import hashlib
 import json
+import resource
 import struct
+from pathlib import Path
 
 import huggingface_hub
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
+from tarflow_jax import TarFlowPipeline
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.interop import SavedModel, load_model, save_model
 from tarflow_jax.interop.model_folder import checksum
@@ -97,13 +101,85 @@ def test_bfloat16_halves_the_file_and_spares_the_prior(folder, tmp_path):
     assert saved.ema_params is None
 
 
-def test_saving_replaces_a_model_and_nothing_else(folder, tmp_path):
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_saving_replaces_a_model_and_leaves_other_files(folder):
+    for name in ("notes.txt", "student/notes.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
     save_model(folder, SavedModel(CONFIG, random_variables(2)))
     assert_same(load_model(folder).variables, random_variables(2))
-    (tmp_path / "config.json").write_text('{"train": {}}')
-    with pytest.raises(ValueError, match="choose another folder"):
+    assert (folder / "notes.txt").read_text() == (folder / "student" / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("README.md", "my notes"),
+        ("model.safetensors", "weights of another program"),
+        ("samples.png", "a picture"),
+        ("decoder.json", "{}"),
+        ("student/marks.csv", "1,2"),
+        ("config.json", '{"train": {}}'),
+        ("config.json", '{"format": "tarflow_jax student"}'),
+        ("config.json", "[]"),
+        ("config.json", "{"),
+        ("config.json", "[" * 100_000),
+    ],
+)
+def test_files_that_are_no_saved_model_s_are_never_replaced(tmp_path, name, text):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(text)
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=rf"holds {name.split('/')[0]}, which is not a saved model's; choose another"):
         save_model(tmp_path, SavedModel(CONFIG, random_variables()))
-    assert (tmp_path / "config.json").read_text() == '{"train": {}}'
+    assert contents(tmp_path) == before
+
+
+def test_a_picture_beside_a_model_whose_card_does_not_show_it_stays(folder, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "grid.png")
+    (folder / "samples.png").write_text("mine")
+    save_model(folder, SavedModel(CONFIG, random_variables()))
+    with pytest.raises(ValueError, match=r"holds samples\.png, which is not a saved model's"):
+        save_model(folder, SavedModel(CONFIG, random_variables(), card={"samples": tmp_path / "grid.png"}))
+    assert (folder / "samples.png").read_text() == "mine"
+
+
+@pytest.mark.parametrize("path", ["", None, 7])
+def test_what_is_no_path_is_refused(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    save_model(tmp_path / "model", SavedModel(CONFIG, random_variables()))
+    monkeypatch.chdir(tmp_path / "model")
+    for call in (load_model, TarFlowPipeline.from_pretrained, lambda p: save_model(p, SavedModel(CONFIG, {}))):
+        with pytest.raises(ValueError, match=f"the model's folder is {path!r}; expected a path"):
+            call(path)
+
+
+def test_saving_needs_a_local_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").write_text("mine")
+    for path, message in {"model": "model is a file; choose", "gs://bucket/model": "is not on a local disk"}.items():
+        with pytest.raises(ValueError, match=message):
+            save_model(path, SavedModel(CONFIG, random_variables()))
+    assert contents(tmp_path) == {Path("model"): b"mine"}
+
+
+@pytest.mark.parametrize("largest", ["model.safetensors", "README.md"])
+def test_a_full_disk_leaves_the_folder_as_it_was(folder, largest):
+    card = {"metrics": dict.fromkeys(map(str, range(80_000 if largest == "README.md" else 0)), 1.0)}
+    save_model(folder, SavedModel(CONFIG, random_variables(), card=card))
+    before = contents(folder)
+    assert max(before, key=lambda path: len(before[path])) == Path(largest)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[Path(largest)]) - 1, limits[1]))
+    try:
+        with pytest.raises((ValueError, OSError), match=r"File too large"):
+            save_model(folder, SavedModel(CONFIG, random_variables(1), card=card))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert contents(folder) == before
 
 
 def test_nothing_half_written(folder):

@@ -13,7 +13,7 @@ import pytest
 import runs
 from tarflow_jax import Guidance, Noise, TarFlow, TarFlowPipeline
 from tarflow_jax.fingerprint import fingerprint
-from tarflow_jax.interop import load_student, save_student
+from tarflow_jax.interop import load_student
 from tarflow_jax.interop.model_folder import checksum as fields_fingerprint
 from tarflow_jax.interop.tensors import flatten
 from tarflow_jax.runtime.parameters import rows_of, student_shapes
@@ -240,8 +240,11 @@ def test_a_saved_model_carries_it_and_one_of_other_weights_is_refused(pipe, tmp_
     other = TarFlowPipeline(TINY, random_variables(TINY, seed=3), GAUSSIAN, student=pipe.student)
     with pytest.raises(ValueError, match=r"was trained for the flow .*, not for this one, .*; run launch.distill"):
         other.sample(key, 2, decoder=ByStudent())
+    again.save_pretrained(tmp_path / "model")  # which it reads its student from
+    assert load_student(tmp_path / "model").flow == pipe.student.flow
     other.save_pretrained(tmp_path / "model")  # what was there is another flow's
     assert load_student(tmp_path / "model") is None
+    assert not (tmp_path / "model" / "student").exists()
     with pytest.raises(ValueError, match="was trained for the flow"):
         TarFlowPipeline(runs.SMALL, random_variables(runs.SMALL), student=pipe.student).sample(
             key, 1, decoder=ByStudent()
@@ -249,7 +252,7 @@ def test_a_saved_model_carries_it_and_one_of_other_weights_is_refused(pipe, tmp_
 
 
 def test_a_hostile_folder_is_refused_in_one_line(pipe, tmp_path, damage):
-    save_student(tmp_path, pipe.student)
+    pipe.save_pretrained(tmp_path)
     path, weights = tmp_path / "student" / "config.json", tmp_path / "student" / "model.safetensors"
     whole, expected = path.read_text(), load_student(tmp_path)
     for file in (path, weights):

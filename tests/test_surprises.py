@@ -284,3 +284,47 @@ def test_a_download_that_hangs_ends():
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         with download_timeouts(0.2), pytest.raises(requests.exceptions.ReadTimeout):
             requests.get(url)
+
+
+@pytest.fixture
+def read_only(tmp_path):
+    """An empty folder that an ordinary user may not write to."""
+    folder = tmp_path / "read_only"
+    folder.mkdir(mode=0o555)
+    yield folder
+    folder.chmod(0o755)
+
+
+SAVE = "import sys; from tarflow_jax import TarFlowPipeline as T; T.from_pretrained(sys.argv[1]).save_pretrained({!r})"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "command",
+    [
+        "-m launch.convert --from_torch={torch} --image_size=8 --patch_size=2 --out={folder}",
+        "-m launch.convert --from_torch={torch} --image_size=8 --patch_size=2 --out={folder}/model",
+        "-m launch.sample --workdir={model} --num_images=2 --out={folder}",
+        "-m launch.sample --workdir={model} --num_images=2 --out={folder}/samples",
+        "-m launch.prepare_data --data=digits --data_dir={folder}",
+        "-m launch.prepare_data --data=digits --data_dir={folder}/data",
+        "-m launch.prepare_data --data=digits --data_dir={folder}/../data --preview={folder}/preview.png",
+        "-c {save} {model}",
+    ],
+)
+def test_a_folder_that_may_not_be_written_is_named_in_one_line(read_only, model, load_golden, command):
+    names = {"torch": load_golden("vp").path, "folder": read_only, "model": model}
+    words = [SAVE.format(str(read_only)) if word == "{save}" else word.format(**names) for word in command.split()]
+    # Root may write everywhere, but not without these.
+    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    done = subprocess.run(
+        [*drop, sys.executable, *words], env=commands.environment(PYTHONPATH=str(commands.ROOT)), cwd=commands.ROOT,
+        capture_output=True, text=True, check=False, timeout=240,
+    )  # fmt: skip
+    lines = [line for line in done.stderr.splitlines() if "Permission denied" in line]
+    assert done.returncode == 1, done.stderr
+    assert len(lines) == 1
+    assert str(read_only) in lines[0]
+    assert lines[0].startswith("PermissionError: " if words[0] == "-c" else "error: ")
+    assert words[0] == "-c" or "Traceback" not in done.stderr
+    assert not list(read_only.iterdir())

@@ -11,6 +11,7 @@ from tarflow_jax.errors import UserError
 from tarflow_jax.files import read_npz
 
 NUM_TRAIN_DIGITS = 1500
+_MAX_CLASSES = 1 << 20  # ImageNet-21k has 21,841
 _MAX_IDX_BYTES = 1 << 30  # of an unpacked file; Fashion-MNIST has 47 MB
 FASHION_MNIST_LABELS = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -43,9 +44,13 @@ def open_npz(argument: str, split: str, options: Options) -> ArraySource:
         raise UserError(f"{name}: expected uint8 arrays `images` and `labels`, or `arr_0` and `arr_1`")
     if images.ndim == 3:
         images = images[..., None]
-    num_classes = int(labels.max()) + 1 if labels is not None and labels.size else 0
-    everything = ArraySource(name, images, labels, num_classes)
+    num_classes = 0 if labels is None else 1
+    if labels is not None and labels.size and labels.dtype.kind in "iu":
+        num_classes = min(int(labels.max()) + 1, _MAX_CLASSES)
+    everything = ArraySource(name, images, labels, num_classes)  # refuses other dtypes, shapes and classes
     rows = [index for index in range(len(images)) if split_of(str(index)) == split]
+    if not rows:
+        raise UserError(f"{name}: none of its {len(images)} images falls into the {split} split; expected more images")
     return ArraySource(name, *everything.read(rows), num_classes)
 
 

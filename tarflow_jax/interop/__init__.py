@@ -2,23 +2,23 @@
 
 from tarflow_jax.interop.model_folder import (
     SavedModel,
+    check_path,
     load_model,
     load_student,
     local_folder,
     push_model,
     save_model,
-    save_student,
 )
 from tarflow_jax.interop.torch_weights import load_torch, save_torch
 
 __all__ = [
     "SavedModel",
+    "check_path",
     "load_model",
     "load_student",
     "load_torch",
     "local_folder",
     "push_model",
     "save_model",
-    "save_student",
     "save_torch",
 ]

@@ -12,9 +12,9 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,8 +23,8 @@ from etils import epath
 
 from tarflow_jax.data.images import decode_image
 from tarflow_jax.errors import UserError, one_line
-from tarflow_jax.figures import save_png
-from tarflow_jax.files import replacing, sha256, write_text
+from tarflow_jax.figures import to_pil
+from tarflow_jax.files import is_remote, replacing, sha256
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.interop.model_card import PICTURE, model_card
@@ -57,31 +57,75 @@ class SavedModel:
 def save_model(
     folder: str | os.PathLike[str], model: SavedModel, *, dtype: str = "float32", student: TrainedStudent | None = None
 ) -> None:
-    """Writes a model folder. Neither config.json nor model.safetensors is replaced before both are written.
+    """Writes a model folder: all of its files, or none if one cannot be written.
 
-    A saved model in the folder is replaced, its student too. Parameters are saved as float32 (exact) or bfloat16 (half
-    the size), a prior as float32. Evaluations and the student belong to the exact weights, so bfloat16 leaves them out.
+    Replaces the saved model in the folder, if there is one, with its student and decoder schedule, and nothing else.
+    Parameters are saved as float32 (exact) or bfloat16 (half the size), a prior as float32. Evaluations and the student
+    belong to the exact weights, so bfloat16 leaves them out.
 
     Raises ValueError: variables that do not fit the config, an unknown dtype or card field, a picture that cannot be
-    read, or a folder whose config.json is not a saved model's.
+    read, no path of a local folder, or a folder that has other files under the names of a model's.
     """
-    folder, exact = Path(folder), dtype == "float32"
+    exact = dtype == "float32"
     if dtype not in _DTYPES:
         raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
-    with _config_errors(folder / CONFIG):
-        if (folder / CONFIG).exists() and "format" not in json.loads((folder / CONFIG).read_bytes()):
-            raise UserError("it is not a saved model's; choose another folder")
+    if is_remote(check_path(folder)):
+        raise UserError(f"{folder} is not on a local disk; choose another folder, and copy it")
+    folder = Path(folder)
     card = {**model.card, "evaluations": _evaluations_of(model) if exact else []}
     text, picture = model_card(model.config, model.noise, card), _read_picture(card.get("samples"))
+    old = _replaceable(folder, picture is not None)
     description = {"model": model.config.to_dict(), "noise": model.noise.to_dict() if model.noise else None}
     variables = {**model.variables, **({"ema": model.ema_params} if model.ema_params else {})}
-    _write(folder, "model", description, variables, _model_shapes(model.config, ema="ema" in variables), dtype)
-    write_text(folder / CARD, text)
-    if picture is not None:
-        save_png(folder / PICTURE, picture)
-    else:
-        (folder / PICTURE).unlink(missing_ok=True)
-    save_student(folder, student if exact else None)
+    new: dict[str, IO[bytes]] = {}
+    with contextlib.ExitStack() as stack:  # all files appear at its end
+
+        def create(name: str) -> IO[bytes]:
+            new[name] = stack.enter_context(replacing(folder / name))
+            return new[name]
+
+        _write(create, "model", description, variables, _model_shapes(model.config, ema="ema" in variables), dtype)
+        create(CARD).write(text.encode())
+        if picture is not None:
+            to_pil(picture).save(create(PICTURE), "PNG")
+        if student is not None and exact:
+            fields = {"student": student.config.to_dict(), "flow": student.flow}
+            _write(create, STUDENT, fields, student.variables, student_shapes(student.config), "float32")
+        for file in new.values():
+            file.flush()  # may still fail, before the first file appears
+    for name in old - new.keys():
+        (folder / name).unlink()
+    with contextlib.suppress(OSError):  # there is none, or it is not empty
+        (folder / STUDENT).rmdir()
+
+
+def check_path(path: Any) -> Any:
+    """Returns a path as it is; UserError for what is none, as is None, or "", which would be the current folder."""
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise UserError(f"the model's folder is {path!r}; expected a path")
+    return path
+
+
+def _replaceable(folder: Path, picture: bool) -> set[str]:
+    """Returns the names of an older saved model's files in a folder; UserError if others' files would be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; choose another name for the folder")
+    found = {name for name in (*FILES, STUDENT) if os.path.lexists(folder / name)}
+    others, ours = found, _is_model(folder)
+    if ours:  # all but a picture that its card does not show
+        card = folder / CARD
+        shown = card.exists() and f"({PICTURE})" in card.read_text(errors="replace")
+        others = set() if shown else found & {PICTURE}
+    if others and (picture or not ours):
+        raise UserError(f"{folder} holds {min(others)}, which is not a saved model's; choose another folder")
+    return found - others - {STUDENT}
+
+
+def _is_model(folder: Path) -> bool:
+    try:
+        return json.loads((folder / CONFIG).read_bytes())["format"] == FORMATS["model"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
 
 
 def load_model(name: str | os.PathLike[str]) -> SavedModel:
@@ -99,17 +143,6 @@ def load_model(name: str | os.PathLike[str]) -> SavedModel:
         shapes = _model_shapes(config, fields["weights"]["ema"])
     tree = read_safetensors(folder / WEIGHTS, shapes)
     return SavedModel(config=config, noise=noise, ema_params=tree.pop("ema", None), variables=tree)
-
-
-def save_student(folder: str | os.PathLike[str], student: TrainedStudent | None) -> None:
-    """Writes a student into student/ of a model folder; None removes the one that is there."""
-    folder = Path(folder) / STUDENT
-    if student is None:
-        for name in (CONFIG, WEIGHTS):
-            (folder / name).unlink(missing_ok=True)
-        return
-    description = {"student": student.config.to_dict(), "flow": student.flow}
-    _write(folder, "student", description, student.variables, student_shapes(student.config), "float32")
 
 
 def load_student(name: str | os.PathLike[str]) -> TrainedStudent | None:
@@ -148,30 +181,35 @@ def _read_picture(path: epath.PathLike | None) -> np.ndarray | None:
 
 
 def _write(
-    folder: Path,
+    create: Callable[[str], IO[bytes]],
     what: str,
     description: Mapping[str, Any],
     variables: Mapping[str, Any],
     shapes: Mapping[str, Shape],
     dtype: str,
 ) -> None:
+    """Writes config.json and model.safetensors, of a student into its folder; `create` opens a new file by its name."""
     tensors = flatten(variables)
     check_tensors(f"the {what}", {name: array.shape for name, array in tensors.items()}, shapes)
     arrays = {}
     for name, value in tensors.items():
         exact = name.startswith("prior/")
         arrays[name] = np.asarray(value, jnp.dtype("float32" if exact else dtype), order="C")
-    with replacing(folder / WEIGHTS) as weights, replacing(folder / CONFIG) as config:
+    folder = f"{STUDENT}/" if what == STUDENT else ""
+    weights = create(folder + WEIGHTS)
+    try:
         safetensors.numpy.save_file(arrays, weights.name)
-        os.chmod(weights.name, os.fstat(weights.fileno()).st_mode)  # safetensors makes it private to its owner
-        fields = {
-            "format": FORMATS[what],
-            "format_version": VERSION,
-            **description,
-            "weights": {"dtype": dtype, "ema": "ema" in variables, "sha256": sha256(weights.name)},
-        }
-        fields["sha256"] = checksum(fields)
-        config.write((json.dumps(fields, indent=2) + "\n").encode())
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{weights.name} cannot be written: {one_line(error)}") from error
+    os.chmod(weights.name, os.fstat(weights.fileno()).st_mode)  # safetensors makes it private to its owner
+    fields = {
+        "format": FORMATS[what],
+        "format_version": VERSION,
+        **description,
+        "weights": {"dtype": dtype, "ema": "ema" in variables, "sha256": sha256(weights.name)},
+    }
+    fields["sha256"] = checksum(fields)
+    create(folder + CONFIG).write((json.dumps(fields, indent=2) + "\n").encode())
 
 
 def _read_config(folder: Path, what: str) -> dict[str, Any]:
@@ -217,18 +255,23 @@ def checksum(fields: Mapping[str, Any]) -> str:
 def local_folder(name: str | os.PathLike[str]) -> Path:
     """Returns the folder `name`, or else downloads the hub's model "owner/name" and returns the copy's folder.
 
+    A folder owner/name without a model, as commands make for the samples of a hub's model, does not hide that model.
+
     Raises FileNotFoundError: there is no such folder, and no such model on the hub or no network.
     """
-    folder = Path(name)
-    if folder.is_dir():
+    folder = Path(check_path(name))
+    hub_name = _HUB_NAME.fullmatch(str(name))
+    if folder.is_dir() and ((folder / CONFIG).exists() or not hub_name):
         return folder
-    if folder.exists() or not _HUB_NAME.fullmatch(str(name)):
+    if folder.is_file() or not hub_name:
         raise FileNotFoundError(f"no folder {name}; give a saved model's folder, or owner/name on the hub")
     import huggingface_hub
 
     try:
         return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=FILES))
     except Exception as error:  # the hub's errors share no base class with those of its HTTP library
+        if folder.is_dir():
+            return folder
         raise FileNotFoundError(
             f"no folder {name}, and the hub did not return a model of that name (is there a network?): "
             f"{one_line(error)}"
@@ -249,7 +292,13 @@ def push_model(folder: str | os.PathLike[str], name: str, *, private: bool = Fal
     try:
         api.create_repo(name, private=private, exist_ok=True)
         message = "Upload by tarflow_jax"
-        commit = api.upload_folder(repo_id=name, folder_path=str(folder), allow_patterns=FILES, commit_message=message)
+        commit = api.upload_folder(
+            repo_id=name,
+            folder_path=str(folder),
+            allow_patterns=FILES,
+            delete_patterns=FILES,  # of an older model
+            commit_message=message,
+        )
     except Exception as error:  # the hub's errors share no base class with those of its HTTP library
         raise UserError(
             f"the hub did not accept {name} ({one_line(error)}); check the network, and that `hf auth login` was given "

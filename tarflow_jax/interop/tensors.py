@@ -27,7 +27,7 @@ def check_tensors(what: str, found: Mapping[str, Shape], expected: Mapping[str, 
     if missing := sorted(expected.keys() - found.keys()):
         raise UserError(f"{what} lacks tensor {missing[0]}; the file is incomplete")
     if extra := sorted(found.keys() - expected.keys()):
-        raise UserError(f"{what} has tensor {extra[0]}, which no TarFlow of this shape has")
+        raise UserError(f"{what} has tensor {' '.join(extra[0].split())}, which no TarFlow of this shape has")
     for name, shape in expected.items():
         if tuple(found[name]) != shape:
             raise UserError(f"{what}: tensor {name} has shape {list(found[name])}; expected {list(shape)}")

@@ -6,8 +6,10 @@ this package (row, column, channel): the tensors that read or write tokens are p
 """
 
 import os
+import pickletools
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,11 @@ from tarflow_jax.runtime.parameters import Parameter, Shape, rows_of, variables_
 
 HEAD_DIM = 64  # fixed in the reference, and no tensor's shape depends on it
 _DIRECTORY = 0x10  # an entry's attribute; PyTorch's reader takes such an entry for a directory and reads nothing
+# What the pickle of a state dict calls, and the dtypes of its tensors.
+_ALLOWED = re.compile(
+    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch (?!Untyped|Typed)\w+Storage"
+)
+_MAX_PICKLE_BYTES = 1 << 22  # 150 bytes a tensor
 
 
 def load_torch(
@@ -91,6 +98,7 @@ def _read_state_dict(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no PyTorch checkpoint at {path}")
     _check_archive(path)
     state = load_tensors(path)
+    state = {name: tensor.detach().resolve_neg() for name, tensor in state.items()}  # as NumPy needs them
     for name, tensor in state.items():
         if not tensor.is_floating_point() or tensor.element_size() > 4:
             raise UserError(f"{path}: tensor {name} is {tensor.dtype}; expected float32")
@@ -102,21 +110,50 @@ def _read_state_dict(path: Path) -> dict[str, Any]:
 
 
 def _check_archive(path: Path) -> None:
-    """Verifies the zip archive's checksums, which PyTorch ignores, and that no entry is compressed.
+    """Verifies the zip archive's checksums, which PyTorch ignores, and that reading takes no more memory than the file.
 
-    An uncompressed entry cannot expand when it is read, so the file's size bounds the memory.
+    An uncompressed entry cannot expand when it is read. PyTorch finds an entry by its name in any case, so that a file
+    could have it read one again and again under other names: those of tensors are numbers.
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            names = [name.lower() for name in archive.namelist()]
+            if len(set(names)) < len(names):
+                raise UserError("two entries have the same name")
             for entry in archive.infolist():
                 if entry.is_dir() or entry.external_attr & _DIRECTORY:
                     raise UserError(f"entry {entry.filename} is a directory")
                 if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-                    raise UserError(f"entry {entry.filename} is compressed")
+                    raise UserError(f"entry {entry.filename} is compressed, which torch.save does not do")
+                if "/data/" in entry.filename.lower() and not entry.filename.rpartition("/")[2].isdecimal():
+                    raise UserError(f"entry {entry.filename} is no tensor's")
             if damaged := archive.testzip():
                 raise UserError(f"entry {damaged} fails its checksum")
+            for entry in archive.infolist():
+                if entry.filename.lower().endswith("data.pkl"):
+                    _check_pickle(archive.read(entry))
     except Exception as error:  # damaged bytes can raise anything in the zip reader
-        raise UserError(f"{path} is not an intact PyTorch checkpoint (zip format): {one_line(error)}") from error
+        raise UserError(
+            f"{path} is not an intact PyTorch state dict, as torch.save writes it since 1.6: {one_line(error)}"
+        ) from error
+
+
+def _check_pickle(content: bytes) -> None:
+    """Raises UserError for all but plain tensors.
+
+    `torch.load(weights_only=True)` also calls functions that allocate as many bytes as they are told to.
+    """
+    if len(content) > _MAX_PICKLE_BYTES:
+        raise UserError(f"its data.pkl has {len(content)} bytes; expected at most {_MAX_PICKLE_BYTES}")
+    for opcode, argument, _ in pickletools.genops(content):
+        if opcode.name == "PROTO" and argument != 2:
+            raise UserError(f"its pickle protocol is {argument}; expected 2, the default of torch.save")
+        if opcode.name == "GLOBAL" and not _ALLOWED.fullmatch(str(argument)):
+            found = str(argument).replace(" ", ".")
+            raise UserError(
+                f"it holds more than tensors, and other objects are never loaded ({found}); "
+                "save `model.state_dict()` alone"
+            )
 
 
 def _read_config(
@@ -134,6 +171,8 @@ def _read_config(
         num_tokens, _ = shapes["blocks.0.pos_embed"]
         outputs, _ = shapes["blocks.0.proj_out.weight"]
         num_classes, *_ = shapes.get("blocks.0.class_embed", (0,))
+        if shapes["blocks.0.attn_mask"] != (num_tokens, num_tokens):
+            raise ValueError("no mask of all tokens")  # which must not be made if the file has none
         tokens = {shape[0] for name, shape in shapes.items() if re.fullmatch(r"blocks\.\d+\.pos_embed", name)}
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"{path} is not a TarFlow of the reference: its blocks lack tensors, or have others") from error
@@ -143,7 +182,9 @@ def _read_config(
         )
     noise_conditional = "blocks.0.time_embed.mlp.0.weight" in shapes
     num_blocks, layers = count(r"blocks\.(\d+)\."), "head_blocks" if noise_conditional else "attn_blocks"
-    depths = tuple(count(rf"blocks\.{k}\.{layers}\.(\d+)\.") for k in range(num_blocks))
+    matches = (re.match(rf"blocks\.(\d+)\.{layers}\.(\d+)\.", name) for name in shapes)
+    depth_of = Counter(block for block, _ in {match.groups() for match in matches if match})
+    depths = tuple(depth_of[str(k)] for k in range(num_blocks))
     config = TarFlowConfig(
         image_size=image_size,  # type: ignore[arg-type]  # an int becomes a pair
         image_channels=image_channels,
@@ -198,7 +239,8 @@ def _tensors(config: TarFlowConfig) -> Iterator[tuple[str, Parameter, list[str]]
 def _buffers(config: TarFlowConfig) -> dict[str, np.ndarray]:
     """Returns the reference's constant buffers: the causal masks and, in NVP mode, the prior's variance of ones."""
     tokens = config.num_tokens
-    buffers = {f"blocks.{k}.attn_mask": np.tri(tokens, dtype=np.float32) for k in range(config.num_blocks)}
+    mask = np.tri(tokens, dtype=np.float32)
+    buffers = {f"blocks.{k}.attn_mask": mask for k in range(config.num_blocks)}
     if not config.volume_preserving:
         buffers["var"] = np.ones((tokens, config.token_dim), np.float32)
     return buffers
