@@ -6,6 +6,7 @@ Width, blocks, layers, classes and VP/NVP are inferred from the tensors.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 
@@ -20,17 +21,16 @@ NOISE_STD = flags.DEFINE_float(
     "noise_std", None, "Training noise σ, in [-1, 1] units, if it is known; denoising needs it."
 )
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Save the parameters in this dtype.")
-OUT = flags.DEFINE_string("out", None, "Folder to save the model in; created if it is missing.")
+flags.DEFINE_string("out", None, "Folder to save the model in; created if it is missing.")
 flags.mark_flags_as_required(["from_torch", "image_size", "patch_size", "out"])
 
 
 def main(argv: Sequence[str]) -> None:
     """Reads, converts and saves."""
-    pipe = TarFlowPipeline.from_torch(
-        FROM_TORCH.value, IMAGE_SIZE.value, IMAGE_CHANNELS.value, PATCH_SIZE.value, NOISE_STD.value
-    )
-    pipe.save_pretrained(OUT.value, dtype=DTYPE.value)
-    print(f"saved {pipe.config} in {OUT.value}")
+    path, out = Path(FROM_TORCH.value).expanduser(), cli.folder("out")
+    pipe = TarFlowPipeline.from_torch(path, IMAGE_SIZE.value, IMAGE_CHANNELS.value, PATCH_SIZE.value, NOISE_STD.value)
+    pipe.save_pretrained(out, dtype=DTYPE.value)
+    print(f"saved {pipe.config} in {out}")
 
 
 if __name__ == "__main__":

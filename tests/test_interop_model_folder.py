@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import resource
 import struct
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from damage import full_disk
 from tarflow_jax import TarFlowPipeline
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.interop import SavedModel, load_model, save_model
@@ -172,13 +172,8 @@ def test_a_full_disk_leaves_the_folder_as_it_was(folder, largest):
     save_model(folder, SavedModel(CONFIG, random_variables(), card=card))
     before = contents(folder)
     assert max(before, key=lambda path: len(before[path])) == Path(largest)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[Path(largest)]) - 1, limits[1]))
-    try:
-        with pytest.raises((ValueError, OSError), match=r"File too large"):
-            save_model(folder, SavedModel(CONFIG, random_variables(1), card=card))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_disk(len(before[Path(largest)]) - 1), pytest.raises((ValueError, OSError), match="File too large"):
+        save_model(folder, SavedModel(CONFIG, random_variables(1), card=card))
     assert contents(folder) == before
 
 

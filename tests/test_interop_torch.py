@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from damage import full_disk
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.interop import load_torch, save_torch
 from tarflow_jax.interop.tensors import flatten, unflatten
@@ -289,6 +290,15 @@ def test_entry_marked_as_a_directory_is_refused(small_file):
     small_file.write_bytes(content)
     with pytest.raises(ValueError, match="is a directory"):
         load_torch(small_file, *SMALL_ARGUMENTS)
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(small_file):
+    before = small_file.read_bytes()
+    # PyTorch says nothing of the cause, but then the file is closed, which fails for the same.
+    failed = pytest.raises((ValueError, OSError), match=r"is the disk full\?$|File too large")
+    with full_disk(len(before) // 2), failed:
+        save_torch(small_file, SMALL, random_variables(SMALL))
+    assert [path.read_bytes() for path in small_file.parent.iterdir()] == [before]
 
 
 def test_missing_file(tmp_path):

@@ -77,7 +77,7 @@ def save_torch(path: str | os.PathLike[str], config: TarFlowConfig, variables: M
 
     Raises:
       ImportError: PyTorch is not installed.
-      ValueError: the reference has no model of this shape, or the variables do not fit `config`.
+      ValueError: the reference has no model of this shape, the variables do not fit `config`, or the disk is full.
     """
     torch = import_torch()
     _check_representable(config)
@@ -89,7 +89,10 @@ def save_torch(path: str | os.PathLike[str], config: TarFlowConfig, variables: M
         for torch_name, part in zip(torch_names, parts, strict=True):
             state[torch_name] = torch.from_numpy(part.copy())
     with replacing(path) as file:
-        torch.save(state, file)  # given a path, it would write the temporary name into the file
+        try:
+            torch.save(state, file)  # given a path, it would write the temporary name into the file
+        except RuntimeError as error:  # which is all that its writer says of an OSError
+            raise UserError(f"{path} cannot be written ({one_line(error)}); is the disk full?") from error
 
 
 def _read_state_dict(path: Path) -> dict[str, Any]:
