@@ -47,7 +47,7 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
 
     def guarded(argv: Sequence[str]) -> int:
         # Orbax and TFDS log every file, JAX every missing platform, the hub's client every request.
-        for chatty in ("absl", "jax", "httpx"):
+        for chatty in ("absl", "jax", "httpx", "httpx2"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
         logging.getLogger("tarflow_jax").setLevel(logging.INFO)
         end_at_signals()

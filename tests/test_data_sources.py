@@ -172,7 +172,7 @@ def test_bad_npz_files_are_refused(tmp_path, damage):
         {"images": np.array([{}], object)},
     ):
         np.savez(path, allow_pickle=True, **arrays)
-        with pytest.raises(ValueError, match=r"npz:.*expected|not a readable npz file: Object arrays"):
+        with pytest.raises(ValueError, match=r"npz:.*expected|not a readable npz file: .*Python objects"):
             data.open_source(f"npz:{path}", "train")
     images = np.random.default_rng(0).integers(0, 256, (30, 8, 8, 3), np.uint8)
     np.savez_compressed(path, images=images)

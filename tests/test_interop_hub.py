@@ -28,6 +28,7 @@ from tiny_models import TINY, random_variables
 NAME = "owner/tiny"
 SMALL = dataclasses.replace(TINY, num_blocks=1, layers_per_block=1)
 COMMIT = "0" * 40
+CUT = b"a file whose connection ends early"
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -40,10 +41,10 @@ class Hub(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def answer(self, code, content=b"", **headers):
+    def answer(self, code, content=b"", claimed=None, **headers):
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(code)
-        for name, value in (headers | {"Content-Length": len(body)}).items():
+        for name, value in (headers | {"Content-Length": claimed or len(body)}).items():
             self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         if self.command != "HEAD":
@@ -84,8 +85,10 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(200, [{"type": "file", "path": n, "size": s, "oid": n} for n, s in sizes.items()])
         if not self.path.startswith(f"/{NAME}/resolve/{COMMIT}/") or content is None:
             return self.answer(404, {"error": "not found"})
+        self.close_connection = content == CUT
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
-        return self.answer(200, content, ETag=etag, X_Repo_Commit=COMMIT)
+        claimed = len(content) + 1000 * (content == CUT)
+        return self.answer(200, content, claimed, ETag=etag, X_Repo_Commit=COMMIT)
 
     do_HEAD = do_GET
 
@@ -148,6 +151,25 @@ def test_a_model_goes_to_the_hub_and_comes_back_the_same(hub, tmp_path, elsewher
     assert sorted(hub.files) == ["README.md", "config.json", "model.safetensors", "notes.md"]  # the rest was of others
     with pytest.raises(ValueError, match="'tiny' is not the name of a model on the hub; expected owner/name"):
         pipe.push_to_hub("tiny")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.safetensors": b"other weights"}, r"model\.safetensors does not match the checksum in it"),
+        ({"config.json": b'{"architectures": ["Other"]}'}, "it is not a model's of layout version 1; expected"),
+        ({"model.safetensors": None}, r"no model\.safetensors in .*; expected a folder that save_pretrained wrote"),
+        ({"config.json": None, "model.safetensors": None, "README.md": None, "x.bin": b""}, r"hub has no config\.json"),
+        ({"model.safetensors": CUT}, "the hub did not return a model of that name .*: .*"),
+    ],
+)
+def test_a_damaged_or_foreign_model_of_the_hub_is_refused_in_one_line(hub, elsewhere, changes, message):
+    TarFlowPipeline(SMALL, random_variables(SMALL)).push_to_hub(NAME, token="hf_token")
+    hub.files = {name: content for name, content in (hub.files | changes).items() if content is not None}
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
+        TarFlowPipeline.from_pretrained(NAME)
+    assert "\n" not in str(caught.value)
+    assert not list(elsewhere.iterdir())
 
 
 @pytest.mark.slow

@@ -268,7 +268,7 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(str(name), allow_patterns=FILES))
+        copy = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=FILES))
     except Exception as error:  # the hub's errors share no base class with those of its HTTP library
         if folder.is_dir():
             return folder
@@ -276,6 +276,9 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
             f"no folder {name}, and the hub did not return a model of that name (is there a network?): "
             f"{one_line(error)}"
         ) from error
+    if not (copy / CONFIG).exists():
+        raise FileNotFoundError(f"{name} on the hub has no {CONFIG}; expected a model that push_to_hub uploaded")
+    return copy
 
 
 def push_model(folder: str | os.PathLike[str], name: str, *, private: bool = False, token: str | None = None) -> str:
