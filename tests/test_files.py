@@ -133,12 +133,16 @@ def test_an_npz_allocates_no_more_than_it_holds(tmp_path, old, new, message):
     assert "\n" not in str(caught.value)
 
 
-def test_an_npz_that_unpacks_to_more_than_its_bytes_can_or_may_is_refused(tmp_path):
+def test_an_npz_that_unpacks_to_more_than_its_bytes_can_or_may_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "x.npz"
     np.savez_compressed(path, x=np.zeros(1 << 20, np.uint8), y=np.ones(3))
     assert read_npz(path, ("y", "x", "z"))["x"].nbytes == 1 << 20
     with pytest.raises(ValueError, match="array x unpacks to 1048576 bytes, more than the 1048575 allowed"):
         read_npz(path, ("x",), max_bytes=(1 << 20) - 1)
+    with monkeypatch.context() as small_machine:
+        small_machine.setattr(os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 10}.get)
+        with pytest.raises(ValueError, match="array x unpacks to 1048576 bytes, more than the 40960 allowed"):
+            read_npz(path, ("x",))
     size = (1 << 20) + 128
     content = path.read_bytes()
     claims = content.replace(size.to_bytes(4, "little"), (size + 2**30).to_bytes(4, "little"))
