@@ -156,6 +156,10 @@ def repeat_without_end(state):
     state["blocks.0.pos_embed"] = torch.zeros(1).expand(1 << 40, 64)
 
 
+def negate_without_end(state):
+    state["blocks.0.pos_embed"] = torch._neg_view(torch.zeros(1).expand(1 << 40, 64))
+
+
 def nest(state):
     state["model"] = dict(state)
 
@@ -177,6 +181,7 @@ def add_code(state):
         (use_integers, "blocks.0.proj_in.bias is torch.int32"),
         (use_doubles, "blocks.0.proj_in.bias is torch.float64"),
         (repeat_without_end, "claim more bytes than the file has"),
+        (negate_without_end, "claim more bytes than the file has"),
         (nest, "no state dict of tensors"),
         (add_code, "holds more than tensors, and other objects are never loaded .__builtin__.print.; save"),
     ],

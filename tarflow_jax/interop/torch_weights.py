@@ -101,13 +101,13 @@ def _read_state_dict(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no PyTorch checkpoint at {path}")
     _check_archive(path)
     state = load_tensors(path)
-    state = {name: tensor.detach().resolve_neg() for name, tensor in state.items()}  # as NumPy needs them
     for name, tensor in state.items():
         if not tensor.is_floating_point() or tensor.element_size() > 4:
             raise UserError(f"{path}: tensor {name} is {tensor.dtype}; expected float32")
     # A strided view can repeat the same few bytes endlessly; the tensors of a state dict each own their bytes.
     if sum(tensor.nelement() * tensor.element_size() for tensor in state.values()) > path.stat().st_size:
         raise UserError(f"{path}: the tensors claim more bytes than the file has")
+    state = {name: tensor.detach().resolve_neg() for name, tensor in state.items()}  # as NumPy needs them
     wrapped = all(name.startswith("module.") for name in state)  # by DistributedDataParallel
     return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in state.items()}
 
