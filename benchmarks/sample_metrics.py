@@ -16,7 +16,7 @@ class SampleMetrics:
         self.train, self.test = (open_source(name, split) for split in ("train", "test"))
         folder = data_folder() / "evaluation"
         self.network = classifier_network(self.train, self.test, folder)
-        self.reference = data_set_reference(self.network, self.train, "train", "none", folder)
+        self.reference = data_set_reference(self.network, self.train, "train", folder)
 
     def __call__(self, images: jax.Array | np.ndarray) -> dict[str, float]:
         """Returns distance, precision, recall and the number of images that are not finite.

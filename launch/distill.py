@@ -19,6 +19,7 @@ from ml_collections import config_flags
 from configs.defaults import with_flow
 from launch import cli
 from tarflow_jax.data import data_folder
+from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.classifier import perceptual_network_params
 from tarflow_jax.figures import grid, save_png, to_uint8
 from tarflow_jax.fingerprint import fingerprint
@@ -28,6 +29,7 @@ from tarflow_jax.sampling import Student
 from tarflow_jax.student import TrainedStudent
 from tarflow_jax.training import Recipe, Teacher, train
 from tarflow_jax.training.loop import evaluate_loss
+from tarflow_jax.training.recipe import same_data
 from tarflow_jax.training.workdir import STUDENT, write_results
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -53,6 +55,8 @@ def main(argv: Sequence[str]) -> None:
     pipe = cli.open_pipeline(workdir, recipe.mesh())
     config.student.flow = fingerprint(pipe.variables)
     recipe.source("test")  # reject before training what would be rejected after it
+    if not same_data(workdir, recipe.source("train")):
+        raise UserError(f"{config.data.source} is not what {workdir} was trained on; bring its images and labels back")
     perception = None
     if recipe.student.perceptual:
         perception = perceptual_network_params(recipe.source("train"), data_folder(config.data.data_dir) / "evaluation")

@@ -11,6 +11,9 @@ import functools
 import hashlib
 import itertools
 import json
+import math
+import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,15 +35,15 @@ from tarflow_jax.evaluation.inception import inception_network
 from tarflow_jax.files import write_text
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.noise import to_float
-from tarflow_jax.pipeline import TarFlowPipeline, check_student_guidance
+from tarflow_jax.pipeline import TarFlowPipeline, check_levels, check_student_guidance
 from tarflow_jax.runtime import BatchRunner, environment, make_mesh
 from tarflow_jax.sampling import Guidance, Jacobi, Student
 from tarflow_jax.training import Recipe
+from tarflow_jax.training.recipe import same_data
 
 ALL_METRICS = ("bits_per_dim", *distances.METRICS, "classification", "outliers", "student")
 NUM_CANDIDATES, TUNING_IMAGES = 8, 500  # to find the noise level that classifies best
 CHUNK_SIZE = 500  # samples in a file
-NUM_FEATURES = {"inception": 2048, "classifier": 128}
 STUDENT_LATENTS, JACOBI_LATENTS, POLISHES = 1000, 100, (1, 2, 4)
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of the model.")
@@ -83,23 +86,48 @@ class Evaluation:
         self.pipe = cli.open_pipeline(name, make_mesh(devices=jax.local_devices()))
         self.data_dir = data_folder(self._trained_on and self._trained_on.data_dir)
         self.out = epath.Path(cli.folder("out") if OUT.value else f"{workdir}/evaluation" if workdir else "evaluation")
+        self.data_set = DATA.value or self._trained_on.source
+        if workdir:
+            self._compare_data(workdir)
+        source = self.source(SPLIT.value)
         self.protocol = {
             "model": name,
             "fingerprint": fingerprint(self.pipe.variables),
             "training_noise": "unknown" if self.pipe.noise is None else str(self.pipe.noise),
-            "data_set": DATA.value or self._trained_on.source,
-            "preprocessing": PREPROCESSING.value or (self._trained_on.preprocessing if workdir else "none"),
+            "data_set": self.data_set,
+            "data_fingerprint": source.fingerprint[:16],
+            "preprocessing": source.preprocessing,
+            "split": SPLIT.value,
             "compute": self.pipe.config.dtype,
             "seed": SEED.value,
         }
+        if OUTLIERS.value:
+            self.protocol |= {"outliers": OUTLIERS.value, "outliers_fingerprint": self.outliers().fingerprint[:16]}
+
+    def _compare_data(self, workdir: str) -> None:
+        """Raises UserError if the run's own data has changed; warns if flags ask for other data."""
+        asked = DATA.value or PREPROCESSING.value
+        try:
+            if same_data(workdir, self.source("train")):
+                return
+        except (UserError, FileNotFoundError):
+            if not asked:
+                raise
+        message = f"{self.data_set} is not what {workdir} was trained on"
+        if not asked:
+            raise UserError(
+                f"{message}: images, labels or their order have changed since; bring them back, or measure what is "
+                f"there now, --data={self.data_set}"
+            )
+        print(f"warning: {message}", file=sys.stderr)
 
     def source(self, split: str) -> ImageSource:
         """Opens a split of the data set."""
         source = open_source(
-            self.protocol["data_set"],
+            self.data_set,
             split,
             image_size=self.pipe.config.image_size,
-            preprocessing=self.protocol["preprocessing"],
+            preprocessing=PREPROCESSING.value or (self._trained_on.preprocessing if self._trained_on else "none"),
             data_dir=self.data_dir,
             skip_bad=bool(self._trained_on and self._trained_on.skip_bad),
         )
@@ -107,36 +135,61 @@ class Evaluation:
             raise UserError(f"{source.name} has images {source.image_shape}, the model {self.pipe.config.image_shape}")
         return source
 
+    def outliers(self) -> ImageSource:
+        """Opens the split of --outliers."""
+        return open_source(OUTLIERS.value, SPLIT.value, data_dir=self.data_dir)
+
+
+def check_writable(folder: epath.Path) -> None:
+    """Creates a folder; raises OSError now rather than after the work if files cannot be written there."""
+    write_text(folder / ".writable", "")
+    (folder / ".writable").unlink(missing_ok=True)
+
 
 def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
     """Raises UserError for what a metric would reject only after hours of work on others."""
     pipe, of_samples = evaluation.pipe, [metric for metric in metrics if metric in distances.METRICS]
+    source = evaluation.source(SPLIT.value)
     if "bits_per_dim" in metrics and pipe.noise_std is not None and not ALLOW_NOISY.value:
         raise UserError(
             "bits/dim is defined for models trained with uniform noise, this one's was gaussian; "
             "train with noise.kind=uniform, or pass --allow_noisy for nats/dim of noisy data"
         )
-    if NOISE_STD.value is not None and not pipe.config.noise_conditional:
-        raise UserError("--noise_std is for noise-conditional models; this one has a single noise level")
+    if NOISE_STD.value is not None:
+        check_levels(pipe.config, NOISE_STD.value, 1)
     if pipe.config.noise_conditional and pipe.noise is None and NOISE_STD.value is None:
         raise UserError("the noise levels of this model are not known; name one, --noise_std=σ")
+    if {"bits_per_dim", "classification"} & set(metrics) and source.num_classes > pipe.config.num_classes > 0:
+        raise UserError(f"{source.name} has {source.num_classes} classes, the model {pipe.config.num_classes}")
+    if {"bits_per_dim", "classification", "outliers"} & set(metrics) and len(source) < 2:
+        raise UserError(f"the {SPLIT.value} split of {source.name} has 1 image; expected several")
     if "classification" in metrics and not pipe.config.num_classes:
         raise UserError("classification needs a class-conditional model, this one has no classes")
+    if "classification" in metrics and not source.num_classes:
+        raise UserError(f"{source.name} has no labels; classification needs them")
     if "student" in metrics:
         pipe.require_student()
-    if "outliers" in metrics and OUTLIERS.value is None:
-        raise UserError("outliers needs a second data set, --outliers=NAME")
+    if "outliers" in metrics:
+        if OUTLIERS.value is None:
+            raise UserError("outliers needs a second data set, --outliers=NAME")
+        classification.fit_images(evaluation.outliers().read([0])[0], pipe.config.image_shape)
     if of_samples:
         network = "inception" if INCEPTION.value else "classifier"
-        distances.check_metrics(of_samples, network)
-        needed = NUM_FEATURES[network]
-        if {"fid", "sfid"} & set(metrics) and NUM_SAMPLES.value < needed:
-            raise UserError(f"--num_samples is {NUM_SAMPLES.value}; a Fréchet distance needs at least {needed}")
-        for guidance, _ in sample_settings(pipe):
+        num_real = None if REFERENCE.value else len(evaluation.source(REFERENCE_SPLIT.value))
+        distances.check_metrics(of_samples, network, NUM_SAMPLES.value, num_real)
+        if INCEPTION.value:
+            inception_network(os.path.expanduser(INCEPTION.value))
+        if REFERENCE.value:
+            distances.read_reference(os.path.expanduser(REFERENCE.value))
+        for guidance, denoise in sample_settings(pipe.noise_std is not None):
             guidance = guidance.checked_for(pipe.config)
             if cli.draws_clean_images():
                 check_student_guidance(pipe.require_student().config, guidance)
-    evaluation.source(SPLIT.value)
+            elif denoise and pipe.noise_std is None:
+                raise UserError(
+                    f"--denoise=true is for gaussian training noise, not {evaluation.protocol['training_noise']}"
+                )
+    check_writable(evaluation.out)
 
 
 def noise_level(pipe: TarFlowPipeline) -> float | None:
@@ -159,6 +212,8 @@ def measure_likelihood(evaluation: Evaluation) -> dict[str, Any]:
         log_probs = noisy_log_prob(runner, pipe.config, variables, source, pipe.noise, key, levels)
         values = -log_probs.astype(np.float64) / pipe.config.num_dims
         unit, more = "nats/dim of noisy data", {} if level is None else {"noise level": level}
+    if not np.isfinite(values).all():
+        raise UserError("log p(x) is not finite for some images; their mean would be no number")
     error = float(values.std(ddof=1) / np.sqrt(len(values)))
     return {unit: float(values.mean()), "standard error": error, "images": len(values)} | more
 
@@ -193,8 +248,6 @@ def best_level(evaluation: Evaluation) -> float:
 def measure_classification(evaluation: Evaluation) -> dict[str, Any]:
     """Classifies the split by Bayes' rule."""
     source, level = evaluation.source(SPLIT.value), NOISE_STD.value
-    if not source.num_classes:
-        raise UserError(f"{source.name} has no labels; classification needs them")
     if level is None and evaluation.pipe.config.noise_conditional:
         level = best_level(evaluation)
     images, labels = source.read(np.arange(len(source)))
@@ -206,17 +259,16 @@ def measure_classification(evaluation: Evaluation) -> dict[str, Any]:
 def measure_outliers(evaluation: Evaluation) -> dict[str, Any]:
     """Compares unconditional log p of the split with that of the same split of --outliers."""
     pipe, level = evaluation.pipe, noise_level(evaluation.pipe)
-    outside = open_source(OUTLIERS.value, SPLIT.value, data_dir=evaluation.data_dir)
     keys, log_probs = jax.random.split(jax.random.key(SEED.value)), []
-    for source, key in zip((evaluation.source(SPLIT.value), outside), keys, strict=True):
+    for source, key in zip((evaluation.source(SPLIT.value), evaluation.outliers()), keys, strict=True):
         images = classification.fit_images(source.read(np.arange(len(source)))[0], pipe.config.image_shape)
         log_probs.append(np.asarray(pipe.log_prob(noisy_images(pipe, images, key, level), noise_std=level)))
     return classification.outlier_scores(*log_probs, pipe.config.num_dims)
 
 
-def sample_settings(pipe: TarFlowPipeline) -> list[tuple[Guidance, bool]]:
-    """Returns every combination of --guidance and --denoise."""
-    words = DENOISE.value or ["false" if pipe.noise_std is None else "true"]
+def sample_settings(denoise: bool) -> list[tuple[Guidance, bool]]:
+    """Returns every combination of --guidance and --denoise, whose default is `denoise`; UserError for wrong flags."""
+    words = DENOISE.value or [str(denoise).lower()]
     if cli.draws_clean_images():
         if "false" in (DENOISE.value or ()):
             raise UserError(
@@ -226,7 +278,7 @@ def sample_settings(pipe: TarFlowPipeline) -> list[tuple[Guidance, bool]]:
     if set(words) - {"true", "false"}:
         raise UserError(f"--denoise has {','.join(words)!r}; expected true, false, or false,true")
     try:
-        weights = [float(weight) for weight in GUIDANCE.value]
+        weights = [float(weight) for weight in GUIDANCE.value or [""]]
     except ValueError:
         raise UserError(f"--guidance has {','.join(GUIDANCE.value)!r}; expected numbers") from None
     return [(cli.guidance(weight), word == "true") for weight, word in itertools.product(weights, words)]
@@ -237,19 +289,18 @@ def measure_samples(evaluation: Evaluation, metrics: list[str]) -> tuple[list[di
     pipe, cache_dir = evaluation.pipe, evaluation.data_dir / "evaluation"
     source = evaluation.source(REFERENCE_SPLIT.value)
     counts, labels = label_counts(pipe.config.num_classes, source)
-    settings = sample_settings(pipe)
+    settings = sample_settings(pipe.noise_std is not None)
     folders = [draw(evaluation, guidance, denoise, counts) for guidance, denoise in settings]
     if jax.process_index():
         return [], {}
     if INCEPTION.value:
-        network = inception_network(INCEPTION.value)
+        network = inception_network(os.path.expanduser(INCEPTION.value))
     else:
         network = classifier_network(evaluation.source("train"), evaluation.source("test"), cache_dir)
     if REFERENCE.value:
-        reference = distances.file_reference(network, REFERENCE.value, metrics)
+        reference = distances.file_reference(network, os.path.expanduser(REFERENCE.value), metrics)
     else:
-        preprocessing = evaluation.protocol["preprocessing"]
-        reference = distances.data_set_reference(network, source, REFERENCE_SPLIT.value, preprocessing, cache_dir)
+        reference = distances.data_set_reference(network, source, REFERENCE_SPLIT.value, cache_dir)
     rows = []
     for (guidance, denoise), folder in zip(settings, folders, strict=True):
         samples = generation.read_chunks(folder, NUM_SAMPLES.value, CHUNK_SIZE, counts)
@@ -257,7 +308,7 @@ def measure_samples(evaluation: Evaluation, metrics: list[str]) -> tuple[list[di
         features = network(samples.images, f"features, guidance {guidance.weight:g}")
         rows.append(row | distances.sample_metrics(metrics, network.name, features, reference))
     if SAVE_SAMPLES.value:
-        generation.write_samples(SAVE_SAMPLES.value, samples.images, samples.labels)
+        generation.write_samples(os.path.expanduser(SAVE_SAMPLES.value), samples.images, samples.labels)
     protocol = {
         "num_samples": NUM_SAMPLES.value,
         "labels": labels,
@@ -379,12 +430,14 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"unknown metric {unknown[0]!r}; {known}")
     if not metrics:
         raise UserError(f"--metrics is empty; {known}")
+    sample_settings(True)  # refuses wrong flags before the model is opened
+    cli.decoder()
     cli.join_processes()
     end_at_signals()  # JAX may have taken SIGTERM
     evaluation = Evaluation()
     check(evaluation, metrics)
     results: dict[str, Any] = {}
-    protocol = evaluation.protocol | {"split": SPLIT.value}
+    protocol = evaluation.protocol
     writes = jax.process_index() == 0
     for metric in metrics:
         if metric in MEASURES:
@@ -394,14 +447,16 @@ def main(argv: Sequence[str]) -> None:
                 print(cli.format_table(results[metric].get("rows", [row])), flush=True)
     if of_samples := [metric for metric in metrics if metric in distances.METRICS]:
         results["samples"], more = measure_samples(evaluation, of_samples)
-        protocol |= more
+        protocol = protocol | more
         if writes:
             print(cli.format_table(results["samples"]))
     if writes:
         print("\n".join(f"{name}: {value}" for name, value in flatten_dict(protocol, sep=".").items()))
-        name = hashlib.sha256(json.dumps([protocol, GUIDANCE.value, DENOISE.value]).encode()).hexdigest()[:8]
+        settings = [flag.value for flag in (GUIDANCE, DENOISE, NOISE_STD, DRAWS, CLASSIFICATION_DRAWS)]
+        name = hashlib.sha256(json.dumps([protocol, *settings]).encode()).hexdigest()[:8]
         path = evaluation.out / f"{'+'.join(metrics)}-{SPLIT.value}-{name}.json"
-        content = {"protocol": protocol, "results": results, "environment": environment()}
+        finite = jax.tree.map(lambda x: x if not isinstance(x, float) or math.isfinite(x) else None, results)
+        content = {"protocol": protocol, "results": finite, "environment": environment()}
         write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
         print(path)
 

@@ -9,6 +9,7 @@ and commit. The run may still be training.
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 from etils import epath
@@ -27,8 +28,8 @@ def main(argv: Sequence[str]) -> None:
     """Writes the page, prints its path, and says on stderr what it had to leave out."""
     workdir = cli.folder("workdir")
     output = epath.Path(OUTPUT.value or f"{workdir}/report.html").expanduser()
-    if output.is_dir():
-        raise UserError(f"--output={output} is a folder; expected a file")
+    if Path(output).exists() and not Path(output).is_file():  # epath takes a device for a file
+        raise UserError(f"--output={output} is a folder or a device; expected a file")
     run = Run(workdir)
     for note in run.notes:
         print(f"left out: {note}", file=sys.stderr)

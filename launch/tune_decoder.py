@@ -42,6 +42,8 @@ def main(argv: Sequence[str]) -> None:
     if min(counts, default=0) < 1:
         raise UserError(f"--num_images is {','.join(NUM_IMAGES.value)!r}; expected positive numbers")
     workdir = cli.folder("workdir")
+    if not epath.Path(workdir).is_dir():  # the choice is kept there, so a model of the hub will not do
+        raise UserError(f"--workdir={workdir} is no folder; expected a run directory or a saved model's folder")
     pipe = cli.open_pipeline(workdir, None)
     guidance = cli.guidance(GUIDANCE.value).checked_for(pipe.config)
     decoders: dict[int, tuple[Decoder, ...]] = {}

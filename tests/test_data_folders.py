@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -146,8 +147,8 @@ def test_the_check_is_kept_until_a_file_changes(classes, options, monkeypatch):
     from tarflow_jax.data import folder
 
     checks = []
-    find_bad = folder.find_bad
-    monkeypatch.setattr(folder, "find_bad", lambda *arguments: checks.append(1) or find_bad(*arguments))
+    check_items = folder.check_items
+    monkeypatch.setattr(folder, "check_items", lambda *arguments: checks.append(1) or check_items(*arguments))
     for _ in range(2):
         data.open_source(f"folder:{classes}", "train", **options)
     assert len(checks) == 1
@@ -155,6 +156,31 @@ def test_the_check_is_kept_until_a_file_changes(classes, options, monkeypatch):
     (classes / item.name).write_text("no longer an image")
     with pytest.raises(ValueError, match=f"{item.name} .not an image"):
         data.open_source(f"folder:{classes}", "train", **options)
+
+
+def test_the_fingerprint_is_that_of_the_files(tmp_path, options):
+    """Not of where they are, nor of their sizes: those of images without compression are all the same."""
+    for name in ("here", "there"):
+        for index in range(30):
+            path = tmp_path / name / "ab"[index % 2] / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(index).integers(0, 256, (14, 20, 3), np.uint8)
+            Image.fromarray(pixels).save(path, compress_level=0)
+
+    def fingerprints(name):
+        folder = data.open_source(f"folder:{tmp_path / name}", "train", **options)
+        packed_name = data.prepare_source(f"folder:{tmp_path / name}", **options)
+        return folder.fingerprint, data.open_source(packed_name, "train").fingerprint
+
+    before = fingerprints("here")
+    assert fingerprints("there") == before
+    changed = tmp_path / "here" / list_folder(tmp_path / "here", "train")[0][0].name
+    size = changed.stat().st_size
+    Image.new("RGB", (20, 14)).save(changed, compress_level=0)
+    assert changed.stat().st_size == size
+    shutil.rmtree(options["data_dir"] / "packed")
+    assert not set(fingerprints("here")) & set(before)
+    assert fingerprints("there") == before
 
 
 def test_a_file_that_turns_bad_while_training_is_named(classes, options):

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -98,6 +100,22 @@ def test_fashion_mnist_reads_idx_files(fashion):
     assert test[2]["label"] == 2
     assert test.label_names[9] == "Ankle boot"
     assert len(data.open_source(f"fashion_mnist:{fashion}", "train")) == 5
+
+
+def test_sets_of_one_name_are_known_by_their_images_and_labels(fashion, tmp_path, monkeypatch):
+    rng, names = np.random.default_rng(1), ("fashion_mnist:.", "npz:d.npz")
+    fingerprints = set()
+    for project in ("one", "two"):
+        (tmp_path / project).mkdir()
+        monkeypatch.chdir(tmp_path / project)
+        for file in fashion.glob("*.gz"):
+            shutil.copy(file, ".")
+        write_idx(Path("train-images-idx3-ubyte.gz"), rng.integers(0, 256, (5, 28, 28), np.uint8))
+        images, labels = rng.integers(0, 256, (30, 4, 4, 1), np.uint8), np.arange(30) % 3
+        for found in (labels, labels[::-1]):  # another project's, and one changed in place
+            np.savez("d.npz", images=images, labels=found)
+            fingerprints |= {data.open_source(name, "train").fingerprint for name in names}
+    assert len(fingerprints) == 2 + 4
 
 
 @pytest.mark.slow

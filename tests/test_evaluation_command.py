@@ -12,6 +12,7 @@ import scipy.stats
 from PIL import Image
 
 import commands
+from configs import digits
 from tarflow_jax import data
 from tarflow_jax.evaluation import scores
 from tarflow_jax.evaluation.classifier import classifier_network
@@ -19,6 +20,7 @@ from tarflow_jax.evaluation.generation import read_samples
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.noise import Noise
 from tarflow_jax.pipeline import TarFlowPipeline
+from tarflow_jax.training import train
 
 pytestmark = pytest.mark.slow
 
@@ -152,3 +154,34 @@ def test_a_run_is_evaluated_on_its_data_as_it_was_trained_on_them(tmp_path):
     assert code == 0, err
     assert len(list((tmp_path / "data" / "checked").iterdir())) == checked + 1
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_changed_data_are_refused_and_a_result_on_them_replaces_none(tmp_path):
+    random, path, workdir = np.random.default_rng(0), tmp_path / "d.npz", tmp_path / "run"
+    images, labels = random.integers(0, 256, (60, 8, 8, 1), np.uint8), np.arange(60) % 10
+    np.savez(path, images=images, labels=labels)
+    config = digits.get_config("smoke")
+    config.data.source = f"npz:{path}"
+    config.train.update({"num_steps": 1, "sample_every": 0})
+    train(config, workdir)
+
+    def evaluate_run(*more: str) -> tuple[int, str]:
+        code, _, err = evaluate(tmp_path, f"--workdir={workdir}", "--metrics=bits_per_dim", "--allow_noisy", *more)
+        return code, [line for line in err.splitlines() if line.startswith(("error: ", "warning: "))]
+
+    assert evaluate_run() == (0, [])
+    (first,) = (workdir / "evaluation").iterdir()
+    before = first.read_bytes()
+    np.savez(path, images=images[::-1], labels=labels)
+    changed = f"npz:{path} is not what {workdir} was trained on"
+    code, (line,) = evaluate_run()
+    assert (code, first.read_bytes()) == (1, before)
+    assert line.startswith(f"error: {changed}: images, labels or their order have changed since; bring them back, or")
+    assert evaluate_run(f"--data=npz:{path}") == (0, [f"warning: {changed}"])
+    assert evaluate_run(f"--data=npz:{path}", "--dequantisation_draws=2") == (0, [f"warning: {changed}"])
+    assert len(list((workdir / "evaluation").iterdir())) == 3
+    assert first.read_bytes() == before
+    assert (
+        "is not what"
+        in commands.run("-m", "launch.distill", f"--workdir={workdir}", "--config=configs/student/digits.py:smoke")[2]
+    )

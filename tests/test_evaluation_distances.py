@@ -1,10 +1,13 @@
+import contextlib
 import functools
+import logging
 
 import chex
 import flax.linen as nn
 import numpy as np
 import pytest
 
+from tarflow_jax import files
 from tarflow_jax.data import ArraySource
 from tarflow_jax.evaluation import classifier, distances, scores
 from tarflow_jax.evaluation.features import FeatureNetwork, Features
@@ -33,27 +36,52 @@ def test_a_network_pads_and_keeps_order():
     np.testing.assert_array_equal(features.spatial, images.reshape(1000, 4)[:, :3])
 
 
-def test_reference_is_computed_once_and_again_for_other_data(tmp_path, monkeypatch):
+@contextlib.contextmanager
+def from_the_cache():
+    """Fails a test that computes features."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(FeatureNetwork, "__call__", lambda *_: pytest.fail("computed again"))
+        yield
+
+
+def test_reference_is_computed_once_for_each_set_of_images(tmp_path, monkeypatch):
     monkeypatch.setattr(distances, "IMAGES_AT_A_TIME", 300)
     monkeypatch.setattr(distances, "NUM_REAL_FEATURES", 100)
     images = random_images(1000)
     source = ArraySource("noise", images)
-    reference = distances.data_set_reference(PIXELS, source, "train", "none", tmp_path)
+    reference = distances.data_set_reference(PIXELS, source, "train", tmp_path)
     flat = images.reshape(1000, 4).astype(np.float64)
     np.testing.assert_allclose(reference.pooled.mean, flat.mean(0), rtol=1e-12)
     np.testing.assert_allclose(reference.spatial.covariance, np.cov(flat[:, :3], rowvar=False), rtol=1e-10)
     np.testing.assert_array_equal(reference.features, flat[::10])
     assert reference.protocol["preprocessing"] == "none"
 
-    with monkeypatch.context() as patched:
-        patched.setattr(FeatureNetwork, "__call__", lambda *_: pytest.fail("computed again"))
-        again = distances.data_set_reference(PIXELS, source, "train", "none", tmp_path)
-    np.testing.assert_array_equal(again.pooled.covariance, reference.pooled.covariance)
-    np.testing.assert_array_equal(again.features, reference.features)
+    other = ArraySource("noise", random_images(1000, seed=1))  # of the same name and size
+    changed = distances.data_set_reference(PIXELS, other, "train", tmp_path)
+    np.testing.assert_allclose(changed.pooled.mean, other.images.reshape(1000, 4).mean(0), rtol=1e-12)
+    for found, among in ((reference, source), (changed, other)):
+        with from_the_cache():
+            again = distances.data_set_reference(PIXELS, ArraySource("noise", among.images), "train", tmp_path)
+        np.testing.assert_array_equal(again.pooled.covariance, found.pooled.covariance)
+        np.testing.assert_array_equal(again.features, found.features)
 
-    other = ArraySource("noise", random_images(500, seed=1))
-    changed = distances.data_set_reference(PIXELS, other, "train", "none", tmp_path)
-    assert changed.protocol["num_images"] == 500
+
+def test_a_damaged_reference_is_computed_again(tmp_path, damage):
+    source = ArraySource("noise", random_images(50))
+    reference = distances.data_set_reference(PIXELS, source, "train", tmp_path)
+    (path,) = tmp_path.iterdir()
+    for _ in damage(path, 12):
+        again = distances.data_set_reference(PIXELS, source, "train", tmp_path)
+        np.testing.assert_array_equal(again.features, reference.features)
+    with from_the_cache():
+        distances.data_set_reference(PIXELS, source, "train", tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+    (tmp_path / "cache").write_text("not a folder")
+    with caplog.at_level(logging.WARNING):
+        distances.data_set_reference(PIXELS, ArraySource("noise", random_images(50)), "train", tmp_path / "cache")
+    assert "not cached: " in caplog.text
 
 
 def test_metrics_of_a_set_against_itself(monkeypatch):
@@ -86,9 +114,16 @@ def test_what_a_network_or_a_reference_lacks_is_refused():
     with pytest.raises(ValueError, match="no images"):
         distances.sample_metrics(["precision_recall"], "inception", features, bare)
     with pytest.raises(ValueError, match="--inception=FILE"):
-        distances.check_metrics(["sfid"], "classifier")
+        distances.check_metrics(["sfid"], "classifier", 5000)
     with pytest.raises(ValueError, match="unknown metric 'fdi'"):
-        distances.check_metrics(["fdi"], "inception")
+        distances.check_metrics(["fdi"], "inception", 5000)
+    with pytest.raises(ValueError, match="--num_samples is 2000; fid needs at least 2048"):
+        distances.check_metrics(["fid"], "inception", 2000)
+    with pytest.raises(ValueError, match="--num_samples is 999; kid needs at least 1000"):
+        distances.check_metrics(["fid", "kid"], "classifier", 999)
+    with pytest.raises(ValueError, match="the reference split has 297 images; kid needs at least 1000"):
+        distances.check_metrics(["fid", "kid"], "classifier", 1000, 297)
+    distances.check_metrics(["fid", "precision_recall"], "classifier", 128, 4)
 
 
 def test_distances_of_classifier_features_are_not_called_fid():
@@ -106,7 +141,7 @@ def test_reference_file_of_adm(tmp_path):
     write_npz(tmp_path / "adm.npz", arr_0=images, **statistics)
     reference = distances.file_reference(PIXELS, tmp_path / "adm.npz", ["fid", "precision_recall"])
     assert reference.features.shape == (40, 12)
-    assert reference.protocol == {"file": "adm.npz"}
+    assert reference.protocol == {"file": "adm.npz", "sha256": files.sha256(tmp_path / "adm.npz")}
 
 
 def bright_or_dark():
@@ -124,13 +159,16 @@ def test_classifier_learns_is_cached_and_states_its_accuracy(tmp_path, monkeypat
     train = ArraySource("bright", images[:300], labels[:300], 2)
     test = ArraySource("bright", images[300:], labels[300:], 2)
     network = classifier.classifier_network(train, test, tmp_path)
-    assert "test accuracy 1.0000" in network.identity
+    (path,) = tmp_path.iterdir()
+    assert f"sha256 {files.sha256(path)} (test accuracy 1.0000" in network.identity
     monkeypatch.setattr(classifier, "train_classifier", lambda *_, **__: pytest.fail("trained again"))
     again = classifier.classifier_network(train, test, tmp_path)
     assert again.identity == network.identity
     assert again(images[:5]).pooled.shape == (5, 128)
+    swapped = ArraySource("bright", images[:300], 1 - labels[:300], 2)  # of the same name and size
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        classifier.classifier_network(swapped, test, tmp_path)
 
-    (path,) = tmp_path.iterdir()
     path.write_bytes(b"rubbish")
     with pytest.raises(ValueError, match="delete it"):
         classifier.classifier_network(train, test, tmp_path)

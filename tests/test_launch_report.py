@@ -310,3 +310,13 @@ def test_the_command_writes_the_page_and_lists_what_it_left_out(workdir, tmp_pat
     assert err.startswith("left out: figures/trajectory.png: not an image")
     assert "Abacus 9000" in Page(output.read_text()).text
     assert [path.name for path in output.parent.iterdir()] == ["page.html"]
+
+
+@pytest.mark.slow
+def test_the_command_replaces_files_only(workdir, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for output in ("pipe", "digits"):
+        code, out, err = commands.run("-m", "launch.report", f"--workdir={workdir}", f"--output={tmp_path / output}")
+        assert (code, out) == (1, "")
+        assert err == f"error: --output={tmp_path / output} is a folder or a device; expected a file\n"
+    assert (tmp_path / "pipe").is_fifo()

@@ -72,7 +72,25 @@ def test_training_refuses_at_its_start_and_leaves_the_workdir_usable(tmp_path, o
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--metrics=fid", "--num_samples=100"], "--num_samples is 100; a Fréchet distance needs at least 128"),
+        (["--metrics=fid", "--num_samples=100"], "--num_samples is 100; fid needs at least 128"),
+        (["--metrics=kid", "--num_samples=999"], "--num_samples is 999; kid needs at least 1000"),
+        (["--metrics=kid", "--num_samples=1000"], "the reference split has 38 images; kid needs at least 1000"),
+        (["--metrics=fid", "--reference={folder}/none.npz"], "none.npz not found; expected an npz file"),
+        (
+            ["--metrics=fid", "--guidance_rule=best", "--model={folder}/none"],
+            "guidance rule is 'best'; expected one of",
+        ),
+        (["--metrics=fid", "--guidance="], "--guidance has ''; expected numbers"),
+        (
+            ["--metrics=student,outliers", "--outliers=npz:{folder}/none.npz"],
+            "none.npz not found; expected an npz file",
+        ),
+        (["--metrics=classification"], "x.npz has no labels; classification needs them"),
+        (
+            ["--metrics=outliers", "--split=test", "--data=npz:{folder}/few.npz"],
+            "few.npz has 1 image; expected several",
+        ),
+        (["--metrics=fid", "--out={folder}/x.npz"], "Not a directory"),
         (["--metrics=bits_per_dim"], "bits/dim is defined for models trained with uniform noise"),
         (["--metrics="], "--metrics is empty; expected some of bits_per_dim"),
         (["--metrics=fid", "--denoise_multiplier=inf"], "flag --denoise_multiplier=inf: expected a finite number"),
@@ -80,8 +98,11 @@ def test_training_refuses_at_its_start_and_leaves_the_workdir_usable(tmp_path, o
     ],
 )
 def test_evaluation_refuses_before_it_draws(tmp_path, model, arguments, message):
-    flags = [f"--model={model}", "--data=digits", f"--out={tmp_path / 'out'}", *arguments]
-    assert message in refused("-m", "launch.evaluate", *flags)
+    images = np.random.default_rng(0).integers(0, 256, (40, 4, 6, 3), np.uint8)
+    np.savez(tmp_path / "x.npz", images=images)
+    np.savez(tmp_path / "few.npz", images=images[:10])
+    flags = [f"--model={model}", f"--data=npz:{tmp_path / 'x.npz'}", f"--out={tmp_path / 'out'}", *arguments]
+    assert message in refused("-m", "launch.evaluate", *(flag.format(folder=tmp_path) for flag in flags))
     assert not (tmp_path / "out").exists()
 
 
@@ -93,6 +114,11 @@ def test_broken_images_are_counted_and_only_broken_ones_are_an_error(tmp_path, m
     assert "6 of 6 images have pixels that are not finite or far outside [-1, 1]" in err
     assert (tmp_path / "samples.png").exists()
     assert "--workdir is empty; expected a folder" in refused("-m", "launch.sample", "--workdir=")
+
+
+@pytest.mark.slow
+def test_a_decoder_is_tuned_in_a_folder_only(tmp_path):
+    assert "--workdir=owner/name is no folder" in refused("-m", "launch.tune_decoder", "--workdir=owner/name")
 
 
 def test_a_set_without_labels_trains_no_classes(tmp_path):
@@ -275,7 +301,7 @@ def test_a_kernel_of_another_device_is_refused():
 
 
 def test_a_saved_model_is_no_run(tmp_path, model):
-    with pytest.raises(ValueError, match="is a saved model, not the workdir of a training run; pass it to"):
+    with pytest.raises(ValueError, match="is a saved model; expected the workdir of a training run, or --model"):
         Recipe.from_workdir(model)
 
 

@@ -105,10 +105,11 @@ def open_folder(argument: str, split: str, options: Options) -> EncodedSource:
     key = hash_items(items, str(root.resolve()), size if preprocessing == "none" else None)
     report = options.data_dir / "checked" / f"{key[:32]}.json"
     try:
-        bad = dict(json.loads(report.read_text()))
-    except (OSError, ValueError, TypeError):
-        bad = find_bad(items, preprocessing, size)
-        write_text(report, json.dumps(bad, indent=1) + "\n")
+        found = json.loads(report.read_text())
+        bad, content = dict(found["bad"]), str(found["content"])
+    except (OSError, ValueError, TypeError, KeyError):
+        bad, content = check_items(items, preprocessing, size)
+        write_text(report, json.dumps({"content": content, "bad": bad}, indent=1) + "\n")
     refuse_bad(name, bad, len(items), options.skip_bad)
     items = [item for item in items if item.name not in bad]
     return EncodedSource(
@@ -116,7 +117,7 @@ def open_folder(argument: str, split: str, options: Options) -> EncodedSource:
         len(items),
         items.__getitem__,
         options,
-        content=repr([(item.name, item.label, item.stamp.split()[0]) for item in items]),  # sizes, but no times
+        content=content,
         image_shape=(*size, 3),
         label_names=label_names,
     )
@@ -141,22 +142,32 @@ def hash_items(items: Iterable[Item], *more: object) -> str:
     return digest.hexdigest()
 
 
-def find_bad(items: list[Item], preprocessing: str, image_size: tuple[int, int]) -> dict[str, str]:
-    """Decodes every item, in parallel. Returns the reason for each that cannot be used, by name."""
+def check_items(items: list[Item], preprocessing: str, image_size: tuple[int, int]) -> tuple[dict[str, str], str]:
+    """Reads and decodes every item, in parallel.
 
-    def problem(item: Item) -> str | None:
+    Returns the reason for each that cannot be used, by name, and the SHA-256 of the labels and files of the others.
+    """
+
+    def checked(item: Item) -> str | bytes:
         try:
-            image = decode_image(item.read())
+            content = item.read()
+            image = decode_image(content)
             if preprocessing == "none":
                 preprocess(image, preprocessing, image_size)
         except ValueError as error:
             return str(error)
-        return None
+        return hashlib.sha256(content).digest()
 
+    bad, digest = {}, hashlib.sha256()
     with ThreadPool() as pool:
-        problems = pool.imap(problem, items, chunksize=16)
-        problems = tqdm(problems, "checking images", len(items), disable=len(items) <= 1024)
-        return {item.name: reason for item, reason in zip(items, problems, strict=True) if reason is not None}
+        outcomes = pool.imap(checked, items, chunksize=16)
+        outcomes = tqdm(outcomes, "checking images", len(items), disable=len(items) <= 1024)
+        for item, outcome in zip(items, outcomes, strict=True):
+            if isinstance(outcome, str):
+                bad[item.name] = outcome
+            else:
+                digest.update(f"{item.label} ".encode() + outcome)
+    return bad, digest.hexdigest()
 
 
 def refuse_bad(name: str, bad: dict[str, str], num_images: int, skip_bad: bool) -> None:

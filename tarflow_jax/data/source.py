@@ -2,6 +2,7 @@
 
 import abc
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -59,7 +60,7 @@ class ImageSource(abc.ABC):
     @abc.abstractmethod
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hexadecimal) of the images and labels, independent of where they are stored."""
         described = (len(self), self.image_shape, self.label_names, self.preprocessing, self._content())

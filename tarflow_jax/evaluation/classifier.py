@@ -7,6 +7,7 @@ compare two models of one data set under the same weights, which the printed ide
 
 import dataclasses
 import functools
+import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,8 @@ from safetensors.numpy import save
 
 from tarflow_jax.data import ImageSource
 from tarflow_jax.errors import UserError
-from tarflow_jax.evaluation.features import FeatureNetwork, Features
-from tarflow_jax.evaluation.generation import file_stem
-from tarflow_jax.files import replacing, sha256
+from tarflow_jax.evaluation.features import FeatureNetwork, Features, cache_errors_logged
+from tarflow_jax.files import replacing
 from tarflow_jax.interop.tensors import flatten, read_safetensors
 from tarflow_jax.runtime import progress
 from tarflow_jax.student import Perception
@@ -81,15 +81,15 @@ def classifier_network(train: ImageSource, test: ImageSource, cache_dir: str | P
         raise UserError(
             f"{train.name} has no classes to train a classifier on; name Inception weights, --inception=FILE"
         )
-    path = Path(cache_dir) / f"{file_stem('classifier', train.name, train.fingerprint[:16])}.safetensors"
     model = Classifier(train.num_classes)
     steps = max(6 * len(train) // BATCH_SIZE, MIN_STEPS)
-    params = _read_or_train(path, train, model, steps, BATCH_SIZE, seed=0)
+    params = _read_or_train(Path(cache_dir), "classifier", train, model, steps, BATCH_SIZE, seed=0)
     activations = 4 * 16 * math.prod(train.image_shape[:2])  # twice the first layer's outputs
     network = FeatureNetwork("classifier", "", PREPROCESSING, model, params, activations)
     images, labels = test.read(np.arange(len(test)))
     accuracy = (network(images, "accuracy of the classifier").logits.argmax(1) == labels).mean()
-    identity = f"sha256 {sha256(path)} (test accuracy {accuracy:.4f}; {RECIPE})"
+    digest = hashlib.sha256(_file_content(params)).hexdigest()  # not of the file: another process may replace it
+    identity = f"sha256 {digest} (test accuracy {accuracy:.4f}; {RECIPE})"
     return dataclasses.replace(network, identity=identity)
 
 
@@ -101,21 +101,27 @@ def perceptual_network_params(train: ImageSource, cache_dir: str | Path) -> dict
     if train.num_classes < 2:
         raise UserError(f"{train.name} has no classes to train a perceptual network on; set student.perceptual to 0")
     steps = min(10 * len(train) // PERCEPTUAL_BATCH_SIZE, PERCEPTUAL_MAX_STEPS)
-    path = Path(cache_dir) / f"{file_stem('perception', train.name, train.fingerprint[:16])}.safetensors"
-    return _read_or_train(path, train, Perception(train.num_classes), steps, PERCEPTUAL_BATCH_SIZE, seed=1)
+    model = Perception(train.num_classes)
+    return _read_or_train(Path(cache_dir), "perception", train, model, steps, PERCEPTUAL_BATCH_SIZE, seed=1)
 
 
 def _read_or_train(
-    path: Path, source: ImageSource, model: nn.Module, steps: int, batch_size: int, seed: int
+    cache_dir: Path, kind: str, source: ImageSource, model: nn.Module, steps: int, batch_size: int, seed: int
 ) -> dict[str, Any]:
-    """Returns the parameters that a file holds, after training them if it is missing."""
+    """Returns the parameters that the cache holds for these images and classes, after training them if it has none."""
+    path = cache_dir / f"{kind}-{source.num_classes}-{source.fingerprint[:16]}.safetensors"
     if not path.is_file():
         params = train_classifier(source, model, steps, batch_size, seed)
-        with replacing(path) as file:
-            file.write(save({name: np.asarray(x) for name, x in flatten(params).items()}))
+        with cache_errors_logged(), replacing(path) as file:
+            file.write(_file_content(params))
+        return params
     image = jax.ShapeDtypeStruct((1, *source.image_shape), jnp.uint8)
     expected = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     try:
         return read_safetensors(path, {name: x.shape for name, x in flatten(expected).items()})
     except UserError as error:
         raise UserError(f"{error}; delete it to train the network again") from error
+
+
+def _file_content(params: dict[str, Any]) -> bytes:
+    return save({name: np.asarray(x) for name, x in flatten(params).items()})

@@ -1,6 +1,8 @@
 """Distances between generated images and a data set: metrics by name, and the real images' reference statistics."""
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,8 @@ from etils import epath
 
 from tarflow_jax.data import ImageSource
 from tarflow_jax.errors import UserError
-from tarflow_jax.evaluation.features import FeatureNetwork, Features
-from tarflow_jax.evaluation.generation import as_colour, file_stem, read_samples
+from tarflow_jax.evaluation.features import FeatureNetwork, Features, cache_errors_logged
+from tarflow_jax.evaluation.generation import as_colour, read_samples
 from tarflow_jax.evaluation.scores import (
     FeatureStatistics,
     RunningStatistics,
@@ -21,7 +23,7 @@ from tarflow_jax.evaluation.scores import (
     kernel_distance,
     precision_recall,
 )
-from tarflow_jax.files import read_npz, write_npz
+from tarflow_jax.files import read_npz, sha256, write_npz
 
 NUM_REAL_FEATURES = 10_000  # for precision, recall and the kernel distance; as many as ADM's files have images
 IMAGES_AT_A_TIME = 4096
@@ -42,6 +44,8 @@ NAMES = {
     },
 }
 METRICS = tuple(NAMES["inception"])
+NUM_FEATURES = {"inception": 2048, "classifier": 128}
+MIN_IMAGES = {"inception_score": 10, "kid": 1000, "precision_recall": 4}  # a split each, a subset, 3 neighbours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,29 +90,25 @@ def read_reference(path: epath.PathLike) -> Reference:
     return Reference(pooled, spatial, features, protocol)
 
 
-def data_set_reference(
-    network: FeatureNetwork, source: ImageSource, split: str, preprocessing: str, cache_dir: Path
-) -> Reference:
-    """Computes the statistics of all images of a split, or reads them from `cache_dir` if they are there.
+def data_set_reference(network: FeatureNetwork, source: ImageSource, split: str, cache_dir: Path) -> Reference:
+    """Computes the statistics of all images of a split, or reads them from `cache_dir` if they are there undamaged.
 
-    `preprocessing` says what the source did to its images ("tarflow", "adm", "none"), for the protocol.
+    The file's name is a hash of the protocol, and so of the images and the network.
     """
     protocol = {
         "data_set": source.name,
+        "data_fingerprint": source.fingerprint[:16],
         "split": split,
         "num_images": len(source),
         "image_shape": list(source.image_shape),
         "flips": "none",
-        "preprocessing": preprocessing,
+        "preprocessing": source.preprocessing,
         "network_preprocessing": network.preprocessing,
         "network": f"{network.name}, {network.identity}",
     }
-    shape = "x".join(map(str, source.image_shape))
-    path = Path(cache_dir) / f"{file_stem('reference', source.name, shape, split, network.name)}.npz"
-    if path.is_file():
-        reference = read_reference(path)
-        if reference.protocol == protocol:
-            return reference
+    path = Path(cache_dir) / f"reference-{hashlib.sha256(json.dumps(protocol).encode()).hexdigest()[:16]}.npz"
+    with contextlib.suppress(FileNotFoundError, UserError):
+        return read_reference(path)
     running, running_spatial, kept = RunningStatistics(), RunningStatistics(), []
     stride = -(-len(source) // NUM_REAL_FEATURES)
     for start in range(0, len(source), IMAGES_AT_A_TIME):
@@ -120,26 +120,32 @@ def data_set_reference(
             running_spatial.add(features.spatial)
     spatial = running_spatial.result() if running_spatial.count else None
     reference = Reference(running.result(), spatial, np.concatenate(kept), protocol)
-    write_reference(path, reference)
+    with cache_errors_logged():
+        write_reference(path, reference)
     return reference
 
 
 def file_reference(network: FeatureNetwork, path: str | Path, metrics: list[str]) -> Reference:
     """Reads a reference file; precision, recall and KID take the features of its images (`arr_0`), if it has any."""
     reference = read_reference(path)
-    features, protocol = reference.features, {"file": Path(path).name} | reference.protocol
+    features, protocol = reference.features, {"file": Path(path).name, "sha256": sha256(path)} | reference.protocol
     if features is None and {"kid", "precision_recall"} & set(metrics):
         features = network(as_colour(read_samples(path)[0]), "features of the reference").pooled
     return dataclasses.replace(reference, features=features, protocol=protocol)
 
 
-def check_metrics(metrics: list[str], network: str) -> None:
-    """Raises UserError for a metric that does not exist, or not for this network."""
+def check_metrics(metrics: list[str], network: str, num_samples: int, num_real: int | None = None) -> None:
+    """Raises UserError for a metric that does not exist, not for this network, or not of so few images."""
     for metric in metrics:
         if metric not in METRICS:
             raise UserError(f"unknown metric {metric!r}; expected one of {', '.join(METRICS)}")
         if metric not in NAMES[network]:
             raise UserError(f"{metric} is defined by Inception's features alone; name their file, --inception=FILE")
+        needed = MIN_IMAGES.get(metric, NUM_FEATURES[network])
+        if num_samples < needed:
+            raise UserError(f"--num_samples is {num_samples}; {metric} needs at least {needed}")
+        if num_real is not None and metric in ("kid", "precision_recall") and num_real < needed:
+            raise UserError(f"the reference split has {num_real} images; {metric} needs at least {needed}")
 
 
 def sample_metrics(metrics: list[str], network: str, features: Features, reference: Reference) -> dict[str, Any]:

@@ -1,14 +1,20 @@
 """Feature networks, and their features of many images on all local devices."""
 
+import contextlib
 import dataclasses
 import functools
+import logging
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import numpy as np
 
+from tarflow_jax.errors import one_line
 from tarflow_jax.runtime import BatchRunner, make_mesh, replicated
+
+logger = logging.getLogger(__name__)
 
 
 class Features(NamedTuple):
@@ -45,3 +51,12 @@ class FeatureNetwork:
 @functools.partial(jax.jit, static_argnums=0)
 def _features(model: nn.Module, params: Any, images: jax.Array) -> Features:
     return model.apply({"params": params}, images)
+
+
+@contextlib.contextmanager
+def cache_errors_logged() -> Iterator[None]:
+    """Turns an OSError, as of a read-only folder, into a warning: what the body caches can be computed again."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("not cached: %s", one_line(error))

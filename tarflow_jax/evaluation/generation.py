@@ -99,9 +99,12 @@ def read_chunks(
     images, not_finite = [], []
     for index in range(-(-num_images // chunk_size)):
         path = _chunk_path(folder, index)
-        chunk = read_npz(path, ("images", "not_finite"))
-        if len(chunk) < 2 or len(chunk["images"]) != chunk_size:
-            raise UserError(f"{path} is not a chunk of {chunk_size} samples; delete it and run again")
+        try:
+            chunk = read_npz(path, ("images", "not_finite"))
+            if len(chunk) < 2 or len(chunk["images"]) != chunk_size:
+                raise UserError(f"{path} is not a chunk of {chunk_size} samples")
+        except UserError as error:
+            raise UserError(f"{error}; delete it and run again") from error
         images.append(chunk["images"])
         not_finite.append(chunk["not_finite"])
     return Samples(

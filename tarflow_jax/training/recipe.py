@@ -213,15 +213,15 @@ class Recipe:
         workdir = epath.Path(workdir)
         if (workdir / CONFIG).exists():
             self._check_continues(workdir, _read_json(workdir / CONFIG))
-        data = source and {"fingerprint": source.fingerprint, "label_names": source.label_names}
-        if data and (workdir / DATA).exists() and _read_json(workdir / DATA).get("fingerprint") != data["fingerprint"]:
+        if source and not same_data(workdir, source):
             raise UserError(
                 f"{self.config.data.source} is not what {workdir} was trained on: images, labels or their order have "
                 "changed since; bring them back, or choose another workdir"
             )
         if jax.process_index() == 0:
             write_text(workdir / CONFIG, self.to_json())
-            if data:
+            if source:
+                data = {"fingerprint": source.fingerprint, "label_names": source.label_names}
                 write_text(workdir / DATA, json.dumps(data) + "\n")
 
     def _check_continues(self, workdir: epath.Path, stored: dict[str, Any]) -> None:
@@ -280,6 +280,12 @@ class Recipe:
             raise UserError(f"{path} is not a training config: {error}") from error
 
 
+def same_data(workdir: epath.PathLike, source: ImageSource) -> bool:
+    """Whether `source` holds the images and labels that a run was trained on; True if the run does not say."""
+    path = epath.Path(workdir) / DATA
+    return not path.exists() or _read_json(path).get("fingerprint") == source.fingerprint
+
+
 def label_names(workdir: epath.PathLike) -> list[str]:
     """Returns the names of the classes that a run was trained on, [] if unknown."""
     path = epath.Path(workdir) / DATA
@@ -296,6 +302,6 @@ def _read_json(path: epath.Path) -> dict[str, Any]:
         raise UserError(f"{path} is not a JSON object; expected the config of a training run")
     if "format" in fields:
         raise UserError(
-            f"{path.parent} is a saved model, not the workdir of a training run; pass it to launch.evaluate as --model"
+            f"{path.parent} is a saved model; expected the workdir of a training run, or --model where a command has it"
         )
     return fields
