@@ -54,6 +54,8 @@ def main(argv: Sequence[str]) -> None:
     recipe = Recipe(config)
     pipe = cli.open_pipeline(workdir, recipe.mesh())
     config.student.flow = fingerprint(pipe.variables)
+    if (folder / "config.json").exists() and Recipe.from_workdir(folder).config.student.flow != config.student.flow:
+        raise UserError(f"{folder} holds a student of other weights of the flow; remove it to train another")
     recipe.source("test")  # reject before training what would be rejected after it
     if not same_data(workdir, recipe.source("train")):
         raise UserError(f"{config.data.source} is not what {workdir} was trained on; bring its images and labels back")

@@ -25,7 +25,7 @@ from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.files import is_remote
 from tarflow_jax.likelihood import LOG_2PI
 from tarflow_jax.runtime import release
-from tarflow_jax.runtime.parameters import variables_shapes
+from tarflow_jax.runtime.parameters import student_shapes, variables_shapes
 from tarflow_jax.training import Recipe
 from tarflow_jax.training.recipe import DATA
 from tarflow_jax.training.workdir import RESULTS, STARTS
@@ -175,11 +175,13 @@ def page(run: Run) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
     )
+    student = run.recipe.student
+    shapes = student_shapes(student) if student else variables_shapes(run.recipe.model)
     environment.filters |= {"text": text_of, "facts": _facts, "table": _table}
     text = environment.get_template("report.html.j2").render(
         run=run,
         recipe={group: flatten_dict(fields, sep=".") for group, fields in run.recipe.config.to_dict().items()},
-        num_parameters=sum(math.prod(shape) for shape in variables_shapes(run.recipe.model).values()),
+        num_parameters=sum(map(math.prod, shapes.values())),
         steps=max((points[-1][0] for points in run.series.values()), default=0),
         seconds=_seconds(run),
         test_loss=next((value for name, value in run.results.items() if name.startswith("test loss")), None),

@@ -9,12 +9,15 @@ import re
 import zlib
 from html.parser import HTMLParser
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
 import commands
 from configs import digits
+from configs.defaults import with_flow
+from configs.student import digits as student_digits
 from launch import report_page
 from launch.report_page import MAX_POINTS, Run, chart, page, text_of
 from tarflow_jax.training import Recipe
@@ -243,6 +246,14 @@ def test_damaged_files_are_left_out_with_a_note(workdir):
 def test_no_damage_stops_a_report(workdir, damage, name):
     for _ in damage(workdir / name, 20):
         assert "</html>" in page(Run(workdir))
+
+
+def test_a_student_s_report_counts_the_student_s_parameters(tmp_path):
+    recipe = Recipe(with_flow(student_digits.get_config("smoke"), digits.get_config("smoke")))
+    recipe.write_to(tmp_path)
+    variables = jax.eval_shape(recipe.task.init, jax.random.key(0))
+    count = sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+    assert f"parameters {count:,}" in rendered(tmp_path)[1].text
 
 
 def curve(points):
