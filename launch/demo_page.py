@@ -3,6 +3,7 @@
 import base64
 import contextlib
 import html
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,37 @@ import jax
 import numpy as np
 
 from launch.demo_model import IN_TURN, NO_CLASS, SEED_LIMIT, DemoModel, Drawn
-from tarflow_jax.errors import UserError
+from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.evaluation.generation import quantise
 from tarflow_jax.figures import COLOURS, encode_gif, enlarge, grid, overlay, to_pil, to_uint8
 from tarflow_jax.inspection import Inspection, Progress, inspect, interpolate
+from tarflow_jax.options import checked
 
 TILE, SIDE = 224, 448  # pixels: side of a picture in a gallery, and of one alone
 NUM_EXAMPLES, NUM_STEPS = 6, 8  # of an image to upload; of an interpolation
+KINDS = {gr.Slider: float, gr.Dropdown: int, gr.Radio: str, gr.Checkbox: bool, gr.Number: float | None}  # of values
 PROGRESS = gr.Progress()
 EVENT: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}  # one model: one event at a time
+
+
+class _Page(gr.Blocks):
+    """A page that refuses in one line what only a caller of its API can send."""
+
+    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **options: Any) -> list[Any]:
+        with _errors_as_messages():
+            for control, value in zip(block_fn.inputs, inputs, strict=False):
+                if kind := KINDS.get(type(control)):
+                    checked(control.label, value, kind, low=-math.inf)
+            try:
+                return await super().preprocess_data(block_fn, inputs, *args, **options)
+            except Exception as error:  # whatever a component makes of it
+                raise UserError(one_line(error.__cause__ or error)) from None
 
 
 def serve(model: DemoModel, host: str, port: int) -> None:
     """Draws the first images, which compiles most programs, and serves the page until the process is stopped."""
     print(f"drawing the first {model.num_images} images", flush=True)
-    with gr.Blocks(title=f"TarFlow: {model.name}", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+    with _Page(title=f"TarFlow: {model.name}", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         gr.HTML(_head(model), elem_classes="head")
         with gr.Tabs(overflow_behavior="wrap"):
             first = _draw_tabs(model, page)
@@ -180,8 +197,11 @@ def _ask_tab(model: DemoModel, page: gr.Blocks, first: Drawn) -> None:
                 found = inspect(model.pipe, pixels, jax.random.key(0), label, _noise_std(model, level), progress)
             yield _answers(model, pixels, found)
 
-    def pick(event: gr.SelectData) -> Any:
-        return to_pil(first.images[event.index])
+    def pick(event: gr.EventData) -> Any:  # gr.SelectData fails where a caller sends none
+        with _errors_as_messages():
+            data = event._data if isinstance(event._data, dict) else {}
+            index = checked("index", data.get("index"), int)
+            return to_pil(first.images[min(index, len(first.images) - 1)])
 
     changes = [image.change, *(control.input for control in conditions)]
     gr.on(changes, ask, [image, *conditions], outputs, show_progress_on=figures, **EVENT)
@@ -306,7 +326,14 @@ def _upload(label: str) -> gr.Image:
         label=label, sources=["upload", "clipboard"], type="filepath", image_mode=None, height=280, format="png",
         elem_classes=["pixels", "upload"],
     )  # fmt: skip
-    image.preprocess = lambda payload: None if payload is None else payload.path or ""
+
+    def uploaded(payload: Any) -> str | None:
+        # Gradio checks the path only where the caller says that it is a file.
+        if payload and not Path(payload.path or "").resolve().is_relative_to(Path(image.GRADIO_CACHE).resolve()):
+            raise UserError("expected an uploaded image")
+        return payload and payload.path
+
+    image.preprocess = uploaded
     return image
 
 
