@@ -42,8 +42,11 @@ TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of every e
 flags.disclaim_key_flags()  # what functions below define are flags of the command that calls them
 
 
-def run(main: Callable[[Sequence[str]], int | None]) -> None:
-    """Runs a command by app.run. An error that the user caused is one line on stderr; any other keeps its traceback."""
+def run(main: Callable[[Sequence[str]], int | None], *required: str) -> None:
+    """Runs a command, whose `required` flags must be given, by app.run.
+
+    An error that the user caused is one line on stderr; any other keeps its traceback.
+    """
 
     def guarded(argv: Sequence[str]) -> int:
         # Orbax and TFDS log every file, JAX every missing platform, the hub's client every request.
@@ -52,11 +55,14 @@ def run(main: Callable[[Sequence[str]], int | None]) -> None:
         logging.getLogger("tarflow_jax").setLevel(logging.INFO)
         end_at_signals()
         try:
+            if argv[1:]:
+                raise UserError(f"unexpected argument {argv[1]!r}; see --help for the flags")
+            for name in required:  # not absl's check, which comes before that of the arguments
+                if flags.FLAGS[name].value is None:
+                    raise UserError(f"--{name} is missing; see --help for the flags")
             cache, given = COMPILATION_CACHE.value, jax.config.jax_compilation_cache_dir  # JAX_COMPILATION_CACHE_DIR
             if cache != "none" and (cache or not given):
                 use_compilation_cache(Path(cache or data_folder() / "compiled"))
-            if argv[1:]:
-                raise UserError(f"unexpected argument {argv[1]!r}; see --help for the flags")
             code = main(argv) or 0
             on_signals(signal.SIG_IGN)  # all is done, and Python removes its handlers before it exits
             return code

@@ -22,7 +22,6 @@ NOISE_STD = flags.DEFINE_float(
 )
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Save the parameters in this dtype.")
 flags.DEFINE_string("out", None, "Folder to save the model in; created if it is missing.")
-flags.mark_flags_as_required(["from_torch", "image_size", "patch_size", "out"])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -34,4 +33,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "from_torch", "image_size", "patch_size", "out")

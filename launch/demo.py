@@ -20,7 +20,6 @@ HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 i
 PORT = flags.DEFINE_integer("port", 7860, "Port to listen on.", lower_bound=1, upper_bound=65535)
 NUM_IMAGES = flags.DEFINE_integer("num_images", 16, "Number of images drawn at a time.", lower_bound=1, upper_bound=100)
 cli.define_checkpoint_flag()
-flags.mark_flags_as_required(["workdir"])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -43,4 +42,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "workdir")

@@ -39,7 +39,6 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of the flow; the s
 COLUMNS, POLISH = 10, 2  # of the figures
 cli.define_checkpoint_flag()
 cli.define_process_flags()
-flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -104,4 +103,4 @@ def compare(pipe: TarFlowPipeline) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "config", "workdir")

@@ -71,13 +71,15 @@ cli.define_guidance_flags()
 cli.define_decoder_flags()
 cli.define_checkpoint_flag()
 cli.define_process_flags()
-flags.mark_flags_as_mutual_exclusive(["workdir", "model"], required=True)
+flags.mark_flags_as_mutual_exclusive(["workdir", "model"])
 
 
 class Evaluation:
     """Opens what --workdir or --model, and --data, name; the model runs on the devices of this process."""
 
     def __init__(self) -> None:
+        if WORKDIR.value is None and MODEL.value is None:
+            raise UserError("--workdir is missing, or --model; see --help for the flags")
         workdir = cli.folder("workdir") if WORKDIR.value is not None else None
         name = workdir or cli.folder("model")
         self._trained_on = Recipe.from_workdir(workdir).config.data if workdir else None

@@ -30,7 +30,6 @@ MESH = flags.DEFINE_list("mesh", None, "Sizes data,fsdp,tensor, in place of --co
 SAMPLER = flags.DEFINE_bool("sampler", False, "Compile the sampler of a training batch, not the training step.")
 MFU = flags.DEFINE_float("mfu", 0.4, "Model-FLOPs utilization to assume.", lower_bound=0.01, upper_bound=1.0)
 JSON = flags.DEFINE_string("json", None, "File of JSON lines to append the figures to.")
-flags.mark_flags_as_required(["config", "topology"])
 
 
 def main(argv: Sequence[str]) -> int:
@@ -65,4 +64,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "config", "topology")

@@ -29,7 +29,6 @@ IMAGE_SIZE = flags.DEFINE_list("image_size", None, "Size to pack images at: one 
 PREPROCESSING = flags.DEFINE_string("preprocessing", "none", "Crop and resize images: none, tarflow or adm.")
 SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "Leave out files that cannot be used instead of rejecting the set.")
 PREVIEW = flags.DEFINE_string("preview", None, "PNG file for a grid of training images; default: in the set's folder.")
-flags.mark_flags_as_required(["data"])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -61,4 +60,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "data")

@@ -21,7 +21,6 @@ from tarflow_jax.files import write_text
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory to report on.")
 OUTPUT = flags.DEFINE_string("output", None, "HTML file to write; default: WORKDIR/report.html.")
-flags.mark_flags_as_required(["workdir"])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -38,4 +37,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "workdir")

@@ -40,7 +40,6 @@ STEPS = flags.DEFINE_integer(
 cli.define_decoder_flags()
 cli.define_checkpoint_flag()
 cli.define_process_flags()
-flags.mark_flags_as_required(["workdir"])
 flags.mark_flags_as_mutual_exclusive(["label", "labels"])
 
 
@@ -58,7 +57,7 @@ def denoised(pipe: TarFlowPipeline, images: jax.Array, labels: np.ndarray | None
     method = dataclasses.replace(DEFAULT_DENOISING, num_steps=STEPS.value) if STEPS.value else None
     if not pipe.config.noise_conditional:
         return [np.asarray(pipe.denoise_drawn(images, labels, MULTIPLIER.value, method))]
-    _, path = pipe.denoise_drawn(images, labels, method=method, return_trajectory=True)
+    _, path = pipe.denoise_drawn(images, labels, MULTIPLIER.value, method, return_trajectory=True)
     return list(np.asarray(path[1:]))
 
 
@@ -101,4 +100,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "workdir")

@@ -43,7 +43,6 @@ EXECUTOR = flags.DEFINE_enum(
 )
 PARALLEL = flags.DEFINE_integer("parallel", 1, "Number of local runs at a time.", lower_bound=1)
 METRIC = flags.DEFINE_string("metric", None, "Metric to plot: a part of its name; default: the last column.")
-flags.mark_flags_as_required(["config", "workdir"])
 
 # Columns of launch.evaluate, and flags in which a run's evaluations may differ: settings, not metrics.
 _EVALUATION_SETTINGS = ("guidance", "denoised")
@@ -283,4 +282,4 @@ def plot_lines(rows: Sequence[Row], metric: str) -> tuple[str, dict[str, list[tu
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "config", "workdir")

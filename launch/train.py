@@ -33,7 +33,6 @@ CONFIG = config_flags.DEFINE_config_file(
 )
 WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://; created if missing.")
 cli.define_process_flags()
-flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -102,4 +101,4 @@ def figures(
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "config", "workdir")

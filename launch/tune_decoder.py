@@ -33,7 +33,6 @@ MAX_ERROR = flags.DEFINE_float(
 )
 SEED = cli.define_seed("Seed of the latents.")
 cli.define_checkpoint_flag()
-flags.mark_flags_as_required(["workdir"])
 
 
 def main(argv: Sequence[str]) -> None:
@@ -91,4 +90,4 @@ def summary(tuning: Tuning) -> str:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    cli.run(main, "workdir")
