@@ -8,21 +8,24 @@ import difflib
 import inspect
 import math
 import numbers
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Self
 
+import jax
+
 from tarflow_jax.errors import UserError
 
 
-def option(default: Any, text: str, *, choices: tuple[str, ...] = (), low: float = 0) -> Any:
+def option(default: Any, text: str = "", *, choices: tuple[Any, ...] = (), low: float = 0) -> Any:
     """Declares an option: its default, one sentence, its choices, and its lowest number.
 
-    A default below `low` says that the option must be set.
+    A default below `low` says that the option must be set, as does `dataclasses.MISSING`.
     """
     if choices:
-        text += f" One of {', '.join(choices)}."
+        text += f" One of {', '.join(map(str, choices))}."
     return dataclasses.field(default=default, metadata={"help": text, "choices": choices, "low": low})
 
 
@@ -37,20 +40,9 @@ class Options:
     def __post_init__(self) -> None:
         kinds = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            kind, given = kinds[field.name], getattr(self, field.name)
-            problem = f"{self.group}.{field.name} is {given!r}; expected"
-            try:
-                value = _converted(given, kind)
-            except (TypeError, OverflowError):
-                raise UserError(f"{problem} {inspect.formatannotation(kind)}") from None
+            name, given, kind = f"{self.group}.{field.name}", getattr(self, field.name), kinds[field.name]
             choices, low = field.metadata.get("choices", ()), field.metadata.get("low", 0)
-            if choices and value not in choices:
-                raise UserError(f"{problem} one of {', '.join(choices)}")
-            for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, int | float) and not math.isfinite(number):
-                    raise UserError(f"{problem} a finite number")
-                if isinstance(number, int | float) and number < low:
-                    raise UserError(f"{problem} a number from {low}")
+            value = checked(name, given, kind, choices=choices, low=low)
             object.__setattr__(self, field.name, value)
 
     def to_dict(self) -> dict[str, Any]:
@@ -69,6 +61,34 @@ class Options:
                 hint = f"; did you mean {close[0]!r}?" if close else ""
                 raise UserError(f"unknown {cls.group} field {name!r}{hint}")
         return cls(**fields)
+
+
+def checked(name: str, value: Any, kind: Any, *, choices: tuple[Any, ...] = (), low: float = 0) -> Any:
+    """Returns a value as the type `kind` holds it, such as 1.0 for 1 where that is float.
+
+    Raises UserError, naming it, if it is of another type, not among the choices, not finite, or below `low`.
+    """
+
+    def error(expected: str) -> UserError:
+        return UserError(f"{name} is {shown(value)}; expected {expected}")
+
+    try:
+        found = _converted(value, kind)
+    except (TypeError, OverflowError):
+        raise error(re.sub(r"(\w+[.])+", "", inspect.formatannotation(kind))) from None
+    if choices and found not in choices:
+        raise error(f"one of {', '.join(map(str, choices))}")
+    for number in found if isinstance(found, tuple) else (found,):
+        if isinstance(number, int | float) and not math.isfinite(number):
+            raise error("a finite number")
+        if isinstance(number, int | float) and number < low:
+            raise error(f"a number from {low:g}")
+    return found
+
+
+def shown(value: Any) -> str:
+    """A value as an error message shows it, in one line."""
+    return " ".join(repr(value).split())[:200]
 
 
 def described(cls: Any) -> Iterator[tuple[str, Any, str]]:
@@ -98,11 +118,12 @@ def _converted(value: Any, kind: Any) -> Any:
             values *= len(arguments)
         if len(arguments) == len(values):
             return tuple(map(_converted, values, arguments))
-    elif dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        nested: Any = kind
-        return nested.from_dict(value) if issubclass(nested, Options) else nested(**value)
-    elif kind in (int, float) and not isinstance(value, bool):
-        if isinstance(value, numbers.Integral if kind is int else numbers.Real):
+    elif isinstance(value, Mapping) and inspect.isclass(kind) and issubclass(kind, Options):
+        return kind.from_dict(value)
+    elif kind in (int, float):
+        if getattr(value, "shape", None) == () and not isinstance(value, jax.core.Tracer):  # an array's number
+            value = value.item()
+        if isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool):
             return kind(value)
     elif isinstance(value, kind):
         return value

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from tarflow_jax import interop, likelihood, sampling
@@ -21,8 +22,10 @@ from tarflow_jax.evaluation.bits_per_dim import image_bits_per_dim
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.interop import SavedModel
 from tarflow_jax.noise import Noise, to_float
+from tarflow_jax.options import checked, shown
 from tarflow_jax.runtime import BatchRunner, device_flow, exact
 from tarflow_jax.runtime.batch_runner import DEFAULT_MEMORY_BOUND, backward_bytes, forward_bytes
+from tarflow_jax.runtime.parameters import variables_shapes
 from tarflow_jax.sampling import (
     DEFAULT_DENOISING,
     Decoded,
@@ -41,6 +44,7 @@ from tarflow_jax.student import StudentConfig, TrainedStudent
 from tarflow_jax.training.workdir import read_student, read_workdir
 
 FAR_OUTSIDE = 4.0  # of images in [-1, 1]
+MUCH = 1.25  # times the highest noise level of a training, or below its lowest
 logger = logging.getLogger(__name__)
 
 DecoderChoice = Decoder | Tuned | Sequence[Decoder] | None
@@ -88,14 +92,16 @@ class TarFlowPipeline:
           mesh: devices to spread over (`tarflow_jax.runtime.make_mesh`); None is the default device.
           memory_bound: bytes that a batch's activations may take, on all devices together.
         """
+        config, noise = checked("config", config, TarFlowConfig), checked("noise", noise, Noise | None)
         self.config, self.noise = config, noise
         self.card: Mapping[str, Any] = card or {}
         self._schedule, self._student, self._raw_params = schedule, student, None
+        variables = check_variables(config, variables)
         if ema_params is not None:
             self._raw_params = variables["params"]
-            variables = {**variables, "params": ema_params}
-        self._runner = BatchRunner(mesh, memory_bound)
-        self.variables = self._runner.place(dict(variables))
+            variables = check_variables(config, {**variables, "params": ema_params})
+        self._runner = BatchRunner(mesh, checked("memory_bound", memory_bound, int, low=1))
+        self.variables = self._runner.place(variables)
         # On a CPU computing activations again is faster than keeping them.
         keep_all = dataclasses.replace(config, remat="none")
         recompute = self._runner.on_cores or backward_bytes(keep_all) > memory_bound // 8
@@ -265,20 +271,24 @@ class TarFlowPipeline:
         Raises:
           ValueError: a shape, dtype, label or noise level that does not fit the model.
         """
-        return self._run(likelihood.encode, self.config, self._rows(check_range(images), labels, noise_std))
+        return self._density(likelihood.encode, self.config, images, labels, noise_std)
 
     def log_prob(self, images: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
         """log p(x | label), float32 [B], nats; arguments and errors as of `encode`."""
-        return self._run(likelihood.log_prob, exact(self.config), self._rows(check_range(images), labels, noise_std))
+        return self._density(likelihood.log_prob, exact(self.config), images, labels, noise_std)
 
     def patch_log_prob(self, images: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
         """log p(x | label) by patch, float32 [B, H / P, W / P], nats, which add up to `log_prob`.
 
         `likelihood.patch_log_prob` says what a patch's share means. Arguments and errors as of `encode`.
         """
-        return self._run(
-            likelihood.patch_log_prob, exact(self.config), self._rows(check_range(images), labels, noise_std)
-        )
+        return self._density(likelihood.patch_log_prob, exact(self.config), images, labels, noise_std)
+
+    def _density(self, function: Any, config: TarFlowConfig, images: Any, labels: Any, noise_std: Any) -> Any:
+        """`function` is one of `likelihood`."""
+        rows = self._rows(images, labels, noise_std)
+        check_range(images)
+        return self._run(function, config, rows)
 
     def bits_per_dim(self, key: jax.Array, images_uint8: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
         """Bits per dimension of 8-bit images [B, H, W, K] under uniform dequantisation, float32 [B].
@@ -293,7 +303,10 @@ class TarFlowPipeline:
         labels = check_labels(self.config, labels, len(images))
         level = check_levels(self.config, noise_std, 1)
         levels = None if level is None else np.asarray(level)
-        bits = image_bits_per_dim(self._runner, self.config, self.variables, (images, labels), key, levels=levels)
+        check_key(key)
+        with np.errstate(invalid="ignore"):
+            bits = image_bits_per_dim(self._runner, self.config, self.variables, (images, labels), key, levels=levels)
+        check_finite("bits_per_dim", bits)
         return jnp.asarray(bits, jnp.float32)
 
     # Denoising
@@ -323,7 +336,9 @@ class TarFlowPipeline:
         Raises:
           ValueError: the model was not trained with Gaussian noise, a method without levels, or as `encode`.
         """
-        if method is not None:
+        if checked("method", method, IterativeDenoising | None) is not None:
+            if is_traced(multiplier) or multiplier != 1:
+                raise UserError(f"multiplier is {shown(multiplier)}; expected 1 with a method, whose steps have none")
             path = self._denoise_in_steps(images, labels, noise_std, method, key, return_trajectory)
             return (path[-1], path) if return_trajectory else path
         if return_trajectory:
@@ -339,7 +354,7 @@ class TarFlowPipeline:
             rows = self._rows(images, labels, noise_std)
         else:
             rows = self._rows(images, labels, None)
-            rows["noise_std"] = jnp.full(len(images), check_number("noise_std", std, least=0))
+            rows["noise_std"] = jnp.full(len(rows["images"]), check_number("noise_std", std, low=0))
         return self._run(
             sampling.denoise,
             self._denoiser,
@@ -377,13 +392,15 @@ class TarFlowPipeline:
         std_min = method.std_min or (self.noise and self.noise.std_min)
         if not std_min:
             raise UserError("the lowest noise level of this model is not known; give IterativeDenoising a std_min")
-        if noise_std is None or jnp.ndim(noise_std):
-            raise UserError(f"noise_std is {noise_std}; expected one number, the level that the steps begin at")
-        rows = self._rows(images, labels, check_number("noise_std", noise_std, least=1e-6))
+        if noise_std is None or np.ndim(noise_std):
+            raise UserError(f"noise_std is {shown(noise_std)}; expected one number, the level that the steps begin at")
+        rows = self._rows(images, labels, check_number("noise_std", noise_std, low=1e-6))
+        if method.num_steps > 1 and not is_traced(noise_std) and np.float32(noise_std) < np.float32(std_min):
+            raise UserError(f"noise_std is {noise_std:g}; expected at least std_min, {std_min:g}, where the steps end")
         if method.kind == "sde":
             if key is None:
                 raise UserError("a method of kind 'sde' draws noise; give denoise a key")
-            rows["key_data"] = jax.random.key_data(jax.random.split(key, len(images)))
+            rows["key_data"] = jax.random.key_data(jax.random.split(check_key(key), len(rows["images"])))
         # The numbers are traced, but for how many images a trajectory holds.
         static = dataclasses.replace(method, num_steps=method.num_steps if trajectory else 1, std_min=None)
         found = self._run(
@@ -392,7 +409,7 @@ class TarFlowPipeline:
             rows,
             bytes_per_image=backward_bytes(self._denoiser),
             num_steps=jnp.int32(method.num_steps),
-            std_min=check_number("std_min", std_min),
+            std_min=jnp.float32(std_min),
         )
         return jnp.concatenate([jnp.asarray(images)[None], jnp.moveaxis(found, 1, 0)]) if trajectory else found
 
@@ -451,8 +468,7 @@ class TarFlowPipeline:
         noise_std: Any,
     ) -> Any:
         """`function` is `sampling.decode` or `sampling.decode_trace`."""
-        if guidance is not None and not isinstance(guidance, Guidance):
-            raise UserError(f"guidance is {guidance!r}; expected Guidance(weight=…) or None")
+        guidance = checked("guidance", guidance, Guidance | None)
         guidance = guidance and guidance.checked_for(self.config)
         if isinstance(decoder, Student) and not decoder.polish:
             weight = check_student_guidance(self.require_student().config, guidance)
@@ -461,8 +477,8 @@ class TarFlowPipeline:
                 return images
             trajectory = jnp.concatenate([jnp.asarray(latents)[:, None], jnp.flip(path, 1)], axis=1)
             return Decoded(images, None, trajectory, None, None)
-        decoders = self._decoders(decoder, guidance, len(latents))
         rows = self._rows(latents, labels, noise_std, "latents")
+        decoders = self._decoders(decoder, guidance, len(rows["latents"]))
         if decoders and any(isinstance(one, Student) or getattr(one, "init", "") == "student" for one in decoders):
             most = self.require_student().config.max_guidance
             weight = jnp.clip(guidance.weight, 0, most) if guidance else 0.0
@@ -485,14 +501,20 @@ class TarFlowPipeline:
     ) -> tuple[Decoder, ...] | None:
         """One decoder a block; None if all are sequential."""
         if isinstance(decoder, Tuned):
+            if is_traced(guidance):
+                raise UserError("Tuned() holds for one guidance, and this one is traced; name a decoder")
             return self.schedule.checked_for(guidance).of(batch_size) if self.schedule else None
         if decoder is None or decoder == Sequential():
             return None
         kinds = Sequential | Jacobi | GaussSeidelJacobi
+        most = max(self.config.num_tokens - 1, 1)  # steps after which every token is exact
+        for one in decoder if isinstance(decoder, Sequence) else (decoder,):
+            if (number := getattr(one, "num_segments", getattr(one, "polish", 0))) > most:
+                raise UserError(f"decoder is {one}; {number} is too many, expected at most {most} for this model")
         if isinstance(decoder, kinds | Student):
             return (decoder,) * self.config.num_blocks
         if isinstance(decoder, str) or not isinstance(decoder, Sequence):
-            raise UserError(f"decoder is {decoder!r}; expected a decoder, as Jacobi(), or one for each block")
+            raise UserError(f"decoder is {shown(decoder)}; expected a decoder, as Jacobi(), or one for each block")
         if len(decoder) != self.config.num_blocks:
             raise UserError(
                 f"{len(decoder)} decoders are given; expected one for each of {self.config.num_blocks} blocks"
@@ -509,7 +531,7 @@ class TarFlowPipeline:
 
     def _by_student(self, latents: Any, labels: Any, weight: Any) -> tuple[jax.Array, jax.Array]:
         """The student's clean images [B, H, W, K], and its trajectory [B, F, H, W, K] by block number."""
-        student, latents = self.require_student(), check_images(self.config, latents)
+        student, latents = self.require_student(), check_images(self.config, latents, "latents")
         labels = check_labels(self.config, labels, len(latents))
         weights = jnp.full(len(latents), weight, jnp.float32)
         return self._run(
@@ -548,6 +570,7 @@ class TarFlowPipeline:
         Raises:
           ValueError: as `decode` and `denoise`.
         """
+        checked("denoise", denoise, bool | IterativeDenoising | None)
         if decoder == Student():
             if denoise not in (None, True) or denoise_multiplier != 1:
                 raise UserError("Student() gives clean images by itself; leave denoise out, or polish")
@@ -565,20 +588,20 @@ class TarFlowPipeline:
 
     def latents(self, key: jax.Array, num_images: int) -> jax.Array:
         """Standard normal latents [num_images, H, W, K], as `sample` draws them."""
-        if num_images < 1:
-            raise UserError(f"num_images is {num_images}; expected a positive number")
-        return jax.random.normal(key, (num_images, *self.config.image_shape), jnp.float32)
+        shape = (checked("num_images", num_images, int, low=1), *self.config.image_shape)
+        return jax.random.normal(check_key(key), shape, jnp.float32)
 
     # Running
 
     def _rows(self, images: Any, labels: Any, noise_std: Any, name: str = "images") -> dict[str, Any]:
         """The checked arrays [B, …] of a call, by argument name; `name` is that of the images."""
-        images = check_images(self.config, images)
-        return {
-            name: images,
-            "labels": check_labels(self.config, labels, len(images)),
-            "noise_std": check_levels(self.config, noise_std, len(images)),
-        }
+        images = check_images(self.config, images, name)
+        levels = check_levels(self.config, noise_std, len(images))
+        if levels is not None and self.noise is not None and self.noise.kind == "levels" and not is_traced(levels):
+            low, high, given = self.noise.std_min, self.noise.std_max, np.asarray(levels)
+            if ((given < low / MUCH) | (given > high * MUCH)).any():
+                _warn_once(f"noise_std is far outside the levels of this flow's training, {low:g} to {high:g}")
+        return {name: images, "labels": check_labels(self.config, labels, len(images)), "noise_std": levels}
 
     def _run(
         self,
@@ -607,15 +630,17 @@ class TarFlowPipeline:
             with jax.default_matmul_precision("highest"):
                 return function(static, variables, **rows, **shared)
         static = device_flow(config) if isinstance(config, TarFlowConfig) else config
+        name = getattr(function, "func", function).__name__
         results = self._runner.run(
             functools.partial(function, static),
             variables,
             rows,
             bytes_per_image=bytes_per_image or forward_bytes(self.config),
             smallest=smallest,
-            description=getattr(function, "func", function).__name__,
+            description=name,
             **shared,
         )
+        check_finite(name, jax.tree.leaves(results)[0])
         return jax.tree.map(jnp.asarray, results)
 
 
@@ -630,7 +655,7 @@ def check_student_guidance(config: StudentConfig, guidance: Guidance | None) -> 
     """The weight; ValueError for guidance that the student did not learn. None is no guidance."""
     if guidance is None:
         return 0.0
-    if dataclasses.replace(guidance, weight=0.0) != Guidance():
+    if is_traced(guidance.attention_temperature) or dataclasses.replace(guidance, weight=0.0) != Guidance():
         raise UserError(f"guidance is {guidance}; a student takes a weight alone, Guidance(weight=w)")
     if not is_traced(guidance.weight) and not 0 <= guidance.weight <= config.max_guidance:
         raise UserError(
@@ -645,37 +670,68 @@ def is_traced(tree: Any) -> bool:
     return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
-def check_number(name: str, value: Any, least: float = -math.inf) -> jax.Array:
-    """float32 scalar; ValueError unless it is finite and not below `least`."""
-    if not is_traced(value) and not (least <= value < math.inf and math.isfinite(value)):
-        expected = "a finite number" if least == -math.inf else f"a finite number from {least:g}"
-        raise UserError(f"{name} is {value}; expected {expected}")
+def check_variables(config: TarFlowConfig, variables: Any) -> dict[str, Any]:
+    """The variables; ValueError for the first one that is missing or of another shape."""
+    tree = dict(checked("variables", variables, Mapping))
+    found = {name: np.shape(leaf) for name, leaf in flatten_dict(tree, sep="/").items()}
+    for name, shape in variables_shapes(config).items():
+        if found.get(name) != shape:
+            raise UserError(f"variables have {name} {found.get(name, 'not')}; expected shape {shape} by this config")
+    return tree
+
+
+def check_number(name: str, value: Any, low: float = -math.inf) -> jax.Array:
+    """float32 scalar; ValueError unless it is one finite number, not below `low`."""
+    if not isinstance(value, jax.core.Tracer) or value.ndim:
+        value = checked(name, value, float, low=low)
     return jnp.asarray(value, jnp.float32)
 
 
-def check_images(config: TarFlowConfig, images: Any) -> jax.Array:
+def check_key(key: Any) -> jax.Array:
+    """The key; ValueError unless it is one key of `jax.random`."""
+    try:
+        jax.eval_shape(jax.random.bits, key)
+    except (TypeError, ValueError):
+        raise UserError(f"key is {shown(key)}; expected one key, jax.random.key(seed)") from None
+    return key
+
+
+def check_images(config: TarFlowConfig, images: Any, name: str = "images") -> jax.Array:
     """float32 [B, H, W, K]; ValueError for another shape, or for whole numbers."""
-    images = jnp.asarray(images)
-    if not jnp.issubdtype(images.dtype, jnp.floating):
-        raise UserError(f"images are {images.dtype}; expected floats in [-1, 1] (8-bit v is v / 127.5 - 1)")
-    if images.ndim != 4 or images.shape[1:] != config.image_shape or not len(images):
+    try:
+        array = jnp.asarray(images)
+    except (TypeError, ValueError, OverflowError):
+        raise UserError(f"{name} are {shown(images)}; expected floats [B, H, W, K]") from None
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise UserError(f"{name} are {array.dtype}; expected floats in [-1, 1] (8-bit v is v / 127.5 - 1)")
+    if array.ndim != 4 or array.shape[1:] != config.image_shape or not len(array):
         raise UserError(
-            f"images have shape {images.shape}; expected [B, H, W, K] = [B, "
+            f"{name} have shape {array.shape}; expected [B, H, W, K] = [B, "
             f"{', '.join(map(str, config.image_shape))}] with B >= 1"
         )
-    return images.astype(jnp.float32)
+    return array.astype(jnp.float32)
 
 
-def check_range(images: Any) -> Any:
-    """The same images; warns, once a process, where they seem not to be scaled to [-1, 1]."""
-    if not is_traced(images) and np.size(images) and np.abs(np.asarray(images)).max() > FAR_OUTSIDE:
-        _warn_of_range()
-    return images
+def check_range(images: Any) -> None:
+    """Warns, once a process, where images seem not to be scaled to [-1, 1]."""
+    if not is_traced(images) and np.abs(np.asarray(images)).max() > FAR_OUTSIDE:
+        _warn_once("images reach far outside [-1, 1]; 8-bit values v are v / 127.5 - 1")
+
+
+def check_finite(name: str, results: np.ndarray) -> None:
+    """Warns of results [B, …] that are NaN or infinite."""
+    if bad := int((~np.isfinite(results).reshape(len(results), -1).all(1)).sum()):
+        logger.warning(
+            "%s: %d of %d results are not finite; the images or the weights are not, or guidance is too strong",
+            name,
+            bad,
+            len(results),
+        )
 
 
 @functools.cache
-def _warn_of_range() -> None:
-    logger.warning("images reach far outside [-1, 1]; 8-bit values v are v / 127.5 - 1")
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def check_labels(config: TarFlowConfig, labels: Any, batch_size: int) -> jax.Array | None:
@@ -683,7 +739,10 @@ def check_labels(config: TarFlowConfig, labels: Any, batch_size: int) -> jax.Arr
     if labels is None:
         return None
     traced, classes = is_traced(labels), config.num_classes
-    array = labels if traced else np.asarray(labels)
+    try:
+        array = labels if traced else np.asarray(labels)
+    except ValueError:
+        raise UserError(f"labels are {shown(labels)}; expected whole numbers of shape ({batch_size},)") from None
     if not np.issubdtype(array.dtype, np.integer) or array.shape != (batch_size,):
         raise UserError(f"labels are {array.dtype} {array.shape}; expected whole numbers of shape ({batch_size},)")
     wrong = [] if traced else array[(array < -1) | (array >= classes)]
@@ -701,16 +760,19 @@ def check_levels(config: TarFlowConfig, noise_std: Any, batch_size: int) -> jax.
     """
     if not config.noise_conditional:
         if noise_std is not None:
-            raise UserError(f"noise_std is {noise_std}, but this model is of one noise level; leave it out")
+            raise UserError(f"noise_std is {shown(noise_std)}, but this model is of one noise level; leave it out")
         return None
     if noise_std is None:
         raise UserError(
             "this model is of many noise levels; say at which, noise_std=σ (a number, or one for each image)"
         )
-    levels = jnp.asarray(noise_std, jnp.float32)
+    try:
+        levels = jnp.asarray(noise_std, jnp.float32)
+    except (TypeError, ValueError):
+        raise UserError(f"noise_std is {shown(noise_std)}; expected a number or ({batch_size},)") from None
     if levels.shape not in ((), (batch_size,)):
         raise UserError(f"noise_std has shape {levels.shape}; expected a number or ({batch_size},)")
     values = None if is_traced(levels) else np.asarray(levels)
     if values is not None and not ((values > 0) & (values < math.inf)).all():
-        raise UserError(f"noise_std is {noise_std}; expected positive numbers")
+        raise UserError(f"noise_std is {shown(noise_std)}; expected positive numbers")
     return jnp.broadcast_to(levels, (batch_size,))

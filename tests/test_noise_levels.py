@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from conftest import DATA
-from tarflow_jax import Guidance, IterativeDenoising, Noise, TarFlow, TarFlowPipeline, sampling
+from tarflow_jax import Guidance, IterativeDenoising, Noise, TarFlow, TarFlowPipeline, pipeline, sampling
 from tarflow_jax.interop import load_torch
 from tarflow_jax.likelihood import training_loss
 from tarflow_jax.noise import Levels
@@ -241,10 +241,23 @@ def test_guidance_leaves_the_blocks_it_does_not_cover():
         (lambda _, x: one_level().encode(x, noise_std=0.1), "this model is of one noise level"),
         (lambda _, x: one_level().denoise(x, return_trajectory=True), "a trajectory is of a method's steps"),
         (lambda _, x: one_level().denoise(x, method=IterativeDenoising(2)), "needs a model of many noise levels"),
+        (
+            lambda pipe, x: pipe.denoise(x, None, 0.005, method=IterativeDenoising(2)),
+            "noise_std is 0.005; expected at least std_min, 0.01, where the steps end",
+        ),
+        (
+            lambda pipe, x: pipe.denoise(x, None, 0.3, 0.5, method=IterativeDenoising(2)),
+            "multiplier is 0.5; expected 1 with a method",
+        ),
+        (lambda pipe, x: pipe.encode(x, None, "high"), "noise_std is 'high'; expected a number or"),
+        (
+            lambda pipe, x: pipe.denoise(x, None, 0.3, method=IterativeDenoising(2, kind="sde"), key=0),
+            "key is 0; expected one key",
+        ),
         (lambda *_: IterativeDenoising(0), "num_steps is 0"),
         (lambda *_: IterativeDenoising(2, kind="sde", order=2), "steps of order 1 alone"),
         (lambda *_: Guidance(1.0, "shift", rule="product"), "rule 'product' guides both"),
-        (lambda *_: Guidance(1.0, blocks=0), "guidance blocks is 0"),
+        (lambda *_: Guidance(1.0, blocks=0), "guidance.blocks is 0"),
         (lambda *_: Noise("levels", std_min=0.3, std_max=0.1), "expected 0 < std_min < std_max"),
         (lambda *_: FlowTask(TINY, LEVELS), "expected True with 'levels'"),
     ],
@@ -254,6 +267,24 @@ def test_what_cannot_be_is_refused_in_one_line(call, message):
     with pytest.raises(ValueError, match=message) as error:
         call(pipe, images_of(TINY))
     assert "\n" not in str(error.value)
+
+
+def test_levels_far_outside_the_training_s_are_told_of_once(caplog):
+    pipe, images = gaussian_flow(), images_of(CONDITIONAL)[..., :1]
+    pipeline._warn_once.cache_clear()
+    for std in (0.01, 0.3, 0.32, [0.01, 0.02, 0.009]):
+        pipe.encode(images, None, std)
+    assert caplog.records == []
+    for std in (5.0, [0.1, 0.1, 0.001]):
+        pipe.encode(images, None, std)
+    told = "noise_std is far outside the levels of this flow's training, 0.01 to 0.3"
+    assert [record.message for record in caplog.records] == [told]
+
+
+def test_one_step_may_begin_below_the_lowest_level():
+    pipe, images = gaussian_flow(), images_of(CONDITIONAL)[..., :1]
+    single = pipe.denoise(images, None, 0.005, method=IterativeDenoising(1))
+    np.testing.assert_allclose(single, pipe.denoise(images, None, 0.005), atol=1e-6)
 
 
 def one_level():

@@ -94,7 +94,7 @@ def test_a_run_goes_on_with_the_data_it_began_with(tmp_path):
         ("optimizer.learning_rate", float("nan"), "learning_rate is nan"),
         ("model.patch_size", 3, "not divisible by patch_size 3"),
         ("train.profile_steps", (1, -1), r"profile_steps is \(1, -1\); expected a number from 0"),
-        ("sample.guidance.rule", "best", "guidance rule is 'best'"),
+        ("sample.guidance.rule", "best", "guidance.rule is 'best'"),
         ("sample.denoise_multiplier", float("inf"), "denoise_multiplier is inf; expected a finite number"),
         ("noise.kind", "none", "noise.kind is 'none'"),
     ],

@@ -189,7 +189,7 @@ def test_sampling_by_it_is_one_pass_and_clean(pipe):
     np.testing.assert_allclose(images, expected[0], atol=1e-5)
     np.testing.assert_allclose(trajectory[:, :0:-1], expected[1], atol=1e-5)
     np.testing.assert_allclose(pipe.sample(key, 3, LABELS, decoder=ByStudent()), images, atol=1e-6)
-    polished = pipe.sample(key, 3, LABELS, decoder=ByStudent(7))
+    polished = pipe.sample(key, 3, LABELS, decoder=ByStudent(5))
     np.testing.assert_allclose(polished, pipe.sample(key, 3, LABELS), atol=1e-4)  # denoised, both
     guided = pipe.sample(key, 3, LABELS, Guidance(2.0), decoder=ByStudent())
     assert float(jnp.abs(guided - images).max()) > 1e-3
@@ -210,7 +210,7 @@ def test_sampling_by_it_is_one_pass_and_clean(pipe):
             lambda pipe, z: pipe.decode(z, guidance=Guidance(1.0, schedule="constant"), decoder=ByStudent()),
             "a student takes a weight alone",
         ),
-        (lambda pipe, z: ByStudent(-1), "polish is -1; expected a whole number"),
+        (lambda pipe, z: ByStudent(-1), "polish is -1; expected a number from 0"),
         (lambda pipe, z: pipe.decode(z, decoder="student"), "decoder is 'student'; expected a decoder"),
         (
             lambda pipe, z: pipe.sample(jax.random.key(0), 1, decoder=ByStudent(), denoise=False),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from tarflow_jax.flow import TarFlow, cast_kernels, is_reversed, permute, to_images, to_tokens
 from tarflow_jax.sampling.block_inverse import block_inverse, equal_blocks
-from tarflow_jax.sampling.decoders import Decoder, Inverted, Sequential
+from tarflow_jax.sampling.decoders import Decoder, GaussSeidelJacobi, Inverted, Jacobi, Sequential, with_derivatives
 from tarflow_jax.sampling.guidance import Guidance
 
 
@@ -57,9 +57,14 @@ def decode_trace(
 
         def invert(tokens: jax.Array, block: Any, k: int = numbers[-1]) -> tuple[jax.Array, Inverted]:
             params, reverse, guessed = block
-            inverse = block_inverse(flow, k, params, reverse, labels, guidance, noise_std)
+            given, z = (params, reverse, labels, guidance, noise_std), permute(tokens, reverse)
             begin = None if guessed is None else permute(to_tokens(config, guessed), reverse)
-            inverted = decoders[k].invert(inverse, permute(tokens, reverse), begin)
+            if isinstance(decoders[k], Jacobi | GaussSeidelJacobi):
+                fixed, fixed_z, begin = jax.lax.stop_gradient((given, z, begin))
+                inverted = decoders[k].invert(block_inverse(flow, k, *fixed), fixed_z, begin)
+                inverted = with_derivatives(inverted, block_inverse(flow, k, *given), z)
+            else:
+                inverted = decoders[k].invert(block_inverse(flow, k, *given), z, begin)
             tokens = permute(inverted.x, reverse)
             return tokens, inverted._replace(x=tokens)
 

@@ -12,14 +12,13 @@ settled are inverted again by `Sequential`.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from tarflow_jax.errors import UserError
+from tarflow_jax.options import Options, option
 from tarflow_jax.sampling.block_inverse import BlockInverse, Caches
 
 INITS = ("latents", "zeros")
@@ -74,7 +73,7 @@ class Sequential:
 
 
 @dataclasses.dataclass(frozen=True)
-class Jacobi:
+class Jacobi(Options):
     """All tokens of a block at once, until none changes by more than the tolerance.
 
     Attributes:
@@ -86,12 +85,11 @@ class Jacobi:
     Raises ValueError: one line naming the field.
     """
 
-    tolerance: float = DEFAULT_TOLERANCE
-    max_iterations: int | None = None
-    init: str = "latents"
+    group: ClassVar[str] = "Jacobi"
 
-    def __post_init__(self) -> None:
-        _check(self, (*INITS, "student"))
+    tolerance: float = DEFAULT_TOLERANCE
+    max_iterations: int | None = option(None, low=1)
+    init: str = option("latents", choices=(*INITS, "student"))
 
     def invert(self, block: BlockInverse, z: jax.Array, guess: jax.Array | None = None) -> Inverted:
         """Inverts a block for z [B, T, D] in block order; init "student" begins at `guess` [B, T, D]."""
@@ -105,7 +103,7 @@ class Jacobi:
 
 
 @dataclasses.dataclass(frozen=True)
-class GaussSeidelJacobi:
+class GaussSeidelJacobi(Options):
     """Segments of a block in order, each by `Jacobi` updates behind the KV cache of those before it.
 
     Attributes:
@@ -115,15 +113,12 @@ class GaussSeidelJacobi:
     Raises ValueError: one line naming the field.
     """
 
-    num_segments: int
-    tolerance: float = DEFAULT_TOLERANCE
-    max_iterations: int | None = None
-    init: str = "latents"
+    group: ClassVar[str] = "GaussSeidelJacobi"
 
-    def __post_init__(self) -> None:
-        _check(self, INITS)
-        if self.num_segments < 1:
-            raise UserError(f"num_segments is {self.num_segments}; expected a positive number")
+    num_segments: int = option(dataclasses.MISSING, low=1)
+    tolerance: float = DEFAULT_TOLERANCE
+    max_iterations: int | None = option(None, low=1)
+    init: str = option("latents", choices=INITS)
 
     def invert(self, block: BlockInverse, z: jax.Array, guess: jax.Array | None = None) -> Inverted:
         """Inverts a block for z [B, T, D] in block order; updates are summed over the segments."""
@@ -164,7 +159,7 @@ class GaussSeidelJacobi:
 
 
 @dataclasses.dataclass(frozen=True)
-class Student:
+class Student(Options):
     """The network of launch.distill, which makes clean images in one pass.
 
     Attributes:
@@ -174,11 +169,9 @@ class Student:
     Raises ValueError: `polish` is no whole number from 0.
     """
 
-    polish: int = 0
+    group: ClassVar[str] = "Student"
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.polish, int) or isinstance(self.polish, bool) or self.polish < 0:
-            raise UserError(f"polish is {self.polish!r}; expected a whole number from 0")
+    polish: int = 0
 
     def invert(self, block: BlockInverse, z: jax.Array, guess: jax.Array | None = None) -> Inverted:
         """The inverse after `polish` updates from `guess`, both [B, T, D] in block order."""
@@ -276,6 +269,28 @@ def _finish(found: Inverted, done: jax.Array, block: BlockInverse, z: jax.Array)
     return found._replace(x=x, log_det=log_det)
 
 
+def with_derivatives(found: Inverted, block: BlockInverse, z: jax.Array) -> Inverted:
+    """Gives the inverse of z its implicit derivatives: reverse mode has none of a loop that ends when it has settled.
+
+    (x, log_det) is the fixed point of a map whose Jacobian is strictly triangular in the tokens. So T steps solve the
+    linear system of its derivatives exactly.
+    """
+
+    def residual(point: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x, log_det, _ = update(block, z[:, :1], z[:, 1:], point[0])
+        return x - point[0], log_det - point[1]
+
+    def solve(linear: Callable[[Any], Any], right: Any) -> Any:
+        def step(_: Any, point: Any) -> Any:
+            return jax.tree.map(lambda p, change, b: p + change - b, point, linear(point), right)
+
+        return jax.lax.fori_loop(0, z.shape[1], step, jax.tree.map(jnp.zeros_like, right))
+
+    point = found.x[:, 1:], found.log_det
+    x, log_det = jax.lax.custom_root(residual, point, lambda _, point: point, solve)
+    return found._replace(x=jnp.concatenate([z[:, :1], x], axis=1), log_det=log_det)
+
+
 def _bounded(x: jax.Array) -> jax.Array:
     return jnp.clip(jnp.nan_to_num(x), -_LARGEST, _LARGEST)
 
@@ -290,12 +305,3 @@ def _cache_growth(num_tokens: int) -> int:
 
 def _grow(caches: Caches, length: int) -> Caches:
     return tuple(cache.grow(length) for cache in caches)
-
-
-def _check(decoder: Jacobi | GaussSeidelJacobi, inits: tuple[str, ...]) -> None:
-    if not 0 <= decoder.tolerance < math.inf:
-        raise UserError(f"tolerance is {decoder.tolerance}; expected a number from 0")
-    if decoder.max_iterations is not None and decoder.max_iterations < 1:
-        raise UserError(f"max_iterations is {decoder.max_iterations}; expected a positive number or None")
-    if decoder.init not in inits:
-        raise UserError(f"init is {decoder.init!r}; expected one of {', '.join(inits)}")

@@ -3,8 +3,7 @@ steps from noise level to noise level along the probability flow (arXiv 2604.200
 
 import dataclasses
 import functools
-import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,13 +11,11 @@ import jax.numpy as jnp
 from tarflow_jax.errors import UserError
 from tarflow_jax.flow import TarFlow
 from tarflow_jax.likelihood import log_prob, unit_prior
-
-KINDS = ("ode", "sde")
-LEVELS = ("linear", "log")
+from tarflow_jax.options import Options, option
 
 
 @dataclasses.dataclass(frozen=True)
-class IterativeDenoising:
+class IterativeDenoising(Options):
     """Steps from an image's noise level down to `std_min`, and from there to none.
 
     Attributes:
@@ -32,23 +29,19 @@ class IterativeDenoising:
     Raises ValueError: one line naming the field.
     """
 
-    num_steps: int
-    std_min: float | None = None
+    group: ClassVar[str] = "IterativeDenoising"
+
+    num_steps: int = option(dataclasses.MISSING, low=1)
+    std_min: float | None = option(None, low=1e-6)
     clip: bool = False
-    kind: str = "ode"
-    levels: str = "linear"
-    order: int = 1
+    kind: str = option("ode", choices=("ode", "sde"))
+    levels: str = option("linear", choices=("linear", "log"))
+    order: int = option(1, choices=(1, 2))
 
     def __post_init__(self) -> None:
-        if self.num_steps < 1:
-            raise UserError(f"num_steps is {self.num_steps}; expected a positive number")
-        if self.std_min is not None and not 0 < self.std_min < math.inf:
-            raise UserError(f"std_min is {self.std_min}; expected a positive number, or None")
-        for name, valid in (("kind", KINDS), ("levels", LEVELS), ("order", (1, 2))):
-            if (value := getattr(self, name)) not in valid:
-                raise UserError(f"{name} is {value!r}; expected one of {', '.join(map(str, valid))}")
+        super().__post_init__()
         if self.kind == "sde" and self.order == 2:
-            raise UserError("order is 2; the 'sde' has steps of order 1 alone")
+            raise UserError("IterativeDenoising.order is 2; the 'sde' has steps of order 1 alone")
 
 
 # Clipped: one step in a thousand leaves the range that the flow was trained on, and the next ones grow without bound.

@@ -2,23 +2,18 @@
 
 import dataclasses
 import math
-import numbers
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from tarflow_jax.errors import UserError
 from tarflow_jax.flow import Affine, TarFlowConfig
-from tarflow_jax.options import option
-
-TARGETS = ("both", "log_scale", "shift")
-SCHEDULES = ("linear", "constant")
-RULES = ("log_scale", "scale", "product")
+from tarflow_jax.options import Options, option
 
 
 @dataclasses.dataclass(frozen=True)
-class Guidance:
+class Guidance(Options):
     """a <- a + w_i (a - a°), for log_scale and shift a of blocks and tokens.
 
     The unguided a° comes from the same model without a label, and with attention logits divided by
@@ -38,39 +33,38 @@ class Guidance:
     Raises ValueError: one line naming the field.
     """
 
-    weight: float | jax.Array = option(0.0, "Guidance weight; 0 for no guidance.")
-    target: str = option("both", "What is guided: both, log_scale or shift.")
-    schedule: str = option("linear", "Weight along the tokens: linear (growing) or constant.")
-    attention_temperature: float | jax.Array = option(1.0, "Divides the attention logits of the unguided pass.")
-    rule: str = option(
-        "log_scale", "Guides log-scales (log_scale) or scales (scale), or multiplies densities (product)."
+    group: ClassVar[str] = "guidance"
+
+    weight: float | jax.Array = option(0.0, "Guidance weight; 0 for no guidance.", low=-math.inf)
+    target: str = option("both", "What is guided.", choices=("both", "log_scale", "shift"))
+    schedule: str = option("linear", "Weight along the tokens, growing or not.", choices=("linear", "constant"))
+    attention_temperature: float | jax.Array = option(
+        1.0, "Divides the attention logits of the unguided pass.", low=1e-6
     )
-    blocks: int | str = option("all", "Guides all blocks, or this many, counted from the noise.")
+    rule: str = option(
+        "log_scale", "Guides log-scales or scales, or multiplies densities.", choices=("log_scale", "scale", "product")
+    )
+    blocks: int | str = option("all", "Guides all blocks, or this many, counted from the noise.", low=1)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.weight, jax.Array) and not _is_finite(self.weight):
-            raise UserError(f"guidance weight is {self.weight!r}; expected a finite number")
-        if self.target not in TARGETS:
-            raise UserError(f"guidance target is {self.target!r}; expected one of {', '.join(TARGETS)}")
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"guidance schedule is {self.schedule!r}; expected one of {', '.join(SCHEDULES)}")
-        temperature = self.attention_temperature
-        if not isinstance(temperature, jax.Array) and not (_is_finite(temperature) and temperature > 0):
-            raise UserError(f"attention temperature is {self.attention_temperature}; expected a positive number")
-        if self.rule not in RULES:
-            raise UserError(f"guidance rule is {self.rule!r}; expected one of {', '.join(RULES)}")
-        if self.rule == "product" and self.target != "both":
-            raise UserError(f"guidance target is {self.target!r}; rule 'product' guides both")
         if isinstance(self.blocks, str) and self.blocks.isdecimal():  # a flag's
             object.__setattr__(self, "blocks", int(self.blocks))
-        if self.blocks != "all" and not (isinstance(self.blocks, int) and self.blocks > 0):
-            raise UserError(f"guidance blocks is {self.blocks!r}; expected 'all' or a positive number")
+        super().__post_init__()
+        if isinstance(self.blocks, str) and self.blocks != "all":
+            raise UserError(f"guidance.blocks is {self.blocks!r}; expected 'all' or a number from 1")
+        if self.rule == "product" and self.target != "both":
+            raise UserError(f"guidance.target is {self.target!r}; rule 'product' guides both")
 
     def checked_for(self, config: TarFlowConfig) -> "Guidance | None":
-        """Itself, or None where its weight is 0; ValueError for class guidance of a flow without classes."""
-        if not isinstance(self.weight, jax.core.Tracer) and self.weight == 0:
+        """Itself, or None where its weight is 0; ValueError for guidance that a flow of this config has not."""
+        for name in _TRACED:
+            if shape := jnp.shape(getattr(self, name)):
+                raise UserError(f"guidance.{name} has shape {shape}; expected one number")
+        if self.blocks != "all" and int(self.blocks) > config.num_blocks:
+            raise UserError(f"guidance.blocks is {self.blocks}; expected 'all' or at most {config.num_blocks}")
+        if _equals(self.weight, 0):
             return None
-        if not config.num_classes and self.attention_temperature == 1:
+        if not config.num_classes and _equals(self.attention_temperature, 1):
             raise UserError(
                 "guidance by class needs a class-conditional model, this one has no classes; "
                 "set an attention temperature other than 1"
@@ -91,8 +85,8 @@ class Guidance:
         return jnp.multiply.outer(weight, jnp.ones_like(steps) if self.schedule == "constant" else steps)
 
 
-def _is_finite(number: object) -> bool:
-    return isinstance(number, numbers.Real) and not isinstance(number, bool) and math.isfinite(number)
+def _equals(value: float | jax.Array, number: float) -> bool:
+    return not isinstance(value, jax.core.Tracer) and bool(value == number)
 
 
 _TRACED, _STATIC = ("weight", "attention_temperature"), ("target", "schedule", "rule", "blocks")
