@@ -53,8 +53,8 @@ DecoderChoice = Decoder | Tuned | Sequence[Decoder] | None
 class TarFlowPipeline:
     """A trained flow. Every method is compiled once in a process for each model's and each batch's shape.
 
-    The methods may be used within `jax.jit`, `jax.grad`, `jax.jvp` and `jax.vmap`: traced images or labels are computed
-    at once, without a split into batches.
+    The methods may be used within `jax.jit`, `jax.grad`, `jax.jvp` and `jax.vmap`: traced images, labels or guidance
+    weights are computed at once, without a split into batches or checks of their values.
 
     A batch too large for `memory_bound` is split into equal ones, the last one padded, so that a ragged batch
     compiles nothing new. Likelihoods are float32 at full matmul precision; the rest runs in `config.dtype`.
@@ -334,9 +334,11 @@ class TarFlowPipeline:
           return_trajectory: also return the images before and after each of the method's N steps, [N + 1, B, H, W, K].
 
         Raises:
-          ValueError: the model was not trained with Gaussian noise, a method without levels, or as `encode`.
+          ValueError: the model was not trained with Gaussian noise, a method without levels or from below its lowest
+            level, or as `encode`.
         """
-        if checked("method", method, IterativeDenoising | None) is not None:
+        method = checked("method", method, IterativeDenoising | None)
+        if method is not None:
             if is_traced(multiplier) or multiplier != 1:
                 raise UserError(f"multiplier is {shown(multiplier)}; expected 1 with a method, whose steps have none")
             path = self._denoise_in_steps(images, labels, noise_std, method, key, return_trajectory)
@@ -676,7 +678,8 @@ def check_variables(config: TarFlowConfig, variables: Any) -> dict[str, Any]:
     found = {name: np.shape(leaf) for name, leaf in flatten_dict(tree, sep="/").items()}
     for name, shape in variables_shapes(config).items():
         if found.get(name) != shape:
-            raise UserError(f"variables have {name} {found.get(name, 'not')}; expected shape {shape} by this config")
+            has = f"{name} of shape {found[name]}" if name in found else f"no {name}"
+            raise UserError(f"variables have {has}; expected shape {shape} by this config")
     return tree
 
 

@@ -1,4 +1,4 @@
-"""Makes mistakes with the commands and prints their messages as the table in docs/robustness.md.
+"""Makes mistakes with the commands and in Python, and prints their messages as the tables in docs/robustness.md.
 
 python tests/strangers.py [FOLDER]
 
@@ -42,7 +42,83 @@ MISTAKES = (
     f"{EVALUATE} --metrics=fidd",
     "launch.evaluate --workdir={model} --metrics=classification",
     "launch.convert --from_torch={images}/a/0.png --image_size=8 --patch_size=2 --out={new}",
+    "launch.sample {run}",
+    "launch.sample {run} --num_images=4",
+    f"{SAMPLE} --num_images 4 64",
+    "launch.sample",
+    "launch.sample --workdir",
+    "launch.train --workdir={new}",
+    "launch.train --config=configs/digits.py:smoke",
+    "launch.evaluate {run}",
+    "launch.evaluate --metrics=fid",
+    "launch.prepare_data digits",
+    "launch.convert {images}/a/0.png {new}",
+    f"{SAMPLE} --num_images=four",
+    f"{SAMPLE} --num_images=0",
+    f"{SAMPLE} --guidance=1 --guidance_blocks=99",
+    f"{SAMPLE} --guidance=1 --guidance_rule=best",
+    f"{SAMPLE} --guidance=1 --attention_temperature=0",
+    f"{SAMPLE} --decoder=student",
+    f"{SAMPLE} --decoder=fast",
+    f"{SAMPLE} --denoise=yes",
+    f"{SAMPLE} --denoise_steps=4",
 )
+# Of a pipeline `pipe`, two of its images `x`, and a key.
+CALLS = (
+    "TarFlowPipeline(pipe.config, None)",
+    "TarFlowPipeline(pipe.config, {})",
+    "TarFlowPipeline(pipe.config, pipe.variables, 0.1)",
+    "pipe.sample(0, 4)",
+    "pipe.sample(key, '4')",
+    "pipe.sample(key, True)",
+    "pipe.sample(key, 2.5)",
+    "pipe.sample(key, 0)",
+    "pipe.sample(key, 2, [3])",
+    "pipe.sample(key, 2, ['cat', 'dog'])",
+    "pipe.sample(key, 2, [3, 10])",
+    "pipe.sample(key, 2, guidance=1.5)",
+    "pipe.sample(key, 2, denoise='yes')",
+    "pipe.sample(key, 2, denoise=IterativeDenoising(4))",
+    "pipe.sample(key, 2, decoder='jacobi')",
+    "pipe.sample(key, 2, decoder=Student())",
+    "pipe.decode(x, decoder=GaussSeidelJacobi(99))",
+    "pipe.decode(x, decoder=[Jacobi()])",
+    "pipe.decode(x, guidance=Guidance(1.0, blocks=99))",
+    "pipe.decode(x, guidance=Guidance(jnp.ones(2)))",
+    "Guidance(weight='1')",
+    "Guidance(rule='best')",
+    "IterativeDenoising(1.5)",
+    "Jacobi(tolerance=-1)",
+    "Student(polish=-1)",
+    "pipe.log_prob('cat.png')",
+    "pipe.log_prob(x[0])",
+    "pipe.log_prob((127.5 * (x + 1)).astype('uint8'))",
+    "pipe.log_prob(x, noise_std=0.1)",
+    "pipe.denoise(x, multiplier='1')",
+    "pipe.denoise(x, noise_std=[0.1, 0.2])",
+    "pipe.bits_per_dim(key, x)",
+    "pipe.log_prob(100 * x)",
+    "pipe.log_prob(jnp.nan * x)",
+    "TarFlowPipeline(pipe.config, jax.tree.map(lambda w: jnp.nan * w, pipe.variables)).decode(x)",
+)
+PROGRAM = """
+import logging, sys
+import jax, jax.numpy as jnp
+from tarflow_jax import Guidance, IterativeDenoising, TarFlowPipeline
+from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Student
+told, handler = [], logging.Handler()
+handler.emit = lambda record: told.append(f"warning: {record.getMessage()}")
+logging.getLogger("tarflow_jax").addHandler(handler)
+pipe, key = TarFlowPipeline.from_pretrained(sys.argv[1]), jax.random.key(0)
+x = jnp.zeros((2, *pipe.config.image_shape)) + 0.1
+for call in sys.argv[2:]:
+    told.clear()
+    try:
+        eval(call)
+    except Exception as error:
+        told.append(f"{type(error).__name__}: {error}")
+    print(f"| `{call}` | {' '.join(told).replace('|', '/') or 'no word'} |")
+"""
 
 
 def prepare(folder: Path) -> dict[str, Path]:
@@ -69,7 +145,11 @@ def prepare(folder: Path) -> dict[str, Path]:
 
 
 def main() -> None:
-    """Prints the table; exits with 1 if a command showed a traceback, had another exit code, or no error line."""
+    """Prints the tables.
+
+    Exits with 1 if a command showed a traceback, had another exit code, or no error line, or if a call had a raw error
+    or passed in silence.
+    """
     folder = Path(sys.argv[1]) if sys.argv[1:] else Path(tempfile.mkdtemp())
     names, failed = prepare(folder.resolve()), False
     print("| command | exit code | last line |\n|---|---|---|")
@@ -79,6 +159,10 @@ def main() -> None:
         failed |= code != 1 or "Traceback" in err or not last.startswith("error: ")
         shown = mistake.replace("{folder}/", "DIR/").replace("{", "DIR/").replace("}", "")
         print(f"| `{shown}` | {code} | {last.replace('|', '/')} |", flush=True)
+    code, out, err = commands.run("-c", PROGRAM, names["model"], *CALLS)
+    print(f"\n| call | message |\n|---|---|\n{out}{err if code else ''}", end="")
+    told = [row.split(" | ")[-1] for row in out.splitlines()]
+    failed |= code != 0 or not all(message.startswith(("UserError: ", "warning: ")) for message in told)
     sys.exit(failed)
 
 

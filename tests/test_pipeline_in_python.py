@@ -159,7 +159,7 @@ REFUSED = [
     (lambda pipe, x: TarFlowPipeline(TINY, pipe.variables, 0.1), r"noise is 0.1; expected Noise \| None"),
     (lambda pipe, x: TarFlowPipeline(TINY, pipe.variables, memory_bound="2G"), "memory_bound is '2G'; expected int"),
     (lambda pipe, x: TarFlowPipeline(TINY, None), "variables is None; expected Mapping"),
-    (lambda pipe, x: TarFlowPipeline(TINY, {}), "variables have params/block_0/position_embedding not; expected shape"),
+    (lambda pipe, x: TarFlowPipeline(TINY, {}), "variables have no params/block_0/position_embedding; expected"),
     (lambda pipe, x: TarFlowPipeline(VP, pipe.variables), r"variables have .* \(12, 16\); expected shape \(4, 16\)"),
 ]
 
