@@ -1,5 +1,6 @@
 """Mistakes and accidents of users: each is one line, before anything is lost."""
 
+import dataclasses
 import errno
 import os
 import pathlib
@@ -25,10 +26,11 @@ from tarflow_jax.data import packed
 from tarflow_jax.data.folder import list_folder
 from tarflow_jax.data.tfds import download_timeouts
 from tarflow_jax.interop import load_torch
+from tarflow_jax.runtime import kernels
 from tarflow_jax.runtime.kernels import attend_on_device
 from tarflow_jax.training import Recipe, train, workdir
 from tarflow_jax.training.metrics import MetricsWriter
-from tiny_models import TINY, random_variables
+from tiny_models import LABELS, TINY, images_of, random_variables
 
 SMOKE = ("-m", "launch.train", "--config=configs/digits.py:smoke")
 
@@ -292,6 +294,17 @@ def test_a_kernel_of_another_device_is_refused():
     query = np.zeros((1, 1, 2, 8), np.float32)
     with pytest.raises(ValueError, match=r"model\.attention is 'cudnn', which needs a device of kind NVIDIA"):
         attend_on_device(query, query, query, causal=True, kernel="cudnn")
+
+
+def test_cudnn_s_attention_which_has_no_float32_is_evaluated_in_it(monkeypatch):
+    monkeypatch.setattr(kernels, "device_kind", lambda: "NVIDIA H100 80GB HBM3")
+    query = np.zeros((1, 1, 2, 8), np.float32)
+    with pytest.raises(ValueError, match=r"'cudnn', which needs model\.dtype=bfloat16; this model is in float32"):
+        attend_on_device(query, query, query, causal=True, kernel="cudnn")
+    half = dataclasses.replace(TINY, dtype="bfloat16", attention="cudnn")
+    pipes = [TarFlowPipeline(config, random_variables(TINY), Noise("gaussian", 0.1)) for config in (half, TINY)]
+    of_half, expected = (pipe.log_prob(images_of(TINY), LABELS) for pipe in pipes)
+    np.testing.assert_array_equal(of_half, expected)
 
 
 def test_a_saved_model_is_no_run(tmp_path, model):

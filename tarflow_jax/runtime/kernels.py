@@ -26,7 +26,8 @@ def device_flow(config: TarFlowConfig) -> TarFlow:
 
 def exact(config: TarFlowConfig) -> TarFlowConfig:
     """The model in float32: bits per dimension of anything less are wrong in the second decimal."""
-    return dataclasses.replace(config, dtype="float32")
+    attention = "auto" if config.attention == "cudnn" else config.attention  # cuDNN's kernel has no float32
+    return dataclasses.replace(config, dtype="float32", attention=attention)
 
 
 @functools.cache
@@ -42,6 +43,8 @@ def attend_on_device(query: jax.Array, key: jax.Array, value: jax.Array, causal:
     if not device_kind().startswith(maker):
         raise UserError(f"model.attention is {chosen!r}, which needs a device of kind {maker}; this is {device_kind()}")
     if chosen == "cudnn":
+        if query.dtype == jnp.float32:
+            raise UserError("model.attention is 'cudnn', which needs model.dtype=bfloat16; this model is in float32")
         heads_last = (x.swapaxes(1, 2) for x in (query, key, value))
         out = jax.nn.dot_product_attention(*heads_last, is_causal=causal, implementation="cudnn")
         return out.swapaxes(1, 2)
