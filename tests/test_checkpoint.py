@@ -17,7 +17,7 @@ from tarflow_jax import Noise
 from tarflow_jax.errors import UserError
 from tarflow_jax.runtime import Preempted, make_mesh
 from tarflow_jax.training import Checkpoints, Recipe, train
-from tarflow_jax.training.checkpoint import _checksum
+from tarflow_jax.training.checkpoint import _checksum, recorded_config
 from tarflow_jax.training.step import TrainConfig, initial_state
 from tarflow_jax.training.task import FlowTask
 from tarflow_jax.training.workdir import read_workdir
@@ -134,7 +134,7 @@ def everything(tmp_path):
         restored = [checkpoints.restore(jax.eval_shape(many_arrays, 1), best=best) for best in (False, True)]
         for step, state in restored:
             chex.assert_trees_all_equal(state, many_arrays(step))
-        return *(step for step, _ in restored), checkpoints.config()["step"]
+        return *(step for step, _ in restored), recorded_config(tmp_path / "checkpoints")[1]["step"]
     finally:
         checkpoints.close()
 
@@ -257,7 +257,7 @@ def test_stray_files_condemn_no_checkpoint(checkpoints, tmp_path, caplog):
     again = Checkpoints(folder, keep=1)
     step, found = again.restore(SHAPES)
     assert (step, found["kernel"][0]) == (2, 2)
-    assert again.config() == {"name": "run"}
+    assert recorded_config(folder) == (2, {"name": "run"})
     again.set_aside_after(1)
     assert again.restore(SHAPES)[0] == 1
     again.save(2, {"kernel": jnp.zeros(8)}, {})

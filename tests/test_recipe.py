@@ -54,11 +54,46 @@ def test_a_run_may_grow_before_its_end_where_its_learning_rates_were_the_same(tm
         grow(20)
     assert "train.num_steps grows from 10 to 20; the 4 steps taken are its first" in caplog.text
     assert Recipe.from_workdir(tmp_path).config.train.num_steps == 20
-    with pytest.raises(ValueError, match="a run of 20 steps, 4 taken, and cannot become one of 12"):
-        grow(12)
+    with pytest.raises(ValueError, match="a run of 10 steps, 4 taken, and cannot become one of 8"):
+        grow(8)
     take(7)
     with pytest.raises(ValueError, match=r"7 taken, and cannot become one of 30: the learning rate follows from"):
         grow(30)
+
+
+def test_a_config_file_edited_by_hand_is_refused_by_name(tmp_path):
+    config = digits.get_config()
+    original = Recipe(config)
+    original.write_to(tmp_path)
+    with contextlib.closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
+        checkpoints.save(3, {"x": jnp.zeros(8)}, json.loads(original.to_json()))
+    config.update({"noise": {"std": 0.2}, "model": {"num_blocks": 3}, "train": {"num_steps": 900, "log_every": 7}})
+    edited = Recipe(config)
+    (tmp_path / "config.json").write_text(edited.to_json())
+    message = (
+        rf"{tmp_path}/config.json is not what checkpoint 3 was trained with: model.num_blocks is 3, was 4, noise.std "
+        "is 0.2, was 0.1; undo that, or delete the file to use the checkpoint's copy"
+    )
+    for open_workdir in (Recipe.from_workdir, edited.write_to, original.write_to):
+        with pytest.raises(ValueError, match=message):
+            open_workdir(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match=r"another configuration: .*noise.std \(0.1 there, 0.2 here\)"):
+        edited.write_to(tmp_path)
+    assert Recipe.from_workdir(tmp_path).noise == Noise("gaussian", 0.1)
+
+
+def test_num_steps_edited_by_hand_are_those_that_the_checkpoint_allows(tmp_path):
+    config = digits.get_config()
+    config.train.num_steps = 10
+    with contextlib.closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
+        checkpoints.save(10, {"x": jnp.zeros(8)}, json.loads(Recipe(config).to_json()))
+    config.train.num_steps = 20
+    longer = Recipe(config)
+    (tmp_path / "config.json").write_text(longer.to_json())
+    assert Recipe.from_workdir(tmp_path).config.train.num_steps == 20
+    with pytest.raises(ValueError, match="a run of 10 steps, 10 taken, and cannot become one of 20"):
+        longer.write_to(tmp_path)
 
 
 def test_a_run_goes_on_with_the_data_it_began_with(tmp_path):

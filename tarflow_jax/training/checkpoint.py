@@ -126,15 +126,6 @@ class Checkpoints:
             _on_all_processes(move)
             self._manager.reload()
 
-    def latest_step(self) -> int:
-        """Returns the newest checkpoint's step, or 0 if there is none."""
-        return max(self._steps(), default=0)
-
-    def config(self) -> dict[str, Any] | None:
-        """Returns the config from the newest intact record, None if there is no checkpoint. Raises like `restore`."""
-        found = self._first_intact(self._steps(), lambda path: _read(path, lambda: _load_record(path))["config"])
-        return None if found is None else found[1]
-
     def close(self) -> None:
         """Waits for the last checkpoint and releases everything, even if that checkpoint could not be written."""
         with contextlib.closing(self._states), contextlib.closing(self._manager):
@@ -178,6 +169,19 @@ class Checkpoints:
                 "start in another workdir"
             ) from reasons[0]
         return None
+
+
+def recorded_config(folder: epath.Path) -> tuple[int, dict[str, Any] | None]:
+    """Returns the step and config of the newest checkpoint with an intact record, without other processes.
+
+    Returns (0, None) if there is none. Raises OSError if the disk or network failed.
+    """
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    for step in sorted((int(name) for name in names if name.isdigit()), reverse=True):
+        path = folder / str(step)
+        with contextlib.suppress(_DamagedError), _read_errors(path):  # `restore` will name the damage
+            return step, _load_record(path)["config"]
+    return 0, None
 
 
 def _load_record(path: epath.Path) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """A recipe: a training run's config, checked and turned into the objects that training uses."""
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -24,14 +23,14 @@ from tarflow_jax.options import Options, described, option
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling import Guidance
 from tarflow_jax.student import StudentConfig
-from tarflow_jax.training.checkpoint import Checkpoints
+from tarflow_jax.training.checkpoint import recorded_config
 from tarflow_jax.training.optimizer import Optimizer
 from tarflow_jax.training.step import TrainConfig
 from tarflow_jax.training.task import FlowTask, StudentTask, Task
 
 logger = logging.getLogger(__name__)
 
-CONFIG, DATA = "config.json", "data.json"
+CONFIG, DATA, _NUM_STEPS = "config.json", "data.json", "train.num_steps"
 
 # What may differ between runs that continue each other: where they run, where the data is (its fingerprint identifies
 # it), and what is drawn and printed.
@@ -211,8 +210,9 @@ class Recipe:
         UserError if the workdir holds another configuration, or a run on other data.
         """
         workdir = epath.Path(workdir)
-        if (workdir / CONFIG).exists():
-            self._check_continues(workdir, _read_json(workdir / CONFIG))
+        step, _, trained = _stored_configs(workdir)
+        if trained is not None:
+            self._check_continues(workdir, trained, step)
         if source and not same_data(workdir, source):
             raise UserError(
                 f"{self.config.data.source} is not what {workdir} was trained on: images, labels or their order have "
@@ -224,25 +224,17 @@ class Recipe:
                 data = {"fingerprint": source.fingerprint, "label_names": source.label_names}
                 write_text(workdir / DATA, json.dumps(data) + "\n")
 
-    def _check_continues(self, workdir: epath.Path, stored: dict[str, Any]) -> None:
-        there = flatten_dict(stored, sep=".")
-        here = flatten_dict(json.loads(self.to_json()), sep=".")
-        differing = [
-            name
-            for name in sorted(there.keys() | here.keys())
-            if there.get(name) != here.get(name) and not name.startswith(_FREE_FIELDS)
-        ]
-        if differing == ["train.num_steps"]:
-            self._check_growth(workdir, there["train.num_steps"])
+    def _check_continues(self, workdir: epath.Path, stored: dict[str, Any], step: int) -> None:
+        differing = _differing(stored, json.loads(self.to_json()))
+        if differing.keys() == {_NUM_STEPS}:
+            self._check_growth(workdir, differing[_NUM_STEPS][0], step)
         elif differing:
-            fields = ", ".join(f"{name} ({there.get(name)!r} there, {here.get(name)!r} here)" for name in differing)
+            fields = ", ".join(f"{name} ({there!r} there, {here!r} here)" for name, (there, here) in differing.items())
             raise UserError(f"{workdir} holds another configuration: {fields}; choose another workdir")
 
-    def _check_growth(self, workdir: epath.Path, planned: int) -> None:
-        """Raises UserError unless a run of `planned` steps can become this one."""
+    def _check_growth(self, workdir: epath.Path, planned: int, step: int) -> None:
+        """Raises UserError unless a run of `planned` steps, of which `step` are taken, can become this one."""
         longer = self.train_config.optimizer
-        with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
-            step = checkpoints.latest_step()
 
         def rates(optimizer: Optimizer) -> list[Any]:
             peaks = optimizer.learning_rate, optimizer.muon_learning_rate
@@ -264,14 +256,10 @@ class Recipe:
     def from_workdir(cls, workdir: epath.PathLike) -> Self:
         """Reads the recipe of a run: the workdir's config.json or, if that is lost, the last checkpoint's.
 
-        Raises FileNotFoundError if neither is there.
+        Raises FileNotFoundError if neither is there, UserError if they differ in what changes results.
         """
-        path, folder, stored = epath.Path(workdir) / CONFIG, epath.Path(workdir) / "checkpoints", None
-        if path.exists():
-            stored = _read_json(path)
-        elif folder.exists():
-            with contextlib.closing(Checkpoints(folder)) as checkpoints:
-                stored = checkpoints.config()
+        path = epath.Path(workdir) / CONFIG
+        _, stored, _ = _stored_configs(epath.Path(workdir))
         if stored is None:
             raise FileNotFoundError(f"{path} not found; expected the workdir of a training run")
         try:
@@ -291,6 +279,35 @@ def label_names(workdir: epath.PathLike) -> list[str]:
     path = epath.Path(workdir) / DATA
     names = _read_json(path).get("label_names") if path.exists() else None
     return [str(name) for name in names] if isinstance(names, list) else []
+
+
+def _stored_configs(workdir: epath.Path) -> tuple[int, dict[str, Any] | None, dict[str, Any] | None]:
+    """Returns the last checkpoint's step, config.json, and the checkpoint's config; one stands in for the other.
+
+    Raises UserError if they differ in what changes results: config.json was edited.
+    """
+    path = workdir / CONFIG
+    step, trained = recorded_config(workdir / "checkpoints")
+    stored = _read_json(path) if path.exists() else trained
+    differing = _differing(trained, stored) if trained and stored else {}
+    differing.pop(_NUM_STEPS, None)  # a run may have grown since
+    if differing:
+        fields = ", ".join(f"{name} is {here!r}, was {there!r}" for name, (there, here) in differing.items())
+        raise UserError(
+            f"{path} is not what checkpoint {step} was trained with: {fields}; undo that, or delete the file to use "
+            "the checkpoint's copy"
+        )
+    return step, stored, trained or stored
+
+
+def _differing(there: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Returns the fields in which two configs describe different runs, with both values, None for a missing one."""
+    there, here = flatten_dict(there, sep="."), flatten_dict(here, sep=".")
+    return {
+        name: values
+        for name in sorted(there.keys() | here.keys())
+        if (values := (there.get(name), here.get(name)))[0] != values[1] and not name.startswith(_FREE_FIELDS)
+    }
 
 
 def _read_json(path: epath.Path) -> dict[str, Any]:
