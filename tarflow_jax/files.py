@@ -1,6 +1,7 @@
 """Files on a local disk or in an object store (gs://): atomic writes, locks, npz archives and hashes."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -23,6 +24,7 @@ LEASE_S = 300
 MAX_ARRAY_BYTES = 64 * 2**30  # 50,000 images of 512x512 take 37 GiB
 _MAX_DEFLATED = 1032  # bytes that one byte can unpack to, see zlib's technical details
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, quota or file size left
 _unfinished: set[epath.Path] = set()
 
 
@@ -39,12 +41,23 @@ def replacing(path: epath.PathLike) -> Iterator[IO[bytes]]:
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     _unfinished.add(temporary)
     try:
-        with temporary.open("wb") as file:
+        with naming(path), temporary.open("wb") as file:
             yield file
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
         _unfinished.discard(temporary)
+
+
+@contextlib.contextmanager
+def naming(path: epath.PathLike) -> Iterator[None]:
+    """Adds the path to the error of a full disk, which names no file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
 
 
 def remove_unfinished() -> None:

@@ -44,8 +44,8 @@ def bucket(tmp_path):
 
 
 def test_all_of_a_workdir_but_orbax_s_part_goes_through_epath(bucket, monkeypatch, tmp_path):
-    folders = []
-    monkeypatch.setattr(metrics, "SummaryWriter", lambda folder, **options: folders.append(folder) or Quiet())
+    paths = []
+    monkeypatch.setattr(metrics, "RecordWriter", lambda path: paths.append(path) or Quiet())
     recipe = Recipe(digits.get_config())
     recipe.write_to(bucket)
     assert Recipe.from_workdir(bucket).to_json() == recipe.to_json()
@@ -60,7 +60,7 @@ def test_all_of_a_workdir_but_orbax_s_part_goes_through_epath(bucket, monkeypatc
     assert [(line["step"], line["loss"]) for line in found] == [(1, 0), (2, 0), (3, 2), (4, 2), (5, 2)]
     starts = [json.loads(line) for line in (bucket / "starts.jsonl").read_text().splitlines()]
     assert [start["step"] for start in starts] == [0, 2]
-    assert folders == ["gs://bucket/run/tensorboard"] * 2
+    assert [path.rpartition(".out.")[0] for path in paths] == ["gs://bucket/run/tensorboard/events"] * 2
     figures.save_gif(bucket / "figures" / "way.gif", [np.zeros((4, 4, 1), np.uint8)] * 2)
     chunks = generation.chunk_folder(bucket / "evaluation", {"seed": 0})
     generation.generate(lambda key, number, labels: jax.numpy.zeros((number, 2, 2, 1)), chunks, 4, 4, (), seed=0)
@@ -93,7 +93,10 @@ def test_an_object_is_written_when_all_of_it_is_there(bucket):
 class Quiet:
     """A TensorBoard writer that writes nothing."""
 
-    def add_scalar(self, tag, value, step):
+    def write(self, event):
+        pass
+
+    def flush(self):
         pass
 
     def close(self):

@@ -19,11 +19,13 @@ import pytest
 import commands
 from configs import digits
 from damage import cut_short
-from tarflow_jax import TarFlowPipeline
+from tarflow_jax import TarFlowPipeline, files
 from tarflow_jax.data import ArraySource, train_batches
 from tarflow_jax.runtime import Preempted, make_mesh
 from tarflow_jax.training import Checkpoints, Recipe, train
+from tarflow_jax.training.checkpoint import recorded_config
 from tarflow_jax.training.loop import NonFiniteError
+from tarflow_jax.training.metrics import MetricsWriter
 from tarflow_jax.training.workdir import read_workdir
 
 ROOT = Path(__file__).parent.parent
@@ -203,6 +205,23 @@ def test_a_full_disk_is_a_clear_error_and_earlier_checkpoints_stay(request, disk
     checkpoints.close()
 
 
+def test_a_full_disk_is_named_in_metrics_and_small_files(tmp_path):
+    writer = MetricsWriter(tmp_path, 0)
+
+    def write_all():
+        for step in range(100):
+            writer.write(step, {"block_norms": np.ones(50)})
+
+    with limited_files(tmp_path):
+        with pytest.raises(OSError, match=rf"File too large: '{tmp_path}/config.json'"):
+            files.write_text(tmp_path / "config.json", 5000 * "x")
+        with pytest.raises(OSError, match=rf"File too large: '{tmp_path}/metrics.jsonl'"):
+            write_all()
+        with contextlib.suppress(OSError):
+            writer.close()
+    assert not (tmp_path / "config.json").exists()
+
+
 def test_the_best_checkpoint_stays_beside_the_last_ones(tmp_path):
     state, losses = {"step": jax.numpy.int32(0)}, {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: 2.5, 6: None}
     shapes = jax.eval_shape(lambda: state)
@@ -217,7 +236,7 @@ def test_the_best_checkpoint_stays_beside_the_last_ones(tmp_path):
     assert checkpoints.restore(shapes)[0] == 6
     step, found = checkpoints.restore(shapes, best=True)
     assert (step, int(found["step"])) == (2, 2)
-    assert checkpoints.config() == {"name": "run"}
+    assert recorded_config(tmp_path / "checkpoints") == (6, {"name": "run"})
     checkpoints.close()
     other = Checkpoints(tmp_path / "other" / "checkpoints")
     other.save(1, state, {})
@@ -227,7 +246,7 @@ def test_the_best_checkpoint_stays_beside_the_last_ones(tmp_path):
     other.close()
 
 
-def test_a_workdir_is_read_by_its_best_checkpoint_and_without_its_config_file(tmp_path, compiled_once):
+def test_a_workdir_is_read_by_its_best_checkpoint_and_without_its_config_file(tmp_path, compiled_once, caplog):
     config = small_config(num_steps=4, checkpoint_every=1, evaluate_every=1)
     train(config, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -238,6 +257,10 @@ def test_a_workdir_is_read_by_its_best_checkpoint_and_without_its_config_file(tm
     (tmp_path / "config.json").unlink()
     assert read_workdir(tmp_path, best=True).card["training"]["steps"] == min(losses, key=losses.get)
     assert read_workdir(tmp_path).card["training"]["steps"] == 4
+    assert "missing" not in caplog.text
+    shutil.rmtree(tmp_path / "checkpoints" / "4")
+    assert read_workdir(tmp_path).card["training"]["steps"] == 3
+    assert "opened checkpoint 3; that of step 4, which the run reached, is missing" in caplog.text
 
 
 @pytest.mark.slow

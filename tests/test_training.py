@@ -5,6 +5,7 @@ import functools
 import gzip
 import json
 import math
+import struct
 import types
 
 import chex
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
 import runs
 from configs import defaults, digits
@@ -175,6 +177,16 @@ def test_a_checkpoint_of_another_shape_is_refused(saved):
         restored(folder, other)
 
 
+def events_in(path):
+    """The events in a file for TensorBoard: after each one's length are 4 bytes, after each event 4 more."""
+    content, events = path.read_bytes(), []
+    while content:
+        (length,) = struct.unpack_from("<Q", content)
+        events.append(Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    return events
+
+
 def test_metrics_are_cut_where_a_run_continues(tmp_path):
     writer = MetricsWriter(tmp_path, 0)
     for step in (1, 2, 3):
@@ -188,6 +200,12 @@ def test_metrics_are_cut_where_a_run_continues(tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 9.0)]
     assert lines[0]["block_norms"] == [1.0, 1.0]
+    first, *_ = sorted((tmp_path / "tensorboard").iterdir())
+    assert [(e.step, [(v.tag, v.simple_value) for v in e.summary.value]) for e in events_in(first)[2:5]] == [
+        (1, [("loss", 1.0)]),
+        (1, [("block_norms/0", 1.0)]),
+        (1, [("block_norms/1", 1.0)]),
+    ]
 
 
 @pytest.mark.slow

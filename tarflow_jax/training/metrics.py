@@ -1,16 +1,23 @@
 """Metrics of a run, as JSON lines and TensorBoard events, and its steps per second."""
 
+import contextlib
 import json
+import math
 import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from etils import epath
-from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.record_writer import RecordWriter
+from tensorboardX.summary import scalar
 
-from tarflow_jax.files import is_remote, write_text
+from tarflow_jax.files import is_remote, naming, write_text
+
+METRICS = "metrics.jsonl"
 
 
 class MetricsWriter:
@@ -21,43 +28,65 @@ class MetricsWriter:
 
     def __init__(self, workdir: epath.PathLike, start_step: int) -> None:
         """Opens the files and drops lines after `start_step`, because the run takes these steps again."""
-        self._path = epath.Path(workdir) / "metrics.jsonl"
-        lines = self._path.read_bytes().decode(errors="replace").splitlines() if self._path.exists() else []
-        self._text = "".join(f"{line}\n" for line in lines if _step_of(line) <= start_step)
+        self._path = epath.Path(workdir) / METRICS
+        self._text = "".join(f"{line}\n" for line in _lines(workdir) if _step_of(line) <= start_step)
         write_text(self._path, self._text)
         self._file = None if is_remote(self._path) else Path(self._path).open("a", buffering=1)  # noqa: SIM115
-        self._tensorboard = SummaryWriter(os.fspath(epath.Path(workdir) / "tensorboard"), purge_step=start_step + 1)
+        folder = epath.Path(workdir) / "tensorboard"
+        folder.mkdir(parents=True, exist_ok=True)
+        # Not a SummaryWriter, whose thread dies on a full disk, after which its methods block forever.
+        self._events = RecordWriter(os.fspath(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"))
+        self._add_event(start_step + 1, file_version="brain.Event:2")
+        # TensorBoard drops earlier events from this step on.
+        self._add_event(start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Writes scalars, and vectors (one value per block, for example) as lists."""
         values = {name: np.asarray(value).astype(float).tolist() for name, value in metrics.items()}
         line = json.dumps({"step": step, **values}) + "\n"
-        if self._file:
-            self._file.write(line)
-        else:
-            self._text += line
-        for name, value in values.items():
-            scalars = {f"{name}/{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {name: value}
-            for tag, scalar in scalars.items():
-                self._tensorboard.add_scalar(tag, scalar, step)
+        with naming(self._path):
+            if self._file:
+                self._file.write(line)
+            else:
+                self._text += line
+            for name, value in values.items():
+                scalars = {f"{name}/{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {name: value}
+                for tag, number in scalars.items():
+                    self._add_event(step, summary=scalar(tag, number))
+            if self._file:
+                self._events.flush()
 
     def flush(self) -> None:
-        """Writes metrics.jsonl to an object store. Call with every checkpoint."""
+        """Writes both to an object store. Call with every checkpoint."""
         if not self._file:
             write_text(self._path, self._text)
+            self._events.flush()
 
     def close(self) -> None:
-        self.flush()
-        if self._file:
-            self._file.close()
-        self._tensorboard.close()
+        with naming(self._path), contextlib.closing(self._events):
+            self.flush()
+            if self._file:
+                self._file.close()
+
+    def _add_event(self, step: int, **content: Any) -> None:
+        self._events.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
+
+
+def last_step(workdir: epath.PathLike) -> float:
+    """Returns the last step in metrics.jsonl, 0 if there is none."""
+    return max((step for line in _lines(workdir) if (step := _step_of(line)) < math.inf), default=0)
+
+
+def _lines(workdir: epath.PathLike) -> list[str]:
+    path = epath.Path(workdir) / METRICS
+    return path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
 
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
+        return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return float("inf")  # a crash cut the line short
+        return math.inf  # a crash cut the line short
 
 
 class StepClock:

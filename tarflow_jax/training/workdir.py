@@ -18,6 +18,7 @@ from tarflow_jax.interop import SavedModel
 from tarflow_jax.runtime import environment, make_mesh
 from tarflow_jax.student import TrainedStudent
 from tarflow_jax.training.checkpoint import Checkpoints
+from tarflow_jax.training.metrics import last_step
 from tarflow_jax.training.recipe import Recipe, label_names
 from tarflow_jax.training.step import abstract_state
 
@@ -61,6 +62,11 @@ def _restored(recipe: Recipe, workdir: epath.Path, mesh: Mesh | None, *, best: b
         found = checkpoints.restore(wanted, best=best, partial=True)
     if found is None:
         raise FileNotFoundError(f"{workdir} holds no checkpoint yet; train until train.checkpoint_every first")
+    fields, reached = recipe.config.train, last_step(workdir)
+    due = reached if reached == fields.num_steps else reached - reached % fields.checkpoint_every
+    if found[0] < due and not best:
+        message = "%s: opened checkpoint %d; that of step %d, which the run reached, is missing, damaged or unfinished"
+        logger.warning(message, workdir, found[0], due)
     return found
 
 
