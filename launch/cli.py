@@ -52,6 +52,7 @@ def run(main: Callable[[Sequence[str]], int | None], *required: str) -> None:
         # Orbax and TFDS log every file, JAX every missing platform, the hub's client every request.
         for chatty in ("absl", "jax", "httpx", "httpx2"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
+        logging.getLogger("absl").addFilter(lambda record: not record.exc_info)  # Orbax logs what it then raises
         logging.getLogger("tarflow_jax").setLevel(logging.INFO)
         end_at_signals()
         try:

@@ -222,6 +222,21 @@ def test_a_full_disk_is_named_in_metrics_and_small_files(tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
+def test_a_full_disk_ends_training_in_one_line(tmp_path):
+    program = (
+        "import resource, runpy\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (65536, resource.RLIM_INFINITY))\n"
+        "runpy.run_module('launch.train', run_name='__main__')"
+    )
+    flags = ("--config=configs/digits.py:smoke", f"--workdir={tmp_path}", "--config.train.num_steps=1")
+    code, _, err = commands.run("-c", program, *flags, JAX_ENABLE_COMPILATION_CACHE="false")
+    assert code == 1, err
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert last.startswith(f"error: could not write a checkpoint in {tmp_path}/checkpoints: ")
+    assert "File too large" in last
+
+
 def test_the_best_checkpoint_stays_beside_the_last_ones(tmp_path):
     state, losses = {"step": jax.numpy.int32(0)}, {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: 2.5, 6: None}
     shapes = jax.eval_shape(lambda: state)
