@@ -106,6 +106,23 @@ def ends(out):
 
 
 @pytest.mark.slow
+def test_killed_and_its_folder_moved_a_job_waits_for_the_old_process_and_runs_again(start, tmp_path):
+    first = start("old:wait")
+    until(lambda: started(tmp_path / "old"))
+    first.kill()
+    first.wait()
+    (tmp_path / "old").rename(tmp_path / "new")
+    second = start("new:wait")
+    assert second.stdout.readline().startswith("new: still runs, left by a sweep that was killed; waiting for process")
+    (tmp_path / "new" / "pipe").write_text("go")  # the old process ends, as it cannot write its result
+    until(lambda: started(tmp_path / "new", times=2))
+    (tmp_path / "new" / "pipe").write_text("go")
+    out, _ = second.communicate(timeout=60)
+    assert ends(out) == ["new: is done"]
+    assert not (tmp_path / "old").exists()
+
+
+@pytest.mark.slow
 def test_killed_in_the_middle_and_started_again_no_run_starts_twice(start, tmp_path):
     jobs = ("a", "b", "c:wait", "d:wait", "e", "f")
     first = start(*jobs)

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import chex
@@ -53,7 +54,7 @@ def whole(tmp_path_factory, compiled_once):
 
 
 def steps_in(workdir):
-    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.is_dir())
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
 
 def ask_to_stop(*_):
@@ -235,6 +236,19 @@ def test_a_full_disk_ends_training_in_one_line(tmp_path):
     last = err.splitlines()[-1]
     assert last.startswith(f"error: could not write a checkpoint in {tmp_path}/checkpoints: ")
     assert "File too large" in last
+
+
+def test_a_workdir_deleted_or_moved_while_it_trains_ends_the_run(tmp_path):
+    def move(step, variables):
+        if step == 3:
+            while steps_in(tmp_path / "run") != [2]:
+                time.sleep(0.01)
+            (tmp_path / "run").rename(tmp_path / "elsewhere")
+
+    with pytest.raises(OSError, match=r"run/checkpoints is gone: the workdir was moved or deleted while"):
+        train(small_config(sample_every=1), tmp_path / "run", move)
+    assert not (tmp_path / "run").exists()
+    assert read_workdir(tmp_path / "elsewhere").card["training"]["steps"] == 2
 
 
 def test_the_best_checkpoint_stays_beside_the_last_ones(tmp_path):

@@ -53,8 +53,13 @@ class Checkpoints:
         """Starts writing a checkpoint. Returns once `state`, a pytree, is copied, so the caller may donate it.
 
         `config` can be written as JSON. `test_loss` ranks the checkpoints; it is None if it was not measured. Raises
-        OSError if this checkpoint or the previous one could not be written.
+        OSError if this checkpoint or the previous one could not be written, or the folder is gone.
         """
+        if not is_remote(self._folder) and not self._folder.exists():  # Orbax would make another
+            raise OSError(
+                f"{self._folder} is gone: the workdir was moved or deleted while it was trained in; run the same "
+                "command again, with the workdir's new name if it has one"
+            )
         self._losses[step] = math.inf if test_loss is None or math.isnan(test_loss) else test_loss
         record: dict[str, Any] = {
             "config": dict(config),
@@ -299,7 +304,8 @@ def _write_errors(folder: epath.Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # TensorStore raises ValueError, also when a disk is full
+        reason = str(error).partition(" [tensorstore_spec=")[0]
         raise OSError(
-            f"could not write a checkpoint in {folder}: {error}; earlier ones are intact. "
+            f"could not write a checkpoint in {folder}: {reason}; earlier ones are intact. "
             "Free some space or fix the disk, then run the same command again"
         ) from error
