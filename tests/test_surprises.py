@@ -1,7 +1,6 @@
 """Mistakes and accidents of users: each is one line, before anything is lost."""
 
 import dataclasses
-import errno
 import os
 import pathlib
 import re
@@ -22,7 +21,6 @@ from PIL import Image
 import commands
 from configs import digits
 from tarflow_jax import Noise, TarFlowPipeline, data, files
-from tarflow_jax.data import packed
 from tarflow_jax.data.folder import list_folder
 from tarflow_jax.data.tfds import download_timeouts
 from tarflow_jax.interop import load_torch
@@ -30,6 +28,7 @@ from tarflow_jax.runtime import kernels
 from tarflow_jax.runtime.kernels import attend_on_device
 from tarflow_jax.training import Recipe, train, workdir
 from tarflow_jax.training.metrics import MetricsWriter
+from test_resume import limited_files
 from tiny_models import LABELS, TINY, images_of, random_variables
 
 SMOKE = ("-m", "launch.train", "--config=configs/digits.py:smoke")
@@ -256,16 +255,13 @@ def test_damaged_side_files_are_named_and_passed_over(tmp_path, caplog):
         assert f"{tmp_path / 'results.json'} is damaged, and its figures are left out" in caplog.text
 
 
-def test_a_full_disk_leaves_no_part_of_a_shard(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_part_of_a_shard(tmp_path):
     for i in range(20):
         png(tmp_path / "images" / "a" / f"{i}.png")
-
-    def writer(path, options):
-        pathlib.Path(path).write_bytes(b"half a shard")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(packed, "ArrayRecordWriter", writer)
-    with pytest.raises(OSError, match="No space left on device"):
+    with (
+        limited_files(tmp_path),
+        pytest.raises(OSError, match=r"could not write .*/train-00000.array_record: .*File too large.*; free some"),
+    ):
         data.prepare_source(f"folder:{tmp_path / 'images'}", image_size=(8, 8), data_dir=tmp_path / "data")
     assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
 

@@ -4,11 +4,12 @@ A record is the label (int32, little endian) followed by a PNG. The manifest.jso
 complete. Until then every finished shard has a report beside it, from which an interrupted packing resumes.
 """
 
+import contextlib
 import dataclasses
 import io
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from tarflow_jax.data.folder import hash_items, list_folder, refuse_bad
 from tarflow_jax.data.images import BACKGROUND, PREPROCESSINGS, decode_image, preprocess
 from tarflow_jax.data.source import NO_LABEL, SPLITS, EncodedSource, Item, Options
-from tarflow_jax.errors import UserError
+from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.files import replacing, sha256, write_text
 
 MANIFEST = "manifest.json"
@@ -125,13 +126,23 @@ def write_shard(path: Path, key: str, items: list[Item], encoded: Iterable[bytes
             if isinstance(outcome, ValueError):
                 bad[item.name] = str(outcome)
             else:
-                writer.write(LABEL.pack(item.label) + outcome)
+                with _write_errors(path):
+                    writer.write(LABEL.pack(item.label) + outcome)
                 labels.append(item.label)
-        writer.close()
+        with _write_errors(path):
+            writer.close()
     shard = {"file": path.name, "images": len(labels), "bytes": path.stat().st_size, "sha256": sha256(path)}
     report = {"fingerprint": key, "shard": shard, "labels": labels, "bad": bad}
     write_text(path.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
     return report
+
+
+@contextlib.contextmanager
+def _write_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # ArrayRecord raises it, also when a disk is full
+        raise OSError(f"could not write {path}: {one_line(error)}; free some space or fix the disk") from error
 
 
 def _check_packed(name: str, folder: Path, key: str) -> None:
