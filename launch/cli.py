@@ -52,7 +52,8 @@ def run(main: Callable[[Sequence[str]], int | None], *required: str) -> None:
         # Orbax and TFDS log every file, JAX every missing platform, the hub's client every request.
         for chatty in ("absl", "jax", "httpx", "httpx2"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
-        logging.getLogger("absl").addFilter(lambda record: not record.exc_info)  # Orbax logs what it then raises
+        for repeating in ("absl", "asyncio", "concurrent.futures"):  # a failed save is logged, then raised
+            logging.getLogger(repeating).addFilter(lambda record: not record.exc_info)
         logging.getLogger("tarflow_jax").setLevel(logging.INFO)
         end_at_signals()
         try:
