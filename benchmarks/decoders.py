@@ -3,6 +3,7 @@
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from tarflow_jax.data import open_source
 from tarflow_jax.evaluation.classifier import classifier_network
 from tarflow_jax.evaluation.scores import FeatureStatistics, feature_statistics, frechet_distance
 from tarflow_jax.figures import to_uint8
-from tarflow_jax.flow import FlowBlock, is_reversed, permute, to_tokens
+from tarflow_jax.flow import FlowBlock, Given, block_orders, permute, to_tokens
 from tarflow_jax.sampling import Jacobi, Sequential
 from tarflow_jax.training import Recipe
 
@@ -69,11 +70,11 @@ def plot_convergence(pipe: TarFlowPipeline, path: Path, count: int = 16) -> None
     trajectory = pipe.decode_trace(pipe.latents(jax.random.key(1), count), labels).trajectory
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for k in range(pipe.config.num_blocks):
+        order = block_orders(pipe.config, pipe.variables)[k][None]
         z, x = (
-            permute(to_tokens(pipe.config, trajectory[:, pipe.config.num_blocks - 1 - k + i]), is_reversed(k))
-            for i in (0, 1)
+            permute(to_tokens(pipe.config, trajectory[:, pipe.config.num_blocks - 1 - k + i]), order) for i in (0, 1)
         )
-        errors = _errors(FlowBlock(pipe.config, k), pipe.variables["params"][f"block_{k}"], labels, z, x)
+        errors = _errors(FlowBlock(pipe.config, k), pipe.variables["params"][f"block_{k}"], order, labels, z, x)
         axes.semilogy(errors, label=f"block {k}")
     axes.axhline(1 / 255, color="grey", linewidth=0.8, linestyle="--")
     axes.set(xlabel="updates", ylabel="largest error, [-1, 1] units", ylim=(1e-7, None))
@@ -81,10 +82,12 @@ def plot_convergence(pipe: TarFlowPipeline, path: Path, count: int = 16) -> None
     figure.savefig(path, dpi=120)
 
 
-def _errors(block: FlowBlock, params: dict, labels: np.ndarray | None, z: jax.Array, exact: jax.Array) -> list[float]:
+def _errors(
+    block: FlowBlock, params: dict, order: Any, labels: np.ndarray | None, z: jax.Array, exact: jax.Array
+) -> list[float]:
     @jax.jit
     def update(x: jax.Array) -> jax.Array:
-        affine = block.apply({"params": params}, x, is_reversed(block.index), labels, method="affine_of_next")
+        affine = block.apply({"params": params}, x, order, Given(labels), method="affine_of_next")
         return affine.of_next_token().inverse(z)
 
     x, errors = z, [float(abs(z - exact).max())]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tarflow_jax.flow import TarFlow, to_tokens
+from tarflow_jax.flow import TarFlow, TarFlowConfig, to_tokens
 from tarflow_jax.noise import Levels, Noise
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
@@ -23,9 +23,11 @@ def encode(
     images: jax.Array,
     labels: jax.Array | None = None,
     noise_std: jax.Array | None = None,
+    condition: jax.Array | None = None,
+    lengths: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """(latents, log_det) of `TarFlow`, compiled."""
-    return flow.apply(variables, images, labels, noise_std)
+    return flow.apply(variables, images, labels, noise_std, condition, lengths)
 
 
 @functools.partial(jax.jit, static_argnames="flow")
@@ -35,20 +37,21 @@ def log_prob(
     images: jax.Array,
     labels: jax.Array | None = None,
     noise_std: jax.Array | None = None,
+    condition: jax.Array | None = None,
+    lengths: jax.Array | None = None,
 ) -> jax.Array:
-    """log p(x) = Σ log N(latents; 0, 1) + log_det (equation 3 of the paper).
+    """log p(x) = Σ log N(latents; 0, 1) + log_det (equation 3 of the paper), float32 [B] in nats.
 
-    Args:
-      images: float32 [B, H, W, K].
-      labels: int32 [B], -1 for no class, or None.
-      noise_std: σ [B], for a noise-conditional flow.
-
-    Returns:
-      float32 [B], nats.
+    Arguments as of `TarFlow`; the sum is over the tokens that exist.
     """
-    latents, log_det = flow.apply(variables, images, labels, noise_std)
-    energy = 0.5 * (jnp.square(latents) + LOG_2PI).sum((1, 2, 3))
-    return log_det - energy
+    latents, log_det = flow.apply(variables, images, labels, noise_std, condition, lengths)
+    return log_det + prior_log_prob(flow.config, latents, lengths)
+
+
+def prior_log_prob(config: TarFlowConfig, latents: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+    """Σ log N(latents; 0, 1) over the tokens that exist, float32 [B] in nats; latents are 0 elsewhere."""
+    num_dims = config.num_dims if lengths is None else config.token_dim * lengths.astype(jnp.float32)
+    return -0.5 * (jnp.square(latents).sum(range(1, latents.ndim)) + LOG_2PI * num_dims)
 
 
 @functools.partial(jax.jit, static_argnames="flow")
@@ -79,8 +82,7 @@ def patch_log_prob(
         shares = shares + sown["intermediates"][f"block_{k}"]["token_log_det"][0]
     if config.volume_preserving:
         shares = shares - 0.5 * jnp.log(variables["prior"]["variance"]).sum(1)[None]
-    height, width = config.image_size
-    return shares.reshape(-1, height // config.patch_size, width // config.patch_size)
+    return shares.reshape(-1, *config.grid)
 
 
 @functools.partial(jax.jit, static_argnames=("flow", "noise"))
@@ -109,6 +111,8 @@ def training_loss(
     images: jax.Array,
     labels: jax.Array | None = None,
     levels: Levels | None = None,
+    condition: jax.Array | None = None,
+    lengths: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
     """Mean over batch and dimensions of ½ z² - log_det / (T D): -log p in nats per dimension, less ½ log 2π.
 
@@ -118,6 +122,7 @@ def training_loss(
       images: noisy float32 [B, H, W, K].
       labels: int32 [B], -1 for no class, or None.
       levels: for a flow conditional on noise levels; each image then counts by its σ.
+      condition, lengths: as of `TarFlow`; the mean is over all T tokens, and those that do not exist add nothing.
 
     Returns:
       (loss, (metrics, z)): metrics are scalars and `block_norms` [F], the root mean square of each block's output; with
@@ -125,7 +130,7 @@ def training_loss(
       z [B, T, D] is what the VP prior learns from.
     """
     noise_std = None if levels is None else levels.std
-    (_, log_det), sown = flow.apply(variables, images, labels, noise_std, mutable=["intermediates"])
+    (_, log_det), sown = flow.apply(variables, images, labels, noise_std, condition, lengths, mutable=["intermediates"])
     outputs = sown["intermediates"]["block_outputs"]
     half_square = 0.5 * jnp.square(outputs[-1]).mean()
     log_det_per_dim = log_det.mean() / flow.config.num_dims

@@ -109,7 +109,8 @@ class TarFlowPipeline:
 
     def __repr__(self) -> str:
         config, devices = self.config, {str(device) for device in jax.tree.leaves(self.variables)[0].devices()}
-        shape = f"{'x'.join(map(str, config.image_shape))}, {config.patch_size}-{config.width}-{config.depths}"
+        patch = "" if config.is_sequence else f"{config.patch_size}-"
+        shape = f"{'x'.join(map(str, config.data_shape))}, {patch}{config.width}-{config.depths}"
         noise = "unknown" if self.noise is None else str(self.noise)
         number = sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
         return (
@@ -257,25 +258,31 @@ class TarFlowPipeline:
 
     # Density
 
-    def encode(self, images: Any, labels: Any = None, noise_std: Any = None) -> tuple[jax.Array, jax.Array]:
-        """Images -> latents.
+    def encode(
+        self, images: Any, labels: Any = None, noise_std: Any = None, condition: Any = None, mask: Any = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Images or sequences -> latents.
 
         Args:
-          images: float [B, H, W, K] in [-1, 1].
+          images: float [B, H, W, K] in [-1, 1]; of a flow of sequences [B, T, D] or [B, T], in their own units.
           labels: int [B], -1 for no class; None for no class anywhere.
           noise_std: σ of the images, a number or [B], for a noise-conditional flow, and for it alone.
+          condition: float [B, C], or [B, T, C] where each token has one; None for none.
+          mask: bool [B, T], True where a sequence has a token, or the lengths, int [B]; None if all are whole.
 
         Returns:
-          (latents, log_det): float32 [B, H, W, K], standard normal under the model, and float32 [B], nats.
+          (latents, log_det): float32, shaped as `images`, standard normal under the model; and float32 [B], nats.
 
         Raises:
-          ValueError: a shape, dtype, label or noise level that does not fit the model.
+          ValueError: a shape, dtype, label, noise level, condition or mask that does not fit the model.
         """
-        return self._density(likelihood.encode, self.config, images, labels, noise_std)
+        return self._density(likelihood.encode, self.config, images, labels, noise_std, condition, mask)
 
-    def log_prob(self, images: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
-        """log p(x | label), float32 [B], nats; arguments and errors as of `encode`."""
-        return self._density(likelihood.log_prob, exact(self.config), images, labels, noise_std)
+    def log_prob(
+        self, images: Any, labels: Any = None, noise_std: Any = None, condition: Any = None, mask: Any = None
+    ) -> jax.Array:
+        """log p(x | label, condition), float32 [B], nats; arguments and errors as of `encode`."""
+        return self._density(likelihood.log_prob, exact(self.config), images, labels, noise_std, condition, mask)
 
     def patch_log_prob(self, images: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
         """log p(x | label) by patch, float32 [B, H / P, W / P], nats, which add up to `log_prob`.
@@ -284,10 +291,10 @@ class TarFlowPipeline:
         """
         return self._density(likelihood.patch_log_prob, exact(self.config), images, labels, noise_std)
 
-    def _density(self, function: Any, config: TarFlowConfig, images: Any, labels: Any, noise_std: Any) -> Any:
-        """`function` is one of `likelihood`."""
-        rows = self._rows(images, labels, noise_std)
-        check_range(images)
+    def _density(self, function: Any, config: TarFlowConfig, images: Any, *given: Any) -> Any:
+        """`function` is one of `likelihood`; `given` is what the density is conditional on, as `_rows` takes it."""
+        rows = self._rows(images, *given)
+        check_range(self.config, images)
         return self._run(function, config, rows)
 
     def bits_per_dim(self, key: jax.Array, images_uint8: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
@@ -320,6 +327,8 @@ class TarFlowPipeline:
         method: IterativeDenoising | None = None,
         key: jax.Array | None = None,
         return_trajectory: bool = False,
+        condition: Any = None,
+        mask: Any = None,
     ) -> Any:
         """Tweedie's formula, x + s σ² ∇ log p(x | label), once or in several steps: float32 [B, H, W, K].
 
@@ -332,6 +341,7 @@ class TarFlowPipeline:
           method: the steps, for a noise-conditional flow; None is a single step.
           key: of the noise that a method of kind "sde" draws.
           return_trajectory: also return the images before and after each of the method's N steps, [N + 1, B, H, W, K].
+          condition, mask: as of `encode`, for a single step.
 
         Raises:
           ValueError: the model was not trained with Gaussian noise, a method without levels or from below its lowest
@@ -353,9 +363,9 @@ class TarFlowPipeline:
                 + ("pass noise_std if you know it" if self.noise is None else "sample without denoising")
             )
         if self.config.noise_conditional:
-            rows = self._rows(images, labels, noise_std)
+            rows = self._rows(images, labels, noise_std, condition, mask)
         else:
-            rows = self._rows(images, labels, None)
+            rows = self._rows(images, labels, None, condition, mask)
             rows["noise_std"] = jnp.full(len(rows["images"]), check_number("noise_std", std, low=0))
         return self._run(
             sampling.denoise,
@@ -424,6 +434,8 @@ class TarFlowPipeline:
         guidance: Guidance | None = None,
         decoder: DecoderChoice = None,
         noise_std: Any = None,
+        condition: Any = None,
+        mask: Any = None,
     ) -> jax.Array:
         """Latents -> images, the exact inverse of `encode` without guidance, unless by a `Student`.
 
@@ -435,6 +447,7 @@ class TarFlowPipeline:
             block number; `Tuned()`, what launch.tune_decoder found; or `Student()`, which makes clean images in one
             pass and is not the inverse.
           noise_std: as of `encode`; samples are drawn at the highest level, `drawn_level`.
+          condition, mask: as of `encode`.
 
         Returns:
           float32 [B, H, W, K].
@@ -443,7 +456,7 @@ class TarFlowPipeline:
           ValueError: a shape, dtype or label that does not fit the model, class guidance of an unconditional one, not
             one decoder a block, `Tuned()` with other weights or guidance, or no student of these weights.
         """
-        return self._decode(sampling.decode, latents, labels, guidance, decoder, noise_std)
+        return self._decode(sampling.decode, latents, labels, guidance, decoder, noise_std, condition, mask)
 
     def decode_trace(
         self,
@@ -452,13 +465,15 @@ class TarFlowPipeline:
         guidance: Guidance | None = None,
         decoder: DecoderChoice = None,
         noise_std: Any = None,
+        condition: Any = None,
+        mask: Any = None,
     ) -> Decoded:
         """`decode` with all it found on the way; arguments and errors as there.
 
         The clean images of `Student()` are no inverse, so they have no log_det, updates or residuals; their trajectory
         ends with the noisy images.
         """
-        return self._decode(sampling.decode_trace, latents, labels, guidance, decoder, noise_std)
+        return self._decode(sampling.decode_trace, latents, labels, guidance, decoder, noise_std, condition, mask)
 
     def _decode(
         self,
@@ -468,8 +483,10 @@ class TarFlowPipeline:
         guidance: Guidance | None,
         decoder: DecoderChoice,
         noise_std: Any,
+        condition: Any = None,
+        mask: Any = None,
     ) -> Any:
-        """`function` is `sampling.decode` or `sampling.decode_trace`."""
+        """`function` is `sampling.decode`, `decode_trace` or `decode_log_prob`."""
         guidance = checked("guidance", guidance, Guidance | None)
         guidance = guidance and guidance.checked_for(self.config)
         if isinstance(decoder, Student) and not decoder.polish:
@@ -479,7 +496,7 @@ class TarFlowPipeline:
                 return images
             trajectory = jnp.concatenate([jnp.asarray(latents)[:, None], jnp.flip(path, 1)], axis=1)
             return Decoded(images, None, trajectory, None, None)
-        rows = self._rows(latents, labels, noise_std, "latents")
+        rows = self._rows(latents, labels, noise_std, condition, mask, name="latents")
         decoders = self._decoders(decoder, guidance, len(rows["latents"]))
         if decoders and any(isinstance(one, Student) or getattr(one, "init", "") == "student" for one in decoders):
             most = self.require_student().config.max_guidance
@@ -553,8 +570,11 @@ class TarFlowPipeline:
         denoise: bool | IterativeDenoising | None = None,
         denoise_multiplier: float = 1.0,
         decoder: DecoderChoice = None,
-    ) -> jax.Array:
-        """Draws images.
+        condition: Any = None,
+        mask: Any = None,
+        return_log_prob: bool = False,
+    ) -> Any:
+        """Draws images or sequences.
 
         Args:
           key: of the latents; the same key gives the same images, however they are split into batches.
@@ -565,9 +585,12 @@ class TarFlowPipeline:
             noise-conditional flow also takes the `IterativeDenoising` to use.
           denoise_multiplier: see `denoise`.
           decoder: see `decode`. The images of `Student()` are clean already.
+          condition, mask: as of `encode`.
+          return_log_prob: also return log q of each sample, guidance included, from the inverse alone.
 
         Returns:
-          float32 [B, H, W, K], around [-1, 1] but not clipped to it.
+          float32 [B, H, W, K], around [-1, 1] but not clipped to it; or sequences [B, T, D] or [B, T]. With
+          `return_log_prob` also float32 [B], nats.
 
         Raises:
           ValueError: as `decode` and `denoise`.
@@ -580,22 +603,43 @@ class TarFlowPipeline:
         if denoise is None:
             denoise = self.noise_std is not None
         if denoise and self.noise_std is None:
-            self.denoise(jnp.zeros((1, *self.config.image_shape)))  # says why not
+            self.denoise(jnp.zeros((1, *self.config.data_shape)))  # says why not
         latents = self.latents(key, num_images)
-        images = self.decode(latents, labels, guidance, decoder, self.drawn_level)
+        if mask is not None:
+            lengths = lengths_of(mask, num_images, self.config.num_tokens)
+            exists = jnp.arange(self.config.num_tokens)[None] < lengths[:, None]
+            latents = jnp.where(exists.reshape(*exists.shape, *(1,) * (latents.ndim - 2)), latents, 0.0)
+        if return_log_prob:
+            if denoise or isinstance(decoder, Student):
+                raise UserError("log q is of what the flow's inverse draws; sample with denoise=False and no student")
+            return self._decode(
+                sampling.decode_log_prob, latents, labels, guidance, decoder, self.drawn_level, condition, mask
+            )
+        images = self.decode(latents, labels, guidance, decoder, self.drawn_level, condition, mask)
         if not denoise:
             return images
         method = denoise if isinstance(denoise, IterativeDenoising) else None
+        if condition is not None or mask is not None:
+            return self.denoise(images, labels, self.drawn_level, denoise_multiplier, condition=condition, mask=mask)
         return self.denoise_drawn(images, labels, denoise_multiplier, method, jax.random.fold_in(key, 1))
 
     def latents(self, key: jax.Array, num_images: int) -> jax.Array:
-        """Standard normal latents [num_images, H, W, K], as `sample` draws them."""
-        shape = (checked("num_images", num_images, int, low=1), *self.config.image_shape)
+        """Standard normal latents, shaped as the model's images or sequences, as `sample` draws them."""
+        shape = (checked("num_images", num_images, int, low=1), *self.config.data_shape)
         return jax.random.normal(check_key(key), shape, jnp.float32)
 
     # Running
 
-    def _rows(self, images: Any, labels: Any, noise_std: Any, name: str = "images") -> dict[str, Any]:
+    def _rows(
+        self,
+        images: Any,
+        labels: Any,
+        noise_std: Any,
+        condition: Any = None,
+        mask: Any = None,
+        *,
+        name: str = "images",
+    ) -> dict[str, Any]:
         """The checked arrays [B, …] of a call, by argument name; `name` is that of the images."""
         images = check_images(self.config, images, name)
         levels = check_levels(self.config, noise_std, len(images))
@@ -603,7 +647,14 @@ class TarFlowPipeline:
             low, high, given = self.noise.std_min, self.noise.std_max, np.asarray(levels)
             if ((given < low / MUCH) | (given > high * MUCH)).any():
                 _warn_once(f"noise_std is far outside the levels of this flow's training, {low:g} to {high:g}")
-        return {name: images, "labels": check_labels(self.config, labels, len(images)), "noise_std": levels}
+        rows = {name: images, "labels": check_labels(self.config, labels, len(images)), "noise_std": levels}
+        if condition is not None:
+            rows["condition"] = check_condition(self.config, condition, len(images))
+        if mask is not None:
+            if not self.config.is_sequence:
+                raise UserError("a mask is for sequences; this model is of images")
+            rows["lengths"] = jnp.asarray(lengths_of(mask, len(images), self.config.num_tokens))
+        return rows
 
     def _run(
         self,
@@ -700,24 +751,26 @@ def check_key(key: Any) -> jax.Array:
 
 
 def check_images(config: TarFlowConfig, images: Any, name: str = "images") -> jax.Array:
-    """float32 [B, H, W, K]; ValueError for another shape, or for whole numbers."""
+    """float32 [B, H, W, K], or sequences [B, T, D] or [B, T]; ValueError for another shape, or for whole numbers."""
+    letters = "T, D"[: 3 * len(config.data_shape) - 2] if config.is_sequence else "H, W, K"
     try:
         array = jnp.asarray(images)
     except (TypeError, ValueError, OverflowError):
-        raise UserError(f"{name} are {shown(images)}; expected floats [B, H, W, K]") from None
+        raise UserError(f"{name} are {shown(images)}; expected floats [B, {letters}]") from None
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise UserError(f"{name} are {array.dtype}; expected floats in [-1, 1] (8-bit v is v / 127.5 - 1)")
-    if array.ndim != 4 or array.shape[1:] != config.image_shape or not len(array):
+        in_range = "" if config.is_sequence else " in [-1, 1] (8-bit v is v / 127.5 - 1)"
+        raise UserError(f"{name} are {array.dtype}; expected floats{in_range}")
+    if not array.ndim or array.shape[1:] != config.data_shape or not len(array):
         raise UserError(
-            f"{name} have shape {array.shape}; expected [B, H, W, K] = [B, "
-            f"{', '.join(map(str, config.image_shape))}] with B >= 1"
+            f"{name} have shape {array.shape}; expected [B, {letters}] = [B, "
+            f"{', '.join(map(str, config.data_shape))}] with B >= 1"
         )
     return array.astype(jnp.float32)
 
 
-def check_range(images: Any) -> None:
+def check_range(config: TarFlowConfig, images: Any) -> None:
     """Warns, once a process, where images seem not to be scaled to [-1, 1]."""
-    if not is_traced(images) and np.abs(np.asarray(images)).max() > FAR_OUTSIDE:
+    if not (config.is_sequence or is_traced(images)) and np.abs(np.asarray(images)).max() > FAR_OUTSIDE:
         _warn_once("images reach far outside [-1, 1]; 8-bit values v are v / 127.5 - 1")
 
 
@@ -753,6 +806,38 @@ def check_labels(config: TarFlowConfig, labels: Any, batch_size: int) -> jax.Arr
         valid = f"-1 (no class) to {classes - 1}" if classes else "-1 or None, the model has no classes"
         raise UserError(f"label {wrong[0]} is out of range; expected {valid}")
     return jnp.asarray(array, jnp.int32) if classes else None
+
+
+def check_condition(config: TarFlowConfig, condition: Any, batch_size: int) -> jax.Array:
+    """float32 [B, C] or [B, T, C]; ValueError for what does not fit, or is not finite."""
+    condition = jnp.asarray(condition, jnp.float32)
+    tokens = (config.num_tokens,) if config.condition_by_token else ()
+    expected = (batch_size, *tokens, config.condition_dim)
+    if not config.condition_dim or condition.shape != expected:
+        wanted = f"expected {expected}" if config.condition_dim else "this model has no condition"
+        raise UserError(f"condition has shape {condition.shape}; {wanted}")
+    if not is_traced(condition) and not (finite := np.isfinite(np.asarray(condition))).all():
+        raise UserError(f"condition is not finite in row {np.argwhere(~finite)[0][0]}")
+    return condition
+
+
+def lengths_of(mask: Any, batch_size: int, num_tokens: int) -> Any:
+    """Lengths int32 [B] of a mask, bool [B, T], or of lengths; ValueError for holes, and for what does not fit."""
+    traced, mask = is_traced(mask), mask if is_traced(mask) else np.asarray(mask)
+    if mask.dtype == bool and mask.shape == (batch_size, num_tokens):
+        lengths = mask.sum(1)
+        if not traced and (holes := np.flatnonzero((mask[:, 1:] & ~mask[:, :-1]).any(1))).size:
+            raise UserError(f"mask has a hole in row {holes[0]}; expected padding behind all tokens")
+    elif np.issubdtype(mask.dtype, np.integer) and mask.shape == (batch_size,):
+        lengths = mask
+    else:
+        raise UserError(
+            f"mask is {mask.dtype} {list(mask.shape)}; expected bool [{batch_size}, {num_tokens}] or lengths "
+            f"[{batch_size}]"
+        )
+    if not traced and (wrong := np.flatnonzero((lengths < 1) | (lengths > num_tokens))).size:
+        raise UserError(f"row {wrong[0]} of mask has {lengths[wrong[0]]} tokens; expected 1 to {num_tokens}")
+    return lengths.astype(np.int32)
 
 
 def check_levels(config: TarFlowConfig, noise_std: Any, batch_size: int) -> jax.Array | None:

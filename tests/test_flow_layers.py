@@ -46,7 +46,7 @@ def test_rotary_attention_tells_distances_not_places():
     chex.assert_trees_all_equal(angles[:, :2], np.repeat(angles[[0, 4], :2], 4, axis=0))
     chex.assert_trees_all_equal(angles[:, 2:], np.tile(angles[:4, 2:], (2, 1)))
     x = jax.random.normal(jax.random.key(0), (2, 8))
-    rotated = rotate(x[None, :, None].repeat(8, 2), angles)[0]  # the same query and key everywhere
+    rotated = rotate(x[None, :, None].repeat(8, 2), angles[None])[0]  # the same query and key everywhere
     products = jnp.einsum("SH,RH->SR", *rotated)
     np.testing.assert_allclose(jnp.diag(products), x[0] @ x[1], rtol=1e-5)
     np.testing.assert_allclose(products[:4, :4], products[4:, 4:], rtol=1e-5)

@@ -11,7 +11,7 @@ import pytest
 
 from runs import SMALL, random_images
 from tarflow_jax import Noise, TarFlowPipeline, inspection
-from tarflow_jax.flow import FlowBlock, is_reversed, permute, to_tokens
+from tarflow_jax.flow import FlowBlock, Given, block_orders, permute, to_tokens, unpermute
 from tarflow_jax.inspection import spherical
 from tarflow_jax.likelihood import LOG_2PI, bits_per_dim
 from tiny_models import images_of, random_variables
@@ -44,14 +44,14 @@ def test_a_patch_pays_for_its_latents_and_for_its_log_scales_in_every_block():
     def through(k, params, tokens):
         """Block k's tokens, and the log-scales of its affine map."""
         apply = functools.partial(FlowBlock(SMALL, k).apply, {"params": params})
-        reverse = is_reversed(k)
-        following = apply(permute(tokens, reverse), reverse, labels, method="affine_of_next")
-        return apply(tokens, reverse, labels)[0], jnp.log(following.of_next_token().scale)
+        order, given = block_orders(SMALL, {})[k][None], Given(labels)
+        following = apply(permute(tokens, order), order, given, method="affine_of_next")
+        return apply(tokens, order, given)[0], jnp.log(following.of_next_token().scale)
 
     tokens, expected = to_tokens(SMALL, images), 0.0
     for k in range(SMALL.num_blocks):
         tokens, log_scale = through(k, pipe.variables["params"][f"block_{k}"], tokens)
-        expected = expected - permute(log_scale, is_reversed(k)).sum(2)
+        expected = expected - unpermute(log_scale, block_orders(SMALL, {})[k][None]).sum(2)
     expected = expected - 0.5 * (jnp.square(tokens) + LOG_2PI).sum(2)
     np.testing.assert_allclose(pipe.patch_log_prob(images, labels).reshape(1, -1), expected, atol=1e-4)
 

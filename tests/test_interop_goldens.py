@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tarflow_jax.flow import TarFlow, to_images
+from tarflow_jax.flow import TarFlow, from_tokens
 from tarflow_jax.likelihood import bits_per_dim, log_prob
 from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Sequential
 from tarflow_jax.sampling.denoise import denoise
@@ -40,7 +40,7 @@ def test_encode_and_likelihood(load_golden, name):
     reference, reference_log_det = golden.latents("z"), arrays["logdet_per_dim"] * golden.config.num_dims
     if golden.config.volume_preserving:  # the reference leaves the prior's variance to its sampler
         variance = np.asarray(golden.variables["prior"]["variance"])
-        reference = reference / np.asarray(to_images(golden.config, jnp.sqrt(variance)[None]))
+        reference = reference / np.asarray(from_tokens(golden.config, jnp.sqrt(variance)[None]))
         reference_log_det = reference_log_det - 0.5 * np.log(variance).sum()
     assert_close(latents, reference)
     assert_close(log_det, reference_log_det)

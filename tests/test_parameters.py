@@ -14,7 +14,7 @@ from tarflow_jax.runtime.parameters import PARAMETERS, params_shapes, rows_of, v
 
 def made_shapes(config):
     """Shapes of the variables that the network makes, by name."""
-    images, noise_std = np.zeros((1, *config.image_shape), np.float32), np.ones(1, np.float32)
+    images, noise_std = np.zeros((1, *config.data_shape), np.float32), np.ones(1, np.float32)
     made = flatten(jax.eval_shape(lambda: TarFlow(config).init(jax.random.key(0), images, noise_std=noise_std)))
     return {name: leaf.shape for name, leaf in made.items() if not name.startswith("intermediates")}
 
@@ -47,7 +47,10 @@ def test_table_has_the_names_and_shapes_that_the_network_makes(depths, num_class
 def test_every_variable_has_one_row_and_every_row_a_variable():
     config = TarFlowConfig((4, 8), 3, 2, 128, 2, 1, num_classes=5, volume_preserving=True, head_dim=32)
     config = dataclasses.replace(config, triangular=True, noise_conditional=True)
-    rows = [rows_of(name) for name in made_shapes(config)]
+    options = {"head_dim": 8, "condition_dim": 2, "condition_kind": "tokens", "orders": "random"}
+    sequences = TarFlowConfig(sequence_shape=(3, 2), width=16, num_blocks=2, layers_per_block=1, **options)
+    assert variables_shapes(sequences) == made_shapes(sequences)
+    rows = [rows_of(name) for name in made_shapes(config) | made_shapes(sequences)]
     assert {len(matches) for matches in rows} == {1}
     assert {row for matches in rows for row in matches} == set(PARAMETERS)
     assert rows_of("params/block_0/unheard_of") == rows_of("params/block_0/my_project_in/kernel") == []

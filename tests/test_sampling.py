@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tarflow_jax import Guidance, Noise, TarFlow
-from tarflow_jax.flow import FlowBlock, TarFlowConfig, is_reversed, permute, to_images, to_tokens
+from tarflow_jax.flow import FlowBlock, Given, TarFlowConfig, block_orders, from_tokens, permute, to_tokens, unpermute
 from tarflow_jax.noise import to_float
 from tarflow_jax.sampling import GaussSeidelJacobi, Sequential, guided_trajectory
 from tarflow_jax.sampling.block_inverse import block_inverse, equal_blocks
@@ -24,25 +24,26 @@ def decode_by_recomputing(config, variables, latents, labels, guidance):
     tokens = to_tokens(config, latents)
     batch_size, weights = latents.shape[0], guidance.weights(config.num_tokens)
     for k in reversed(range(config.num_blocks)):
+        order = block_orders(config, {})[k][None]
 
-        def affine(x, labels, temperature, k=k):
+        def affine(x, labels, temperature, k=k, order=order):
             params = {"params": variables["params"][f"block_{k}"]}
             scale = None if temperature is None else jnp.full(batch_size, temperature)
             block = FlowBlock(config, k)
-            return block.apply(params, x, is_reversed(k), labels, None, scale, method="affine_of_next").of_next_token()
+            return block.apply(params, x, order, Given(labels), scale, method="affine_of_next").of_next_token()
 
         def guide(guided, unguided, w):
             logs = (affine._replace(scale=jnp.log(affine.scale)) for affine in (guided, unguided))
             found = jax.tree.map(lambda a, u: a + w * (a - u), *logs)
             return found._replace(scale=jnp.exp(found.scale))
 
-        z = permute(tokens, is_reversed(k))
+        z = permute(tokens, order)
         x = z
         for i in range(1, config.num_tokens):
             guided, unguided = affine(x, labels, None), affine(x, None, guidance.attention_temperature)
             x = x.at[:, i].set(guide(guided, unguided, weights[i - 1]).inverse(z)[:, i])
-        tokens = permute(x, is_reversed(k))
-    return to_images(config, tokens)
+        tokens = unpermute(x, order)
+    return from_tokens(config, tokens)
 
 
 @pytest.mark.slow
@@ -81,10 +82,10 @@ def test_blocks_in_one_loop_give_what_each_gives_by_itself():
     def one_by_one(variables, latents):
         tokens, images = to_tokens(config, latents), [latents]
         for k in reversed(range(3)):
-            reverse, params = is_reversed(k), variables["params"][f"block_{k}"]
-            block = block_inverse(TarFlow(config), k, params, reverse, LABELS)
-            tokens = permute(Sequential().invert(block, permute(tokens, reverse)).x, reverse)
-            images.append(to_images(config, tokens))
+            order, params = jnp.asarray(block_orders(config, {})[k])[None], variables["params"][f"block_{k}"]
+            block = block_inverse(TarFlow(config), k, params, order, Given(LABELS))
+            tokens = unpermute(Sequential().invert(block, permute(tokens, order)).x, order)
+            images.append(from_tokens(config, tokens))
         return jnp.stack(images, 1)
 
     np.testing.assert_allclose(actual.trajectory, one_by_one(variables, latents), atol=1e-5)

@@ -19,8 +19,8 @@ VP = dataclasses.replace(TINY, volume_preserving=True, num_classes=0, image_chan
 
 @functools.partial(jax.jit, static_argnums=0)
 def _initialised(config, seed):
-    variables = TarFlow(config).init(jax.random.key(seed), jnp.zeros((1, *config.image_shape)), noise_std=jnp.ones(1))
-    return {name: variables[name] for name in ("params", "prior") if name in variables}
+    variables = TarFlow(config).init(jax.random.key(seed), jnp.zeros((1, *config.data_shape)), noise_std=jnp.ones(1))
+    return {name: variables[name] for name in ("params", "prior", "constants") if name in variables}
 
 
 def new_variables(config, seed=0):
@@ -47,7 +47,10 @@ def _moved(variables, seed, scale):
 
 def random_variables(config, seed=0, scale=0.1):
     """Variables of a flow that is far from the identity."""
-    variables = _moved(new_variables(config, seed), seed, scale)
+    new = new_variables(config, seed)
+    variables = _moved({name: new[name] for name in new if name != "constants"}, seed, scale)
+    if "constants" in new:
+        variables["constants"] = new["constants"]
     if config.volume_preserving:
         variables["prior"] = jax.tree.map(jnp.exp, variables["prior"])
     if config.triangular:  # random triangles of larger numbers are nearly singular
@@ -68,7 +71,7 @@ def decode(config, variables, latents, labels=None, guidance=None, **options):
 
 
 def images_of(config, batch_size=3, seed=7):
-    return 0.5 * jax.random.normal(jax.random.key(seed), (batch_size, *config.image_shape))
+    return 0.5 * jax.random.normal(jax.random.key(seed), (batch_size, *config.data_shape))
 
 
 LABELS = np.array([0, -1, 2], np.int32)

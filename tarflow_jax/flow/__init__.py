@@ -1,23 +1,29 @@
-"""The flow: images <-> latents, in pure Flax linen. Knows nothing of data, training, files or devices."""
+"""The flow: images or sequences <-> latents, in pure Flax linen. Knows nothing of data, training, files or devices."""
 
-from tarflow_jax.flow.block import Affine, FlowBlock
+from tarflow_jax.flow.block import Affine, FlowBlock, Given
 from tarflow_jax.flow.config import TarFlowConfig
-from tarflow_jax.flow.tarflow import TarFlow, updated_prior
-from tarflow_jax.flow.tokens import is_reversed, permute, to_images, to_tokens
+from tarflow_jax.flow.tarflow import TarFlow, from_units, standardised, to_units, updated_prior
+from tarflow_jax.flow.tokens import block_orders, from_tokens, order_within, permute, to_tokens, unpermute
 from tarflow_jax.flow.transformer import Kernels, KVCache, TransformerLayer, cast_kernels
 
 __all__ = [
     "Affine",
     "FlowBlock",
+    "Given",
     "KVCache",
     "Kernels",
     "TarFlow",
     "TarFlowConfig",
     "TransformerLayer",
+    "block_orders",
     "cast_kernels",
-    "is_reversed",
+    "from_tokens",
+    "from_units",
+    "order_within",
     "permute",
-    "to_images",
+    "standardised",
     "to_tokens",
+    "to_units",
+    "unpermute",
     "updated_prior",
 ]

@@ -10,9 +10,10 @@ import numpy as np
 
 from tarflow_jax.errors import UserError
 from tarflow_jax.flow.config import TarFlowConfig
-from tarflow_jax.flow.tokens import permute
+from tarflow_jax.flow.tokens import permute, unpermute
 from tarflow_jax.flow.transformer import MLP_EXPANSION, Kernels, gelu, kernel_init, stacked_layers
 
+Order = jax.Array | np.ndarray
 embedding_init = nn.initializers.normal(0.01)
 _WAVE_AMPLITUDE = 0.5  # as large as the projected patches
 _LONGEST_WAVE = 100.0  # times 2 π, in patches
@@ -49,6 +50,13 @@ class Affine(NamedTuple):
         """log |det dz / dx| of each token, [B, S] in nats."""
         return -jnp.log(jnp.abs(self.scale)).sum(2)
 
+    def where(self, exists: jax.Array | None) -> "Affine":
+        """The identity for tokens that do not exist; `exists` is bool [B, S], None if all do."""
+        if exists is None:
+            return self
+        scale, shift = jnp.where(exists[..., None], self.scale, 1.0), jnp.where(exists[..., None], self.shift, 0.0)
+        return Affine(scale, shift, None if self.lower is None else jnp.where(exists[..., None], self.lower, 0.0))
+
     def of_next_token(self) -> "Affine":
         """Moves each map to the token after it; the first token's becomes the identity, and the last map is dropped."""
 
@@ -82,17 +90,30 @@ def _substitute(matrix: jax.Array, z: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, z.shape[2] - 1, step, z)
 
 
+class Given(NamedTuple):
+    """What a density is conditional on. B is the batch size."""
+
+    labels: jax.Array | None = None  # int32 [B], -1 for no class; None for no class anywhere
+    noise_std: jax.Array | None = None  # σ of a noise-conditional flow, float32 [B]
+    condition: jax.Array | None = None  # standardised float32 [B, C] or [B, T, C], NaN for none; None: nowhere
+    lengths: jax.Array | None = None  # of the sequences, int32 [B]; None if all are whole
+
+    def exists(self, positions: jax.Array) -> jax.Array | None:
+        """Whether there are tokens at positions [S] in block order, bool [B, S]; None if there are everywhere."""
+        return None if self.lengths is None else positions[None] < self.lengths[:, None]
+
+
 class FlowBlock(nn.Module):
     """z_i = (x_i - shift_i) exp(-log_scale_i), shift and log_scale functions of the tokens before i.
 
-    A block reads tokens in image order, or reversed; its methods take "block order" as the order in which it reads
-    them. `reverse` is an argument and may be traced, so that blocks of one depth are one function.
+    "Block order" is the order [1 or B, T] in which it reads the tokens; "data order" is that of an image or a sequence.
+    The order is an argument and may be traced, so that blocks of one depth are one function.
 
     Attributes:
       config: of the whole flow.
       index: number of the block, which decides its depth and the limit of its inputs.
 
-    Sows `intermediates/token_log_det`: each token's part of log_det, [B, T] in image order.
+    Sows `intermediates/token_log_det`: each token's part of log_det, [B, T] in data order.
     """
 
     config: TarFlowConfig
@@ -110,74 +131,57 @@ class FlowBlock(nn.Module):
         if config.noise_conditional:
             self.noise_in = dense(MLP_EXPANSION * config.width, kernel_init=kernel_init)
             self.noise_out = dense(config.width, kernel_init=kernel_init)
+        if config.condition_dim:
+            self.null_condition = self.param("null_condition", nn.initializers.zeros, (config.condition_dim,))
+            self.condition_in = dense(config.width, kernel_init=kernel_init)
+            if config.condition_by_token:
+                self.next_condition_in = dense(config.width, kernel_init=kernel_init)
         self.layers = stacked_layers(config, config.depths[self.index], self.kernels)
         self.project_out = dense(outputs, kernel_init=nn.initializers.zeros)  # a new flow is the identity
         if config.triangular:
             self.project_lower = dense(config.triangle_size, kernel_init=nn.initializers.zeros)
 
-    def __call__(
-        self,
-        tokens: jax.Array,
-        reverse: bool | jax.Array,
-        labels: jax.Array | None = None,
-        noise_std: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Encodes tokens [B, T, D], in image order: (z [B, T, D] in image order, log_det [B] in nats)."""
-        x = permute(tokens, reverse)
-        affine = self.affine_of_next(x, reverse, labels, noise_std).of_next_token()
-        self.sow("intermediates", "token_log_det", permute(affine.token_log_det, reverse))
-        return permute(affine.forward(x), reverse), affine.token_log_det.sum(1)
+    def __call__(self, tokens: jax.Array, order: Order, given: Given) -> tuple[jax.Array, jax.Array]:
+        """Encodes tokens [B, T, D], in data order: (z [B, T, D] in data order, log_det [B] in nats)."""
+        x = permute(tokens, order)
+        affine = self.affine_of_next(x, order, given).of_next_token().where(given.exists(jnp.arange(x.shape[1])))
+        self.sow("intermediates", "token_log_det", unpermute(affine.token_log_det, order))
+        return unpermute(affine.forward(x), order), affine.token_log_det.sum(1)
 
-    def affine_of_next(
-        self,
-        x: jax.Array,
-        reverse: bool | jax.Array,
-        labels: jax.Array | None = None,
-        noise_std: jax.Array | None = None,
-        temperature: jax.Array | None = None,
-    ) -> Affine:
+    def affine_of_next(self, x: jax.Array, order: Order, given: Given, temperature: jax.Array | None = None) -> Affine:
         """Predicts the affine map of tokens 1 … S from tokens 0 … S - 1.
 
         Args:
           x: tokens [B, S, D] in block order.
-          reverse: whether block order is the reverse of image order.
-          labels: int32 [B], -1 for no class, or None for no class anywhere.
-          noise_std: σ [B], for a noise-conditional flow.
+          order: block order, int32 [1 or B, T].
+          given: what the density is conditional on.
           temperature: [B], divides the attention logits, or None for 1.
         """
-        h, angles = self.embed(x, reverse, labels, noise_std)
+        h, angles = self.embed(x, order, given)
         h, _ = self.layers(h, temperature, angles)
         return self.project(h)
 
     def embed(
-        self,
-        x: jax.Array,
-        reverse: bool | jax.Array,
-        labels: jax.Array | None = None,
-        noise_std: jax.Array | None = None,
-        start: jax.Array | int = 0,
+        self, x: jax.Array, order: Order, given: Given, start: jax.Array | int = 0
     ) -> tuple[jax.Array, jax.Array | None]:
         """The layers' input for tokens [B, S, D] at positions start … start + S - 1 in block order.
 
-        Returns (h, angles): the residual stream [B, S, C], and the rotary angles [S, H / 2], None without `rotary`.
+        Returns (h, angles): the residual stream [B, S, C], and the rotary angles [1 or B, S, H / 2], None without
+        `rotary`.
         """
         config = self.config
-
-        def rows(table: jax.Array) -> jax.Array:  # [T, …] -> [S, …]
-            length = x.shape[1]
-            first = jnp.where(reverse, config.num_tokens - length - start, start)
-            found = jax.lax.dynamic_slice_in_dim(table, first, length)
-            return jnp.where(reverse, jnp.flip(found, 0), found)
-
+        here = jax.lax.dynamic_slice_in_dim(jnp.asarray(order), start, x.shape[1], axis=1)  # the tokens' numbers
         if limit := config.input_limit if self.index else config.image_limit:
             x = jnp.clip(x, -limit, limit)
         h = self.project_in(x.astype(config.compute_dtype)).astype(jnp.float32)
-        h = h + rows(self.position_embedding)[None]
+        h = h + self.position_embedding[here]
         if config.num_classes:
-            h = h + class_vectors(self.class_embedding, labels, x.shape[0])[:, None]
+            h = h + class_vectors(self.class_embedding, given.labels, x.shape[0])[:, None]
         if config.noise_conditional:
-            h = h + self._noise_vectors(noise_std)[:, None]
-        return h, rows(jnp.asarray(rotary_angles(config))) if config.rotary else None
+            h = h + self._noise_vectors(given.noise_std)[:, None]
+        if config.condition_dim:
+            h = h + self._condition_vectors(given.condition, order, start, x.shape[1])
+        return h, jnp.asarray(rotary_angles(config))[here] if config.rotary else None
 
     def project(self, h: jax.Array) -> Affine:
         """The affine map of the next tokens from the layers' output [B, S, C]."""
@@ -186,6 +190,25 @@ class FlowBlock(nn.Module):
         log_scale, shift = (jnp.zeros_like(out), out) if self.config.volume_preserving else jnp.split(out, 2, axis=-1)
         lower = self.project_lower(h).astype(jnp.float32) if self.config.triangular else None
         return Affine(jnp.exp(log_scale), shift, lower)
+
+    def _condition_vectors(
+        self, condition: jax.Array | None, order: Order, start: jax.Array | int, size: int
+    ) -> jax.Array:
+        """Embeddings [1 or B, 1 or S, C] of conditions; those of tokens see the next token's as well."""
+        config = self.config
+        if condition is None:
+            tokens = (config.num_tokens,) if config.condition_by_token else ()
+            condition = jnp.full((1, *tokens, config.condition_dim), jnp.nan)
+        null = self.null_condition.reshape((1,) * (condition.ndim - 1) + (-1,))
+        condition = jnp.where(jnp.isnan(condition), null, condition).astype(config.compute_dtype)
+        if not config.condition_by_token:
+            return self.condition_in(condition).astype(jnp.float32)[:, None]
+        ahead = jnp.roll(jnp.asarray(order), -1, axis=1)  # the last token predicts none
+        here, there = (
+            permute(condition, jax.lax.dynamic_slice_in_dim(jnp.asarray(numbers), start, size, axis=1))
+            for numbers in (order, ahead)
+        )
+        return (self.condition_in(here) + self.next_condition_in(there)).astype(jnp.float32)
 
     def _noise_vectors(self, noise_std: jax.Array | None) -> jax.Array:
         """Embeddings [B, C] of noise levels σ [B]: sines and cosines of log σ through an MLP."""
@@ -210,7 +233,7 @@ def position_init(key: jax.Array, config: TarFlowConfig) -> jax.Array:
     """Position embeddings [T, C] of a new model, see `TarFlowConfig.position_init`."""
     if config.position_init == "normal":
         return embedding_init(key, (config.num_tokens, config.width))
-    rows, columns = (side // config.patch_size for side in config.image_size)
+    rows, columns = config.grid
     frequencies = _LONGEST_WAVE ** -jnp.linspace(0, 1, config.width // 4, endpoint=False)
 
     def waves(length: int) -> jax.Array:
@@ -223,7 +246,7 @@ def position_init(key: jax.Array, config: TarFlowConfig) -> jax.Array:
 
 def rotary_angles(config: TarFlowConfig) -> np.ndarray:
     """Rotary angles float32 [T, H / 2] in image order: half of a head's pairs by row, half by column."""
-    rows, columns = (side // config.patch_size for side in config.image_size)
+    rows, columns = config.grid
     frequencies = _LONGEST_WAVE ** -np.linspace(0, 1, config.head_dim // 4, endpoint=False)
     by_row = np.outer(np.repeat(np.arange(rows), columns), frequencies)
     by_column = np.outer(np.tile(np.arange(columns), rows), frequencies)

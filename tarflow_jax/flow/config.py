@@ -10,6 +10,7 @@ from tarflow_jax.options import Options, option
 
 REMAT_POLICIES = ("none", "full")
 KERNELS = ("auto", "plain", "cudnn", "splash")
+ORDERS = ("alternate", "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +26,9 @@ class TarFlowConfig(Options):
 
     group: ClassVar[str] = "model"
 
-    image_size: tuple[int, int] = option((0, 0), "Height and width; one number for a square.", low=1)
-    image_channels: int = option(0, "Channels of an image, such as 1 or 3.", low=1)
-    patch_size: int = option(0, "Side of the square patches that become tokens.", low=1)
+    image_size: tuple[int, int] = option((0, 0), "Height and width; one number for a square.")
+    image_channels: int = option(0, "Channels of an image, such as 1 or 3.")
+    patch_size: int = option(0, "Side of the square patches that become tokens.")
     width: int = option(0, "Width of the residual stream.", low=1)
     num_blocks: int = option(0, "Autoregressive flow blocks; their directions alternate.", low=1)
     layers_per_block: int | tuple[int, ...] = option(0, "Transformer layers of a block, or of each block.", low=1)
@@ -43,15 +44,31 @@ class TarFlowConfig(Options):
     image_limit: float = option(0.0, "Clips the tokens that enter the first block to ± this; 0 for no limit.")
     triangular: bool = option(False, "Affine maps with triangular matrices instead of diagonal ones.")
     noise_conditional: bool = option(False, "One flow for all noise levels, conditional on the level.")
+    sequence_shape: tuple[int, int] = option(
+        (0, 0), "Tokens of a sequence and numbers in each; 0 where tokens are numbers."
+    )
+    condition_dim: int = option(0, "Numbers of the condition; 0 for none.")
+    condition_kind: str = option("vector", "One condition, or one for each token.", choices=("vector", "tokens"))
+    orders: str = option(
+        "alternate", "Order in which blocks read the tokens: in turn forwards and backwards.", choices=ORDERS
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        of_images = (*self.image_size, self.image_channels, self.patch_size)
+        if any(of_images) if self.is_sequence else not all(of_images):
+            raise UserError(
+                "a flow needs image_size, image_channels and patch_size, for images, or sequence_shape, for sequences; "
+                f"these are {self.image_size}, {self.image_channels}, {self.patch_size} and {self.sequence_shape}"
+            )
         height, width = self.image_size
-        if height % self.patch_size or width % self.patch_size:
+        if not self.is_sequence and (height % self.patch_size or width % self.patch_size):
             raise UserError(
                 f"image_size {height}x{width} is not divisible by patch_size {self.patch_size}; "
                 "choose a patch that divides both sides"
             )
+        if self.is_sequence and self.volume_preserving:
+            raise UserError("volume_preserving is for images; leave it False with sequence_shape")
         if self.width % self.head_dim:
             raise UserError(f"width {self.width} is not a multiple of head_dim {self.head_dim}")
         if len(self.depths) != self.num_blocks:
@@ -74,7 +91,13 @@ class TarFlowConfig(Options):
     def summary(self) -> str:
         """ "4 blocks of 2 layers, patch 4, width 128"; "1 + 1 + 1 + 5 layers" where blocks differ."""
         layers = " + ".join(map(str, self.depths)) if len(set(self.depths)) > 1 else str(self.depths[0])
-        return f"{self.num_blocks} blocks of {layers} layers, patch {self.patch_size}, width {self.width}"
+        tokens = f"{self.num_tokens} tokens" if self.is_sequence else f"patch {self.patch_size}"
+        return f"{self.num_blocks} blocks of {layers} layers, {tokens}, width {self.width}"
+
+    @property
+    def is_sequence(self) -> bool:
+        """Whether the data are sequences, not images."""
+        return self.sequence_shape[0] > 0
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -82,14 +105,36 @@ class TarFlowConfig(Options):
         return (*self.image_size, self.image_channels)
 
     @property
+    def random_orders(self) -> bool:
+        return self.orders == "random"
+
+    @property
+    def condition_by_token(self) -> bool:
+        return self.condition_kind == "tokens" and self.condition_dim > 0
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """(H, W, K) of an image, (T, D) of a sequence, or (T,) of one whose tokens are numbers."""
+        if not self.is_sequence:
+            return self.image_shape
+        return self.sequence_shape if self.sequence_shape[1] else self.sequence_shape[:1]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of tokens; a sequence is one column."""
+        if self.is_sequence:
+            return self.sequence_shape[0], 1
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
     def num_tokens(self) -> int:
-        """T, the patches of an image."""
-        return (self.image_size[0] // self.patch_size) * (self.image_size[1] // self.patch_size)
+        """T, the patches of an image or the tokens of a sequence."""
+        return self.grid[0] * self.grid[1]
 
     @property
     def token_dim(self) -> int:
-        """D, the numbers in a patch."""
-        return self.patch_size**2 * self.image_channels
+        """D, the numbers in a token."""
+        return max(self.sequence_shape[1], 1) if self.is_sequence else self.patch_size**2 * self.image_channels
 
     @property
     def triangle_size(self) -> int:
@@ -98,7 +143,7 @@ class TarFlowConfig(Options):
 
     @property
     def num_dims(self) -> int:
-        """H W K = T D, the numbers in an image."""
+        """T D, the numbers in an image or a sequence."""
         return self.num_tokens * self.token_dim
 
     @property

@@ -1,12 +1,15 @@
-"""The stack of blocks, and the learned prior variance of the volume-preserving mode."""
+"""The stack of blocks, the units of the data, and the learned prior variance of the volume-preserving mode."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tarflow_jax.flow.block import FlowBlock
+from tarflow_jax.flow.block import FlowBlock, Given
 from tarflow_jax.flow.config import TarFlowConfig
-from tarflow_jax.flow.tokens import is_reversed, to_images, to_tokens
+from tarflow_jax.flow.tokens import block_orders, from_tokens, order_within, random_orders, to_tokens
 from tarflow_jax.flow.transformer import Kernels
 
 PRIOR_RATE = 0.1
@@ -15,7 +18,9 @@ PRIOR_RATE = 0.1
 class TarFlow(nn.Module):
     """x -> latents, a stack of `FlowBlock`s ("Normalizing Flows are Capable Generative Models", arXiv 2412.06329).
 
-    Variables: `params`, and in VP mode `prior/variance` [T, D], the flow's last, diagonal affine layer.
+    Variables: `params`; in VP mode `prior/variance` [T, D], the flow's last, diagonal affine layer; and `constants`,
+    which training does not change: `orders` [F, T] of the blocks where they are random; for sequences `mean` and `std`
+    [T, D] of the training set; for a condition `condition_mean` and `condition_std`.
     Sows `intermediates/block_outputs`: the tokens [B, T, D] after each block.
     """
 
@@ -24,24 +29,39 @@ class TarFlow(nn.Module):
 
     @nn.compact
     def __call__(
-        self, images: jax.Array, labels: jax.Array | None = None, noise_std: jax.Array | None = None
+        self,
+        data: jax.Array,
+        labels: jax.Array | None = None,
+        noise_std: jax.Array | None = None,
+        condition: jax.Array | None = None,
+        lengths: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """Encodes images.
+        """Encodes images or sequences.
 
         Args:
-          images: float32 [B, H, W, K], in [-1, 1] plus noise.
+          data: float32, images [B, H, W, K] in [-1, 1] plus noise, or sequences [B, T, D] or [B, T] in their own units.
           labels: int32 [B], -1 for no class; None for no class anywhere.
           noise_std: σ of each image's noise, float32 [B], for a noise-conditional flow.
+          condition: float32 [B, C] or, of kind "tokens", [B, T, C]; NaN for none, None for none anywhere.
+          lengths: of sequences, int32 [B]; what stands behind them is ignored. None if all are whole.
 
-        Returns (latents, log_det): float32 [B, H, W, K], standard normal under the model, and float32 [B] in nats, the
-        log absolute determinant of the Jacobian d latents / d images.
+        Returns (latents, log_det): float32, shaped as `data`, standard normal under the model, 0 behind a sequence; and
+        float32 [B] in nats, the log absolute determinant of the Jacobian d latents / d data.
         """
         config = self.config
-        tokens = to_tokens(config, images.astype(jnp.float32))
-        log_det = jnp.zeros(images.shape[0], jnp.float32)
-        for k in range(config.num_blocks):
+        if config.random_orders:
+            self.variable("constants", "orders", lambda: jnp.asarray(random_orders(config)))
+        if config.is_sequence:
+            for name, init in (("mean", jnp.zeros), ("std", jnp.ones)):
+                self.variable("constants", name, init, (config.num_tokens, config.token_dim), jnp.float32)
+        if config.condition_dim:
+            for name, init in (("condition_mean", jnp.zeros), ("condition_std", jnp.ones)):
+                self.variable("constants", name, init, config.condition_dim, jnp.float32)
+        given = Given(labels, noise_std, standardised(self.variables, condition), lengths)
+        tokens, log_det = from_units(config, self.variables, to_tokens(config, data.astype(jnp.float32)), lengths)
+        for k, order in enumerate(block_orders(config, self.variables)):
             block = FlowBlock(config, k, self.kernels, name=f"block_{k}")
-            tokens, block_log_det = block(tokens, is_reversed(k), labels, noise_std)
+            tokens, block_log_det = block(tokens, order_within(order, lengths), given)
             log_det = log_det + block_log_det
             self.sow("intermediates", "block_outputs", tokens)
         if config.volume_preserving:
@@ -49,9 +69,46 @@ class TarFlow(nn.Module):
             variance = self.variable("prior", "variance", jnp.ones, shape, jnp.float32).value
             tokens = tokens * jax.lax.rsqrt(variance)[None]
             log_det = log_det - 0.5 * jnp.log(variance).sum()
-        return to_images(config, tokens), log_det
+        return from_tokens(config, tokens), log_det
 
 
 def updated_prior(variance: jax.Array, block_output: jax.Array) -> jax.Array:
     """Running mean of z², [T, D], from the last block's output [B, T, D] (VP mode)."""
     return variance + PRIOR_RATE * (jnp.square(block_output).mean(0) - variance)
+
+
+def standardised(variables: Mapping[str, Any], condition: jax.Array | None) -> jax.Array | None:
+    """A condition less its mean, over its standard deviation."""
+    if condition is None:
+        return None
+    shape = (1,) * (condition.ndim - 1) + (-1,)
+    mean, std = (variables["constants"][f"condition_{name}"].reshape(shape) for name in ("mean", "std"))
+    return (condition - mean) / std
+
+
+def from_units(
+    config: TarFlowConfig, variables: Mapping[str, Any], tokens: jax.Array, lengths: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Standardises sequences: (tokens [B, T, D], 0 behind a sequence; log_det [B]). Images stay as they are."""
+    if not config.is_sequence:
+        return tokens, jnp.zeros(len(tokens), jnp.float32)
+    exists, mean, std, log_det = _units(config, variables, lengths)
+    return jnp.where(exists, (tokens - mean) / std, 0.0), jnp.broadcast_to(log_det, len(tokens))
+
+
+def to_units(
+    config: TarFlowConfig, variables: Mapping[str, Any], tokens: jax.Array, lengths: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Undoes `from_units`: (tokens, the same log_det)."""
+    if not config.is_sequence:
+        return tokens, jnp.zeros(len(tokens), jnp.float32)
+    exists, mean, std, log_det = _units(config, variables, lengths)
+    return jnp.where(exists, tokens * std + mean, 0.0), jnp.broadcast_to(log_det, len(tokens))
+
+
+def _units(config: TarFlowConfig, variables: Mapping[str, Any], lengths: jax.Array | None) -> tuple[jax.Array, ...]:
+    """Whether each token exists, bool [1 or B, T, 1]; mean and std, [1 or B, T, D]; log_det, [1 or B]."""
+    constants, tokens = variables["constants"], jnp.arange(config.num_tokens)[None]
+    exists = (tokens < (config.num_tokens if lengths is None else lengths[:, None]))[..., None]
+    std = jnp.where(exists, constants["std"][None], 1.0)
+    return exists, constants["mean"][None], std, -jnp.log(std).sum((1, 2))

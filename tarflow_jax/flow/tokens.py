@@ -1,37 +1,71 @@
-"""Images <-> tokens, and the order in which a block reads them.
+"""Images or sequences <-> tokens, and the order in which a block reads them.
 
-Tokens are row-major; the numbers inside a token are ordered (row, column, channel).
+Tokens of an image are row-major; the numbers inside a token are ordered (row, column, channel). Sequences are tokens.
 """
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tarflow_jax.flow.config import TarFlowConfig
 
 
-def to_tokens(config: TarFlowConfig, images: jax.Array) -> jax.Array:
-    """Cuts images [B, H, W, K] into tokens [B, T, D]."""
-    (height, width), patch = config.image_size, config.patch_size
-    x = images.reshape(-1, height // patch, patch, width // patch, patch, config.image_channels)
+def to_tokens(config: TarFlowConfig, data: jax.Array) -> jax.Array:
+    """Cuts images [B, H, W, K] into tokens [B, T, D]; sequences [B, T, D] or [B, T] are tokens already."""
+    if config.is_sequence:
+        return data.reshape(-1, config.num_tokens, config.token_dim)
+    (rows, columns), patch = config.grid, config.patch_size
+    x = data.reshape(-1, rows, patch, columns, patch, config.image_channels)
     x = x.swapaxes(2, 3)  # [B, rows, columns, P, P, K]
     return x.reshape(-1, config.num_tokens, config.token_dim)
 
 
-def to_images(config: TarFlowConfig, tokens: jax.Array) -> jax.Array:
-    """Joins tokens [B, T, D] into images [B, H, W, K]; the inverse of `to_tokens`."""
-    (height, width), patch = config.image_size, config.patch_size
-    x = tokens.reshape(-1, height // patch, width // patch, patch, patch, config.image_channels)
+def from_tokens(config: TarFlowConfig, tokens: jax.Array) -> jax.Array:
+    """The inverse of `to_tokens`."""
+    if config.is_sequence:
+        return tokens.reshape(-1, *config.data_shape)
+    (rows, columns), patch = config.grid, config.patch_size
+    x = tokens.reshape(-1, rows, columns, patch, patch, config.image_channels)
     x = x.swapaxes(2, 3)  # [B, rows, P, columns, P, K]
-    return x.reshape(-1, height, width, config.image_channels)
+    return x.reshape(-1, *config.image_shape)
 
 
-def is_reversed(block: int) -> bool:
-    """Whether a block reads the tokens last to first: odd blocks do."""
-    return block % 2 == 1
+def random_orders(config: TarFlowConfig) -> np.ndarray:
+    """A random order of the tokens for each block, [F, T]; float32, as all variables are."""
+    rng = np.random.default_rng(0)
+    return np.stack([rng.permutation(config.num_tokens) for _ in range(config.num_blocks)]).astype(np.float32)
 
 
-def permute(tokens: jax.Array, reverse: bool | jax.Array) -> jax.Array:
-    """Reverses tokens [B, T, D] if `reverse`, a bool or a traced one; its own inverse."""
-    if isinstance(reverse, bool):
-        return jnp.flip(tokens, 1) if reverse else tokens
-    return jnp.where(reverse, jnp.flip(tokens, 1), tokens)
+def block_orders(config: TarFlowConfig, variables: Mapping[str, Any]) -> jax.Array | np.ndarray:
+    """The tokens in the order in which each block reads them, int32 [F, T]; odd blocks read backwards by default."""
+    if config.random_orders:
+        return variables["constants"]["orders"].astype(jnp.int32)
+    forwards = np.arange(config.num_tokens, dtype=np.int32)
+    return np.stack([forwards[:: -1 if k % 2 else 1] for k in range(config.num_blocks)])
+
+
+def order_within(order: jax.Array | np.ndarray, lengths: jax.Array | None) -> jax.Array | np.ndarray:
+    """The order [T] in each sequence of `lengths` [B], its padding moved behind all other tokens.
+
+    Padding at the end needs no mask in causal attention. Returns int32 [B, T]; [1, T] where `lengths` is None.
+    """
+    if lengths is None:
+        return order[None]
+    behind = jnp.asarray(order)[None] >= lengths[:, None]  # [B, T]
+    return jnp.asarray(order)[jnp.argsort(behind, axis=1, stable=True)]
+
+
+def permute(tokens: jax.Array, order: jax.Array | np.ndarray) -> jax.Array:
+    """Puts tokens [B, T, …] into the order [1 or B, T] of a block."""
+    if len(order) == 1:
+        return jnp.take(tokens, order[0], axis=1, unique_indices=True, mode="clip")
+    order = order.reshape(*order.shape, *(1,) * (tokens.ndim - 2))
+    return jnp.take_along_axis(tokens, order, axis=1, mode="clip")
+
+
+def unpermute(tokens: jax.Array, order: jax.Array | np.ndarray) -> jax.Array:
+    """The inverse of `permute`."""
+    return permute(tokens, jnp.argsort(order, axis=1) if isinstance(order, jax.Array) else np.argsort(order, axis=1))

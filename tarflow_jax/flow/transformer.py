@@ -85,12 +85,12 @@ def _gelu_and_derivative(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotates the pairs (x_i, x_{i + H/2}) of x [B, N, S, H] by angles [S, H / 2] (RoPE, arXiv 2104.09864).
+    """Rotates the pairs (x_i, x_{i + H/2}) of x [B, N, S, H] by angles [1 or B, S, H / 2] (RoPE, arXiv 2104.09864).
 
     The dot product of a query and a key then depends on their positions only through the difference of their angles.
     """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    sin, cos = jnp.sin(angles)[None, None], jnp.cos(angles)[None, None]
+    sin, cos = jnp.sin(angles)[:, None], jnp.cos(angles)[:, None]
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
 
 
@@ -118,7 +118,7 @@ class TransformerLayer(nn.Module):
         Args:
           x: the residual stream [B, S, C], at positions start .. start + S - 1.
           temperature: [B] or None, see `attend`.
-          angles: [S, H / 2], by which queries and keys are rotated (see `rotate`), or None.
+          angles: [1 or B, S, H / 2], by which queries and keys are rotated (see `rotate`), or None.
           cache: keys and values of the tokens before `start`; without one, x is the whole sequence.
 
         Returns the new residual stream, and the cache with these tokens written.

@@ -193,7 +193,7 @@ def _write(
     check_tensors(f"the {what}", {name: array.shape for name, array in tensors.items()}, shapes)
     arrays = {}
     for name, value in tensors.items():
-        exact = name.startswith("prior/")
+        exact = name.startswith(("prior/", "constants/"))
         arrays[name] = np.asarray(value, jnp.dtype("float32" if exact else dtype), order="C")
     folder = f"{STUDENT}/" if what == STUDENT else ""
     weights = create(folder + WEIGHTS)

@@ -24,8 +24,8 @@ class Parameter:
     """One row of the table.
 
     Attributes:
-      name: the end of its path. "prior/…" is a variable of the flow, all others are parameters of every block; those
-        in "layers/" have the block's layers stacked along a first axis.
+      name: the end of its path. "prior/…" and "constants/…" are of the flow, all others of every block; those in
+         "layers/" have the block's layers stacked along a first axis.
       dims: its dimensions (that first axis left out), each a letter (see `_shape`) or a number, with
         ":axis" behind it where it is sharded over that axis of the mesh. "inputs -> outputs" is a dense kernel,
         "-> outputs" a dense bias; PyTorch joins the dimensions of a side into one.
@@ -43,7 +43,7 @@ class Parameter:
     @property
     def in_block(self) -> bool:
         """Whether it belongs to a block."""
-        return not self.name.startswith("prior/")
+        return not self.name.startswith(("prior/", "constants/"))
 
     @property
     def stacked(self) -> bool:
@@ -106,6 +106,11 @@ PARAMETERS = (
     Parameter("noise_in/bias", "-> 4C:tensor", "time_embed.mlp.0.bias", when="noise_conditional"),
     Parameter("noise_out/kernel", "4C:tensor -> C:fsdp", "time_embed.mlp.2.weight", when="noise_conditional"),
     Parameter("noise_out/bias", "-> C", "time_embed.mlp.2.bias", when="noise_conditional"),
+    Parameter("null_condition", "condition", "", when="condition_dim"),
+    Parameter("condition_in/kernel", "condition -> C:fsdp", "", when="condition_dim"),
+    Parameter("condition_in/bias", "-> C", "", when="condition_dim"),
+    Parameter("next_condition_in/kernel", "condition -> C:fsdp", "", when="condition_by_token"),
+    Parameter("next_condition_in/bias", "-> C", "", when="condition_by_token"),
     Parameter("layers/attention_norm/scale", "C", "attention.norm.weight"),
     Parameter("layers/attention_norm/bias", "C", "attention.norm.bias"),
     Parameter("layers/qkv/kernel", "C:fsdp -> 3 N:tensor H", "attention.qkv.weight"),
@@ -119,6 +124,11 @@ PARAMETERS = (
     Parameter("layers/mlp_out/kernel", "4C:tensor -> C:fsdp", "mlp.main.2.weight"),
     Parameter("layers/mlp_out/bias", "-> C", "mlp.main.2.bias"),
     Parameter("prior/variance", "T D", "var", when="volume_preserving"),
+    Parameter("constants/orders", "blocks T", "", when="random_orders"),
+    Parameter("constants/mean", "T D", "", when="is_sequence"),
+    Parameter("constants/std", "T D", "", when="is_sequence"),
+    Parameter("constants/condition_mean", "condition", "", when="condition_dim"),
+    Parameter("constants/condition_std", "condition", "", when="condition_dim"),
 )
 # In a student's blocks, which otherwise have the same parameters as the flow's.
 GUIDANCE = Parameter("guidance/kernel", "16 -> C:fsdp", "")
@@ -131,7 +141,7 @@ def params_shapes(config: TarFlowConfig) -> dict[str, Shape]:
 
 
 def variables_shapes(config: TarFlowConfig) -> dict[str, Shape]:
-    """Shapes of all variables: "params/…" and, in VP mode, "prior/variance" [T, D]."""
+    """Shapes of all variables: "params/…", "prior/…" and "constants/…"."""
     shapes = {f"params/{name}": shape for name, shape in params_shapes(config).items()}
     return shapes | {row.name: row.shape(config, depth=0) for row in _rows(config, in_block=False)}
 
@@ -167,5 +177,7 @@ def _shape(letters: Iterable[str], config: TarFlowConfig, depth: int = 0) -> Sha
         "N": config.num_heads,
         "H": config.head_dim,
         "classes": config.num_classes,
+        "condition": config.condition_dim,
+        "blocks": config.num_blocks,
     }
     return tuple(int(letter) if letter.isdigit() else sizes[letter] for letter in letters)

@@ -1,6 +1,6 @@
 """z -> x: the inverses of the flow, guidance, and denoising."""
 
-from tarflow_jax.sampling.decode import Decoded, decode, decode_trace, guided_trajectory
+from tarflow_jax.sampling.decode import Decoded, decode, decode_log_prob, decode_trace, guided_trajectory
 from tarflow_jax.sampling.decoders import Decoder, GaussSeidelJacobi, Jacobi, Sequential, Student, Tuned
 from tarflow_jax.sampling.denoise import DEFAULT_DENOISING, IterativeDenoising, denoise, iterate
 from tarflow_jax.sampling.guidance import Guidance
@@ -19,6 +19,7 @@ __all__ = [
     "Student",
     "Tuned",
     "decode",
+    "decode_log_prob",
     "decode_trace",
     "denoise",
     "guided_trajectory",

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tarflow_jax.flow import Affine, FlowBlock, KVCache, TarFlow, TarFlowConfig, TransformerLayer, cast_kernels
+from tarflow_jax.flow import Affine, FlowBlock, Given, KVCache, TarFlow, TarFlowConfig, TransformerLayer, cast_kernels
 from tarflow_jax.runtime import gathered
 from tarflow_jax.sampling.guidance import Guidance, guided
 
@@ -26,18 +26,16 @@ class BlockInverse:
       block: the block, unbound.
       params: its parameters.
       layers: those of each layer. A compiled loop over tokens that sliced the stack would copy every slice.
-      reverse: whether it reads the tokens last to first; may be traced.
-      labels: int32 [B], -1 for no class, or None.
-      noise_std: float32 [B], for a noise-conditional flow.
+      order: in which it reads the tokens, int32 [1 or B, T]; may be traced.
+      given: what the density is conditional on.
       guidance: None for a single pass.
     """
 
     block: FlowBlock
     params: dict[str, Any]
     layers: list[Any]
-    reverse: bool | jax.Array
-    labels: jax.Array | None
-    noise_std: jax.Array | None
+    order: jax.Array
+    given: Given
     guidance: Guidance | None
 
     def caches(self, batch_size: int, length: int) -> Caches:
@@ -56,30 +54,38 @@ class BlockInverse:
 
         Returns (affine, caches), the caches with these tokens written.
         """
-        labels, noise_std, temperature = self.labels, self.noise_std, None
+        given, order, temperature = self.given, self.order, None
+        exists = given.exists(start + 1 + jnp.arange(x.shape[1]))
         if self.guidance is not None:
-            if labels is not None:
-                labels = _interleave(labels, jnp.full_like(labels, -1))
-            if noise_std is not None:
-                noise_std = _interleave(noise_std, noise_std)
             unguided = jnp.full(len(x), self.guidance.attention_temperature, jnp.float32)
             temperature = _interleave(jnp.ones_like(unguided), unguided)
+            given = jax.tree.map(_interleave, given, without_classes(given))
+            order = order if len(order) == 1 else _interleave(order, order)
             x = _interleave(x, x)  # [2B, S, D]
         run = functools.partial(self.block.apply, {"params": self.params})
         if caches is None:
-            affine = run(x, self.reverse, labels, noise_std, temperature, method="affine_of_next")
+            affine = run(x, order, given, temperature, method="affine_of_next")
         else:
             layer, written = TransformerLayer(self.block.config, self.block.kernels, parent=None), []
-            h, angles = run(x, self.reverse, labels, noise_std, start, method="embed")
+            h, angles = run(x, order, given, start, method="embed")
             for own, cache in zip(self.layers, caches, strict=True):
                 h, cache = layer.apply({"params": own}, h, temperature, angles, cache, start)
                 written.append(cache)
             affine, caches = run(h, method="project"), tuple(written)
         if self.guidance is None:
-            return affine, caches
+            return affine.where(exists), caches
         pairs = jax.tree.map(lambda both: both.reshape(-1, 2, *both.shape[1:]), affine)
         with_label, without = (jax.tree.map(lambda pair, i=i: pair[:, i], pairs) for i in range(2))
-        return guided(self.guidance, with_label, without, start, self.block.config.num_tokens), caches
+        affine = guided(self.guidance, with_label, without, start, self.block.config.num_tokens)
+        return affine.where(exists), caches
+
+
+def without_classes(given: Given) -> Given:
+    """What the unguided pass is given: no class and no condition."""
+    labels = None if given.labels is None else jnp.full_like(given.labels, -1)
+    return given._replace(
+        labels=labels, condition=None if given.condition is None else jnp.full_like(given.condition, jnp.nan)
+    )
 
 
 def _interleave(guided: jax.Array, unguided: jax.Array) -> jax.Array:
@@ -91,10 +97,9 @@ def block_inverse(
     flow: TarFlow,
     k: int,
     block_params: dict[str, Any],
-    reverse: bool | jax.Array,
-    labels: jax.Array | None = None,
+    order: jax.Array,
+    given: Given,
     guidance: Guidance | None = None,
-    noise_std: jax.Array | None = None,
 ) -> BlockInverse:
     """Block number k with these parameters, all-gathered and cast to the dtype of their matmuls."""
     config = flow.config
@@ -103,11 +108,11 @@ def block_inverse(
         guidance = None
     block = FlowBlock(config, k, flow.kernels, parent=None)
     layers = [jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(config.depths[k])]
-    return BlockInverse(block, params, layers, reverse, labels, noise_std, guidance)
+    return BlockInverse(block, params, layers, order, given, guidance)
 
 
 def equal_blocks(config: TarFlowConfig, decoders: tuple[Any, ...], guidance: Guidance | None) -> list[range]:
-    """Groups consecutive block numbers whose inverses differ in parameters and direction alone."""
+    """Groups consecutive block numbers whose inverses differ in parameters and order alone."""
 
     def kind(k: int) -> tuple[Any, ...]:
         limit = config.input_limit if k else config.image_limit

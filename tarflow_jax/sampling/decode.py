@@ -6,14 +6,27 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tarflow_jax.flow import TarFlow, cast_kernels, is_reversed, permute, to_images, to_tokens
+from tarflow_jax.flow import (
+    Given,
+    TarFlow,
+    block_orders,
+    cast_kernels,
+    from_tokens,
+    order_within,
+    permute,
+    standardised,
+    to_tokens,
+    to_units,
+    unpermute,
+)
+from tarflow_jax.likelihood import prior_log_prob
 from tarflow_jax.sampling.block_inverse import block_inverse, equal_blocks
 from tarflow_jax.sampling.decoders import Decoder, GaussSeidelJacobi, Inverted, Jacobi, Sequential, with_derivatives
 from tarflow_jax.sampling.guidance import Guidance
 
 
 class Decoded(NamedTuple):
-    """Images and how they were found. F is the number of blocks."""
+    """Images and how they were found. F is the number of blocks; a trajectory of sequences is standardised."""
 
     images: jax.Array  # float32 [B, H, W, K]
     log_det: jax.Array | None  # log |det d latents / d images| of the map that was inverted, float32 [B] in nats
@@ -31,15 +44,16 @@ def decode_trace(
     noise_std: jax.Array | None = None,
     guess: jax.Array | None = None,
     guidance: Guidance | None = None,
+    condition: jax.Array | None = None,
+    lengths: jax.Array | None = None,
     *,
     decoders: tuple[Decoder, ...] | None = None,
 ) -> Decoded:
     """Inverts the flow: equal blocks in one compiled loop, so that compiling takes no longer for many of them.
 
     Args:
-      latents: float32 [B, H, W, K], standard normal for samples.
-      labels: int32 [B], -1 for no class; None for no class anywhere.
-      noise_std: σ of the images, float32 [B], for a noise-conditional flow.
+      latents: float32 [B, H, W, K] or [B, T, D], standard normal for samples, 0 behind a sequence.
+      labels, noise_std, condition, lengths: as of `TarFlow`.
       guess: what each block is thought to read, as images [B, F, H, W, K] by block number, where `decoders` begin at
         a student's trajectory.
       guidance: None for one pass a block; with guidance there are two, even where its weight is 0.
@@ -47,7 +61,9 @@ def decode_trace(
     """
     config = flow.config
     decoders = decoders or (Sequential(),) * config.num_blocks
+    given = Given(labels, noise_std, standardised(variables, condition), lengths)
     tokens, log_det = to_tokens(config, latents), jnp.zeros(len(latents), jnp.float32)
+    orders = jnp.asarray(block_orders(config, variables))
     if config.volume_preserving:
         variance = variables["prior"]["variance"]
         tokens, log_det = tokens * jnp.sqrt(variance)[None], log_det - 0.5 * jnp.log(variance).sum()
@@ -56,30 +72,32 @@ def decode_trace(
     for numbers in reversed(equal_blocks(config, decoders, guidance)):
 
         def invert(tokens: jax.Array, block: Any, k: int = numbers[-1]) -> tuple[jax.Array, Inverted]:
-            params, reverse, guessed = block
-            given, z = (params, reverse, labels, guidance, noise_std), permute(tokens, reverse)
-            begin = None if guessed is None else permute(to_tokens(config, guessed), reverse)
+            params, order, guessed = block
+            order = jnp.asarray(order_within(order, lengths))
+            known, z = (params, order, given, guidance), permute(tokens, order)
+            begin = None if guessed is None else permute(to_tokens(config, guessed), order)
             if isinstance(decoders[k], Jacobi | GaussSeidelJacobi):
-                fixed, fixed_z, begin = jax.lax.stop_gradient((given, z, begin))
+                fixed, fixed_z, begin = jax.lax.stop_gradient((known, z, begin))
                 inverted = decoders[k].invert(block_inverse(flow, k, *fixed), fixed_z, begin)
-                inverted = with_derivatives(inverted, block_inverse(flow, k, *given), z)
+                inverted = with_derivatives(inverted, block_inverse(flow, k, *known), z)
             else:
-                inverted = decoders[k].invert(block_inverse(flow, k, *given), z, begin)
-            tokens = permute(inverted.x, reverse)
+                inverted = decoders[k].invert(block_inverse(flow, k, *known), z, begin)
+            tokens = unpermute(inverted.x, order)
             return tokens, inverted._replace(x=tokens)
 
         # Cast before they are stacked, which copies them.
         params = [cast_kernels(variables["params"][f"block_{k}"], config.compute_dtype) for k in numbers]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-        reverse = jnp.array([is_reversed(k) for k in numbers])
         guesses = None if guess is None else jnp.moveaxis(guess[:, numbers[0] : numbers[-1] + 1], 1, 0)
-        tokens, inverted = jax.lax.scan(invert, tokens, (stacked, reverse, guesses), reverse=True)
+        blocks = stacked, orders[numbers.start : numbers.stop], guesses
+        tokens, inverted = jax.lax.scan(invert, tokens, blocks, reverse=True)
         log_det = log_det + inverted.log_det.sum(0)
-        path += [to_images(config, x) for x in inverted.x][::-1]
+        path += [from_tokens(config, x) for x in inverted.x][::-1]
         found.insert(0, inverted)
+    tokens, units_log_det = to_units(config, variables, tokens, lengths)
     return Decoded(
-        to_images(config, tokens),
-        log_det,
+        from_tokens(config, tokens),
+        log_det + units_log_det,
         jnp.stack(path, axis=1),
         jnp.concatenate([inverted.updates for inverted in found]).T,
         jnp.concatenate([inverted.residual for inverted in found]).T,
@@ -90,6 +108,15 @@ def decode_trace(
 def decode(flow: TarFlow, variables: dict[str, Any], latents: jax.Array, *args: Any, **options: Any) -> jax.Array:
     """The images [B, H, W, K] of `decode_trace`, and nothing else of it computed; arguments as there."""
     return decode_trace(flow, variables, latents, *args, **options).images
+
+
+@functools.partial(jax.jit, static_argnames=("flow", "decoders"))
+def decode_log_prob(
+    flow: TarFlow, variables: dict[str, Any], latents: jax.Array, *args: Any, **options: Any
+) -> tuple[jax.Array, jax.Array]:
+    """The images of `decode_trace` and log q of each, float32 [B] in nats, if latents are drawn from N(0, I)."""
+    decoded = decode_trace(flow, variables, latents, *args, **options)
+    return decoded.images, decoded.log_det + prior_log_prob(flow.config, latents, options.get("lengths"))
 
 
 def guided_trajectory(
@@ -113,15 +140,13 @@ def guided_trajectory(
 
     Returns (latents [B, H, W, K], trajectory [B, F, H, W, K]: what each block reads, as images).
     """
-    config, guidance = flow.config, Guidance(weights)
+    config, guidance, given = flow.config, Guidance(weights), Given(labels, noise_std)
     tokens, read = to_tokens(config, images.astype(jnp.float32)), []
-    for k in range(config.num_blocks):
-        read.append(to_images(config, tokens))
-        reverse = is_reversed(k)
-        x = permute(tokens, reverse)
-        block = block_inverse(flow, k, variables["params"][f"block_{k}"], reverse, labels, guidance, noise_std)
-        affine, _ = block(x)
-        tokens = permute(affine.of_next_token().forward(x), reverse)
+    for k, order in enumerate(jnp.asarray(block_orders(config, variables))[:, None]):
+        read.append(from_tokens(config, tokens))
+        x = permute(tokens, order)
+        affine, _ = block_inverse(flow, k, variables["params"][f"block_{k}"], order, given, guidance)(x)
+        tokens = unpermute(affine.of_next_token().forward(x), order)
     if config.volume_preserving:
         tokens = tokens * jax.lax.rsqrt(variables["prior"]["variance"])[None]
-    return to_images(config, tokens), jnp.stack(read, axis=1)
+    return from_tokens(config, tokens), jnp.stack(read, axis=1)

@@ -56,6 +56,8 @@ def denoise(
     labels: jax.Array | None,
     noise_std: jax.Array | float,
     multiplier: jax.Array | float = 1.0,
+    condition: jax.Array | None = None,
+    lengths: jax.Array | None = None,
 ) -> jax.Array:
     """x̂ = y + s σ² ∇_y log p(y), the posterior mean of a clean image given a noisy one (equation 8 of the paper).
 
@@ -71,8 +73,8 @@ def denoise(
     variables = unit_prior(variables)
     # The examples are independent, so the gradient of the summed log-likelihood holds each one's own score.
     levels = jnp.broadcast_to(jnp.asarray(noise_std, jnp.float32), images.shape[:1])
-    score = jax.grad(lambda y: log_prob(flow, variables, y, labels, levels).sum())(images)
-    return images + multiplier * jnp.square(levels)[:, None, None, None] * score
+    score = jax.grad(lambda y: log_prob(flow, variables, y, labels, levels, condition, lengths).sum())(images)
+    return images + multiplier * jnp.square(levels).reshape(-1, *(1,) * (images.ndim - 1)) * score
 
 
 @functools.partial(jax.jit, static_argnames=("flow", "method", "trajectory"))

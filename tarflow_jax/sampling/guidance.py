@@ -64,7 +64,7 @@ class Guidance(Options):
             raise UserError(f"guidance.blocks is {self.blocks}; expected 'all' or at most {config.num_blocks}")
         if _equals(self.weight, 0):
             return None
-        if not config.num_classes and _equals(self.attention_temperature, 1):
+        if not (config.num_classes or config.condition_dim) and _equals(self.attention_temperature, 1):
             raise UserError(
                 "guidance by class needs a class-conditional model, this one has no classes; "
                 "set an attention temperature other than 1"

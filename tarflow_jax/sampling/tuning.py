@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tarflow_jax.flow import TarFlow, is_reversed, permute, to_tokens
+from tarflow_jax.flow import Given, TarFlow, block_orders, permute, to_tokens
 from tarflow_jax.runtime import progress
 from tarflow_jax.sampling.block_inverse import BlockInverse, block_inverse
 from tarflow_jax.sampling.decode import decode_trace
@@ -87,12 +87,12 @@ def tune(
     config, reports = flow.config, []
     path = decode_trace(flow, variables, latents, labels, noise_std, guidance=guidance).trajectory
     for k in progress(range(config.num_blocks), f"decoders of {len(latents)} images", unit="block"):
-        reverse, params = is_reversed(k), variables["params"][f"block_{k}"]
-        block = block_inverse(flow, k, params, reverse, labels, guidance, noise_std)
+        order, params = jnp.asarray(block_orders(config, variables))[k][None], variables["params"][f"block_{k}"]
+        block = block_inverse(flow, k, params, order, Given(labels, noise_std), guidance)
         step = config.num_blocks - k  # of the trajectory, after which this block is inverted
-        z, x = (permute(to_tokens(config, path[:, i]), reverse) for i in (step - 1, step))
+        z, x = (permute(to_tokens(config, path[:, i]), order) for i in (step - 1, step))
         if k == config.num_blocks - 1 and config.volume_preserving:
-            z = z * permute(jnp.sqrt(variables["prior"]["variance"])[None], reverse)
+            z = z * permute(jnp.sqrt(variables["prior"]["variance"])[None], order)
         reports.append(_tune_block(block, z, x, tolerance, max_error))
 
     exact, sequential_seconds = decode_with(None), _seconds(decode_with, None)

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tarflow_jax.flow import TarFlow, to_images
+from tarflow_jax.flow import TarFlow, from_tokens
 from tarflow_jax.student.network import Student
 
 _SOFTENING = 0.01  # c
@@ -18,7 +18,7 @@ def flow_trajectory(
     """Returns the latents [B, H, W, K] and the input of each block [B, F, H, W, K], as images; with no gradient."""
     (latents, _), sown = flow.apply(variables, noisy, labels, noise_std, mutable=["intermediates"])
     outputs = sown["intermediates"]["block_outputs"][:-1]
-    trajectory = jnp.stack([noisy, *(to_images(flow.config, tokens) for tokens in outputs)], axis=1)
+    trajectory = jnp.stack([noisy, *(from_tokens(flow.config, tokens) for tokens in outputs)], axis=1)
     return jax.lax.stop_gradient((latents, trajectory))
 
 

@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tarflow_jax.flow import Affine, Kernels, to_images, to_tokens
+from tarflow_jax.flow import Affine, Kernels, from_tokens, to_tokens
 from tarflow_jax.flow.block import class_vectors, embedding_init, position_init, rotary_angles
 from tarflow_jax.flow.transformer import kernel_init, stacked_layers
 from tarflow_jax.student.config import StudentConfig
@@ -43,7 +43,7 @@ class Student(nn.Module):
         for j in range(shape.num_blocks):
             block = StudentBlock(config, shape.depths[j], self.kernels, name=f"block_{j}")
             hidden, tokens = block(hidden, tokens, labels, weights)
-            outputs.append(to_images(shape, tokens))
+            outputs.append(from_tokens(shape, tokens))
         *between, images = outputs
         return images, jnp.stack(between[::-1], axis=1)
 
@@ -74,7 +74,7 @@ class StudentBlock(nn.Module):
             guide = dense(shape.width, use_bias=False, kernel_init=nn.initializers.zeros, name="guidance")
             given = jnp.zeros(len(x), jnp.float32) if weights is None else weights
             h = h + guide(waves(given / self.config.max_guidance).astype(dtype)).astype(jnp.float32)[:, None]
-        angles = jnp.asarray(rotary_angles(shape)) if shape.rotary else None
+        angles = jnp.asarray(rotary_angles(shape))[None] if shape.rotary else None
         layers = stacked_layers(shape, self.depth, self.kernels, causal=False, name="layers")
         h, _ = layers(h, None, angles)
         head = dense(2 * shape.token_dim, kernel_init=nn.initializers.zeros, name="project_out")

@@ -15,9 +15,9 @@ from tarflow_jax.data import ImageSource
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.bits_per_dim import loss_of, noisy_log_prob
 from tarflow_jax.flow import TarFlow, TarFlowConfig, updated_prior
-from tarflow_jax.likelihood import training_loss, unit_prior
+from tarflow_jax.likelihood import log_prob, training_loss, unit_prior
 from tarflow_jax.noise import Noise, to_float
-from tarflow_jax.runtime import BatchRunner, LazyRows, device_flow, training_kernels
+from tarflow_jax.runtime import BatchRunner, LazyRows, device_flow, exact, training_kernels
 from tarflow_jax.runtime.batch_runner import forward_bytes
 from tarflow_jax.sampling import guided_trajectory
 from tarflow_jax.student import Student, StudentConfig, distillation_loss
@@ -39,7 +39,7 @@ class Task(Protocol):
     def init(self, key: jax.Array) -> Variables:
         """Returns the initial variables: `params`, and whatever else training updates."""
 
-    def prepare(self, key: jax.Array, images: jax.Array, labels: jax.Array) -> Batch:
+    def prepare(self, key: jax.Array, images: Any, labels: Any) -> Batch:
         """Returns what the loss reads of uint8 images and int32 labels; all noise is drawn here, for the batch."""
 
     def loss(self, variables: Variables, batch: Batch, frozen: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
@@ -48,7 +48,7 @@ class Task(Protocol):
     def finish(self, variables: Variables, metrics: Metrics, outputs: Any) -> tuple[Variables, Metrics]:
         """Updates what no gradient does, from the whole batch's metrics and outputs."""
 
-    def test_loss(self, runner: BatchRunner, variables: Variables, source: ImageSource, frozen: Any) -> float:
+    def test_loss(self, runner: BatchRunner, variables: Variables, source: Any, frozen: Any) -> float:
         """Returns the loss of a split, with fixed noise."""
 
 
@@ -72,8 +72,7 @@ class FlowTask:
         return self.model.compute_dtype
 
     def init(self, key: jax.Array) -> Variables:
-        variables = TarFlow(self.model).init(key, jnp.zeros((1, *self.model.image_shape)), noise_std=jnp.ones(1))
-        return {name: variables[name] for name in ("params", "prior") if name in variables}
+        return _initialised(self.model, key)
 
     def prepare(self, key: jax.Array, images: jax.Array, labels: jax.Array) -> Batch:
         noise_key, drop_key = jax.random.split(key)
@@ -101,6 +100,54 @@ class FlowTask:
         if levels is None:
             return loss_of(log_probs, num_dims)
         return float(np.mean(levels * [loss_of(log_probs[i::_TEST_LEVELS], num_dims) for i in range(_TEST_LEVELS)]))
+
+
+class Arrays(NamedTuple):
+    """Sequences in their own units, in place of a batch's images."""
+
+    x: Any  # float32 [B, T, D] or [B, T]
+    condition: Any = None  # float32 [B, C] or [B, T, C]
+    lengths: Any = None  # int32 [B]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayTask:
+    """Maximum likelihood of sequences: `Arrays` in place of images, and as a split; `frozen` is unused."""
+
+    model: TarFlowConfig
+    drop_condition: float = 0.0  # probability of training a sequence without its label and condition
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.model.compute_dtype
+
+    def init(self, key: jax.Array) -> Variables:
+        return _initialised(self.model, key)
+
+    def prepare(self, key: jax.Array, images: Arrays, labels: jax.Array | None) -> Batch:
+        x, condition, lengths = images
+        dropped = jax.random.bernoulli(key, self.drop_condition, (len(x),))
+        if labels is not None:
+            labels = jnp.where(dropped, -1, labels)
+        if condition is not None:
+            condition = jnp.where(dropped.reshape(-1, *(1,) * (condition.ndim - 1)), jnp.nan, condition)
+        return x, labels, None, condition, lengths
+
+    def loss(self, variables: Variables, batch: Batch, frozen: None) -> tuple[jax.Array, tuple[Metrics, Any]]:
+        return training_loss(TarFlow(self.model, training_kernels(self.model)), variables, *batch)
+
+    def finish(self, variables: Variables, metrics: Metrics, outputs: Any) -> tuple[Variables, Metrics]:
+        return variables, metrics
+
+    def test_loss(
+        self, runner: BatchRunner, variables: Variables, source: tuple[Arrays, Any], frozen: None = None
+    ) -> float:
+        """The mean of -log p of sequences and labels, in nats."""
+        (x, condition, lengths), labels = source
+        rows = {"images": x, "labels": labels, "condition": condition, "lengths": lengths}
+        flow, size = device_flow(exact(self.model)), forward_bytes(self.model)
+        log_probs = runner.run(functools.partial(log_prob, flow), variables, rows, bytes_per_image=size)
+        return -float(log_probs.mean(dtype=np.float64))
 
 
 class Teacher(NamedTuple):
@@ -184,6 +231,11 @@ def _image_errors(
     student = Student(task.student, device_flow(task.student.shape).kernels)
     found, _ = student.apply(variables[1], latents, labels, None)
     return jnp.square(found - to_float(images)).mean((1, 2, 3))
+
+
+def _initialised(config: TarFlowConfig, key: jax.Array) -> Variables:
+    variables = TarFlow(config).init(key, jnp.zeros((1, *config.data_shape)), noise_std=jnp.ones(1))
+    return {name: variables[name] for name in ("params", "prior", "constants") if name in variables}
 
 
 def _dropped(key: jax.Array, labels: jax.Array, probability: float) -> jax.Array:
