@@ -118,7 +118,7 @@ def test_a_block_is_causal_in_its_own_order(k):
     params = random_variables(config)["params"]["block_1"]
 
     def forward(x):
-        z, _ = FlowBlock(config, 1).apply({"params": params}, unpermute(x[None], order), order)
+        z, _ = FlowBlock(config, 1).apply({"params": params}, unpermute(x[None], order), order, Given())
         return permute(z, order)[0]
 
     jacobian = jax.jit(jax.jacrev(forward))(to_tokens(config, images_of(config))[0])

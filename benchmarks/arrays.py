@@ -1,0 +1,145 @@
+"""Densities whose truth is known: nats that `tarflow_jax.fit` stays above the entropy.
+
+    python -m benchmarks.arrays [--targets moons,funnel] [--seeds 3] [--num_steps 2000] [--rows docs/results/arrays.jsonl]
+
+Fits 20,000 points, and measures the mean of log p - log q over 20,000 others: the Kullback-Leibler divergence, with its
+standard error. A row a target and seed, which is not measured again.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from scipy.special import logsumexp
+
+import tarflow_jax
+
+NUM_POINTS = 20_000
+
+
+class Target(NamedTuple):
+    """A density in closed form, or by quadrature."""
+
+    draw: Callable[[np.random.Generator, int], np.ndarray]  # points [count, F]
+    log_prob: Callable[[np.ndarray], np.ndarray]  # nats [count]
+
+
+def normal_log_prob(x: np.ndarray, mean: np.ndarray, std: float | np.ndarray) -> np.ndarray:
+    """log N(x; mean, std² I), summed over the last axis."""
+    return (-0.5 * np.square((x - mean) / std) - np.log(std) - 0.5 * np.log(2 * np.pi)).sum(-1)
+
+
+def gaussian(num_dims: int) -> Target:
+    """A Gaussian whose correlations are those of random factors."""
+    factors = np.random.default_rng(num_dims).normal(size=(num_dims, num_dims)) / np.sqrt(num_dims)
+    covariance = factors @ factors.T + 0.1 * np.eye(num_dims)
+    root, inverse = np.linalg.cholesky(covariance), np.linalg.inv(covariance)
+    constant = -0.5 * np.linalg.slogdet(2 * np.pi * covariance)[1]
+    return Target(
+        lambda rng, count: rng.normal(size=(count, num_dims)) @ root.T,
+        lambda x: constant - 0.5 * np.einsum("BF,FG,BG->B", x, inverse, x),
+    )
+
+
+def blurred(curve: Callable[[np.ndarray], np.ndarray], std: float, num_centres: int = 2000) -> Target:
+    """Uniform along a curve [0, 1) -> [F], with Gaussian noise; its density is a sum over points of the curve."""
+    centres = curve((np.arange(num_centres) + 0.5) / num_centres)
+
+    def log_prob(x: np.ndarray) -> np.ndarray:
+        parts = (normal_log_prob(part[:, None], centres[None], std) for part in np.array_split(x, 100))
+        return np.concatenate([logsumexp(part, axis=1) for part in parts]) - np.log(num_centres)
+
+    def draw(rng: np.random.Generator, count: int) -> np.ndarray:
+        return curve(rng.random(count)) + std * rng.normal(size=(count, 2))
+
+    return Target(draw, log_prob)
+
+
+def moons(shares: np.ndarray) -> np.ndarray:
+    """Two half circles, the first for shares below a half."""
+    angles, lower = 2 * np.pi * (shares % 0.5), shares >= 0.5
+    x = np.where(lower, 1 - np.cos(angles), np.cos(angles))
+    return np.stack([x, np.where(lower, 0.5 - np.sin(angles), np.sin(angles))], -1)
+
+
+def spirals(shares: np.ndarray) -> np.ndarray:
+    """Two arms of 1 1/2 turns."""
+    turns, sign = 3 * np.pi * np.sqrt(2 * (shares % 0.5)), np.where(shares >= 0.5, 1.0, -1.0)
+    return (sign * turns)[..., None] * np.stack([np.cos(turns), np.sin(turns)], -1) / 5
+
+
+def eight_gaussians(shares: np.ndarray) -> np.ndarray:
+    """Eight points on a circle."""
+    angles = np.floor(8 * shares) * np.pi / 4
+    return 2 * np.stack([np.cos(angles), np.sin(angles)], -1)
+
+
+def funnel() -> Target:
+    """Neal's funnel: v ~ N(0, 3²), and four others ~ N(0, exp(v))."""
+
+    def draw(rng: np.random.Generator, count: int) -> np.ndarray:
+        v = 3 * rng.normal(size=(count, 1))
+        return np.concatenate([v, np.exp(v / 2) * rng.normal(size=(count, 4))], axis=1)
+
+    def log_prob(x: np.ndarray) -> np.ndarray:
+        v, others = x[:, :1], x[:, 1:]
+        return normal_log_prob(v, np.zeros(1), 3.0) + normal_log_prob(others, np.zeros(1), np.exp(v / 2))
+
+    return Target(draw, log_prob)
+
+
+TARGETS = {
+    "gaussian 6": gaussian(6),
+    "gaussian 64": gaussian(64),
+    "moons": blurred(moons, 0.1),
+    "eight gaussians": blurred(eight_gaussians, 0.2, num_centres=8),
+    "spirals": blurred(spirals, 0.1),
+    "funnel": funnel(),
+}
+
+
+def measure(name: str, seed: int, num_steps: int) -> dict[str, object]:
+    """A row: the divergence of a fit, in nats, and its seconds, the compilation included."""
+    target, rng = TARGETS[name], np.random.default_rng(seed)
+    points, others = target.draw(rng, NUM_POINTS), target.draw(rng, NUM_POINTS)
+    start = time.perf_counter()
+    flow = tarflow_jax.fit(points, key=jax.random.key(seed), num_steps=num_steps)
+    seconds = time.perf_counter() - start
+    excess = target.log_prob(others) - np.asarray(flow.log_prob(others.astype(np.float32)))
+    return {
+        "target": name,
+        "seed": seed,
+        "num_steps": num_steps,
+        "nats": float(excess.mean()),
+        "standard_error": float(excess.std() / np.sqrt(NUM_POINTS)),
+        "seconds": round(seconds, 1),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def main() -> None:
+    """Appends the missing rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--targets", default=",".join(TARGETS), help="names, with commas between them")
+    parser.add_argument("--seeds", type=int, default=3, help="fits of each target")
+    parser.add_argument("--num_steps", type=int, default=2000, help="of a fit")
+    parser.add_argument("--rows", type=Path, default=Path("docs/results/arrays.jsonl"), help="file to append to")
+    args = parser.parse_args()
+    done = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
+    known = {(row["target"], row["seed"], row["num_steps"]) for row in done}
+    for name in args.targets.split(","):
+        for seed in range(args.seeds):
+            if (name, seed, args.num_steps) not in known:
+                line = json.dumps(measure(name, seed, args.num_steps))
+                print(line, flush=True)
+                with args.rows.open("a") as file:
+                    file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()
