@@ -1,9 +1,9 @@
 """Densities whose truth is known: nats that `tarflow_jax.fit` stays above the entropy.
 
-    python -m benchmarks.arrays [--targets moons,funnel] [--seeds 3] [--num_steps 2000] [--rows docs/results/arrays.jsonl]
+    python -m benchmarks.arrays [--targets moons,funnel] [--seeds 3] [--num_steps 2000] [--rows FILE.jsonl]
 
-Fits 20,000 points, and measures the mean of log p - log q over 20,000 others: the Kullback-Leibler divergence, with its
-standard error. A row a target and seed, which is not measured again.
+Fits 20,000 points, and measures the mean of log p - log q over 20,000 others: the Kullback-Leibler divergence, with
+its standard error. A row a target and seed, which is not measured again.
 """
 
 import argparse
