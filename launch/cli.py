@@ -17,6 +17,7 @@ from absl import app, flags
 from launch import end_at_signals, exit_code, on_signals
 from tarflow_jax.data import data_folder
 from tarflow_jax.errors import UserError, one_line
+from tarflow_jax.files import storage_failed
 from tarflow_jax.options import described
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import Preempted, start_processes, use_compilation_cache
@@ -49,12 +50,14 @@ def run(main: Callable[[Sequence[str]], int | None], *required: str) -> None:
     """
 
     def guarded(argv: Sequence[str]) -> int:
-        # Orbax and TFDS log every file, JAX every missing platform, the hub's client every request.
-        for chatty in ("absl", "jax", "httpx", "httpx2"):
+        # Orbax, TFDS and gcsfs log every file, JAX every missing platform, the hub's client every request.
+        for chatty in ("absl", "fsspec", "jax", "httpx", "httpx2"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
         for repeating in ("absl", "asyncio", "concurrent.futures"):  # a failed save is logged, then raised
             logging.getLogger(repeating).addFilter(lambda record: not record.exc_info)
         logging.getLogger("tarflow_jax").setLevel(logging.INFO)
+        logging.getLogger("gcsfs").setLevel(logging.DEBUG)
+        logging.getLogger("gcsfs").addFilter(_only_retries)
         end_at_signals()
         try:
             if argv[1:]:
@@ -71,11 +74,6 @@ def run(main: Callable[[Sequence[str]], int | None], *required: str) -> None:
         except Preempted as stop:
             print(f"stopped: {stop}", file=sys.stderr)
             return exit_code(stop.signal)
-        except (UserError, OSError, NonFiniteError) as error:
-            if TRACEBACK.value:
-                raise
-            print(f"error: {_plain(error)}", file=sys.stderr)
-            return EXIT_ERROR
         except jax.errors.JaxRuntimeError as error:
             if jax.process_count() == 1:
                 raise
@@ -86,8 +84,19 @@ def run(main: Callable[[Sequence[str]], int | None], *required: str) -> None:
                 flush=True,
             )
             os._exit(EXIT_ERROR)  # an ordinary exit would wait a minute for the others, which may be dead
+        except Exception as error:
+            if TRACEBACK.value or not (isinstance(error, UserError | NonFiniteError) or storage_failed(error)):
+                raise
+            print(f"error: {_plain(error)}", file=sys.stderr)
+            return EXIT_ERROR
 
     app.run(guarded, flags_parser=_parse_flags)
+
+
+def _only_retries(record: logging.LogRecord) -> bool:
+    """Of gcsfs's log, keeps that it tries again; what it raises in the end is shown as an error."""
+    record.levelno, record.levelname = logging.WARNING, "WARNING"
+    return "retrying after exception" in record.getMessage()
 
 
 def define_number(name: str, default: float, text: str) -> flags.FlagHolder[float]:
@@ -210,7 +219,7 @@ def _print_help(*, full: bool) -> None:
 
 def _plain(error: Exception) -> str:
     """Returns an error's message in one line; from ml_collections' traceback of a recipe, only the recipe's error."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()) or type(error).__name__
     return text.rpartition("Error: ")[2] if "Error whilst parsing config file" in text else text
 
 

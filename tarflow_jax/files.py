@@ -5,26 +5,34 @@ import errno
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import socket
 import threading
 import time
+import uuid
 import zipfile
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, TypeVar
 
 import filelock
+import fsspec
 import numpy as np
+import tensorstore
 from etils import epath
 
 from tarflow_jax.errors import UserError, one_line
 
-LEASE_S = 300
+LEASE_S, PROGRESS_S = 180, 30
 MAX_ARRAY_BYTES = 64 * 2**30  # 50,000 images of 512x512 take 37 GiB
 _MAX_DEFLATED = 1032  # bytes that one byte can unpack to, see zlib's technical details
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, quota or file size left
+fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False  # other processes write there, too
+_FAILED = ("ABORTED:", "DEADLINE_EXCEEDED:", "PERMISSION_DENIED:", "UNAVAILABLE:")  # by TensorStore
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
 _unfinished: set[epath.Path] = set()
 
 
@@ -38,7 +46,7 @@ def replacing(path: epath.PathLike) -> Iterator[IO[bytes]]:
         path.write_bytes(buffer.getvalue())
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"  # two containers may share a process id
     _unfinished.add(temporary)
     try:
         with naming(path), temporary.open("wb") as file:
@@ -71,7 +79,8 @@ def sole_user(folder: epath.PathLike) -> Iterator[None]:
     """Locks a folder against other processes that lock it, and creates it if it does not exist.
 
     On a disk, also one that several hosts share, the lock ends with the process, however that ends. In an object store
-    it is a lease, renewed every minute and void after `LEASE_S` seconds. Raises UserError if another process has it.
+    it is a lease: after a kill, the next process waits `LEASE_S` seconds, and a process that was suspended for longer
+    and then finds another in its place ends with exit code 1. Raises UserError if another process has the lock.
     """
     folder, me = epath.Path(folder), f"process {os.getpid()} on {socket.gethostname()}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,19 +102,47 @@ def sole_user(folder: epath.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lease(path: epath.Path, me: str) -> Iterator[None]:
-    found = json.loads(path.read_text()) if path.exists() else {"until": 0}
-    if found["until"] > time.time():
-        raise UserError(
-            f"{found['owner']} works in {path.parent}; wait for it, or stop it (if it was killed, this ends by itself "
-            f"in {found['until'] - time.time():.0f} s)"
-        )
-    ended = threading.Event()
+    """Owns an object by its generation, which every write changes; no clocks of two hosts are compared."""
+    content = json.dumps({"owner": me, "id": uuid.uuid4().hex}).encode()
+
+    def done(future: tensorstore.Future[T]) -> T:
+        try:
+            with progress(f"locking {path.parent}"):
+                return future.result(LEASE_S)
+        except (ValueError, TimeoutError) as error:
+            raise OSError(f"could not lock {path.parent}: {one_line(error)}") from error
+
+    def write(generation: bytes) -> bytes:
+        """Replaces this generation; returns the new one. Raises UserError if another process replaced it before."""
+        if written := done(store.write("", content, if_equal=generation)).generation:
+            return written
+        found = done(store.read(""))
+        if found.value != content:
+            raise _taken(path, found.value)
+        return found.stamp.generation  # an answer was lost, and TensorStore wrote again
+
+    store = done(tensorstore.KvStore.open(os.fspath(path)))
+    found = first = done(store.read(""))
+    last = time.monotonic() + LEASE_S
+    if found.value:
+        logger.info("%s is locked; waiting up to %d s, in case its process was killed", path.parent, LEASE_S)
+    while found.value and time.monotonic() < last:
+        if found.stamp.generation != first.stamp.generation:
+            raise _taken(path, found.value)
+        time.sleep(LEASE_S / 100)
+        found = done(store.read(""))
+    generation, ended = write(found.stamp.generation), threading.Event()
 
     def renew() -> None:
-        while True:
-            path.write_text(json.dumps({"owner": me, "until": time.time() + LEASE_S}))
-            if ended.wait(60):
-                return
+        nonlocal generation
+        while not ended.wait(LEASE_S / 6):
+            try:
+                generation = write(generation)
+            except UserError as error:
+                os.write(2, f"error: this process did not renew its lock in time: {error}\n".encode())
+                os._exit(1)  # before it writes among the files of the other
+            except OSError as error:
+                logger.warning("%s", error)
 
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()
@@ -114,7 +151,35 @@ def _lease(path: epath.Path, me: str) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            done(store.write("", None, if_equal=generation))
+
+
+def _taken(path: epath.Path, lease: bytes) -> UserError:
+    owner = json.loads(lease)["owner"] if lease else "another process"
+    return UserError(f"{owner} works in {path.parent}; wait for it, or stop it")
+
+
+@contextlib.contextmanager
+def progress(doing: str) -> Iterator[None]:
+    """Logs every `PROGRESS_S` seconds that this goes on: TensorStore retries for a quarter of an hour, in silence."""
+    begin, ended = time.monotonic(), threading.Event()
+
+    def report() -> None:
+        while not ended.wait(PROGRESS_S):
+            logger.warning("still %s after %.0f s", doing, time.monotonic() - begin)
+
+    threading.Thread(target=report, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def storage_failed(error: BaseException) -> bool:
+    """Whether a disk or an object store failed, rather than what it holds. The latter's clients raise no OSError."""
+    client = type(error).__module__.partition(".")[0]
+    return isinstance(error, OSError) or client in ("aiohttp", "gcsfs", "google") or str(error).startswith(_FAILED)
 
 
 def write_text(path: epath.PathLike, text: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from commands import NOT_OPTIMISED
+from object_store import BUCKET, NO_CREDENTIALS, ObjectStore
 
 # Before JAX is imported for the first time: it reads them only once. XLA_FLAGS="--xla_backend_optimization_level=3
 # --xla_cpu_use_fusion_emitters=true" has programs compiled as usual.
@@ -29,11 +30,14 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = (
     else tempfile.mkdtemp(prefix="tarflow_jax_compiled_")
 )
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ |= NO_CREDENTIALS
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
+from tensorboardX import record_writer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -55,6 +59,29 @@ def forget_programs():
     if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
         jax.clear_caches()
         gc.collect()
+
+
+@pytest.fixture(scope="session")
+def _store():
+    record_writer.GCSRecordWriter.__del__ = lambda self: None  # it would upload once more, when the server is gone
+    with ObjectStore() as store:  # one for all tests: clients remember where a bucket is
+        yield store
+
+
+@pytest.fixture
+def store(_store, monkeypatch):
+    """An empty `ObjectStore`, which gs:// means in this process and in those that it starts."""
+    _store.reset()
+    for name, value in _store.environment.items():
+        monkeypatch.setenv(name, value)
+    yield _store
+    _store.reset()
+
+
+@pytest.fixture
+def bucket(store):
+    """A folder in the object store."""
+    return epath.Path(f"gs://{BUCKET}/run")
 
 
 @dataclasses.dataclass(frozen=True)

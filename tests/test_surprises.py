@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import chex
@@ -155,23 +154,6 @@ def test_a_killed_process_leaves_its_folder_free(tmp_path):
     process.kill()
     process.communicate()
     with files.sole_user(tmp_path):
-        pass
-
-
-def test_an_object_store_s_lease_ends_by_itself(tmp_path, monkeypatch):
-    path = epath.Path(tmp_path / "lease.json")
-    write_text, written = type(path).write_text, threading.Event()
-    monkeypatch.setattr(type(path), "write_text", lambda self, text: (write_text(self, text), written.set()))
-    with files._lease(path, "process 1 on a"):
-        assert written.wait(60)
-        with pytest.raises(ValueError, match="process 1 on a works in"), files._lease(path, "process 2 on b"):
-            pass
-        kept = path.read_text()
-    assert not path.exists()
-    path.write_text(kept)  # the process was killed
-    later = time.time() + files.LEASE_S + 1
-    monkeypatch.setattr(files.time, "time", lambda: later)
-    with files._lease(path, "process 2 on b"):
         pass
 
 

@@ -18,7 +18,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from tarflow_jax.errors import UserError, one_line
-from tarflow_jax.files import is_remote
+from tarflow_jax.files import is_remote, progress, storage_failed
 from tarflow_jax.runtime import leaf_name
 
 logger = logging.getLogger(__name__)
@@ -280,7 +280,8 @@ def _on_all_processes(action: Callable[[], T]) -> T:
 def _read_errors(path: epath.Path) -> Iterator[None]:
     """Raises UserError if memory ran out, OSError if the disk or network failed, _DamagedError in all other cases."""
     try:
-        yield
+        with progress(f"reading {path}"):
+            yield
     except Exception as error:
         cause: BaseException = error
         while type(cause) is Exception and cause.__cause__:  # Orbax wraps errors of reading an array
@@ -291,7 +292,7 @@ def _read_errors(path: epath.Path) -> Iterator[None]:
                 f"not enough memory to restore {path}: {one_line(cause)}; use more devices (mesh.fsdp), or free some"
             ) from error
         missing = isinstance(cause, FileNotFoundError | IsADirectoryError | NotADirectoryError)
-        if isinstance(cause, OSError) and not missing:
+        if storage_failed(cause) and not missing:
             raise OSError(
                 f"could not read {path}: {one_line(cause)}; fix that and run the same command again, or move the "
                 "checkpoint elsewhere to use the previous one"
@@ -302,8 +303,11 @@ def _read_errors(path: epath.Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _write_errors(folder: epath.Path) -> Iterator[None]:
     try:
-        yield
-    except (OSError, ValueError) as error:  # TensorStore raises ValueError, also when a disk is full
+        with progress(f"writing a checkpoint to {folder}"):
+            yield
+    except Exception as error:
+        if not (isinstance(error, ValueError) or storage_failed(error)):  # TensorStore's of a full disk is a ValueError
+            raise
         reason = str(error).partition(" [tensorstore_spec=")[0]
         raise OSError(
             f"could not write a checkpoint in {folder}: {reason}; earlier ones are intact. "

@@ -1,0 +1,142 @@
+"""What is kept in an object store, gs://: locks, and what happens when the store fails."""
+
+import asyncio
+import random
+import time
+
+import gcsfs.retry
+import jax
+import numpy as np
+import pytest
+from orbax.checkpoint._src.serialization import tensorstore_utils
+
+from object_store import Object
+from tarflow_jax import files
+from tarflow_jax.training import Checkpoints
+
+STATE = {"kernel": jax.random.normal(jax.random.key(0), (64, 64)), "bias": np.ones(3, np.float32)}
+SHAPES = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), STATE)
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """The clients try as often as usual, gcsfs 6 times, but TensorStore only 9, and neither waits for long."""
+    sleep = asyncio.sleep
+    monkeypatch.setattr(gcsfs.retry.asyncio, "sleep", lambda seconds: sleep(seconds / 100))
+    retries = {"max_retries": 8, "initial_delay": "10ms", "max_delay": "100ms"}
+    monkeypatch.setitem(tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT, "gcs_request_retries", retries)
+
+
+@pytest.fixture
+def short_lease(monkeypatch):
+    monkeypatch.setattr(files, "LEASE_S", 0.6)
+
+
+def test_a_lease_refuses_others_while_it_is_renewed_and_ends_with_its_owner(store, bucket, short_lease):
+    with files.sole_user(bucket):
+        lease = store.objects["run/lease.json"]
+        with (
+            pytest.raises(ValueError, match=r"process \d+ on \S+ works in gs://bucket/run; wait"),
+            files.sole_user(bucket),
+        ):
+            pass
+        assert store.objects["run/lease.json"].generation > lease.generation
+    assert not store.objects
+    store.objects["run/lease.json"] = lease  # the process was killed
+    begin = time.monotonic()
+    with files.sole_user(bucket):
+        assert time.monotonic() - begin > files.LEASE_S
+
+
+def test_a_lease_whose_answers_are_lost_is_ours(store, bucket, short_lease):
+    writes = []
+
+    def lose_every_second(request):
+        writes.extend([request] if request.method == "POST" else [])
+        return "lost" if request.method == "POST" and len(writes) % 2 else None
+
+    store.fault = lose_every_second
+    with files.sole_user(bucket):
+        first = store.objects["run/lease.json"].generation
+        deadline = time.monotonic() + 60
+        while len(writes) < 6 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert store.objects["run/lease.json"].generation > first + 1
+    assert not store.objects
+    assert len(store.injected) >= 3
+
+
+def test_a_lock_that_the_store_refuses_or_delays_is_one_line(store, bucket, monkeypatch, caplog):
+    store.fault = lambda request: 403
+    with pytest.raises(OSError, match=r"could not lock gs://bucket/run: PERMISSION_DENIED: injected"):
+        files._lease(bucket / "lease.json", "a process").__enter__()
+    store.fault = lambda request: 503
+    monkeypatch.setattr(files, "LEASE_S", 1)
+    monkeypatch.setattr(files, "PROGRESS_S", 0.2)
+    with pytest.raises(OSError, match=r"could not lock gs://bucket/run: TimeoutError"):
+        files._lease(bucket / "lease.json", "a process").__enter__()
+    assert "still locking gs://bucket/run after" in caplog.text
+
+
+def test_what_another_process_wrote_is_seen(store, bucket):
+    files.write_text(bucket / "a" / "1.json", "{}")
+    assert [path.name for path in (bucket / "a").iterdir()] == ["1.json"]
+    store.objects["run/a/2.json"] = Object(b"{}", 10**6, time.time())
+    assert [path.name for path in (bucket / "a").iterdir()] == ["1.json", "2.json"]
+    del store.objects["run/a/1.json"]
+    assert not (bucket / "a" / "1.json").exists()
+
+
+@pytest.mark.parametrize("fault", [503, 429, "cut", "lost", 0.05])
+def test_a_failing_store_is_tried_again(store, bucket, impatient, fault):
+    rng = random.Random(0)
+    store.fault = lambda request: fault if rng.random() < 0.15 else None  # not always the same requests
+    checkpoints = Checkpoints(bucket / "checkpoints")
+    checkpoints.save(1, STATE, {"name": "run"}, test_loss=0.5)
+    checkpoints.wait()
+    step, found = checkpoints.restore(SHAPES)
+    assert (step, checkpoints.config()) == (1, {"name": "run"})
+    np.testing.assert_array_equal(found["kernel"], STATE["kernel"])
+    checkpoints.close()
+    files.write_text(bucket / "config.json", "{}")
+    assert (bucket / "config.json").read_text() == "{}"
+    assert len(store.injected) > 5
+
+
+PARTS = ["record/metadata", "state/_METADATA", "state/manifest.ocdbt", "state/ocdbt.process_0"]
+
+
+@pytest.mark.parametrize("fault", [503, "cut", 403])
+def test_a_checkpoint_that_the_store_does_not_give_out_is_not_damaged(store, bucket, impatient, fault, caplog):
+    checkpoints = Checkpoints(bucket / "checkpoints")
+    for step in (1, 2):
+        checkpoints.save(step, STATE, {})
+    checkpoints.wait()
+    for part in PARTS:
+        store.fault = lambda request, part=part: fault if f"2/{part}" in request.name else None
+        with pytest.raises(OSError, match=r"could not read gs://bucket/run/checkpoints/2: .*; fix that and run"):
+            checkpoints.restore(SHAPES)
+    assert "skipping" not in caplog.text
+    store.fault = lambda request: None
+    assert checkpoints.restore(SHAPES)[0] == 2
+    checkpoints.close()
+
+
+@pytest.mark.parametrize("fault", [503, "cut", 403])
+@pytest.mark.parametrize("part", [*PARTS, "commit_success.txt"])
+def test_a_checkpoint_that_the_store_does_not_take_is_one_line_and_earlier_ones_stay(
+    store, bucket, impatient, fault, part
+):
+    checkpoints = Checkpoints(bucket / "checkpoints")
+    checkpoints.save(1, STATE, {})
+    checkpoints.wait()
+    store.fault = lambda request: fault if f"2/{part}" in request.name else None
+    checkpoints.save(2, STATE, {})
+    with pytest.raises(OSError, match=r"could not write a checkpoint in gs://bucket/run/checkpoints: .*; earlier ones"):
+        checkpoints.wait()
+    store.fault = lambda request: None
+    assert checkpoints.restore(SHAPES)[0] == 1
+    checkpoints.save(2, STATE, {})
+    checkpoints.wait()
+    assert checkpoints.restore(SHAPES)[0] == 2
+    checkpoints.close()
