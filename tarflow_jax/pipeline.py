@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import logging
 import math
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from jax.sharding import Mesh
 from tarflow_jax import interop, likelihood, sampling
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.bits_per_dim import image_bits_per_dim
+from tarflow_jax.files import is_remote
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.interop import SavedModel
 from tarflow_jax.noise import Noise, to_float
@@ -137,7 +139,7 @@ class TarFlowPipeline:
         """Opens a training workdir, a saved model's folder, or a model of the hub ("owner/name").
 
         Args:
-          name: a workdir may be in an object store (gs://).
+          name: a folder may be in an object store (gs://).
           best: of a workdir, open the checkpoint of the lowest test loss instead of the last.
           options: `mesh` and `memory_bound`, see the constructor.
 
@@ -185,6 +187,15 @@ class TarFlowPipeline:
         Args:
           card: added to what is known of the run: its samples, and what launch.evaluate measured of these weights.
         """
+        if is_remote(interop.check_path(folder)):
+            with tempfile.TemporaryDirectory() as local:
+                interop.copy_model(folder, local)  # so that the same is replaced, or refused
+                try:
+                    self.save_pretrained(local, dtype=dtype, card=card)
+                except UserError as error:
+                    raise UserError(str(error).replace(local, os.fspath(folder))) from error
+                interop.copy_model(local, folder)
+            return
         variables, ema_params = self.variables, None
         if self._raw_params is not None:
             variables, ema_params = {**variables, "params": self._raw_params}, variables["params"]

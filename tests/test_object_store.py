@@ -2,17 +2,22 @@
 
 import asyncio
 import random
+import re
+import signal
 import time
 
+import chex
 import gcsfs.retry
 import jax
 import numpy as np
 import pytest
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
+import commands
 from object_store import Object
-from tarflow_jax import files
+from tarflow_jax import Noise, TarFlowPipeline, files
 from tarflow_jax.training import Checkpoints
+from tiny_models import TINY, random_variables
 
 STATE = {"kernel": jax.random.normal(jax.random.key(0), (64, 64)), "bias": np.ones(3, np.float32)}
 SHAPES = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), STATE)
@@ -85,6 +90,58 @@ def test_what_another_process_wrote_is_seen(store, bucket):
     assert [path.name for path in (bucket / "a").iterdir()] == ["1.json", "2.json"]
     del store.objects["run/a/1.json"]
     assert not (bucket / "a" / "1.json").exists()
+
+
+def test_a_model_is_saved_to_the_store_and_opened_from_it(store, bucket):
+    pipe = TarFlowPipeline(TINY, random_variables(TINY), Noise("gaussian", 0.1))
+    for _ in range(2):  # the second replaces the first
+        pipe.save_pretrained(bucket / "model")
+    assert set(store.objects) == {f"run/model/{name}" for name in ("config.json", "model.safetensors", "README.md")}
+    found = TarFlowPipeline.from_pretrained(bucket / "model")
+    chex.assert_trees_all_equal(found.variables, pipe.variables)
+    assert (found.config, found.student, found.schedule) == (TINY, None, None)
+    files.write_text(bucket / "config.json", "{}")
+    with pytest.raises(ValueError, match=r"gs://bucket/run holds config.json, which is not a saved model's"):
+        pipe.save_pretrained(bucket)
+    assert store.objects["run/config.json"].content == b"{}"
+    with pytest.raises(FileNotFoundError, match="no config.json in gs://bucket/none; expected a folder that save_"):
+        TarFlowPipeline.from_pretrained("gs://bucket/none")
+
+
+@pytest.mark.slow
+def test_of_several_that_start_at_once_one_has_the_lock():
+    code, out, err = commands.run("tests/races.py", 4)
+    assert (code, out) == (0, "4 races of 4 processes: one winner in each\n"), err
+
+
+@pytest.mark.slow
+def test_ended_at_any_request_a_run_goes_on_to_the_same_parameters(tmp_path):
+    code, out, err = commands.run("tests/object_store_kills.py", tmp_path, 3)
+    assert code == 0, err
+    assert "the same parameters, bit for bit" in out
+
+
+@pytest.mark.slow
+def test_a_process_that_slept_while_another_took_its_lock_ends(store, bucket, monkeypatch):
+    program = (
+        "from tarflow_jax import files\n"
+        "files.LEASE_S = 1\n"
+        f"with files.sole_user({str(bucket)!r}):\n"
+        "    print('in', flush=True)\n"
+        "    input()"
+    )
+    monkeypatch.setattr(files, "LEASE_S", 1)
+    process = commands.start("-c", program)
+    assert process.stdout.readline() == "in\n"
+    process.send_signal(signal.SIGSTOP)
+    with files.sole_user(bucket):
+        process.send_signal(signal.SIGCONT)
+        out, err = process.communicate(timeout=60)
+        assert (process.returncode, out) == (1, "")
+        assert re.search(
+            r"\nerror: this process did not renew its lock in time: process \d+ on \S+ works in gs://", err
+        )
+    assert not store.objects
 
 
 @pytest.mark.parametrize("fault", [503, 429, "cut", "lost", 0.05])

@@ -3,6 +3,7 @@
 from tarflow_jax.interop.model_folder import (
     SavedModel,
     check_path,
+    copy_model,
     load_model,
     load_student,
     local_folder,
@@ -14,6 +15,7 @@ from tarflow_jax.interop.torch_weights import load_torch, save_torch
 __all__ = [
     "SavedModel",
     "check_path",
+    "copy_model",
     "load_model",
     "load_student",
     "load_torch",

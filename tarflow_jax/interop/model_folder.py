@@ -6,12 +6,15 @@ for averaged parameters, and "prior/variance" in VP mode. Both are validated as 
 code.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import hashlib
 import json
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -253,13 +256,20 @@ def checksum(fields: Mapping[str, Any]) -> str:
 
 
 def local_folder(name: str | os.PathLike[str]) -> Path:
-    """Returns the folder `name`, or else downloads the hub's model "owner/name" and returns the copy's folder.
+    """Returns the folder `name`, or that of a copy of gs://… or of the hub's model "owner/name".
 
     A folder owner/name without a model, as commands make for the samples of a hub's model, does not hide that model.
 
     Raises FileNotFoundError: there is no such folder, and no such model on the hub or no network.
     """
-    folder = Path(check_path(name))
+    if is_remote(check_path(name)):
+        if not (epath.Path(name) / CONFIG).exists():
+            raise FileNotFoundError(f"no {CONFIG} in {name}; expected a folder that save_pretrained wrote")
+        copy = Path(tempfile.mkdtemp(prefix="tarflow_jax_"))
+        atexit.register(shutil.rmtree, copy, ignore_errors=True)
+        copy_model(name, copy)
+        return copy
+    folder = Path(name)
     hub_name = _HUB_NAME.fullmatch(str(name))
     if folder.is_dir() and ((folder / CONFIG).exists() or not hub_name):
         return folder
@@ -279,6 +289,17 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
     if not (copy / CONFIG).exists():
         raise FileNotFoundError(f"{name} on the hub has no {CONFIG}; expected a model that push_to_hub uploaded")
     return copy
+
+
+def copy_model(source: epath.PathLike, target: epath.PathLike) -> None:
+    """Copies a model folder's files from or to an object store, config.json last; removes those the source lacks."""
+    source, target = epath.Path(source), epath.Path(target)
+    for name in reversed(FILES):
+        if (source / name).exists():
+            with replacing(target / name) as file:
+                file.write((source / name).read_bytes())
+        else:
+            (target / name).unlink(missing_ok=True)
 
 
 def push_model(folder: str | os.PathLike[str], name: str, *, private: bool = False, token: str | None = None) -> str:
