@@ -127,10 +127,10 @@ def _lease(path: epath.Path, me: str) -> Iterator[None]:
     if found.value:
         logger.info("%s is locked; waiting up to %d s, in case its process was killed", path.parent, LEASE_S)
     while found.value and time.monotonic() < last:
-        if found.stamp.generation != first.stamp.generation:
-            raise _taken(path, found.value)
         time.sleep(LEASE_S / 100)
         found = done(store.read(""))
+        if found.value and found.stamp.generation != first.stamp.generation:
+            raise _taken(path, found.value)
     generation, ended = write(found.stamp.generation), threading.Event()
 
     def renew() -> None:

@@ -17,7 +17,7 @@ def compete(barrier, races, results):
     from tarflow_jax import files
     from tarflow_jax.errors import UserError
 
-    files.LEASE_S = 3
+    files.LEASE_S = 6
     for race in range(races):
         barrier.wait()
         try:

@@ -104,7 +104,7 @@ def test_a_model_is_saved_to_the_store_and_opened_from_it(store, bucket):
     with pytest.raises(ValueError, match=r"gs://bucket/run holds config.json, which is not a saved model's"):
         pipe.save_pretrained(bucket)
     assert store.objects["run/config.json"].content == b"{}"
-    with pytest.raises(FileNotFoundError, match="no config.json in gs://bucket/none; expected a folder that save_"):
+    with pytest.raises(FileNotFoundError, match=r"no config\.json in gs://bucket/none; expected a folder that save_"):
         TarFlowPipeline.from_pretrained("gs://bucket/none")
 
 
@@ -128,7 +128,8 @@ def test_a_process_that_slept_while_another_took_its_lock_ends(store, bucket, mo
         "files.LEASE_S = 1\n"
         f"with files.sole_user({str(bucket)!r}):\n"
         "    print('in', flush=True)\n"
-        "    input()"
+        "    import time\n"
+        "    time.sleep(60)"
     )
     monkeypatch.setattr(files, "LEASE_S", 1)
     process = commands.start("-c", program)
