@@ -51,7 +51,7 @@ def run(main: Callable[[Sequence[str]], int | None], *required: str) -> None:
 
     def guarded(argv: Sequence[str]) -> int:
         # Orbax, TFDS and gcsfs log every file, JAX every missing platform, the hub's client every request.
-        for chatty in ("absl", "fsspec", "jax", "httpx", "httpx2"):
+        for chatty in ("absl", "fsspec", "gcsfs.credentials", "jax", "httpx", "httpx2"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
         for repeating in ("absl", "asyncio", "concurrent.futures"):  # a failed save is logged, then raised
             logging.getLogger(repeating).addFilter(lambda record: not record.exc_info)
@@ -85,9 +85,11 @@ def run(main: Callable[[Sequence[str]], int | None], *required: str) -> None:
             )
             os._exit(EXIT_ERROR)  # an ordinary exit would wait a minute for the others, which may be dead
         except Exception as error:
-            if TRACEBACK.value or not (isinstance(error, UserError | NonFiniteError) or storage_failed(error)):
+            ours = isinstance(error, UserError | OSError | NonFiniteError)
+            if TRACEBACK.value or not (ours or storage_failed(error)):
                 raise
-            print(f"error: {_plain(error)}", file=sys.stderr)
+            message = _plain(error) if ours else f"the object store failed ({_plain(error)}); run it again"
+            print(f"error: {message}", file=sys.stderr)
             return EXIT_ERROR
 
     app.run(guarded, flags_parser=_parse_flags)
