@@ -1,5 +1,6 @@
 """Files in an object store."""
 
+import contextlib
 import json
 import os
 import tracemalloc
@@ -12,7 +13,7 @@ import pytest
 from configs import digits
 from tarflow_jax import figures
 from tarflow_jax.evaluation import generation
-from tarflow_jax.files import read_npz, replacing
+from tarflow_jax.files import read_npz, remove_unfinished, replacing
 from tarflow_jax.sampling import Schedule, Sequential
 from tarflow_jax.training import Recipe, metrics
 from tarflow_jax.training.workdir import write_results, write_start
@@ -62,6 +63,23 @@ def test_an_object_is_written_when_all_of_it_is_there(bucket):
     with pytest.raises(KeyError):
         half()
     assert not (bucket / "a.json").exists()
+
+
+def test_two_processes_of_one_number_write_one_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # as in two containers
+    path = tmp_path / "a.txt"
+    with replacing(path) as first, replacing(path) as second:
+        first.write(b"first")
+        second.write(b"second")
+        assert len(list(tmp_path.iterdir())) == 2
+        second.flush()
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
+    with contextlib.suppress(FileNotFoundError), replacing(path) as file:
+        file.write(b"half")
+        remove_unfinished()  # the process is asked to stop
+        assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == b"first"
 
 
 def rewritten(path, old, new):
