@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import traceback
 import types
 
 import chex
@@ -243,7 +244,7 @@ def test_all_is_released_though_the_last_save_failed(tmp_path, monkeypatch, seco
     monkeypatch.setattr(Checkpoints, "wait", failing(OSError("first")))
     with pytest.raises(OSError, match="second" if second else "first") as e:
         checkpoints.close()
-    assert "first" in str([e.value, e.value.__context__])
+    assert "first" in "".join(traceback.format_exception(e.value))
     assert closed[0] == "manager"
     assert closed[-1] == "states"
 

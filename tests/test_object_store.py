@@ -145,6 +145,22 @@ def test_a_process_that_slept_while_another_took_its_lock_ends(store, bucket, mo
     assert not store.objects
 
 
+@pytest.mark.slow
+def test_a_command_says_in_one_line_that_the_store_refuses(store, bucket):
+    train = ("launch.train", "--config=configs/digits.py:smoke", f"--workdir={bucket}", "--config.train.sample_every=0")
+    steps = ("--config.train.num_steps=4", "--config.train.checkpoint_every=2")
+    store.fault = lambda request: 403 if request.method == "POST" and "checkpoints/2/" in request.name else None
+    code, _, err = commands.run("-m", *train, *steps)
+    assert code == 1
+    assert re.fullmatch("error: could not write a checkpoint in gs://bucket/run/checkpoints: .*", err.splitlines()[-1])
+    assert "Traceback" not in err
+    assert "run/lease.json" not in store.objects
+    store.fault = lambda request: 403
+    code, _, err = commands.run("-m", "launch.sample", f"--workdir={bucket}")
+    assert (code, err.splitlines()[-1]) == (1, "error: Forbidden: b/bucket/o injected")
+    assert "Traceback" not in err
+
+
 @pytest.mark.parametrize("fault", [503, 429, "cut", "lost", 0.05])
 def test_a_failing_store_is_tried_again(store, bucket, impatient, fault):
     rng = random.Random(0)

@@ -133,8 +133,12 @@ class Checkpoints:
 
     def close(self) -> None:
         """Waits for the last checkpoint and releases everything, even if that checkpoint could not be written."""
-        with contextlib.closing(self._states), contextlib.closing(self._manager):
-            self.wait()
+        with contextlib.closing(self._states):
+            try:
+                self.wait()
+            finally:
+                with _write_errors(self._folder):
+                    self._manager.close()
 
     def should_preserve(self, checkpoints: Sequence[Any], **_: Any) -> list[bool]:
         """Tells Orbax which of these checkpoints, oldest first, to keep."""
