@@ -24,7 +24,8 @@ from etils import epath
 
 from tarflow_jax.errors import UserError, one_line
 
-LEASE_S, PROGRESS_S = 180, 30
+LEASE_S = 20  # less than the 30 s that gloo waits for the first process
+REQUEST_S, PROGRESS_S = 180, 30
 MAX_ARRAY_BYTES = 64 * 2**30  # 50,000 images of 512x512 take 37 GiB
 _MAX_DEFLATED = 1032  # bytes that one byte can unpack to, see zlib's technical details
 
@@ -108,7 +109,7 @@ def _lease(path: epath.Path, me: str) -> Iterator[None]:
     def done(future: tensorstore.Future[T]) -> T:
         try:
             with progress(f"locking {path.parent}"):
-                return future.result(LEASE_S)
+                return future.result(REQUEST_S)
         except (ValueError, TimeoutError) as error:
             raise OSError(f"could not lock {path.parent}: {one_line(error)}") from error
 

@@ -76,7 +76,7 @@ def test_a_lock_that_the_store_refuses_or_delays_is_one_line(store, bucket, monk
     with pytest.raises(OSError, match=r"could not lock gs://bucket/run: PERMISSION_DENIED: injected"):
         files._lease(bucket / "lease.json", "a process").__enter__()
     store.fault = lambda request: 503
-    monkeypatch.setattr(files, "LEASE_S", 1)
+    monkeypatch.setattr(files, "REQUEST_S", 1)
     monkeypatch.setattr(files, "PROGRESS_S", 0.2)
     with pytest.raises(OSError, match=r"could not lock gs://bucket/run: TimeoutError"):
         files._lease(bucket / "lease.json", "a process").__enter__()
