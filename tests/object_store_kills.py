@@ -54,7 +54,7 @@ def main(folder, num_kills, seed=0):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     files.LEASE_S = 2  # a run that was killed leaves its lease
     rng, where = np.random.default_rng(seed), collections.Counter()
-    num_steps = kill.STEPS_A_KILL * (num_kills + 1)
+    num_steps = 2 * kill.STEPS_A_KILL * (num_kills + 1)
     with ObjectStore() as store:
         os.environ |= store.environment
         for i in range(num_kills):
