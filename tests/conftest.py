@@ -37,7 +37,6 @@ import numpy as np
 import pytest
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
-from tensorboardX import record_writer
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -63,7 +62,6 @@ def forget_programs():
 
 @pytest.fixture(scope="session")
 def _store():
-    record_writer.GCSRecordWriter.__del__ = lambda self: None  # it would upload once more, when the server is gone
     with ObjectStore() as store:  # one for all tests: clients remember where a bucket is
         yield store
 

@@ -267,7 +267,7 @@ class _Handler(BaseHTTPRequestHandler):
         if key := query.get("upload_id"):
             self.resume(key, body)
         elif query["uploadType"] == "resumable":
-            key = str(next(self.store._numbers))
+            key = str(next(self.store._generations))
             name = name or json.loads(body)["name"]
             self.store.uploads[key] = (name, bytearray(), query)
             self.answer(200, Location=f"{self.store.url}/upload/storage/v1/b/{BUCKET}/o?upload_id={key}")

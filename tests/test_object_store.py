@@ -17,6 +17,7 @@ import commands
 from object_store import Object
 from tarflow_jax import Noise, TarFlowPipeline, files
 from tarflow_jax.training import Checkpoints
+from tarflow_jax.training.metrics import MetricsWriter
 from tiny_models import TINY, random_variables
 
 STATE = {"kernel": jax.random.normal(jax.random.key(0), (64, 64)), "bias": np.ones(3, np.float32)}
@@ -172,8 +173,12 @@ def test_a_failing_store_is_tried_again(store, bucket, impatient, fault):
     assert step == 1
     np.testing.assert_array_equal(found["kernel"], STATE["kernel"])
     checkpoints.close()
-    files.write_text(bucket / "config.json", "{}")
-    assert (bucket / "config.json").read_text() == "{}"
+    writer = MetricsWriter(bucket, 0)
+    for step in range(1, 11):
+        writer.write(step, {"loss": 0.5})
+        writer.flush()
+    writer.close()
+    assert len((bucket / "metrics.jsonl").read_text().splitlines()) == 10
     assert len(store.injected) > 5
 
 

@@ -6,16 +6,17 @@ import math
 import os
 import socket
 import time
+import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from etils import epath
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import RecordWriter
+from tensorboardX.record_writer import RecordWriter, register_writer_factory
 from tensorboardX.summary import scalar
 
-from tarflow_jax.files import is_remote, naming, write_text
+from tarflow_jax.files import is_remote, naming, replacing, write_text
 
 METRICS = "metrics.jsonl"
 
@@ -70,6 +71,25 @@ class MetricsWriter:
 
     def _add_event(self, step: int, **content: Any) -> None:
         self._events.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
+
+
+class _ObjectWriter:
+    """Writes events to an object store. tensorboardX's own raises if the answer to an upload was lost."""
+
+    def __init__(self, path: str) -> None:
+        self._path, self._content = path, bytearray()
+
+    def write(self, data: bytes) -> None:
+        self._content += data
+
+    def flush(self) -> None:
+        with replacing(self._path) as file:
+            file.write(self._content)
+
+    close = flush
+
+
+register_writer_factory("gs", types.SimpleNamespace(open=_ObjectWriter))
 
 
 def last_step(workdir: epath.PathLike) -> float:
