@@ -66,7 +66,7 @@ def main(folder, num_kills, seed=0):
             if name is None:
                 assert status == 0, f"the run ended with status {status} before it was killed"
                 break
-            where[f"{number.name} at {name.split('/')[1]}"] += 1
+            where[f"{number.name} at {name.removeprefix('killed/').split('/')[0] or 'the bucket'}"] += 1
             assert number == signal.SIGKILL or "killed/lease.json" not in store.objects
         killed = digest(store, "killed", num_steps)
         assert killed == digest(store, "whole", num_steps), "the parameters differ"
