@@ -45,11 +45,12 @@ nodes() {
   fi
 }
 
-on_all() { # runs a shell command on every worker
-  local node
+on_all() { # runs a shell command on every worker, also when it fails on others
+  local node code=0
   for node in $(nodes); do
-    gcloud_tpus tpu-vm ssh "$node" --worker=all "--command=$1"
+    gcloud_tpus tpu-vm ssh "$node" --worker=all "--command=$1" || code=$?
   done
+  return "$code"
 }
 
 create() {

@@ -4,6 +4,7 @@ import itertools
 import math
 import os
 import shlex
+import signal
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -92,32 +93,80 @@ def test_tpu_pod_refuses_in_one_line(arguments, message):
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_tpu_pod_runs_and_stops_the_command_on_a_worker(stand_in, tmp_path, monkeypatch):
-    home = tmp_path / "home"
-    python = home / "tarflow_venv" / "bin" / "python"
-    for folder in (python.parent, home / "tarflow_jax"):
-        folder.mkdir(parents=True)
-    os.mkfifo(tmp_path / "said")
-    # The worker is a shell in `home`; its Python is a script that reports its arguments and waits for a signal.
-    stand_in("gcloud", 'command="${@: -2:1}"', f'export HOME={home}; cd; exec bash -c "${{command#--command=}}"')
-    monkeypatch.setenv("SAID", str(tmp_path / "said"))
-    python.write_text(
-        "#!/usr/bin/env bash\ntrap 'kill $!; echo saved > $SAID; exit 75' TERM\n"
-        'printf "%s\\n" "$PWD" "$@" > $SAID\nsleep 60 & wait\n'
+@pytest.fixture
+def homes(stand_in, tmp_path):
+    """The homes of two workers; a gcloud that records what it is told, and copies there and runs there."""
+    stand_in(
+        "gcloud",
+        f'printf "%s\\n" "$*" >> {tmp_path}/told',
+        '[[ "$3 $4" == tpu-vm* ]] || exit 0',
+        f'if [[ $4 == scp ]]; then cp "$5" {tmp_path}/"${{6%:}}"; exit; fi',
+        f'export HOME={tmp_path}/"$5"; cd; exec bash -c "${{7#--command=}}"',
     )
-    python.chmod(0o755)
-    script = LAUNCH / "tpu_pod.sh"
-    runner = subprocess.Popen([script, "run", *TPU, *TRAIN], stderr=subprocess.PIPE)
-    listen = ["timeout", "60", "cat", str(tmp_path / "said")]
-    said = subprocess.check_output(listen, text=True).splitlines()
-    assert said == [str(home / "tarflow_jax"), "-m", *TRAIN, "--distributed"]
-    assert runner.communicate()[1] == b""
-    assert runner.returncode == 0
-    again = tpu_pod("run", *TPU, *TRAIN)
-    assert (again.returncode, again.stderr) == (1, "error: a run goes on; stop it first\n")
-    stopper = subprocess.Popen([script, "stop", *TPU])
-    assert subprocess.check_output(listen, text=True) == "saved\n"
-    assert stopper.wait() == 0
+    # The workers' Python reports its folder and arguments, waits for SIGTERM and reports that.
+    stand_in(
+        "worker_python",
+        "trap 'kill $!; echo saved > ~/said; exit 75' TERM",
+        'printf "%s\\n" "$PWD" "$@" > ~/said',
+        "sleep 60 & wait",
+    )
+    stand_in("python3", "mkdir -p ~/.local/bin", 'cp "$(command -v uv)" ~/.local/bin')  # python3 -m pip install uv
+    stand_in(
+        "uv",
+        'printf "%s\\n" "$*" >> ~/uv',
+        "mkdir -p ~/tarflow_venv/bin",
+        'cp "$(command -v worker_python)" ~/tarflow_venv/bin/python',
+    )
+    stand_in("tail", 'cat "${@: -1}"')
+    homes = [tmp_path / name for name in ("pod-0", "pod-1")]
+    for home in homes:
+        home.mkdir()
+        os.mkfifo(home / "said")
+    return homes
+
+
+def said(home):
+    return subprocess.check_output(["timeout", "60", "cat", str(home / "said")], text=True).splitlines()
+
+
+def test_tpu_pod_from_create_to_delete(homes, tmp_path, monkeypatch):
+    def starts(subcommand, *arguments):
+        command = [LAUNCH / "tpu_pod.sh", subcommand, *TPU, "--slices=2", *arguments]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def ends(process):
+        out, err = process.communicate(timeout=60)
+        return process.returncode, out, err
+
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    for subcommand in ("create", "copy", "install"):
+        assert ends(starts(subcommand)) == (0, "", "")
+    committed = subprocess.check_output(["git", "ls-tree", "-r", "--name-only", "HEAD"], cwd=ROOT, text=True)
+    for home in homes:
+        assert all((home / "tarflow_jax" / name).exists() for name in committed.splitlines())
+        assert (home / "uv").read_text().splitlines() == [
+            "venv --clear --python 3.11 tarflow_venv",
+            "pip install --python tarflow_venv --requirement tarflow_jax/requirements.txt jax[tpu]",
+        ]
+    runner = starts("run", *TRAIN)
+    for home in homes:
+        assert said(home) == [str(home / "tarflow_jax"), "-m", *TRAIN, "--distributed"]
+    assert ends(runner) == (0, "", "")
+    assert ends(starts("run", *TRAIN)) == (1, "", "error: a run goes on; stop it first\n" * 2)
+    (homes[0] / "tarflow.log").write_text("step 1\n")
+    assert ends(starts("logs")) == (0, "step 1\n", "")
+    # A slice whose run has crashed does not keep `stop` from the others.
+    os.kill(int((homes[0] / "tarflow.pid").read_text()), signal.SIGKILL)
+    (homes[0] / "tarflow.pid").write_text("4194304")  # larger than any; that of the killed one lasts until it is reaped
+    stopper = starts("stop")
+    assert said(homes[1]) == ["saved"]
+    code, _, err = ends(stopper)
+    assert (code, "No such process" in err) == (1, True)
+    assert ends(starts("delete")) == (0, "", "")
+    told = [line.split()[2:6] for line in (tmp_path / "told").read_text().splitlines()]
+    assert told[0] == ["queued-resources", "create", "pod", "--accelerator-type=v5litepod-256"]
+    assert told[-1] == ["queued-resources", "delete", "pod", "--force"]
+    assert [line[1] for line in told[1:-1]] == ["scp"] * 2 + ["ssh"] * 11
 
 
 @pytest.mark.parametrize(("tasks", "code", "requeued"), [(1, 0, ""), (16, 0, ""), (16, 75, "requeue 7\n"), (1, 1, "")])
@@ -144,6 +193,13 @@ def test_slurm_gives_a_node_s_only_process_all_of_its_gpus(stand_in, tmp_path, t
     }
     subprocess.run(["bash", LAUNCH / "slurm.sbatch", *TRAIN], env=environment, check=True)
     assert (tmp_path / "devices").read_text().strip() == devices
+
+
+def test_slurm_s_srun_gives_a_task_the_cores_that_sbatch_was_asked_for(stand_in, tmp_path):
+    stand_in("srun", f'echo "${{SRUN_CPUS_PER_TASK-}}" >> {tmp_path}/cores')
+    for variables in ({}, {"SLURM_CPUS_PER_TASK": "16"}):
+        subprocess.run(["bash", LAUNCH / "slurm.sbatch", *TRAIN], env=os.environ | variables, check=True)
+    assert (tmp_path / "cores").read_text() == "\n16\n"
 
 
 def test_slurm_s_options_ask_for_time_to_save_and_for_the_queue():
