@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -233,6 +234,19 @@ def test_packed_images_without_classes_have_no_labels(tmp_path, options):
 def shards_of(name: str) -> dict[str, tuple[int, bytes]]:
     folder = Path(name.removeprefix("packed:"))
     return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*.array_record")}
+
+
+def test_a_set_may_have_more_shards_than_a_process_has_open_files(classes, options, monkeypatch):
+    monkeypatch.setattr(packed, "IMAGES_PER_SHARD", 1)
+    name = data.prepare_source(f"folder:{classes}", **options)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, limits[1]))
+    try:
+        source = data.open_source(name, "train")
+        assert len(source) > 40
+        source.read(range(len(source)))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_packing_goes_on_where_it_stopped(classes, options, monkeypatch):

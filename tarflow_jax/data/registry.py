@@ -1,7 +1,9 @@
 """Opens and prepares data sets by name: `KIND` or `KIND:ARGUMENT`."""
 
+import contextlib
 import difflib
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -68,6 +70,10 @@ def open_source(
       UserError: unknown name, split or preprocessing, images of another size, or a damaged file.
       FileNotFoundError: the data are missing; the message says how to get them.
     """
+    # Every shard stays open. Of ImageNet's a thousand, more than the usual limit of 1,024 files allows.
+    _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS allows less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     options = Options(data_folder(data_dir), image_size, preprocessing, skip_bad, cache_bytes)
     kind, argument = _find(name, options)
     if split not in SPLITS:
