@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
 from PIL import Image
 from tqdm import tqdm
 
@@ -159,7 +160,7 @@ def _check_packed(name: str, folder: Path, key: str) -> None:
                 raise UserError(f"{folder / shard['file']}: changed since it was packed; remove {folder}")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: epath.Path) -> dict[str, Any]:
     """Reads the manifest of a packed set; raises FileNotFoundError where there is none, UserError if it is damaged."""
     path = folder / MANIFEST
     if not path.is_file():
@@ -190,12 +191,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def open_packed(argument: str, split: str, options: Options, name: str | None = None) -> EncodedSource:
-    """Opens one split of the packed set in the folder `argument`; `name` is for messages, "packed:FOLDER" if None.
+    """Opens one split of the packed set in the folder `argument`, which may be gs://: an image is then a request.
 
+    `name` is for messages, "packed:FOLDER" if None.
     Preprocessing "none" accepts the set as it was packed. Raises FileNotFoundError where there is no packed set, and
     UserError where it was packed with another preprocessing or shards are missing or truncated.
     """
-    folder, name = Path(argument).expanduser(), name or f"packed:{argument}"
+    folder, name = epath.Path(argument).expanduser(), name or f"packed:{argument}"
     manifest = read_manifest(folder)
     packed_with = manifest["preprocessing"]
     if options.preprocessing not in ("none", packed_with):
@@ -203,21 +205,29 @@ def open_packed(argument: str, split: str, options: Options, name: str | None = 
     if split not in manifest["splits"]:
         raise UserError(f"{name}: has no {split} split")
     shards = manifest["splits"][split]["shards"]
-    for shard in shards:
-        path = folder / shard["file"]
-        if not path.is_file() or path.stat().st_size != shard["bytes"]:
-            raise UserError(f"{path}: missing or truncated; copy or pack the set again")
+
+    def is_whole(shard: dict[str, Any]) -> bool:
+        try:
+            return (folder / shard["file"]).stat().length == shard["bytes"]
+        except FileNotFoundError:
+            return False
+
+    with ThreadPool(32) as pool:  # an object store takes its time to answer
+        for shard, whole in zip(shards, pool.map(is_whole, shards), strict=True):
+            if not whole:
+                raise UserError(f"{folder / shard['file']}: missing or truncated; copy or pack the set again")
     try:
         records = ArrayRecordDataSource([str(folder / shard["file"]) for shard in shards])
     except RuntimeError as error:
-        raise UserError(f"{name}: damaged shards ({error}); pack the set again") from None
+        raise UserError(f"{name}: shards cannot be read ({error}); if they are damaged, pack the set again") from None
 
     def item_at(index: int) -> Item:
         item = f"{split} image {index}"
         try:
             record = records[index]
         except RuntimeError as error:
-            raise UserError(f"{name}: {item}: damaged shard ({error}); pack the set again") from None
+            reason = f"cannot be read ({error}); if its shard is damaged, pack the set again"
+            raise UserError(f"{name}: {item} {reason}") from None
         return Item(item, LABEL.unpack_from(record)[0], lambda: record[LABEL.size :])
 
     source = EncodedSource(
