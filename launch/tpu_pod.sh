@@ -5,7 +5,8 @@
 #   launch/tpu_pod.sh create             request the slice; `status` shows ACTIVE once it is granted
 #   launch/tpu_pod.sh copy               copy the last commit to every worker
 #   launch/tpu_pod.sh install            install Python 3.11, requirements.txt and jax[tpu] on every worker
-#   launch/tpu_pod.sh run launch.train --config=configs/imagenet64_cond.py --workdir=gs://BUCKET/imagenet64_cond
+#   launch/tpu_pod.sh run launch.train --config=configs/imagenet64_cond.py --workdir=gs://BUCKET/imagenet64_cond \
+#     --config.data.source=packed:gs://BUCKET/DATA      what launch.prepare_data packed, copied there
 #   launch/tpu_pod.sh logs               follow the log of the first worker
 #   launch/tpu_pod.sh stop               save and stop; `run` with the same command continues
 #   launch/tpu_pod.sh delete             give the slice back, which ends its costs

@@ -225,6 +225,7 @@ def test_the_jobset_has_a_pod_for_each_host_of_its_topology():
     # Exit code 75 fails the job for the reason PodFailurePolicy, which restarts the set without limit.
     (rule,) = jobset["spec"]["failurePolicy"]["rules"]
     assert rule == {
+        "name": "preempted",
         "action": "RestartJobSetAndIgnoreMaxRestarts",
         "onJobFailureReasons": ["PodFailurePolicy"],
     }
