@@ -1,7 +1,7 @@
 """Runs launch/slurm.sbatch under a real Slurm of one node, which it starts and stops: as root, with no GPU, no systemd.
 
     apt-get install --no-install-recommends slurmctld slurmd slurm-client munge
-    python -m benchmarks.slurm [NUM_STEPS]
+    python -m benchmarks.slurm [NUM_STEPS [JOB ...]]       # JOB: "one process", "two processes", …; all by default
 
 One process; two processes; a job that fails; one stopped at its time limit, and one that a job of a higher partition
 preempts. The last two must queue themselves again and end with the parameters of the first.
@@ -109,12 +109,12 @@ def field(job: str, name: str) -> str:
 
 
 def main(argv: list[str]) -> None:
-    """Starts the cluster, runs the jobs, prints how they ended and the logs of those that were stopped."""
+    """Starts the cluster, runs the jobs, prints how they ended and the lines of their logs that say why."""
     num_steps = argv[1] if argv[1:] else "20000"
     with tempfile.TemporaryDirectory() as temporary, cluster(Path(temporary)):
         folder = Path(temporary)
         print(slurm("sinfo", "--version"))
-        for name in JOBS:
+        for name in argv[2:] or JOBS:
             job = submit(name, folder, num_steps)
             if name == "preempted":
                 while not (folder / name / "metrics.jsonl").exists():
@@ -124,12 +124,14 @@ def main(argv: list[str]) -> None:
                 time.sleep(0.5)
             words = (f"{key} {field(job, key)}" for key in ("JobState", "ExitCode", "Restarts"))
             print(f"{name}: {', '.join(words)}", flush=True)
-            if name != "fails":
+            if field(job, "JobState") == "COMPLETED":
                 found = fingerprint(TarFlowPipeline.from_pretrained(folder / name).variables)
                 print(f"  parameters {found}")
             log = (folder / f"{name}.log").read_text().replace("\r", "\n").splitlines()
-            said = ("error", "stopped", "slurm", "srun", "continuing", "I0000", "test loss")
-            print("\n".join(f"  {line}" for line in log if line.startswith(said) or " continuing " in line), flush=True)
+            said = ("error", "stopped", "slurm", "srun", "test loss")
+            print(
+                "\n".join(f"  {line}" for line in log if line.startswith(said) or "continuing from" in line), flush=True
+            )
 
 
 if __name__ == "__main__":
