@@ -54,7 +54,7 @@ PreemptMode=REQUEUE
 JobAcctGatherType=jobacct_gather/none
 GresTypes=gpu
 NodeName={host} CPUs={cpus} Gres=gpu:2 State=UNKNOWN
-PartitionName=low Nodes={host} Default=YES PriorityTier=1 GraceTime=60
+PartitionName=low Nodes={host} Default=YES PriorityTier=1 GraceTime=20
 PartitionName=high Nodes={host} PriorityTier=2 PreemptMode=OFF
 """
 

@@ -169,10 +169,22 @@ def test_tpu_pod_from_create_to_delete(homes, tmp_path, monkeypatch):
     assert [line[1] for line in told[1:-1]] == ["scp"] * 2 + ["ssh"] * 11
 
 
-@pytest.mark.parametrize(("tasks", "code", "requeued"), [(1, 0, ""), (16, 0, ""), (16, 75, "requeue 7\n"), (1, 1, "")])
-def test_slurm_runs_the_command_and_queues_it_again_when_it_was_stopped(stand_in, tmp_path, tasks, code, requeued):
+@pytest.mark.parametrize(
+    ("tasks", "code", "preempted", "requeued"),
+    [
+        (1, 0, "None", ""),
+        (16, 0, "None", ""),
+        (16, 75, "None", "requeue 7\n"),
+        (16, 75, "2026-11-28T21:33:34", ""),  # Slurm does, and a second request would run it again when it has ended
+        (1, 1, "None", ""),
+    ],
+)
+def test_slurm_runs_the_command_and_queues_it_again_when_it_was_stopped(
+    stand_in, tmp_path, tasks, code, preempted, requeued
+):
     stand_in("srun", f'printf "%s\\n" "$@" > {tmp_path}/srun', f"exit {code}")
-    stand_in("scontrol", f'echo "$@" > {tmp_path}/scontrol')
+    show = f'if [[ "$*" == "show job 7" ]]; then echo "   PreemptTime={preempted}"; exit; fi'
+    stand_in("scontrol", show, f'echo "$@" >> {tmp_path}/scontrol')
     (tmp_path / "scontrol").touch()
     environment = os.environ | {"SLURM_NTASKS": str(tasks), "SLURM_JOB_ID": "7"}
     done = subprocess.run(["bash", LAUNCH / "slurm.sbatch", *TRAIN], env=environment, check=False)
