@@ -110,6 +110,17 @@ def test_a_signal_stops_between_batches():
     assert calls == [1]
 
 
+def test_a_second_sigterm_does_not_keep_a_run_from_saving(monkeypatch):
+    exits = []
+    monkeypatch.setattr(os, "_exit", exits.append)
+    with PreemptionGuard() as guard:
+        for _ in range(2):  # Slurm sends it twice at once when it preempts without a grace time
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert (guard.signal, exits) == (signal.SIGTERM, [])
+        os.kill(os.getpid(), signal.SIGINT)
+        assert exits == [130]
+
+
 @pytest.mark.parametrize(
     ("files", "cores"),
     [

@@ -30,8 +30,8 @@ class Preempted(Exception):
 class PreemptionGuard:
     """A context in which a first signal does not end the process; poll `requested`, or call `stop_if_requested`.
 
-    A second signal ends it at once. If one of several processes (`start_processes`) gets SIGTERM, JAX notifies all of
-    them, so all must poll at the same places.
+    A second signal ends it at once, but for SIGTERM, which Slurm repeats. If one of several processes
+    (`start_processes`) gets SIGTERM, JAX notifies all of them, so all must poll at the same places.
 
     Attributes:
       signal: the number of the signal received; 0 if none.
@@ -64,9 +64,9 @@ class PreemptionGuard:
         return self.signal != 0
 
     def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
+        if self.signal and number != signal.SIGTERM:
             os._exit(128 + number)
-        self.signal = number
+        self.signal = self.signal or number
 
 
 def stop_if_requested() -> None:
