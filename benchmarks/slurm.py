@@ -3,8 +3,8 @@
     apt-get install --no-install-recommends slurmctld slurmd slurm-client munge
     python -m benchmarks.slurm [NUM_STEPS [JOB ...]]       # JOB: "one process", "two processes", …; all by default
 
-One process; two processes; a job that fails; one stopped at its time limit, and one that a job of a higher partition
-preempts. The last two must queue themselves again and end with the parameters of the first.
+One process; two processes; a job that fails; one stopped at its time limit, and two that a job of a higher partition
+preempts. The last three must be queued again and end with the parameters of the first.
 """
 
 import contextlib
@@ -25,7 +25,8 @@ JOBS = {  # options of sbatch
     "two processes": ("--ntasks-per-node=2",),
     "fails": (),
     "time limit": ("--time=4", "--signal=TERM@60"),
-    "preempted": (),
+    "preempted": (),  # with 20 s of grace
+    "preempted at once": (),
 }
 
 
@@ -54,7 +55,7 @@ PreemptMode=REQUEUE
 JobAcctGatherType=jobacct_gather/none
 GresTypes=gpu
 NodeName={host} CPUs={cpus} Gres=gpu:2 State=UNKNOWN
-PartitionName=low Nodes={host} Default=YES PriorityTier=1 GraceTime=20
+PartitionName=low Nodes={host} Default=YES PriorityTier=1
 PartitionName=high Nodes={host} PriorityTier=2 PreemptMode=OFF
 """
 
@@ -116,7 +117,8 @@ def main(argv: list[str]) -> None:
         print(slurm("sinfo", "--version"))
         for name in argv[2:] or JOBS:
             job = submit(name, folder, num_steps)
-            if name == "preempted":
+            if name.startswith("preempted"):
+                slurm("scontrol", "update", "PartitionName=low", f"GraceTime={20 if name == 'preempted' else 0}")
                 while not (folder / name / "metrics.jsonl").exists():
                     time.sleep(0.1)
                 slurm("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
