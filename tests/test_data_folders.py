@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 import commands
@@ -234,6 +235,24 @@ def test_packed_images_without_classes_have_no_labels(tmp_path, options):
 def shards_of(name: str) -> dict[str, tuple[int, bytes]]:
     folder = Path(name.removeprefix("packed:"))
     return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*.array_record")}
+
+
+def test_packed_sets_are_read_from_an_object_store(classes, options, store):
+    name = data.prepare_source(f"folder:{classes}", **options)
+    for path in Path(name.removeprefix("packed:")).iterdir():
+        (epath.Path("gs://bucket/set") / path.name).write_bytes(path.read_bytes())
+    here, there = (data.open_source(source, "train") for source in (name, "packed:gs://bucket/set"))
+    assert there.fingerprint == here.fingerprint
+    store.fault = lambda request: "cut" if request.number % 3 == 0 else None
+    for ours, theirs in zip(there.read(range(len(there))), here.read(range(len(here))), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    store.fault = lambda request: 404
+    with pytest.raises(ValueError, match=r"packed:gs://bucket/set: train image 0 cannot be read \(.*; if its shard is"):
+        there.read([0])
+    store.fault = lambda request: None
+    del store.objects["set/train-00000.array_record"]
+    with pytest.raises(ValueError, match=r"gs://bucket/set/train-00000\.array_record: missing or truncated"):
+        data.open_source("packed:gs://bucket/set", "train")
 
 
 def test_a_set_may_have_more_shards_than_a_process_has_open_files(classes, options, monkeypatch):
