@@ -84,7 +84,7 @@ def read(name: str, workers: int, num_batches: int) -> dict[str, Any]:
         next(stream)
     num_batches = max(num_batches, 10 * workers)  # five times as many as are read ahead
     start, cpu = time.perf_counter(), time.process_time()
-    images = np.concatenate([batch.image[:, 0, 0] for batch in islice(stream, num_batches)])
+    images = np.concatenate([batch.image[:, 0, 0].copy() for batch in islice(stream, num_batches)])
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     assert len(np.unique(images, axis=0)) == len(images)  # less than an epoch: no image twice
     row = {"workers": workers, "open s": opened, "first batch s": first, "images/s": len(images) / seconds}
