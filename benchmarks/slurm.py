@@ -122,7 +122,7 @@ def main(argv: list[str]) -> None:
                 while not (folder / name / "metrics.jsonl").exists():
                     time.sleep(0.1)
                 slurm("sbatch", "--partition=high", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
-            while field(job, "JobState") in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"):
+            while field(job, "JobState") not in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"):
                 time.sleep(0.5)
             words = (f"{key} {field(job, key)}" for key in ("JobState", "ExitCode", "Restarts"))
             print(f"{name}: {', '.join(words)}", flush=True)
