@@ -122,7 +122,8 @@ def training_loss(
       images: noisy float32 [B, H, W, K].
       labels: int32 [B], -1 for no class, or None.
       levels: for a flow conditional on noise levels; each image then counts by its σ.
-      condition, lengths: as of `TarFlow`; the mean is over all T tokens, and those that do not exist add nothing.
+      condition: as of `TarFlow`.
+      lengths: as of `TarFlow`; the mean is over all T tokens, and those that do not exist add nothing.
 
     Returns:
       (loss, (metrics, z)): metrics are scalars and `block_norms` [F], the root mean square of each block's output; with

@@ -352,7 +352,8 @@ class TarFlowPipeline:
           method: the steps, for a noise-conditional flow; None is a single step.
           key: of the noise that a method of kind "sde" draws.
           return_trajectory: also return the images before and after each of the method's N steps, [N + 1, B, H, W, K].
-          condition, mask: as of `encode`, for a single step.
+          condition: as of `encode`, for a single step.
+          mask: as of `encode`, for a single step.
 
         Raises:
           ValueError: the model was not trained with Gaussian noise, a method without levels or from below its lowest
@@ -458,7 +459,8 @@ class TarFlowPipeline:
             block number; `Tuned()`, what launch.tune_decoder found; or `Student()`, which makes clean images in one
             pass and is not the inverse.
           noise_std: as of `encode`; samples are drawn at the highest level, `drawn_level`.
-          condition, mask: as of `encode`.
+          condition: as of `encode`.
+          mask: as of `encode`.
 
         Returns:
           float32 [B, H, W, K].
@@ -596,7 +598,8 @@ class TarFlowPipeline:
             noise-conditional flow also takes the `IterativeDenoising` to use.
           denoise_multiplier: see `denoise`.
           decoder: see `decode`. The images of `Student()` are clean already.
-          condition, mask: as of `encode`.
+          condition: as of `encode`.
+          mask: as of `encode`.
           return_log_prob: also return log q of each sample, guidance included, from the inverse alone.
 
         Returns:

@@ -53,10 +53,13 @@ def decode_trace(
 
     Args:
       latents: float32 [B, H, W, K] or [B, T, D], standard normal for samples, 0 behind a sequence.
-      labels, noise_std, condition, lengths: as of `TarFlow`.
+      labels: as of `TarFlow`.
+      noise_std: as of `TarFlow`.
       guess: what each block is thought to read, as images [B, F, H, W, K] by block number, where `decoders` begin at
         a student's trajectory.
       guidance: None for one pass a block; with guidance there are two, even where its weight is 0.
+      condition: as of `TarFlow`.
+      lengths: as of `TarFlow`.
       decoders: how each block is inverted, by block number; None is `Sequential` for all.
     """
     config = flow.config
