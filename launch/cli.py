@@ -1,11 +1,14 @@
 """Shared by the commands: errors in one line, help, flags that several commands have, joining other processes."""
 
+import ctypes
 import difflib
 import logging
 import math
 import os
 import signal
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from absl import app, flags
 from launch import end_at_signals, exit_code, on_signals
 from tarflow_jax.data import data_folder
 from tarflow_jax.errors import UserError, one_line
-from tarflow_jax.files import storage_failed
+from tarflow_jax.files import remove_unfinished, storage_failed
 from tarflow_jax.options import described
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import Preempted, start_processes, use_compilation_cache
@@ -26,6 +29,8 @@ from tarflow_jax.training.loop import NonFiniteError
 from tarflow_jax.training.recipe import GROUPS, STUDENT_GROUPS, config_help
 
 EXIT_ERROR = 1
+PATIENCE_S = 10
+EXIT_TIMEOUT_S = 7 * 86_400  # the first process may measure a Fréchet distance for hours when the others have ended
 # The options of `Guidance` after its weight, in their order.
 GUIDANCE_FLAGS = ("guidance_target", "guidance_schedule", "attention_temperature", "guidance_rule", "guidance_blocks")
 DECODERS = {
@@ -74,22 +79,24 @@ def run(main: Callable[[Sequence[str]], int | None], *required: str) -> None:
         except Preempted as stop:
             print(f"stopped: {stop}", file=sys.stderr)
             return exit_code(stop.signal)
-        except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() == 1:
-                raise
-            print(
-                f"error: process {jax.process_index()} of {jax.process_count()}: {one_line(error)}; if another stopped "
-                "before, its log says why. Start all of them again with the same command",
-                file=sys.stderr,
-                flush=True,
-            )
-            os._exit(EXIT_ERROR)  # an ordinary exit would wait a minute for the others, which may be dead
         except Exception as error:
+            several = jax.distributed.is_initialized()
             ours = isinstance(error, UserError | OSError | NonFiniteError)
-            if TRACEBACK.value or not (ours or storage_failed(error)):
+            if isinstance(error, jax.errors.JaxRuntimeError) and several:
+                print(
+                    f"error: process {jax.process_index()} of {jax.process_count()}: {one_line(error)}; if another "
+                    "stopped before, its log says why. Start all of them again with the same command",
+                    file=sys.stderr,
+                )
+            elif (ours or storage_failed(error)) and not TRACEBACK.value:
+                message = _plain(error) if ours else f"the object store failed ({_plain(error)}); run it again"
+                print(f"error: {message}", file=sys.stderr)
+            elif several:
+                traceback.print_exc()
+            else:
                 raise
-            message = _plain(error) if ours else f"the object store failed ({_plain(error)}); run it again"
-            print(f"error: {message}", file=sys.stderr)
+            if several:
+                _end_alone()
             return EXIT_ERROR
 
     app.run(guarded, flags_parser=_parse_flags)
@@ -99,6 +106,30 @@ def _only_retries(record: logging.LogRecord) -> bool:
     """Of gcsfs's log, keeps that it tries again; what it raises in the end is shown as an error."""
     record.levelno, record.levelname = logging.WARNING, "WARNING"
     return "retrying after exception" in record.getMessage()
+
+
+def _end_alone() -> None:
+    """Ends this process, which failed, after `PATIENCE_S` seconds: an ordinary exit waits for the others to end."""
+    # If all failed they leave together. Without process 0, JAX would abort the others before they can say why.
+    leave = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    leave.start()
+    leave.join(PATIENCE_S)
+    remove_unfinished()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(EXIT_ERROR)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _on_abort(number: int) -> None:
+    """Ends a process that JAX aborts, from a thread of its own in which a handler of Python's would not run."""
+    remove_unfinished()
+    os.write(
+        2,
+        b"error: lost the other processes; the log of the one that failed first says why. "
+        b"Start all of them again with the same command\n",
+    )
+    os._exit(EXIT_ERROR)
 
 
 def define_number(name: str, default: float, text: str) -> flags.FlagHolder[float]:
@@ -186,7 +217,8 @@ def join_processes() -> bool:
     values = flags.FLAGS
     explicit = (values.coordinator_address, values.num_processes, values.process_id)
     if values.distributed:
-        start_processes(*explicit)
+        start_processes(*explicit, exit_timeout_s=EXIT_TIMEOUT_S)
+        ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
     elif any(value is not None for value in explicit):
         raise UserError("--coordinator_address, --num_processes and --process_id mean nothing without --distributed")
     return values.distributed

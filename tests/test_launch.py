@@ -1,6 +1,7 @@
 """The commands as a user runs them."""
 
 import json
+import re
 import signal
 import time
 
@@ -196,6 +197,34 @@ def test_only_errors_of_the_user_lose_their_traceback(error, flags, shows_traceb
     assert ("Traceback" in err) == shows_traceback
     if not shows_traceback:
         assert err == f"error: {error.split(chr(39))[1]}\n"
+
+
+def run_joined(main):
+    """Runs a command, `main`, as the second of two processes that seem to have met."""
+    program = (
+        "import os, jax\n"
+        "from launch import cli\n"
+        "cli.define_process_flags()\n"
+        "jax.distributed.initialize = lambda *_, **options: print(options['shutdown_timeout_seconds'])\n"
+        f"cli.run(lambda argv: cli.join_processes() and {main})\n"
+    )
+    return commands.run(
+        "-c", program, "--distributed", "--coordinator_address=host:1", "--num_processes=2", "--process_id=1"
+    )
+
+
+@pytest.mark.slow
+def test_processes_that_are_done_wait_for_the_first_for_days():
+    code, out, _ = run_joined("0")
+    assert code == 0
+    assert int(out) > 24 * 3600
+
+
+@pytest.mark.slow
+def test_a_process_that_jax_aborts_ends_in_a_line():
+    code, _, err = run_joined("os.abort()")
+    assert code == 1
+    assert re.fullmatch("error: lost the other processes; .+\n", err)
 
 
 def test_table_is_aligned_and_fills_gaps():

@@ -17,6 +17,7 @@ from configs import digits
 from tarflow_jax import TarFlowPipeline
 from tarflow_jax.evaluation.generation import read_samples
 from tarflow_jax.figures import to_uint8
+from tarflow_jax.files import sole_user
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.training import Recipe, train
 from tarflow_jax.training.workdir import read_workdir
@@ -202,6 +203,19 @@ def test_when_one_process_dies_the_other_says_so_and_ends(tmp_path):
             process.kill()
     assert processes[0].returncode == 1, said
     assert re.fullmatch(r"error: process 0 of 2: .+; if another stopped before, .+", said.splitlines()[-1])
+
+
+def test_when_one_process_fails_the_other_ends_too(tmp_path):
+    with sole_user(tmp_path):  # which the first alone tries to become
+        processes = start(2, lambda index: train_command(tmp_path), 1, slurm())
+        try:
+            said = [process.communicate(timeout=200)[1].splitlines() for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+    assert [process.returncode for process in processes] == [1, 1]
+    assert re.fullmatch(rf"error: process \d+ on .+ works in {tmp_path}; .+", said[0][-1])
+    assert said[1][-1].startswith("error: ")
 
 
 def test_processes_restore_the_same_step_or_none(tmp_path):

@@ -16,6 +16,7 @@ def start_processes(
     process_id: int | None = None,
     *,
     timeout_s: float = TIMEOUT_S,
+    exit_timeout_s: int = TIMEOUT_S,
 ) -> None:
     """Waits for all processes of the run. CPUs communicate through gloo.
 
@@ -26,6 +27,7 @@ def start_processes(
       num_processes: total number.
       process_id: index of this process, counted from 0.
       timeout_s: seconds to wait.
+      exit_timeout_s: seconds that a process waits at its exit for the others to end; then JAX aborts all.
 
     Raises:
       ValueError: no cluster that JAX knows, or only some of the arguments, or an impossible one.
@@ -39,7 +41,9 @@ def start_processes(
     def join() -> None:
         try:
             # Past its own time-out JAX aborts the process, so ours comes first.
-            jax.distributed.initialize(*given, initialization_timeout=int(timeout_s) + 60)
+            jax.distributed.initialize(
+                *given, initialization_timeout=int(timeout_s) + 60, shutdown_timeout_seconds=exit_timeout_s
+            )
         except Exception as error:
             failure.append(error)
 

@@ -216,7 +216,6 @@ def _check_arrays(path: epath.Path, stored: Mapping[str, str], expected: Mapping
             raise UserError(f"{path} holds another state than this config's: {name} is {there} there, {here} here")
 
 
-@jax.jit
 def _checksum(array: jax.Array) -> jax.Array:
     """A uint32 hash of elements and positions. It does not depend on the sharding; changing one element changes it."""
     word = array.view(f"uint{8 * array.dtype.itemsize}").astype(jnp.uint32)
@@ -229,9 +228,13 @@ def _checksum(array: jax.Array) -> jax.Array:
     return word.sum(dtype=jnp.uint32)
 
 
+@jax.jit  # One program: CPU processes wait for each other forever when many that communicate are under way.
+def _device_checksums(tree: Any) -> dict[str, jax.Array]:
+    return {leaf_name(path): _checksum(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
 def _checksums(tree: Any) -> dict[str, int]:
-    found = {leaf_name(path): _checksum(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-    return {name: int(checksum) for name, checksum in jax.device_get(found).items()}
+    return {name: int(checksum) for name, checksum in jax.device_get(_device_checksums(tree)).items()}
 
 
 def _check_values(state: Any, expected: Mapping[str, int]) -> None:
