@@ -5,6 +5,7 @@ They start in a second instead of ten. Until it forks, this process must not ini
 
 import atexit
 import functools
+import importlib
 import itertools
 import os
 import re
@@ -130,6 +131,8 @@ def clock_file(port: int, index: int) -> Path:
 def _run_command(
     arguments: Sequence[str], index: int, layout: Layout, port: int, pace: float, keep: Path | None
 ) -> None:
+    sys.argv = ["-m", *arguments[1:]]
+    importlib.import_module("launch")  # from here on signals end it, as in a command's first tenth of a second
     count, devices = layout
     os.environ["XLA_FLAGS"] = f"{XLA}{devices}"
     os.environ["FAKETIME_TIMESTAMP_FILE"] = str(clock_file(port, index))
@@ -143,9 +146,24 @@ def _run_command(
         figures.to_uint8 = generation.to_uint8 = _kept(keep, figures.to_uint8)
     if count > 1:
         where = [f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={count}", f"--process_id={index}"]
-        arguments = [*arguments, "--distributed", *where]
-    sys.argv = ["-m", *arguments[1:]]
+        sys.argv += ["--distributed", *where]
+    _keep_programs_of_all_processes()
     runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+
+
+def _keep_programs_of_all_processes() -> None:
+    """Has every process write to the compilation cache: JAX lets the first alone, but those of CPUs share none."""
+    compiler = importlib.import_module("jax._src.compiler")
+    write, state = compiler._cache_write, compiler.distributed.global_state
+
+    def write_anyhow(*args: Any) -> None:
+        own, state.process_id = state.process_id, 0
+        try:
+            write(*args)
+        finally:
+            state.process_id = own
+
+    compiler._cache_write = write_anyhow
 
 
 def _kept(folder: Path, function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:

@@ -96,7 +96,7 @@ def run(main: Callable[[Sequence[str]], int | None], *required: str) -> None:
             else:
                 raise
             if several:
-                _end_alone()
+                _end_alone(met=not isinstance(error, TimeoutError))
             return EXIT_ERROR
 
     app.run(guarded, flags_parser=_parse_flags)
@@ -108,12 +108,13 @@ def _only_retries(record: logging.LogRecord) -> bool:
     return "retrying after exception" in record.getMessage()
 
 
-def _end_alone() -> None:
-    """Ends this process, which failed, after `PATIENCE_S` seconds: an ordinary exit waits for the others to end."""
-    # If all failed they leave together. Without process 0, JAX would abort the others before they can say why.
-    leave = threading.Thread(target=jax.distributed.shutdown, daemon=True)
-    leave.start()
-    leave.join(PATIENCE_S)
+def _end_alone(*, met: bool) -> None:
+    """Ends this process, which failed, after at most `PATIENCE_S`: an ordinary exit waits until all others end."""
+    if met:
+        # If all failed they leave together. Without process 0, JAX would abort the others before they can say why.
+        leave = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+        leave.start()
+        leave.join(PATIENCE_S)
     remove_unfinished()
     sys.stdout.flush()
     sys.stderr.flush()

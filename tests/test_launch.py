@@ -227,6 +227,21 @@ def test_a_process_that_jax_aborts_ends_in_a_line():
     assert re.fullmatch("error: lost the other processes; .+\n", err)
 
 
+@pytest.mark.slow
+def test_a_process_that_meets_no_other_says_so():
+    program = (
+        "from launch import cli\n"
+        "from tarflow_jax.runtime import start_processes\n"
+        "cli.define_process_flags()\n"
+        "start_processes.__kwdefaults__['timeout_s'] = 1\n"
+        "cli.run(lambda argv: cli.join_processes() and 0)\n"
+    )
+    flags = ("--distributed", "--coordinator_address=localhost:1", "--num_processes=2", "--process_id=1")
+    code, _, err = commands.run("-c", program, *flags)
+    assert code == 1
+    assert re.fullmatch("error: not all of 2 processes met at localhost:1 within 1 s .+\n", err)
+
+
 def test_table_is_aligned_and_fills_gaps():
     table = cli.format_table([{"guidance": 0.0, "FID": 12.345678}, {"guidance": 1.5, "recall": 0.5}])
     assert table.splitlines() == [
