@@ -218,6 +218,18 @@ def test_when_one_process_fails_the_other_ends_too(tmp_path):
     assert said[1][-1].startswith("error: ")
 
 
+def test_a_process_that_cannot_save_says_so_while_the_others_wait_for_it(tmp_path):
+    processes = start(2, lambda index: ["tests/save_apart.py", tmp_path], 1, slurm())
+    try:
+        said, _ = processes[1].communicate(timeout=120)
+    finally:
+        for process in processes:
+            process.kill()
+        processes[0].communicate()
+    assert f"could not write a checkpoint in {tmp_path}/checkpoints: " in said
+    assert (tmp_path / "checkpoints" / "1").is_dir()
+
+
 def test_processes_restore_the_same_step_or_none(tmp_path):
     codes, lines = finish(start(2, lambda index: ["tests/restore_apart.py", tmp_path], 1, slurm()))
     assert codes == [0, 0]

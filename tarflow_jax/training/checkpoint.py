@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import math
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -41,7 +42,11 @@ class Checkpoints:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._keep = keep
         # All processes must try the same steps, even if a shared disk shows them new files at different times.
-        options = ocp.CheckpointManagerOptions(preservation_policy=self, single_host_load_and_broadcast=True)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self,
+            single_host_load_and_broadcast=True,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier),
+        )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
         # Not the manager's `restore`, in which the other processes wait for one that failed.
         self._states = ocp.PyTreeCheckpointHandler()
@@ -191,6 +196,16 @@ def recorded_config(folder: epath.Path) -> tuple[int, dict[str, Any] | None]:
         with contextlib.suppress(_DamagedError), _read_errors(path):  # `restore` will name the damage
             return step, _load_record(path)["config"]
     return 0, None
+
+
+def _barrier(*, key: str, timeout_ms: int) -> None:
+    """Waits for the other processes, except in one whose save failed.
+
+    Orbax has that one wait, before it says so, for the others, which wait for it at another barrier: for 20 minutes.
+    """
+    if error := sys.exception():
+        raise error
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def _load_record(path: epath.Path) -> dict[str, Any]:
