@@ -3,7 +3,6 @@
     python -m benchmarks.rehearsal matrix               # each command on each mesh, against one process
     python -m benchmarks.rehearsal topology             # other processes and another mesh at each start
     python -m benchmarks.rehearsal faults --tries=30    # each fault at random moments of a training
-    python -m benchmarks.rehearsal tables               # of --rows, as Markdown
 
 What --rows has is not run again. Some faults need root, for a network and a disk of their own. Before faults of the
 clock, export LD_PRELOAD=libfaketime.so.1 DONT_FAKE_MONOTONIC=1 FAKETIME_CACHE_DURATION=1.
@@ -46,10 +45,11 @@ FIELDS = {
     "train.sample_every": 12, "train.evaluate_every": 12, "train.log_every": 1,
 }  # fmt: skip
 STUDENT_FIELDS = {"train.num_steps": 8, "train.checkpoint_every": 4, "train.log_every": 1}
-DISTURBED_FIELDS = {"train.num_steps": 100, "train.sample_every": 0, "train.evaluate_every": 0}
+DISTURBED_FIELDS = {"train.sample_every": 0, "train.evaluate_every": 0}
 PACE_S = 0.1  # that a step takes longer, so that most faults come while it trains
+CLOCK_S = 15  # that it goes on after its clock has jumped, before it is asked to stop
 START_S = 15  # in which a fault comes before the first step
-LIMIT_S = 120  # by then all must have ended
+LIMIT_S = 150  # by then all must have ended
 
 
 def config(fields: dict[str, Any], mesh: str) -> list[str]:
@@ -243,6 +243,13 @@ def send(number: int) -> Callable[[Run, int, Path], None]:
     return lambda run, victim, _: os.kill(run.ids[victim], number)
 
 
+def send_all(run: Run, victim: int, workdir: Path) -> None:
+    """Sends SIGTERM to all that still run."""
+    for i, child in enumerate(run.ids):
+        if i not in run.ends:
+            os.kill(child, signal.SIGTERM)
+
+
 def clock(text: str) -> Callable[[Run, int, Path], Any]:
     """A function that moves the victim's clock."""
     return lambda run, victim, _: clock_file(run.port, victim).write_text(text)
@@ -257,7 +264,7 @@ def fill(run: Run, victim: int, workdir: Path) -> None:
 FAULTS: dict[str, Fault] = {
     "kill -9 of one": fault(send(signal.SIGKILL)),
     "SIGTERM to one": fault(send(signal.SIGTERM)),
-    "SIGTERM to all": fault(lambda run, *_: [os.kill(child, signal.SIGTERM) for child in run.ids]),
+    "SIGTERM to all": fault(send_all),
     "one hangs": fault(send(signal.SIGSTOP), send(signal.SIGCONT)),
     "connections closed": fault(shell("for i in $(seq 20); do ss -K state established; done")),  # one at a time
     "network cut": fault(shell("ip link set lo down"), shell("ip link set lo up")),
@@ -283,6 +290,8 @@ def disturb(kind: str, workdir: Path, log: Path, command: list[str], random: np.
     others = everyone - ({victim} if kind in ("kill -9 of one", "one hangs") else set())
     if not early:
         with FAULTS[kind](run, victim, workdir):
+            if kind.startswith("clock") and not run.wait(CLOCK_S):  # it goes on
+                send_all(run, victim, workdir)
             bounded = run.wait(LIMIT_S, others)
     bounded = run.wait(LIMIT_S) and (early or bounded)
     run.kill()
@@ -305,25 +314,32 @@ def faults(rows: Rows, folder: Path, kinds: list[str], tries: int) -> None:
         shell("ip link set lo up")()
     disk = folder / "disk"
     disk.mkdir(parents=True, exist_ok=True)
-    whole = undisturbed(folder, TWO, "fsdp", **DISTURBED_FIELDS)
+    fields = DISTURBED_FIELDS | {"train.num_steps": 20 + 8 * len(kinds)}
+    whole = undisturbed(folder / f"of {len(kinds)} kinds", TWO, "fsdp", **fields)
     with contextlib.ExitStack() as mounted:
         if "disk full" in kinds:
             shell(f"mount -t tmpfs -o size=32m tmpfs {disk}")()
             mounted.callback(shell(f"umount --lazy {disk}"))
         for number in range(tries):
-            if rows.have(part="faults", number=number, kind="none"):
+            if rows.have(part="faults", number=number, kind="none", kinds=kinds):
                 continue
             random, workdir, saved = np.random.default_rng(number), disk / str(number), 0
             shutil.rmtree(workdir, ignore_errors=True)
             workdir.mkdir()
-            command = train_command(workdir, "fsdp", **DISTURBED_FIELDS)
+            command = train_command(workdir, "fsdp", **fields)
             for kind in map(str, random.permutation(kinds)):
                 row = disturb(kind, workdir, folder / "log" / f"{number} {kind}", command, random)
                 row["lost"] = row["step"] < saved or 0 < row["continued from"] < saved
                 rows.add({"part": "faults", "number": number, **row})
                 saved = saved_step(workdir)
             run = Run(folder / "log" / f"{number} none", TWO, *command)
-            row = {"part": "faults", "number": number, "kind": "none", "seconds": round(run.finish(), 1)}
+            row = {
+                "part": "faults",
+                "number": number,
+                "kind": "none",
+                "kinds": kinds,
+                "seconds": round(run.finish(), 1),
+            }
             row["losses"] = difference(losses(workdir), losses(whole))
             rows.add(row | {"parameters": difference(parameters(workdir), parameters(whole))})
             shutil.rmtree(workdir)
