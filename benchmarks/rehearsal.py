@@ -47,7 +47,7 @@ FIELDS = {
 STUDENT_FIELDS = {"train.num_steps": 8, "train.checkpoint_every": 4, "train.log_every": 1}
 DISTURBED_FIELDS = {"train.sample_every": 0, "train.evaluate_every": 0}
 PACE_S = 0.1  # that a step takes longer, so that most faults come while it trains
-CLOCK_S = 15  # that it goes on after its clock has jumped, before it is asked to stop
+CLOCK_S = 15  # that it goes on after its clock has jumped, before it is killed
 START_S = 15  # in which a fault comes before the first step
 LIMIT_S = 150  # by then all must have ended
 
@@ -91,10 +91,11 @@ def numbers(tree: Any) -> list[float]:
 
 
 def losses(workdir: Path) -> list[float]:
-    """Losses of a training, the final test loss included."""
+    """Losses of a training's steps, and its last test loss; a run that is stopped leaves out other evaluations."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    found = [line[name] for line in lines for name in ("loss", "test_loss") if name in line]
-    return found + numbers(json.loads((workdir / "results.json").read_text()))
+    return [line["loss"] for line in lines if "loss" in line] + numbers(
+        json.loads((workdir / "results.json").read_text())
+    )
 
 
 def figures(command: str, workdir: Path) -> list[float]:
@@ -290,14 +291,15 @@ def disturb(kind: str, workdir: Path, log: Path, command: list[str], random: np.
     others = everyone - ({victim} if kind in ("kill -9 of one", "one hangs") else set())
     if not early:
         with FAULTS[kind](run, victim, workdir):
-            if kind.startswith("clock") and not run.wait(CLOCK_S):  # it goes on
-                send_all(run, victim, workdir)
+            if kind.startswith("clock") and not run.wait(CLOCK_S):
+                run.kill()  # it went on
             bounded = run.wait(LIMIT_S, others)
     bounded = run.wait(LIMIT_S) and (early or bounded)
     run.kill()
     errors = [(log / f"{i}.err").read_text(errors="replace") for i in everyone]
     return {
         "kind": kind, "victim": victim, "step": taken, "saved": saved, "early": bool(early), "bounded": bool(bounded),
+        "last step": steps(workdir),
         "seconds": round(max(run.ends[i][1] for i in others) - begin, 1),
         "codes": [run.ends[i][0] for i in everyone], "said": [run.said(i) for i in everyone],
         "tracebacks": sum("Traceback" in text for text in errors),
