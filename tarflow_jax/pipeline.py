@@ -287,26 +287,23 @@ class TarFlowPipeline:
         Raises:
           ValueError: a shape, dtype, label, noise level, condition or mask that does not fit the model.
         """
-        return self._density(likelihood.encode, self.config, images, labels, noise_std, condition, mask)
+        return self._run(likelihood.encode, self.config, self._rows(images, labels, noise_std, condition, mask))
 
     def log_prob(
         self, images: Any, labels: Any = None, noise_std: Any = None, condition: Any = None, mask: Any = None
     ) -> jax.Array:
         """log p(x | label, condition), float32 [B], nats; arguments and errors as of `encode`."""
-        return self._density(likelihood.log_prob, exact(self.config), images, labels, noise_std, condition, mask)
+        rows = self._rows(images, labels, noise_std, condition, mask)
+        return self._run(likelihood.log_prob, exact(self.config), rows)
 
     def patch_log_prob(self, images: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
         """log p(x | label) by patch, float32 [B, H / P, W / P], nats, which add up to `log_prob`.
 
         `likelihood.patch_log_prob` says what a patch's share means. Arguments and errors as of `encode`.
         """
-        return self._density(likelihood.patch_log_prob, exact(self.config), images, labels, noise_std)
-
-    def _density(self, function: Any, config: TarFlowConfig, images: Any, *given: Any) -> Any:
-        """`function` is one of `likelihood`; `given` is what the density is conditional on, as `_rows` takes it."""
-        rows = self._rows(images, *given)
-        check_range(self.config, images)
-        return self._run(function, config, rows)
+        self._require_images("patch_log_prob")
+        rows = self._rows(images, labels, noise_std)
+        return self._run(likelihood.patch_log_prob, exact(self.config), rows)
 
     def bits_per_dim(self, key: jax.Array, images_uint8: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
         """Bits per dimension of 8-bit images [B, H, W, K] under uniform dequantisation, float32 [B].
@@ -314,6 +311,7 @@ class TarFlowPipeline:
         An upper bound in expectation over the noise that `key` draws. A noise-conditional flow is evaluated at
         `noise_std`, a number. Raises ValueError as `encode` does.
         """
+        self._require_images("bits_per_dim")
         images = np.asarray(images_uint8)
         if images.dtype != np.uint8:
             raise UserError(f"images are {images.dtype}; expected uint8 in 0..255")
@@ -644,6 +642,10 @@ class TarFlowPipeline:
 
     # Running
 
+    def _require_images(self, method: str) -> None:
+        if self.config.is_sequence:
+            raise UserError(f"{method} is of images, and this model of sequences; use log_prob")
+
     def _rows(
         self,
         images: Any,
@@ -656,6 +658,8 @@ class TarFlowPipeline:
     ) -> dict[str, Any]:
         """The checked arrays [B, …] of a call, by argument name; `name` is that of the images."""
         images = check_images(self.config, images, name)
+        if name == "images":
+            check_range(self.config, images)
         levels = check_levels(self.config, noise_std, len(images))
         if levels is not None and self.noise is not None and self.noise.kind == "levels" and not is_traced(levels):
             low, high, given = self.noise.std_min, self.noise.std_max, np.asarray(levels)

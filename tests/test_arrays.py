@@ -164,6 +164,13 @@ def test_arguments_that_do_not_fit_are_refused(arguments, message):
         pipeline().log_prob(**{"images": arrays()[0]} | arguments)
 
 
+def test_bits_per_dim_and_patches_are_of_images():
+    with pytest.raises(ValueError, match="bits_per_dim is of images"):
+        pipeline().bits_per_dim(jax.random.key(0), np.zeros((1, 5, 2), np.uint8))
+    with pytest.raises(ValueError, match="patch_log_prob is of images"):
+        pipeline().patch_log_prob(arrays()[0])
+
+
 def test_a_flow_is_of_images_or_of_sequences():
     for fields in ({}, {"sequence_shape": (3, 2), "patch_size": 2}, {"image_size": 8, "image_channels": 1}):
         with pytest.raises(ValueError, match="sequence_shape"):
