@@ -60,6 +60,7 @@ def run(main: Callable[[Sequence[str]], int | None], *required: str) -> None:
             logging.getLogger(chatty).setLevel(logging.WARNING)
         for repeating in ("absl", "asyncio", "concurrent.futures"):  # a failed save is logged, then raised
             logging.getLogger(repeating).addFilter(lambda record: not record.exc_info)
+        sys.unraisablehook = _but_late_callbacks
         logging.getLogger("tarflow_jax").setLevel(logging.INFO)
         logging.getLogger("gcsfs").setLevel(logging.DEBUG)
         logging.getLogger("gcsfs").addFilter(_only_retries)
@@ -106,6 +107,12 @@ def _only_retries(record: logging.LogRecord) -> bool:
     """Of gcsfs's log, keeps that it tries again; what it raises in the end is shown as an error."""
     record.levelno, record.levelname = logging.WARNING, "WARNING"
     return "retrying after exception" in record.getMessage()
+
+
+def _but_late_callbacks(event: Any) -> None:
+    """Prints an exception that nobody can catch, but for those of TensorStore's callbacks after a save has failed."""
+    if str(event.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(event)
 
 
 def _end_alone(*, met: bool) -> None:

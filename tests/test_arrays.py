@@ -265,4 +265,4 @@ def test_fit_reaches_the_entropy_of_sequences_of_different_lengths():
     truth = -0.5 * ((np.square(steps[..., 0]) + np.log(2 * np.pi)) * exists).sum(1)
     found = np.asarray(flow.log_prob(x, mask=lengths))
     assert abs(truth.mean() - found.mean()) < 0.02
-    np.testing.assert_allclose(found, truth, atol=1.0)
+    assert np.sqrt(np.square(found - truth).mean()) < 0.3  # of 1.6 between sequences of six steps

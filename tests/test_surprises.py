@@ -78,7 +78,7 @@ def test_training_refuses_at_its_start_and_leaves_the_workdir_usable(tmp_path, o
         (["--metrics=fid", "--reference={folder}/none.npz"], "none.npz not found; expected an npz file"),
         (
             ["--metrics=fid", "--guidance_rule=best", "--model={folder}/none"],
-            "guidance rule is 'best'; expected one of",
+            "guidance.rule is 'best'; expected one of",
         ),
         (["--metrics=fid", "--guidance="], "--guidance has ''; expected numbers"),
         (["--metrics=outliers", "--outliers=npz:{folder}/none.npz"], "none.npz not found; expected an npz file"),
