@@ -242,7 +242,7 @@ def test_fit_recovers_the_posteriors_of_a_linear_gaussian():
 
     parameters, observed = simulate(20_000)
     # The condition in other units: it is standardised.
-    flow = tarflow_jax.fit(parameters, 100 + 10 * observed, num_steps=800, num_blocks=4, width=32, head_dim=32)
+    flow = tarflow_jax.fit(parameters, 100 + 10 * observed, num_steps=500, num_blocks=4, width=32, head_dim=32)
     _, observed = simulate(64)
     covariance = np.linalg.inv(np.eye(2) + weights.T @ weights / 0.25)
     means, stds = observed @ (covariance @ weights.T / 0.25).T, np.sqrt(np.diag(covariance))
@@ -260,7 +260,7 @@ def test_fit_reaches_the_entropy_of_sequences_of_different_lengths():
     lengths = rng.integers(2, 7, 6000)
     steps = rng.normal(size=(6000, 6, 1))
     x = np.cumsum(steps, axis=1)
-    flow = tarflow_jax.fit(x, mask=lengths, num_steps=600, num_blocks=4, width=32, head_dim=32)
+    flow = tarflow_jax.fit(x, mask=lengths, num_steps=400, num_blocks=4, width=32, head_dim=32)
     exists = np.arange(6)[None] < lengths[:, None]
     truth = -0.5 * ((np.square(steps[..., 0]) + np.log(2 * np.pi)) * exists).sum(1)
     found = np.asarray(flow.log_prob(x, mask=lengths))
