@@ -108,7 +108,7 @@ def _lease(path: epath.Path, me: str) -> Iterator[None]:
 
     def done(future: tensorstore.Future[T]) -> T:
         try:
-            with progress(f"locking {path.parent}"):
+            with logged_while_slow(f"locking {path.parent}"):
                 return future.result(REQUEST_S)
         except (ValueError, TimeoutError) as error:
             raise OSError(f"could not lock {path.parent}: {one_line(error)}") from error
@@ -162,7 +162,7 @@ def _taken(path: epath.Path, lease: bytes) -> UserError:
 
 
 @contextlib.contextmanager
-def progress(doing: str) -> Iterator[None]:
+def logged_while_slow(doing: str) -> Iterator[None]:
     """Logs every `PROGRESS_S` seconds that this goes on: TensorStore retries for a quarter of an hour, in silence."""
     begin, ended = time.monotonic(), threading.Event()
 

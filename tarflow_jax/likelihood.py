@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tarflow_jax.flow import TarFlow, TarFlowConfig, to_tokens
+from tarflow_jax.flow import TarFlow, TarFlowConfig, to_tokens, without_padding
 from tarflow_jax.noise import Levels, Noise
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
@@ -49,7 +49,8 @@ def log_prob(
 
 
 def prior_log_prob(config: TarFlowConfig, latents: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-    """Σ log N(latents; 0, 1) over the tokens that exist, float32 [B] in nats; latents are 0 elsewhere."""
+    """Σ log N(latents; 0, 1) over the tokens that exist, float32 [B] in nats."""
+    latents = without_padding(latents, lengths)
     num_dims = config.num_dims if lengths is None else config.token_dim * lengths.astype(jnp.float32)
     return -0.5 * (jnp.square(latents).sum(range(1, latents.ndim)) + LOG_2PI * num_dims)
 

@@ -287,13 +287,16 @@ class TarFlowPipeline:
         Raises:
           ValueError: a shape, dtype, label, noise level, condition or mask that does not fit the model.
         """
-        return self._run(likelihood.encode, self.config, self._rows(images, labels, noise_std, condition, mask))
+        rows = self._rows(images, labels, noise_std, condition, mask)
+        check_range(self.config, images)
+        return self._run(likelihood.encode, self.config, rows)
 
     def log_prob(
         self, images: Any, labels: Any = None, noise_std: Any = None, condition: Any = None, mask: Any = None
     ) -> jax.Array:
         """log p(x | label, condition), float32 [B], nats; arguments and errors as of `encode`."""
         rows = self._rows(images, labels, noise_std, condition, mask)
+        check_range(self.config, images)
         return self._run(likelihood.log_prob, exact(self.config), rows)
 
     def patch_log_prob(self, images: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
@@ -303,6 +306,7 @@ class TarFlowPipeline:
         """
         self._require_images("patch_log_prob")
         rows = self._rows(images, labels, noise_std)
+        check_range(self.config, images)
         return self._run(likelihood.patch_log_prob, exact(self.config), rows)
 
     def bits_per_dim(self, key: jax.Array, images_uint8: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
@@ -350,8 +354,8 @@ class TarFlowPipeline:
           method: the steps, for a noise-conditional flow; None is a single step.
           key: of the noise that a method of kind "sde" draws.
           return_trajectory: also return the images before and after each of the method's N steps, [N + 1, B, H, W, K].
-          condition: as of `encode`, for a single step.
-          mask: as of `encode`, for a single step.
+          condition: as of `encode`.
+          mask: as of `encode`.
 
         Raises:
           ValueError: the model was not trained with Gaussian noise, a method without levels or from below its lowest
@@ -361,7 +365,7 @@ class TarFlowPipeline:
         if method is not None:
             if is_traced(multiplier) or multiplier != 1:
                 raise UserError(f"multiplier is {shown(multiplier)}; expected 1 with a method, whose steps have none")
-            path = self._denoise_in_steps(images, labels, noise_std, method, key, return_trajectory)
+            path = self._denoise_in_steps(images, labels, noise_std, method, key, return_trajectory, condition, mask)
             return (path[-1], path) if return_trajectory else path
         if return_trajectory:
             raise UserError("a trajectory is of a method's steps; give denoise a method, IterativeDenoising(…)")
@@ -393,11 +397,15 @@ class TarFlowPipeline:
         method: IterativeDenoising | None = None,
         key: jax.Array | None = None,
         return_trajectory: bool = False,
+        condition: Any = None,
+        mask: Any = None,
     ) -> Any:
         """`denoise` for what `decode` drew: in one step; by `method`, or the default one, if noise-conditional."""
         if method is None and self.config.noise_conditional:
             method = DEFAULT_DENOISING
-        return self.denoise(images, labels, self.drawn_level, multiplier, method, key, return_trajectory)
+        return self.denoise(
+            images, labels, self.drawn_level, multiplier, method, key, return_trajectory, condition, mask
+        )
 
     def _denoise_in_steps(
         self,
@@ -407,6 +415,8 @@ class TarFlowPipeline:
         method: IterativeDenoising,
         key: jax.Array | None,
         trajectory: bool,
+        condition: Any,
+        mask: Any,
     ) -> jax.Array:
         """The images, or their trajectory."""
         if not self.config.noise_conditional:
@@ -416,7 +426,7 @@ class TarFlowPipeline:
             raise UserError("the lowest noise level of this model is not known; give IterativeDenoising a std_min")
         if noise_std is None or np.ndim(noise_std):
             raise UserError(f"noise_std is {shown(noise_std)}; expected one number, the level that the steps begin at")
-        rows = self._rows(images, labels, check_number("noise_std", noise_std, low=1e-6))
+        rows = self._rows(images, labels, check_number("noise_std", noise_std, low=1e-6), condition, mask)
         if method.num_steps > 1 and not is_traced(noise_std) and np.float32(noise_std) < np.float32(std_min):
             raise UserError(f"noise_std is {noise_std:g}; expected at least std_min, {std_min:g}, where the steps end")
         if method.kind == "sde":
@@ -617,10 +627,6 @@ class TarFlowPipeline:
         if denoise and self.noise_std is None:
             self.denoise(jnp.zeros((1, *self.config.data_shape)))  # says why not
         latents = self.latents(key, num_images)
-        if mask is not None:
-            lengths = lengths_of(mask, num_images, self.config.num_tokens)
-            exists = jnp.arange(self.config.num_tokens)[None] < lengths[:, None]
-            latents = jnp.where(exists.reshape(*exists.shape, *(1,) * (latents.ndim - 2)), latents, 0.0)
         if return_log_prob:
             if denoise or isinstance(decoder, Student):
                 raise UserError("log q is of what the flow's inverse draws; sample with denoise=False and no student")
@@ -630,10 +636,8 @@ class TarFlowPipeline:
         images = self.decode(latents, labels, guidance, decoder, self.drawn_level, condition, mask)
         if not denoise:
             return images
-        method = denoise if isinstance(denoise, IterativeDenoising) else None
-        if condition is not None or mask is not None:
-            return self.denoise(images, labels, self.drawn_level, denoise_multiplier, condition=condition, mask=mask)
-        return self.denoise_drawn(images, labels, denoise_multiplier, method, jax.random.fold_in(key, 1))
+        method, fresh = denoise if isinstance(denoise, IterativeDenoising) else None, jax.random.fold_in(key, 1)
+        return self.denoise_drawn(images, labels, denoise_multiplier, method, fresh, condition=condition, mask=mask)
 
     def latents(self, key: jax.Array, num_images: int) -> jax.Array:
         """Standard normal latents, shaped as the model's images or sequences, as `sample` draws them."""
@@ -658,8 +662,6 @@ class TarFlowPipeline:
     ) -> dict[str, Any]:
         """The checked arrays [B, …] of a call, by argument name; `name` is that of the images."""
         images = check_images(self.config, images, name)
-        if name == "images":
-            check_range(self.config, images)
         levels = check_levels(self.config, noise_std, len(images))
         if levels is not None and self.noise is not None and self.noise.kind == "levels" and not is_traced(levels):
             low, high, given = self.noise.std_min, self.noise.std_max, np.asarray(levels)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import tarflow_jax
-from tarflow_jax import Guidance, TarFlow, TarFlowConfig, TarFlowPipeline
+from tarflow_jax import Guidance, IterativeDenoising, Noise, TarFlow, TarFlowConfig, TarFlowPipeline
 from tarflow_jax.flow import block_orders, order_within
 from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi
 from tiny_models import LABELS, TINY, new_variables, random_variables
@@ -133,6 +133,17 @@ def test_no_condition_is_the_null_condition_and_guidance_leads_away_from_it():
     # At weight -1 in every token, the guided map is the unguided pass's.
     away = pipe.decode(latents, None, Guidance(-1.0, schedule="constant"), condition=condition)
     np.testing.assert_allclose(away, pipe.decode(latents), atol=1e-4)
+
+
+def test_denoising_in_steps_is_conditional_too():
+    config = dataclasses.replace(SEQUENCES, noise_conditional=True)
+    pipe = TarFlowPipeline(config, pipeline(config).variables, Noise("levels", std_min=0.1, std_max=0.5))
+    (x, condition), method = arrays(), IterativeDenoising(2)
+    denoise = functools.partial(pipe.denoise, x, noise_std=0.5, method=method)
+    assert float(jnp.abs(denoise(condition=condition) - denoise()).max()) > 1e-3
+    short = np.asarray(denoise(condition=condition, mask=LENGTHS))
+    hidden = np.where(EXISTS[..., None], condition, 7.0)
+    np.testing.assert_array_equal(denoise(condition=hidden, mask=LENGTHS)[EXISTS], short[EXISTS])
 
 
 def test_the_order_of_a_short_sequence_has_its_padding_last():

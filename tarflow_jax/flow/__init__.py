@@ -2,8 +2,16 @@
 
 from tarflow_jax.flow.block import Affine, FlowBlock, Given
 from tarflow_jax.flow.config import TarFlowConfig
-from tarflow_jax.flow.tarflow import TarFlow, from_units, standardised, to_units, updated_prior
-from tarflow_jax.flow.tokens import block_orders, from_tokens, order_within, permute, to_tokens, unpermute
+from tarflow_jax.flow.tarflow import TarFlow, standardised, units, updated_prior
+from tarflow_jax.flow.tokens import (
+    block_orders,
+    from_tokens,
+    order_within,
+    permute,
+    to_tokens,
+    unpermute,
+    without_padding,
+)
 from tarflow_jax.flow.transformer import Kernels, KVCache, TransformerLayer, cast_kernels
 
 __all__ = [
@@ -18,12 +26,12 @@ __all__ = [
     "block_orders",
     "cast_kernels",
     "from_tokens",
-    "from_units",
     "order_within",
     "permute",
     "standardised",
     "to_tokens",
-    "to_units",
+    "units",
     "unpermute",
     "updated_prior",
+    "without_padding",
 ]

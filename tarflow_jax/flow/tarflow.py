@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tarflow_jax.flow.block import FlowBlock, Given
+from tarflow_jax.flow.block import Affine, FlowBlock, Given
 from tarflow_jax.flow.config import TarFlowConfig
-from tarflow_jax.flow.tokens import block_orders, from_tokens, order_within, random_orders, to_tokens
+from tarflow_jax.flow.tokens import block_orders, from_tokens, order_within, random_orders, to_tokens, without_padding
 from tarflow_jax.flow.transformer import Kernels
 
 PRIOR_RATE = 0.1
@@ -58,7 +58,11 @@ class TarFlow(nn.Module):
             for name, init in (("condition_mean", jnp.zeros), ("condition_std", jnp.ones)):
                 self.variable("constants", name, init, config.condition_dim, jnp.float32)
         given = Given(labels, noise_std, standardised(self.variables, condition), lengths)
-        tokens, log_det = from_units(config, self.variables, to_tokens(config, data.astype(jnp.float32)), lengths)
+        tokens = without_padding(to_tokens(config, data.astype(jnp.float32)), lengths)
+        log_det = jnp.zeros(len(tokens), jnp.float32)
+        if config.is_sequence:
+            standardise = units(self.variables, given)
+            tokens, log_det = standardise.forward(tokens), log_det + standardise.token_log_det.sum(1)
         for k, order in enumerate(block_orders(config, self.variables)):
             block = FlowBlock(config, k, self.kernels, name=f"block_{k}")
             tokens, block_log_det = block(tokens, order_within(order, lengths), given)
@@ -86,29 +90,8 @@ def standardised(variables: Mapping[str, Any], condition: jax.Array | None) -> j
     return (condition - mean) / std
 
 
-def from_units(
-    config: TarFlowConfig, variables: Mapping[str, Any], tokens: jax.Array, lengths: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Standardises sequences: (tokens [B, T, D], 0 behind a sequence; log_det [B]). Images stay as they are."""
-    if not config.is_sequence:
-        return tokens, jnp.zeros(len(tokens), jnp.float32)
-    exists, mean, std, log_det = _units(config, variables, lengths)
-    return jnp.where(exists, (tokens - mean) / std, 0.0), jnp.broadcast_to(log_det, len(tokens))
-
-
-def to_units(
-    config: TarFlowConfig, variables: Mapping[str, Any], tokens: jax.Array, lengths: jax.Array | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Undoes `from_units`: (tokens, the same log_det)."""
-    if not config.is_sequence:
-        return tokens, jnp.zeros(len(tokens), jnp.float32)
-    exists, mean, std, log_det = _units(config, variables, lengths)
-    return jnp.where(exists, tokens * std + mean, 0.0), jnp.broadcast_to(log_det, len(tokens))
-
-
-def _units(config: TarFlowConfig, variables: Mapping[str, Any], lengths: jax.Array | None) -> tuple[jax.Array, ...]:
-    """Whether each token exists, bool [1 or B, T, 1]; mean and std, [1 or B, T, D]; log_det, [1 or B]."""
-    constants, tokens = variables["constants"], jnp.arange(config.num_tokens)[None]
-    exists = (tokens < (config.num_tokens if lengths is None else lengths[:, None]))[..., None]
-    std = jnp.where(exists, constants["std"][None], 1.0)
-    return exists, constants["mean"][None], std, -jnp.log(std).sum((1, 2))
+def units(variables: Mapping[str, Any], given: Given) -> Affine:
+    """The map between sequences in their own units, x, and standardised ones, z; the identity behind a sequence."""
+    constants = variables["constants"]
+    exists = given.exists(jnp.arange(len(constants["mean"])))
+    return Affine(constants["std"][None], constants["mean"][None]).where(exists)

@@ -58,6 +58,14 @@ def order_within(order: jax.Array | np.ndarray, lengths: jax.Array | None) -> ja
     return jnp.asarray(order)[jnp.argsort(behind, axis=1, stable=True)]
 
 
+def without_padding(tokens: jax.Array, lengths: jax.Array | None) -> jax.Array:
+    """Puts 0 behind sequences [B, T, …] of `lengths` [B], in data order; None if all are whole."""
+    if lengths is None:
+        return tokens
+    exists = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
+    return jnp.where(exists.reshape(*exists.shape, *(1,) * (tokens.ndim - 2)), tokens, 0.0)
+
+
 def permute(tokens: jax.Array, order: jax.Array | np.ndarray) -> jax.Array:
     """Puts tokens [B, T, …] into the order [1 or B, T] of a block."""
     if len(order) == 1:

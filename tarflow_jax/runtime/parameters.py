@@ -25,7 +25,7 @@ class Parameter:
 
     Attributes:
       name: the end of its path. "prior/…" and "constants/…" are of the flow, all others of every block; those in
-         "layers/" have the block's layers stacked along a first axis.
+        "layers/" have the block's layers stacked along a first axis.
       dims: its dimensions (that first axis left out), each a letter (see `_shape`) or a number, with
         ":axis" behind it where it is sharded over that axis of the mesh. "inputs -> outputs" is a dense kernel,
         "-> outputs" a dense bias; PyTorch joins the dimensions of a side into one.

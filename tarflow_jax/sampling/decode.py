@@ -16,8 +16,9 @@ from tarflow_jax.flow import (
     permute,
     standardised,
     to_tokens,
-    to_units,
+    units,
     unpermute,
+    without_padding,
 )
 from tarflow_jax.likelihood import prior_log_prob
 from tarflow_jax.sampling.block_inverse import block_inverse, equal_blocks
@@ -65,6 +66,7 @@ def decode_trace(
     config = flow.config
     decoders = decoders or (Sequential(),) * config.num_blocks
     given = Given(labels, noise_std, standardised(variables, condition), lengths)
+    latents = without_padding(latents, lengths)
     tokens, log_det = to_tokens(config, latents), jnp.zeros(len(latents), jnp.float32)
     orders = jnp.asarray(block_orders(config, variables))
     if config.volume_preserving:
@@ -97,10 +99,12 @@ def decode_trace(
         log_det = log_det + inverted.log_det.sum(0)
         path += [from_tokens(config, x) for x in inverted.x][::-1]
         found.insert(0, inverted)
-    tokens, units_log_det = to_units(config, variables, tokens, lengths)
+    if config.is_sequence:
+        standardise = units(variables, given)
+        tokens, log_det = standardise.inverse(tokens), log_det + standardise.token_log_det.sum(1)
     return Decoded(
         from_tokens(config, tokens),
-        log_det + units_log_det,
+        log_det,
         jnp.stack(path, axis=1),
         jnp.concatenate([inverted.updates for inverted in found]).T,
         jnp.concatenate([inverted.residual for inverted in found]).T,

@@ -85,6 +85,8 @@ def iterate(
     labels: jax.Array | None,
     noise_std: jax.Array,
     key_data: jax.Array | None = None,
+    condition: jax.Array | None = None,
+    lengths: jax.Array | None = None,
     *,
     num_steps: jax.Array,
     std_min: jax.Array,
@@ -101,6 +103,8 @@ def iterate(
       labels: int32 [B], -1 for no class, or None.
       noise_std: σ_0 of each image, [B].
       key_data: of the keys by which "sde" draws noise, one an image, uint32 [B, …] (`jax.random.key_data`).
+      condition: as of `TarFlow`.
+      lengths: as of `TarFlow`.
       num_steps: N, int32.
       std_min: σ_{N-1}, scalar.
       method: its clip, kind, levels and order; the numbers are the arguments'.
@@ -112,15 +116,15 @@ def iterate(
     keys = None if key_data is None else jax.random.wrap_key_data(key_data)
 
     def level(i: jax.Array) -> jax.Array:
-        """σ_i [B, 1, 1, 1]; with one step, σ_0 alone."""
-        first = noise_std[:, None, None, None]
+        """σ_i [B, 1, …]; with one step, σ_0 alone."""
+        first = noise_std.reshape(-1, *(1,) * (images.ndim - 1))
         share = (i / jnp.maximum(num_steps - 1, 1)).astype(jnp.float32)
         linear = first + share * (std_min - first)
         between = linear if method.levels == "linear" else first * (std_min / first) ** share
         return jnp.where(i >= num_steps, 0.0, between)
 
     def clean(y: jax.Array, std: jax.Array) -> jax.Array:
-        found = denoise(flow, variables, y, labels, std[:, 0, 0, 0])
+        found = denoise(flow, variables, y, labels, std.reshape(-1), condition=condition, lengths=lengths)
         return jnp.clip(found, -1.0, 1.0) if method.clip else found
 
     def step(i: jax.Array, y: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from tarflow_jax.errors import UserError, one_line
-from tarflow_jax.files import is_remote, progress, storage_failed
+from tarflow_jax.files import is_remote, logged_while_slow, storage_failed
 from tarflow_jax.runtime import leaf_name
 
 logger = logging.getLogger(__name__)
@@ -302,7 +302,7 @@ def _on_all_processes(action: Callable[[], T]) -> T:
 def _read_errors(path: epath.Path) -> Iterator[None]:
     """Raises UserError if memory ran out, OSError if the disk or network failed, _DamagedError in all other cases."""
     try:
-        with progress(f"reading {path}"):
+        with logged_while_slow(f"reading {path}"):
             yield
     except Exception as error:
         cause: BaseException = error
@@ -325,7 +325,7 @@ def _read_errors(path: epath.Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _write_errors(folder: epath.Path) -> Iterator[None]:
     try:
-        with progress(f"writing a checkpoint to {folder}"):
+        with logged_while_slow(f"writing a checkpoint to {folder}"):
             yield
     except Exception as error:
         if not (isinstance(error, ValueError) or storage_failed(error)):  # TensorStore's of a full disk is a ValueError
