@@ -1,6 +1,7 @@
 """What a person reads: --help, and the names of classes."""
 
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,6 +48,22 @@ def test_help_has_an_example_and_a_sentence_for_every_flag(command, helps):
     assert ("  train.num_steps " in out) == ("config" in flags)
     assert command != "sample" or {"attention_temperature", "seed"} < flags.keys()
     assert command != "evaluate" or all(re.search(rf"\b{metric}[,.]", out) for metric in distances.METRICS)
+
+
+def test_documents_name_flags_and_recipes_that_exist(helps):
+    root, commands_found, unknown = Path(__file__).parent.parent, set(), []
+    options = set(flatten_dict(default_config(GROUPS).to_dict(), sep=".")) | {"train.num_steps"}
+    for file in (root / "README.md", *root.glob("docs/**/*.md"), *root.glob("configs/**/*.py")):
+        text = file.read_text().replace("\\\n", " ")
+        for name, rest in re.findall(r"python -m launch\.(\w+)([^\n`#|]*)", text):
+            commands_found.add(name + rest)
+            known = set(re.findall(r"^  --(?:\[no\])?(\w+):", helps[name], re.MULTILINE))
+            for flag, recipe in re.findall(r"--([\w.]+)(?:=(configs/[\w/]+\.py))?", rest):
+                exists = flag.removeprefix("config.") in options if flag.startswith("config.") else flag in known
+                if not exists or (recipe and "NAME" not in recipe and not (root / recipe).exists()):
+                    unknown.append(f"{file.relative_to(root)}: launch.{name} --{flag}={recipe}")
+    assert unknown == []
+    assert len(commands_found) > 40
 
 
 @pytest.mark.parametrize("groups", [GROUPS, STUDENT_GROUPS], ids=["flow", "student"])
