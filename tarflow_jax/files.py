@@ -30,7 +30,10 @@ MAX_ARRAY_BYTES = 64 * 2**30  # 50,000 images of 512x512 take 37 GiB
 _MAX_DEFLATED = 1032  # bytes that one byte can unpack to, see zlib's technical details
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, quota or file size left
-fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False  # other processes write there, too
+# Other processes write there, too. A server may accept a request and never answer: TensorStore asks it again.
+fsspec.config.conf.setdefault("gcs", {}).update(use_listings_cache=False, requests_timeout=120)
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "30")
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
 _FAILED = ("ABORTED:", "DEADLINE_EXCEEDED:", "PERMISSION_DENIED:", "UNAVAILABLE:")  # by TensorStore
 logger = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -1,6 +1,7 @@
 """What is kept in an object store, gs://: locks, and what happens when the store fails."""
 
 import asyncio
+import itertools
 import random
 import re
 import signal
@@ -160,6 +161,32 @@ def test_a_command_says_in_one_line_that_the_store_refuses(store, bucket):
     code, _, err = commands.run("-m", "launch.sample", f"--workdir={bucket}")
     assert (code, err.splitlines()[-1]) == (1, "error: Forbidden: b/bucket/o injected")
     assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_a_server_that_never_answers_is_asked_again_or_ends_in_one_line(store, bucket, monkeypatch):
+    """Two requests for arrays wait for an hour, then one for a small file; timeouts are of seconds."""
+    program = (
+        "import sys; import fsspec; import jax; import numpy as np; from etils import epath\n"
+        "from tarflow_jax.training import Checkpoints\n"
+        "fsspec.config.conf['gcs']['requests_timeout'] = 5\n"
+        "checkpoints = Checkpoints(epath.Path(sys.argv[1]))\n"
+        "checkpoints.save(1, {'bias': np.ones(3, 'float32')}, {'name': 'run'})\n"
+        "checkpoints.wait()\n"
+        "print(checkpoints.restore({'bias': jax.ShapeDtypeStruct((3,), 'float32')})[0])\n"
+        "epath.Path(sys.argv[1], 'late').write_text('')\n"
+    )
+    number = itertools.count(1)
+
+    def never(request):
+        return 3600.0 if "late" in request.name or ("/d/" in request.name and next(number) in (1, 3)) else None
+
+    store.fault = never
+    options = {"TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS": "1"}
+    code, out, err = commands.run("-c", program, bucket / "checkpoints", **options)
+    assert (code, out.strip()) == (1, "1"), err
+    assert err.splitlines()[-1].startswith("fsspec.exceptions.FSTimeoutError")
+    assert len(store.injected) >= 3
 
 
 @pytest.mark.parametrize("fault", [503, 429, "cut", "lost", 0.05])

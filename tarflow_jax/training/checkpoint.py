@@ -330,7 +330,7 @@ def _write_errors(folder: epath.Path) -> Iterator[None]:
     except Exception as error:
         if not (isinstance(error, ValueError) or storage_failed(error)):  # TensorStore's of a full disk is a ValueError
             raise
-        reason = " ".join(str(error).partition(" [tensorstore_spec=")[0].split())
+        reason = " ".join(str(error).partition(" [tensorstore_spec=")[0].split()) or type(error).__name__
         raise OSError(
             f"could not write a checkpoint in {folder}: {reason}; earlier ones are intact. "
             "Free some space or fix the disk, then run the same command again"
