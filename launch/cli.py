@@ -21,6 +21,7 @@ from launch import end_at_signals, exit_code, on_signals
 from tarflow_jax.data import data_folder
 from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.files import remove_unfinished, storage_failed
+from tarflow_jax.interop import READY_MADE
 from tarflow_jax.options import described
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import Preempted, start_processes, use_compilation_cache
@@ -194,6 +195,24 @@ def folder(name: str) -> str:
     if not value:
         raise UserError(f"--{name} is empty; expected a folder")
     return os.path.expanduser(value)
+
+
+def define_model_flags() -> None:
+    """Defines --workdir, --model and --checkpoint, which `model_name` and `open_pipeline` read."""
+    flags.DEFINE_string("workdir", None, "Run directory, saved model's folder, or hub name.")
+    text = f"Ready-made model ({', '.join(READY_MADE)}), saved model's folder, or hub name; instead of --workdir."
+    flags.DEFINE_string("model", None, text)
+    flags.mark_flags_as_mutual_exclusive(["workdir", "model"])
+    define_checkpoint_flag()
+
+
+def model_name() -> tuple[str, str]:
+    """Returns what --workdir or --model names, and the folder for results: the workdir, or the current one."""
+    if flags.FLAGS.workdir is not None:
+        return folder("workdir"), folder("workdir")
+    if flags.FLAGS.model is None:
+        raise UserError("--workdir is missing, or --model; see --help for the flags")
+    return folder("model"), "."
 
 
 def define_checkpoint_flag() -> None:

@@ -1,5 +1,6 @@
 """A page to play with a trained model: draw, watch the images emerge, ask about an image, go from one to another.
 
+python -m launch.demo --model=digits
 python -m launch.demo --workdir=runs/fashion_mnist
 """
 
@@ -15,11 +16,10 @@ from launch import cli
 from launch.demo_model import DemoModel
 from tarflow_jax.errors import MissingPackageError, UserError
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, saved model's folder, or hub name.")
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 is open to other machines.")
 PORT = flags.DEFINE_integer("port", 7860, "Port to listen on.", lower_bound=1, upper_bound=65535)
 NUM_IMAGES = flags.DEFINE_integer("num_images", 16, "Number of images drawn at a time.", lower_bound=1, upper_bound=100)
-cli.define_checkpoint_flag()
+cli.define_model_flags()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -37,9 +37,9 @@ def main(argv: Sequence[str]) -> None:
     except OSError as error:
         message = f"--host={HOST.value} --port={PORT.value}: {error.strerror}; choose another port or address"
         raise UserError(message) from error
-    workdir = cli.folder("workdir")
-    serve(DemoModel(cli.open_pipeline(workdir, None), workdir, NUM_IMAGES.value), HOST.value, PORT.value)
+    name, _ = cli.model_name()
+    serve(DemoModel(cli.open_pipeline(name, None), name, NUM_IMAGES.value), HOST.value, PORT.value)
 
 
 if __name__ == "__main__":
-    cli.run(main, "workdir")
+    cli.run(main)

@@ -16,7 +16,7 @@ from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.inspection import Progress
 from tarflow_jax.pipeline import FAR_OUTSIDE, TarFlowPipeline
 from tarflow_jax.sampling import Guidance
-from tarflow_jax.training.recipe import Recipe, label_names
+from tarflow_jax.training.recipe import Recipe
 
 MAX_UPLOAD_PIXELS = 25_000_000
 IN_TURN, NO_CLASS = -2, -1  # choices of a class besides the classes
@@ -52,7 +52,7 @@ class DemoModel:
             raise UserError(f"the demo shows images of 1 or 3 channels, this model's have {pipe.config.image_channels}")
         path = epath.Path(folder)
         self.pipe, self.name, self.num_images = pipe, path.resolve().name, num_images
-        self.class_names = label_names(path) or [str(label) for label in range(pipe.config.num_classes)]
+        self.class_names = list(pipe.label_names) or [str(label) for label in range(pipe.config.num_classes)]
         if len(set(self.class_names)) < len(self.class_names):  # ImageNet's crane is a bird, and a machine
             self.class_names = [f"{name} ({label})" for label, name in enumerate(self.class_names)]
         self.choices = [("no class", NO_CLASS), *((name, label) for label, name in enumerate(self.class_names))]

@@ -1,5 +1,6 @@
 """Draws images from a trained model: a PNG grid, the images as .npz, the way from noise as an animated GIF.
 
+python -m launch.sample --model=digits --num_images=64 --guidance=1.5
 python -m launch.sample --workdir=runs/digits --num_images=64 --guidance=1.5 --denoise
 python -m launch.sample --workdir=runs/fashion_mnist --label=sneaker --num_images=16 --out=sneakers
 """
@@ -20,10 +21,8 @@ from tarflow_jax.figures import class_columns, grid, save_gif, save_png, to_uint
 from tarflow_jax.pipeline import FAR_OUTSIDE, TarFlowPipeline
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling import DEFAULT_DENOISING
-from tarflow_jax.training.recipe import label_names
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, saved model's folder, or hub name.")
-OUT = flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR/samples.")
+OUT = flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR/samples or ./samples.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "Number of images.", lower_bound=1)
 LABELS = flags.DEFINE_list(
     "labels", None, "Classes to draw in turn, by number or name, -1 for no class; default: all of them."
@@ -38,7 +37,7 @@ STEPS = flags.DEFINE_integer(
     "denoise_steps", None, "Number of denoising steps, equal in log σ, of a noise-conditional model.", lower_bound=1
 )
 cli.define_decoder_flags()
-cli.define_checkpoint_flag()
+cli.define_model_flags()
 cli.define_process_flags()
 flags.mark_flags_as_mutual_exclusive(["label", "labels"])
 
@@ -68,11 +67,10 @@ def main(argv: Sequence[str]) -> int:
         raise UserError("--nodenoise is not for --decoder=student, whose images are clean; with --polish they are not")
     distributed = cli.join_processes()
     end_at_signals()  # JAX may have taken SIGTERM
-    workdir = cli.folder("workdir")
-    pipe = cli.open_pipeline(workdir, make_mesh() if distributed else None)
-    names = label_names(workdir)
-    labels = chosen_labels(pipe.config.num_classes, names)
-    out = epath.Path(cli.folder("out") if OUT.value else epath.Path(workdir) / "samples")
+    name, place = cli.model_name()
+    pipe = cli.open_pipeline(name, make_mesh() if distributed else None)
+    labels = chosen_labels(pipe.config.num_classes, pipe.label_names)
+    out = epath.Path(cli.folder("out") if OUT.value else epath.Path(place) / "samples")
 
     latents = pipe.latents(jax.random.key(SEED.value), NUM_IMAGES.value)
     trace = pipe.decode_trace(latents, labels, guidance, decoder, pipe.drawn_level)
@@ -85,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
     pixels, bad = quantise(frames[-1])
     bad |= (np.abs(np.nan_to_num(frames[-1])) > FAR_OUTSIDE).any((1, 2, 3))
-    save_png(out / "samples.png", class_columns(pixels, labels, names))
+    save_png(out / "samples.png", class_columns(pixels, labels, pipe.label_names))
     save_gif(out / "trajectory.gif", [grid(to_uint8(frame)) for frame in frames])
     write_samples(out / "samples.npz", pixels, labels)
     for name in ("samples.png", "samples.npz", "trajectory.gif"):
@@ -100,4 +98,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, "workdir")
+    cli.run(main)

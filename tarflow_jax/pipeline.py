@@ -66,6 +66,7 @@ class TarFlowPipeline:
       variables: the parameters in use (the averaged ones where an average was kept) and, in VP mode, the prior.
       noise: the noise of its training; None if unknown.
       card: fields of the model card, see `interop.model_card`; {} for a saved model.
+      label_names: of the classes; () if unknown.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class TarFlowPipeline:
         *,
         ema_params: Mapping[str, Any] | None = None,
         card: Mapping[str, Any] | None = None,
+        label_names: Sequence[str] = (),
         schedule: Schedule | epath.PathLike | None = None,
         student: TrainedStudent | epath.PathLike | None = None,
         mesh: Mesh | None = None,
@@ -89,6 +91,7 @@ class TarFlowPipeline:
           noise: of its training.
           ema_params: the parameters' average, used instead of the raw ones, which `save_pretrained` keeps as well.
           card: fields of the model card, see `interop.model_card`.
+          label_names: of the classes.
           schedule: for `Tuned()`, or the folder to read it from at its first use.
           student: for `Student()`, or the folder to read it from at its first use.
           mesh: devices to spread over (`tarflow_jax.runtime.make_mesh`); None is the default device.
@@ -97,6 +100,7 @@ class TarFlowPipeline:
         config, noise = checked("config", config, TarFlowConfig), checked("noise", noise, Noise | None)
         self.config, self.noise = config, noise
         self.card: Mapping[str, Any] = card or {}
+        self.label_names = tuple(label_names)
         self._schedule, self._student, self._raw_params = schedule, student, None
         variables = check_variables(config, variables)
         if ema_params is not None:
@@ -136,10 +140,10 @@ class TarFlowPipeline:
 
     @classmethod
     def from_pretrained(cls, name: epath.PathLike, *, best: bool = False, **options: Any) -> Self:
-        """Opens a training workdir, a saved model's folder, or a model of the hub ("owner/name").
+        """Opens a training workdir, a saved model's folder, a ready-made model, or one of the hub ("owner/name").
 
         Args:
-          name: a folder may be in an object store (gs://).
+          name: a folder, which may be in an object store (gs://), or one of `interop.READY_MADE`, such as "digits".
           best: of a workdir, open the checkpoint of the lowest test loss instead of the last.
           options: `mesh` and `memory_bound`, see the constructor.
 
@@ -155,7 +159,8 @@ class TarFlowPipeline:
         else:
             folder = interop.local_folder(name)
             saved = interop.load_model(folder)
-        options |= {"ema_params": saved.ema_params, "card": saved.card, "schedule": folder, "student": folder}
+        options |= {"ema_params": saved.ema_params, "card": saved.card, "label_names": saved.label_names}
+        options |= {"schedule": folder, "student": folder}
         return cls(saved.config, saved.variables, saved.noise, **options)
 
     @classmethod
@@ -199,7 +204,8 @@ class TarFlowPipeline:
         variables, ema_params = self.variables, None
         if self._raw_params is not None:
             variables, ema_params = {**variables, "params": self._raw_params}, variables["params"]
-        saved = SavedModel(self.config, variables, self.noise, ema_params, {**self.card, **(card or {})})
+        card = {**self.card, **(card or {})}
+        saved = SavedModel(self.config, variables, self.noise, ema_params, card, self.label_names)
         student, schedule = self._unless_stale("student"), self._unless_stale("schedule")  # perhaps of this folder
         interop.save_model(folder, saved, dtype=dtype, student=student)
         if dtype == "float32" and schedule:

@@ -1,6 +1,7 @@
 """Weights in and out: model folders, the Hugging Face hub, and PyTorch checkpoints of the reference."""
 
 from tarflow_jax.interop.model_folder import (
+    READY_MADE,
     SavedModel,
     check_path,
     copy_model,
@@ -13,6 +14,7 @@ from tarflow_jax.interop.model_folder import (
 from tarflow_jax.interop.torch_weights import load_torch, save_torch
 
 __all__ = [
+    "READY_MADE",
     "SavedModel",
     "check_path",
     "copy_model",

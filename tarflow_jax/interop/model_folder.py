@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import dataclasses
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -41,6 +42,8 @@ VERSION = 1
 CONFIG, WEIGHTS, CARD, STUDENT = "config.json", "model.safetensors", "README.md", "student"
 _DTYPES = ("float32", "bfloat16")
 _MAX_BLOCKS, _MAX_CONFIG_BYTES = 1 << 12, 1 << 20
+READY_MADE = ("digits", "digits_likelihood")
+HUB_OWNER = "tarflow-jax"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Everything that a model folder may hold; no other file is downloaded or uploaded.
 FILES = [CONFIG, WEIGHTS, CARD, PICTURE, "decoder.json", f"{STUDENT}/{CONFIG}", f"{STUDENT}/{WEIGHTS}"]
@@ -55,6 +58,7 @@ class SavedModel:
     noise: Noise | None = None  # of the training; None if unknown
     ema_params: Mapping[str, Any] | None = None  # moving average of the params, which users sample with, if any
     card: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # see `model_card`; not read back
+    label_names: tuple[str, ...] = ()  # of the classes; () if unknown
 
 
 def save_model(
@@ -78,7 +82,11 @@ def save_model(
     card = {**model.card, "evaluations": _evaluations_of(model) if exact else []}
     text, picture = model_card(model.config, model.noise, card), _read_picture(card.get("samples"))
     old = _replaceable(folder, picture is not None)
-    description = {"model": model.config.to_dict(), "noise": model.noise.to_dict() if model.noise else None}
+    description = {
+        "model": model.config.to_dict(),
+        "noise": model.noise.to_dict() if model.noise else None,
+        "label_names": list(model.label_names),
+    }
     variables = {**model.variables, **({"ema": model.ema_params} if model.ema_params else {})}
     new: dict[str, IO[bytes]] = {}
     with contextlib.ExitStack() as stack:  # all files appear at its end
@@ -132,7 +140,7 @@ def _is_model(folder: Path) -> bool:
 
 
 def load_model(name: str | os.PathLike[str]) -> SavedModel:
-    """Reads a folder that `save_model` wrote, or downloads the hub's model "owner/name" if there is no such folder.
+    """Reads a folder that `save_model` wrote, a ready-made model by its name, or the hub's model "owner/name".
 
     Raises:
       FileNotFoundError: neither a folder nor a hub model that can be reached, or one of its files is missing.
@@ -144,8 +152,11 @@ def load_model(name: str | os.PathLike[str]) -> SavedModel:
         config = TarFlowConfig.from_dict(fields["model"])
         noise = None if fields["noise"] is None else Noise.from_dict(fields["noise"])
         shapes = _model_shapes(config, fields["weights"]["ema"])
+        names = tuple(map(str, fields.get("label_names", ())))
+        if names and len(names) != config.num_classes:
+            raise UserError(f"it names {len(names)} classes; expected {config.num_classes}")
     tree = read_safetensors(folder / WEIGHTS, shapes)
-    return SavedModel(config=config, noise=noise, ema_params=tree.pop("ema", None), variables=tree)
+    return SavedModel(config=config, noise=noise, ema_params=tree.pop("ema", None), variables=tree, label_names=names)
 
 
 def load_student(name: str | os.PathLike[str]) -> TrainedStudent | None:
@@ -255,10 +266,18 @@ def checksum(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def local_folder(name: str | os.PathLike[str]) -> Path:
-    """Returns the folder `name`, or that of a copy of gs://… or of the hub's model "owner/name".
+def ready_made() -> dict[str, Path]:
+    """Folders of the ready-made models by their names: in a clone, or in the package tarflow_jax_models."""
+    package = importlib.util.find_spec("tarflow_jax_models")
+    places = [Path(__file__).parents[2] / "models", *(package.submodule_search_locations or () if package else ())]
+    return {file.parent.name: file.parent for place in places for file in sorted(Path(place).glob(f"*/{CONFIG}"))}
 
-    A folder owner/name without a model, as commands make for the samples of a hub's model, does not hide that model.
+
+def local_folder(name: str | os.PathLike[str]) -> Path:
+    """Returns the folder `name`, of a ready-made model, or of a copy of gs://… or of the hub's model "owner/name".
+
+    A folder without a model, as commands make for samples, does not hide the model of that name. A ready-made model
+    that is neither in a clone nor in an installed package comes from the hub, where `HUB_OWNER` keeps them.
 
     Raises FileNotFoundError: there is no such folder, and no such model on the hub or no network.
     """
@@ -271,10 +290,18 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
         return copy
     folder = Path(name)
     hub_name = _HUB_NAME.fullmatch(str(name))
-    if folder.is_dir() and ((folder / CONFIG).exists() or not hub_name):
+    if (folder / CONFIG).exists():
+        return folder
+    if found := ready_made().get(str(name)):
+        return found
+    if str(name) in READY_MADE:
+        return local_folder(f"{HUB_OWNER}/{name}")
+    if folder.is_dir() and not hub_name:
         return folder
     if folder.is_file() or not hub_name:
-        raise FileNotFoundError(f"no folder {name}; give a saved model's folder, or owner/name on the hub")
+        raise FileNotFoundError(
+            f"no folder {name}; give a saved model's folder, owner/name on the hub, or one of {', '.join(READY_MADE)}"
+        )
     import huggingface_hub
 
     try:

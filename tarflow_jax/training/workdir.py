@@ -38,7 +38,8 @@ def read_workdir(workdir: epath.PathLike, mesh: Mesh | None = None, *, best: boo
     if recipe.student:
         raise UserError(f"{workdir} holds a student; open the workdir of its flow, {workdir.parent}")
     step, model = _restored(recipe, workdir, mesh, best=best)
-    return SavedModel(config=recipe.model, noise=recipe.noise, **model, card=_card(recipe, workdir, step))
+    card, names = _card(recipe, workdir, step), tuple(label_names(workdir))
+    return SavedModel(config=recipe.model, noise=recipe.noise, **model, card=card, label_names=names)
 
 
 def read_student(workdir: epath.PathLike, mesh: Mesh | None = None) -> TrainedStudent | None:

@@ -1,0 +1,66 @@
+"""Models by name: found in a clone or in the package tarflow_jax_models, else on the hub."""
+
+import importlib.machinery
+import importlib.util
+
+import jax
+import numpy as np
+import pytest
+
+from tarflow_jax import Noise, TarFlowPipeline
+from tarflow_jax.interop import READY_MADE, model_folder
+from tiny_models import TINY, random_variables
+
+NAMES = tuple(map(str, range(TINY.num_classes)))
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A stand-in for the installed package, with a model named tiny."""
+    pipe = TarFlowPipeline(TINY, random_variables(TINY), Noise("gaussian", 0.1), label_names=NAMES)
+    pipe.save_pretrained(tmp_path / "tiny")
+    spec = importlib.machinery.ModuleSpec("tarflow_jax_models", None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path)]
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if "models" in name else find_spec(name))
+    return pipe
+
+
+def test_a_model_of_the_package_is_opened_by_its_name(package):
+    found = TarFlowPipeline.from_pretrained("tiny")
+    assert found.label_names == NAMES
+    jax.tree.map(np.testing.assert_array_equal, found.variables, package.variables)
+
+
+def test_a_folder_without_a_model_does_not_hide_a_ready_made_one_but_a_model_does(package, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path / "tiny")
+    (tmp_path / "tiny" / "tiny").mkdir()  # as samples of it are kept in
+    assert model_folder.local_folder("tiny") == tmp_path / "tiny"
+    TarFlowPipeline(TINY, random_variables(TINY, 1)).save_pretrained("tiny")
+    assert TarFlowPipeline.from_pretrained("tiny").label_names == ()
+
+
+def test_an_unknown_name_is_answered_with_those_that_exist():
+    with pytest.raises(FileNotFoundError, match=r"no folder digit; .*, or one of digits, digits_likelihood"):
+        TarFlowPipeline.from_pretrained("digit")
+
+
+def test_names_that_are_nowhere_here_are_asked_of_the_hub(monkeypatch):
+    monkeypatch.setattr(model_folder, "ready_made", dict)
+    asked = []
+
+    def download(name, **_):
+        asked.append(name)
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(FileNotFoundError, match="no network"):
+        TarFlowPipeline.from_pretrained(READY_MADE[0])
+    assert asked == [f"{model_folder.HUB_OWNER}/{READY_MADE[0]}"]
+
+
+def test_a_config_that_names_another_number_of_classes_is_refused(package, tmp_path):
+    package.label_names = NAMES[:1]
+    package.save_pretrained(tmp_path / "few")
+    with pytest.raises(ValueError, match=f"names 1 classes; expected {TINY.num_classes}"):
+        TarFlowPipeline.from_pretrained(tmp_path / "few")
