@@ -221,9 +221,12 @@ def define_checkpoint_flag() -> None:
     flags.DEFINE_enum("checkpoint", "last", ["last", "best"], text)
 
 
-def open_pipeline(name: str, mesh: jax.sharding.Mesh | None) -> TarFlowPipeline:
-    """Opens a saved model, or the checkpoint of a workdir that --checkpoint selects."""
-    return TarFlowPipeline.from_pretrained(name, best=flags.FLAGS.checkpoint == "best", mesh=mesh)
+def open_pipeline(name: str, mesh: jax.sharding.Mesh | None, *, sequences: bool = False) -> TarFlowPipeline:
+    """Opens a saved model, or the checkpoint of a workdir that --checkpoint selects; of sequences only where asked."""
+    pipe = TarFlowPipeline.from_pretrained(name, best=flags.FLAGS.checkpoint == "best", mesh=mesh)
+    if pipe.config.is_sequence and not sequences:
+        raise UserError(f"{name} is a flow of sequences; this command is for images")
+    return pipe
 
 
 def define_process_flags() -> None:

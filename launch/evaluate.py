@@ -26,10 +26,10 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from launch import cli, end_at_signals
-from tarflow_jax.data import ImageSource, data_folder, open_source
+from tarflow_jax.data import ImageSource, SequenceSource, data_folder, open_arrays, open_source
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation import classification, distances, generation
-from tarflow_jax.evaluation.bits_per_dim import image_bits_per_dim, noisy_log_prob
+from tarflow_jax.evaluation.bits_per_dim import image_bits_per_dim, noisy_log_prob, sequence_log_prob
 from tarflow_jax.evaluation.classifier import classifier_network
 from tarflow_jax.evaluation.inception import inception_network
 from tarflow_jax.files import write_text
@@ -41,7 +41,7 @@ from tarflow_jax.sampling import Guidance, Jacobi, Student
 from tarflow_jax.training import Recipe
 from tarflow_jax.training.recipe import same_data
 
-ALL_METRICS = ("bits_per_dim", *distances.METRICS, "classification", "outliers", "student")
+ALL_METRICS = ("bits_per_dim", *distances.METRICS, "classification", "outliers", "student", "log_prob")
 NUM_CANDIDATES, TUNING_IMAGES = 8, 500  # to find the noise level that classifies best
 CHUNK_SIZE = 500  # samples in a file
 STUDENT_LATENTS, JACOBI_LATENTS, POLISHES = 1000, 100, (1, 2, 4)
@@ -51,7 +51,7 @@ MODEL = flags.DEFINE_string("model", None, "Saved model instead of --workdir, by
 DATA = flags.DEFINE_string("data", None, "Data set; default: the one the run was trained on.")
 PREPROCESSING = flags.DEFINE_string("preprocessing", None, "Preprocessing of --data: none, tarflow or adm.")
 OUT = flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR/evaluation or ./evaluation.")
-METRICS = flags.DEFINE_list("metrics", ["bits_per_dim"], f"Metrics: {', '.join(ALL_METRICS)}.")
+METRICS = flags.DEFINE_list("metrics", ["bits_per_dim"], f"Metrics: {', '.join(ALL_METRICS)}, which is for sequences.")
 SPLIT = flags.DEFINE_string("split", "test", "Split for likelihood, classification and outliers.")
 SEED = cli.define_seed("Seed of the noise and the samples.")
 NOISE_STD = flags.DEFINE_float("noise_std", None, "Noise level σ, if noise-conditional; default: the lowest, or best.")
@@ -85,7 +85,7 @@ class Evaluation:
         self._trained_on = Recipe.from_workdir(workdir).config.data if workdir else None
         if not workdir and DATA.value is None:
             raise UserError("a saved model does not say what data it was trained on; name it, --data=NAME")
-        self.pipe = cli.open_pipeline(name, make_mesh(devices=jax.local_devices()))
+        self.pipe = cli.open_pipeline(name, make_mesh(devices=jax.local_devices()), sequences=True)
         self.data_dir = data_folder(self._trained_on and self._trained_on.data_dir)
         self.out = epath.Path(cli.folder("out") if OUT.value else f"{workdir}/evaluation" if workdir else "evaluation")
         self.data_set = DATA.value or self._trained_on.source
@@ -123,8 +123,10 @@ class Evaluation:
             )
         print(f"warning: {message}", file=sys.stderr)
 
-    def source(self, split: str) -> ImageSource:
+    def source(self, split: str) -> ImageSource | SequenceSource:
         """Opens a split of the data set."""
+        if self.pipe.config.is_sequence:
+            return open_arrays(self.data_set, split, self.pipe.config)
         source = open_source(
             self.data_set,
             split,
@@ -151,7 +153,10 @@ def check_writable(folder: epath.Path) -> None:
 def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
     """Raises UserError for what a metric would reject only after hours of work on others."""
     pipe, of_samples = evaluation.pipe, [metric for metric in metrics if metric in distances.METRICS]
-    source = evaluation.source(SPLIT.value)
+    of_sequences, source = pipe.config.is_sequence, evaluation.source(SPLIT.value)
+    if wrong := [metric for metric in metrics if (metric == "log_prob") != of_sequences]:
+        kind = "images; log_prob is for sequences" if of_sequences else "sequences; bits_per_dim is for images"
+        raise UserError(f"{wrong[0]} is for {kind}")
     if "bits_per_dim" in metrics and pipe.noise_std is not None and not ALLOW_NOISY.value:
         raise UserError(
             "bits/dim is defined for models trained with uniform noise, this one's was gaussian; "
@@ -163,8 +168,8 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
         raise UserError("the noise levels of this model are not known; name one, --noise_std=σ")
     if {"bits_per_dim", "classification"} & set(metrics) and source.num_classes > pipe.config.num_classes > 0:
         raise UserError(f"{source.name} has {source.num_classes} classes, the model {pipe.config.num_classes}")
-    if {"bits_per_dim", "classification", "outliers"} & set(metrics) and len(source) < 2:
-        raise UserError(f"the {SPLIT.value} split of {source.name} has 1 image; expected several")
+    if {"bits_per_dim", "log_prob", "classification", "outliers"} & set(metrics) and len(source) < 2:
+        raise UserError(f"the {SPLIT.value} split of {evaluation.data_set} has 1 image; expected several")
     if "classification" in metrics and not pipe.config.num_classes:
         raise UserError("classification needs a class-conditional model, this one has no classes")
     if "classification" in metrics and not source.num_classes:
@@ -202,12 +207,14 @@ def noise_level(pipe: TarFlowPipeline) -> float | None:
 
 
 def measure_likelihood(evaluation: Evaluation) -> dict[str, Any]:
-    """Measures bits per dimension or, for Gaussian training noise, nats per dimension of noisy data."""
+    """Measures bits per dimension; nats per dimension of noisy data for Gaussian training noise; nats of sequences."""
     runner = BatchRunner(make_mesh())  # over all processes, which share the split
     pipe, source, level = evaluation.pipe, evaluation.source(SPLIT.value), noise_level(evaluation.pipe)
     variables, key = runner.place(pipe.variables), jax.random.key(SEED.value)
     levels = None if level is None else np.array([level], np.float32)
-    if pipe.noise_std is None:
+    if pipe.config.is_sequence:
+        values, unit, more = sequence_log_prob(runner, pipe.config, variables, source), "log p, nats", {}
+    elif pipe.noise_std is None:
         values = image_bits_per_dim(runner, pipe.config, variables, source, key, DRAWS.value, levels)
         unit, more = "bits/dim", {"dequantisation draws": DRAWS.value, "precision": "float32, full matmul"}
     else:
@@ -217,7 +224,8 @@ def measure_likelihood(evaluation: Evaluation) -> dict[str, Any]:
     if not np.isfinite(values).all():
         raise UserError("log p(x) is not finite for some images; their mean would be no number")
     error = float(values.std(ddof=1) / np.sqrt(len(values)))
-    return {unit: float(values.mean()), "standard error": error, "images": len(values)} | more
+    count = "sequences" if pipe.config.is_sequence else "images"
+    return {unit: float(values.mean()), "standard error": error, count: len(values)} | more
 
 
 def noisy_images(pipe: TarFlowPipeline, images: np.ndarray, key: jax.Array, level: float | None) -> jax.Array:
@@ -419,6 +427,7 @@ def _correlation(images: jax.Array, others: jax.Array) -> float:
 
 MEASURES = {
     "bits_per_dim": measure_likelihood,
+    "log_prob": measure_likelihood,
     "classification": measure_classification,
     "outliers": measure_outliers,
     "student": measure_student,
@@ -437,6 +446,8 @@ def main(argv: Sequence[str]) -> None:
     cli.join_processes()
     end_at_signals()  # JAX may have taken SIGTERM
     evaluation = Evaluation()
+    if evaluation.pipe.config.is_sequence and not flags.FLAGS["metrics"].present:
+        metrics = ["log_prob"]
     check(evaluation, metrics)
     results: dict[str, Any] = {}
     protocol = evaluation.protocol

@@ -1,11 +1,14 @@
 """Draws images from a trained model: a PNG grid, the images as .npz, the way from noise as an animated GIF.
 
+Of a flow of sequences: x and log_q, its log p, as .npz.
+
 python -m launch.sample --model=digits --num_images=64 --guidance=1.5
 python -m launch.sample --workdir=runs/digits --num_images=64 --guidance=1.5 --denoise
 python -m launch.sample --workdir=runs/fashion_mnist --label=sneaker --num_images=16 --out=sneakers
 """
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 
@@ -18,9 +21,10 @@ from launch import cli, end_at_signals
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.generation import quantise, write_samples
 from tarflow_jax.figures import class_columns, grid, save_gif, save_png, to_uint8
+from tarflow_jax.files import read_npz, write_npz
 from tarflow_jax.pipeline import FAR_OUTSIDE, TarFlowPipeline
 from tarflow_jax.runtime import make_mesh
-from tarflow_jax.sampling import DEFAULT_DENOISING
+from tarflow_jax.sampling import DEFAULT_DENOISING, Decoder, Guidance, Tuned
 
 OUT = flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR/samples or ./samples.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "Number of images.", lower_bound=1)
@@ -28,6 +32,9 @@ LABELS = flags.DEFINE_list(
     "labels", None, "Classes to draw in turn, by number or name, -1 for no class; default: all of them."
 )
 LABEL = flags.DEFINE_string("label", None, "The only class to draw, by number or name.")
+CONDITION = flags.DEFINE_string(
+    "condition", None, "File (npz) of `condition` or `mask` for samples of a flow of sequences, row by row in turn."
+)
 SEED = cli.define_seed("Seed of the latents.")
 GUIDANCE = cli.define_number("guidance", 0.0, "Guidance weight w; 0 is no guidance.")
 cli.define_guidance_flags()
@@ -60,6 +67,26 @@ def denoised(pipe: TarFlowPipeline, images: jax.Array, labels: np.ndarray | None
     return list(np.asarray(path[1:]))
 
 
+def draw_sequences(
+    pipe: TarFlowPipeline, labels: np.ndarray | None, guidance: Guidance, decoder: Decoder | Tuned, path: epath.Path
+) -> None:
+    """Draws sequences, and writes them with log q and what they are given."""
+    key, count, file = jax.random.key(SEED.value), NUM_IMAGES.value, os.path.expanduser(CONDITION.value or "")
+    given = read_npz(file, ("condition", "mask")) if file else {}
+    if pipe.config.condition_dim and "condition" not in given:
+        raise UserError("this flow has a condition; name a file with the array `condition`, --condition=FILE")
+    for name, values in given.items():
+        if not values.shape or not len(values):
+            raise UserError(f"{file}: {name} has shape {list(values.shape)}; expected rows")
+        given[name] = values[np.arange(count) % len(values)]
+    x, log_q = pipe.sample(key, count, labels, guidance, DENOISE.value, decoder=decoder, return_log_prob=True, **given)
+    if labels is not None:
+        given["labels"] = labels
+    if jax.process_index() == 0:
+        write_npz(path, x=np.asarray(x), log_q=np.asarray(log_q), **given)
+        print(path)
+
+
 def main(argv: Sequence[str]) -> int:
     """Draws and writes; returns 1 if every image is bad."""
     guidance, decoder = cli.guidance(GUIDANCE.value), cli.decoder()
@@ -68,10 +95,15 @@ def main(argv: Sequence[str]) -> int:
     distributed = cli.join_processes()
     end_at_signals()  # JAX may have taken SIGTERM
     name, place = cli.model_name()
-    pipe = cli.open_pipeline(name, make_mesh() if distributed else None)
+    pipe = cli.open_pipeline(name, make_mesh() if distributed else None, sequences=True)
     labels = chosen_labels(pipe.config.num_classes, pipe.label_names)
     out = epath.Path(cli.folder("out") if OUT.value else epath.Path(place) / "samples")
 
+    if pipe.config.is_sequence:
+        draw_sequences(pipe, labels, guidance, decoder, out / "samples.npz")
+        return 0
+    if CONDITION.value:
+        raise UserError("--condition is for a flow of sequences; this one is of images")
     latents = pipe.latents(jax.random.key(SEED.value), NUM_IMAGES.value)
     trace = pipe.decode_trace(latents, labels, guidance, decoder, pipe.drawn_level)
     frames = list(np.moveaxis(np.asarray(trace.trajectory), 1, 0))

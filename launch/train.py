@@ -54,24 +54,26 @@ def main(argv: Sequence[str]) -> None:
         if jax.process_index() == 0:
             save_png(workdir / "figures" / f"step_{step:07d}.png", sheet)
 
-    state = train(config, workdir, preview)
+    of_sequences = recipe.model.is_sequence
+    state = train(recipe.config, workdir, None if of_sequences else preview)
     variables, names = state.sampling_variables, label_names(workdir)
     with PreemptionGuard():
         test_loss = evaluate_loss(recipe, variables)
         pipe = TarFlowPipeline(recipe.model, variables, recipe.noise, mesh=recipe.mesh())
-        sheets = figures(pipe, guidance, config.sample.denoise_multiplier, names)
+        sheets = {} if of_sequences else figures(pipe, guidance, config.sample.denoise_multiplier, names)
     if jax.process_index():
         return
     paths = {name: workdir / "figures" / f"{name}.png" for name in sheets}
     for name, sheet in sheets.items():
         save_png(paths[name], sheet)
-    write_results(workdir, {"test loss (nats/dim, less ½ log 2π)": test_loss})  # last: the run is complete
+    loss_name = "test loss (nats)" if of_sequences else "test loss (nats/dim, less ½ log 2π)"
+    write_results(workdir, {loss_name: test_loss})  # last: the run is complete
     rows = {
         "steps": int(state.step),
         **({"classes": ", ".join(names[:20]) + ", …" * (len(names) > 20)} if names else {}),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
-        "test loss (nats/dim, less ½ log 2π)": f"{test_loss:.4f}",
-        "nats/dim of noisy data": f"{test_loss + LOG_2PI / 2:.4f}",
+        loss_name: f"{test_loss:.4f}",
+        **({} if of_sequences else {"nats/dim of noisy data": f"{test_loss + LOG_2PI / 2:.4f}"}),
         "minutes": f"{(time.perf_counter() - begin) / 60:.1f}",
         "metrics": workdir / "metrics.jsonl",
         **paths,

@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict
 from jax.sharding import Mesh
 
 from tarflow_jax import interop, likelihood, sampling
+from tarflow_jax.data.sequences import lengths_of
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.bits_per_dim import image_bits_per_dim
 from tarflow_jax.files import is_remote
@@ -845,25 +846,6 @@ def check_condition(config: TarFlowConfig, condition: Any, batch_size: int) -> j
     if not is_traced(condition) and not (finite := np.isfinite(np.asarray(condition))).all():
         raise UserError(f"condition is not finite in row {np.argwhere(~finite)[0][0]}")
     return condition
-
-
-def lengths_of(mask: Any, batch_size: int, num_tokens: int) -> Any:
-    """Lengths int32 [B] of a mask, bool [B, T], or of lengths; ValueError for holes, and for what does not fit."""
-    traced, mask = is_traced(mask), mask if is_traced(mask) else np.asarray(mask)
-    if mask.dtype == bool and mask.shape == (batch_size, num_tokens):
-        lengths = mask.sum(1)
-        if not traced and (holes := np.flatnonzero((mask[:, 1:] & ~mask[:, :-1]).any(1))).size:
-            raise UserError(f"mask has a hole in row {holes[0]}; expected padding behind all tokens")
-    elif np.issubdtype(mask.dtype, np.integer) and mask.shape == (batch_size,):
-        lengths = mask
-    else:
-        raise UserError(
-            f"mask is {mask.dtype} {list(mask.shape)}; expected bool [{batch_size}, {num_tokens}] or lengths "
-            f"[{batch_size}]"
-        )
-    if not traced and (wrong := np.flatnonzero((lengths < 1) | (lengths > num_tokens))).size:
-        raise UserError(f"row {wrong[0]} of mask has {lengths[wrong[0]]} tokens; expected 1 to {num_tokens}")
-    return lengths.astype(np.int32)
 
 
 def check_levels(config: TarFlowConfig, noise_std: Any, batch_size: int) -> jax.Array | None:

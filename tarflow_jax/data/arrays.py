@@ -6,12 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from tarflow_jax.data.source import ArraySource, Options, split_of
+from tarflow_jax.data.source import MAX_CLASSES, ArraySource, Options, split_of
 from tarflow_jax.errors import UserError
 from tarflow_jax.files import read_npz
 
 NUM_TRAIN_DIGITS = 1500
-_MAX_CLASSES = 1 << 20  # ImageNet-21k has 21,841
 _MAX_IDX_BYTES = 1 << 30  # of an unpacked file; Fashion-MNIST has 47 MB
 FASHION_MNIST_LABELS = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -46,7 +45,7 @@ def open_npz(argument: str, split: str, options: Options) -> ArraySource:
         images = images[..., None]
     num_classes = 0 if labels is None else 1
     if labels is not None and labels.size and labels.dtype.kind in "iu":
-        num_classes = min(int(labels.max()) + 1, _MAX_CLASSES)
+        num_classes = min(int(labels.max()) + 1, MAX_CLASSES)
     everything = ArraySource(name, images, labels, num_classes)  # refuses other dtypes, shapes and classes
     rows = [index for index in range(len(images)) if split_of(str(index)) == split]
     if not rows:

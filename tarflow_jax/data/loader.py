@@ -7,25 +7,26 @@ or resumed.
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import grain
 import numpy as np
 
+from tarflow_jax.data.sequences import SequenceSource
 from tarflow_jax.data.source import ImageSource
 
 T = TypeVar("T")
 
 
 class Batch(NamedTuple):
-    """The rows of a batch that one process reads: images uint8 [B, H, W, K] and labels int32 [B], -1 if unlabelled."""
+    """The rows of a batch that one process reads: images uint8 [B, H, W, K] (or `Arrays`), labels int32 [B] or -1."""
 
-    image: np.ndarray
-    label: np.ndarray
+    image: Any
+    label: Any
 
 
 def train_batches(
-    source: ImageSource,
+    source: ImageSource | SequenceSource,
     *,
     batch_size: int,
     seed: int,
@@ -53,7 +54,7 @@ def train_batches(
         images, labels = source.read([order[step * batch_size + row] for row in rows.tolist()])
         if flip:
             flips = np.random.default_rng((seed, step)).random(batch_size) < 0.5  # of the global batch
-            images = np.where(flips[rows, None, None, None], images[:, :, ::-1], images)
+            images = np.where(flips[rows, None, None, None], np.flip(images, 2), images)
         return Batch(images, labels)
 
     steps = grain.MapDataset.range(start_step, np.iinfo(np.int64).max).map(batch_of)

@@ -15,6 +15,7 @@ from tarflow_jax.data.emoji import open_emoji, prepare_emoji
 from tarflow_jax.data.folder import open_folder
 from tarflow_jax.data.images import PREPROCESSINGS
 from tarflow_jax.data.packed import open_packed, prepare_folder
+from tarflow_jax.data.sequences import KIND
 from tarflow_jax.data.source import SPLITS, ImageSource, Options
 from tarflow_jax.data.tfds import open_tfds, prepare_tfds
 from tarflow_jax.errors import UserError
@@ -106,6 +107,8 @@ def prepare_source(
 
 def _find(name: str, options: Options) -> tuple[Kind, str]:
     """Splits a name into its kind and argument, and checks them and the preprocessing."""
+    if name.startswith(KIND):
+        raise UserError(f"{name} holds arrays; expected a data set of images")
     key, _, argument = name.partition(":")
     if key not in KINDS:
         known = ", ".join(kind.pattern for kind in KINDS.values())

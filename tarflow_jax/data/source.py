@@ -17,6 +17,7 @@ from tarflow_jax.errors import UserError
 NO_LABEL = -1
 SPLITS = ("train", "test")
 TEST_SHARE = 0.1
+MAX_CLASSES = 1 << 20  # ImageNet-21k has 21,841
 
 
 def split_of(name: str) -> str:

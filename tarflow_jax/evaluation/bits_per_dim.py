@@ -1,4 +1,4 @@
-"""log p(x), test loss and bits per dimension of 8-bit images with their noise."""
+"""log p(x), test loss and bits per dimension of 8-bit images with their noise; log p(x) of sequences."""
 
 import functools
 from typing import Any
@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from tarflow_jax import likelihood
-from tarflow_jax.data import ImageSource
+from tarflow_jax.data import ImageSource, SequenceSource
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.likelihood import LOG_2PI, bits_per_dim
 from tarflow_jax.noise import Noise
@@ -46,6 +46,16 @@ def noisy_log_prob(
     function = functools.partial(likelihood.noisy_log_prob, device_flow(exact(config)), noise)
     size = forward_bytes(config)
     return runner.run(function, variables, rows, bytes_per_image=size, description="log-likelihoods", key=key)
+
+
+def sequence_log_prob(
+    runner: BatchRunner, config: TarFlowConfig, variables: dict[str, Any], source: SequenceSource
+) -> np.ndarray:
+    """Returns log p(x | label, condition) of sequences in nats, float32 [N], at full matmul precision."""
+    (x, condition, lengths), labels = source.arrays, source.labels
+    rows = {"images": x, "labels": labels, "condition": condition, "lengths": lengths}
+    function = functools.partial(likelihood.log_prob, device_flow(exact(config)))
+    return runner.run(function, variables, rows, bytes_per_image=forward_bytes(config))
 
 
 def loss_of(log_probs: np.ndarray, num_dims: int) -> float:

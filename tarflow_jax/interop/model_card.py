@@ -30,9 +30,10 @@ def model_card(config: TarFlowConfig, noise: Noise | None, card: Mapping[str, An
     if unknown := sorted(set(card) - set(FIELDS)):
         raise UserError(f"unknown model card field {unknown[0]!r}; expected one of {', '.join(FIELDS)}")
     classes = config.num_classes
+    task = "image-generation" if classes else "unconditional-image-generation"
     header = ModelCardData(
         library_name="tarflow_jax",
-        pipeline_tag="image-generation" if classes else "unconditional-image-generation",
+        pipeline_tag=None if config.is_sequence else task,
         tags=["tarflow", "normalizing-flow", "jax", "flax", *(["class-conditional"] if classes else [])],
         datasets=list(card.get("datasets", ())) or None,
     )

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tarflow_jax.errors import one_line
+from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.planning.collectives import Collective, collectives
 from tarflow_jax.planning.flops import forward_flops, program_flops
 from tarflow_jax.planning.topology import Topology
@@ -72,6 +72,8 @@ def make_plan(recipe: Recipe, topology: Topology, sampler: bool = False) -> Plan
 
     Raises UserError if the batch or a parameter does not divide by the recipe's mesh.
     """
+    if recipe.model.is_sequence:
+        raise UserError("a plan is for a flow of images; this one is of sequences")
     mesh, fields = recipe.mesh(topology.devices), recipe.config.train
     traced, arguments = trace(recipe, mesh, sampler)
     plan = Plan(

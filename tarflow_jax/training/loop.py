@@ -1,10 +1,10 @@
 """The loop: data, steps, checkpoints, metrics. To continue a run, run the same command again."""
 
-import contextlib
 import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from tarflow_jax.data import ImageSource, prefetch_to_device, train_batches
+from tarflow_jax.data import Batch, ImageSource, SequenceSource, prefetch_to_device, train_batches
 from tarflow_jax.files import sole_user
 from tarflow_jax.runtime import (
     BatchRunner,
@@ -65,11 +65,12 @@ def train(
     if config.mesh.data == -1:
         use_cores_as_devices(fields.batch_size // fields.accumulation)
     source = recipe.source("train")
-    with PreemptionGuard() as guard, contextlib.ExitStack() as resources:
+    units = source.units if isinstance(source, SequenceSource) else {}
+    with PreemptionGuard() as guard, ExitStack() as resources:
         if jax.process_index() == 0:
             resources.enter_context(sole_user(workdir))
         recipe.write_to(workdir, source)
-        run = _Run(recipe, epath.Path(workdir), frozen, resources)
+        run = _Run(recipe, epath.Path(workdir), frozen, units, resources)
         for images, labels in run.batches(source):
             run.take_step(images, labels)
             done = run.step == fields.num_steps
@@ -111,7 +112,7 @@ def evaluate_loss(recipe: Recipe, variables: dict[str, Any], frozen: Any = None)
 class _Run:
     """A run's state after `step` steps, and what it writes."""
 
-    def __init__(self, recipe: Recipe, workdir: epath.Path, frozen: Any, resources: contextlib.ExitStack) -> None:
+    def __init__(self, recipe: Recipe, workdir: epath.Path, frozen: Any, units: Any, resources: ExitStack) -> None:
         fields, config = recipe.config.train, recipe.train_config
         self.recipe, self.fields, self.mesh = recipe, fields, recipe.mesh()
         init_key, self.key = run_keys(fields.seed)
@@ -120,7 +121,7 @@ class _Run:
         shapes = abstract_state(config, self.mesh)
         found = self.checkpoints.restore(shapes)
         if found is None:
-            self.step, self.state = 0, new_state(config, self.mesh, init_key)
+            self.step, self.state = 0, new_state(config, self.mesh, init_key, units)
         else:
             self.step, self.state = found
             self.checkpoints.set_aside_after(self.step)
@@ -135,14 +136,14 @@ class _Run:
             self.metrics = MetricsWriter(workdir, self.step)
             resources.callback(self.metrics.close)
         self.profile_folder, self.profile_from = workdir / "profile", max(fields.profile_steps[0], self.step + 1)
-        self.profile = resources.enter_context(contextlib.ExitStack())
+        self.profile = resources.enter_context(ExitStack())
         bar = tqdm(total=fields.num_steps, initial=self.step, unit="step", disable=self.metrics is None, smoothing=0.05)
         self.bar = resources.enter_context(bar)
         self.clock = StepClock()
         self._running: Metrics | None = None  # metrics of the step that the devices compute
         self._last: dict[str, np.ndarray] = {}  # of the one before
 
-    def batches(self, source: ImageSource) -> Iterator[tuple[jax.Array, jax.Array]]:
+    def batches(self, source: ImageSource | SequenceSource) -> Iterator[Batch]:
         """Yields images and labels on the devices, for the steps that are left."""
         fields, data, rows = self.fields, self.recipe.config.data, Rows(self.mesh, self.fields.batch_size)
         batches = train_batches(
@@ -154,10 +155,10 @@ class _Run:
             rows=rows.local,
             num_workers=data.num_workers,
         )
-        on_devices = prefetch_to_device(batches, lambda batch: (rows.put(batch.image), rows.put(batch.label)))
+        on_devices = prefetch_to_device(batches, lambda batch: jax.tree.map(rows.put, batch))
         return itertools.islice(on_devices, max(fields.num_steps - self.step, 0))
 
-    def take_step(self, images: jax.Array, labels: jax.Array) -> None:
+    def take_step(self, images: Any, labels: Any) -> None:
         """Starts a step, then checks the previous one: the devices never wait for the host."""
         number = self.step + 1
         if number == self.profile_from <= self.fields.profile_steps[1]:
@@ -183,7 +184,7 @@ class _Run:
                     )
         return self._last
 
-    @contextlib.contextmanager
+    @contextmanager
     def paused(self) -> Iterator[None]:
         """Keeps the time of other work out of the step rate."""
         self.settle()

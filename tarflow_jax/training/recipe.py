@@ -14,7 +14,8 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
-from tarflow_jax.data import ImageSource, open_source
+from tarflow_jax.data import ImageSource, SequenceSource, open_arrays, open_source
+from tarflow_jax.data.sequences import KIND
 from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.files import write_text
 from tarflow_jax.flow import TarFlowConfig
@@ -26,7 +27,7 @@ from tarflow_jax.student import StudentConfig
 from tarflow_jax.training.checkpoint import recorded_config
 from tarflow_jax.training.optimizer import Optimizer
 from tarflow_jax.training.step import TrainConfig
-from tarflow_jax.training.task import FlowTask, StudentTask, Task
+from tarflow_jax.training.task import ArrayTask, FlowTask, StudentTask, Task
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +57,7 @@ class DataOptions(Options):
 
     group: ClassVar[str] = "data"
 
-    source: str = option("", "Data set: digits, fashion_mnist, emoji64, tfds:NAME, folder:, packed: or npz:PATH.")
+    source: str = option("", "Data set: digits, fashion_mnist, emoji64, tfds:NAME, folder:, packed:, npz:, array:PATH.")
     data_dir: str = option("", "Folder of the data sets; empty for the default one.")
     preprocessing: str = option("none", "Crop and resize: none, tarflow or adm.")
     flip: bool = option(False, "Mirrors images at random.")
@@ -120,6 +121,7 @@ class MeshOptions(Options):
 GROUPS: dict[str, Any] = {
     cls.group: cls for cls in (TarFlowConfig, DataOptions, Noise, Optimizer, TrainOptions, SampleOptions, MeshOptions)
 }
+_OF_IMAGES = ("noise.kind", "noise.std", "data.preprocessing", "data.flip", "model.noise_conditional")
 # A student's model, data and noise are its flow's.
 STUDENT_GROUPS = {"student": StudentConfig, **{name: GROUPS[name] for name in ("optimizer", "train", "sample", "mesh")}}
 
@@ -144,7 +146,8 @@ class Recipe:
     """A training run's config and what follows from it.
 
     Attributes:
-      config: as given; a group `student` in it trains a student of the flow that model and noise describe.
+      config: as given; a group `student` in it trains a student of the flow that model and noise describe. Of arrays,
+        the fields of the model that follow from them are filled in where `model.sequence_shape` is left out.
       student: the student to train; None if the flow itself is trained.
       task: what is trained.
       train_config: what determines the state and the step.
@@ -158,11 +161,17 @@ class Recipe:
         for name in ("data", "sample", "mesh"):
             GROUPS[name].from_dict(groups[name])
         train = TrainOptions.from_dict(groups["train"])
-        self.config = config
-        self.model, self.noise = TarFlowConfig.from_dict(groups["model"]), Noise.from_dict(groups["noise"])
+        self.config = _with_shape(config)
+        self.model = TarFlowConfig.from_dict(self.config.model.to_dict())
+        self.noise = None if self.model.is_sequence else Noise.from_dict(groups["noise"])
         self.student: StudentConfig | None = None
-        self.task: Task = FlowTask(self.model, self.noise, train.drop_label)
-        if "student" in config:
+        self.task: Task
+        if self.noise is None:
+            _check_of_sequences(config)
+            self.task = ArrayTask(self.model, train.drop_label)
+        else:
+            self.task = FlowTask(self.model, self.noise, train.drop_label)
+        if "student" in config and self.noise:
             self.student = StudentConfig.from_dict({**groups["student"], "flow": self.model})  # not its fingerprint
             self.task = StudentTask(self.student, self.noise, train.drop_label)
         optimizer = Optimizer.from_dict({**groups["optimizer"], "num_steps": train.num_steps})
@@ -179,9 +188,11 @@ class Recipe:
             )
         return mesh
 
-    def source(self, split: str) -> ImageSource:
-        """Opens the "train" or "test" split of the data; raises UserError unless its images fit the model."""
+    def source(self, split: str) -> ImageSource | SequenceSource:
+        """Opens the "train" or "test" split of the data; raises UserError unless it fits the model."""
         fields, model = self.config.data, self.model
+        if model.is_sequence:
+            return open_arrays(fields.source, split, model)
         source = open_source(
             fields.source,
             split,
@@ -203,7 +214,7 @@ class Recipe:
             )
         return source
 
-    def write_to(self, workdir: epath.PathLike, source: ImageSource | None = None) -> None:
+    def write_to(self, workdir: epath.PathLike, source: ImageSource | SequenceSource | None = None) -> None:
         """Writes workdir/config.json and, for a training split, data.json.
 
         `train.num_steps` may grow before the end of a run, if the steps taken keep their learning rates. Raises
@@ -268,8 +279,29 @@ class Recipe:
             raise UserError(f"{path} is not a training config: {error}") from error
 
 
-def same_data(workdir: epath.PathLike, source: ImageSource) -> bool:
-    """Whether `source` holds the images and labels that a run was trained on; True if the run does not say."""
+def _with_shape(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Fills in the fields of the model that follow from arrays, where neither they nor `sequence_shape` are given."""
+    sizes = config.model.get("sequence_shape"), config.model.get("image_size")
+    if not config.data.source.startswith(KIND) or any(map(np.any, sizes)):
+        return config
+    config, defaults = config.copy_and_resolve_references(), default_config().model
+    for name, value in open_arrays(config.data.source, "train").shape.items():
+        if config.model.get(name) in (None, defaults[name]):
+            config.model[name] = value
+    return config
+
+
+def _check_of_sequences(config: ml_collections.ConfigDict) -> None:
+    if "student" in config:
+        raise UserError("a student is for a flow of images; this one is of sequences")
+    fields, defaults = (flatten_dict(c.to_dict(), sep=".") for c in (config, default_config()))
+    for name in _OF_IMAGES:
+        if fields.get(name, defaults[name]) != defaults[name]:
+            raise UserError(f"{name} is {fields[name]!r}; expected {defaults[name]!r} for sequences")
+
+
+def same_data(workdir: epath.PathLike, source: ImageSource | SequenceSource) -> bool:
+    """Whether `source` holds the images (or arrays) and labels that a run was trained on; True if it does not say."""
     path = epath.Path(workdir) / DATA
     return not path.exists() or _read_json(path).get("fingerprint") == source.fingerprint
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
@@ -69,10 +70,22 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
     )
 
 
-def new_state(config: TrainConfig, mesh: Mesh, key: jax.Array) -> TrainState:
-    """Returns `initial_state`, every array made where it is placed, never whole on one device."""
+def new_state(
+    config: TrainConfig, mesh: Mesh, key: jax.Array, constants: Mapping[str, np.ndarray] | None = None
+) -> TrainState:
+    """Returns `initial_state`, every array made where it is placed, never whole on one device.
+
+    `constants` replace those of these names in the variables, to whose shapes they broadcast.
+    """
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    return jax.jit(functools.partial(initial_state, config), out_shardings=layout)(key)
+    state = jax.jit(functools.partial(initial_state, config), out_shardings=layout)(key)
+    if not constants:
+        return state
+    placed = dict(state.variables["constants"])
+    for name, values in constants.items():
+        values = np.broadcast_to(values, placed[name].shape).astype(np.float32)
+        placed[name] = jax.device_put(values, placed[name].sharding)
+    return state.replace(variables={**state.variables, "constants": placed})
 
 
 @functools.cache
@@ -89,7 +102,7 @@ def train_step(
     """Takes one step: noise, loss, gradients, update.
 
     Args:
-      images: uint8 [B, H, W, K].
+      images: uint8 [B, H, W, K]; `Arrays` of a task that takes them.
       labels: int32 [B].
       key: all randomness is a function of it, of the step, and of an image's row in the global batch, so that it does
         not depend on the devices.

@@ -1,6 +1,7 @@
 """Tasks: what the loop trains. A task has initial variables, a loss and a test loss.
 
-`FlowTask` trains a flow by maximum likelihood, `StudentTask` a student to invert a flow.
+`FlowTask` trains a flow of images by maximum likelihood, `ArrayTask` one of sequences, `StudentTask` a student to
+invert a flow.
 """
 
 import dataclasses
@@ -11,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tarflow_jax.data import ImageSource
+from tarflow_jax.data import Arrays, ImageSource, SequenceSource
 from tarflow_jax.errors import UserError
-from tarflow_jax.evaluation.bits_per_dim import loss_of, noisy_log_prob
+from tarflow_jax.evaluation.bits_per_dim import loss_of, noisy_log_prob, sequence_log_prob
 from tarflow_jax.flow import TarFlow, TarFlowConfig, updated_prior
-from tarflow_jax.likelihood import log_prob, training_loss, unit_prior
+from tarflow_jax.likelihood import training_loss, unit_prior
 from tarflow_jax.noise import Noise, to_float
-from tarflow_jax.runtime import BatchRunner, LazyRows, device_flow, exact, training_kernels
+from tarflow_jax.runtime import BatchRunner, LazyRows, device_flow, training_kernels
 from tarflow_jax.runtime.batch_runner import forward_bytes
 from tarflow_jax.sampling import guided_trajectory
 from tarflow_jax.student import Student, StudentConfig, distillation_loss
@@ -102,17 +103,9 @@ class FlowTask:
         return float(np.mean(levels * [loss_of(log_probs[i::_TEST_LEVELS], num_dims) for i in range(_TEST_LEVELS)]))
 
 
-class Arrays(NamedTuple):
-    """Sequences in their own units, in place of a batch's images."""
-
-    x: Any  # float32 [B, T, D] or [B, T]
-    condition: Any = None  # float32 [B, C] or [B, T, C]
-    lengths: Any = None  # int32 [B]
-
-
 @dataclasses.dataclass(frozen=True)
 class ArrayTask:
-    """Maximum likelihood of sequences: `Arrays` in place of images, and as a split; `frozen` is unused."""
+    """Maximum likelihood of sequences: `Arrays` in place of images, a `SequenceSource` as a split; no `frozen`."""
 
     model: TarFlowConfig
     drop_condition: float = 0.0  # probability of training a sequence without its label and condition
@@ -140,14 +133,10 @@ class ArrayTask:
         return variables, metrics
 
     def test_loss(
-        self, runner: BatchRunner, variables: Variables, source: tuple[Arrays, Any], frozen: None = None
+        self, runner: BatchRunner, variables: Variables, source: SequenceSource, frozen: None = None
     ) -> float:
         """The mean of -log p of sequences and labels, in nats."""
-        (x, condition, lengths), labels = source
-        rows = {"images": x, "labels": labels, "condition": condition, "lengths": lengths}
-        flow, size = device_flow(exact(self.model)), forward_bytes(self.model)
-        log_probs = runner.run(functools.partial(log_prob, flow), variables, rows, bytes_per_image=size)
-        return -float(log_probs.mean(dtype=np.float64))
+        return -float(sequence_log_prob(runner, self.model, variables, source).mean(dtype=np.float64))
 
 
 class Teacher(NamedTuple):

@@ -1,0 +1,29 @@
+"""Arrays that are not images: tables and sequences, perhaps with conditions, masks and labels (docs/howto/arrays.md).
+
+python -m launch.train --config=configs/array.py --config.data.source=array:FILE.npz --workdir=runs/array
+
+The shape of the flow follows from the file; width, depth, optimizer and steps are those of `tarflow_jax.fit`.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import defaults
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The recipe; its variant is "smoke" (seconds)."""
+    config = defaults.get_config()
+    config.noise.std = 0.0  # data are trained on as they are
+    config.model.update(
+        {
+            "width": 64,
+            "head_dim": 32,
+            "num_blocks": 6,
+            "layers_per_block": 1,
+            "input_limit": 10.0,
+        }
+    )
+    config.data.source = "array:"
+    config.optimizer.warmup_steps = 100
+    config.train.update({"num_steps": 2000, "batch_size": 256, "checkpoint_every": 200, "evaluate_every": 200})
+    return defaults.with_variant(config, variant, defaults.smoke)

@@ -1,0 +1,194 @@
+"""Data that are not images: tables and sequences, with conditions, masks and labels, checked and in memory."""
+
+import copy
+import logging
+import os
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
+
+import jax
+import numpy as np
+
+from tarflow_jax.data.source import MAX_CLASSES, SPLITS, split_of
+from tarflow_jax.errors import UserError
+from tarflow_jax.files import read_npz
+from tarflow_jax.fingerprint import fingerprint
+from tarflow_jax.flow import TarFlowConfig
+
+KIND = "array:"
+NAMES = ("x", "condition", "mask", "labels")
+ROUNDING = 1e-4  # of a standard deviation, that float32 may cost in silence
+logger = logging.getLogger(__name__)
+
+
+class Arrays(NamedTuple):
+    """Sequences in their own units, in place of a batch's images."""
+
+    x: Any  # float32 [B, T, D] or [B, T]
+    condition: Any = None  # float32 [B, C] or [B, T, C]
+    lengths: Any = None  # int32 [B]
+
+
+class SequenceSource:
+    """Rows of a table or sequences, which take the place of an `ImageSource`.
+
+    Attributes:
+      arrays: `Arrays` [N, …]; padding is 0.
+      labels: int32 [N]; None if there are none.
+      shape: the fields of `TarFlowConfig` that follow from them.
+    """
+
+    label_names: tuple[str, ...] = ()
+    preprocessing = "none"
+
+    def __init__(self, x: Any, condition: Any = None, mask: Any = None, labels: Any = None) -> None:
+        """Takes the arguments of `tarflow_jax.fit`.
+
+        Raises ValueError, naming row and column, for numbers that are not finite, shapes that do not fit and holes in
+        the mask.
+        """
+        x = np.asarray(x)
+        if x.ndim not in (2, 3) or not np.issubdtype(x.dtype, np.floating) or 0 in x.shape:
+            raise UserError(f"x is {x.dtype} {list(x.shape)}; expected floats [N, F] or [N, T, D]")
+        count, num_tokens = x.shape[:2]
+        if num_tokens == 1:
+            raise UserError(f"x has shape {list(x.shape)}: a flow cannot change a single token; expected F or T from 2")
+        if mask is not None and x.ndim == 2:
+            raise UserError("a mask is for sequences [N, T, D]; x is a table")
+        lengths = None if mask is None else lengths_of(mask, count, num_tokens)
+        exists = None if lengths is None else np.arange(num_tokens)[None] < lengths[:, None]
+        self.shape: dict[str, Any] = {"sequence_shape": (num_tokens, x.shape[2] if x.ndim == 3 else 0)}
+        self.shape |= {"condition_dim": 0, "condition_kind": "vector", "num_classes": 0}
+        if condition is not None:
+            condition = np.asarray(condition)
+            by_token, expected = condition.ndim == 3, f"[{count}, C] or [{count}, {num_tokens}, C] of numbers"
+            fits = condition.size and condition.shape[:-1] in ((count,), (count, num_tokens))
+            if not fits or condition.dtype.kind not in "biuf":
+                raise UserError(f"condition is {condition.dtype} {list(condition.shape)}; expected {expected}")
+            self.shape |= {"condition_dim": condition.shape[-1], "condition_kind": "tokens" if by_token else "vector"}
+            condition = _floats("condition", condition, exists if by_token else None)
+        if labels is not None:
+            labels = np.asarray(labels)
+            if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+                raise UserError(f"labels are {labels.dtype} {list(labels.shape)}; expected integers [{count}]")
+            if (outside := np.flatnonzero((labels < 0) | (labels >= MAX_CLASSES))).size:
+                row = outside[0]
+                raise UserError(f"label {labels[row]} in row {row}; expected integers from 0 to {MAX_CLASSES - 1}")
+            self.shape["num_classes"] = int(labels.max()) + 1
+        self.arrays = Arrays(_floats("x", x, exists), condition, lengths)
+        self.labels = None if labels is None else labels.astype(np.int32)
+
+    def __len__(self) -> int:
+        return len(self.arrays.x)
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> tuple[Arrays, np.ndarray | None]:
+        """Returns the given rows and their labels."""
+        return jax.tree.map(lambda values: values[indices], (self.arrays, self.labels))
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> Self:
+        """Returns the given rows as a source of the same shape."""
+        part = copy.copy(self)
+        part.arrays, part.labels = self.read(indices)
+        return part
+
+    @property
+    def units(self) -> dict[str, np.ndarray]:
+        """Means and standard deviations of the columns, by the names of a flow's constants, which they broadcast to.
+
+        Raises ValueError for constant columns; warns of those that float32 rounds visibly.
+        """
+        x, condition, lengths = self.arrays
+        exists = None if lengths is None else np.arange(x.shape[1])[None] < lengths[:, None]
+        mean, std = _units("x", x, exists)
+        if x.ndim == 2:
+            mean, std = mean[:, None], std[:, None]  # a token is a number
+        units = {"mean": mean, "std": std}
+        if condition is not None:
+            mean, std = _units("condition", condition, exists if condition.ndim == 3 else None)
+            units |= {"condition_mean": mean, "condition_std": std}
+        return units
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash (hexadecimal) of rows and labels, independent of where they are stored."""
+        return fingerprint((self.arrays, self.labels))
+
+
+def open_arrays(name: str, split: str, config: TarFlowConfig | None = None) -> SequenceSource:
+    """Opens one split of "array:FILE", a NumPy archive with `x` and perhaps `condition`, `mask` and `labels`.
+
+    The test split is `x_test` and so on, where the file has these, or else a tenth of the rows, by a hash of x. Raises
+    UserError as `SequenceSource`, for rows that do not fit a flow of `config`, and for a damaged file or another.
+    """
+    path = os.path.expanduser(name.removeprefix(KIND))
+    if not name.startswith(KIND) or not path:
+        raise UserError(f"data.source is {name!r}; expected array:FILE, an npz file, for a flow of sequences")
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r} of {name}; expected one of {', '.join(SPLITS)}")
+    arrays = read_npz(path, tuple(key + suffix for key in NAMES for suffix in ("", "_test")))
+    given, tested = ([key for key in NAMES if key + suffix in arrays] for suffix in ("", "_test"))
+    if "x" not in given or tested not in ([], given):
+        raise UserError(
+            f"{name} has {', '.join(arrays) or 'none of its arrays'}; expected x, perhaps {', '.join(NAMES[1:])}, and "
+            "for a test split of your own all of them with _test"
+        )
+    suffix = "_test" if tested and split == "test" else ""
+    try:
+        source = SequenceSource(**{key: arrays[key + suffix] for key in given})
+        for field, found in source.shape.items() if config else ():
+            expected = getattr(config, field)
+            if found != expected and not (field == "num_classes" and found < expected):  # a split may lack some
+                hint = "leave model.sequence_shape out, and the shape follows from the data"
+                raise UserError(f"model.{field} is {expected}, the data's is {found}; {hint}")
+    except UserError as error:
+        raise UserError(f"{name}{', its test arrays' if suffix else ''}: {error}") from None
+    if tested:
+        return source
+    rows = [index for index, row in enumerate(source.arrays.x) if split_of(row.tobytes().hex()) == split]
+    if not rows:
+        raise UserError(f"{name}: none of its {len(source)} rows falls into the {split} split; expected more rows")
+    return source.take(rows)
+
+
+def lengths_of(mask: Any, batch_size: int, num_tokens: int) -> Any:
+    """Lengths int32 [B] of a mask, bool [B, T], or of lengths; ValueError for holes, and for what does not fit."""
+    traced = isinstance(mask, jax.core.Tracer)
+    mask = mask if traced else np.asarray(mask)
+    if mask.dtype == bool and mask.shape == (batch_size, num_tokens):
+        lengths = mask.sum(1)
+        if not traced and (holes := np.flatnonzero((mask[:, 1:] & ~mask[:, :-1]).any(1))).size:
+            raise UserError(f"mask has a hole in row {holes[0]}; expected padding behind all tokens")
+    elif np.issubdtype(mask.dtype, np.integer) and mask.shape == (batch_size,):
+        lengths = mask
+    else:
+        expected = f"bool [{batch_size}, {num_tokens}] or lengths [{batch_size}]"
+        raise UserError(f"mask is {mask.dtype} {list(mask.shape)}; expected {expected}")
+    if not traced and (wrong := np.flatnonzero((lengths < 1) | (lengths > num_tokens))).size:
+        raise UserError(f"row {wrong[0]} of mask has {lengths[wrong[0]]} tokens; expected 1 to {num_tokens}")
+    return lengths.astype(np.int32)
+
+
+def _floats(name: str, values: np.ndarray, exists: np.ndarray | None) -> np.ndarray:
+    """Values [N, …, columns] as float32, 0 where no token exists, bool [N, T]; ValueError unless they are finite."""
+    with np.errstate(over="ignore"):
+        floats = values.astype(np.float32)
+    if exists is not None:
+        floats = np.where(exists[..., None], floats, np.float32(0))
+    if (wrong := np.argwhere(~np.isfinite(floats))).size:
+        row, *_, column = wrong[0]
+        found = values[tuple(wrong[0])]
+        raise UserError(f"{name} is {found} in row {row}, column {column}; expected finite numbers of float32's range")
+    return floats
+
+
+def _units(name: str, x: np.ndarray, exists: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each column of x [N, …, columns], over the tokens that exist, bool [N, T]."""
+    values = x.reshape(-1, x.shape[-1]) if exists is None else x[exists]
+    mean, std = values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)
+    rounding = np.finfo(np.float32).eps * np.abs(values).max(0)
+    if (constant := np.flatnonzero(std <= rounding)).size:
+        raise UserError(f"{name} is constant in column {constant[0]} ({mean[constant[0]]:g}); leave it out")
+    if (rounded := np.flatnonzero(rounding > ROUNDING * std)).size:
+        message = "float32 rounds column %d of %s to %.0e of its standard deviation; subtract its mean before"
+        logger.warning(message, rounded[0], name, (rounding / std)[rounded[0]])
+    return mean, std
