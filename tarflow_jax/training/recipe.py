@@ -75,7 +75,7 @@ class TrainOptions(Options):
     num_steps: int = option(0, "Optimizer steps.", low=1)
     batch_size: int = option(0, "Images of a step, over all devices.", low=1)
     accumulation: int = option(1, "Microbatches of a step.", low=1)
-    drop_label: float = option(0.0, "Probability of training an image without its label.")
+    drop_label: float = option(0.0, "Probability of training an image without its label, or condition.")
     seed: int = option(0, "Seed of weights, noise and the order of images.")
     checkpoint_every: int = option(1000, "Steps between checkpoints.", low=1)
     keep_checkpoints: int = option(3, "Checkpoints to keep, beside the best one.", low=1)
