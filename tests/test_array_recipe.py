@@ -234,6 +234,13 @@ def test_files_of_other_arrays_and_damaged_ones_are_refused(tmp_path, damage):
             open_arrays(f"array:{broken}", "train")
 
 
+def test_files_in_an_object_store(bucket, tmp_path):
+    written(tmp_path / "a.npz", **sequences())
+    (bucket / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes())
+    found, expected = (open_arrays(f"array:{folder}/a.npz", "train") for folder in (bucket, tmp_path))
+    assert found.fingerprint == expected.fingerprint
+
+
 # Training
 
 
