@@ -18,7 +18,7 @@ from tarflow_jax.training.step import TrainConfig, compiled_step, new_state
 from tarflow_jax.training.task import ArrayTask
 
 SHAPE = {"width": 64, "head_dim": 32, "num_blocks": 6, "layers_per_block": 1, "input_limit": 10.0}
-NUM_VALIDATIONS, PATIENCE = 40, 10
+NUM_VALIDATIONS, PATIENCE = 40, 20  # fewer would end fits before the learning rate has come down
 
 
 def fit(
@@ -44,7 +44,7 @@ def fit(
       condition: float [N, C], or [N, T, C], one for each token, which is seen for that token and the one before.
       mask: of sequences, bool [N, T], True where there is a token; padding comes last. Or the lengths, int [N].
       labels: int [N], the classes, from 0.
-      num_steps: at most; training ends when ten validations in a row, of forty, are no better.
+      num_steps: at most; training ends when twenty validations in a row, of forty, are no better.
       batch_size: rows of a step.
       key: of the initial weights, the batches and the split; None is `jax.random.key(0)`.
       validation: share of the rows that is held out; 0 for none.
