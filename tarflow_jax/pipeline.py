@@ -705,7 +705,7 @@ class TarFlowPipeline:
           smallest: images of the smallest batch.
         """
         variables = self.variables if variables is None else variables
-        if is_traced((rows, shared)):
+        if is_traced((rows, shared, variables)):
             static = TarFlow(config) if isinstance(config, TarFlowConfig) else config  # differentiable in every mode
             with jax.default_matmul_precision("highest"):
                 return function(static, variables, **rows, **shared)
