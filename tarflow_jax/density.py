@@ -48,8 +48,7 @@ def fit_density(
       flow_shape: fields of `TarFlowConfig`, as of `fit`.
 
     Returns:
-      The flow of the lowest loss on fixed latents; `card["validation"]` has that loss, KL(q || p) - log Z in nats, and
-      its step.
+      The flow of the lowest loss on fixed latents; `card["validation"]` has that loss, KL - log Z, and its step.
 
     Raises:
       ValueError: log_density returns another shape, or numbers that are not finite.
@@ -82,11 +81,8 @@ class _DensityTask(ArrayTask):
         loss = (log_q - self.log_density(x)).mean()
         return loss, ({"loss": loss}, None)
 
-    def test_loss(
-        self, runner: BatchRunner, variables: Variables, source: tuple[Arrays, Any], frozen: None = None
-    ) -> float:
+    def test_loss(self, runner: BatchRunner, variables: Variables, source: Any, frozen: None = None) -> float:
         """The mean of log q - log p̃, in nats."""
         decode = functools.partial(decode_log_prob, device_flow(exact(self.model)))
-        rows = {"latents": source[0].x}
-        x, log_q = runner.run(decode, variables, rows, bytes_per_image=forward_bytes(self.model))
+        x, log_q = runner.run(decode, variables, {"latents": source[0].x}, bytes_per_image=forward_bytes(self.model))
         return float(np.mean(log_q - np.asarray(self.log_density(x)), dtype=np.float64))

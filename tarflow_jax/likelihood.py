@@ -162,8 +162,5 @@ def unit_prior(variables: dict[str, Any]) -> dict[str, Any]:
 
 
 def bits_per_dim(log_prob: Array, num_dims: int, bits: int = 8) -> Array:
-    """(-log p(x) / (H W K) + log 128) / log 2: bits per dimension of 8-bit data, from nats [B], in their dtype.
-
-    128 is half the levels of 8 `bits`, because images span 2 units; it is 32,768 for 16.
-    """
-    return (-log_prob / num_dims + math.log(2 ** (bits - 1))) / math.log(2)
+    """(-log p(x) / (H W K) + log 2^(bits - 1)) / log 2, bits per dimension, from nats [B], in their dtype."""
+    return (-log_prob / num_dims + math.log(2 ** (bits - 1))) / math.log(2)  # 2^bits levels span 2 units

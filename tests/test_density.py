@@ -42,3 +42,8 @@ def test_fit_density_of_sequences_says_where_the_density_is_no_number():
 def test_a_density_of_another_shape_is_refused(log_density):
     with pytest.raises(ValueError, match=r"log_density returned .*; expected an array of shape \[256\]"):
         tarflow_jax.fit_density(log_density, 4)
+
+
+def test_a_density_of_one_number_is_refused():
+    with pytest.raises(ValueError, match="a flow cannot change a single token"):
+        tarflow_jax.fit_density(lambda x: x[:, 0], 1)

@@ -66,8 +66,8 @@ def test_classes_and_images_and_what_does_not_fit():
     )
     score = jax.grad(FlowDistribution(flow).log_prob)(images[0])
     np.testing.assert_allclose(score, jax.grad(lambda x: flow.log_prob(x[None])[0])(images[0]), atol=1e-4)
-    with pytest.raises(ValueError, match="expected at least 2 dimensions"):
-        FlowDistribution(pipeline(SEQUENCES), jnp.zeros(3))
+    with pytest.raises(ValueError, match=r"condition has shape \(1, 4\); expected \(1, 5, 3\)"):
+        FlowDistribution(pipeline(SEQUENCES), jnp.zeros(4)).log_prob(jnp.zeros((5, 2)))
     with pytest.raises(ValueError, match="this model has no condition"):
         FlowDistribution(flow, jnp.zeros(3)).log_prob(images)
 

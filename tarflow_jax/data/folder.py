@@ -145,9 +145,7 @@ def hash_items(items: Iterable[Item], *more: object) -> str:
     return digest.hexdigest()
 
 
-def check_items(
-    items: list[Item], preprocessing: str, image_shape: tuple[int, int, int], bits: int
-) -> tuple[dict[str, str], str]:
+def check_items(items: list[Item], preprocessing: str, shape: tuple[int, ...], bits: int) -> tuple[dict[str, str], str]:
     """Reads and decodes every item, in parallel.
 
     Returns the reason for each that cannot be used, by name, and the SHA-256 of the labels and files of the others.
@@ -156,9 +154,9 @@ def check_items(
     def checked(item: Item) -> str | bytes:
         try:
             content = item.read()
-            image = decode_image(content, image_shape[2], bits=bits)
+            image = decode_image(content, shape[2], bits=bits)
             if preprocessing == "none":
-                preprocess(image, preprocessing, image_shape[:2])
+                preprocess(image, preprocessing, (shape[0], shape[1]))
         except ValueError as error:
             return str(error)
         return hashlib.sha256(content).digest()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageOps
 
 from tarflow_jax.errors import UserError
 
@@ -46,17 +46,13 @@ def read_file(path: Path) -> bytes:
 def decode_image(
     content: bytes, channels: int | None = 3, max_pixels: int = MAX_PIXELS, bits: int | None = 8
 ) -> Image.Image | np.ndarray:
-    """Decodes a PNG, JPEG, WebP, TIFF or GIF (its first frame).
+    """Decodes a PNG, JPEG, WebP, TIFF or GIF (its first frame) of `bits` a number, 8 or 16; None for either.
+
+    Returns a Pillow image of 8 bits, RGB, or L for one channel; or, because Pillow has no colours of 16 bits, uint16
+    [H, W, K], with the file's own channels if `channels` is None.
 
     Applies the EXIF orientation and composites transparency over white. Raises UserError for anything but a whole
-    image of at least 8x8 and at most `max_pixels`, at most 32 times as long as wide.
-
-    Args:
-      channels: 1 for grey, 3 for RGB; None for what the file has, if it has 16 bits, and RGB otherwise.
-      bits: of a number, 8 or 16; UserError for a file of another depth. None accepts both.
-
-    Returns:
-      A Pillow image, RGB or L, of 8 bits; or uint16 [H, W, K], because Pillow has no colours of 16 bits.
+    image of at least 8x8 and at most `max_pixels`, at most 32 times as long as wide, and for other bits.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -69,13 +65,15 @@ def decode_image(
                 raise UserError(f"{size}, more than {MAX_ASPECT} times as long as wide")
             if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
                 raise UserError("a TIFF of several pages; expected one image a file")
-            found = _bits_of(image)
+            found = max(32 if image.mode in ("I", "F") else 8, *getattr(image, "tag_v2", {}).get(258, (8,)))
+            if image.tile and ";16" in str(image.tile[0].args):  # how Pillow unpacks numbers
+                found = 16
             if bits not in (None, found) or found not in (8, 16):
                 raise UserError(f"{found} bits a number; expected {bits or '8 or 16'}")
-            if found == 16:
-                return _decode_16_bits(content, image, channels)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
+            if found == 16:
+                return _all_16_bits(content, image, channels)
             return _flatten(image).convert("L" if channels == 1 else "RGB")
     except UserError:
         raise
@@ -87,27 +85,17 @@ def decode_image(
         raise UserError(f"damaged image ({error})") from None
 
 
-def _bits_of(image: ImageFile.ImageFile) -> int:
-    """Bits of an open file's numbers, 8 where there are fewer."""
-    if image.tile and ";16" in str(image.tile[0].args):  # how Pillow unpacks them
-        return 16
-    return max(32 if image.mode in ("I", "F") else 8, *getattr(image, "tag_v2", {}).get(258, (8,)))
-
-
-def _decode_16_bits(content: bytes, image: ImageFile.ImageFile, channels: int | None) -> np.ndarray:
-    """Returns uint16 [H, W, K]; Pillow itself keeps no more than the high bytes of 16-bit colours."""
+def _all_16_bits(content: bytes, image: Image.Image, channels: int | None) -> np.ndarray:
+    """Returns uint16 [H, W, K] for a loaded image, in which Pillow keeps the high bytes of 16-bit colours alone."""
     if image.mode.startswith("I;16"):
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
         return np.asarray(image).astype(np.uint16)[..., None].repeat(channels or 1, 2)
-    unpacked = str(image.tile[0].args)
+    low = Image.open(io.BytesIO(content), formats=FORMATS)
+    unpacked = str(low.tile[0].args)
     if image.mode != "RGB" or ";16" not in unpacked or "transparency" in image.info or channels == 1:
         raise UserError(f"16 bits of kind {unpacked}; expected {'grey' if channels == 1 else 'grey or RGB'}")
-    low = Image.open(io.BytesIO(content), formats=FORMATS)
     low.tile = [tile._replace(args=_in_other_order(tile.args)) for tile in low.tile]
-    for half in (image, low):
-        half.load()
-        ImageOps.exif_transpose(half, in_place=True)
+    low.load()
+    ImageOps.exif_transpose(low, in_place=True)
     return np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
 
 

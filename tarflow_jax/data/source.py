@@ -99,9 +99,8 @@ class ArraySource(ImageSource):
     ) -> None:
         """Takes images [N, H, W, K] and integer labels [N], or None. Raises UserError for any others."""
         if images.ndim != 4 or images.dtype not in (np.uint8, np.uint16) or not len(images):
-            got = f"{images.dtype} {list(images.shape)}"
-            hint = "; for floats see tarflow_jax.fit" if images.dtype.kind == "f" else ""
-            raise UserError(f"{name}: expected images as uint8 or uint16 [N, H, W, K] with N > 0, got {got}{hint}")
+            got = f"{images.dtype} {list(images.shape)}; floats are for tarflow_jax.fit"
+            raise UserError(f"{name}: expected images as uint8 or uint16 [N, H, W, K] with N > 0, got {got}")
         super().__init__(name, images.shape[1:], num_classes, label_names)
         self.images, self.bits = images, 8 * images.itemsize
         if labels is None or num_classes == 0:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tarflow_jax.errors import MissingPackageError, UserError
+from tarflow_jax.errors import MissingPackageError
 
 try:
     from numpyro.distributions import Distribution, constraints
@@ -34,17 +34,11 @@ class FlowDistribution(Distribution):
           labels: int batch_shape, the classes, -1 for none; None for no class.
           validate_args: as of every NumPyro distribution.
         """
-        self.flow, self.condition, self.labels = flow, None, None
-        shapes = []
-        if condition is not None:
-            self.condition, dims = jnp.asarray(condition, jnp.float32), 1 + flow.config.condition_by_token
-            if self.condition.ndim < dims:
-                raise UserError(f"condition has shape {self.condition.shape}; expected at least {dims} dimensions")
-            shapes.append(self.condition.shape[:-dims])
-        if labels is not None:
-            self.labels = jnp.asarray(labels, jnp.int32)
-            shapes.append(self.labels.shape)
-        super().__init__(jnp.broadcast_shapes(*shapes), flow.config.data_shape, validate_args=validate_args)
+        self.flow = flow
+        self.condition = None if condition is None else jnp.asarray(condition, jnp.float32)
+        self.labels = None if labels is None else jnp.asarray(labels, jnp.int32)
+        batches = (values.shape[: values.ndim - dims] for _, values, dims in self._given())
+        super().__init__(jnp.broadcast_shapes(*batches), flow.config.data_shape, validate_args=validate_args)
 
     @property
     def support(self) -> Any:
@@ -53,25 +47,24 @@ class FlowDistribution(Distribution):
     def sample(self, key: jax.Array, sample_shape: tuple[int, ...] = ()) -> jax.Array:
         """Draws float32 sample_shape + batch_shape + event_shape."""
         shape = (*sample_shape, *self.batch_shape)
-        x = self.flow.sample(key, math.prod(shape), denoise=False, **self._given(shape))
+        x = self.flow.sample(key, math.prod(shape), denoise=False, **self._rows(shape))
         return x.reshape(*shape, *self.event_shape)
 
     def log_prob(self, value: jax.Array) -> jax.Array:
         """log p, float32 sample_shape + batch_shape in nats, of values sample_shape + batch_shape + event_shape."""
         shape = jnp.broadcast_shapes(value.shape[: value.ndim - self.event_dim], self.batch_shape)
         x = jnp.broadcast_to(value, (*shape, *self.event_shape)).reshape(-1, *self.event_shape)
-        return self.flow.log_prob(x, noise_std=self.flow.drawn_level, **self._given(shape)).reshape(shape)
+        return self.flow.log_prob(x, noise_std=self.flow.drawn_level, **self._rows(shape)).reshape(shape)
 
-    def _given(self, shape: tuple[int, ...]) -> dict[str, Any]:
-        """Conditions and labels, one for each row of a batch of `shape`."""
+    def _given(self) -> list[tuple[str, jax.Array, int]]:
+        """Name, values and dimensions behind the batch's of what the density is conditional on."""
+        dims = {"condition": 1 + self.flow.config.condition_by_token, "labels": 0}
+        return [(name, getattr(self, name), dims[name]) for name in dims if getattr(self, name) is not None]
 
-        def rows(values: jax.Array | None, dims: int) -> jax.Array | None:
-            if values is None:
-                return None
+    def _rows(self, shape: tuple[int, ...]) -> dict[str, jax.Array]:
+        """The same, one for each row of a batch of `shape`."""
+        rows = {}
+        for name, values, dims in self._given():
             own = values.shape[values.ndim - dims :]
-            return jnp.broadcast_to(values, (*shape, *own)).reshape(-1, *own)
-
-        return {
-            "condition": rows(self.condition, 1 + self.flow.config.condition_by_token),
-            "labels": rows(self.labels, 0),
-        }
+            rows[name] = jnp.broadcast_to(values, (*shape, *own)).reshape(-1, *own)
+        return rows
