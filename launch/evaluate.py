@@ -221,6 +221,8 @@ def measure_likelihood(evaluation: Evaluation) -> dict[str, Any]:
     elif pipe.noise_std is None:
         values = image_bits_per_dim(runner, pipe.config, variables, source, key, DRAWS.value, levels)
         unit, more = "bits/dim", {"dequantisation draws": DRAWS.value, "precision": "float32, full matmul"}
+        if pipe.config.image_bits != 8:
+            more["levels"] = 2**pipe.config.image_bits
     else:
         log_probs = noisy_log_prob(runner, pipe.config, variables, source, pipe.noise, key, levels)
         values = -log_probs.astype(np.float64) / pipe.config.num_dims

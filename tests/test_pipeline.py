@@ -92,8 +92,9 @@ def test_bits_per_dim_of_16_bits(pipe, tmp_path):
     images = np.random.default_rng(0).integers(0, 65536, (3, *TINY.image_shape), np.uint16)
     np.testing.assert_allclose(to_float(images), 2 * (images / 65535) - 1, atol=1e-7)
     np.testing.assert_array_equal(to_float(np.array([0, 65535], np.uint16)), [-1, 1])
-    key = jax.random.key(0)
+    key, bytes_ = jax.random.key(0), jnp.asarray(images >> 8, jnp.uint8)
     keys = [jax.random.fold_in(jax.random.fold_in(key, 0), i) for i in range(3)]
+    np.testing.assert_allclose(GAUSSIAN(key, 257 * bytes_.astype(jnp.uint16)), GAUSSIAN(key, bytes_), atol=1e-6)
     noisy = np.stack([dequantise(*each) for each in zip(keys, jnp.asarray(images), strict=True)])
     # The noise of a number fills its own level alone, but for float32's rounding.
     np.testing.assert_allclose((noisy.astype(np.float64) + 1) * 32768 - 0.5, images, atol=0.5 + 2**-8)
