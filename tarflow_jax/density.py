@@ -64,14 +64,14 @@ def fit_density(
     def latents(count: int) -> tuple[Arrays, None]:
         return Arrays(rng.standard_normal((count, *config.data_shape), np.float32)), None
 
-    task, fixed = _DensityTask(config, log_density=log_density), latents(NUM_FIXED)
+    task, fixed = DensityTask(config, log_density=log_density), latents(NUM_FIXED)
     batches = map(latents, itertools.repeat(batch_size))
     variables, loss, step = train(task, batches, fixed, num_steps, batch_size, keys, {})
     return TarFlowPipeline(config, variables, card={"validation": {"loss": loss, "step": step}})
 
 
 @dataclasses.dataclass(frozen=True)
-class _DensityTask(ArrayTask):
+class DensityTask(ArrayTask):
     """Reverse KL; the arrays are latents."""
 
     log_density: Callable[[jax.Array], jax.Array] = jnp.zeros_like
