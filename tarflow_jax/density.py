@@ -55,6 +55,8 @@ def fit_density(
     """
     tokens, *numbers = (shape,) if isinstance(shape, int) else shape
     config = TarFlowConfig(**SHAPE | {"sequence_shape": (tokens, *(numbers or [0]))} | flow_shape)
+    if config.num_tokens == 1:
+        raise UserError("a flow cannot change a single token; expected F or T from 2")
     found = jax.eval_shape(log_density, jax.ShapeDtypeStruct((batch_size, *config.data_shape), jnp.float32))
     if getattr(found, "shape", None) != (batch_size,):
         raise UserError(f"log_density returned {found}; expected an array of shape [{batch_size}]")
