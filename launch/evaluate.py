@@ -137,6 +137,8 @@ class Evaluation:
         )
         if source.image_shape != self.pipe.config.image_shape:
             raise UserError(f"{source.name} has images {source.image_shape}, the model {self.pipe.config.image_shape}")
+        if source.bits != self.pipe.config.image_bits:
+            raise UserError(f"{source.name} has images of {source.bits} bits, the model {self.pipe.config.image_bits}")
         return source
 
     def outliers(self) -> ImageSource:
@@ -181,6 +183,8 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
             raise UserError("outliers needs a second data set, --outliers=NAME")
         classification.fit_images(evaluation.outliers().read([0])[0], pipe.config.image_shape)
     if of_samples:
+        if source.bits != 8:
+            raise UserError(f"{of_samples[0]} is of 8-bit images; choose bits_per_dim, classification or outliers")
         network = "inception" if INCEPTION.value else "classifier"
         num_real = None if REFERENCE.value else len(evaluation.source(REFERENCE_SPLIT.value))
         distances.check_metrics(of_samples, network, NUM_SAMPLES.value, num_real)
@@ -217,6 +221,8 @@ def measure_likelihood(evaluation: Evaluation) -> dict[str, Any]:
     elif pipe.noise_std is None:
         values = image_bits_per_dim(runner, pipe.config, variables, source, key, DRAWS.value, levels)
         unit, more = "bits/dim", {"dequantisation draws": DRAWS.value, "precision": "float32, full matmul"}
+        if pipe.config.image_bits != 8:
+            more["levels"] = 2**pipe.config.image_bits
     else:
         log_probs = noisy_log_prob(runner, pipe.config, variables, source, pipe.noise, key, levels)
         values = -log_probs.astype(np.float64) / pipe.config.num_dims

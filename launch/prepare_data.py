@@ -18,8 +18,9 @@ from launch import cli
 from tarflow_jax import data
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.generation import file_stem
-from tarflow_jax.figures import grid, save_png
+from tarflow_jax.figures import grid, save_png, to_uint8
 from tarflow_jax.files import sole_user
+from tarflow_jax.noise import to_float
 
 DATA = flags.DEFINE_string("data", None, "Data set to prepare; docs/data.md lists the names.")
 DATA_DIR = flags.DEFINE_string(
@@ -55,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"{split:5} {len(source):9,} images {shape}, {classes}, preprocessing {source.preprocessing}")
         if split == "train":
             batch = next(data.train_batches(source, batch_size=64, seed=0))
-            save_png(preview, grid(batch.image))
+            save_png(preview, grid(to_uint8(to_float(batch.image))))
     print(f"train with --config.data.source={name}; a preview is in {preview}")
 
 

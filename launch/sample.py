@@ -120,6 +120,8 @@ def main(argv: Sequence[str]) -> int:
     write_samples(out / "samples.npz", pixels, labels)
     for name in ("samples.png", "samples.npz", "trajectory.gif"):
         print(out / name)
+    if pipe.config.image_bits > 8:
+        print("these files have 8 bits; TarFlowPipeline.sample returns floats", file=sys.stderr)
     if bad.any():
         print(
             f"{bad.sum()} of {len(bad)} images have pixels that are not finite or far outside [-1, 1]; "

@@ -1,5 +1,6 @@
 """TarFlow, a normalizing flow of autoregressive transformers (arXiv 2412.06329), in JAX and Flax."""
 
+from tarflow_jax.density import fit_density
 from tarflow_jax.fitting import fit
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.importance import importance
@@ -17,5 +18,6 @@ __all__ = [
     "TarFlowPipeline",
     "__version__",
     "fit",
+    "fit_density",
     "importance",
 ]

@@ -1,7 +1,7 @@
 """`fit`: a flow of arrays, from the arrays, in one call."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,39 +59,49 @@ def fit(
     """
     data = SequenceSource(x, condition, mask, labels)
     config = TarFlowConfig(**SHAPE | data.shape | shape)
-    rng_key, init_key, step_key = jax.random.split(jax.random.key(0) if key is None else key, 3)
+    rng_key, *keys = jax.random.split(jax.random.key(0) if key is None else key, 3)
     rng = np.random.default_rng(np.asarray(jax.random.key_data(rng_key)))
     held_out, rows = np.split(rng.permutation(len(data)), [math.ceil(validation * len(data))])
     batch_size = min(batch_size, len(rows))
+    batches, task = map(data.read, _batches(rng, rows, batch_size)), ArrayTask(config, drop_condition)
+    split = data.take(held_out) if len(held_out) else None
+    variables, loss, step = train(task, batches, split, num_steps, batch_size, keys, data.units)
+    card = {} if split is None else {"validation": {"log_prob": -loss, "step": step}}
+    return TarFlowPipeline(config, variables, card=card)
+
+
+def train(
+    task: ArrayTask, batches: Iterator, held_out: Any, num_steps: int, batch_size: int, keys: Sequence, units: Mapping
+) -> tuple[Any, float, int]:
+    """Trains with Muon on all devices of this process, until ten test losses in a row, of forty, are no better.
+
+    `batches` are images and labels without end. `keys` are of the initial weights and of what the steps draw.
+
+    Returns (variables, loss, step): those of the lowest test loss, or the last ones where nothing is held out.
+    """
     devices = jax.local_devices()
     mesh = make_mesh(devices=devices[: math.gcd(batch_size, len(devices))])
-    task = ArrayTask(config, drop_condition)
     train_config = TrainConfig(task, Optimizer(num_steps, warmup_steps=max(num_steps // 20, 1)))
-    state = new_state(train_config, mesh, init_key, data.units)
-    step = compiled_step(train_config, mesh)
+    state, step = new_state(train_config, mesh, keys[0], units), compiled_step(train_config, mesh)
     put, runner = Rows(mesh, batch_size).put, BatchRunner(mesh)
-    best, best_variables = {"log_prob": -math.inf, "step": 0}, None
+    best: tuple[Any, float, int] = None, math.inf, 0
     check_every = max(num_steps // NUM_VALIDATIONS, 1)
-    batches = _batches(rng, rows, batch_size)
     with tqdm(range(1, num_steps + 1), "fit", unit="step", disable=None) as bar:
         for number in bar:
-            state, metrics = step(state, *jax.tree.map(put, data.read(next(batches))), step_key)
+            state, metrics = step(state, *jax.tree.map(put, next(batches)), keys[1])
             if number % check_every and number != num_steps:
                 continue
             if not math.isfinite(float(metrics["loss"])):
-                raise UserError(f"the loss is not finite at step {number}; look for outliers in x")
-            if not len(held_out):
+                raise UserError(f"the loss is not finite at step {number}; look for outliers in x, or where p is 0")
+            if held_out is None:
                 continue
-            log_prob = -task.test_loss(runner, state.variables, data.take(held_out))
-            bar.set_postfix_str(f"validation {log_prob:.4g} nats")
-            if log_prob > best["log_prob"]:
-                best = {"log_prob": log_prob, "step": number}
-                best_variables = jax.device_get(state.variables)
-            elif number - best["step"] >= PATIENCE * check_every:
+            loss = task.test_loss(runner, state.variables, held_out)
+            bar.set_postfix_str(f"validation loss {loss:.4g} nats")
+            if loss < best[1]:
+                best = jax.device_get(state.variables), loss, number
+            elif number - best[2] >= PATIENCE * check_every:
                 break
-    if best_variables is None:
-        return TarFlowPipeline(config, jax.device_get(state.variables))
-    return TarFlowPipeline(config, best_variables, card={"validation": best})
+    return (jax.device_get(state.variables), math.nan, num_steps) if best[0] is None else best
 
 
 def _batches(rng: np.random.Generator, rows: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:

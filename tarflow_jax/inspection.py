@@ -47,7 +47,7 @@ class Inspection(NamedTuple):
 def with_noise(
     pipe: TarFlowPipeline, images_uint8: np.ndarray, key: jax.Array, noise_std: float | None = None
 ) -> jax.Array:
-    """Adds the training noise to 8-bit images [B, H, W, K]; float32, without noise if it is unknown.
+    """Adds the training noise to images of 8 or 16 bits [B, H, W, K]; float32, without noise if it is unknown.
 
     Image i gets the noise that it has in `pipe.bits_per_dim`. `noise_std` is the level, for a noise with levels.
     """
@@ -66,10 +66,10 @@ def inspect(
     noise_std: float | None = None,
     progress: Progress = lambda share, what: None,
 ) -> Inspection:
-    """Evaluates a flow at one 8-bit image [H, W, K].
+    """Evaluates a flow at one image [H, W, K], of the model's bits.
 
     The flow is a density of images with noise, so `key` draws noise for this one. For uniform noise `bits_per_dim` is
-    the usual figure for 8-bit data; for Gaussian noise it is that of the noisy image, and compares only under the same
+    the usual figure for these bits; for Gaussian noise it is that of the noisy image, and compares only under the same
     noise.
 
     Args:
@@ -81,8 +81,9 @@ def inspect(
       ValueError: a shape, label or noise level that does not fit the model, or log p is not finite.
     """
     image = np.asarray(image_uint8)
-    if image.dtype != np.uint8 or image.shape != pipe.config.image_shape:
-        raise UserError(f"the image is {image.dtype} {image.shape}; expected uint8 {pipe.config.image_shape}")
+    expected = f"uint{pipe.config.image_bits}"
+    if image.dtype != expected or image.shape != pipe.config.image_shape:
+        raise UserError(f"the image is {image.dtype} {image.shape}; expected {expected} {pipe.config.image_shape}")
     num_classes, labels = pipe.config.num_classes, np.array([label], np.int32)
     steps = num_classes + 3
 
@@ -103,8 +104,8 @@ def inspect(
     return Inspection(
         noisy=np.asarray(noisy[0]),
         log_prob=float(shares.sum()),
-        bits_per_dim=float(bits_per_dim(shares.sum(), pipe.config.num_dims)),
-        patch_bits=bits_per_dim(shares, pipe.config.token_dim),
+        bits_per_dim=float(bits_per_dim(shares.sum(), pipe.config.num_dims, pipe.config.image_bits)),
+        patch_bits=bits_per_dim(shares, pipe.config.token_dim, pipe.config.image_bits),
         latents=np.asarray(latents[0]),
         reconstruction=np.asarray(reconstruction[0]),
         class_log_probs=class_log_probs(log_prob, noisy, num_classes)[0] if num_classes else None,

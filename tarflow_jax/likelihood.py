@@ -13,7 +13,6 @@ from tarflow_jax.noise import Levels, Noise
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
 LOG_2PI = 1.8378770664093453
-LEVELS_PER_UNIT = 128  # half the 256 levels, because images span 2 units
 
 
 @functools.partial(jax.jit, static_argnames="flow")
@@ -97,7 +96,7 @@ def noisy_log_prob(
     noise_std: jax.Array | None,
     key: jax.Array,
 ) -> jax.Array:
-    """log p, float32 [B] in nats, of 8-bit images [B, H, W, K] with noise.
+    """log p, float32 [B] in nats, of uint8 or uint16 images [B, H, W, K] with noise.
 
     Image number `index` [B] of a data set gets the noise of fold_in(key, index). `noise_std` [B] is the level of a
     noise with levels, and the level at which a noise-conditional flow is evaluated.
@@ -162,6 +161,6 @@ def unit_prior(variables: dict[str, Any]) -> dict[str, Any]:
     return {**variables, "prior": jax.tree.map(jnp.ones_like, variables["prior"])}
 
 
-def bits_per_dim(log_prob: Array, num_dims: int) -> Array:
-    """(-log p(x) / (H W K) + log 128) / log 2: bits per dimension of 8-bit data, from nats [B], in their dtype."""
-    return (-log_prob / num_dims + math.log(LEVELS_PER_UNIT)) / math.log(2)
+def bits_per_dim(log_prob: Array, num_dims: int, bits: int = 8) -> Array:
+    """(-log p(x) / (H W K) + log 2^(bits - 1)) / log 2, bits per dimension, from nats [B], in their dtype."""
+    return (-log_prob / num_dims + math.log(2 ** (bits - 1))) / math.log(2)  # 2^bits levels span 2 units

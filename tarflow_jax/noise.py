@@ -1,4 +1,4 @@
-"""Training noise, from 8-bit images: Gaussian augmentation, at one level or many, or uniform dequantisation.
+"""Training noise, from images of 8 or 16 bits: Gaussian augmentation, at one level or many, or uniform dequantisation.
 
 Section 3.2 of the paper; many levels as arXiv 2604.20041 has them.
 """
@@ -23,7 +23,7 @@ class Levels(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Noise(Options):
-    """The noise that training adds to 8-bit images.
+    """The noise that training adds to images of 8 or 16 bits.
 
     "gaussian" noise is for samples, "uniform" noise (dequantization) for bits per dimension. With "levels" each image
     has Gaussian noise of another level σ, and the flow is conditional on it.
@@ -71,7 +71,7 @@ class Noise(Options):
         return (low + (high - low) * shares) ** (1 / power)
 
     def __call__(self, key: jax.Array, images: jax.Array, noise_std: jax.Array | None = None) -> jax.Array:
-        """Adds noise to uint8 images [B, H, W, K], float32 images; `noise_std` σ [B] is for kind "levels"."""
+        """Adds noise to uint8 or uint16 images [B, H, W, K], float32 images; `noise_std` σ [B] is for kind "levels"."""
         if self.kind == "uniform":
             return dequantise(key, images)
         std: Any = self.std if noise_std is None else noise_std[:, None, None, None]
@@ -92,11 +92,12 @@ class Noise(Options):
 
 
 def to_float(images: jax.Array | np.ndarray) -> jax.Array:
-    """8-bit value v -> v / 127.5 - 1 in [-1, 1], float32."""
-    return jnp.asarray(images).astype(jnp.float32) / 127.5 - 1
+    """Value v of uint8 -> v / 127.5 - 1 in [-1, 1], float32; of uint16, v / 32767.5 - 1."""
+    images = jnp.asarray(images)
+    return images.astype(jnp.float32) / (jnp.iinfo(images.dtype).max / 2) - 1
 
 
 def dequantise(key: jax.Array, images: jax.Array) -> jax.Array:
-    """8-bit value v -> 2 (v + u) / 256 - 1 with u ~ U[0, 1), float32."""
+    """Value v of uint8 -> 2 (v + u) / 256 - 1 with u ~ U[0, 1), float32; of uint16, 2 (v + u) / 65536 - 1."""
     uniform = jax.random.uniform(key, images.shape, jnp.float32)
-    return (images.astype(jnp.float32) + uniform) / 128 - 1
+    return (images.astype(jnp.float32) + uniform) / ((jnp.iinfo(images.dtype).max + 1) / 2) - 1

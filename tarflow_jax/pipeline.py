@@ -317,15 +317,15 @@ class TarFlowPipeline:
         return self._run(likelihood.patch_log_prob, exact(self.config), rows)
 
     def bits_per_dim(self, key: jax.Array, images_uint8: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
-        """Bits per dimension of 8-bit images [B, H, W, K] under uniform dequantisation, float32 [B].
+        """Bits per dimension of images [B, H, W, K], uint8 or as `config.image_bits` says, dequantised: float32 [B].
 
         An upper bound in expectation over the noise that `key` draws. A noise-conditional flow is evaluated at
         `noise_std`, a number. Raises ValueError as `encode` does.
         """
         self._require_images("bits_per_dim")
         images = np.asarray(images_uint8)
-        if images.dtype != np.uint8:
-            raise UserError(f"images are {images.dtype}; expected uint8 in 0..255")
+        if images.dtype != f"uint{self.config.image_bits}":
+            raise UserError(f"images are {images.dtype}; expected uint{self.config.image_bits}")
         check_images(self.config, to_float(images))
         labels = check_labels(self.config, labels, len(images))
         level = check_levels(self.config, noise_std, 1)
@@ -705,7 +705,7 @@ class TarFlowPipeline:
           smallest: images of the smallest batch.
         """
         variables = self.variables if variables is None else variables
-        if is_traced((rows, shared)):
+        if is_traced((rows, shared, variables)):
             static = TarFlow(config) if isinstance(config, TarFlowConfig) else config  # differentiable in every mode
             with jax.default_matmul_precision("highest"):
                 return function(static, variables, **rows, **shared)
@@ -785,7 +785,8 @@ def check_images(config: TarFlowConfig, images: Any, name: str = "images") -> ja
     except (TypeError, ValueError, OverflowError):
         raise UserError(f"{name} are {shown(images)}; expected floats [B, {letters}]") from None
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        in_range = "" if config.is_sequence else " in [-1, 1] (8-bit v is v / 127.5 - 1)"
+        scale = f"{config.image_bits}-bit v is v / {(2**config.image_bits - 1) / 2} - 1"
+        in_range = "" if config.is_sequence else f" in [-1, 1] ({scale})"
         raise UserError(f"{name} are {array.dtype}; expected floats{in_range}")
     if not array.ndim or array.shape[1:] != config.data_shape or not len(array):
         raise UserError(

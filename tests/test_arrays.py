@@ -277,3 +277,40 @@ def test_fit_reaches_the_entropy_of_sequences_of_different_lengths():
     found = np.asarray(flow.log_prob(x, mask=lengths))
     assert abs(truth.mean() - found.mean()) < 0.02
     assert np.sqrt(np.square(found - truth).mean()) < 0.3  # of 1.6 between sequences of six steps
+
+
+@pytest.mark.slow
+def test_the_pipeline_works_in_every_transformation_of_jax():
+    pipe, (x, condition) = pipeline(), arrays()
+    keys = jax.random.split(jax.random.key(3), 2)
+    draw = functools.partial(pipe.sample, num_images=4, condition=condition, mask=LENGTHS, return_log_prob=True)
+    drawn, log_q = jax.jit(draw)(keys[1])
+    chex.assert_trees_all_close((drawn, log_q), draw(keys[1]), rtol=1e-3, atol=1e-3)
+    of_both = jax.jit(jax.vmap(draw))(keys)
+    chex.assert_trees_all_close(jax.tree.map(lambda a: a[1], of_both), (drawn, log_q), rtol=1e-3, atol=1e-3)
+    one = lambda x, c: pipe.log_prob(x[None], condition=c[None])[0]  # noqa: E731
+    np.testing.assert_allclose(jax.vmap(one)(x, condition), pipe.log_prob(x, condition=condition), atol=1e-4)
+    # log q of x(key) by the chain rule: forward and reverse mode through the inverse and the density agree.
+    latents, direction = pipe.latents(jax.random.key(4), 4), pipe.latents(jax.random.key(5), 4)
+    total = lambda z: pipe.log_prob(pipe.decode(z, condition=condition), condition=condition).sum()  # noqa: E731
+    slope = jax.jit(lambda z, v: jax.jvp(total, (z,), (v,))[1])(latents, direction)
+    np.testing.assert_allclose(slope, (jax.jit(jax.grad(total))(latents) * direction).sum(), rtol=1e-3)
+    by_condition = jax.jit(jax.grad(lambda c: pipe.log_prob(x, condition=c).sum()))(condition)
+    assert float(jnp.abs(by_condition).max()) > 1e-3
+
+
+@pytest.mark.slow
+def test_the_pipeline_is_differentiable_in_its_parameters():
+    pipe, (x, condition) = pipeline(), arrays()
+    name = "project_out"
+
+    def total(bias):
+        params = dict(pipe.variables["params"])
+        params["block_1"] = params["block_1"] | {name: params["block_1"][name] | {"bias": bias}}
+        return TarFlowPipeline(SEQUENCES, {**pipe.variables, "params": params}).log_prob(x, condition=condition).sum()
+
+    bias = pipe.variables["params"]["block_1"][name]["bias"]
+    slopes, step = jax.grad(total)(bias), 1e-2
+    for i in (0, len(bias) - 1):
+        difference = total(bias.at[i].add(step)) - total(bias.at[i].add(-step))
+        np.testing.assert_allclose(slopes[i], difference / (2 * step), rtol=0.01)

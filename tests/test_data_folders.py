@@ -345,6 +345,24 @@ def test_damaged_packed_sets_give_no_garbage(classes, options, damage):
     assert refused > 20
 
 
+def test_a_folder_of_16_bits_keeps_them(tmp_path):
+    rng, root, options = np.random.default_rng(0), tmp_path / "deep", {"data_dir": tmp_path / "data"}
+    root.mkdir()
+    arrays = {f"{i:02d}.{('png', 'tif', 'TIFF')[i % 3]}": rng.integers(0, 65536, (9, 12), np.uint16) for i in range(40)}
+    for name, array in arrays.items():
+        Image.fromarray(array).save(root / name)
+    source = data.open_source(f"folder:{root}", "train", cache_bytes=1000, **options)
+    assert (source.bits, source.image_shape) == (16, (9, 12, 1))
+    expected = [array for name, array in arrays.items() if split_of(name) == "train"]
+    for _ in range(2):  # from the files, and some from memory
+        np.testing.assert_array_equal(source.read(range(len(source)))[0][..., 0], expected)
+    with pytest.raises(ValueError, match=r"cannot be used.*16 bits a number; expected 8"):
+        data.prepare_source(f"folder:{root}", image_size=(9, 12), **options)
+    Image.fromarray(np.zeros((9, 12), np.uint8)).save(root / "shallow.png")
+    with pytest.raises(ValueError, match=r"1 of \d+ files .*shallow.png \(8 bits a number; expected 16\)"):
+        data.open_source(f"folder:{root}", split_of("shallow.png"), **options)
+
+
 @pytest.mark.slow
 def test_prepare_data_command(classes, tmp_path):
     def prepare(*flags: str) -> tuple[int, str, str]:

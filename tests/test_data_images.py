@@ -93,8 +93,7 @@ def test_modes_become_rgb():
     np.testing.assert_array_equal(decode_image(encode(grey), channels=1), np.asarray(grey))
     palette = base.quantize(8)
     np.testing.assert_array_equal(decode_image(encode(palette)), np.asarray(palette.convert("RGB")))
-    sixteen = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
-    np.testing.assert_array_equal(decode_image(encode(sixteen)), grey_pixels)
+    np.testing.assert_array_equal(decode_image(encode(base, "tiff", compression="tiff_lzw")), pixels)
     np.testing.assert_array_equal(decode_image(encode(base, "webp", lossless=True)), pixels)
     cmyk = encode(base.convert("CMYK"), "jpeg", quality=100)
     with Image.open(io.BytesIO(cmyk)) as opened:
@@ -134,6 +133,97 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 999))
 
 
+DEEP = np.random.default_rng(8).integers(0, 65536, (9, 12, 4)).astype(np.uint16)
+
+
+def deep_png(array, more=b""):
+    """A PNG of uint16 [H, W, 1, 2, 3 or 4], with more chunks behind its header."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    height, width, channels = array.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    parts = chunk(b"IHDR", header) + more + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+def deep_tiff(array, order="<", deflate=False, planar=False, bits=16, kind=1, orientation=1):
+    """A TIFF of [H, W, K] in one strip; a plane a strip if planar."""
+    height, width, channels = array.shape
+    planes = [array] if not planar else list(np.moveaxis(array, 2, 0))
+    strips = [plane.astype(array.dtype.newbyteorder(order)).tobytes() for plane in planes]
+    strips = [zlib.compress(strip) if deflate else strip for strip in strips]
+    body, offsets = b"", []
+    for strip in strips:
+        offsets.append(8 + len(body))
+        body += strip + b"\0" * (len(strip) % 2)
+    tags = {
+        256: ("I", [width]), 257: ("I", [height]), 258: ("H", [bits] * channels), 259: ("H", [8 if deflate else 1]),
+        262: ("H", [1 if channels == 1 else 2]), 273: ("I", offsets), 274: ("H", [orientation]), 277: ("H", [channels]),
+        278: ("I", [height]), 279: ("I", [len(strip) for strip in strips]), 284: ("H", [2 if planar else 1]),
+        339: ("H", [kind] * channels),
+    }  # fmt: skip
+    entries, later, start = b"", b"", 8 + len(body) + 2 + 12 * len(tags) + 4
+    for tag, (code, values) in tags.items():
+        packed = struct.pack(f"{order}{len(values)}{code}", *values)
+        if len(packed) > 4:
+            later, packed = later + packed, struct.pack(f"{order}I", start + len(later))
+        entries += struct.pack(f"{order}HHI", tag, {"H": 3, "I": 4}[code], len(values)) + packed.ljust(4, b"\0")
+    header = (b"II" if order == "<" else b"MM") + struct.pack(f"{order}HI", 42, 8 + len(body))
+    return header + body + struct.pack(f"{order}H", len(tags)) + entries + b"\0" * 4 + later
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_16_bits_are_kept_all(channels):
+    array = DEEP[..., :channels]
+    files = [deep_png(array)] + [deep_tiff(array, order, deflate) for order in "<>" for deflate in (False, True)]
+    for content in files:
+        decoded = decode_image(content, None, bits=None)
+        assert decoded.dtype == np.uint16
+        np.testing.assert_array_equal(decoded, array)
+        np.testing.assert_array_equal(decode_image(content, bits=16), np.broadcast_to(array, (9, 12, 3)))
+        np.testing.assert_array_equal(preprocess(decoded, "none", (9, 12)), array)
+        with pytest.raises(ValueError, match="16 bits a number; expected 8"):
+            decode_image(content)
+    turned = decode_image(deep_tiff(array, orientation=6), None, bits=16)
+    np.testing.assert_array_equal(turned, np.rot90(array, -1))
+    with pytest.raises(ValueError, match="8 bits a number; expected 16"):
+        decode_image(encode(Image.new("RGB", (9, 9))), bits=16)
+
+
+def test_16_bits_are_resized_as_8_bits_are(odd_images):
+    for name, bound in (("tarflow", 1.1), ("adm", 3)):  # Pillow rounds 8 bits after each of two passes, or of eight
+        for image in odd_images[:20]:
+            deep = preprocess(np.asarray(image).astype(np.uint16) * 257, name, (33, 40))
+            assert (deep.dtype, deep.shape) == (np.uint16, (33, 40, 3))
+            assert np.abs(deep / 257 - preprocess(image, name, (33, 40))).max() <= bound
+    halved = preprocess(DEEP[:8, :, :3], "adm", (4, 6))
+    np.testing.assert_allclose(halved, DEEP[:8, :, :3].reshape(4, 2, 6, 2, 3).mean((1, 3)), atol=0.51)
+
+
+def test_no_bits_are_lost_in_silence():
+    floats = DEEP[..., :1].astype(np.float32)
+    transparent = struct.pack(">I", 6) + b"tRNS" + b"\0" * 6
+    transparent += struct.pack(">I", zlib.crc32(transparent[4:]))
+    pages = encode(Image.new("L", (9, 9)), "tiff", save_all=True, append_images=[Image.new("L", (9, 9))])
+    for content, message in (
+        (deep_png(DEEP[..., :2]), "16 bits of kind LA;16B; expected grey or RGB"),
+        (deep_png(DEEP), "16 bits of kind RGBA;16B; expected grey or RGB"),
+        (deep_png(DEEP[..., :3], transparent), "16 bits of kind RGB;16B; expected grey or RGB"),
+        (deep_tiff(DEEP[..., :3], planar=True), "16 bits of kind .*; expected grey or RGB"),
+        (deep_tiff(floats, bits=32, kind=3), "32 bits a number; expected 8 or 16"),
+        (deep_tiff(DEEP[..., :1].astype(np.int32), bits=32, kind=2), "32 bits a number; expected 8 or 16"),
+        (deep_tiff(DEEP[..., :1].astype(np.int16), kind=2), "bits"),
+        (pages, "a TIFF of several pages"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            decode_image(content, None, bits=None)
+    with pytest.raises(ValueError, match=r"expected grey$"):
+        decode_image(deep_png(DEEP[..., :3]), 1, bits=16)
+
+
 BAD = {
     "text": (b"this is no image at all", "not an image"),
     "bomb": (bomb(), "pixels allowed"),
@@ -153,7 +243,7 @@ def test_bad_content_is_refused(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif"])
+@pytest.mark.parametrize("kind", ["png", "jpeg", "webp", "gif", "tiff"])
 def test_damaged_content_raises_value_error_or_decodes_whole(tmp_path, damage, kind):
     path = tmp_path / "image"
     path.write_bytes(encode(noise_image(np.random.default_rng(6), 20, 16), kind))

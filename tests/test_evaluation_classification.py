@@ -99,5 +99,7 @@ def test_outliers_take_the_shape_of_the_model():
     images = np.full((2, 8, 8, 1), 77, np.uint8)
     fitted = fit_images(images, (28, 32, 3))
     np.testing.assert_array_equal(fitted, np.full((2, 28, 32, 3), 77, np.uint8))
+    deep = fit_images(images.astype(np.uint16) * 500, (28, 32, 3))
+    np.testing.assert_array_equal(deep, np.full((2, 28, 32, 3), 38500, np.uint16))
     with pytest.raises(ValueError, match="3 channels"):
         fit_images(fitted, (8, 8, 1))

@@ -156,6 +156,32 @@ def test_a_run_is_evaluated_on_its_data_as_it_was_trained_on_them(tmp_path):
     assert not (tmp_path / "elsewhere").exists()
 
 
+def test_a_model_of_16_bits_is_measured_in_bits_of_16(tmp_path):
+    images = np.random.default_rng(0).integers(0, 65536, (300, 8, 8, 1), np.uint16)
+    np.savez(tmp_path / "deep.npz", images=images)
+    config = TarFlowConfig((8, 8), 1, patch_size=4, width=64, num_blocks=2, layers_per_block=1, image_bits=16)
+    params = jax.jit(TarFlow(config).init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
+    TarFlowPipeline(config, {"params": params}, Noise("uniform")).save_pretrained(tmp_path / "model")
+    command, deep = (tmp_path, f"--model={tmp_path}/model"), f"--data=npz:{tmp_path}/deep.npz"
+    code, _, err = evaluate(*command, deep, f"--out={tmp_path}/out")
+    assert code == 0, err
+    (found,) = (tmp_path / "out").glob("*.json")
+    test = data.open_source(f"npz:{tmp_path}/deep.npz", "test").images
+    expected = -log_prob(2 * ((test + 0.5) / 65536) - 1).mean() / 64 / np.log(2) + 15
+    result = json.loads(found.read_text())["results"]["bits_per_dim"]
+    assert (result["bits/dim"], result["levels"]) == (pytest.approx(expected, abs=1e-3), 65536)
+    for more, message in (
+        (
+            (deep, "--metrics=fid", "--num_samples=2100"),
+            "fid is of 8-bit images; choose bits_per_dim,",
+        ),
+        (("--data=digits",), "digits has images of 8 bits, the model 16"),
+    ):
+        code, _, err = evaluate(*command, *more, f"--out={tmp_path}/other")
+        assert code == 1
+        assert message in err
+
+
 def test_changed_data_are_refused_and_a_result_on_them_replaces_none(tmp_path):
     random, path, workdir = np.random.default_rng(0), tmp_path / "d.npz", tmp_path / "run"
     images, labels = random.integers(0, 256, (60, 8, 8, 1), np.uint8), np.arange(60) % 10

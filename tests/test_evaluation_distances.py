@@ -184,6 +184,8 @@ def test_what_a_student_learns_by_is_another_network_and_cached(tmp_path, monkey
     params = classifier.perceptual_network_params(train, tmp_path)
     logits = Perception(2).apply({"params": params}, images).logits
     assert (np.asarray(logits).argmax(1) == labels).mean() > 0.95
+    deep = Perception(2).apply({"params": params}, images.astype(np.uint16) * 257).logits  # the same in 16 bits
+    np.testing.assert_allclose(deep, logits, atol=1e-4)
     monkeypatch.setattr(classifier, "train_classifier", lambda *_, **__: pytest.fail("trained again"))
     chex.assert_trees_all_equal(classifier.perceptual_network_params(train, tmp_path), params)
     with pytest.raises(ValueError, match=r"no classes to train a perceptual network on; set student\.perceptual to 0"):

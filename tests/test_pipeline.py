@@ -10,6 +10,7 @@ import pytest
 
 from tarflow_jax import Guidance, Noise, TarFlow, TarFlowPipeline, likelihood
 from tarflow_jax.likelihood import bits_per_dim, log_prob
+from tarflow_jax.noise import dequantise, to_float
 from tarflow_jax.runtime import make_mesh
 from tiny_models import LABELS, TINY, VP, encode, images_of, random_variables
 
@@ -82,6 +83,28 @@ def test_bits_per_dim_is_that_of_dequantised_images(pipe):
     log_prob = log_det - 0.5 * (jnp.square(latents) + jnp.log(2 * jnp.pi)).sum((1, 2, 3))
     expected = bits_per_dim(log_prob, TINY.num_dims)
     np.testing.assert_allclose(pipe.bits_per_dim(key, images, LABELS), expected, rtol=1e-4)
+
+
+def test_bits_per_dim_of_16_bits(pipe, tmp_path):
+    """Bits of 65,536 levels: of the same density, log2 256 more than of 256 levels."""
+    TarFlowPipeline(dataclasses.replace(TINY, image_bits=16), pipe.variables).save_pretrained(tmp_path / "model")
+    deep = TarFlowPipeline.from_pretrained(tmp_path / "model")
+    images = np.random.default_rng(0).integers(0, 65536, (3, *TINY.image_shape), np.uint16)
+    np.testing.assert_allclose(to_float(images), 2 * (images / 65535) - 1, atol=1e-7)
+    np.testing.assert_array_equal(to_float(np.array([0, 65535], np.uint16)), [-1, 1])
+    key, bytes_ = jax.random.key(0), jnp.asarray(images >> 8, jnp.uint8)
+    keys = [jax.random.fold_in(jax.random.fold_in(key, 0), i) for i in range(3)]
+    np.testing.assert_allclose(GAUSSIAN(key, 257 * bytes_.astype(jnp.uint16)), GAUSSIAN(key, bytes_), atol=1e-6)
+    noisy = np.stack([dequantise(*each) for each in zip(keys, jnp.asarray(images), strict=True)])
+    # The noise of a number fills its own level alone, but for float32's rounding.
+    np.testing.assert_allclose((noisy.astype(np.float64) + 1) * 32768 - 0.5, images, atol=0.5 + 2**-8)
+    expected = -np.asarray(pipe.log_prob(noisy, LABELS)) / TINY.num_dims / np.log(2) + 15
+    np.testing.assert_allclose(deep.bits_per_dim(key, images, LABELS), expected, rtol=1e-4)
+    for model, wrong, wanted in ((deep, np.uint8, "uint16"), (pipe, np.uint16, "uint8")):
+        with pytest.raises(ValueError, match=f"images are {np.dtype(wrong)}; expected {wanted}"):
+            model.bits_per_dim(key, images.astype(wrong))
+    with pytest.raises(ValueError, match=r"16-bit v is v / 32767.5 - 1"):
+        deep.log_prob(images)
 
 
 def test_a_saved_model_draws_the_same_samples(pipe, tmp_path):

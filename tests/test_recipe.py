@@ -116,6 +116,16 @@ def test_a_run_goes_on_with_the_data_it_began_with(tmp_path):
             recipe.write_to(tmp_path, changed)
 
 
+def test_a_model_is_trained_on_images_of_its_bits(tmp_path):
+    np.savez(tmp_path / "set.npz", images=np.zeros((60, 8, 8), np.uint16), labels=np.arange(60) % 10)
+    config = digits.get_config()
+    config.data.source = f"npz:{tmp_path}/set.npz"
+    with pytest.raises(ValueError, match=r"set.npz has images of 16 bits; set model.image_bits to 16"):
+        Recipe(config).source("train")
+    config.model.image_bits = 16
+    assert Recipe(config).source("train").bits == 16
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from tarflow_jax.data.images import decode_image, preprocess, read_file
@@ -15,7 +16,7 @@ from tarflow_jax.data.source import NO_LABEL, EncodedSource, Item, Options, spli
 from tarflow_jax.errors import UserError
 from tarflow_jax.files import write_text
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff")
 SPLIT_FOLDERS = {  # in any case; the first that exists
     "train": ("train", "training"),
     "test": ("test", "testing", "val", "valid", "validation", "dev", "eval"),
@@ -101,14 +102,15 @@ def open_folder(argument: str, split: str, options: Options) -> EncodedSource:
     items, label_names = list_folder(root, split)
     if options.image_size is None and preprocessing != "none":
         raise UserError(f"{name}: preprocessing {preprocessing} needs an image size")
-    size = options.image_size or _first_size(name, items)
+    shape, bits = first_image(name, items)
+    size = options.image_size or shape[:2]
     key = hash_items(items, str(root.resolve()), size if preprocessing == "none" else None)
     report = options.data_dir / "checked" / f"{key[:32]}.json"
     try:
         found = json.loads(report.read_text())
         bad, content = dict(found["bad"]), str(found["content"])
     except (OSError, ValueError, TypeError, KeyError):
-        bad, content = check_items(items, preprocessing, size)
+        bad, content = check_items(items, preprocessing, (*size, shape[2]), bits)
         write_text(report, json.dumps({"content": content, "bad": bad}, indent=1) + "\n")
     refuse_bad(name, bad, len(items), options.skip_bad)
     items = [item for item in items if item.name not in bad]
@@ -118,19 +120,20 @@ def open_folder(argument: str, split: str, options: Options) -> EncodedSource:
         items.__getitem__,
         options,
         content=content,
-        image_shape=(*size, 3),
+        image_shape=(*size, shape[2]),
+        bits=bits,
         label_names=label_names,
     )
 
 
-def _first_size(name: str, items: list[Item]) -> tuple[int, int]:
-    """Returns (H, W) of the first image that decodes."""
+def first_image(name: str, items: list[Item]) -> tuple[tuple[int, int, int], int]:
+    """Returns (H, W, K) and the bits of the first image that decodes, which are the set's; K is 3 for 8 bits."""
     for item in items:
         try:
-            image = decode_image(item.read())
+            image = decode_image(item.read(), None, bits=None)
         except ValueError:
             continue
-        return image.height, image.width
+        return (image.shape, 16) if isinstance(image, np.ndarray) else ((image.height, image.width, 3), 8)
     raise UserError(f"{name}: none of the {len(items)} files is an image")
 
 
@@ -142,7 +145,7 @@ def hash_items(items: Iterable[Item], *more: object) -> str:
     return digest.hexdigest()
 
 
-def check_items(items: list[Item], preprocessing: str, image_size: tuple[int, int]) -> tuple[dict[str, str], str]:
+def check_items(items: list[Item], preprocessing: str, shape: tuple[int, ...], bits: int) -> tuple[dict[str, str], str]:
     """Reads and decodes every item, in parallel.
 
     Returns the reason for each that cannot be used, by name, and the SHA-256 of the labels and files of the others.
@@ -151,9 +154,9 @@ def check_items(items: list[Item], preprocessing: str, image_size: tuple[int, in
     def checked(item: Item) -> str | bytes:
         try:
             content = item.read()
-            image = decode_image(content)
+            image = decode_image(content, shape[2], bits=bits)
             if preprocessing == "none":
-                preprocess(image, preprocessing, image_size)
+                preprocess(image, preprocessing, (shape[0], shape[1]))
         except ValueError as error:
             return str(error)
         return hashlib.sha256(content).digest()

@@ -6,7 +6,9 @@ Files are untrusted: any that cannot be used raises a UserError that says why.
 import io
 import os
 import stat
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -14,7 +16,7 @@ from PIL import Image, ImageOps
 from tarflow_jax.errors import UserError
 
 PREPROCESSINGS = ("none", "tarflow", "adm")
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "TIFF")
 BACKGROUND = 255  # transparent pixels become white
 MIN_SIDE = 8
 MAX_PIXELS = 80_000_000  # below Pillow's own limit, which only warns
@@ -41,11 +43,16 @@ def read_file(path: Path) -> bytes:
         raise UserError(str(error.strerror)) from None
 
 
-def decode_image(content: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decodes a PNG, JPEG, WebP or GIF (its first frame) into a Pillow image, RGB, or L for one channel.
+def decode_image(
+    content: bytes, channels: int | None = 3, max_pixels: int = MAX_PIXELS, bits: int | None = 8
+) -> Image.Image | np.ndarray:
+    """Decodes a PNG, JPEG, WebP, TIFF or GIF (its first frame) of `bits` a number, 8 or 16; None for either.
+
+    Returns a Pillow image of 8 bits, RGB, or L for one channel; or, because Pillow has no colours of 16 bits, uint16
+    [H, W, K], with the file's own channels if `channels` is None.
 
     Applies the EXIF orientation and composites transparency over white. Raises UserError for anything but a whole
-    image of at least 8x8 and at most `max_pixels`, at most 32 times as long as wide.
+    image of at least 8x8 and at most `max_pixels`, at most 32 times as long as wide, and for other bits.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -56,8 +63,17 @@ def decode_image(content: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS
                 raise UserError(f"{size}, smaller than {MIN_SIDE}x{MIN_SIDE}")
             if max(image.size) > MAX_ASPECT * min(image.size):  # covering a square would take too much memory
                 raise UserError(f"{size}, more than {MAX_ASPECT} times as long as wide")
+            if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
+                raise UserError("a TIFF of several pages; expected one image a file")
+            found = max(32 if image.mode in ("I", "F") else 8, *getattr(image, "tag_v2", {}).get(258, (8,)))
+            if image.tile and ";16" in str(image.tile[0].args):  # how Pillow unpacks numbers
+                found = 16
+            if bits not in (None, found) or found not in (8, 16):
+                raise UserError(f"{found} bits a number; expected {bits or '8 or 16'}")
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
+            if found == 16:
+                return _all_16_bits(content, image, channels)
             return _flatten(image).convert("L" if channels == 1 else "RGB")
     except UserError:
         raise
@@ -69,24 +85,46 @@ def decode_image(content: bytes, channels: int = 3, max_pixels: int = MAX_PIXELS
         raise UserError(f"damaged image ({error})") from None
 
 
+def _all_16_bits(content: bytes, image: Image.Image, channels: int | None) -> np.ndarray:
+    """Returns uint16 [H, W, K] for a loaded image, in which Pillow keeps the high bytes of 16-bit colours alone."""
+    if image.mode.startswith("I;16"):
+        return np.asarray(image).astype(np.uint16)[..., None].repeat(channels or 1, 2)
+    low = Image.open(io.BytesIO(content), formats=FORMATS)
+    unpacked = str(low.tile[0].args)
+    if image.mode != "RGB" or ";16" not in unpacked or "transparency" in image.info or channels == 1:
+        raise UserError(f"16 bits of kind {unpacked}; expected {'grey' if channels == 1 else 'grey or RGB'}")
+    low.tile = [tile._replace(args=_in_other_order(tile.args)) for tile in low.tile]
+    low.load()
+    ImageOps.exif_transpose(low, in_place=True)
+    return np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
+
+
+def _in_other_order(args: Any) -> tuple[Any, ...]:
+    """Has Pillow unpack 16-bit numbers in the wrong byte order, and so take their low bytes for the high ones."""
+    kind, *rest = args if isinstance(args, tuple) else (args,)
+    little = kind[-1] == "L" or (kind[-1] == "N" and sys.byteorder == "little")  # N is the machine's own
+    return kind[:-1] + ("B" if little else "L"), *rest
+
+
 def _flatten(image: Image.Image) -> Image.Image:
-    """Composites an image over the background, in eight bits per channel."""
-    if image.mode.startswith("I"):  # 16-bit grey, which `convert` would clip rather than scale
-        values = np.asarray(image).astype(np.int64)
-        return Image.fromarray((values >> 8).clip(0, 255).astype(np.uint8))
+    """Composites an image over the background."""
     if not image.has_transparency_data:
         return image
     background = Image.new("RGBA", image.size, (BACKGROUND,) * 4)
     return Image.alpha_composite(background, image.convert("RGBA"))
 
 
-def preprocess(image: Image.Image, preprocessing: str, image_size: tuple[int, int]) -> np.ndarray:
-    """Resizes and crops an image, of mode RGB or L, to `image_size`, (H, W). Returns uint8 [H, W, K].
+def preprocess(image: Image.Image | np.ndarray, preprocessing: str, image_size: tuple[int, int]) -> np.ndarray:
+    """Resizes and crops what `decode_image` returned to `image_size`, (H, W). Returns uint8 or uint16 [H, W, K].
 
     "tarflow" resizes bilinearly to the smallest size that covers (H, W), then crops the centre, as the reference and
     torchvision's Resize + CenterCrop do. "adm" halves by box filter while the image is at least twice too large, then
     resizes bicubically, then crops the centre. "none" raises UserError for an image of another size.
     """
+    if isinstance(image, np.ndarray):  # Pillow resizes floats, which hold 16 bits
+        floats = [Image.fromarray(channel.astype(np.float32)) for channel in np.moveaxis(image, 2, 0)]
+        found = np.concatenate([preprocess(channel, preprocessing, image_size) for channel in floats], axis=2)
+        return np.rint(found).clip(0, 65535).astype(np.uint16)
     height, width = image_size
     if preprocessing == "tarflow":
         image = _resize_tarflow(image, height, width)

@@ -1,4 +1,4 @@
-"""The interface of every data set: a random-access list of uint8 images with labels."""
+"""The interface of every data set: a random-access list of images with labels."""
 
 import abc
 import dataclasses
@@ -40,10 +40,11 @@ class Options:
 class ImageSource(abc.ABC):
     """A random-access list of images of one shape.
 
-    `source[i]` is `{"image": uint8 [H, W, K], "label": np.int32}`. The label is in [0, num_classes), or -1 for an
-    unlabelled image.
+    `source[i]` is `{"image": uint8 or uint16 [H, W, K], "label": np.int32}`. The label is in [0, num_classes), or -1
+    for an unlabelled image.
     """
 
+    bits: int = 8  # of an image's numbers
     preprocessing: str = "none"  # how images were resized; metrics under different preprocessing do not compare
 
     def __init__(
@@ -80,7 +81,7 @@ class ImageSource(abc.ABC):
         return [self[index]["label"] for index in range(len(self))]
 
     def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Reads the given images, uint8 [N, H, W, K], and their labels, int32 [N]."""
+        """Reads the given images, uint8 or uint16 [N, H, W, K], and their labels, int32 [N]."""
         items = [self[int(index)] for index in indices]
         return np.stack([item["image"] for item in items]), np.array([item["label"] for item in items], np.int32)
 
@@ -96,12 +97,12 @@ class ArraySource(ImageSource):
         num_classes: int = 0,
         label_names: Sequence[str] = (),
     ) -> None:
-        """Takes uint8 images [N, H, W, K] and integer labels [N], or None. Raises UserError for any others."""
-        if images.ndim != 4 or images.dtype != np.uint8 or not len(images):
-            got = f"{images.dtype} {list(images.shape)}"
-            raise UserError(f"{name}: expected images as uint8 [N, H, W, K] with N > 0, got {got}")
+        """Takes images [N, H, W, K] and integer labels [N], or None. Raises UserError for any others."""
+        if images.ndim != 4 or images.dtype not in (np.uint8, np.uint16) or not len(images):
+            got = f"{images.dtype} {list(images.shape)}; floats are for tarflow_jax.fit"
+            raise UserError(f"{name}: expected images as uint8 or uint16 [N, H, W, K] with N > 0, got {got}")
         super().__init__(name, images.shape[1:], num_classes, label_names)
-        self.images = images
+        self.images, self.bits = images, 8 * images.itemsize
         if labels is None or num_classes == 0:
             labels = np.full(len(images), NO_LABEL)
         elif labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
@@ -153,6 +154,7 @@ class EncodedSource(ImageSource):
         *,
         content: str,
         image_shape: tuple[int, int, int],
+        bits: int = 8,
         label_names: Sequence[str] = (),
         class_counts: Sequence[int] | None = None,
     ) -> None:
@@ -165,11 +167,11 @@ class EncodedSource(ImageSource):
         if num_images == 0:
             raise UserError(f"{name}: no images")
         self.preprocessing = self._resize_by = options.preprocessing
-        self._num_images = num_images
+        self._num_images, self.bits = num_images, bits
         self._item_at = item_at
         self._contents, self._class_counts = content, class_counts
         self._cache: dict[int, dict[str, Any]] = {}
-        self._num_cached = options.cache_bytes // math.prod(self.image_shape)
+        self._num_cached = options.cache_bytes // (math.prod(self.image_shape) * bits // 8)
 
     def __len__(self) -> int:
         return self._num_images
@@ -184,7 +186,7 @@ class EncodedSource(ImageSource):
     def _decode(self, index: int) -> dict[str, Any]:
         item = self._item_at(index)
         try:
-            image = decode_image(item.read(), self.image_shape[2])
+            image = decode_image(item.read(), self.image_shape[2], bits=self.bits)
             array = preprocess(image, self._resize_by, self.image_shape[:2])
         except ValueError as error:
             raise UserError(f"{self.name}: {item.name}: {error}") from None

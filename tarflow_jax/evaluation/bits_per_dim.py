@@ -1,4 +1,4 @@
-"""log p(x), test loss and bits per dimension of 8-bit images with their noise; log p(x) of sequences."""
+"""log p(x), test loss and bits per dimension of images with their noise; log p(x) of sequences."""
 
 import functools
 from typing import Any
@@ -24,12 +24,12 @@ def noisy_log_prob(
     key: jax.Array,
     levels: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Returns log p(x + noise | label) of 8-bit images in nats, float32 [N], at full matmul precision.
+    """Returns log p(x + noise | label) of images in nats, float32 [N], at full matmul precision.
 
     Image i gets the noise of fold_in(key, i), so its value depends neither on the devices nor on the other images.
 
     Args:
-      images: a source, or uint8 [N, H, W, K] and labels int32 [N] or None.
+      images: a source, or uint8 or uint16 [N, H, W, K] and labels int32 [N] or None.
       levels: noise levels σ, float32 [n], for a noise-conditional flow; image i is evaluated at level i mod n, and its
         noise is of that level where `noise` has many.
     """
@@ -81,4 +81,4 @@ def image_bits_per_dim(
     keys = [jax.random.fold_in(key, draw) for draw in range(num_draws)]
     draws = [noisy_log_prob(runner, config, variables, images, Noise("uniform"), key, levels) for key in keys]
     log_probs = np.logaddexp.reduce(np.asarray(draws, np.float64), axis=0) - np.log(num_draws)
-    return bits_per_dim(log_probs, config.num_dims)
+    return bits_per_dim(log_probs, config.num_dims, config.image_bits)

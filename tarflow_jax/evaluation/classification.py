@@ -71,7 +71,7 @@ def calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
 
 
 def fit_images(images: np.ndarray, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """Resizes another data set's uint8 images [N, h, w, k] bilinearly to the model's shape (H, W, K).
+    """Resizes another data set's images [N, h, w, k] bilinearly to the model's shape (H, W, K).
 
     Grey images are repeated to K channels. Raises UserError for colour images where the model takes grey ones.
     """
@@ -79,7 +79,7 @@ def fit_images(images: np.ndarray, image_shape: tuple[int, int, int]) -> np.ndar
     if images.shape[-1] > channels:
         raise UserError(f"the outliers have {images.shape[-1]} channels and the model {channels}")
     resized = jax.image.resize(images.astype(np.float32), (len(images), height, width, images.shape[-1]), "bilinear")
-    rounded = np.clip(np.round(np.asarray(resized)), 0, 255).astype(np.uint8)
+    rounded = np.clip(np.round(np.asarray(resized)), 0, np.iinfo(images.dtype).max).astype(images.dtype)
     return np.repeat(rounded, channels // images.shape[-1], axis=-1)
 
 

@@ -106,7 +106,7 @@ def make_plan(recipe: Recipe, topology: Topology, sampler: bool = False) -> Plan
 def trace(recipe: Recipe, mesh: Mesh, sampler: bool) -> tuple[Any, dict[str, Any]]:
     """Traces the program that `make_plan` compiles, on shapes; returns the trace and the arguments by name."""
     state, rows = abstract_state(recipe.train_config, mesh), batch_sharding(mesh)
-    count, dtype = recipe.config.train.batch_size, jnp.float32 if sampler else jnp.uint8
+    count, dtype = recipe.config.train.batch_size, jnp.float32 if sampler else f"uint{recipe.model.image_bits}"
     images = jax.ShapeDtypeStruct((count, *recipe.model.image_shape), dtype, sharding=rows)
     labels = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=rows)
     arguments = {"parameters": state.variables, "batch": (images, labels)}

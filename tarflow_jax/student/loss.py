@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from tarflow_jax.flow import TarFlow, from_tokens
+from tarflow_jax.noise import to_float
 from tarflow_jax.student.network import Student
 
 _SOFTENING = 0.01  # c
@@ -73,7 +74,7 @@ class Seen(NamedTuple):
 
 
 class Perception(nn.Module):
-    """A small classifier of images [B, H, W, K], float32 in [-1, 1] or uint8, from whose features a student may learn.
+    """A small classifier of images [B, H, W, K], float32 in [-1, 1] or integers, whose features teach a student.
 
     It measures nothing: the classifier of `launch.evaluate` has another architecture and seed.
     """
@@ -82,7 +83,7 @@ class Perception(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> Seen:
-        x, scales = images if images.dtype == jnp.float32 else images.astype(jnp.float32) / 127.5 - 1.0, []
+        x, scales = images if images.dtype == jnp.float32 else to_float(images), []
         for width in (24, 48, 96):
             for _ in range(2):
                 x = nn.gelu(nn.Conv(width, (3, 3))(x))

@@ -207,6 +207,8 @@ class Recipe:
                 f"{source.name} has images {tuple(source.image_shape)}, the model {model.image_shape}; "
                 "set model.image_size and model.image_channels to match"
             )
+        if source.bits != model.image_bits:
+            raise UserError(f"{source.name} has images of {source.bits} bits; set model.image_bits to {source.bits}")
         if model.num_classes not in (0, source.num_classes):
             raise UserError(
                 f"{source.name} has {source.num_classes or 'no'} classes, the model {model.num_classes}; "

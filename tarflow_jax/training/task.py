@@ -41,7 +41,7 @@ class Task(Protocol):
         """Returns the initial variables: `params`, and whatever else training updates."""
 
     def prepare(self, key: jax.Array, images: Any, labels: Any) -> Batch:
-        """Returns what the loss reads of uint8 images and int32 labels; all noise is drawn here, for the batch."""
+        """Returns what the loss reads of integer images and int32 labels; all noise is drawn here, for the batch."""
 
     def loss(self, variables: Variables, batch: Batch, frozen: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
         """Returns (loss, (metrics, outputs)) of a microbatch: metrics are means over it, outputs are arrays [B, …]."""
