@@ -2,11 +2,16 @@
 
 import functools
 
+import jax
 import numpy as np
 import pytest
 
 from tarflow_jax import Guidance, TarFlowPipeline
+from tarflow_jax.runtime import Rows, make_mesh
 from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi
+from tarflow_jax.training.optimizer import Optimizer
+from tarflow_jax.training.step import TrainConfig, compiled_step, new_state
+from tarflow_jax.training.task import Arrays, ArrayTask
 from test_interop_goldens import assert_close
 
 CASES = ("starflow_plain", "starflow_label", "starflow_text")
@@ -48,3 +53,18 @@ def test_samples(load_golden, name, decoder):
         null = golden.arrays["prefix_null"][0]
         guided = pipe.decode(noise, guidance=guidance, decoder=decoder, null_condition=null, **given)
         assert_close(guided, golden.images("sample_w3.6"))
+
+
+@pytest.mark.slow
+def test_the_reference_s_training_run_on_a_mesh(load_golden):
+    golden = load_golden("starflow_training")
+    optimizer = Optimizer(20, 1e-3, 1e-3, 0, 0.9, 0.95, 1e-4, 0.0, 0.0, "adamw", 0.0)
+    train_config = TrainConfig(ArrayTask(golden.config, block_penalty=1e-4), optimizer)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    state, put = new_state(train_config, mesh, jax.random.key(0)), Rows(mesh, 8).put
+    given = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), golden.variables, state.variables)
+    state, step, losses = state.replace(variables=given), compiled_step(train_config, mesh), []
+    for batch in zip(golden.images("x"), golden.arrays["prefix"], strict=True):
+        state, metrics = step(state, Arrays(*map(put, batch)), None, jax.random.key(0))
+        losses.append(float(metrics["loss"]))
+    np.testing.assert_allclose(losses, golden.arrays["losses"], rtol=2e-4)

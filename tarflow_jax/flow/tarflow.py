@@ -22,7 +22,7 @@ class TarFlow(nn.Module):
     which training does not change: `orders` [F, T] of the blocks where they are random; for sequences `mean` and `std`
     [T, D] of the training set; for a condition `condition_mean` and `condition_std`, for a prefix `null_prefix`
     [L, C], which stands in for a missing one.
-    Sows `intermediates/block_outputs`: the tokens [B, T, D] after each block.
+    Sows `intermediates/input` and `intermediates/block_outputs`: the tokens [B, T, D] before all blocks and after each.
     """
 
     config: TarFlowConfig
@@ -68,6 +68,7 @@ class TarFlow(nn.Module):
         if config.is_sequence:
             standardise = units(self.variables, given)
             tokens, log_det = standardise.forward(tokens), log_det + standardise.token_log_det.sum(1)
+        self.sow("intermediates", "input", tokens)
         for k, order in enumerate(block_orders(config, self.variables)):
             block = FlowBlock(config, k, self.kernels, name=f"block_{k}")
             tokens, block_log_det = block(tokens, order_within(order, lengths), given)
