@@ -552,7 +552,8 @@ class TarFlowPipeline:
             weight = jnp.clip(guidance.weight, 0, most) if guidance else 0.0
             _, rows["guess"] = self._by_student(latents, labels, weight)
         one_by_one = decoders is None or Sequential() in decoders
-        caches = max(self.config.depths) * 4 * 4 * self.config.num_tokens * self.config.width  # and their copies
+        slots = self.config.condition_length + self.config.num_tokens
+        caches = max(self.config.depths) * 4 * 4 * slots * self.config.width  # and their copies
         at_once = forward_bytes(self.config) if decoders else 0
         return self._run(
             functools.partial(function, decoders=decoders),
