@@ -5,9 +5,13 @@
 Width, blocks, layers, classes, prefix and VP/NVP are inferred from the tensors. STARFlow's images are latents.
 """
 
+import functools
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+import numpy as np
 from absl import flags
 
 from launch import cli
@@ -36,8 +40,10 @@ flags.DEFINE_string("out", None, "Folder to save the model in; created if it is 
 
 
 def main(argv: Sequence[str]) -> None:
-    """Reads, converts and saves."""
+    """Reads, converts and saves, with one variable at a time in memory."""
+    jax.config.update("jax_platforms", "cpu")  # whose arrays may be files
     path, out = Path(FROM_TORCH.value).expanduser(), cli.folder("out")
+    near = next((str(parent) for parent in Path(out).absolute().parents if parent.is_dir()), None)
     pipe = TarFlowPipeline.from_torch(
         path,
         tuple(IMAGE_SIZE.value),
@@ -46,9 +52,18 @@ def main(argv: Sequence[str]) -> None:
         NOISE_STD.value,
         BASE_SIZE.value,
         ORDERS.value,
+        place=functools.partial(jax.tree.map, functools.partial(in_a_file, near)),
     )
     pipe.save_pretrained(out, dtype=DTYPE.value)
     print(f"saved {pipe.config} in {out}")
+
+
+def in_a_file(folder: str | None, array: np.ndarray) -> np.ndarray:
+    """Moves an array into a nameless file on the disk of `folder`, which is gone when the array is."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        mapped: np.ndarray = np.memmap(file, array.dtype, "w+", shape=array.shape)
+    mapped[...] = array
+    return mapped
 
 
 if __name__ == "__main__":

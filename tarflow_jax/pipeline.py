@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -174,13 +174,14 @@ class TarFlowPipeline:
         noise_std: float | None = None,
         base_size: int | None = None,
         orders: str | None = None,
+        place: Callable[[Any], Any] | None = None,
         **options: Any,
     ) -> Self:
         """Reads a state dict of a PyTorch reference, TarFlow, iTARFlow or STARFlow, onto the devices.
 
         See `interop.load_torch` for arguments and errors; `options` are `mesh` and `memory_bound` of the constructor.
         """
-        place = BatchRunner(options.get("mesh")).place
+        place = place or BatchRunner(options.get("mesh")).place
         config, variables = interop.load_torch(
             path, image_size, image_channels, patch_size, base_size, orders, place=place
         )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import tracemalloc
 
 import chex
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from launch.convert import in_a_file
 from tarflow_jax import Guidance, TarFlowConfig, TarFlowPipeline
 from tarflow_jax.errors import UserError
 from tarflow_jax.flow import block_orders
@@ -269,6 +271,15 @@ def test_what_starflow_cannot_hold_is_not_written(load_golden, tmp_path, fields)
     config = dataclasses.replace(load_golden("starflow_plain").config, **fields)
     with pytest.raises(UserError, match="the PyTorch reference has"):
         save_torch(tmp_path / "x.pth", config, {})
+
+
+def test_one_variable_at_a_time_is_in_memory(load_golden):
+    path = load_golden("starflow_text").path
+    tracemalloc.start()
+    load_torch(path, (8, 10), 4, 1, place=lambda tree: jax.tree.map(functools.partial(in_a_file, None), tree))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < path.stat().st_size / 3
 
 
 @pytest.mark.slow

@@ -358,7 +358,9 @@ def _buffers(config: TarFlowConfig, tokens: int) -> dict[str, np.ndarray]:
 
 
 def _from_torch(config: TarFlowConfig, row: Parameter, parts: list[np.ndarray]) -> np.ndarray:
-    stacked = np.stack([part.T if row.input_axes else part for part in parts])
+    parts = [part.T if row.input_axes else part for part in parts]
+    # Into an array of its own, whose memory is in the order of its axes: reshaping another would copy it.
+    stacked = np.stack(parts, out=np.empty((len(parts), *parts[0].shape), np.float32))
     return _reorder(config, row, stacked.reshape(row.shape(config, depth=len(parts))))
 
 
@@ -377,7 +379,9 @@ def _reorder(config: TarFlowConfig, row: Parameter, array: np.ndarray, inverse: 
     if config.start_token:
         if "qkv" in row.name:  # [..., 3, N, H]
             pairs = np.arange(HEAD_DIM).reshape((2, -1) if inverse else (-1, 2)).T.reshape(-1)
-            array = np.concatenate([array[..., :2, :, :][..., pairs], array[..., 2:, :, :]], axis=-3)
+            array = array.copy() if inverse else array
+            for layer in array:  # at once, they would take as much memory again
+                layer[..., :2, :, :] = layer[..., :2, :, :][..., pairs]
         return array
     patch = (config.image_channels, config.patch_size, config.patch_size)
     order = np.arange(config.token_dim).reshape(patch).transpose(1, 2, 0).reshape(-1)
