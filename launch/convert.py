@@ -61,9 +61,9 @@ def main(argv: Sequence[str]) -> None:
 def in_a_file(folder: str | None, array: np.ndarray) -> np.ndarray:
     """Moves an array into a nameless file on the disk of `folder`, which is gone when the array is."""
     with tempfile.TemporaryFile(dir=folder) as file:
-        mapped: np.ndarray = np.memmap(file, array.dtype, "w+", shape=array.shape)
-    mapped[...] = array
-    return mapped
+        file.write(np.ascontiguousarray(array))  # through a map, a full disk would kill the process
+        file.flush()
+        return np.memmap(file, array.dtype, "r", shape=array.shape)
 
 
 if __name__ == "__main__":

@@ -658,22 +658,12 @@ class TarFlowPipeline:
             denoise = self.noise_std is not None
         if denoise and self.noise_std is None:
             self.denoise(jnp.zeros((1, *self.config.data_shape)))  # says why not
-        latents = self.latents(key, num_images)
+        latents, given = self.latents(key, num_images), (self.drawn_level, condition, mask, null_condition)
         if return_log_prob:
             if denoise or isinstance(decoder, Student):
                 raise UserError("log q is of what the flow's inverse draws; sample with denoise=False and no student")
-            return self._decode(
-                sampling.decode_log_prob,
-                latents,
-                labels,
-                guidance,
-                decoder,
-                self.drawn_level,
-                condition,
-                mask,
-                null_condition,
-            )
-        images = self.decode(latents, labels, guidance, decoder, self.drawn_level, condition, mask, null_condition)
+            return self._decode(sampling.decode_log_prob, latents, labels, guidance, decoder, *given)
+        images = self.decode(latents, labels, guidance, decoder, *given)
         if not denoise:
             return images
         method, fresh = denoise if isinstance(denoise, IterativeDenoising) else None, jax.random.fold_in(key, 1)

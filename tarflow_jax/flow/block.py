@@ -309,7 +309,7 @@ def position_init(key: jax.Array, config: TarFlowConfig) -> jax.Array:
 def rotary_angles(config: TarFlowConfig) -> np.ndarray:
     """Rotary angles float32 [L + T, H / 2] of a prefix and of the tokens, row by row.
 
-    Half of a head's pairs are by row, half by column; beside a prefix a quarter is by position in it.
+    Half of a head's pairs are by row, half by column; beside a prefix three eighths each, the rest by position in it.
     """
     (rows, columns), length, base = config.grid, config.condition_length, config.rotary_base_size
     by_side = 3 * config.head_dim // 16 if length else config.head_dim // 4

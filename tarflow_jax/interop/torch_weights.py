@@ -97,7 +97,7 @@ def load_torch(
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if any(name.startswith("learnable_self_denoiser.") for name in shapes):
         raise UserError(f"{path} is a model of videos (it has a learnable_self_denoiser); expected one of images")
-    if _is_starflow(shapes):
+    if "blocks.0.sos_embed" in shapes:
         fields = _starflow_fields(path, shapes, base_size, orders)
     elif base_size or orders:
         raise UserError(f"{path} is no STARFlow; leave base_size and orders out")
@@ -215,10 +215,6 @@ def _check_pickle(content: bytes) -> None:
             )
 
 
-def _is_starflow(shapes: Mapping[str, Shape]) -> bool:
-    return "blocks.0.sos_embed" in shapes
-
-
 def _tarflow_fields(path: Path, shapes: Mapping[str, Shape]) -> dict[str, Any]:
     """Fields of the config that TarFlow's and iTARFlow's files tell."""
     if any("shared_backbone" in name for name in shapes):
@@ -248,8 +244,8 @@ def _starflow_fields(
     """Fields of the config that STARFlow's files tell, and those that they do not."""
     with _foreign(path):
         trained, _ = shapes["var"]
-        slots, _ = shapes["blocks.0.attn_mask"]
-        if shapes["blocks.0.attn_mask"] != (slots, slots) or math.isqrt(trained) ** 2 != trained or slots < trained:
+        slots, others = shapes["blocks.0.attn_mask"]
+        if slots != others or math.isqrt(trained) ** 2 != trained or not 0 < trained <= slots:
             raise ValueError("no mask of a square of tokens")
         prefixes = [shapes[name][1] for name in shapes if re.fullmatch(r"blocks\.\d+\.proj_txt\.weight", name)]
     fields = {**STARFLOW, "rotary_base_size": base_size or math.isqrt(trained), "orders": orders or "alternate"}
