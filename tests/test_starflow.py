@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import tracemalloc
 
 import chex
@@ -27,6 +28,7 @@ from test_interop_goldens import assert_close
 from tiny_models import TINY, random_variables
 
 CASES = ("starflow_plain", "starflow_label", "starflow_text")
+QUICK = ("starflow_label", None)
 DECODERS = (None, Jacobi(tolerance=0), GaussSeidelJacobi(3, tolerance=0))
 
 
@@ -41,7 +43,9 @@ def pipeline(load_golden, name):
     return golden, pipe, {} if prefix is None else {"condition": prefix}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", ["starflow_label", *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name != QUICK[0])]
+)
 def test_encoding_likelihood_and_denoising(load_golden, name):
     golden, pipe, given = pipeline(load_golden, name)
     images = golden.images("x")
@@ -52,8 +56,12 @@ def test_encoding_likelihood_and_denoising(load_golden, name):
     assert_close(pipe.denoise(images, **given), golden.images("denoised"))
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("decoder", DECODERS, ids=str)
+@pytest.mark.parametrize(
+    ("name", "decoder"),
+    [pytest.param(*case, marks=pytest.mark.slow) for case in itertools.product(CASES, DECODERS) if case != QUICK]
+    + [QUICK],
+    ids=str,
+)
 def test_samples(load_golden, name, decoder):
     golden, pipe, given = pipeline(load_golden, name)
     noise = golden.images("noise")
