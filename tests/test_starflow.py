@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import math
 import tracemalloc
 
 import chex
@@ -17,7 +18,9 @@ from tarflow_jax import Guidance, TarFlowConfig, TarFlowPipeline
 from tarflow_jax.errors import UserError
 from tarflow_jax.flow import block_orders
 from tarflow_jax.interop import load_torch, save_torch
+from tarflow_jax.interop.torch_weights import STARFLOW
 from tarflow_jax.runtime import Rows, make_mesh
+from tarflow_jax.runtime.parameters import params_shapes
 from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi
 from tarflow_jax.student import Student, StudentConfig
 from tarflow_jax.training.optimizer import Optimizer
@@ -282,6 +285,12 @@ def test_what_starflow_cannot_hold_is_not_written(load_golden, tmp_path, fields)
     config = dataclasses.replace(load_golden("starflow_plain").config, **fields)
     with pytest.raises(UserError, match="the PyTorch reference has"):
         save_torch(tmp_path / "x.pth", config, {})
+
+
+def test_the_released_model_of_text_has_its_number_of_parameters():
+    prefix = {"condition_kind": "prefix", "condition_dim": 2048, "condition_length": 128, "condition_blocks": 1}
+    config = TarFlowConfig((32, 32), 4, 1, 3072, 6, (2, 2, 2, 2, 2, 24), rotary_base_size=32, **STARFLOW, **prefix)
+    assert round(sum(map(math.prod, params_shapes(config).values())) / 1e9, 3) == 3.858
 
 
 def test_one_variable_at_a_time_is_in_memory(load_golden):
