@@ -113,6 +113,8 @@ def training_loss(
     levels: Levels | None = None,
     condition: jax.Array | None = None,
     lengths: jax.Array | None = None,
+    *,
+    block_penalty: float = 0.0,
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
     """Mean over batch and dimensions of ½ z² - log_det / (T D): -log p in nats per dimension, less ½ log 2π.
 
@@ -124,6 +126,7 @@ def training_loss(
       levels: for a flow conditional on noise levels; each image then counts by its σ.
       condition: as of `TarFlow`.
       lengths: as of `TarFlow`; the mean is over all T tokens, and those that do not exist add nothing.
+      block_penalty: weight of Σ_k mean x_k², x_k the input of block k, which is added to the loss.
 
     Returns:
       (loss, (metrics, z)): metrics are scalars and `block_norms` [F], the root mean square of each block's output; with
@@ -148,6 +151,9 @@ def training_loss(
         metrics["loss"] = (levels.std * of_image).mean()
         metrics["quarter_losses"] = (levels.quarter * of_image[:, None]).mean(0)
         metrics["quarter_shares"] = levels.quarter.mean(0)
+    if block_penalty:
+        inputs = [*sown["intermediates"]["input"], *outputs[:-1]]
+        metrics["loss"] = metrics["loss"] + block_penalty * sum(jnp.square(x).mean() for x in inputs)
     return metrics["loss"], (metrics, outputs[-1])
 
 

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -172,10 +172,19 @@ class TarFlowPipeline:
         image_channels: int,
         patch_size: int,
         noise_std: float | None = None,
+        base_size: int | None = None,
+        orders: str | None = None,
+        place: Callable[[Any], Any] | None = None,
         **options: Any,
     ) -> Self:
-        """Reads a state dict of the PyTorch reference; see `interop.load_torch` for arguments and errors."""
-        config, variables = interop.load_torch(path, image_size, image_channels, patch_size)
+        """Reads a state dict of a PyTorch reference, TarFlow, iTARFlow or STARFlow, onto the devices.
+
+        See `interop.load_torch` for arguments and errors; `options` are `mesh` and `memory_bound` of the constructor.
+        """
+        place = place or BatchRunner(options.get("mesh")).place
+        config, variables = interop.load_torch(
+            path, image_size, image_channels, patch_size, base_size, orders, place=place
+        )
         return cls(config, variables, None if noise_std is None else Noise("gaussian", noise_std), **options)
 
     def to_torch(self, path: str | Path) -> None:
@@ -285,7 +294,7 @@ class TarFlowPipeline:
           images: float [B, H, W, K] in [-1, 1]; of a flow of sequences [B, T, D] or [B, T], in their own units.
           labels: int [B], -1 for no class; None for no class anywhere.
           noise_std: σ of the images, a number or [B], for a noise-conditional flow, and for it alone.
-          condition: float [B, C], or [B, T, C] where each token has one; None for none.
+          condition: float [B, C], or [B, T, C] where each token has one, or the prefix [B, L, C]; None for none.
           mask: bool [B, T], True where a sequence has a token, or the lengths, int [B]; None if all are whole.
 
         Returns:
@@ -463,6 +472,7 @@ class TarFlowPipeline:
         noise_std: Any = None,
         condition: Any = None,
         mask: Any = None,
+        null_condition: Any = None,
     ) -> jax.Array:
         """Latents -> images, the exact inverse of `encode` without guidance, unless by a `Student`.
 
@@ -476,6 +486,8 @@ class TarFlowPipeline:
           noise_std: as of `encode`; samples are drawn at the highest level, `drawn_level`.
           condition: as of `encode`.
           mask: as of `encode`.
+          null_condition: what guidance leads away from in place of the model's own null condition, such as the
+            embeddings of the empty text; shaped as `condition`, or without the batch.
 
         Returns:
           float32 [B, H, W, K].
@@ -484,7 +496,9 @@ class TarFlowPipeline:
           ValueError: a shape, dtype or label that does not fit the model, class guidance of an unconditional one, not
             one decoder a block, `Tuned()` with other weights or guidance, or no student of these weights.
         """
-        return self._decode(sampling.decode, latents, labels, guidance, decoder, noise_std, condition, mask)
+        return self._decode(
+            sampling.decode, latents, labels, guidance, decoder, noise_std, condition, mask, null_condition
+        )
 
     def decode_trace(
         self,
@@ -495,13 +509,16 @@ class TarFlowPipeline:
         noise_std: Any = None,
         condition: Any = None,
         mask: Any = None,
+        null_condition: Any = None,
     ) -> Decoded:
         """`decode` with all it found on the way; arguments and errors as there.
 
         The clean images of `Student()` are no inverse, so they have no log_det, updates or residuals; their trajectory
         ends with the noisy images.
         """
-        return self._decode(sampling.decode_trace, latents, labels, guidance, decoder, noise_std, condition, mask)
+        return self._decode(
+            sampling.decode_trace, latents, labels, guidance, decoder, noise_std, condition, mask, null_condition
+        )
 
     def _decode(
         self,
@@ -513,6 +530,7 @@ class TarFlowPipeline:
         noise_std: Any,
         condition: Any = None,
         mask: Any = None,
+        null_condition: Any = None,
     ) -> Any:
         """`function` is `sampling.decode`, `decode_trace` or `decode_log_prob`."""
         guidance = checked("guidance", guidance, Guidance | None)
@@ -525,13 +543,18 @@ class TarFlowPipeline:
             trajectory = jnp.concatenate([jnp.asarray(latents)[:, None], jnp.flip(path, 1)], axis=1)
             return Decoded(images, None, trajectory, None, None)
         rows = self._rows(latents, labels, noise_std, condition, mask, name="latents")
+        if null_condition is not None:
+            rows["null_condition"] = check_condition(
+                self.config, null_condition, len(rows["latents"]), "null_condition"
+            )
         decoders = self._decoders(decoder, guidance, len(rows["latents"]))
         if decoders and any(isinstance(one, Student) or getattr(one, "init", "") == "student" for one in decoders):
             most = self.require_student().config.max_guidance
             weight = jnp.clip(guidance.weight, 0, most) if guidance else 0.0
             _, rows["guess"] = self._by_student(latents, labels, weight)
         one_by_one = decoders is None or Sequential() in decoders
-        caches = max(self.config.depths) * 4 * 4 * self.config.num_tokens * self.config.width  # and their copies
+        slots = self.config.condition_length + self.config.num_tokens
+        caches = max(self.config.depths) * 4 * 4 * slots * self.config.width  # and their copies
         at_once = forward_bytes(self.config) if decoders else 0
         return self._run(
             functools.partial(function, decoders=decoders),
@@ -554,7 +577,7 @@ class TarFlowPipeline:
         if decoder is None or decoder == Sequential():
             return None
         kinds = Sequential | Jacobi | GaussSeidelJacobi
-        most = max(self.config.num_tokens - 1, 1)  # steps after which every token is exact
+        most = max(self.config.sequence_length - 1, 1)  # steps after which every token is exact
         for one in decoder if isinstance(decoder, Sequence) else (decoder,):
             if (number := getattr(one, "num_segments", getattr(one, "polish", 0))) > most:
                 raise UserError(f"decoder is {one}; {number} is too many, expected at most {most} for this model")
@@ -601,6 +624,7 @@ class TarFlowPipeline:
         condition: Any = None,
         mask: Any = None,
         return_log_prob: bool = False,
+        null_condition: Any = None,
     ) -> Any:
         """Draws images or sequences.
 
@@ -616,6 +640,7 @@ class TarFlowPipeline:
           condition: as of `encode`.
           mask: as of `encode`.
           return_log_prob: also return log q of each sample, guidance included, from the inverse alone.
+          null_condition: see `decode`.
 
         Returns:
           float32 [B, H, W, K], around [-1, 1] but not clipped to it; or sequences [B, T, D] or [B, T]. With
@@ -633,14 +658,12 @@ class TarFlowPipeline:
             denoise = self.noise_std is not None
         if denoise and self.noise_std is None:
             self.denoise(jnp.zeros((1, *self.config.data_shape)))  # says why not
-        latents = self.latents(key, num_images)
+        latents, given = self.latents(key, num_images), (self.drawn_level, condition, mask, null_condition)
         if return_log_prob:
             if denoise or isinstance(decoder, Student):
                 raise UserError("log q is of what the flow's inverse draws; sample with denoise=False and no student")
-            return self._decode(
-                sampling.decode_log_prob, latents, labels, guidance, decoder, self.drawn_level, condition, mask
-            )
-        images = self.decode(latents, labels, guidance, decoder, self.drawn_level, condition, mask)
+            return self._decode(sampling.decode_log_prob, latents, labels, guidance, decoder, *given)
+        images = self.decode(latents, labels, guidance, decoder, *given)
         if not denoise:
             return images
         method, fresh = denoise if isinstance(denoise, IterativeDenoising) else None, jax.random.fold_in(key, 1)
@@ -836,16 +859,16 @@ def check_labels(config: TarFlowConfig, labels: Any, batch_size: int) -> jax.Arr
     return jnp.asarray(array, jnp.int32) if classes else None
 
 
-def check_condition(config: TarFlowConfig, condition: Any, batch_size: int) -> jax.Array:
-    """float32 [B, C] or [B, T, C]; ValueError for what does not fit, or is not finite."""
-    condition = jnp.asarray(condition, jnp.float32)
-    tokens = (config.num_tokens,) if config.condition_by_token else ()
-    expected = (batch_size, *tokens, config.condition_dim)
+def check_condition(config: TarFlowConfig, condition: Any, batch_size: int, name: str = "condition") -> jax.Array:
+    """float32 [B, C], [B, T, C] or [B, L, C], from one with or without B; ValueError for one that is not finite."""
+    condition, expected = jnp.asarray(condition, jnp.float32), (batch_size, *config.condition_shape)
+    if name == "null_condition" and condition.shape == expected[1:]:
+        condition = jnp.broadcast_to(condition[None], expected)
     if not config.condition_dim or condition.shape != expected:
         wanted = f"expected {expected}" if config.condition_dim else "this model has no condition"
-        raise UserError(f"condition has shape {condition.shape}; {wanted}")
+        raise UserError(f"{name} has shape {condition.shape}; {wanted}")
     if not is_traced(condition) and not (finite := np.isfinite(np.asarray(condition))).all():
-        raise UserError(f"condition is not finite in row {np.argwhere(~finite)[0][0]}")
+        raise UserError(f"{name} is not finite in row {np.argwhere(~finite)[0][0]}")
     return condition
 
 

@@ -116,9 +116,10 @@ def _load_golden(name: str) -> Golden:
     model = json.loads((DATA / f"{name}.json").read_text())["model"]
     path = DATA / f"{name}.pth"
     patch_size = model.get("patch_size") or model["patch_sizes"][0]
-    config, variables = load_torch(path, model["img_size"], model["in_channels"], patch_size)
     with np.load(DATA / f"{name}.npz") as arrays:
-        return Golden(path, config, variables, dict(arrays))
+        golden = dict(arrays)
+    config, variables = load_torch(path, golden["x"].shape[-2:], model["in_channels"], patch_size)
+    return Golden(path, config, variables, golden)
 
 
 @pytest.fixture(scope="session")

@@ -198,7 +198,6 @@ TABLE = np.random.default_rng(0).normal(size=(40, 3))
         ({"x": TABLE * [1, 0, 1] + 4}, r"x is constant in column 1 \(4\)"),
         ({"x": TABLE[:, 0]}, r"expected floats \[N, F\] or \[N, T, D\]"),
         ({"x": TABLE.astype(int)}, "x is int64"),
-        ({"x": TABLE[:, :1]}, "single token"),
         ({"condition": TABLE[:9]}, r"expected \[40, C\] or \[40, 3, C\]"),
         ({"condition": TABLE[:, :1] * np.nan}, "condition is nan in row 0, column 0"),
         ({"mask": np.ones((40, 3), bool)}, "x is a table"),
@@ -208,6 +207,18 @@ TABLE = np.random.default_rng(0).normal(size=(40, 3))
 def test_fit_names_what_is_wrong_with_the_data(arguments, message):
     with pytest.raises(ValueError, match=message):
         tarflow_jax.fit(**{"x": TABLE} | arguments)
+
+
+@pytest.mark.slow
+def test_a_column_is_fitted_behind_a_start_token():
+    rng = np.random.default_rng(0)
+    condition = rng.normal(size=(2000, 1))
+    x = 3 + 2 * condition + 0.5 * rng.normal(size=(2000, 1))
+    flow = tarflow_jax.fit(x, condition, num_steps=200, num_blocks=2, width=16, head_dim=16)
+    assert flow.config.start_token
+    assert abs(flow.card["validation"]["log_prob"] + 0.5 * np.log(2 * np.pi * np.e * 0.25)) < 0.1
+    drawn = flow.sample(jax.random.key(0), 1000, condition=np.ones((1000, 1)))
+    np.testing.assert_allclose([drawn.mean(), drawn.std()], [5, 0.5], atol=0.1)
 
 
 def test_fit_says_what_float32_costs(caplog):

@@ -50,7 +50,11 @@ def test_every_variable_has_one_row_and_every_row_a_variable():
     options = {"head_dim": 8, "condition_dim": 2, "condition_kind": "tokens", "orders": "random"}
     sequences = TarFlowConfig(sequence_shape=(3, 2), width=16, num_blocks=2, layers_per_block=1, **options)
     assert variables_shapes(sequences) == made_shapes(sequences)
-    rows = [rows_of(name) for name in made_shapes(config) | made_shapes(sequences)]
+    options = {"condition_dim": 2, "condition_kind": "prefix", "condition_length": 2, "condition_blocks": 1}
+    options |= {"head_dim": 8, "start_token": True, "final_norm": True, "position_init": "none"}
+    prefixed = TarFlowConfig(sequence_shape=(3, 2), width=16, num_blocks=2, layers_per_block=1, **options)
+    assert variables_shapes(prefixed) == made_shapes(prefixed)
+    rows = [rows_of(name) for name in made_shapes(config) | made_shapes(sequences) | made_shapes(prefixed)]
     assert {len(matches) for matches in rows} == {1}
     assert {row for matches in rows for row in matches} == set(PARAMETERS)
     assert rows_of("params/block_0/unheard_of") == rows_of("params/block_0/my_project_in/kernel") == []

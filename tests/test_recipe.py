@@ -151,6 +151,12 @@ def test_recipes_refuse_what_cannot_be(field, value, message):
         Recipe(config)
 
 
+def test_a_recipe_s_penalty_of_blocks_is_its_task_s():
+    config = digits.get_config()
+    config.train.block_penalty = 1e-4
+    assert Recipe(config).task.block_penalty == 1e-4
+
+
 def test_unknown_options_are_refused():
     config = digits.get_config()
     with config.unlocked():

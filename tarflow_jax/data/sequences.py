@@ -51,14 +51,14 @@ class SequenceSource:
         if x.ndim not in (2, 3) or not np.issubdtype(x.dtype, np.floating) or 0 in x.shape:
             raise UserError(f"x is {x.dtype} {list(x.shape)}; expected floats [N, F] or [N, T, D]")
         count, num_tokens = x.shape[:2]
-        if num_tokens == 1:
-            raise UserError(f"x has shape {list(x.shape)}: a flow cannot change a single token; expected F or T from 2")
         if mask is not None and x.ndim == 2:
             raise UserError("a mask is for sequences [N, T, D]; x is a table")
         lengths = None if mask is None else lengths_of(mask, count, num_tokens)
         exists = None if lengths is None else np.arange(num_tokens)[None] < lengths[:, None]
         self.shape: dict[str, Any] = {"sequence_shape": (num_tokens, x.shape[2] if x.ndim == 3 else 0)}
         self.shape |= {"condition_dim": 0, "condition_kind": "vector", "num_classes": 0}
+        if num_tokens == 1:
+            self.shape["start_token"] = True  # without which a flow cannot change a single token
         if condition is not None:
             condition = np.asarray(condition)
             by_token, expected = condition.ndim == 3, f"[{count}, C] or [{count}, {num_tokens}, C] of numbers"

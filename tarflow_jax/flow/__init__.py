@@ -2,7 +2,7 @@
 
 from tarflow_jax.flow.block import Affine, FlowBlock, Given
 from tarflow_jax.flow.config import TarFlowConfig
-from tarflow_jax.flow.tarflow import TarFlow, standardised, units, updated_prior
+from tarflow_jax.flow.tarflow import TarFlow, conditions, units, updated_prior
 from tarflow_jax.flow.tokens import (
     block_orders,
     from_tokens,
@@ -25,10 +25,10 @@ __all__ = [
     "TransformerLayer",
     "block_orders",
     "cast_kernels",
+    "conditions",
     "from_tokens",
     "order_within",
     "permute",
-    "standardised",
     "to_tokens",
     "units",
     "unpermute",

@@ -17,6 +17,9 @@ Order = jax.Array | np.ndarray
 embedding_init = nn.initializers.normal(0.01)
 _WAVE_AMPLITUDE = 0.5  # as large as the projected patches
 _LONGEST_WAVE = 100.0  # times 2 π, in patches
+_LONGEST_SLOT_WAVE = 1e4  # times 2 π, in slots
+_SOFTPLUS_OF_ONE = 0.541324854612918  # softplus of it is 1
+_RMS_EPSILON = 1e-6
 _LONGEST_NOISE_WAVE = 1e4  # times 2 π, in units of log σ
 
 
@@ -97,6 +100,15 @@ class Given(NamedTuple):
     noise_std: jax.Array | None = None  # σ of a noise-conditional flow, float32 [B]
     condition: jax.Array | None = None  # standardised float32 [B, C] or [B, T, C], NaN for none; None: nowhere
     lengths: jax.Array | None = None  # of the sequences, int32 [B]; None if all are whole
+    null_condition: jax.Array | None = None  # that guidance leads away from, as `condition`; None for NaN
+
+    def without_classes(self) -> "Given":
+        """What the unguided pass is given: no class and no condition."""
+        condition = self.null_condition
+        if condition is None and self.condition is not None:
+            condition = jnp.full_like(self.condition, jnp.nan)
+        labels = None if self.labels is None else jnp.full_like(self.labels, -1)
+        return self._replace(labels=labels, condition=condition)
 
     def exists(self, positions: jax.Array) -> jax.Array | None:
         """Whether there are tokens at positions [S] in block order, bool [B, S]; None if there are everywhere."""
@@ -125,18 +137,24 @@ class FlowBlock(nn.Module):
         outputs = config.token_dim * (1 if config.volume_preserving else 2)
         dense = functools.partial(nn.Dense, dtype=config.compute_dtype, dot_general=self.kernels.dot_general)
         self.project_in = dense(config.width, kernel_init=kernel_init)
-        self.position_embedding = self.param("position_embedding", position_init, config)
+        if config.position_embeddings:
+            self.position_embedding = self.param("position_embedding", position_init, config)
+        if config.start_token:
+            self.start_token = self.param("start_token", nn.initializers.normal(1.0), (config.token_dim,))
         if config.num_classes:
             self.class_embedding = self.param("class_embedding", embedding_init, (config.num_classes, config.width))
         if config.noise_conditional:
             self.noise_in = dense(MLP_EXPANSION * config.width, kernel_init=kernel_init)
             self.noise_out = dense(config.width, kernel_init=kernel_init)
-        if config.condition_dim:
-            self.null_condition = self.param("null_condition", nn.initializers.zeros, (config.condition_dim,))
+        if config.is_conditioned(self.index):
+            if config.condition_in_units:
+                self.null_condition = self.param("null_condition", nn.initializers.zeros, (config.condition_dim,))
             self.condition_in = dense(config.width, kernel_init=kernel_init)
             if config.condition_by_token:
                 self.next_condition_in = dense(config.width, kernel_init=kernel_init)
         self.layers = stacked_layers(config, config.depths[self.index], self.kernels)
+        if config.final_norm:
+            self.final_norm = self.param("final_norm", nn.initializers.zeros, (config.width,))
         self.project_out = dense(outputs, kernel_init=nn.initializers.zeros)  # a new flow is the identity
         if config.triangular:
             self.project_lower = dense(config.triangle_size, kernel_init=nn.initializers.zeros)
@@ -144,52 +162,93 @@ class FlowBlock(nn.Module):
     def __call__(self, tokens: jax.Array, order: Order, given: Given) -> tuple[jax.Array, jax.Array]:
         """Encodes tokens [B, T, D], in data order: (z [B, T, D] in data order, log_det [B] in nats)."""
         x = permute(tokens, order)
-        affine = self.affine_of_next(x, order, given).of_next_token().where(given.exists(jnp.arange(x.shape[1])))
+        affine = self.affine_of_next(self.behind_start(x)[:, : x.shape[1]], order, given)
+        affine = affine if self.config.start_token else affine.of_next_token()
+        affine = affine.where(given.exists(jnp.arange(x.shape[1])))
         self.sow("intermediates", "token_log_det", unpermute(affine.token_log_det, order))
         return unpermute(affine.forward(x), order), affine.token_log_det.sum(1)
+
+    def behind_start(self, x: jax.Array) -> jax.Array:
+        """Puts the start token, if there is one, before tokens [B, T, D]."""
+        if not self.config.start_token:
+            return x
+        start = jnp.broadcast_to(self.start_token[None, None], (len(x), 1, x.shape[2]))
+        return jnp.concatenate([start, x], axis=1)
 
     def affine_of_next(self, x: jax.Array, order: Order, given: Given, temperature: jax.Array | None = None) -> Affine:
         """Predicts the affine map of tokens 1 … S from tokens 0 … S - 1.
 
         Args:
-          x: tokens [B, S, D] in block order.
+          x: tokens [B, S, D] in block order, the start token before them.
           order: block order, int32 [1 or B, T].
           given: what the density is conditional on.
           temperature: [B], divides the attention logits, or None for 1.
         """
         h, angles = self.embed(x, order, given)
+
+        def prepend(before: jax.Array, x: jax.Array) -> jax.Array:
+            return jnp.concatenate([jnp.broadcast_to(before, (len(x), *before.shape[1:])), x], axis=1)
+
+        if prefix_length := self.config.prefix_length(self.index):
+            h, angles = jax.tree.map(prepend, self.embed_prefix(given), (h, angles))
         h, _ = self.layers(h, temperature, angles)
-        return self.project(h)
+        return self.project(h[:, prefix_length:])
 
     def embed(
         self, x: jax.Array, order: Order, given: Given, start: jax.Array | int = 0
     ) -> tuple[jax.Array, jax.Array | None]:
         """The layers' input for tokens [B, S, D] at positions start … start + S - 1 in block order.
 
+        Behind a start token each has the position of the token that it predicts.
+
         Returns (h, angles): the residual stream [B, S, C], and the rotary angles [1 or B, S, H / 2], None without
         `rotary`.
         """
-        config = self.config
+        config, angles = self.config, None
         here = jax.lax.dynamic_slice_in_dim(jnp.asarray(order), start, x.shape[1], axis=1)  # the tokens' numbers
         if limit := config.input_limit if self.index else config.image_limit:
             x = jnp.clip(x, -limit, limit)
         h = self.project_in(x.astype(config.compute_dtype)).astype(jnp.float32)
-        h = h + self.position_embedding[here]
+        if config.position_embeddings:
+            h = h + self.position_embedding[here]
         if config.num_classes:
             h = h + class_vectors(self.class_embedding, given.labels, x.shape[0])[:, None]
         if config.noise_conditional:
             h = h + self._noise_vectors(given.noise_std)[:, None]
-        if config.condition_dim:
+        if config.condition_in_units and config.is_conditioned(self.index):
             h = h + self._condition_vectors(given.condition, order, start, x.shape[1])
-        return h, jnp.asarray(rotary_angles(config))[here] if config.rotary else None
+        if config.rotary:
+            angles = jnp.asarray(rotary_angles(config)[config.condition_length :])
+            slots = start + jnp.arange(x.shape[1])[None]
+            angles = angles[slots if config.rotary_base_size else here]
+        return h, angles
+
+    def embed_prefix(self, given: Given) -> tuple[jax.Array, jax.Array | None]:
+        """The layers' input for a prefix: the residual stream [B, L, C], and the angles [1, L, H / 2] or None."""
+        config = self.config
+        assert given.condition is not None
+        h = self.condition_in(given.condition.astype(config.compute_dtype)).astype(jnp.float32)
+        angles = rotary_angles(config)[None, : config.condition_length] if config.rotary else None
+        return h, None if angles is None else jnp.asarray(angles)
 
     def project(self, h: jax.Array) -> Affine:
         """The affine map of the next tokens from the layers' output [B, S, C]."""
-        h = h.astype(self.config.compute_dtype)
-        out = self.project_out(h).astype(jnp.float32)
-        log_scale, shift = (jnp.zeros_like(out), out) if self.config.volume_preserving else jnp.split(out, 2, axis=-1)
-        lower = self.project_lower(h).astype(jnp.float32) if self.config.triangular else None
-        return Affine(jnp.exp(log_scale), shift, lower)
+        config = self.config
+        if config.final_norm:
+            inverse_rms = jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + _RMS_EPSILON)
+            h = h * inverse_rms * (1 + self.final_norm)[None, None]
+        h = h.astype(config.compute_dtype)
+
+        def outputs(dense: nn.Module) -> jax.Array:
+            out, limit = dense(h).astype(jnp.float32), config.output_limit
+            return limit * jnp.tanh(out / limit) if limit else out
+
+        out, lower = outputs(self.project_out), outputs(self.project_lower) if config.triangular else None
+        if config.volume_preserving:
+            return Affine(jnp.ones_like(out), out, lower)
+        log_scale, shift = jnp.split(out, 2, axis=-1)
+        softplus = config.scale_function == "softplus"
+        return Affine(jax.nn.softplus(log_scale + _SOFTPLUS_OF_ONE) if softplus else jnp.exp(log_scale), shift, lower)
 
     def _condition_vectors(
         self, condition: jax.Array | None, order: Order, start: jax.Array | int, size: int
@@ -203,10 +262,13 @@ class FlowBlock(nn.Module):
         condition = jnp.where(jnp.isnan(condition), null, condition).astype(config.compute_dtype)
         if not config.condition_by_token:
             return self.condition_in(condition).astype(jnp.float32)[:, None]
-        ahead = jnp.roll(jnp.asarray(order), -1, axis=1)  # the last token predicts none
+        order = ahead = jnp.asarray(order)
+        if config.start_token:
+            order = jnp.concatenate([order[:, :1], order[:, :-1]], axis=1)  # the start token has none of its own
+        else:
+            ahead = jnp.roll(order, -1, axis=1)  # the last token predicts none
         here, there = (
-            permute(condition, jax.lax.dynamic_slice_in_dim(jnp.asarray(numbers), start, size, axis=1))
-            for numbers in (order, ahead)
+            permute(condition, jax.lax.dynamic_slice_in_dim(numbers, start, size, axis=1)) for numbers in (order, ahead)
         )
         return (self.condition_in(here) + self.next_condition_in(there)).astype(jnp.float32)
 
@@ -245,9 +307,20 @@ def position_init(key: jax.Array, config: TarFlowConfig) -> jax.Array:
 
 
 def rotary_angles(config: TarFlowConfig) -> np.ndarray:
-    """Rotary angles float32 [T, H / 2] in image order: half of a head's pairs by row, half by column."""
-    rows, columns = config.grid
-    frequencies = _LONGEST_WAVE ** -np.linspace(0, 1, config.head_dim // 4, endpoint=False)
-    by_row = np.outer(np.repeat(np.arange(rows), columns), frequencies)
-    by_column = np.outer(np.tile(np.arange(columns), rows), frequencies)
-    return np.concatenate([by_row, by_column], axis=1).astype(np.float32)
+    """Rotary angles float32 [L + T, H / 2] of a prefix and of the tokens, row by row.
+
+    Half of a head's pairs are by row, half by column; beside a prefix three eighths each, the rest by position in it.
+    """
+    (rows, columns), length, base = config.grid, config.condition_length, config.rotary_base_size
+    by_side = 3 * config.head_dim // 16 if length else config.head_dim // 4
+    longest, unit = (_LONGEST_SLOT_WAVE, base / np.sqrt(rows * columns)) if base else (_LONGEST_WAVE, 1.0)
+    unit_before = base / length if base and length else 1.0
+
+    def by(positions: np.ndarray, pairs: int, before: bool = False) -> np.ndarray:
+        positions = np.pad(positions, (0, rows * columns) if before else (length, 0))  # 0 for those of the other kind
+        return np.outer(positions, longest ** -np.linspace(0, 1, pairs, endpoint=False))
+
+    by_row = by(unit * np.repeat(np.arange(rows), columns), by_side)
+    by_column = by(unit * np.tile(np.arange(columns), rows), by_side)
+    by_prefix = by(unit_before * np.arange(length), config.head_dim // 2 - 2 * by_side, before=True)
+    return np.concatenate([by_row, by_column, by_prefix], axis=1).astype(np.float32)

@@ -9,8 +9,10 @@ from tarflow_jax.errors import UserError
 from tarflow_jax.options import Options, option
 
 REMAT_POLICIES = ("none", "full")
+POSITIONS = ("normal", "grid", "none")
+CONDITIONS = ("vector", "tokens", "prefix")
 KERNELS = ("auto", "plain", "cudnn", "splash")
-ORDERS = ("alternate", "random")
+ORDERS = ("alternate", "backwards_first", "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +23,8 @@ class TarFlowConfig(Options):
     `noise_conditional` is "Normalizing Flows with Iterative Denoising" (arXiv 2604.20041). `input_limit` keeps an
     outlier of one block from growing in the next ones, which training with small batches does not survive.
     `image_limit` does the same for samples that overshoot the training range: 1 and a few standard deviations of the
-    noise. `triangular` adds D (D - 1) / 2 outputs per token, so it is for small patches.
+    noise. `triangular` adds D (D - 1) / 2 outputs per token, so it is for small patches. The options from `start_token`
+    on are what STARFlow (arXiv 2506.06276) has instead; each works by itself.
     """
 
     group: ClassVar[str] = "model"
@@ -38,7 +41,9 @@ class TarFlowConfig(Options):
     dtype: str = option("float32", "Dtype of the matmuls.", choices=("float32", "bfloat16"))
     remat: str = option("none", "Layers that the backward pass recomputes.", choices=REMAT_POLICIES)
     attention: str = option("auto", "Attention kernel of whole sequences.", choices=KERNELS)
-    position_init: str = option("normal", "Initial position embeddings; grid: sines.", choices=("normal", "grid"))
+    position_init: str = option(
+        "normal", "Initial position embeddings; grid: sines; none: no such embeddings.", choices=POSITIONS
+    )
     rotary: bool = option(False, "Rotary position embeddings by a patch's row and column.")
     input_limit: float = option(0.0, "Clips the tokens that enter a transformer to ± this; 0 for no limit.")
     image_limit: float = option(0.0, "Clips the tokens that enter the first block to ± this; 0 for no limit.")
@@ -49,9 +54,20 @@ class TarFlowConfig(Options):
         (0, 0), "Tokens of a sequence and numbers in each; 0 where tokens are numbers."
     )
     condition_dim: int = option(0, "Numbers of the condition; 0 for none.")
-    condition_kind: str = option("vector", "One condition, or one for each token.", choices=("vector", "tokens"))
+    condition_kind: str = option(
+        "vector", "One condition, one for each token, or embeddings that stand before the tokens.", choices=CONDITIONS
+    )
     orders: str = option(
         "alternate", "Order in which blocks read the tokens: in turn forwards and backwards.", choices=ORDERS
+    )
+    condition_length: int = option(0, "Embeddings of a prefix; 0 for other kinds.")
+    condition_blocks: int = option(0, "Blocks that see the condition, counted from the noise; 0 for all.")
+    start_token: bool = option(False, "A learned token before the others, so that the first is transformed, too.")
+    scale_function: str = option("exp", "Makes a block's outputs positive scales.", choices=("exp", "softplus"))
+    output_limit: float = option(0.0, "Limits a block's outputs to ± this, by tanh; 0 for no limit.")
+    final_norm: bool = option(False, "RMSNorm before a block's output projection.")
+    rotary_base_size: int = option(
+        0, "Rotary embeddings by slot, not by patch, scaled to a square of this side in tokens; 0 for by patch."
     )
 
     def __post_init__(self) -> None:
@@ -80,6 +96,15 @@ class TarFlowConfig(Options):
             raise UserError(f"width {self.width} is odd; noise_conditional needs an even one")
         if self.rotary and self.head_dim % 4:
             raise UserError(f"head_dim {self.head_dim} is not a multiple of 4, as rotary needs")
+        if self.rotary_base_size and not self.rotary:
+            raise UserError(f"rotary_base_size is {self.rotary_base_size} without rotary; set rotary, or leave it 0")
+        if bool(self.condition_length) != self.has_prefix:
+            raise UserError(
+                f"condition_length is {self.condition_length} with condition_dim {self.condition_dim} of kind "
+                f"{self.condition_kind!r}; a 'prefix' has both, other kinds have no length"
+            )
+        if self.condition_blocks > self.num_blocks:
+            raise UserError(f"condition_blocks is {self.condition_blocks}; expected at most {self.num_blocks}")
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -110,8 +135,35 @@ class TarFlowConfig(Options):
         return self.orders == "random"
 
     @property
+    def position_embeddings(self) -> bool:
+        return self.position_init != "none"
+
+    @property
     def condition_by_token(self) -> bool:
         return self.condition_kind == "tokens" and self.condition_dim > 0
+
+    @property
+    def has_prefix(self) -> bool:
+        return self.condition_kind == "prefix" and self.condition_dim > 0
+
+    @property
+    def condition_in_units(self) -> bool:
+        """Whether there is a condition that is standardised, which a prefix is not."""
+        return self.condition_dim > 0 and not self.has_prefix
+
+    def is_conditioned(self, k: int) -> bool:
+        """Whether block number k sees the condition."""
+        return self.condition_dim > 0 and (not self.condition_blocks or k >= self.num_blocks - self.condition_blocks)
+
+    def prefix_length(self, k: int) -> int:
+        """Embeddings before the tokens in block number k."""
+        return self.condition_length if self.is_conditioned(k) else 0
+
+    @property
+    def condition_shape(self) -> tuple[int, ...]:
+        """(C,), (T, C) of a condition for each token, or (L, C) of a prefix."""
+        lengths = {"vector": (), "tokens": (self.num_tokens,), "prefix": (self.condition_length,)}
+        return (*lengths[self.condition_kind], self.condition_dim)
 
     @property
     def data_shape(self) -> tuple[int, ...]:
@@ -131,6 +183,11 @@ class TarFlowConfig(Options):
     def num_tokens(self) -> int:
         """T, the patches of an image or the tokens of a sequence."""
         return self.grid[0] * self.grid[1]
+
+    @property
+    def sequence_length(self) -> int:
+        """Tokens of a block's sequence, the start token included."""
+        return self.num_tokens + self.start_token
 
     @property
     def token_dim(self) -> int:

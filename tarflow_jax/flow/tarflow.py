@@ -20,8 +20,9 @@ class TarFlow(nn.Module):
 
     Variables: `params`; in VP mode `prior/variance` [T, D], the flow's last, diagonal affine layer; and `constants`,
     which training does not change: `orders` [F, T] of the blocks where they are random; for sequences `mean` and `std`
-    [T, D] of the training set; for a condition `condition_mean` and `condition_std`.
-    Sows `intermediates/block_outputs`: the tokens [B, T, D] after each block.
+    [T, D] of the training set; for a condition `condition_mean` and `condition_std`, for a prefix `null_prefix`
+    [L, C], which stands in for a missing one.
+    Sows `intermediates/input` and `intermediates/block_outputs`: the tokens [B, T, D] before all blocks and after each.
     """
 
     config: TarFlowConfig
@@ -42,7 +43,8 @@ class TarFlow(nn.Module):
           data: float32, images [B, H, W, K] in [-1, 1] plus noise, or sequences [B, T, D] or [B, T] in their own units.
           labels: int32 [B], -1 for no class; None for no class anywhere.
           noise_std: σ of each image's noise, float32 [B], for a noise-conditional flow.
-          condition: float32 [B, C] or, of kind "tokens", [B, T, C]; NaN for none, None for none anywhere.
+          condition: float32 [B, C] or, of kind "tokens", [B, T, C], or of kind "prefix", [B, L, C]; NaN for none, None
+            for none anywhere.
           lengths: of sequences, int32 [B]; what stands behind them is ignored. None if all are whole.
 
         Returns (latents, log_det): float32, shaped as `data`, standard normal under the model, 0 behind a sequence; and
@@ -54,15 +56,19 @@ class TarFlow(nn.Module):
         if config.is_sequence:
             for name, init in (("mean", jnp.zeros), ("std", jnp.ones)):
                 self.variable("constants", name, init, (config.num_tokens, config.token_dim), jnp.float32)
-        if config.condition_dim:
+        if config.has_prefix:
+            self.variable("constants", "null_prefix", jnp.zeros, config.condition_shape, jnp.float32)
+        if config.condition_in_units:
             for name, init in (("condition_mean", jnp.zeros), ("condition_std", jnp.ones)):
                 self.variable("constants", name, init, config.condition_dim, jnp.float32)
-        given = Given(labels, noise_std, standardised(self.variables, condition), lengths)
+        condition, _ = conditions(self.variables, condition, None, len(data))
+        given = Given(labels, noise_std, condition, lengths)
         tokens = without_padding(to_tokens(config, data.astype(jnp.float32)), lengths)
         log_det = jnp.zeros(len(tokens), jnp.float32)
         if config.is_sequence:
             standardise = units(self.variables, given)
             tokens, log_det = standardise.forward(tokens), log_det + standardise.token_log_det.sum(1)
+        self.sow("intermediates", "input", tokens)
         for k, order in enumerate(block_orders(config, self.variables)):
             block = FlowBlock(config, k, self.kernels, name=f"block_{k}")
             tokens, block_log_det = block(tokens, order_within(order, lengths), given)
@@ -79,6 +85,20 @@ class TarFlow(nn.Module):
 def updated_prior(variance: jax.Array, block_output: jax.Array) -> jax.Array:
     """Running mean of z², [T, D], from the last block's output [B, T, D] (VP mode)."""
     return variance + PRIOR_RATE * (jnp.square(block_output).mean(0) - variance)
+
+
+def conditions(
+    variables: Mapping[str, Any], condition: jax.Array | None, null_condition: jax.Array | None, batch_size: int
+) -> tuple[jax.Array | None, jax.Array | None]:
+    """`Given.condition` and `Given.null_condition`: vectors standardised, a missing prefix filled in."""
+    stored = variables.get("constants", {}).get("null_prefix")
+    if stored is not None:
+        stored = jnp.broadcast_to(stored[None], (batch_size, *stored.shape))
+        condition = stored if condition is None else jnp.where(jnp.isnan(condition), stored, condition)
+        return condition, stored if null_condition is None else null_condition
+    if condition is None and null_condition is not None:
+        condition = jnp.full_like(null_condition, jnp.nan)
+    return standardised(variables, condition), standardised(variables, null_condition)
 
 
 def standardised(variables: Mapping[str, Any], condition: jax.Array | None) -> jax.Array | None:

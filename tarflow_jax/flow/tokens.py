@@ -44,7 +44,8 @@ def block_orders(config: TarFlowConfig, variables: Mapping[str, Any]) -> jax.Arr
     if config.random_orders:
         return variables["constants"]["orders"].astype(jnp.int32)
     forwards = np.arange(config.num_tokens, dtype=np.int32)
-    return np.stack([forwards[:: -1 if k % 2 else 1] for k in range(config.num_blocks)])
+    backwards = 0 if config.orders == "backwards_first" else 1
+    return np.stack([forwards[:: -1 if k % 2 == backwards else 1] for k in range(config.num_blocks)])
 
 
 def order_within(order: jax.Array | np.ndarray, lengths: jax.Array | None) -> jax.Array | np.ndarray:

@@ -63,14 +63,16 @@ def import_torch() -> Any:
     return torch
 
 
-def load_tensors(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load_tensors(path: str | os.PathLike[str], mapped: bool = False) -> dict[str, Any]:
     """Reads the PyTorch tensors of a file by their names; executes no code in it.
+
+    If `mapped`, a tensor's bytes are read when they are used, and the memory that they take can be reclaimed.
 
     Raises UserError for a file of anything but dense tensors.
     """
     torch = import_torch()
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # damaged bytes can raise anything in its reader
         reason = one_line(error)
         if "weights only" in reason.lower():  # the rest of the message advises to load it nevertheless

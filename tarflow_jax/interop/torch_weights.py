@@ -1,20 +1,23 @@
-"""PyTorch checkpoints of the references (apple/ml-tarflow, apple/ml-itarflow), read and written.
+"""PyTorch checkpoints of the references (apple/ml-tarflow, apple/ml-itarflow, apple/ml-starflow), read and written.
 
 A Linear's weight [out, in] is our kernel [in, out], with `out` or `in` split into axes. The outputs of qkv are in the
 same order, (q or k or v, head, head dimension). The reference orders the numbers of a token (channel, row, column),
 this package (row, column, channel): the tensors that read or write tokens are permuted here, and never at run time.
+STARFlow has our order, but rotates pairs of neighbours, and so its queries and keys are permuted.
 """
 
+import contextlib
+import math
 import os
 import pickletools
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 
 from tarflow_jax.errors import UserError, one_line
@@ -25,6 +28,27 @@ from tarflow_jax.runtime import progress
 from tarflow_jax.runtime.parameters import Parameter, Shape, rows_of, variables_shapes
 
 HEAD_DIM = 64  # fixed in the reference, and no tensor's shape depends on it
+# What every model of the STARFlow release has; scale_function and output_limit leave no trace in a file.
+STARFLOW = {
+    "rotary": True,
+    "position_init": "none",
+    "start_token": True,
+    "final_norm": True,
+    "scale_function": "softplus",
+    "output_limit": 4.0,
+}
+_TARFLOW = {
+    "rotary": False,
+    "position_embeddings": True,
+    "start_token": False,
+    "final_norm": False,
+    "scale_function": "exp",
+    "output_limit": 0.0,
+    "orders": "alternate",
+    "condition_dim": 0,
+}
+_NEITHER = ("input_limit", "image_limit", "triangular", "is_sequence")
+_NOT_STARFLOW = ("num_classes", "volume_preserving", "noise_conditional", "random_orders", "condition_in_units")
 _DIRECTORY = 0x10  # an entry's attribute; PyTorch's reader takes such an entry for a directory and reads nothing
 # What the pickle of a state dict calls, and the dtypes of its tensors.
 _ALLOWED = re.compile(
@@ -34,12 +58,28 @@ _MAX_PICKLE_BYTES = 1 << 22  # 150 bytes a tensor
 
 
 def load_torch(
-    path: str | os.PathLike[str], image_size: int | tuple[int, int], image_channels: int, patch_size: int
+    path: str | os.PathLike[str],
+    image_size: int | tuple[int, int],
+    image_channels: int,
+    patch_size: int,
+    base_size: int | None = None,
+    orders: str | None = None,
+    place: Callable[[Any], Any] = jax.device_put,
 ) -> tuple[TarFlowConfig, dict[str, Any]]:
-    """Reads a state dict of the reference; executes no code in it.
+    """Reads a state dict of a reference, a variable at a time; executes no code in it.
 
-    Width, blocks, layers, classes and VP/NVP follow from the tensors, which determine T and D too, but not how these
-    divide into image_size (a side, or height and width), image_channels K and patch_size P.
+    Width, blocks, layers, classes and VP/NVP follow from the tensors, which determine D too, but not how it divides
+    into image_channels K and patch_size P. Of TarFlow they determine T; STARFlow draws images of any size.
+
+    Args:
+      path: the file.
+      image_size: a side, or height and width.
+      image_channels: K.
+      patch_size: P.
+      base_size: of STARFlow, the side in tokens to which positions are scaled; None is that of its training.
+      orders: of STARFlow, "alternate" (its R2L) or "backwards_first" (L2R); None is the latter for models with a
+        prefix, as the release has them, and the former, its default, for others.
+      place: puts a tree of variables on devices.
 
     Returns:
       (config, variables), float32 arrays.
@@ -55,25 +95,40 @@ def load_torch(
     if any(".time_embed." in name for name in state):  # early files of ml-itarflow use ml-tarflow's name
         state = {name.replace(".attn_blocks.", ".head_blocks."): tensor for name, tensor in state.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    config = _read_config(path, shapes, image_size, image_channels, patch_size)
-    buffers, tensors = _buffers(config), list(_tensors(config))
+    if any(name.startswith("learnable_self_denoiser.") for name in shapes):
+        raise UserError(f"{path} is a model of videos (it has a learnable_self_denoiser); expected one of images")
+    if "blocks.0.sos_embed" in shapes:
+        fields = _starflow_fields(path, shapes, base_size, orders)
+    elif base_size or orders:
+        raise UserError(f"{path} is no STARFlow; leave base_size and orders out")
+    else:
+        fields = _tarflow_fields(path, shapes)
+    images = {"image_size": image_size, "image_channels": image_channels, "patch_size": patch_size}
+    config = _read_config(path, shapes, {**images, **fields})
+    trained = shapes["var"][0] if config.start_token else config.num_tokens
+    buffers, tensors = _buffers(config, trained), list(_tensors(config))
     expected = {name: row.torch_shape(config) for _, row, names in tensors for name in names}
     expected |= {name: buffer.shape for name, buffer in buffers.items()}
     check_tensors(str(path), shapes, expected)
     for name, buffer in buffers.items():
         if not np.array_equal(state[name].float().numpy(), buffer):
-            value = "the causal mask" if name.endswith("attn_mask") else "all ones in an NVP model"
+            values = {"attn_mask": "the causal mask", "var": "all ones in an NVP model"}
+            value = values.get(name.rpartition(".")[2], "all zeros")
             raise UserError(f"{path}: buffer {name} is not {value}, so this is not a TarFlow of the reference")
-    variables = {}
+    variables: dict[str, Any] = {}
     for name, row, torch_names in progress(tensors, f"reading {path.name}"):
         # Popped, so that the file's copy of a tensor is freed as soon as it is converted.
         parts = [state.pop(torch_name).float().numpy() for torch_name in torch_names]
-        variables[name] = jnp.asarray(_from_torch(config, row, parts))
+        variables |= flatten(place(unflatten({name: _from_torch(config, row, parts)})))
+    if config.has_prefix:
+        variables |= flatten(place({"constants": {"null_prefix": np.zeros(config.condition_shape, np.float32)}}))
     return config, unflatten(variables)
 
 
 def save_torch(path: str | os.PathLike[str], config: TarFlowConfig, variables: Mapping[str, Any]) -> None:
     """Writes a state dict that the reference loads with strict=True; the inverse of `load_torch`.
+
+    It has no place for the null condition of a prefix.
 
     Raises:
       ImportError: PyTorch is not installed.
@@ -83,7 +138,8 @@ def save_torch(path: str | os.PathLike[str], config: TarFlowConfig, variables: M
     _check_representable(config)
     flat = flatten(variables)
     check_tensors("the model", {name: value.shape for name, value in flat.items()}, variables_shapes(config))
-    state = {name: torch.from_numpy(buffer) for name, buffer in _buffers(config).items()}
+    trained = config.rotary_base_size**2 or config.num_tokens
+    state = {name: torch.from_numpy(buffer) for name, buffer in _buffers(config, trained).items()}
     for name, row, torch_names in progress(list(_tensors(config)), "converting"):
         parts = _to_torch(config, row, np.asarray(flat[name], np.float32))
         for torch_name, part in zip(torch_names, parts, strict=True):
@@ -100,7 +156,7 @@ def _read_state_dict(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no PyTorch checkpoint at {path}")
     _check_archive(path)
-    state = load_tensors(path)
+    state = load_tensors(path, mapped=True)
     for name, tensor in state.items():
         if not tensor.is_floating_point() or tensor.element_size() > 4:
             raise UserError(f"{path}: tensor {name} is {tensor.dtype}; expected float32")
@@ -159,47 +215,81 @@ def _check_pickle(content: bytes) -> None:
             )
 
 
-def _read_config(
-    path: Path, shapes: Mapping[str, Shape], image_size: int | tuple[int, int], image_channels: int, patch_size: int
-) -> TarFlowConfig:
-    """Infers the config from the shapes; `check_tensors` then verifies every tensor against it."""
-
-    def count(pattern: str) -> int:
-        return len({match[1] for name in shapes if (match := re.match(pattern, name))})
-
+def _tarflow_fields(path: Path, shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Fields of the config that TarFlow's and iTARFlow's files tell."""
     if any("shared_backbone" in name for name in shapes):
         raise UserError(f"{path} has layers that its blocks share (shared_backbone_layers); expected none")
-    try:
-        width, token_dim = shapes["blocks.0.proj_in.weight"]
+    with _foreign(path):
         num_tokens, _ = shapes["blocks.0.pos_embed"]
-        outputs, _ = shapes["blocks.0.proj_out.weight"]
         num_classes, *_ = shapes.get("blocks.0.class_embed", (0,))
         if shapes["blocks.0.attn_mask"] != (num_tokens, num_tokens):
             raise ValueError("no mask of all tokens")  # which must not be made if the file has none
         tokens = {shape[0] for name, shape in shapes.items() if re.fullmatch(r"blocks\.\d+\.pos_embed", name)}
-    except (KeyError, ValueError, IndexError) as error:
-        raise UserError(f"{path} is not a TarFlow of the reference: its blocks lack tensors, or have others") from error
+        (outputs, _), (_, token_dim) = shapes["blocks.0.proj_out.weight"], shapes["blocks.0.proj_in.weight"]
     if len(tokens) > 1:
         raise UserError(
             f"{path} has blocks of {sorted(tokens)} tokens, so several patch_sizes; expected one for all blocks"
         )
     noise_conditional = "blocks.0.time_embed.mlp.0.weight" in shapes
-    num_blocks, layers = count(r"blocks\.(\d+)\."), "head_blocks" if noise_conditional else "attn_blocks"
+    return {
+        "num_classes": num_classes,
+        "volume_preserving": outputs == token_dim,
+        "noise_conditional": noise_conditional,
+    }
+
+
+def _starflow_fields(
+    path: Path, shapes: Mapping[str, Shape], base_size: int | None, orders: str | None
+) -> dict[str, Any]:
+    """Fields of the config that STARFlow's files tell, and those that they do not."""
+    with _foreign(path):
+        trained, _ = shapes["var"]
+        slots, others = shapes["blocks.0.attn_mask"]
+        if slots != others or math.isqrt(trained) ** 2 != trained or not 0 < trained <= slots:
+            raise ValueError("no mask of a square of tokens")
+        prefixes = [shapes[name][1] for name in shapes if re.fullmatch(r"blocks\.\d+\.proj_txt\.weight", name)]
+    fields = {**STARFLOW, "rotary_base_size": base_size or math.isqrt(trained), "orders": orders or "alternate"}
+    if prefixes:
+        fields |= {
+            "condition_kind": "prefix",
+            "condition_dim": prefixes[0],
+            "condition_length": slots - trained,
+            "condition_blocks": len(prefixes) if len(prefixes) < _num_blocks(shapes) else 0,
+            "orders": orders or "backwards_first",
+        }
+    return fields
+
+
+@contextlib.contextmanager
+def _foreign(path: Path) -> Iterator[None]:
+    """Says of a file without the tensors that every model has, or with others of their names, that it is foreign."""
+    try:
+        yield
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{path} is not a TarFlow of the reference: its blocks lack tensors, or have others") from error
+
+
+def _num_blocks(shapes: Mapping[str, Shape]) -> int:
+    return len({match[1] for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))})
+
+
+def _read_config(path: Path, shapes: Mapping[str, Shape], fields: Mapping[str, Any]) -> TarFlowConfig:
+    """Infers what `fields` lack from the shapes; `check_tensors` then verifies every tensor against the config."""
+    with _foreign(path):
+        width, token_dim = shapes["blocks.0.proj_in.weight"]
+    layers = "head_blocks" if fields.get("noise_conditional") else "attn_blocks"
     matches = (re.match(rf"blocks\.(\d+)\.{layers}\.(\d+)\.", name) for name in shapes)
     depth_of = Counter(block for block, _ in {match.groups() for match in matches if match})
-    depths = tuple(depth_of[str(k)] for k in range(num_blocks))
+    depths = tuple(depth_of[str(k)] for k in range(_num_blocks(shapes)))
     config = TarFlowConfig(
-        image_size=image_size,  # type: ignore[arg-type]  # an int becomes a pair
-        image_channels=image_channels,
-        patch_size=patch_size,
+        **fields,
         width=width,
         layers_per_block=depths[0] if len(set(depths)) == 1 else depths,
-        num_blocks=num_blocks,
-        num_classes=num_classes,
-        volume_preserving=outputs == token_dim,
+        num_blocks=len(depths),
         head_dim=HEAD_DIM,
-        noise_conditional=noise_conditional,
     )
+    patch_size = config.patch_size
+    num_tokens, _ = shapes.get("blocks.0.pos_embed", (config.num_tokens, 0))
     if config.num_tokens != num_tokens:
         raise UserError(
             f"{path} has {num_tokens} tokens, but {config.num_tokens} patches of {patch_size} fill an image"
@@ -207,7 +297,7 @@ def _read_config(
         )
     if config.token_dim != token_dim:
         raise UserError(
-            f"{path} has tokens of {token_dim} numbers, but patches of {patch_size} in {image_channels}"
+            f"{path} has tokens of {token_dim} numbers, but patches of {patch_size} in {config.image_channels}"
             f" channels have {config.token_dim}; check image_channels and patch_size"
         )
     return config
@@ -215,13 +305,20 @@ def _read_config(
 
 def _check_representable(config: TarFlowConfig) -> None:
     height, width = config.image_size
-    if height != width:
+    required: dict[str, Any] = dict.fromkeys(_NEITHER) | _TARFLOW
+    if config.start_token:
+        required = dict.fromkeys((*_NEITHER, *_NOT_STARFLOW)) | STARFLOW
+        if not config.rotary_base_size:
+            raise UserError("the PyTorch reference has rotary embeddings by slot; this model's are by patch")
+    elif height != width:
         raise UserError(f"the PyTorch reference has only square images; this model's are {height}x{width}")
-    if len(set(config.depths)) != 1 and not config.noise_conditional:
+    elif len(set(config.depths)) != 1 and not config.noise_conditional:
         raise UserError(f"the PyTorch reference has blocks of equal depth; this model's are {config.depths}")
-    for name in ("rotary", "input_limit", "image_limit", "triangular"):
-        if value := getattr(config, name):
-            raise UserError(f"the PyTorch reference has no {name}; this model's is {value}")
+    for name, value in required.items():
+        found = getattr(config, name)
+        if found != (value or type(found)()):
+            has = f"{name} {value}" if value else f"no {name}"
+            raise UserError(f"the PyTorch reference has {has}; this model's is {found}")
     if config.head_dim != HEAD_DIM:
         raise UserError(f"the PyTorch reference has head_dim {HEAD_DIM}; this model's is {config.head_dim}")
 
@@ -231,6 +328,8 @@ def _tensors(config: TarFlowConfig) -> Iterator[tuple[str, Parameter, list[str]]
     layers = "head_blocks" if config.noise_conditional else "attn_blocks"
     for name in variables_shapes(config):
         (row,) = rows_of(name)
+        if not row.torch:  # of a prefix, the null condition
+            continue
         if not row.in_block:
             yield name, row, [row.torch]
             continue
@@ -239,30 +338,47 @@ def _tensors(config: TarFlowConfig) -> Iterator[tuple[str, Parameter, list[str]]
         yield name, row, [f"blocks.{k}.{part}{row.torch}" for part in parts]
 
 
-def _buffers(config: TarFlowConfig) -> dict[str, np.ndarray]:
-    """Returns the reference's constant buffers: the causal masks and, in NVP mode, the prior's variance of ones."""
-    tokens = config.num_tokens
-    mask = np.tri(tokens, dtype=np.float32)
+def _buffers(config: TarFlowConfig, tokens: int) -> dict[str, np.ndarray]:
+    """Returns the reference's constant buffers for an image of so many tokens.
+
+    They are the causal masks, in NVP mode the prior's variance of ones, and in STARFlow zeros in place of angles.
+    """
+    slots = tokens + config.condition_length
+    mask = np.tri(slots, dtype=np.float32)
     buffers = {f"blocks.{k}.attn_mask": mask for k in range(config.num_blocks)}
     if not config.volume_preserving:
         buffers["var"] = np.ones((tokens, config.token_dim), np.float32)
+    if config.start_token:
+        buffers |= {f"feat_rope.freqs_{wave}": np.zeros((slots, HEAD_DIM), np.float32) for wave in ("cos", "sin")}
     return buffers
 
 
 def _from_torch(config: TarFlowConfig, row: Parameter, parts: list[np.ndarray]) -> np.ndarray:
-    stacked = np.stack([part.T if row.input_axes else part for part in parts])
-    return _reorder_tokens(config, row, stacked.reshape(row.shape(config, depth=len(parts))))
+    parts = [part.T if row.input_axes else part for part in parts]
+    # Into an array of its own, whose memory is in the order of its axes: reshaping another would copy it.
+    stacked = np.stack(parts, out=np.empty((len(parts), *parts[0].shape), np.float32))
+    return _reorder(config, row, stacked.reshape(row.shape(config, depth=len(parts))))
 
 
 def _to_torch(config: TarFlowConfig, row: Parameter, array: np.ndarray) -> list[np.ndarray]:
     """The inverse of `_from_torch`."""
-    array, shape = _reorder_tokens(config, row, array, inverse=True), row.torch_shape(config)
+    array, shape = _reorder(config, row, array, inverse=True), row.torch_shape(config)
     parts = list(array) if row.stacked else [array]
     return [part.reshape(shape[::-1]).T if row.input_axes else part.reshape(shape) for part in parts]
 
 
-def _reorder_tokens(config: TarFlowConfig, row: Parameter, array: np.ndarray, inverse: bool = False) -> np.ndarray:
-    """Reorders the axes that are numbers of a token from (channel, row, column) to (row, column, channel)."""
+def _reorder(config: TarFlowConfig, row: Parameter, array: np.ndarray, inverse: bool = False) -> np.ndarray:
+    """Reorders the axes that are numbers of a token from (channel, row, column) to (row, column, channel).
+
+    In STARFlow, instead, those of heads of queries and keys: from pairs of neighbours to pairs of halves.
+    """
+    if config.start_token:
+        if "qkv" in row.name:  # [..., 3, N, H]
+            pairs = np.arange(HEAD_DIM).reshape((2, -1) if inverse else (-1, 2)).T.reshape(-1)
+            array = array.copy() if inverse else array
+            for layer in array:  # at once, they would take as much memory again
+                layer[..., :2, :, :] = layer[..., :2, :, :][..., pairs]
+        return array
     patch = (config.image_channels, config.patch_size, config.patch_size)
     order = np.arange(config.token_dim).reshape(patch).transpose(1, 2, 0).reshape(-1)
     if inverse:

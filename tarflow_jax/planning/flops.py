@@ -18,8 +18,12 @@ def forward_flops(config: TarFlowConfig) -> float:
     outputs = config.token_dim * (1 if config.volume_preserving else 2)
     triangle = config.triangle_size if config.triangular else 0
     ends = config.num_blocks * (width * (config.token_dim + outputs + triangle) + 2 * config.token_dim * triangle)
-    layers = sum(config.depths) * (12 * width**2 + 2 * tokens * width)
-    return 2.0 * tokens * (ends + layers)
+    layers = 0
+    for k, depth in enumerate(config.depths):
+        before = config.prefix_length(k)
+        slots = before + tokens
+        layers += depth * slots * (12 * width**2 + 2 * slots * width) + before * config.condition_dim * width
+    return 2.0 * (tokens * ends + layers)
 
 
 def program_flops(jaxpr: Any) -> float:

@@ -178,13 +178,15 @@ def _first_alone(
 
 def forward_bytes(config: TarFlowConfig) -> int:
     """Bytes of an image's activations in one layer, roughly: residual stream, qkv, hidden layer, attention logits."""
-    return 4 * config.num_tokens * (16 * config.width + 2 * config.num_heads * config.num_tokens)
+    slots = config.condition_length + config.num_tokens
+    return 4 * slots * (16 * config.width + 2 * config.num_heads * slots)
 
 
 def backward_bytes(config: TarFlowConfig) -> int:
     """Bytes of an image's activations in all layers, kept for the gradient; with remat, one residual stream a layer."""
     if config.remat == "full":
-        return forward_bytes(config) + 4 * sum(config.depths) * config.num_tokens * config.width
+        slots = config.condition_length + config.num_tokens
+        return forward_bytes(config) + 4 * sum(config.depths) * slots * config.width
     return sum(config.depths) * forward_bytes(config)
 
 

@@ -94,11 +94,13 @@ class Parameter:
 
 # In the order in which files have them.
 PARAMETERS = (
-    Parameter("position_embedding", "T C:fsdp", "pos_embed"),
+    Parameter("position_embedding", "T C:fsdp", "pos_embed", when="position_embeddings"),
     Parameter("project_in/kernel", "D -> C:fsdp", "proj_in.weight"),
     Parameter("project_in/bias", "-> C", "proj_in.bias"),
     Parameter("project_out/kernel", "C:fsdp -> 2D", "proj_out.weight"),
     Parameter("project_out/bias", "-> 2D", "proj_out.bias"),
+    Parameter("final_norm", "C", "final_norm.weight", when="final_norm"),
+    Parameter("start_token", "D", "sos_embed", "1 1 D", when="start_token"),
     Parameter("project_lower/kernel", "C:fsdp -> triangle", "", when="triangular"),
     Parameter("project_lower/bias", "-> triangle", "", when="triangular"),
     Parameter("class_embedding", "classes C:fsdp", "class_embed", "classes 1 C", when="num_classes"),
@@ -106,9 +108,9 @@ PARAMETERS = (
     Parameter("noise_in/bias", "-> 4C:tensor", "time_embed.mlp.0.bias", when="noise_conditional"),
     Parameter("noise_out/kernel", "4C:tensor -> C:fsdp", "time_embed.mlp.2.weight", when="noise_conditional"),
     Parameter("noise_out/bias", "-> C", "time_embed.mlp.2.bias", when="noise_conditional"),
-    Parameter("null_condition", "condition", "", when="condition_dim"),
-    Parameter("condition_in/kernel", "condition -> C:fsdp", "", when="condition_dim"),
-    Parameter("condition_in/bias", "-> C", "", when="condition_dim"),
+    Parameter("null_condition", "condition", "", when="condition_in_units"),
+    Parameter("condition_in/kernel", "condition -> C:fsdp", "proj_txt.weight", when="condition_dim"),
+    Parameter("condition_in/bias", "-> C", "proj_txt.bias", when="condition_dim"),
     Parameter("next_condition_in/kernel", "condition -> C:fsdp", "", when="condition_by_token"),
     Parameter("next_condition_in/bias", "-> C", "", when="condition_by_token"),
     Parameter("layers/attention_norm/scale", "C", "attention.norm.weight"),
@@ -127,8 +129,9 @@ PARAMETERS = (
     Parameter("constants/orders", "blocks T", "", when="random_orders"),
     Parameter("constants/mean", "T D", "", when="is_sequence"),
     Parameter("constants/std", "T D", "", when="is_sequence"),
-    Parameter("constants/condition_mean", "condition", "", when="condition_dim"),
-    Parameter("constants/condition_std", "condition", "", when="condition_dim"),
+    Parameter("constants/condition_mean", "condition", "", when="condition_in_units"),
+    Parameter("constants/condition_std", "condition", "", when="condition_in_units"),
+    Parameter("constants/null_prefix", "prefix condition", "", when="has_prefix"),
 )
 # In a student's blocks, which otherwise have the same parameters as the flow's.
 GUIDANCE = Parameter("guidance/kernel", "16 -> C:fsdp", "")
@@ -136,19 +139,19 @@ GUIDANCE = Parameter("guidance/kernel", "16 -> C:fsdp", "")
 
 def params_shapes(config: TarFlowConfig) -> dict[str, Shape]:
     """Shapes of the parameters, "block_0/project_in/kernel" and so on."""
-    rows = _rows(config, in_block=True)
-    return {f"block_{k}/{row.name}": row.shape(config, depth) for k, depth in enumerate(config.depths) for row in rows}
+    blocks = [(k, depth, _rows(config, k)) for k, depth in enumerate(config.depths)]
+    return {f"block_{k}/{row.name}": row.shape(config, depth) for k, depth, rows in blocks for row in rows}
 
 
 def variables_shapes(config: TarFlowConfig) -> dict[str, Shape]:
     """Shapes of all variables: "params/…", "prior/…" and "constants/…"."""
     shapes = {f"params/{name}": shape for name, shape in params_shapes(config).items()}
-    return shapes | {row.name: row.shape(config, depth=0) for row in _rows(config, in_block=False)}
+    return shapes | {row.name: row.shape(config, depth=0) for row in _rows(config, None)}
 
 
 def student_shapes(config: Any) -> dict[str, Shape]:
     """Shapes of the variables of a student with this `StudentConfig`."""
-    rows = [*_rows(config.shape, in_block=True), *([GUIDANCE] if config.max_guidance else [])]
+    rows = [*_rows(config.shape, 0), *([GUIDANCE] if config.max_guidance else [])]
     depths = enumerate(config.shape.depths)
     return {f"params/block_{j}/{row.name}": row.shape(config.shape, depth) for j, depth in depths for row in rows}
 
@@ -158,9 +161,12 @@ def rows_of(path: str) -> list[Parameter]:
     return [row for row in (*PARAMETERS, GUIDANCE) if f"/{path}".endswith(f"/{row.name}")]
 
 
-def _rows(config: TarFlowConfig, in_block: bool) -> list[Parameter]:
-    rows = (row for row in PARAMETERS if row.in_block == in_block)
-    return [row for row in rows if not row.when or getattr(config, row.when)]
+def _rows(config: TarFlowConfig, block: int | None) -> list[Parameter]:
+    """The rows of a block, by its number, or of the flow (None)."""
+    rows = (row for row in PARAMETERS if row.in_block == (block is not None))
+    rows = (row for row in rows if not row.when or getattr(config, row.when))
+    unconditioned = block is not None and not config.is_conditioned(block)
+    return [row for row in rows if not (unconditioned and "condition" in row.name)]
 
 
 def _shape(letters: Iterable[str], config: TarFlowConfig, depth: int = 0) -> Shape:
@@ -178,6 +184,7 @@ def _shape(letters: Iterable[str], config: TarFlowConfig, depth: int = 0) -> Sha
         "H": config.head_dim,
         "classes": config.num_classes,
         "condition": config.condition_dim,
+        "prefix": config.condition_length,
         "blocks": config.num_blocks,
     }
     return tuple(int(letter) if letter.isdigit() else sizes[letter] for letter in letters)

@@ -1,7 +1,6 @@
 """A block of a trained flow as the decoders use it: guidance, KV caches, and layers ready for a loop over tokens."""
 
 import dataclasses
-import functools
 import itertools
 from typing import Any
 
@@ -39,9 +38,26 @@ class BlockInverse:
     guidance: Guidance | None
 
     def caches(self, batch_size: int, length: int) -> Caches:
-        """Empty caches for `length` tokens."""
+        """Caches for `length` tokens behind the prefix, which is written, if there is one."""
         rows = batch_size * (1 if self.guidance is None else 2)
-        return tuple(KVCache.zeros(self.block.config, rows, length) for _ in self.layers)
+        empty = tuple(KVCache.zeros(self.block.config, rows, self.prefix_length + length) for _ in self.layers)
+        if not self.prefix_length:
+            return empty
+        given, _, temperature = self._passes(batch_size)
+        h, angles = self._apply(given, method="embed_prefix")
+        return self._through_layers(h, temperature, angles, empty, 0)[1]
+
+    def grow(self, caches: Caches, length: int) -> Caches:
+        """Pads caches to `length` tokens behind the prefix."""
+        return tuple(cache.grow(self.prefix_length + length) for cache in caches)
+
+    @property
+    def prefix_length(self) -> int:
+        return self.block.config.prefix_length(self.block.index)
+
+    def behind_start(self, x: jax.Array) -> jax.Array:
+        """As of `FlowBlock`. Decoders get tokens with the start token, and know the first of them."""
+        return self._apply(x, method="behind_start")
 
     def __call__(
         self, x: jax.Array, caches: Caches | None = None, start: jax.Array | int = 0
@@ -54,38 +70,44 @@ class BlockInverse:
 
         Returns (affine, caches), the caches with these tokens written.
         """
-        given, order, temperature = self.given, self.order, None
-        exists = given.exists(start + 1 + jnp.arange(x.shape[1]))
+        config = self.block.config
+        exists = self.given.exists(start + (0 if config.start_token else 1) + jnp.arange(x.shape[1]))
+        given, order, temperature = self._passes(len(x))
         if self.guidance is not None:
-            unguided = jnp.full(len(x), self.guidance.attention_temperature, jnp.float32)
-            temperature = _interleave(jnp.ones_like(unguided), unguided)
-            given = jax.tree.map(_interleave, given, without_classes(given))
-            order = order if len(order) == 1 else _interleave(order, order)
             x = _interleave(x, x)  # [2B, S, D]
-        run = functools.partial(self.block.apply, {"params": self.params})
         if caches is None:
-            affine = run(x, order, given, temperature, method="affine_of_next")
+            affine = self._apply(x, order, given, temperature, method="affine_of_next")
         else:
-            layer, written = TransformerLayer(self.block.config, self.block.kernels, parent=None), []
-            h, angles = run(x, order, given, start, method="embed")
-            for own, cache in zip(self.layers, caches, strict=True):
-                h, cache = layer.apply({"params": own}, h, temperature, angles, cache, start)
-                written.append(cache)
-            affine, caches = run(h, method="project"), tuple(written)
+            h, angles = self._apply(x, order, given, start, method="embed")
+            h, caches = self._through_layers(h, temperature, angles, caches, self.prefix_length + start)
+            affine = self._apply(h, method="project")
         if self.guidance is None:
             return affine.where(exists), caches
         pairs = jax.tree.map(lambda both: both.reshape(-1, 2, *both.shape[1:]), affine)
         with_label, without = (jax.tree.map(lambda pair, i=i: pair[:, i], pairs) for i in range(2))
-        affine = guided(self.guidance, with_label, without, start, self.block.config.num_tokens)
+        affine = guided(self.guidance, with_label, without, start, config.sequence_length)
         return affine.where(exists), caches
 
+    def _passes(self, batch_size: int) -> tuple[Given, jax.Array, jax.Array | None]:
+        """(given, order, temperature) of the B rows, or of the 2B rows of both passes."""
+        if self.guidance is None:
+            return self.given, self.order, None
+        unguided = jnp.full(batch_size, self.guidance.attention_temperature, jnp.float32)
+        temperature = _interleave(jnp.ones_like(unguided), unguided)
+        given = jax.tree.map(_interleave, self.given, self.given.without_classes())
+        return given, self.order if len(self.order) == 1 else _interleave(self.order, self.order), temperature
 
-def without_classes(given: Given) -> Given:
-    """What the unguided pass is given: no class and no condition."""
-    labels = None if given.labels is None else jnp.full_like(given.labels, -1)
-    return given._replace(
-        labels=labels, condition=None if given.condition is None else jnp.full_like(given.condition, jnp.nan)
-    )
+    def _apply(self, *args: Any, method: str) -> Any:
+        return self.block.apply({"params": self.params}, *args, method=method)
+
+    def _through_layers(
+        self, h: jax.Array, temperature: jax.Array | None, angles: jax.Array | None, caches: Caches, start: Any
+    ) -> tuple[jax.Array, Caches]:
+        layer, written = TransformerLayer(self.block.config, self.block.kernels, parent=None), []
+        for own, cache in zip(self.layers, caches, strict=True):
+            h, cache = layer.apply({"params": own}, h, temperature, angles, cache, start)
+            written.append(cache)
+        return h, tuple(written)
 
 
 def _interleave(guided: jax.Array, unguided: jax.Array) -> jax.Array:
@@ -116,7 +138,8 @@ def equal_blocks(config: TarFlowConfig, decoders: tuple[Any, ...], guidance: Gui
 
     def kind(k: int) -> tuple[Any, ...]:
         limit = config.input_limit if k else config.image_limit
-        return config.depths[k], limit, decoders[k], guidance is None or guidance.covers(k, config.num_blocks)
+        guided = guidance is None or guidance.covers(k, config.num_blocks)
+        return config.depths[k], limit, decoders[k], guided, config.is_conditioned(k)
 
     groups = [list(numbers) for _, numbers in itertools.groupby(range(config.num_blocks), kind)]
     return [range(group[0], group[-1] + 1) for group in groups]

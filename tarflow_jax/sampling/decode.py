@@ -11,10 +11,10 @@ from tarflow_jax.flow import (
     TarFlow,
     block_orders,
     cast_kernels,
+    conditions,
     from_tokens,
     order_within,
     permute,
-    standardised,
     to_tokens,
     units,
     unpermute,
@@ -47,6 +47,7 @@ def decode_trace(
     guidance: Guidance | None = None,
     condition: jax.Array | None = None,
     lengths: jax.Array | None = None,
+    null_condition: jax.Array | None = None,
     *,
     decoders: tuple[Decoder, ...] | None = None,
 ) -> Decoded:
@@ -61,11 +62,13 @@ def decode_trace(
       guidance: None for one pass a block; with guidance there are two, even where its weight is 0.
       condition: as of `TarFlow`.
       lengths: as of `TarFlow`.
+      null_condition: that guidance leads away from, as `condition`; None is no condition.
       decoders: how each block is inverted, by block number; None is `Sequential` for all.
     """
     config = flow.config
     decoders = decoders or (Sequential(),) * config.num_blocks
-    given = Given(labels, noise_std, standardised(variables, condition), lengths)
+    condition, null_condition = conditions(variables, condition, null_condition, len(latents))
+    given = Given(labels, noise_std, condition, lengths, null_condition)
     latents = without_padding(latents, lengths)
     tokens, log_det = to_tokens(config, latents), jnp.zeros(len(latents), jnp.float32)
     orders = jnp.asarray(block_orders(config, variables))
@@ -79,15 +82,18 @@ def decode_trace(
         def invert(tokens: jax.Array, block: Any, k: int = numbers[-1]) -> tuple[jax.Array, Inverted]:
             params, order, guessed = block
             order = jnp.asarray(order_within(order, lengths))
-            known, z = (params, order, given, guidance), permute(tokens, order)
-            begin = None if guessed is None else permute(to_tokens(config, guessed), order)
+            known = params, order, given, guidance
+            block_k = block_inverse(flow, k, *known)
+            z, begin = block_k.behind_start(permute(tokens, order)), None
+            if guessed is not None:
+                begin = block_k.behind_start(permute(to_tokens(config, guessed), order))
             if isinstance(decoders[k], Jacobi | GaussSeidelJacobi):
                 fixed, fixed_z, begin = jax.lax.stop_gradient((known, z, begin))
                 inverted = decoders[k].invert(block_inverse(flow, k, *fixed), fixed_z, begin)
-                inverted = with_derivatives(inverted, block_inverse(flow, k, *known), z)
+                inverted = with_derivatives(inverted, block_k, z)
             else:
-                inverted = decoders[k].invert(block_inverse(flow, k, *known), z, begin)
-            tokens = unpermute(inverted.x, order)
+                inverted = decoders[k].invert(block_k, z, begin)
+            tokens = unpermute(inverted.x[:, config.start_token :], order)
             return tokens, inverted._replace(x=tokens)
 
         # Cast before they are stacked, which copies them.
@@ -147,13 +153,16 @@ def guided_trajectory(
 
     Returns (latents [B, H, W, K], trajectory [B, F, H, W, K]: what each block reads, as images).
     """
-    config, guidance, given = flow.config, Guidance(weights), Given(labels, noise_std)
+    config, guidance = flow.config, Guidance(weights)
+    given = Given(labels, noise_std, conditions(variables, None, None, len(images))[0])
     tokens, read = to_tokens(config, images.astype(jnp.float32)), []
     for k, order in enumerate(jnp.asarray(block_orders(config, variables))[:, None]):
         read.append(from_tokens(config, tokens))
         x = permute(tokens, order)
-        affine, _ = block_inverse(flow, k, variables["params"][f"block_{k}"], order, given, guidance)(x)
-        tokens = unpermute(affine.of_next_token().forward(x), order)
+        block = block_inverse(flow, k, variables["params"][f"block_{k}"], order, given, guidance)
+        affine, _ = block(block.behind_start(x)[:, : x.shape[1]])
+        affine = affine if config.start_token else affine.of_next_token()
+        tokens = unpermute(affine.forward(x), order)
     if config.volume_preserving:
         tokens = tokens * jax.lax.rsqrt(variables["prior"]["variance"])[None]
     return from_tokens(config, tokens), jnp.stack(read, axis=1)

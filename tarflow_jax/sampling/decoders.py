@@ -67,7 +67,7 @@ class Sequential:
         for start in range(0, num_tokens - 1, growth):
             stop = min(start + growth, num_tokens - 1)
             x, log_det, caches = carry
-            carry = jax.lax.fori_loop(start, stop, step, (x, log_det, _grow(caches, stop)))
+            carry = jax.lax.fori_loop(start, stop, step, (x, log_det, block.grow(caches, stop)))
         updates = jnp.full((batch_size,), num_tokens - 1, jnp.int32)
         return Inverted(*carry[:2], updates, jnp.zeros(batch_size, jnp.float32))
 
@@ -151,7 +151,7 @@ class GaussSeidelJacobi(Options):
         while start < rest:
             count = min(max(_cache_growth(z.shape[1]) // length, 1), (rest - start) // length)
             found, done, caches = carry
-            caches = _grow(caches, start + count * length)
+            caches = block.grow(caches, start + count * length)
             segment = lambda i, carry, start=start: invert_segment(start + i * length, length, carry)  # noqa: E731
             carry = jax.lax.fori_loop(0, count, segment, (found, done, caches))
             start += count * length
@@ -301,7 +301,3 @@ def _cache_growth(num_tokens: int) -> int:
     Each length of the cache is compiled anew, so there are few: of eight, a token reads 1/8 more than it needs to.
     """
     return max(64, -(-num_tokens // 8))
-
-
-def _grow(caches: Caches, length: int) -> Caches:
-    return tuple(cache.grow(length) for cache in caches)

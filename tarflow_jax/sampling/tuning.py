@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tarflow_jax.flow import Given, TarFlow, block_orders, permute, to_tokens
+from tarflow_jax.flow import Given, TarFlow, block_orders, conditions, permute, to_tokens
 from tarflow_jax.runtime import progress
 from tarflow_jax.sampling.block_inverse import BlockInverse, block_inverse
 from tarflow_jax.sampling.decode import decode_trace
@@ -88,11 +88,13 @@ def tune(
     path = decode_trace(flow, variables, latents, labels, noise_std, guidance=guidance).trajectory
     for k in progress(range(config.num_blocks), f"decoders of {len(latents)} images", unit="block"):
         order, params = jnp.asarray(block_orders(config, variables))[k][None], variables["params"][f"block_{k}"]
-        block = block_inverse(flow, k, params, order, Given(labels, noise_std), guidance)
+        given = Given(labels, noise_std, conditions(variables, None, None, len(latents))[0])
+        block = block_inverse(flow, k, params, order, given, guidance)
         step = config.num_blocks - k  # of the trajectory, after which this block is inverted
         z, x = (permute(to_tokens(config, path[:, i]), order) for i in (step - 1, step))
         if k == config.num_blocks - 1 and config.volume_preserving:
             z = z * permute(jnp.sqrt(variables["prior"]["variance"])[None], order)
+        z, x = block.behind_start(z), block.behind_start(x)
         reports.append(_tune_block(block, z, x, tolerance, max_error))
 
     exact, sequential_seconds = decode_with(None), _seconds(decode_with, None)

@@ -30,6 +30,8 @@ class StudentConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.flow.condition_dim:
+            raise UserError(f"the flow has a condition of {self.flow.condition_dim} numbers, which no student takes")
         for name in ("perceptual", "max_guidance"):
             if getattr(self, name) and not self.flow.num_classes:
                 raise UserError(f"student.{name} is {getattr(self, name)}, but the flow has no classes; set it to 0")
@@ -58,6 +60,10 @@ class StudentConfig(Options):
             noise_conditional=False,
             input_limit=0.0,
             image_limit=0.0,
+            output_limit=0.0,
+            start_token=False,
+            final_norm=False,
+            position_init=self.flow.position_init if self.flow.position_embeddings else "normal",
         )
 
 

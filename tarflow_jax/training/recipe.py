@@ -76,6 +76,7 @@ class TrainOptions(Options):
     batch_size: int = option(0, "Images of a step, over all devices.", low=1)
     accumulation: int = option(1, "Microbatches of a step.", low=1)
     drop_label: float = option(0.0, "Probability of training an image without its label, or condition.")
+    block_penalty: float = option(0.0, "Weight of the mean squares of all blocks' inputs in the loss.")
     seed: int = option(0, "Seed of weights, noise and the order of images.")
     checkpoint_every: int = option(1000, "Steps between checkpoints.", low=1)
     keep_checkpoints: int = option(3, "Checkpoints to keep, beside the best one.", low=1)
@@ -168,9 +169,9 @@ class Recipe:
         self.task: Task
         if self.noise is None:
             _check_of_sequences(config)
-            self.task = ArrayTask(self.model, train.drop_label)
+            self.task = ArrayTask(self.model, train.drop_label, train.block_penalty)
         else:
-            self.task = FlowTask(self.model, self.noise, train.drop_label)
+            self.task = FlowTask(self.model, self.noise, train.drop_label, train.block_penalty)
         if "student" in config and self.noise:
             self.student = StudentConfig.from_dict({**groups["student"], "flow": self.model})  # not its fingerprint
             self.task = StudentTask(self.student, self.noise, train.drop_label)

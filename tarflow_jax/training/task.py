@@ -60,6 +60,7 @@ class FlowTask:
     model: TarFlowConfig
     noise: Noise
     drop_label: float = 0.0  # probability of training an image without its label
+    block_penalty: float = 0.0  # see `training_loss`
 
     def __post_init__(self) -> None:
         if self.model.noise_conditional != (self.noise.kind == "levels"):
@@ -82,7 +83,8 @@ class FlowTask:
         return self.noise(noise_key, images, None if levels is None else levels.std), labels, levels
 
     def loss(self, variables: Variables, batch: Batch, frozen: None) -> tuple[jax.Array, tuple[Metrics, Any]]:
-        return training_loss(TarFlow(self.model, training_kernels(self.model)), variables, *batch)
+        flow = TarFlow(self.model, training_kernels(self.model))
+        return training_loss(flow, variables, *batch, block_penalty=self.block_penalty)
 
     def finish(self, variables: Variables, metrics: Metrics, outputs: Any) -> tuple[Variables, Metrics]:
         if self.model.volume_preserving:
@@ -109,6 +111,7 @@ class ArrayTask:
 
     model: TarFlowConfig
     drop_condition: float = 0.0  # probability of training a sequence without its label and condition
+    block_penalty: float = 0.0  # see `training_loss`
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -127,7 +130,8 @@ class ArrayTask:
         return x, labels, None, condition, lengths
 
     def loss(self, variables: Variables, batch: Batch, frozen: None) -> tuple[jax.Array, tuple[Metrics, Any]]:
-        return training_loss(TarFlow(self.model, training_kernels(self.model)), variables, *batch)
+        flow = TarFlow(self.model, training_kernels(self.model))
+        return training_loss(flow, variables, *batch, block_penalty=self.block_penalty)
 
     def finish(self, variables: Variables, metrics: Metrics, outputs: Any) -> tuple[Variables, Metrics]:
         return variables, metrics
