@@ -141,7 +141,8 @@ def measure(name: str, num_steps: int, seed: int) -> dict[str, object]:
         "energy_flow": round(float(np.clip(energies, None, 1e6).mean()), 3),
         "energy_reweighted": round(float((weights * np.clip(energies, None, 1e6)).sum() / weights.sum()), 3),
         "log_z": round(weighted.log_z, 3),
-        "validation": flow.card["validation"],
+        **flow.card["training"],
+        **flow.card["metrics"],
         "seconds": round(seconds, 1),
     }
 

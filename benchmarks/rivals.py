@@ -118,7 +118,7 @@ def fit_tarflow(setting: dict[str, Any], x: np.ndarray, c: np.ndarray | None, se
     return Fitted(
         lambda x, c: np.asarray(flow.log_prob(tokens(x).astype(np.float32), condition=c)),
         lambda seed, c: np.asarray(flow.sample(jax.random.key(seed), len(c), condition=c)).reshape(len(c), -1),
-        flow.card["validation"]["log_prob"],
+        flow.card["metrics"]["log p of rows held out (nats)"],
         num_steps,
         taken,
     )

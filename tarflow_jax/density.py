@@ -48,15 +48,14 @@ def fit_density(
       flow_shape: fields of `TarFlowConfig`, as of `fit`.
 
     Returns:
-      The flow of the lowest loss on fixed latents; `card["validation"]` has that loss, KL - log Z, and its step.
+      The flow of the lowest loss on fixed latents; `card["metrics"]` has that loss, KL - log Z, in nats.
 
     Raises:
       ValueError: log_density returns another shape, or numbers that are not finite.
     """
     tokens, *numbers = (shape,) if isinstance(shape, int) else shape
-    config = TarFlowConfig(**SHAPE | {"sequence_shape": (tokens, *(numbers or [0]))} | flow_shape)
-    if config.num_tokens == 1:
-        raise UserError("a flow cannot change a single token; expected F or T from 2")
+    of_data: dict[str, Any] = {"sequence_shape": (tokens, *(numbers or [0])), "start_token": tokens == 1}
+    config = TarFlowConfig(**SHAPE | of_data | flow_shape)
     found = jax.eval_shape(log_density, jax.ShapeDtypeStruct((batch_size, *config.data_shape), jnp.float32))
     if getattr(found, "shape", None) != (batch_size,):
         raise UserError(f"log_density returned {found}; expected an array of shape [{batch_size}]")
@@ -69,7 +68,9 @@ def fit_density(
     task, fixed = DensityTask(config, log_density=log_density), latents(NUM_FIXED)
     batches = map(latents, itertools.repeat(batch_size))
     variables, loss, step = train(task, batches, fixed, num_steps, batch_size, keys, {})
-    return TarFlowPipeline(config, variables, card={"validation": {"loss": loss, "step": step}})
+    return TarFlowPipeline(
+        config, variables, card={"training": {"steps": step}, "metrics": {"KL - log Z (nats)": loss}}
+    )
 
 
 @dataclasses.dataclass(frozen=True)

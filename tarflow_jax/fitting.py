@@ -52,7 +52,7 @@ def fit(
       shape: fields of `TarFlowConfig`, such as width, num_blocks or orders.
 
     Returns:
-      The flow; `card["validation"]` has the mean log p of the rows held out, in nats, and its step.
+      The flow; `card["metrics"]` has the mean log p of the rows held out, in nats.
 
     Raises:
       ValueError: numbers that are not finite, constant columns, shapes that do not fit, a mask with holes.
@@ -66,14 +66,14 @@ def fit(
     batches, task = map(data.read, _batches(rng, rows, batch_size)), ArrayTask(config, drop_condition)
     split = data.take(held_out) if len(held_out) else None
     variables, loss, step = train(task, batches, split, num_steps, batch_size, keys, data.units)
-    card = {} if split is None else {"validation": {"log_prob": -loss, "step": step}}
-    return TarFlowPipeline(config, variables, card=card)
+    metrics = {} if split is None else {"log p of rows held out (nats)": -loss}
+    return TarFlowPipeline(config, variables, card={"training": {"steps": step}, "metrics": metrics})
 
 
 def train(
     task: ArrayTask, batches: Iterator, held_out: Any, num_steps: int, batch_size: int, keys: Sequence, units: Mapping
 ) -> tuple[Any, float, int]:
-    """Trains with Muon on all devices of this process, until ten test losses in a row, of forty, are no better.
+    """Trains with Muon on all devices of this process, until twenty test losses in a row, of forty, are no better.
 
     `batches` are images and labels without end. `keys` are of the initial weights and of what the steps draw.
 

@@ -210,14 +210,17 @@ def test_fit_names_what_is_wrong_with_the_data(arguments, message):
 
 
 @pytest.mark.slow
-def test_a_column_is_fitted_behind_a_start_token():
+def test_a_column_is_fitted_behind_a_start_token(tmp_path):
     rng = np.random.default_rng(0)
     condition = rng.normal(size=(2000, 1))
     x = 3 + 2 * condition + 0.5 * rng.normal(size=(2000, 1))
     flow = tarflow_jax.fit(x, condition, num_steps=200, num_blocks=2, width=16, head_dim=16)
     assert flow.config.start_token
-    assert abs(flow.card["validation"]["log_prob"] + 0.5 * np.log(2 * np.pi * np.e * 0.25)) < 0.1
-    drawn = flow.sample(jax.random.key(0), 1000, condition=np.ones((1000, 1)))
+    assert abs(flow.card["metrics"]["log p of rows held out (nats)"] + 0.5 * np.log(2 * np.pi * np.e * 0.25)) < 0.1
+    flow.save_pretrained(tmp_path / "model")
+    drawn = TarFlowPipeline.from_pretrained(tmp_path / "model").sample(
+        jax.random.key(0), 1000, condition=np.ones((1000, 1))
+    )
     np.testing.assert_allclose([drawn.mean(), drawn.std()], [5, 0.5], atol=0.1)
 
 

@@ -83,6 +83,24 @@ def test_a_config_file_edited_by_hand_is_refused_by_name(tmp_path):
     assert Recipe.from_workdir(tmp_path).noise == Noise("gaussian", 0.1)
 
 
+def test_a_run_that_is_older_than_an_option_goes_on_with_its_default(tmp_path):
+    config = digits.get_config()
+    recipe = Recipe(config)
+    recipe.write_to(tmp_path)
+    older = json.loads(recipe.to_json())
+    for group, name in (("model", "sequence_shape"), ("model", "start_token"), ("train", "block_penalty")):
+        del older[group][name]
+    with contextlib.closing(Checkpoints(tmp_path / "checkpoints")) as checkpoints:
+        checkpoints.save(3, {"x": jnp.zeros(8)}, older)
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    recipe.write_to(tmp_path)
+    config.model.start_token = True
+    with pytest.raises(
+        ValueError, match=r"another configuration: model.start_token \(False there, True here\); choose"
+    ):
+        Recipe(config).write_to(tmp_path)
+
+
 def test_num_steps_edited_by_hand_are_those_that_the_checkpoint_allows(tmp_path):
     config = digits.get_config()
     config.train.num_steps = 10

@@ -336,8 +336,12 @@ def _stored_configs(workdir: epath.Path) -> tuple[int, dict[str, Any] | None, di
 
 
 def _differing(there: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns the fields in which two configs describe different runs, with both values, None for a missing one."""
-    there, here = flatten_dict(there, sep="."), flatten_dict(here, sep=".")
+    """Returns the fields in which two configs describe different runs, with both values.
+
+    An option that a config lacks, because it is older than the option, has its default there; another field has None.
+    """
+    defaults = json.loads(json.dumps(default_config(GROUPS | STUDENT_GROUPS).to_dict()))
+    there, here = (flatten_dict(defaults, sep=".") | flatten_dict(config, sep=".") for config in (there, here))
     return {
         name: values
         for name in sorted(there.keys() | here.keys())
