@@ -2,15 +2,19 @@
 
 import importlib.machinery
 import importlib.util
+import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+import commands
 from tarflow_jax import Noise, TarFlowPipeline
 from tarflow_jax.interop import READY_MADE, model_folder
 from tiny_models import TINY, random_variables
 
+DATA = Path(__file__).parent / "data"
 NAMES = tuple(map(str, range(TINY.num_classes)))
 
 
@@ -64,3 +68,32 @@ def test_a_config_that_names_another_number_of_classes_is_refused(package, tmp_p
     package.save_pretrained(tmp_path / "few")
     with pytest.raises(ValueError, match=f"names 1 classes; expected {TINY.num_classes}"):
         TarFlowPipeline.from_pretrained(tmp_path / "few")
+
+
+@pytest.mark.parametrize("name", READY_MADE)
+def test_a_ready_made_model_draws_the_image_and_has_the_log_prob_that_it_had(name):
+    recorded = np.load(DATA / "ready_made.npz")
+    pipe = TarFlowPipeline.from_pretrained(name)
+    labels = [3, 8] if pipe.config.num_classes else None
+    np.testing.assert_allclose(pipe.sample(jax.random.key(0), 2, labels), recorded[f"{name}/images"], atol=1e-4)
+    log_prob = pipe.log_prob(recorded[f"{name}/images"], labels)
+    np.testing.assert_allclose(log_prob, recorded[f"{name}/log_prob"], rtol=1e-4)
+
+
+def test_ready_made_models_are_in_the_clone_and_small():
+    assert set(model_folder.ready_made()) == set(READY_MADE)
+    sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in model_folder.ready_made().values()]
+    assert max(sizes) <= 12e6
+    assert sum(sizes) <= 40e6
+
+
+@pytest.mark.slow
+def test_a_figure_of_a_card_is_measured_again(tmp_path):
+    code, _, err = commands.run(
+        "-m", "launch.evaluate", "--model=digits_likelihood", "--data=digits", "--metrics=bits_per_dim",
+        f"--out={tmp_path}",
+    )  # fmt: skip
+    assert code == 0, err
+    found = json.loads(next(tmp_path.glob("*.json")).read_text())["results"]["bits_per_dim"]["bits/dim"]
+    card = (model_folder.ready_made()["digits_likelihood"] / "README.md").read_text()
+    assert f"| {found:.5g} |" in card

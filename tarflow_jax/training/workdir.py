@@ -39,6 +39,7 @@ def read_workdir(workdir: epath.PathLike, mesh: Mesh | None = None, *, best: boo
         raise UserError(f"{workdir} holds a student; open the workdir of its flow, {workdir.parent}")
     step, model = _restored(recipe, workdir, mesh, best=best)
     card, names = _card(recipe, workdir, step), tuple(label_names(workdir))
+    names = names if len(names) == recipe.model.num_classes else ()  # an unconditional flow may see images of classes
     return SavedModel(config=recipe.model, noise=recipe.noise, **model, card=card, label_names=names)
 
 
