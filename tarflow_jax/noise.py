@@ -94,10 +94,14 @@ class Noise(Options):
 def to_float(images: jax.Array | np.ndarray) -> jax.Array:
     """Value v of uint8 -> v / 127.5 - 1 in [-1, 1], float32; of uint16, v / 32767.5 - 1."""
     images = jnp.asarray(images)
-    return images.astype(jnp.float32) / (jnp.iinfo(images.dtype).max / 2) - 1
+    return images.astype(jnp.float32) / ((_num_levels(images) - 1) / 2) - 1
 
 
 def dequantise(key: jax.Array, images: jax.Array) -> jax.Array:
     """Value v of uint8 -> 2 (v + u) / 256 - 1 with u ~ U[0, 1), float32; of uint16, 2 (v + u) / 65536 - 1."""
     uniform = jax.random.uniform(key, images.shape, jnp.float32)
-    return (images.astype(jnp.float32) + uniform) / ((jnp.iinfo(images.dtype).max + 1) / 2) - 1
+    return (images.astype(jnp.float32) + uniform) / (_num_levels(images) / 2) - 1
+
+
+def _num_levels(images: jax.Array) -> int:
+    return 65_536 if images.dtype == jnp.uint16 else 256
