@@ -135,6 +135,7 @@ def test_no_condition_is_the_null_condition_and_guidance_leads_away_from_it():
     np.testing.assert_allclose(away, pipe.decode(latents), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_denoising_in_steps_is_conditional_too():
     config = dataclasses.replace(SEQUENCES, noise_conditional=True)
     pipe = TarFlowPipeline(config, pipeline(config).variables, Noise("levels", std_min=0.1, std_max=0.5))
@@ -229,6 +230,7 @@ def test_fit_says_what_float32_costs(caplog):
     assert "float32 rounds column" in caplog.text
 
 
+@pytest.mark.slow
 def test_importance_weights_of_a_gaussian_find_its_normaliser():
     """A new flow is a standard Gaussian in the units of its set."""
     config = TarFlowConfig(sequence_shape=(2, 0), width=8, head_dim=8, num_blocks=2, layers_per_block=1)

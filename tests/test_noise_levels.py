@@ -205,6 +205,7 @@ def test_what_leaves_the_range_is_clipped_on_the_way():
     assert float(jnp.abs(pipe.sample(key, 3, LABELS)).max()) <= 1
 
 
+@pytest.mark.slow
 def test_bits_per_dim_are_asked_at_a_level():
     pipe = TarFlowPipeline(CONDITIONAL, random_variables(CONDITIONAL), LEVELS)
     images, key = np.random.default_rng(0).integers(0, 256, (3, *TINY.image_shape), np.uint8), jax.random.key(0)
