@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import logsumexp
 
-from benchmarks import rivals
+from benchmarks import array_rivals
 
 NUM_POINTS = 20_000
 
@@ -114,7 +114,7 @@ def measure(target: Target, method: str, setting: dict[str, Any], seconds: float
     """The divergence of a fit, in nats, with its standard error."""
     rng = np.random.default_rng(seed)
     points, others = target.draw(rng, NUM_POINTS), target.draw(rng, NUM_POINTS)
-    fitted = rivals.fit(method, setting, points, None, seconds, seed)
+    fitted = array_rivals.fit(method, setting, points, None, seconds, seed)
     excess = target.log_prob(others) - fitted.log_prob(others, None)
     return {
         "nats": round(float(excess.mean()), 5),
@@ -136,7 +136,9 @@ def main() -> None:
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     for name in args.targets.split(","):
         target = functools.partial(measure, TARGETS[name])
-        rivals.compare(args.rows, name, rivals.SETTINGS, target, SETTINGS.get(name), args.seconds, args.seeds)
+        array_rivals.compare(
+            args.rows, name, array_rivals.SETTINGS, target, SETTINGS.get(name), args.seconds, args.seeds
+        )
 
 
 if __name__ == "__main__":

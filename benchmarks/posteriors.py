@@ -23,7 +23,7 @@ from sklearn.neural_network import MLPClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from benchmarks import rivals
+from benchmarks import array_rivals
 
 NUM_DRAWS = 5000
 OBSERVATIONS = 3
@@ -160,9 +160,9 @@ def measure(
     rng = np.random.default_rng(seed)
     parameters = task.prior(rng, count)
     observations = task.simulate(rng, parameters)
-    fitted = rivals.fit(method, setting, task.unbounded(parameters), observations, seconds, seed)
+    fitted = array_rivals.fit(method, setting, task.unbounded(parameters), observations, seconds, seed)
     row = {"validation": round(fitted.validation, 4), "num_steps": fitted.num_steps, "taken": round(fitted.seconds, 1)}
-    if seed == rivals.TUNING_SEED:
+    if seed == array_rivals.TUNING_SEED:
         return row
     accuracies = []
     for observed, reference in references(task):
@@ -183,7 +183,7 @@ def main() -> None:
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     for name in args.tasks.split(","):
         task = functools.partial(measure, TASKS[name], args.simulations)
-        rivals.compare(args.rows, name, METHODS, task, None, args.seconds, args.seeds)
+        array_rivals.compare(args.rows, name, METHODS, task, None, args.seconds, args.seeds)
 
 
 if __name__ == "__main__":

@@ -1,293 +1,151 @@
-"""Flows of arrays by `tarflow_jax.fit` and by other packages, each fitted in the same processor seconds.
+"""The same work by others: a checkout of apple/ml-tarflow, and PyPI's transformer-flows."""
 
-Needs `pip install flowjax zuko`. flowjax's coupling flow and masked autoregressive flow have rational quadratic
-splines, as has zuko's neural spline flow; they are trained as `fit` trains: columns standardised, a tenth held out,
-batches of 256, the best validation kept, the gradient clipped to a norm of 1, a cosine of the learning rate down to 0
-(by time) after Adam's warm-up. The process should have one core, because seconds are those of all its threads.
-"""
-
-import json
-import logging
-import time
-from collections.abc import Callable, Iterable
+import dataclasses
+import os
+import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import equinox as eqx
-import flowjax.bijections as bij
-import flowjax.flows
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import paramax
-from flowjax.distributions import Normal
 
-import tarflow_jax
-
-BATCH_SIZE = 256
-NUM_VALIDATIONS = 40
-WARMUP = 0.05  # of the time
-TUNING_SEED = 100
-_pace: dict[tuple[str, tuple[int, ...]], tuple[float, float]] = {}  # seconds a step, and of a fit of 40 steps
+from benchmarks.common import Run
+from tarflow_jax.flow import TarFlowConfig
 
 
-class Fitted(NamedTuple):
-    """A density of x [N, F], given conditions [N, C] or None."""
+class Reference:
+    """The PyTorch reference, read from its checkout; on a GPU where there is one, else on all cores."""
 
-    log_prob: Callable[[np.ndarray, np.ndarray | None], np.ndarray]  # nats [N]
-    sample: Callable[[int, np.ndarray], np.ndarray]  # seed and conditions [N, C] -> [N, F]
-    validation: float  # mean log p of the rows that were held out
-    num_steps: int
-    seconds: float
+    def __init__(self, checkout: str, config: TarFlowConfig, *, compiled: bool = False) -> None:
+        if not Path(checkout, "transformer_flow.py").is_file():
+            raise FileNotFoundError(
+                f"{checkout}/transformer_flow.py not found; expected a checkout of apple/ml-tarflow"
+            )
+        sys.path.insert(0, checkout)
+        import torch
+        import transformer_flow
+
+        self.torch, self.config = torch, config
+        torch.set_num_threads(os.cpu_count() or 1)
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.model = transformer_flow.Model(
+            in_channels=config.image_channels,
+            img_size=config.image_size[0],
+            patch_size=config.patch_size,
+            channels=config.width,
+            num_blocks=config.num_blocks,
+            layers_per_block=config.depths[0],
+            nvp=not config.volume_preserving,
+            num_classes=config.num_classes,
+        ).to(self.device)
+        self.forward = torch.compile(self.model) if compiled else self.model
+
+    def _tensors(self, images: np.ndarray, labels: np.ndarray) -> tuple[Any, Any]:
+        x = self.torch.tensor(np.moveaxis(images, -1, 1), device=self.device)
+        y = self.torch.tensor(labels, dtype=self.torch.long, device=self.device)
+        return x, y if self.config.num_classes else None
+
+    def _autocast(self) -> Any:
+        enabled = self.config.dtype == "bfloat16"
+        return self.torch.autocast(self.device, dtype=self.torch.bfloat16, enabled=enabled)
+
+    def _done(self) -> None:
+        if self.device == "cuda":
+            self.torch.cuda.synchronize()
+
+    def training(self, images: np.ndarray, labels: np.ndarray) -> Run:
+        """A step: noise, forward, backward, AdamW."""
+        optimizer = self.torch.optim.AdamW(self.model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=1e-4)
+        clean, y = self._tensors(images, labels)
+
+        def run() -> None:
+            x = clean + 0.1 * self.torch.randn_like(clean)
+            optimizer.zero_grad()
+            with self._autocast():
+                z, _, log_det = self.forward(x, y)
+                loss = self.model.get_loss(z, log_det)
+            loss.backward()
+            optimizer.step()
+            self._done()
+
+        return run
+
+    def sampling(self, latents: np.ndarray, labels: np.ndarray, weight: float) -> Run:
+        tokens = self.model.patchify(self._tensors(latents, labels)[0])
+        y = self._tensors(latents, labels)[1]
+
+        def run() -> None:
+            with self.torch.inference_mode(), self._autocast():
+                self.model.reverse(tokens, y, guidance=weight, guide_what="ab")
+            self._done()
+
+        return run
+
+    def denoising(self, images: np.ndarray, labels: np.ndarray, std: float) -> Run:
+        """As its evaluate_fid.py: the gradient of the batch's loss, scaled back."""
+        x, y = self._tensors(images, labels)
+
+        def run() -> Any:
+            noisy = x.detach().requires_grad_()
+            z, _, log_det = self.model(noisy, y)
+            loss = self.model.get_loss(z, log_det) * self.config.num_dims * len(x)
+            (gradient,) = self.torch.autograd.grad(loss, [noisy])
+            self._done()
+            return noisy.detach() - std**2 * gradient
+
+        return run
 
 
-# What is tried on every target; the best validation decides. A token may be several columns of a table.
-SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "tarflow_jax": [
-        {"width": 64, "num_blocks": 6},
-        {"width": 64, "num_blocks": 12},
-        {"width": 32, "num_blocks": 8},
-        {"width": 128, "num_blocks": 4},
-    ],
-    "flowjax coupling": [
-        {"flow_layers": layers, "nn_width": width, "rate": rate}
-        for layers, width, rate in ((8, 64, 1e-3), (8, 64, 5e-3), (5, 128, 2e-3), (12, 64, 2e-3))
-    ],
-    "flowjax autoregressive": [
-        {"flow_layers": layers, "nn_width": width, "rate": rate}
-        for layers, width, rate in ((5, 64, 1e-3), (5, 64, 5e-3), (3, 128, 2e-3), (8, 64, 2e-3))
-    ],
-    "zuko spline": [
-        {"transforms": transforms, "width": width, "rate": rate}
-        for transforms, width, rate in ((3, 64, 1e-3), (3, 64, 5e-3), (3, 128, 2e-3), (5, 64, 2e-3))
-    ],
-}
+class Peer:
+    """transformer-flows of PyPI (Equinox); unconditional, for its class conditioning is another network."""
 
+    def __init__(self, config: TarFlowConfig) -> None:
+        import equinox as eqx
+        from transformer_flows.transformer_flow import TransformerFlow
 
-def fit(method: str, setting: dict[str, Any], x: np.ndarray, c: np.ndarray | None, seconds: float, seed: int) -> Fitted:
-    """Fits a flow to x [N, F], given c [N, C], in about `seconds` of the processor."""
-    if method == "tarflow_jax":
-        return fit_tarflow(setting, x, c, seconds, seed)
-    columns = x if c is None else np.concatenate([x, c], axis=1)
-    mean, std = columns.mean(0, dtype=np.float64), columns.std(0, dtype=np.float64)
-    size = x.shape[1]
-
-    def standardise(x: np.ndarray, c: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
-        x = (x - mean[:size]) / std[:size]
-        return x.astype(np.float32), None if c is None else ((c - mean[size:]) / std[size:]).astype(np.float32)
-
-    make = zuko_flow if method.startswith("zuko") else flowjax_flow
-    x, c = standardise(x, c)
-    flow = make(method, setting, size, 0 if c is None else c.shape[1], seed)
-    order = np.random.default_rng(seed).permutation(len(x))
-    held_out, rows = np.split(order, [len(x) // 10])
-    taken = train(flow, setting["rate"], x, c, held_out, rows, seconds, seed)
-
-    def log_prob(x: np.ndarray, c: np.ndarray | None) -> np.ndarray:
-        return flow.log_prob(*standardise(x, c)) - np.log(std[:size]).sum()
-
-    def sample(seed: int, c: np.ndarray) -> np.ndarray:
-        return flow.sample(seed, standardise(np.zeros((len(c), size)), c)[1]) * std[:size] + mean[:size]
-
-    return Fitted(log_prob, sample, taken.validation - float(np.log(std[:size]).sum()), taken.num_steps, taken.seconds)
-
-
-def fit_tarflow(setting: dict[str, Any], x: np.ndarray, c: np.ndarray | None, seconds: float, seed: int) -> Fitted:
-    """`tarflow_jax.fit` with as many steps as take the seconds, its compilation included."""
-    columns_a_token = setting.get("columns_a_token")
-    shape = {name: value for name, value in setting.items() if name != "columns_a_token"}
-
-    def tokens(x: np.ndarray) -> np.ndarray:
-        return x.reshape(len(x), -1, columns_a_token) if columns_a_token else x
-
-    def timed(num_steps: int) -> tuple[Any, float]:
-        start = time.process_time()
-        flow = tarflow_jax.fit(
-            tokens(x), c, num_steps=num_steps, batch_size=BATCH_SIZE, key=jax.random.key(seed), **shape
+        self.eqx, self.config = eqx, dataclasses.replace(config, num_classes=0)
+        self.model, self.state = eqx.nn.make_with_state(TransformerFlow)(
+            n_channels=config.image_channels,
+            img_size=config.image_size[0],
+            patch_size=config.patch_size,
+            channels=config.width,
+            n_blocks=config.num_blocks,
+            layers_per_block=config.depths[0],
+            head_dim=config.head_dim,
+            key=jax.random.key(0),
         )
-        return flow, time.process_time() - start
 
-    kind = (str(setting), x.shape)
-    if kind not in _pace:
-        _, (_, short), (_, longer) = timed(4), timed(40), timed(200)  # each compiles; the first also imports and traces
-        _pace[kind] = (longer - short) / 160, short
-    a_step, short = _pace[kind]
-    num_steps = max(int((seconds - short) / a_step) + 40, 40)
-    flow, taken = timed(num_steps)
-    return Fitted(
-        lambda x, c: np.asarray(flow.log_prob(tokens(x).astype(np.float32), condition=c)),
-        lambda seed, c: np.asarray(flow.sample(jax.random.key(seed), len(c), condition=c)).reshape(len(c), -1),
-        flow.card["metrics"]["log p of rows held out (nats)"],
-        num_steps,
-        taken,
-    )
+    def training(self, images: np.ndarray) -> Run:
+        import optax
 
+        optimizer = optax.adamw(1e-3, b1=0.9, b2=0.95, weight_decay=1e-4)
+        x = jnp.moveaxis(jnp.asarray(images), -1, 1)
 
-def compare(
-    file: Path,
-    name: str,
-    methods: Iterable[str],
-    measure: Callable[[str, dict[str, Any], float, int], dict[str, object]],
-    ours: dict[str, Any] | None,
-    seconds: float,
-    seeds: int,
-) -> None:
-    """Tunes and measures each method on a data set; appends the rows that a file [JSON lines] lacks.
+        @self.eqx.filter_jit(donate="all")
+        def step(model: Any, opt_state: Any, key: jax.Array) -> Any:
+            noisy = x + 0.1 * jax.random.normal(key, x.shape)
 
-    `measure` maps method, setting, seconds and seed to a row; `ours` is added to every setting of tarflow_jax.
-    """
-    known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+            def loss(model: Any) -> jax.Array:
+                return -jax.vmap(lambda image: model.log_prob(image, None))(noisy).mean()
 
-    def row(method: str, setting: dict[str, Any], seconds: float, seed: int) -> dict[str, Any]:
-        asked = {"target": name, "method": method, "setting": setting, "budget": seconds, "seed": seed}
-        for found in known:
-            if asked.items() <= found.items():
-                return found
-        made = asked | measure(method, setting, seconds, seed) | {"date": time.strftime("%Y-%m-%d")}
-        with file.open("a") as out:
-            out.write(json.dumps(made) + "\n")
-        print(json.dumps(made), flush=True)
-        return made
+            gradients = self.eqx.filter_grad(loss)(model)
+            updates, opt_state = optimizer.update(
+                gradients, opt_state, self.eqx.filter(model, self.eqx.is_inexact_array)
+            )
+            return self.eqx.apply_updates(model, updates), opt_state
 
-    for method in methods:
-        settings = SETTINGS[method]
-        if method == "tarflow_jax" and ours:
-            settings = [setting | ours for setting in settings]
-        tried = [row(method, setting, seconds / 2, TUNING_SEED) for setting in settings]
-        best = max(tried, key=lambda row: row["validation"])["setting"]
-        for seed in range(seeds):
-            row(method, best, seconds, seed)
+        model = jax.tree.map(lambda x: x.copy() if self.eqx.is_array(x) else x, self.model)
+        carry = [model, optimizer.init(self.eqx.filter(model, self.eqx.is_inexact_array))]
 
+        def run() -> Any:
+            carry[:] = step(*carry, jax.random.key(0))
+            return self.eqx.filter(carry[0], self.eqx.is_array)
 
-class Flow(NamedTuple):
-    """A standardised density that can be trained."""
+        return run
 
-    step: Callable[[np.ndarray, np.ndarray | None, float], None]  # x [B, F], c [B, C], learning rate
-    log_prob: Callable[[np.ndarray, np.ndarray | None], np.ndarray]
-    sample: Callable[[int, np.ndarray], np.ndarray]
-    keep: Callable[[], None]  # the parameters of now are the best
-    restore: Callable[[], None]
+    def sampling(self, latents: np.ndarray) -> Run:
+        from transformer_flows.transformer_flow import sample_model
 
-
-def train(
-    flow: Flow,
-    peak: float,
-    x: np.ndarray,
-    c: np.ndarray | None,
-    held_out: np.ndarray,
-    rows: np.ndarray,
-    seconds: float,
-    seed: int,
-) -> Fitted:
-    """Trains until the processor's seconds are over; densities of the result are those of standardised columns."""
-    rng, start = np.random.default_rng(seed), time.process_time()
-    best, number, next_check = -np.inf, 0, 1 / NUM_VALIDATIONS
-    size = min(BATCH_SIZE, len(rows))
-    while (share := (time.process_time() - start) / seconds) < 1:
-        if number % (len(rows) // size) == 0:
-            shuffled = rng.permutation(rows)
-        first = number % (len(rows) // size) * size
-        batch = shuffled[first : first + size]
-        rate = peak * min(share / WARMUP, 0.5 * (1 + np.cos(np.pi * share)))
-        flow.step(x[batch], None if c is None else c[batch], rate)
-        number += 1
-        if share >= next_check:
-            next_check += 1 / NUM_VALIDATIONS
-            found = float(np.mean(flow.log_prob(x[held_out], None if c is None else c[held_out])))
-            if found > best:
-                best = found
-                flow.keep()
-    flow.restore()
-    return Fitted(flow.log_prob, flow.sample, best, number, time.process_time() - start)
-
-
-def flowjax_flow(method: str, setting: dict[str, Any], size: int, num_conditions: int, seed: int) -> Flow:
-    """A flow of flowjax."""
-    kind = flowjax.flows.coupling_flow if "coupling" in method else flowjax.flows.masked_autoregressive_flow
-    made = kind(
-        jax.random.key(seed),
-        base_dist=Normal(jnp.zeros(size)),
-        transformer=bij.RationalQuadraticSpline(knots=8, interval=5),
-        cond_dim=num_conditions or None,
-        flow_layers=setting["flow_layers"],
-        nn_width=setting["nn_width"],
-        nn_depth=2,
-    )
-    params, static = eqx.partition(
-        made, eqx.is_inexact_array, is_leaf=lambda leaf: isinstance(leaf, paramax.NonTrainable)
-    )
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
-
-    def whole(params: Any) -> Any:
-        return paramax.unwrap(eqx.combine(params, static))
-
-    @jax.jit
-    def update(params: Any, state: Any, x: jax.Array, c: jax.Array | None, rate: float) -> tuple[Any, Any]:
-        gradient = jax.grad(lambda params: -whole(params).log_prob(x, c).mean())(params)
-        updates, state = optimizer.update(gradient, state)
-        return jax.tree.map(lambda p, u: p - rate * u, params, updates), state
-
-    evaluate = jax.jit(lambda params, x, c: whole(params).log_prob(x, c))
-    draw = jax.jit(lambda params, keys, c: jax.vmap(lambda key, c: whole(params).sample(key, (), c))(keys, c))
-    now: dict[str, Any] = {"params": params, "state": optimizer.init(params), "best": params}
-
-    def step(x: np.ndarray, c: np.ndarray | None, rate: float) -> None:
-        now["params"], now["state"] = jax.block_until_ready(update(now["params"], now["state"], x, c, rate))
-
-    return Flow(
-        step,
-        lambda x, c: np.asarray(evaluate(now["params"], x, c)),
-        lambda seed, c: np.asarray(draw(now["params"], jax.random.split(jax.random.key(seed), len(c)), c)),
-        lambda: now.update(best=now["params"]),
-        lambda: now.update(params=now["best"]),
-    )
-
-
-def zuko_flow(method: str, setting: dict[str, Any], size: int, num_conditions: int, seed: int) -> Flow:
-    """zuko's neural spline flow, fully autoregressive."""
-    import torch
-    import zuko
-
-    torch.manual_seed(seed)
-    torch.set_num_threads(1)
-    made = zuko.flows.NSF(
-        size,
-        num_conditions,
-        transforms=setting["transforms"],
-        hidden_features=[setting["width"]] * 2,
-        randperm=size > 2,
-    )
-    optimizer = torch.optim.Adam(made.parameters())
-    best: dict[str, Any] = {}
-
-    def given(c: np.ndarray | None) -> Any:
-        return made(None if c is None else torch.from_numpy(c))
-
-    def step(x: np.ndarray, c: np.ndarray | None, rate: float) -> None:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.zero_grad()
-        (-given(c).log_prob(torch.from_numpy(x)).mean()).backward()
-        torch.nn.utils.clip_grad_norm_(made.parameters(), 1.0)
-        optimizer.step()
-
-    def log_prob(x: np.ndarray, c: np.ndarray | None) -> np.ndarray:
-        with torch.no_grad():
-            return given(c).log_prob(torch.from_numpy(x)).numpy()
-
-    def sample(seed: int, c: np.ndarray) -> np.ndarray:
-        torch.manual_seed(seed)
-        with torch.no_grad():
-            return given(c).sample().numpy()
-
-    return Flow(
-        step,
-        log_prob,
-        sample,
-        lambda: best.update({name: value.clone() for name, value in made.state_dict().items()}),
-        lambda: made.load_state_dict(best),
-    )
-
-
-logging.getLogger("tarflow_jax").setLevel(logging.ERROR)
+        tokens = jax.vmap(self.model.patchify)(jnp.moveaxis(jnp.asarray(latents), -1, 1))
+        return lambda: sample_model(self.model, tokens, None, self.state)

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from sklearn import datasets
 
-from benchmarks import rivals
+from benchmarks import array_rivals
 
 
 def embedded(load: Callable[..., Any]) -> Callable[[], np.ndarray]:
@@ -66,7 +66,7 @@ def measure(name: str, method: str, setting: dict[str, Any], seconds: float, see
     """The mean log p of the rows held out, with its standard error."""
     x = np.random.default_rng(seed).permutation(table(name))
     held_out, rows = np.split(x, [round(0.3 * len(x))])
-    fitted = rivals.fit(method, setting, rows, None, seconds, seed)
+    fitted = array_rivals.fit(method, setting, rows, None, seconds, seed)
     log_prob = fitted.log_prob(held_out, None)
     return {
         "nats": round(float(log_prob.mean()), 4),
@@ -87,8 +87,8 @@ def main() -> None:
     args = parser.parse_args()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     for name in args.tables.split(","):
-        rivals.compare(
-            args.rows, name, rivals.SETTINGS, functools.partial(measure, name), None, args.seconds, args.seeds
+        array_rivals.compare(
+            args.rows, name, array_rivals.SETTINGS, functools.partial(measure, name), None, args.seconds, args.seeds
         )
 
 
