@@ -6,10 +6,12 @@ batches of 256, the best validation kept, the gradient clipped to a norm of 1, a
 (by time) after Adam's warm-up. The process should have one core, because seconds are those of all its threads.
 """
 
+import argparse
 import json
 import logging
+import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,7 @@ BATCH_SIZE = 256
 NUM_VALIDATIONS = 40
 WARMUP = 0.05  # of the time
 TUNING_SEED = 100
+Measure = Callable[[str, dict[str, Any], float, int], dict[str, object]]  # method, setting, seconds, seed -> a row
 _pace: dict[tuple[str, tuple[int, ...]], tuple[float, float]] = {}  # seconds a step, and of a fit of 40 steps
 
 
@@ -40,6 +43,15 @@ class Fitted(NamedTuple):
     validation: float  # mean log p of the rows that were held out
     num_steps: int
     seconds: float
+
+    @property
+    def figures(self) -> dict[str, object]:
+        """What a row tells of the fit itself."""
+        return {
+            "validation": round(self.validation, 5),
+            "num_steps": self.num_steps,
+            "taken": round(self.seconds, 1),
+        }
 
 
 # What is tried on every target; the best validation decides. A token may be several columns of a table.
@@ -62,6 +74,13 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"transforms": transforms, "width": width, "rate": rate}
         for transforms, width, rate in ((3, 64, 1e-3), (3, 64, 5e-3), (3, 128, 2e-3), (5, 64, 2e-3))
     ],
+}
+
+
+# Added to our settings: columns that are one token, whose map is triangular.
+OURS: dict[str, dict[str, Any]] = {
+    "gaussian 6": {"columns_a_token": 3, "triangular": True},
+    "gaussian 64": {"columns_a_token": 8, "triangular": True},
 }
 
 
@@ -124,11 +143,26 @@ def fit_tarflow(setting: dict[str, Any], x: np.ndarray, c: np.ndarray | None, se
     )
 
 
+def run(
+    description: str, measures: Mapping[str, Measure], rows: str, seconds: float, seeds: int, methods: Iterable[str]
+) -> None:
+    """The command of a benchmark on one core: tunes and measures the methods on the data sets that --names asks for."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--names", default=",".join(measures), help="of data sets, with commas between them")
+    parser.add_argument("--seconds", type=float, default=seconds, help="of one core, for a fit; half while tuning")
+    parser.add_argument("--seeds", type=int, default=seeds, help="fits by each method, once it is tuned")
+    parser.add_argument("--rows", type=Path, default=Path(rows), help="file to append to")
+    args = parser.parse_args()
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    for name in args.names.split(","):
+        compare(args.rows, name, methods, measures[name], OURS.get(name), args.seconds, args.seeds)
+
+
 def compare(
     file: Path,
     name: str,
     methods: Iterable[str],
-    measure: Callable[[str, dict[str, Any], float, int], dict[str, object]],
+    measure: Measure,
     ours: dict[str, Any] | None,
     seconds: float,
     seeds: int,

@@ -1,17 +1,14 @@
 """Densities whose truth is known: nats that `tarflow_jax.fit` and its rivals stay above the entropy.
 
-    python -m benchmarks.arrays [--targets moons,funnel] [--seconds 60] [--seeds 3] [--rows FILE.jsonl]
+    python -m benchmarks.arrays [--names moons,funnel] [--seconds 60] [--seeds 3] [--rows FILE.jsonl]
 
 Fits 20,000 points, and measures the mean of log p - log q over 20,000 others: the Kullback-Leibler divergence, with
 its standard error. Each method has four settings; the one of the best validation after half of the seconds, on points
 of their own, is fitted with each seed. Rows that exist are not measured again.
 """
 
-import argparse
 import functools
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -103,13 +100,6 @@ TARGETS = {
 }
 
 
-# Columns that are one token, whose map is triangular.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "gaussian 6": {"columns_a_token": 3, "triangular": True},
-    "gaussian 64": {"columns_a_token": 8, "triangular": True},
-}
-
-
 def measure(target: Target, method: str, setting: dict[str, Any], seconds: float, seed: int) -> dict[str, object]:
     """The divergence of a fit, in nats, with its standard error."""
     rng = np.random.default_rng(seed)
@@ -119,27 +109,9 @@ def measure(target: Target, method: str, setting: dict[str, Any], seconds: float
     return {
         "nats": round(float(excess.mean()), 5),
         "standard_error": round(float(excess.std() / np.sqrt(NUM_POINTS)), 5),
-        "validation": round(fitted.validation, 5),
-        "num_steps": fitted.num_steps,
-        "taken": round(fitted.seconds, 1),
-    }
-
-
-def main() -> None:
-    """Appends the missing rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--targets", default=",".join(TARGETS), help="names, with commas between them")
-    parser.add_argument("--seconds", type=float, default=60.0, help="of one core, for a fit; half of it while tuning")
-    parser.add_argument("--seeds", type=int, default=3, help="fits of each target by each method, once it is tuned")
-    parser.add_argument("--rows", type=Path, default=Path("docs/results/arrays.jsonl"), help="file to append to")
-    args = parser.parse_args()
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    for name in args.targets.split(","):
-        target = functools.partial(measure, TARGETS[name])
-        array_rivals.compare(
-            args.rows, name, array_rivals.SETTINGS, target, SETTINGS.get(name), args.seconds, args.seeds
-        )
+    } | fitted.figures
 
 
 if __name__ == "__main__":
-    main()
+    measures = {name: functools.partial(measure, target) for name, target in TARGETS.items()}
+    array_rivals.run(__doc__ or "", measures, "docs/results/arrays.jsonl", 60.0, 3, array_rivals.SETTINGS)

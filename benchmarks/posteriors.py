@@ -1,6 +1,6 @@
 """Posteriors of simulators: two moons and SLCP of the SBI benchmark (arXiv 2101.04653), beside a spline flow.
 
-    python -m benchmarks.posteriors [--tasks two_moons,slcp] [--simulations 10000] [--seconds 120] [--seeds 3]
+    python -m benchmarks.posteriors [--names two_moons,slcp] [--seconds 120] [--seeds 3]
 
 Each method is fitted to parameters given observations, tuned as in benchmarks/arrays.py, and drawn from at three
 observations. C2ST is the accuracy of a classifier (two hidden layers, five folds) that tells the draws from as many of
@@ -8,12 +8,9 @@ a reference posterior: 0.5 where it cannot. The reference of two moons is exact;
 with the likelihood. Rows go to docs/results/posteriors.jsonl.
 """
 
-import argparse
 import functools
-import os
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +22,7 @@ from sklearn.preprocessing import StandardScaler
 
 from benchmarks import array_rivals
 
+NUM_SIMULATIONS = 10_000
 NUM_DRAWS = 5000
 OBSERVATIONS = 3
 METHODS = ("tarflow_jax", "flowjax coupling", "zuko spline")
@@ -153,38 +151,21 @@ def references(task: Simulator) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(observed, task.posterior(rng, observed, NUM_DRAWS)) for observed in observations]
 
 
-def measure(
-    task: Simulator, count: int, method: str, setting: dict[str, Any], seconds: float, seed: int
-) -> dict[str, object]:
+def measure(task: Simulator, method: str, setting: dict[str, Any], seconds: float, seed: int) -> dict[str, object]:
     """Fits a method, and compares its posteriors with the references unless it is being tuned."""
     rng = np.random.default_rng(seed)
-    parameters = task.prior(rng, count)
+    parameters = task.prior(rng, NUM_SIMULATIONS)
     observations = task.simulate(rng, parameters)
     fitted = array_rivals.fit(method, setting, task.unbounded(parameters), observations, seconds, seed)
-    row = {"validation": round(fitted.validation, 4), "num_steps": fitted.num_steps, "taken": round(fitted.seconds, 1)}
     if seed == array_rivals.TUNING_SEED:
-        return row
+        return fitted.figures
     accuracies = []
     for observed, reference in references(task):
         drawn = task.bounded(fitted.sample(seed, np.repeat(observed[None], NUM_DRAWS, 0)))
         accuracies.append(round(c2st(reference, drawn), 4))
-    return row | {"c2st": accuracies}
-
-
-def main() -> None:
-    """Appends the missing rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", default=",".join(TASKS), help="names, with commas between them")
-    parser.add_argument("--simulations", type=int, default=10_000, help="pairs of parameters and observation")
-    parser.add_argument("--seconds", type=float, default=120.0, help="of one core, for a fit; half of it while tuning")
-    parser.add_argument("--seeds", type=int, default=3, help="fits by each method, once it is tuned")
-    parser.add_argument("--rows", type=Path, default=Path("docs/results/posteriors.jsonl"), help="file to append to")
-    args = parser.parse_args()
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    for name in args.tasks.split(","):
-        task = functools.partial(measure, TASKS[name], args.simulations)
-        array_rivals.compare(args.rows, name, METHODS, task, None, args.seconds, args.seeds)
+    return fitted.figures | {"c2st": accuracies}
 
 
 if __name__ == "__main__":
-    main()
+    measures = {name: functools.partial(measure, task) for name, task in TASKS.items()}
+    array_rivals.run(__doc__ or "", measures, "docs/results/posteriors.jsonl", 120.0, 3, METHODS)

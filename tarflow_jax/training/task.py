@@ -122,10 +122,10 @@ class ArrayTask:
 
     def prepare(self, key: jax.Array, images: Arrays, labels: jax.Array | None) -> Batch:
         x, condition, lengths = images
+        dropped = jax.random.bernoulli(key, self.drop_condition, (len(x),))
         if labels is not None:
-            labels = _dropped(key, labels, self.drop_condition)
+            labels = jnp.where(dropped, -1, labels)
         if condition is not None:
-            dropped = jax.random.bernoulli(key, self.drop_condition, (len(x),))  # the same rows as of the labels
             condition = jnp.where(dropped.reshape(-1, *(1,) * (condition.ndim - 1)), jnp.nan, condition)
         return x, labels, None, condition, lengths
 
