@@ -233,7 +233,7 @@ def model_fields(**changes):
         (model_fields(layers_per_block=[2, 2]), r"has shape \[[0-9, ]+\]; expected"),
         (model_fields(num_classes=10**15), r"has shape \[[0-9, ]+\]; expected"),
         (model_fields(num_blocks=3, layers_per_block=1), "lacks tensor params/block_2"),
-        (model_fields(volume_preserving=False), "has tensor prior/variance, which no TarFlow"),
+        (model_fields(volume_preserving=False), "has tensor prior/variance, which no model"),
     ],
 )
 def test_wrong_config_is_refused(folder, changes, message):

@@ -172,7 +172,7 @@ def add_code(state):
     ("change", "message"),
     [
         (drop, "lacks tensor blocks.1.attn_blocks.0.mlp.norm.bias"),
-        (add, "has tensor blocks.0.extra, which no TarFlow of this shape has"),
+        (add, "has tensor blocks.0.extra, which no model of this shape has"),
         (reshape, r"blocks.1.proj_in.weight has shape \[64, 5\]; expected \[64, 4\]"),
         (share_layers, "layers that its blocks share"),
         (change_patches, r"blocks of \[4, 16\] tokens, so several patch_sizes"),

@@ -5,7 +5,7 @@ A tensor's name is its path in the tree of variables, "params/block_0/layers/qkv
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,28 +27,31 @@ def check_tensors(what: str, found: Mapping[str, Shape], expected: Mapping[str, 
     if missing := sorted(expected.keys() - found.keys()):
         raise UserError(f"{what} lacks tensor {missing[0]}; the file is incomplete")
     if extra := sorted(found.keys() - expected.keys()):
-        raise UserError(f"{what} has tensor {' '.join(extra[0].split())}, which no TarFlow of this shape has")
+        raise UserError(f"{what} has tensor {' '.join(extra[0].split())}, which no model of this shape has")
     for name, shape in expected.items():
         if tuple(found[name]) != shape:
             raise UserError(f"{what}: tensor {name} has shape {list(found[name])}; expected {list(shape)}")
 
 
-def read_safetensors(path: Path, expected: Mapping[str, Shape]) -> dict[str, Any]:
+def read_safetensors(path: Path, expected: Mapping[str, Shape], rename: Callable[[str], str] = str) -> dict[str, Any]:
     """Reads a file into a tree of float32 arrays, after checking the name, shape and dtype of every tensor in it.
+
+    `rename` turns a name in the file into an expected one.
 
     Raises ValueError: not a safetensors file, a header that does not fit the file, or other tensors than expected.
     """
     try:
         # pread, since the pages of a mapped file would count towards this process's memory.
         with safetensors.safe_open(path, framework="np", backend="pread") as file:
-            found = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            names = {rename(name): name for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            found = {name: file.get_slice(stored) for name, stored in names.items()}
             check_tensors(str(path), {name: tensor.get_shape() for name, tensor in found.items()}, expected)
             for name, tensor in found.items():
-                if tensor.get_dtype() not in ("F32", "BF16"):
-                    raise UserError(f"{path}: tensor {name} is {tensor.get_dtype()}; expected F32 or BF16")
+                if tensor.get_dtype() not in ("F32", "F16", "BF16"):
+                    raise UserError(f"{path}: tensor {name} is {tensor.get_dtype()}; expected F32, F16 or BF16")
             tensors = {}
             for name in progress(expected, f"reading {path.name}"):
-                tensors[name] = jnp.asarray(file.get_tensor(name).astype(np.float32, copy=False))
+                tensors[name] = jnp.asarray(file.get_tensor(names[name]).astype(np.float32, copy=False))
             return unflatten(tensors)
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is not a valid safetensors file: {one_line(error)}") from error

@@ -1,0 +1,50 @@
+"""The shape of an autoencoder, checked once where it is made."""
+
+import dataclasses
+import math
+from typing import ClassVar
+
+from tarflow_jax.errors import UserError
+from tarflow_jax.options import Options, option
+
+_MAX_LEVELS, _MAX_LAYERS, _MAX_CHANNELS = 8, 16, 1 << 14  # of a config of unknown origin
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig(Options):
+    """Everything that determines an autoencoder's parameters and arithmetic; the defaults are Stable Diffusion's."""
+
+    group: ClassVar[str] = "autoencoder"
+
+    image_channels: int = option(3, "Channels of an image, such as 1 or 3.", low=1)
+    latent_channels: int = option(4, "Channels of a latent.", low=1)
+    block_out_channels: tuple[int, ...] = option(
+        (128, 256, 512, 512), "Channels at each resolution, from the finest; each next one has half the side.", low=1
+    )
+    layers_per_block: int = option(2, "Residual layers at each resolution; the decoder has one more.", low=1)
+    norm_num_groups: int = option(32, "Groups of the group norms; divides all channels.", low=1)
+    mid_block_add_attention: bool = option(True, "Attention at the coarsest resolution.")
+    use_quant_conv: bool = option(True, "A 1x1 convolution after the encoder.")
+    use_post_quant_conv: bool = option(True, "A 1x1 convolution before the decoder.")
+    scaling_factor: float = option(0.18215, "Latents are (z - shift_factor) * scaling_factor.")
+    shift_factor: float = option(0.0, "Subtracted from latents before they are scaled.", low=-math.inf)
+    latent_std: float = option(0.0, "Constant standard deviation of the encoder's z; 0 for a learned one.")
+    dtype: str = option("float32", "Dtype of convolutions; that of norms is float32.", choices=("float32", "bfloat16"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        widths, depth = self.block_out_channels, self.layers_per_block
+        channels = max(*widths, self.image_channels, self.latent_channels)
+        if not 1 <= len(widths) <= _MAX_LEVELS or depth > _MAX_LAYERS or channels > _MAX_CHANNELS:
+            found = f"{len(widths)} block_out_channels, {depth} layers_per_block and {channels} channels"
+            limits = f"1 to {_MAX_LEVELS}, at most {_MAX_LAYERS}, and at most {_MAX_CHANNELS}"
+            raise UserError(f"the autoencoder has {found}; expected {limits}")
+        if any(width % self.norm_num_groups for width in widths):
+            raise UserError(f"norm_num_groups is {self.norm_num_groups}; expected a divisor of {widths}")
+        if not self.scaling_factor:
+            raise UserError("autoencoder.scaling_factor is 0; expected a positive number, 1 for latents as they are")
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent along each side."""
+        return 2 ** (len(self.block_out_channels) - 1)

@@ -1,0 +1,108 @@
+"""Folders of diffusers' AutoencoderKL, read and written. Both files are validated, and neither can execute code."""
+
+import functools
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
+
+from tarflow_jax.autoencoder.config import AutoencoderConfig
+from tarflow_jax.autoencoder.network import AutoencoderKL
+from tarflow_jax.errors import UserError, one_line
+from tarflow_jax.files import replacing
+from tarflow_jax.interop.tensors import flatten, read_safetensors, unflatten
+from tarflow_jax.options import shown
+from tarflow_jax.runtime.parameters import Shape
+
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+_CLASS, _MAX_CONFIG_BYTES = "AutoencoderKL", 1 << 20
+_OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.17
+_TO_TORCH = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}  # axes by rank: a kernel's are [H, W, in, out] here
+
+
+@functools.cache
+def params_shapes(config: AutoencoderConfig) -> dict[str, Shape]:
+    """Shapes of the parameters, "encoder/conv_in/kernel" and so on."""
+    images = jax.ShapeDtypeStruct((1, config.factor, config.factor, config.image_channels), jnp.float32)
+    variables = jax.eval_shape(AutoencoderKL(config).init, jax.random.key(0), images)
+    return {name: leaf.shape for name, leaf in flatten(variables["params"]).items()}
+
+
+def read_folder(folder: Path) -> tuple[AutoencoderConfig, dict[str, Any]]:
+    """Reads (config, params float32) from a folder, or vae/ in it; raises FileNotFoundError or UserError."""
+    folder = next((each for each in (folder, folder / "vae") if (each / CONFIG).is_file()), folder)
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"no {name} in {folder}; expected an AutoencoderKL in diffusers' format")
+    config = _read_config(folder / CONFIG)
+    return config, _read_params(folder / WEIGHTS, config)
+
+
+def write_folder(folder: Path, config: AutoencoderConfig, params: Any, sample_size: int) -> None:
+    """Writes both files, or none; `sample_size` is the side of diffusers' tiles in pixels."""
+    if (folder / CONFIG).exists():
+        _read_config(folder / CONFIG)  # UserError if it is another model's
+    fields = {name: value for name, value in config.to_dict().items() if name not in ("dtype", "latent_std")}
+    fields |= {"in_channels": fields.pop("image_channels"), "sample_size": sample_size, **_constant(config)}
+    flat = {name: np.array(array, np.float32) for name, array in flatten(params).items()}
+    if config.latent_std:  # diffusers does not know it, so the weights say the same
+        fields["latent_std"] = config.latent_std
+        last = "quant_conv" if config.use_quant_conv else "encoder/conv_out"
+        flat[f"{last}/kernel"][..., config.latent_channels :] = 0
+        flat[f"{last}/bias"][config.latent_channels :] = 2 * math.log(config.latent_std)
+    flat = {_torch_name(name): array.transpose(_TO_TORCH[array.ndim]) for name, array in flat.items()}
+    with replacing(folder / CONFIG) as text, replacing(folder / WEIGHTS) as weights:
+        text.write((json.dumps(fields, indent=2) + "\n").encode())
+        text.flush()  # may still fail, before the first file appears
+        weights.write(safetensors.numpy.save(jax.tree.map(np.ascontiguousarray, flat), {"format": "pt"}))
+
+
+def _constant(config: AutoencoderConfig) -> dict[str, Any]:
+    """The fields of diffusers' config that have but one value here."""
+    levels = len(config.block_out_channels)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+    others = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
+    return {"_class_name": _CLASS, "out_channels": config.image_channels, **blocks, **others}
+
+
+def _read_config(path: Path) -> AutoencoderConfig:
+    try:
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise UserError(f"it has more than {_MAX_CONFIG_BYTES} bytes; expected a config of diffusers")
+        given = json.loads(path.read_bytes())
+        found = given.get("_class_name") if isinstance(given, dict) else given
+        if found != _CLASS:
+            raise UserError(f"_class_name is {shown(found)}; expected {_CLASS!r}")
+        other = {*_constant(AutoencoderConfig()), "in_channels", "sample_size", "force_upcast"}
+        fields = {name: value for name, value in given.items() if name[:1] != "_" and name not in other}
+        fields |= {"image_channels": given.get("in_channels", 3), "shift_factor": given.get("shift_factor") or 0.0}
+        defaults = {"block_out_channels": [64], "layers_per_block": 1}  # diffusers', where ours are others
+        config = AutoencoderConfig.from_dict(defaults | fields)
+        for name, value in _constant(config).items():
+            if given.get(name, value) != value:
+                raise UserError(f"{name} is {shown(given[name])}; expected {shown(value)}, the only one known here")
+        return config
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {one_line(error)}") from error
+
+
+def _read_params(path: Path, config: AutoencoderConfig) -> dict[str, Any]:
+    names = {_torch_name(name): name for name in params_shapes(config)}
+    expected = {torch: params_shapes(config)[name][::-1] for torch, name in names.items()}  # kernels are square
+    old = r"(?<=\.attentions\.0\.)(query|key|value|proj_attn)(?=\.)"
+    rename = functools.partial(re.sub, old, lambda match: _OLD_ATTENTION[match[0]])
+    tensors = read_safetensors(path, expected, rename)
+    return unflatten({names[torch]: x.transpose(np.argsort(_TO_TORCH[x.ndim])) for torch, x in tensors.items()})
+
+
+def _torch_name(name: str) -> str:
+    """ "encoder/down_blocks_0/resnets_1/norm1/scale" -> "encoder.down_blocks.0.resnets.1.norm1.weight"."""
+    name = re.sub(r"(samplers_0)/", r"\1/conv/", name)
+    *path, leaf = re.sub(r"_(\d+)/", r".\1/", name).split("/")
+    return ".".join([*path, "bias" if leaf == "bias" else "weight"])
