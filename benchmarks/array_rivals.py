@@ -131,9 +131,13 @@ def fit_tarflow(setting: dict[str, Any], x: np.ndarray, c: np.ndarray | None, se
     if kind not in _pace:
         _, (_, short), (_, longer) = timed(4), timed(40), timed(200)  # each compiles; the first also imports and traces
         _pace[kind] = (longer - short) / 160, short
-    a_step, short = _pace[kind]
-    num_steps = max(int((seconds - short) / a_step) + 40, 40)
-    flow, taken = timed(num_steps)
+    for _ in range(4):  # until the pace holds: a fit should be no longer and no shorter than the others'
+        a_step, short = _pace[kind]
+        num_steps = max(int((seconds - short) / a_step) + 40, 41)
+        flow, taken = timed(num_steps)
+        _pace[kind] = max(taken - short, a_step) / (num_steps - 40), short
+        if num_steps == 41 or 0.9 < taken / seconds < 1.1:
+            break
     return Fitted(
         lambda x, c: np.asarray(flow.log_prob(tokens(x).astype(np.float32), condition=c)),
         lambda seed, c: np.asarray(flow.sample(jax.random.key(seed), len(c), condition=c)).reshape(len(c), -1),

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from tarflow_jax.errors import UserError
-from tarflow_jax.training.recipe import STUDENT_GROUPS, default_config
+from tarflow_jax.training.recipe import AUTOENCODER_GROUPS, STUDENT_GROUPS, default_config
 
 PAPER_OPTIMIZER = {"name": "adamw", "muon_learning_rate": 0.0, "learning_rate": 1e-4, "clip_norm": 0.0}
 
@@ -22,6 +22,14 @@ def student_config() -> ConfigDict:
     config = default_config(STUDENT_GROUPS)
     config.student.flow = ""  # fingerprint of the flow's weights; launch.distill fills it in
     config.train.drop_label = 0.1
+    return config
+
+
+def autoencoder_config() -> ConfigDict:
+    """Returns an autoencoder's recipe without its shape, a data set and a number of steps."""
+    config = default_config(AUTOENCODER_GROUPS)
+    config.decoder_of = ""  # folder of the autoencoder whose decoder alone is trained
+    config.optimizer.update({"name": "adamw", "muon_learning_rate": 0.0, "ema_decay": 0.999})
     return config
 
 
@@ -70,6 +78,14 @@ def student_smoke(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def autoencoder_smoke(config: ConfigDict) -> ConfigDict:
+    """An autoencoder's variant of seconds."""
+    config.reconstruction.perceptual = 0.0
+    config.train.update({"num_steps": 20, "batch_size": 16, "checkpoint_every": 10, "sample_every": 10, "log_every": 5})
+    config.optimizer.warmup_steps = 5
+    return config
+
+
 def tuned(config: ConfigDict) -> ConfigDict:
     """The variant with what paid in docs/optimizers.md, at the paper's sizes, where it is unmeasured."""
     config.model.update(
@@ -98,7 +114,7 @@ def with_variant(config: ConfigDict, variant: str, *known: Callable[[ConfigDict]
 
     These are `likelihood` and `smoke` if none is given.
     """
-    variants = {function.__name__.removeprefix("student_"): function for function in known or (likelihood, smoke)}
+    variants = {function.__name__.rpartition("_")[2]: function for function in known or (likelihood, smoke)}
     if not variant:
         return config
     if variant not in variants:

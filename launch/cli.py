@@ -27,7 +27,7 @@ from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import Preempted, start_processes, use_compilation_cache
 from tarflow_jax.sampling import Decoder, GaussSeidelJacobi, Guidance, Jacobi, Sequential, Student, Tuned
 from tarflow_jax.training.loop import NonFiniteError
-from tarflow_jax.training.recipe import GROUPS, STUDENT_GROUPS, config_help
+from tarflow_jax.training.recipe import AUTOENCODER_GROUPS, GROUPS, STUDENT_GROUPS, config_help
 
 EXIT_ERROR = 1
 PATIENCE_S = 10
@@ -277,7 +277,8 @@ def _print_help(*, full: bool) -> None:
     modules = (name for name in flags.FLAGS.flags_by_module_dict() if name.startswith("launch."))
     print("\n".join(map(flags.FLAGS.module_help, (sys.argv[0], *sorted(modules)))))
     if "config" in flags.FLAGS:
-        groups = STUDENT_GROUPS if sys.argv[0].endswith("distill.py") else GROUPS
+        others = {"distill": STUDENT_GROUPS, "train_autoencoder": AUTOENCODER_GROUPS}
+        groups = others.get(Path(sys.argv[0]).stem, GROUPS)
         print("\n" + (config_help(groups) if full else "--helpfull lists the options of a recipe."))
 
 

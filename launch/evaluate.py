@@ -26,7 +26,7 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from launch import cli, end_at_signals
-from tarflow_jax.data import ImageSource, SequenceSource, data_folder, open_arrays, open_source
+from tarflow_jax.data import ImageSource, LatentSource, SequenceSource, data_folder, open_arrays, open_source
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation import classification, distances, generation
 from tarflow_jax.evaluation.bits_per_dim import image_bits_per_dim, noisy_log_prob, sequence_log_prob
@@ -38,6 +38,7 @@ from tarflow_jax.noise import to_float
 from tarflow_jax.pipeline import TarFlowPipeline, check_levels, check_student_guidance
 from tarflow_jax.runtime import BatchRunner, environment, make_mesh
 from tarflow_jax.sampling import Guidance, Jacobi, Student
+from tarflow_jax.text_to_image import TextToImage
 from tarflow_jax.training import Recipe
 from tarflow_jax.training.recipe import same_data
 
@@ -64,6 +65,9 @@ MULTIPLIER = cli.define_number("denoise_multiplier", 1.0, "Factor of the score i
 INCEPTION = flags.DEFINE_string("inception", None, "PyTorch file of FID's weights; default: train a classifier.")
 REFERENCE = flags.DEFINE_string("reference", None, "File (npz) of reference statistics, instead of a split.")
 REFERENCE_SPLIT = flags.DEFINE_enum("reference_split", "train", ["train", "test"], "Split to compare samples with.")
+PROMPTS = flags.DEFINE_string(
+    "prompts", None, "File of captions to draw in turn, one a line; default: those of --reference_split."
+)
 SAVE_SAMPLES = flags.DEFINE_string("save_samples", None, "File (npz, as ADM's) for the last setting's samples.")
 cli.define_guidance_flags()
 cli.define_decoder_flags()
@@ -81,6 +85,11 @@ class Evaluation:
         if not workdir and DATA.value is None:
             raise UserError("a saved model does not say what data it was trained on; name it, --data=NAME")
         self.pipe = cli.open_pipeline(name, make_mesh(devices=jax.local_devices()), sequences=True)
+        self.whole: TextToImage | None = None  # of a flow of latents, whose images are decoded
+        if self.pipe.config.image_bits == 0:
+            recipe = Recipe.from_workdir(workdir) if workdir else None
+            whole = TextToImage.of_recipe(self.pipe, recipe) if recipe else TextToImage.from_pretrained(name)
+            self.whole, self.pipe = whole, whole.flow
         self.data_dir = data_folder(self._trained_on and self._trained_on.data_dir)
         self.out = epath.Path(cli.folder("out") if OUT.value else f"{place}/evaluation")
         self.data_set = DATA.value or self._trained_on.source
@@ -125,16 +134,38 @@ class Evaluation:
         source = open_source(
             self.data_set,
             split,
-            image_size=self.pipe.config.image_size,
+            image_size=None if self.whole else self.pipe.config.image_size,
             preprocessing=PREPROCESSING.value or (self._trained_on.preprocessing if self._trained_on else "none"),
             data_dir=self.data_dir,
             skip_bad=bool(self._trained_on and self._trained_on.skip_bad),
         )
+        if self.whole and source.bits:
+            return source  # to compare samples with
         if source.image_shape != self.pipe.config.image_shape:
             raise UserError(f"{source.name} has images {source.image_shape}, the model {self.pipe.config.image_shape}")
         if source.bits != self.pipe.config.image_bits:
             raise UserError(f"{source.name} has images of {source.bits} bits, the model {self.pipe.config.image_bits}")
         return source
+
+    def images(self, split: str) -> ImageSource:
+        """Opens the images that samples are compared with: of packed latents those that were encoded."""
+        source = self.source(split)
+        if isinstance(source, LatentSource):
+            return open_source(source.images_name, split, data_dir=self.data_dir)
+        return source
+
+    def captions(self) -> list[str]:
+        """The captions to draw in turn: --prompts, or those of the reference split, shuffled; [] without text."""
+        if not (self.whole and self.whole.text):
+            return []
+        if PROMPTS.value:
+            lines = epath.Path(os.path.expanduser(PROMPTS.value)).read_text().splitlines()
+            found = [line.strip() for line in lines if line.strip()]
+        else:
+            found = [texts[0] for texts in self.images(REFERENCE_SPLIT.value).captions]
+        if not found:
+            raise UserError("there are no captions to draw; name a file with one a line, --prompts=FILE")
+        return [found[i] for i in np.random.default_rng(0).permutation(len(found))]
 
     def outliers(self) -> ImageSource:
         """Opens the split of --outliers."""
@@ -154,6 +185,15 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
     if wrong := [metric for metric in metrics if (metric == "log_prob") != of_sequences]:
         kind = "images; log_prob is for sequences" if of_sequences else "sequences; bits_per_dim is for images"
         raise UserError(f"{wrong[0]} is for {kind}")
+    if evaluation.whole:
+        if wrong := set(metrics) & {"classification", "outliers", "student"}:
+            raise UserError(f"{min(wrong)} is for a flow of images; this one is of latents")
+        if "bits_per_dim" in metrics and source.bits:
+            raise UserError(
+                f"log p is of latents, and {source.name} has images; name the packed ones, --data=latents:…"
+            )
+        if of_samples:
+            evaluation.captions()
     if "bits_per_dim" in metrics and pipe.noise_std is not None and not ALLOW_NOISY.value:
         raise UserError(
             "bits/dim is defined for models trained with uniform noise, this one's was gaussian; "
@@ -178,10 +218,10 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
             raise UserError("outliers needs a second data set, --outliers=NAME")
         classification.fit_images(evaluation.outliers().read([0])[0], pipe.config.image_shape)
     if of_samples:
-        if source.bits != 8:
+        if evaluation.images(SPLIT.value).bits != 8:
             raise UserError(f"{of_samples[0]} is of 8-bit images; choose bits_per_dim, classification or outliers")
         network = "inception" if INCEPTION.value else "classifier"
-        num_real = None if REFERENCE.value else len(evaluation.source(REFERENCE_SPLIT.value))
+        num_real = None if REFERENCE.value else len(evaluation.images(REFERENCE_SPLIT.value))
         distances.check_metrics(of_samples, network, NUM_SAMPLES.value, num_real)
         if INCEPTION.value:
             inception_network(os.path.expanduser(INCEPTION.value))
@@ -221,7 +261,10 @@ def measure_likelihood(evaluation: Evaluation) -> dict[str, Any]:
     else:
         log_probs = noisy_log_prob(runner, pipe.config, variables, source, pipe.noise, key, levels)
         values = -log_probs.astype(np.float64) / pipe.config.num_dims
-        unit, more = "nats/dim of noisy data", {} if level is None else {"noise level": level}
+        unit, more = (
+            f"nats/dim of noisy {'latents' if evaluation.whole else 'data'}",
+            {} if level is None else {"noise level": level},
+        )
     if not np.isfinite(values).all():
         raise UserError("log p(x) is not finite for some images; their mean would be no number")
     error = float(values.std(ddof=1) / np.sqrt(len(values)))
@@ -298,8 +341,10 @@ def sample_settings(denoise: bool) -> list[tuple[Guidance, bool]]:
 def measure_samples(evaluation: Evaluation, metrics: list[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Returns a row for each setting of guidance and denoising, and the protocol that the rows share."""
     pipe, cache_dir = evaluation.pipe, evaluation.data_dir / "evaluation"
-    source = evaluation.source(REFERENCE_SPLIT.value)
+    source, captions = evaluation.images(REFERENCE_SPLIT.value), evaluation.captions()
     counts, labels = label_counts(pipe.config.num_classes, source)
+    if captions:
+        counts, labels = np.ones(len(captions), np.int64), f"{len(captions)} captions in turn"
     settings = sample_settings(pipe.noise_std is not None)
     folders = [draw(evaluation, guidance, denoise, counts) for guidance, denoise in settings]
     if jax.process_index():
@@ -307,7 +352,7 @@ def measure_samples(evaluation: Evaluation, metrics: list[str]) -> tuple[list[di
     if INCEPTION.value:
         network = inception_network(os.path.expanduser(INCEPTION.value))
     else:
-        network = classifier_network(evaluation.source("train"), evaluation.source("test"), cache_dir)
+        network = classifier_network(evaluation.images("train"), evaluation.images("test"), cache_dir)
     if REFERENCE.value:
         reference = distances.file_reference(network, os.path.expanduser(REFERENCE.value), metrics)
     else:
@@ -366,9 +411,20 @@ def draw(evaluation: Evaluation, guidance: Guidance, denoise: bool, counts: np.n
         "class_counts": counts.tolist(),
         **decoder_protocol(pipe),
     }
+    captions = evaluation.captions()
+    if evaluation.whole:
+        protocol |= {"captions": captions, "autoencoder": fingerprint(evaluation.whole.autoencoder.params)}
     folder = generation.chunk_folder(evaluation.out / "samples", protocol)
 
     def sample(key: jax.Array, number: int, labels: jax.Array | None) -> jax.Array:
+        if evaluation.whole:
+            prompts = [captions[i] for i in labels] if captions else None
+            classes = None if captions else labels
+            count, options = (
+                1 if captions else number,
+                {"labels": classes, "decoder": cli.decoder(), "denoise": denoise},
+            )
+            return evaluation.whole(prompts, count, guidance, key, **options)
         return pipe.sample(key, number, labels, guidance, denoise, MULTIPLIER.value, cli.decoder())
 
     generation.generate(sample, folder, NUM_SAMPLES.value, CHUNK_SIZE, counts, SEED.value)

@@ -3,10 +3,11 @@
     python -m launch.prepare_data --data=tfds:cifar10
     python -m launch.prepare_data --data=folder:PATH --image_size=64 --preprocessing=tarflow
     python -m launch.prepare_data --data=emoji64:emoji-datasource-google-16.0.0.tgz
+    python -m launch.prepare_data --data=packed:FOLDER --autoencoder=FOLDER --text_encoder=words
 
 Downloads a TFDS set, or packs an image folder into array_record shards (in parallel; run it again to resume after an
 interruption). Prints the number of images and classes of each split and the name to train by, and writes a preview of
-the training images.
+the training images. With --autoencoder, it then packs their latents and, with --text_encoder, their captions.
 """
 
 from collections.abc import Sequence
@@ -16,11 +17,14 @@ from absl import flags
 
 from launch import cli
 from tarflow_jax import data
+from tarflow_jax.autoencoder import Autoencoder
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.generation import file_stem
 from tarflow_jax.figures import grid, save_png, to_uint8
 from tarflow_jax.files import sole_user
+from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.noise import to_float
+from tarflow_jax.text import T5Encoder, WordVectors
 
 DATA = flags.DEFINE_string("data", None, "Data set to prepare; docs/data.md lists the names.")
 DATA_DIR = flags.DEFINE_string(
@@ -29,6 +33,15 @@ DATA_DIR = flags.DEFINE_string(
 IMAGE_SIZE = flags.DEFINE_list("image_size", None, "Size to pack images at: one number, or height,width.")
 PREPROCESSING = flags.DEFINE_string("preprocessing", "none", "Crop and resize images: none, tarflow or adm.")
 SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "Leave out files that cannot be used instead of rejecting the set.")
+AUTOENCODER = flags.DEFINE_string("autoencoder", None, "Folder of an autoencoder: pack the images' latents by it.")
+TEXT_ENCODER = flags.DEFINE_string(
+    "text_encoder", None, "Embeds captions beside latents: words (of the package wordllama), or t5:NAME."
+)
+TEXT_LENGTH = flags.DEFINE_integer("text_length", None, "Words or tokens of a caption; default: 12, of a T5 128.")
+COPIES = flags.DEFINE_integer(
+    "copies", 0, "Latents of this many shifted and scaled copies of each training image, too.", lower_bound=0
+)
+OUT = flags.DEFINE_string("out", None, "Folder of the latents; default: in the data folder.")
 PREVIEW = flags.DEFINE_string("preview", None, "PNG file for a grid of training images; default: in the set's folder.")
 
 
@@ -57,7 +70,41 @@ def main(argv: Sequence[str]) -> None:
         if split == "train":
             batch = next(data.train_batches(source, batch_size=64, seed=0))
             save_png(preview, grid(to_uint8(to_float(batch.image))))
+    if AUTOENCODER.value:
+        sources = {split: data.open_source(name, split, **options) for split in ("train", "test")}
+        out = Path(OUT.value or data_dir / "latents" / file_stem(Path(argument).name)).expanduser()
+        with sole_user(out):
+            encode(sources, out)
+        name = f"latents:{out}"
     print(f"train with --config.data.source={name}; a preview is in {preview}")
+
+
+def encode(sources: dict[str, data.ImageSource], out: Path) -> None:
+    """Packs latents and captions, with the autoencoder and the text encoder beside them."""
+    autoencoder, text = Autoencoder.from_pretrained(AUTOENCODER.value), None
+    height, width, _ = sources["train"].image_shape
+    factor = autoencoder.config.factor
+    if kind := TEXT_ENCODER.value:
+        captions = [text for source in sources.values() for wordings in source.captions for text in wordings]
+        if kind == "words":
+            text = WordVectors.from_wordllama(captions, TEXT_LENGTH.value or 12)
+        elif kind.startswith("t5:"):
+            text = T5Encoder(kind.removeprefix("t5:"), TEXT_LENGTH.value or 128)
+        else:
+            raise UserError(f"--text_encoder is {kind!r}; expected words or t5:NAME")
+    data.pack_latents(
+        out,
+        sources,
+        autoencoder.posterior,
+        (height // factor, width // factor, autoencoder.config.latent_channels),
+        text,
+        (text.length, text.dim) if text else (),
+        " ".join([fingerprint(autoencoder.params), text.fingerprint if text else ""]),
+        COPIES.value,
+    )
+    autoencoder.save_pretrained(out / "autoencoder")
+    if text:
+        text.save(out / "text")
 
 
 if __name__ == "__main__":

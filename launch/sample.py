@@ -4,6 +4,7 @@ Of a flow of sequences: x and log_q, its log p, as .npz.
 
 python -m launch.sample --model=digits --num_images=64 --guidance=1.5
 python -m launch.sample --workdir=runs/digits --num_images=64 --guidance=1.5 --denoise
+python -m launch.sample --workdir=runs/emoji64_text --prompt="a red heart" --num_images=4
 python -m launch.sample --workdir=runs/fashion_mnist --label=sneaker --num_images=16 --out=sneakers
 """
 
@@ -20,11 +21,12 @@ from etils import epath
 from launch import cli, end_at_signals
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.generation import quantise, write_samples
-from tarflow_jax.figures import class_columns, grid, save_gif, save_png, to_uint8
+from tarflow_jax.figures import captioned_grid, class_columns, grid, save_gif, save_png, to_uint8
 from tarflow_jax.files import read_npz, write_npz
 from tarflow_jax.pipeline import FAR_OUTSIDE, TarFlowPipeline
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling import DEFAULT_DENOISING, Decoder, Guidance, Tuned
+from tarflow_jax.text_to_image import TextToImage
 
 OUT = flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR/samples or ./samples.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "Number of images.", lower_bound=1)
@@ -35,8 +37,11 @@ LABEL = flags.DEFINE_string("label", None, "The only class to draw, by number or
 CONDITION = flags.DEFINE_string(
     "condition", None, "File (npz) of `condition` or `mask` for samples of a flow of sequences, row by row in turn."
 )
+PROMPT = flags.DEFINE_multi_string("prompt", None, "Caption to draw --num_images images of; may be repeated.")
 SEED = cli.define_seed("Seed of the latents.")
-GUIDANCE = cli.define_number("guidance", 0.0, "Guidance weight w; 0 is no guidance.")
+GUIDANCE = flags.DEFINE_float(
+    "guidance", None, "Guidance weight w; 0 is no guidance. Default: 0, with --prompt the model's own guidance."
+)
 cli.define_guidance_flags()
 DENOISE = flags.DEFINE_bool("denoise", None, "Denoise the samples; default: if the training noise was Gaussian.")
 MULTIPLIER = cli.define_number("denoise_multiplier", 1.0, "Factor of the score in denoising.")
@@ -87,14 +92,48 @@ def draw_sequences(
         print(path)
 
 
+def draw_captions(name: str, distributed: bool, decoder: Decoder | Tuned, out: epath.Path) -> None:
+    """Draws images of captions, or of the classes, by a flow over latents."""
+    pipe = TextToImage.from_pretrained(
+        name, best=flags.FLAGS.checkpoint == "best", mesh=make_mesh() if distributed else None
+    )
+    guidance = pipe.guidance if GUIDANCE.value is None else cli.guidance(GUIDANCE.value)
+    labels, names = chosen_labels(pipe.flow.config.num_classes, pipe.flow.label_names), pipe.flow.label_names
+    if PROMPT.value and labels is not None:
+        labels = np.repeat(labels[: len(PROMPT.value)], NUM_IMAGES.value) if LABELS.value or LABEL.value else None
+    images = pipe(
+        PROMPT.value,
+        NUM_IMAGES.value,
+        guidance,
+        jax.random.key(SEED.value),
+        labels=labels,
+        decoder=decoder,
+        denoise=DENOISE.value,
+    )
+    if jax.process_index():
+        return
+    pixels, _ = quantise(np.asarray(images))
+    if PROMPT.value:
+        captions = np.repeat(PROMPT.value, NUM_IMAGES.value).tolist()
+        sheet = captioned_grid(pixels, captions, min(NUM_IMAGES.value, 10) if len(PROMPT.value) > 1 else 8)
+    else:
+        sheet = class_columns(pixels, labels, names)
+    save_png(out / "samples.png", sheet)
+    write_samples(out / "samples.npz", pixels, labels)
+    print(f"{out / 'samples.png'}\n{out / 'samples.npz'}")
+
+
 def main(argv: Sequence[str]) -> int:
     """Draws and writes; returns 1 if every image is bad."""
-    guidance, decoder = cli.guidance(GUIDANCE.value), cli.decoder()
+    guidance, decoder = cli.guidance(GUIDANCE.value or 0.0), cli.decoder()
     if cli.draws_clean_images() and DENOISE.value is False:
         raise UserError("--nodenoise is not for --decoder=student, whose images are clean; with --polish they are not")
     distributed = cli.join_processes()
     end_at_signals()  # JAX may have taken SIGTERM
     name, place = cli.model_name()
+    if PROMPT.value:
+        draw_captions(name, distributed, decoder, epath.Path(OUT.value or f"{place}/samples"))
+        return 0
     pipe = cli.open_pipeline(name, make_mesh() if distributed else None, sequences=True)
     labels = chosen_labels(pipe.config.num_classes, pipe.label_names)
     out = epath.Path(cli.folder("out") if OUT.value else epath.Path(place) / "samples")
@@ -104,6 +143,11 @@ def main(argv: Sequence[str]) -> int:
         return 0
     if CONDITION.value:
         raise UserError("--condition is for a flow of sequences; this one is of images")
+    if pipe.config.image_bits == 0:
+        if pipe.config.has_prefix:
+            raise UserError('this flow draws from captions; give it one, --prompt="…"')
+        draw_captions(name, distributed, decoder, out)
+        return 0
     latents = pipe.latents(jax.random.key(SEED.value), NUM_IMAGES.value)
     trace = pipe.decode_trace(latents, labels, guidance, decoder, pipe.drawn_level)
     frames = list(np.moveaxis(np.asarray(trace.trajectory), 1, 0))

@@ -7,6 +7,7 @@ from tarflow_jax.importance import importance
 from tarflow_jax.noise import Noise
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance, IterativeDenoising
+from tarflow_jax.text_to_image import TextToImage
 from tarflow_jax.version import __version__
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "TarFlow",
     "TarFlowConfig",
     "TarFlowPipeline",
+    "TextToImage",
     "__version__",
     "fit",
     "fit_density",

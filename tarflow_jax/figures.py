@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ _MIN_SIDE = 56  # smaller images are enlarged
 _SPACE = 2  # between images
 _FONT_SIZE, _MIN_FONT_SIZE, _TITLE_GAP, _CAPTION_GAP = 16, 9, 8, 4
 
+_CAPTION_LINES = 3
 _MAX_COLUMNS = 20  # of classes
 # Five colours of viridis, from the lowest to the highest value; readable in grey and by the colour-blind.
 COLOURS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
@@ -85,6 +87,23 @@ def grid(
         place = (left + column * column_width + width // 2, bottom + _CAPTION_GAP + caption_font.size)
         draw.text(place, caption, "black", caption_font, anchor="ms")
     return np.array(sheet).reshape(*sheet.size[::-1], channels)
+
+
+def captioned_grid(images: np.ndarray, captions: Sequence[str], columns: int) -> np.ndarray:
+    """Lays uint8 images [B, H, W, K] out on a sheet, each over its own caption, which is wrapped and cut to fit."""
+    tiles = enlarge(np.asarray(images), 2 * _MIN_SIDE)
+    count, height, width, _ = tiles.shape
+    font = ImageFont.load_default(_MIN_FONT_SIZE + 1)
+    per_line, line_height = max(int(width / font.getlength("n")), 1), math.ceil(1.3 * (_MIN_FONT_SIZE + 1))
+    column_width, row_height = width + 2 * _SPACE, height + _CAPTION_LINES * line_height + 2 * _SPACE
+    sheet = Image.new("RGB", (columns * column_width, math.ceil(count / columns) * row_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, (tile, caption) in enumerate(zip(tiles, captions, strict=True)):
+        left, top = index % columns * column_width, index // columns * row_height
+        sheet.paste(to_pil(tile), (left, top))
+        lines = textwrap.wrap(caption, per_line, max_lines=_CAPTION_LINES, placeholder=" …")
+        draw.text((left, top + height), "\n".join(lines), "black", font)
+    return np.array(sheet)
 
 
 def _largest_font(texts: Sequence[str], width: int) -> Any:

@@ -84,7 +84,7 @@ def train(
     mesh = make_mesh(devices=devices[: math.gcd(batch_size, len(devices))])
     optimizer = Optimizer(num_steps, warmup_steps=max(num_steps // 20, 1), muon_learning_rate=MUON_RATE)
     train_config = TrainConfig(task, optimizer)
-    state, step = new_state(train_config, mesh, keys[0], units), compiled_step(train_config, mesh)
+    state, step = new_state(train_config, mesh, keys[0], {"constants": units}), compiled_step(train_config, mesh)
     put, runner = Rows(mesh, batch_size).put, BatchRunner(mesh)
     best: tuple[Any, float, int] = None, math.inf, 0
     check_every = max(num_steps // NUM_VALIDATIONS, 1)

@@ -95,14 +95,15 @@ def noisy_log_prob(
     index: jax.Array,
     noise_std: jax.Array | None,
     key: jax.Array,
+    condition: jax.Array | None = None,
 ) -> jax.Array:
-    """log p, float32 [B] in nats, of uint8 or uint16 images [B, H, W, K] with noise.
+    """log p, float32 [B] in nats, of uint8 or uint16 images, or latents, [B, H, W, K] with noise.
 
     Image number `index` [B] of a data set gets the noise of fold_in(key, index). `noise_std` [B] is the level of a
     noise with levels, and the level at which a noise-conditional flow is evaluated.
     """
     noisy = noise.of_numbered(key, images, index, noise_std)
-    return log_prob(flow, variables, noisy, labels if flow.config.num_classes else None, noise_std)
+    return log_prob(flow, variables, noisy, labels if flow.config.num_classes else None, noise_std, condition)
 
 
 def training_loss(

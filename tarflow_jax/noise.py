@@ -71,7 +71,7 @@ class Noise(Options):
         return (low + (high - low) * shares) ** (1 / power)
 
     def __call__(self, key: jax.Array, images: jax.Array, noise_std: jax.Array | None = None) -> jax.Array:
-        """Adds noise to uint8 or uint16 images [B, H, W, K], float32 images; `noise_std` σ [B] is for kind "levels"."""
+        """Adds noise to images [B, H, W, K], see `to_float`; `noise_std` σ [B] is for kind "levels"."""
         if self.kind == "uniform":
             return dequantise(key, images)
         std: Any = self.std if noise_std is None else noise_std[:, None, None, None]
@@ -92,8 +92,10 @@ class Noise(Options):
 
 
 def to_float(images: jax.Array | np.ndarray) -> jax.Array:
-    """Value v of uint8 -> v / 127.5 - 1 in [-1, 1], float32; of uint16, v / 32767.5 - 1."""
+    """Value v of uint8 -> v / 127.5 - 1 in [-1, 1], float32; of uint16, v / 32767.5 - 1; float32 stays as it is."""
     images = jnp.asarray(images)
+    if images.dtype == jnp.float32:
+        return images
     return images.astype(jnp.float32) / ((_num_levels(images) - 1) / 2) - 1
 
 

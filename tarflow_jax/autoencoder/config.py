@@ -29,6 +29,7 @@ class AutoencoderConfig(Options):
     scaling_factor: float = option(0.18215, "Latents are (z - shift_factor) * scaling_factor.")
     shift_factor: float = option(0.0, "Subtracted from latents before they are scaled.", low=-math.inf)
     latent_std: float = option(0.0, "Constant standard deviation of the encoder's z; 0 for a learned one.")
+    noise_std: float = option(0.0, "Noise of the latents, in the flow's units, that the decoder has learned to remove.")
     dtype: str = option("float32", "Dtype of convolutions; that of norms is float32.", choices=("float32", "bfloat16"))
 
     def __post_init__(self) -> None:

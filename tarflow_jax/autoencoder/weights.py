@@ -48,7 +48,8 @@ def write_folder(folder: Path, config: AutoencoderConfig, params: Any, sample_si
     """Writes both files, or none; `sample_size` is the side of diffusers' tiles in pixels."""
     if (folder / CONFIG).exists():
         _read_config(folder / CONFIG)  # UserError if it is another model's
-    fields = {name: value for name, value in config.to_dict().items() if name not in ("dtype", "latent_std")}
+    ours = ("dtype", "latent_std", *([] if config.noise_std else ["noise_std"]))  # that diffusers does not know
+    fields = {name: value for name, value in config.to_dict().items() if name not in ours}
     fields |= {"in_channels": fields.pop("image_channels"), "sample_size": sample_size, **_constant(config)}
     flat = {name: np.array(array, np.float32) for name, array in flatten(params).items()}
     if config.latent_std:  # diffusers does not know it, so the weights say the same

@@ -6,6 +6,7 @@ code points assigns it to a split, with all of its skin-tone variants.
 
 import dataclasses
 import json
+import re
 import tarfile
 import zlib
 from pathlib import Path
@@ -17,6 +18,7 @@ from tarflow_jax.errors import UserError
 HOW = "get it with: npm pack emoji-datasource-google@16.0.0"
 IMAGES = "img/google/64/"
 MAX_MEMBER_BYTES = 16 * 2**20
+_WANTED = re.compile(r"emoji\.json|img/\w+/64/[^/]+\.png|assets/[^/]+\.webp")
 
 
 def open_emoji(argument: str, split: str, options: Options) -> EncodedSource:
@@ -41,7 +43,7 @@ def prepare_emoji(argument: str, options: Options) -> str:
 
 def _list_emoji(path: Path) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
     """Lists the images of each split, and the names of the categories, of the package at `path`."""
-    content = _read_package(path)
+    content = read_package(path)
     try:
         entries = json.loads(content["emoji.json"])
         label_names = tuple(sorted({entry["category"] for entry in entries}))
@@ -60,11 +62,11 @@ def _item(name: str, png: bytes, label: int) -> Item:
     return Item(name, label, lambda: png, str(zlib.crc32(png)))
 
 
-def _read_package(path: Path) -> dict[str, bytes]:
-    """Reads emoji.json and the 64x64 PNG files, by their path inside the package, from its tarball or folder."""
+def read_package(path: Path) -> dict[str, bytes]:
+    """Reads emoji.json and the drawings, by their path inside the package, from its tarball or folder."""
     if path.is_dir():
         root = path / "package" if (path / "package").is_dir() else path
-        files = [root / "emoji.json", *(root / IMAGES).glob("*.png")]
+        files = (file for file in root.rglob("*") if _WANTED.fullmatch(file.relative_to(root).as_posix()))
         return {file.relative_to(root).as_posix(): file.read_bytes() for file in files if file.is_file()}
     if not path.is_file():
         raise FileNotFoundError(f"emoji64: {path} not found; {HOW}")
@@ -73,8 +75,7 @@ def _read_package(path: Path) -> dict[str, bytes]:
         with tarfile.open(path) as archive:
             for member in archive:
                 name = member.name.removeprefix("package/")
-                wanted = name == "emoji.json" or (name.startswith(IMAGES) and name.endswith(".png"))
-                if wanted and member.isreg() and member.size <= MAX_MEMBER_BYTES:
+                if _WANTED.fullmatch(name) and member.isreg() and member.size <= MAX_MEMBER_BYTES:
                     content[name] = archive.extractfile(member).read()  # type: ignore[union-attr]
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"emoji64: {path} is no whole tarball ({error}); {HOW}") from None

@@ -47,7 +47,24 @@ def list_folder(root: Path, split: str) -> tuple[list[Item], tuple[str, ...]]:
         paths = [path for path in paths if split_of(path) == split]
     if not paths:
         raise UserError(f"folder:{root}: no {', '.join(EXTENSIONS)} files for the {split} split")
-    return [_item(root, base, path, label_names) for path in paths], label_names
+    captions = _listed_captions(base, {Path(path).parent for path in paths})
+    return [_item(root, base, path, label_names, captions) for path in paths], label_names
+
+
+def _listed_captions(base: Path, folders: Iterable[Path]) -> dict[str, tuple[str, ...]]:
+    """Reads each folder's metadata.jsonl, the hub's convention: captions by the path of their image from `base`."""
+    captions: dict[str, list[str]] = {}
+    for folder in folders:
+        file = base / folder / "metadata.jsonl"
+        for number, line in enumerate(file.read_text().splitlines() if file.is_file() else (), 1):
+            try:
+                fields = json.loads(line)
+                text = fields.get("text", fields.get("caption"))
+                texts = [] if text is None else [text] if isinstance(text, str) else list(map(str, text))
+                captions.setdefault((folder / fields["file_name"]).as_posix(), []).extend(texts)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f"{file}, line {number}: expected an object with file_name and text") from None
+    return {path: tuple(texts) for path, texts in captions.items()}
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
@@ -78,7 +95,9 @@ def _walk(root: Path) -> Iterator[str]:
                 yield (Path(folder) / name).relative_to(root).as_posix()
 
 
-def _item(root: Path, base: Path, path: str, label_names: tuple[str, ...]) -> Item:
+def _item(
+    root: Path, base: Path, path: str, label_names: tuple[str, ...], captions: dict[str, tuple[str, ...]]
+) -> Item:
     name, file = path.split("/")[0], base / path
     if label_names and name not in label_names:
         raise UserError(f"folder:{base}: class {name!r} of {path} has no folder in the training split")
@@ -88,7 +107,10 @@ def _item(root: Path, base: Path, path: str, label_names: tuple[str, ...]) -> It
         stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_mode}"
     except OSError:
         stamp = "unreadable"
-    return Item(file.relative_to(root).as_posix(), label, lambda: read_file(file), stamp)
+    texts, beside = captions.get(path, ()), file.with_suffix(".txt")
+    if beside.is_file():
+        texts += tuple(line.strip() for line in beside.read_text(errors="replace").splitlines() if line.strip())
+    return Item(file.relative_to(root).as_posix(), label, lambda: read_file(file), stamp, texts)
 
 
 def open_folder(argument: str, split: str, options: Options) -> EncodedSource:
@@ -114,7 +136,7 @@ def open_folder(argument: str, split: str, options: Options) -> EncodedSource:
         write_text(report, json.dumps({"content": content, "bad": bad}, indent=1) + "\n")
     refuse_bad(name, bad, len(items), options.skip_bad)
     items = [item for item in items if item.name not in bad]
-    return EncodedSource(
+    source = EncodedSource(
         name,
         len(items),
         items.__getitem__,
@@ -124,6 +146,9 @@ def open_folder(argument: str, split: str, options: Options) -> EncodedSource:
         bits=bits,
         label_names=label_names,
     )
+    if any(item.captions for item in items):
+        source.captions = [item.captions for item in items]
+    return source
 
 
 def first_image(name: str, items: list[Item]) -> tuple[tuple[int, int, int], int]:
@@ -141,7 +166,8 @@ def hash_items(items: Iterable[Item], *more: object) -> str:
     """SHA-256 of the items' names, labels and stamps, and of anything else given."""
     digest = hashlib.sha256(repr(more).encode())
     for item in items:
-        digest.update(f"{item.name}\0{item.label}\0{item.stamp}\n".encode("utf-8", "surrogateescape"))
+        stamp = item.stamp + repr(item.captions) * bool(item.captions)
+        digest.update(f"{item.name}\0{item.label}\0{stamp}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

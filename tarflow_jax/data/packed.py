@@ -27,7 +27,7 @@ from tarflow_jax.data.source import NO_LABEL, SPLITS, EncodedSource, Item, Optio
 from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.files import replacing, sha256, write_text
 
-MANIFEST = "manifest.json"
+MANIFEST, CAPTIONS = "manifest.json", "captions-{}.jsonl"
 FORMAT = 1
 IMAGES_PER_SHARD = 1024
 LABEL = struct.Struct("<i")
@@ -90,6 +90,11 @@ def pack(
                 "class_counts": np.bincount(labels[labels != NO_LABEL], minlength=len(label_names)).tolist(),
                 "shards": [report["shard"] for report in reports if report["labels"]],
             }
+            captions = [texts for report in reports for texts in report["captions"]]
+            if any(captions):
+                lines = "".join(json.dumps(texts) + "\n" for texts in captions)
+                write_text(folder / CAPTIONS.format(split), lines)
+                summaries[split]["captions"] = sha256(folder / CAPTIONS.format(split))
             for report in reports:
                 bad |= report["bad"]
     refuse_bad(name, bad, sum(map(len, splits.values())), options.skip_bad)
@@ -112,7 +117,8 @@ def _finished(path: Path, key: str) -> dict[str, Any] | None:
     """Returns the report of a shard that an interrupted packing of the same set has finished, or None."""
     try:
         report = json.loads(path.with_suffix(".json").read_text())
-        return report if report["fingerprint"] == key and report["shard"]["sha256"] == sha256(path) else None
+        whole = report["fingerprint"] == key and len(report["captions"]) == len(report["labels"])
+        return report if whole and report["shard"]["sha256"] == sha256(path) else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -120,6 +126,7 @@ def _finished(path: Path, key: str) -> dict[str, Any] | None:
 def write_shard(path: Path, key: str, items: list[Item], encoded: Iterable[bytes | ValueError]) -> dict[str, Any]:
     """Writes the good ones of the items as one shard, and its report. Returns the report."""
     labels: list[int] = []
+    captions: list[tuple[str, ...]] = []
     bad: dict[str, str] = {}
     with replacing(path) as file:
         writer = ArrayRecordWriter(file.name, "group_size:1")
@@ -130,10 +137,11 @@ def write_shard(path: Path, key: str, items: list[Item], encoded: Iterable[bytes
                 with _write_errors(path):
                     writer.write(LABEL.pack(item.label) + outcome)
                 labels.append(item.label)
+                captions.append(item.captions)
         with _write_errors(path):
             writer.close()
     shard = {"file": path.name, "images": len(labels), "bytes": path.stat().st_size, "sha256": sha256(path)}
-    report = {"fingerprint": key, "shard": shard, "labels": labels, "bad": bad}
+    report = {"fingerprint": key, "shard": shard, "labels": labels, "captions": captions, "bad": bad}
     write_text(path.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
     return report
 
@@ -241,4 +249,9 @@ def open_packed(argument: str, split: str, options: Options, name: str | None = 
         class_counts=manifest["splits"][split]["class_counts"],
     )
     source.preprocessing = packed_with
+    if expected := manifest["splits"][split].get("captions"):
+        file = folder / CAPTIONS.format(split)
+        if not file.exists() or sha256(file) != expected:
+            raise UserError(f"{file}: missing or damaged; copy or pack the set again")
+        source.captions = [tuple(json.loads(line)) for line in file.read_text().splitlines()]
     return source

@@ -11,9 +11,16 @@ from typing import NamedTuple
 from etils import epath
 
 from tarflow_jax.data.arrays import open_digits, open_fashion_mnist, open_npz
+from tarflow_jax.data.captioned import (
+    open_unpacked,
+    prepare_emoji_text,
+    prepare_openclipart,
+    prepare_webdataset,
+)
 from tarflow_jax.data.emoji import open_emoji, prepare_emoji
 from tarflow_jax.data.folder import open_folder
 from tarflow_jax.data.images import PREPROCESSINGS
+from tarflow_jax.data.latents import open_latents
 from tarflow_jax.data.packed import open_packed, prepare_folder
 from tarflow_jax.data.sequences import KIND
 from tarflow_jax.data.source import SPLITS, ImageSource, Options
@@ -33,11 +40,15 @@ class Kind(NamedTuple):
 KINDS = {
     "digits": Kind("digits", open_digits),
     "emoji64": Kind("emoji64", open_emoji, prepare_emoji),
+    "emoji_text": Kind("emoji_text:FOLDER", open_unpacked, prepare_emoji_text),
     "fashion_mnist": Kind("fashion_mnist[:FOLDER]", open_fashion_mnist),
     "folder": Kind("folder:PATH", open_folder, prepare_folder),
+    "latents": Kind("latents:FOLDER", open_latents),
     "npz": Kind("npz:FILE", open_npz),
+    "openclipart": Kind("openclipart", open_unpacked, prepare_openclipart),
     "packed": Kind("packed:FOLDER", open_packed),
     "tfds": Kind("tfds:NAME[/CONFIG][:VERSION]", open_tfds, prepare_tfds),
+    "webdataset": Kind("webdataset:FILE,FILE", open_unpacked, prepare_webdataset),
 }
 
 

@@ -44,7 +44,9 @@ class ImageSource(abc.ABC):
     for an unlabelled image.
     """
 
-    bits: int = 8  # of an image's numbers
+    bits: int = 8  # of an image's numbers; 0 for latents, which are floats
+    captions: Sequence[tuple[str, ...]] = ()  # wordings for each image; () if there are none
+    condition_shape: tuple[int, ...] = ()  # of what comes with each image
     preprocessing: str = "none"  # how images were resized; metrics under different preprocessing do not compare
 
     def __init__(
@@ -62,6 +64,11 @@ class ImageSource(abc.ABC):
     @abc.abstractmethod
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
+    @property
+    def units(self) -> dict[str, np.ndarray]:
+        """Values of a flow's constants that follow from the data."""
+        return {}
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hexadecimal) of the images and labels, independent of where they are stored."""
@@ -74,10 +81,11 @@ class ImageSource(abc.ABC):
 
     def class_counts(self) -> np.ndarray:
         """Number of images of each class: int64 [num_classes]."""
-        labels = np.array(self._labels())
+        labels = np.array(self.all_labels())
         return np.bincount(labels[labels != NO_LABEL], minlength=self.num_classes)
 
-    def _labels(self) -> list[int]:
+    def all_labels(self) -> list[int]:
+        """The label of every image."""
         return [self[index]["label"] for index in range(len(self))]
 
     def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -137,6 +145,7 @@ class Item(NamedTuple):
     label: int
     read: Callable[[], bytes]
     stamp: str = ""  # changes whenever the image does
+    captions: tuple[str, ...] = ()  # wordings
 
 
 class EncodedSource(ImageSource):
@@ -196,7 +205,7 @@ class EncodedSource(ImageSource):
         counts = self._class_counts
         return super().class_counts() if counts is None else np.array(counts, np.int64)
 
-    def _labels(self) -> list[int]:  # without decoding the images
+    def all_labels(self) -> list[int]:  # without decoding the images
         return [self._item_at(index).label for index in range(len(self))]
 
     def _content(self) -> str:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from tarflow_jax import likelihood
-from tarflow_jax.data import ImageSource, SequenceSource
+from tarflow_jax.data import ImageSource, Latents, SequenceSource
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.likelihood import LOG_2PI, bits_per_dim
 from tarflow_jax.noise import Noise
@@ -29,7 +29,7 @@ def noisy_log_prob(
     Image i gets the noise of fold_in(key, i), so its value depends neither on the devices nor on the other images.
 
     Args:
-      images: a source, or uint8 or uint16 [N, H, W, K] and labels int32 [N] or None.
+      images: a source, of latents their means, or uint8 or uint16 [N, H, W, K] and labels int32 [N] or None.
       levels: noise levels σ, float32 [n], for a noise-conditional flow; image i is evaluated at level i mod n, and its
         noise is of that level where `noise` has many.
     """
@@ -40,7 +40,8 @@ def noisy_log_prob(
         else:
             pixels, labels = jax.tree.map(lambda x: x[index], images)
         noise_std = None if levels is None else levels[index % len(levels)]
-        return {"images": pixels, "labels": labels, "index": index.astype(np.int32), "noise_std": noise_std}
+        rows = {"images": pixels, "labels": labels, "index": index.astype(np.int32), "noise_std": noise_std}
+        return rows | {"images": pixels.mean, "condition": pixels.condition} if isinstance(pixels, Latents) else rows
 
     rows = LazyRows(read, len(images) if isinstance(images, ImageSource) else len(images[0]))
     function = functools.partial(likelihood.noisy_log_prob, device_flow(exact(config)), noise)

@@ -49,7 +49,9 @@ class TarFlowConfig(Options):
     image_limit: float = option(0.0, "Clips the tokens that enter the first block to ± this; 0 for no limit.")
     triangular: bool = option(False, "Affine maps with triangular matrices instead of diagonal ones.")
     noise_conditional: bool = option(False, "One flow for all noise levels, conditional on the level.")
-    image_bits: int = option(8, "Bits of an image's numbers, for bits per dimension.", choices=(8, 16))
+    image_bits: int = option(
+        8, "Bits of an image's numbers, for bits per dimension; 0 for an autoencoder's latents.", choices=(0, 8, 16)
+    )
     sequence_shape: tuple[int, int] = option(
         (0, 0), "Tokens of a sequence and numbers in each; 0 where tokens are numbers."
     )

@@ -2,6 +2,7 @@
 
 from tarflow_jax.interop.model_folder import (
     READY_MADE,
+    TEXT_TO_IMAGE,
     SavedModel,
     check_path,
     copy_model,
@@ -11,18 +12,22 @@ from tarflow_jax.interop.model_folder import (
     push_model,
     save_model,
 )
+from tarflow_jax.interop.t5 import load_t5, t5_embeddings
 from tarflow_jax.interop.torch_weights import load_torch, save_torch
 
 __all__ = [
     "READY_MADE",
+    "TEXT_TO_IMAGE",
     "SavedModel",
     "check_path",
     "copy_model",
     "load_model",
     "load_student",
+    "load_t5",
     "load_torch",
     "local_folder",
     "push_model",
     "save_model",
     "save_torch",
+    "t5_embeddings",
 ]

@@ -47,6 +47,9 @@ HUB_OWNER = "tarflow-jax"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Everything that a model folder may hold; no other file is downloaded or uploaded.
 FILES = [CONFIG, WEIGHTS, CARD, PICTURE, "decoder.json", f"{STUDENT}/{CONFIG}", f"{STUDENT}/{WEIGHTS}"]
+TEXT_TO_IMAGE = "text_to_image.json"  # of a folder that also has what is around a flow of latents
+FILES += [TEXT_TO_IMAGE, f"autoencoder/{CONFIG}", "autoencoder/diffusion_pytorch_model.safetensors"]
+FILES += ["text/encoder.json", "text/words.safetensors"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,6 +135,7 @@ PARAMETERS = (
 )
 # In a student's blocks, which otherwise have the same parameters as the flow's.
 GUIDANCE = Parameter("guidance/kernel", "16 -> C:fsdp", "")
+AUTOENCODER = Parameter("autoencoder", "", "")  # every parameter of an autoencoder is replicated
 
 
 def params_shapes(config: TarFlowConfig) -> dict[str, Shape]:
@@ -158,6 +159,8 @@ def student_shapes(config: Any) -> dict[str, Shape]:
 
 def rows_of(path: str) -> list[Parameter]:
     """The rows whose name ends `path`, the path of a variable or of its optimizer moment; normally one."""
+    if "/autoencoder/" in f"/{path}":
+        return [AUTOENCODER]
     return [row for row in (*PARAMETERS, GUIDANCE) if f"/{path}".endswith(f"/{row.name}")]
 
 

@@ -3,7 +3,7 @@
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -44,6 +44,7 @@ def train(
     workdir: epath.PathLike,
     preview: Callable[[int, dict[str, Any]], None] | None = None,
     frozen: Any = None,
+    initial: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Trains until `config.train.num_steps`, from the workdir's last checkpoint on; returns the final state.
 
@@ -54,6 +55,7 @@ def train(
       preview: called as preview(step, variables) every `train.sample_every` steps, on every process.
       frozen: arrays that the recipe's task reads and training does not change, such as a student's `Teacher`. Arrays
         that are not on the config's mesh are replicated.
+      initial: variables to begin with in place of random ones; a run that continues does not read them.
 
     Raises:
       UserError: an impossible config, a workdir that holds another one, or one that another process trains in.
@@ -65,12 +67,13 @@ def train(
     if config.mesh.data == -1:
         use_cores_as_devices(fields.batch_size // fields.accumulation)
     source = recipe.source("train")
-    units = source.units if isinstance(source, SequenceSource) else {}
+    if source.units:
+        initial = {"constants": source.units}
     with PreemptionGuard() as guard, ExitStack() as resources:
         if jax.process_index() == 0:
             resources.enter_context(sole_user(workdir))
         recipe.write_to(workdir, source)
-        run = _Run(recipe, epath.Path(workdir), frozen, units, resources)
+        run = _Run(recipe, epath.Path(workdir), frozen, initial, resources)
         for images, labels in run.batches(source):
             run.take_step(images, labels)
             done = run.step == fields.num_steps
@@ -112,7 +115,7 @@ def evaluate_loss(recipe: Recipe, variables: dict[str, Any], frozen: Any = None)
 class _Run:
     """A run's state after `step` steps, and what it writes."""
 
-    def __init__(self, recipe: Recipe, workdir: epath.Path, frozen: Any, units: Any, resources: ExitStack) -> None:
+    def __init__(self, recipe: Recipe, workdir: epath.Path, frozen: Any, initial: Any, resources: ExitStack) -> None:
         fields, config = recipe.config.train, recipe.train_config
         self.recipe, self.fields, self.mesh = recipe, fields, recipe.mesh()
         init_key, self.key = run_keys(fields.seed)
@@ -121,7 +124,7 @@ class _Run:
         shapes = abstract_state(config, self.mesh)
         found = self.checkpoints.restore(shapes)
         if found is None:
-            self.step, self.state = 0, new_state(config, self.mesh, init_key, units)
+            self.step, self.state = 0, new_state(config, self.mesh, init_key, initial)
         else:
             self.step, self.state = found
             self.checkpoints.set_aside_after(self.step)

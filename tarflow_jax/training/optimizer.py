@@ -85,7 +85,7 @@ def orthogonalized(blocks: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
     """Orthogonalizes every matrix and scales it to a root mean square of about 1.
 
     Args:
-      blocks: the same tree of kernels [layers, …] for each block, sharded as the parameters are.
+      blocks: the kernels [layers, …] of each block, in the same tree `layers`, sharded as the parameters are.
       dtype: devices send each other directions in it; that of the network's matmuls.
 
     Returns the same trees with the same shardings, rounded to `dtype`, in float32.
@@ -98,10 +98,11 @@ def orthogonalized(blocks: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
         axes = jax.sharding.get_abstract_mesh().axis_names
         return jnp.split(_over_devices(axes, function, jnp.concatenate(kernels), row.spec[1:]), ends[:-1])
 
-    first, *others = blocks.values()
+    first, *others = ({"layers": block["layers"]} for block in blocks.values())  # what all blocks have
     directions = jax.tree_util.tree_map_with_path(of_all_blocks, first, *others)
     directions = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), directions)
-    return dict(zip(blocks, jax.tree.transpose(jax.tree.structure(first), None, directions), strict=True))
+    found = jax.tree.transpose(jax.tree.structure(first), None, directions)
+    return {name: blocks[name] | layers for name, layers in zip(blocks, found, strict=True)}
 
 
 def _newton_schulz(sides: optax.contrib.MuonDimensionNumbers, dtype: DTypeLike, stack: jax.Array) -> jax.Array:

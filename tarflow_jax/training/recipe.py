@@ -14,6 +14,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
+from tarflow_jax.autoencoder import AutoencoderConfig
 from tarflow_jax.data import ImageSource, SequenceSource, open_arrays, open_source
 from tarflow_jax.data.sequences import KIND
 from tarflow_jax.errors import UserError, one_line
@@ -27,7 +28,7 @@ from tarflow_jax.student import StudentConfig
 from tarflow_jax.training.checkpoint import recorded_config
 from tarflow_jax.training.optimizer import Optimizer
 from tarflow_jax.training.step import TrainConfig
-from tarflow_jax.training.task import ArrayTask, FlowTask, StudentTask, Task
+from tarflow_jax.training.task import ArrayTask, AutoencoderTask, FlowTask, Reconstruction, StudentTask, Task
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,9 @@ class DataOptions(Options):
 
     group: ClassVar[str] = "data"
 
-    source: str = option("", "Data set: digits, fashion_mnist, emoji64, tfds:NAME, folder:, packed:, npz:, array:PATH.")
+    source: str = option(
+        "", "Data set: digits, fashion_mnist, emoji64, tfds:NAME, folder:, packed:, npz:, latents:, array:PATH."
+    )
     data_dir: str = option("", "Folder of the data sets; empty for the default one.")
     preprocessing: str = option("none", "Crop and resize: none, tarflow or adm.")
     flip: bool = option(False, "Mirrors images at random.")
@@ -125,6 +128,8 @@ GROUPS: dict[str, Any] = {
 _OF_IMAGES = ("noise.kind", "noise.std", "data.preprocessing", "data.flip", "model.noise_conditional")
 # A student's model, data and noise are its flow's.
 STUDENT_GROUPS = {"student": StudentConfig, **{name: GROUPS[name] for name in ("optimizer", "train", "sample", "mesh")}}
+AUTOENCODER_GROUPS = {cls.group: cls for cls in (AutoencoderConfig, Reconstruction)}
+AUTOENCODER_GROUPS |= {name: GROUPS[name] for name in ("data", "optimizer", "train", "mesh")}
 
 
 def default_config(groups: dict[str, Any] = GROUPS) -> ml_collections.ConfigDict:
@@ -150,23 +155,34 @@ class Recipe:
       config: as given; a group `student` in it trains a student of the flow that model and noise describe. Of arrays,
         the fields of the model that follow from them are filled in where `model.sequence_shape` is left out.
       student: the student to train; None if the flow itself is trained.
+      autoencoder: the autoencoder to train; then there is neither model nor noise.
       task: what is trained.
       train_config: what determines the state and the step.
     """
 
     def __init__(self, config: ml_collections.ConfigDict) -> None:
         """Raises UserError: one line naming the field that is unknown, missing or impossible."""
-        if "model" not in config:
-            raise UserError("this recipe has no model: it is a student's, for launch.distill")
         groups = config.to_dict()
         for name in ("data", "sample", "mesh"):
-            GROUPS[name].from_dict(groups[name])
+            GROUPS[name].from_dict(groups.get(name, {}))
         train = TrainOptions.from_dict(groups["train"])
+        optimizer = Optimizer.from_dict({**groups["optimizer"], "num_steps": train.num_steps})
+        self.model: TarFlowConfig
+        self.noise: Noise | None = None
+        self.student: StudentConfig | None = None
+        self.autoencoder: AutoencoderConfig | None = None
+        self.task: Task
+        if "autoencoder" in config:
+            self.config, self.autoencoder = config, AutoencoderConfig.from_dict(groups["autoencoder"])
+            reconstruction = Reconstruction.from_dict(groups["reconstruction"])
+            self.task = AutoencoderTask(self.autoencoder, reconstruction, bool(config.get("decoder_of", "")))
+            self.train_config = TrainConfig(self.task, optimizer, train.accumulation)
+            return
+        if "model" not in config:
+            raise UserError("this recipe has no model: it is a student's, for launch.distill")
         self.config = _with_shape(config)
         self.model = TarFlowConfig.from_dict(self.config.model.to_dict())
         self.noise = None if self.model.is_sequence else Noise.from_dict(groups["noise"])
-        self.student: StudentConfig | None = None
-        self.task: Task
         if self.noise is None:
             _check_of_sequences(config)
             self.task = ArrayTask(self.model, train.drop_label, train.block_penalty)
@@ -175,7 +191,6 @@ class Recipe:
         if "student" in config and self.noise:
             self.student = StudentConfig.from_dict({**groups["student"], "flow": self.model})  # not its fingerprint
             self.task = StudentTask(self.student, self.noise, train.drop_label)
-        optimizer = Optimizer.from_dict({**groups["optimizer"], "num_steps": train.num_steps})
         self.train_config = TrainConfig(self.task, optimizer, train.accumulation)
 
     def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -191,23 +206,34 @@ class Recipe:
 
     def source(self, split: str) -> ImageSource | SequenceSource:
         """Opens the "train" or "test" split of the data; raises UserError unless it fits the model."""
-        fields, model = self.config.data, self.model
-        if model.is_sequence:
+        fields, model = self.config.data, None if self.autoencoder else self.model
+        if model and model.is_sequence:
             return open_arrays(fields.source, split, model)
         source = open_source(
             fields.source,
             split,
             data_dir=fields.data_dir or None,
-            image_size=model.image_size,
+            image_size=model.image_size if model else None,
             preprocessing=fields.preprocessing,
             skip_bad=fields.skip_bad,
             cache_bytes=fields.cache_bytes,
         )
+        if model is None:
+            self._check_autoencoded(source)
+            return source
         if tuple(source.image_shape) != model.image_shape:
             raise UserError(
                 f"{source.name} has images {tuple(source.image_shape)}, the model {model.image_shape}; "
                 "set model.image_size and model.image_channels to match"
             )
+        condition_shape = model.condition_shape if model.condition_dim else ()
+        if source.condition_shape != condition_shape:
+            raise UserError(
+                f"{source.name} has conditions {source.condition_shape}, the model {condition_shape}; set "
+                "model.condition_kind, condition_length and condition_dim to match"
+            )
+        if source.bits == 0 and fields.flip:
+            raise UserError("data.flip is for images; leave it False with latents")
         if source.bits != model.image_bits:
             raise UserError(f"{source.name} has images of {source.bits} bits; set model.image_bits to {source.bits}")
         if model.num_classes not in (0, source.num_classes):
@@ -216,6 +242,15 @@ class Recipe:
                 f"set model.num_classes to {source.num_classes}"
             )
         return source
+
+    def _check_autoencoded(self, source: ImageSource) -> None:
+        assert self.autoencoder is not None
+        channels, factor = self.autoencoder.image_channels, self.autoencoder.factor
+        if source.bits != 8 or source.image_shape[2] != channels or any(n % factor for n in source.image_shape[:2]):
+            raise UserError(
+                f"{source.name} has images {source.image_shape} of {source.bits} bits; this autoencoder is for 8 bits, "
+                f"{channels} channels and sides that are multiples of {factor}"
+            )
 
     def write_to(self, workdir: epath.PathLike, source: ImageSource | SequenceSource | None = None) -> None:
         """Writes workdir/config.json and, for a training split, data.json.
@@ -340,7 +375,7 @@ def _differing(there: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[A
 
     An option that a config lacks, because it is older than the option, has its default there; another field has None.
     """
-    defaults = json.loads(json.dumps(default_config(GROUPS | STUDENT_GROUPS).to_dict()))
+    defaults = json.loads(json.dumps(default_config(GROUPS | STUDENT_GROUPS | AUTOENCODER_GROUPS).to_dict()))
     there, here = (flatten_dict(defaults, sep=".") | flatten_dict(config, sep=".") for config in (there, here))
     return {
         name: values

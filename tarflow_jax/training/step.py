@@ -70,22 +70,24 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
     )
 
 
-def new_state(
-    config: TrainConfig, mesh: Mesh, key: jax.Array, constants: Mapping[str, np.ndarray] | None = None
-) -> TrainState:
+def new_state(config: TrainConfig, mesh: Mesh, key: jax.Array, given: Mapping[str, Any] | None = None) -> TrainState:
     """Returns `initial_state`, every array made where it is placed, never whole on one device.
 
-    `constants` replace those of these names in the variables, to whose shapes they broadcast.
+    `given` are variables that replace those of the same name, to whose shapes they broadcast; parameters also their
+    average.
     """
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     state = jax.jit(functools.partial(initial_state, config), out_shardings=layout)(key)
-    if not constants:
+    if not given:
         return state
-    placed = dict(state.variables["constants"])
-    for name, values in constants.items():
-        values = np.broadcast_to(values, placed[name].shape).astype(np.float32)
-        placed[name] = jax.device_put(values, placed[name].sharding)
-    return state.replace(variables={**state.variables, "constants": placed})
+
+    def replaced(old: Any, new: Any) -> Any:
+        if isinstance(old, dict):
+            return old | {name: replaced(old[name], values) for name, values in new.items()}
+        return jax.device_put(np.broadcast_to(new, old.shape).astype(np.float32), old.sharding)
+
+    average = state.ema_params and replaced(state.ema_params, given.get("params", {}))
+    return state.replace(variables=replaced(state.variables, given), ema_params=average)
 
 
 @functools.cache

@@ -1,32 +1,36 @@
 """Tasks: what the loop trains. A task has initial variables, a loss and a test loss.
 
-`FlowTask` trains a flow of images by maximum likelihood, `ArrayTask` one of sequences, `StudentTask` a student to
-invert a flow.
+`FlowTask` trains a flow of images or latents by maximum likelihood, `ArrayTask` one of sequences, `StudentTask` a
+student to invert a flow, `AutoencoderTask` an autoencoder.
 """
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, Protocol
+import math
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tarflow_jax.data import Arrays, ImageSource, SequenceSource
+from tarflow_jax.autoencoder import AutoencoderConfig, AutoencoderKL
+from tarflow_jax.data import Arrays, ImageSource, Latents, SequenceSource
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.bits_per_dim import loss_of, noisy_log_prob, sequence_log_prob
 from tarflow_jax.flow import TarFlow, TarFlowConfig, updated_prior
 from tarflow_jax.likelihood import training_loss, unit_prior
 from tarflow_jax.noise import Noise, to_float
+from tarflow_jax.options import Options, option
 from tarflow_jax.runtime import BatchRunner, LazyRows, device_flow, training_kernels
 from tarflow_jax.runtime.batch_runner import forward_bytes
 from tarflow_jax.sampling import guided_trajectory
 from tarflow_jax.student import Student, StudentConfig, distillation_loss
-from tarflow_jax.student.loss import flow_trajectory
+from tarflow_jax.student.loss import flow_trajectory, perceptual_distance
 
 Variables = dict[str, Any]
 Metrics = dict[str, jax.Array]
 Batch = tuple[Any, ...]  # arrays [B, …]
+ENCODER = ("encoder", "quant_conv")  # an autoencoder's parameters that its decoder does not use
 _TEST_LEVELS = 8  # noise levels in a test loss
 
 
@@ -55,11 +59,11 @@ class Task(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FlowTask:
-    """Maximum likelihood of images with noise (sections 3.1 and 3.2 of the paper); `frozen` is unused."""
+    """Maximum likelihood of images, or latents, with noise (sections 3.1 and 3.2 of the paper); `frozen` is unused."""
 
     model: TarFlowConfig
     noise: Noise
-    drop_label: float = 0.0  # probability of training an image without its label
+    drop_label: float = 0.0  # probability of training an image without its label and condition
     block_penalty: float = 0.0  # see `training_loss`
 
     def __post_init__(self) -> None:
@@ -76,11 +80,18 @@ class FlowTask:
     def init(self, key: jax.Array) -> Variables:
         return _initialised(self.model, key)
 
-    def prepare(self, key: jax.Array, images: jax.Array, labels: jax.Array) -> Batch:
+    def prepare(self, key: jax.Array, images: Any, labels: jax.Array) -> Batch:
         noise_key, drop_key = jax.random.split(key)
-        labels = _dropped(drop_key, labels, self.drop_label)
+        dropped = jax.random.bernoulli(drop_key, self.drop_label, labels.shape)
+        labels, condition = jnp.where(dropped, -1, labels), None
+        if isinstance(images, Latents):
+            mean, std, condition = images
+            if condition is not None:
+                condition = jnp.where(dropped[:, None, None], jnp.nan, condition)
+            images = mean + std * jax.random.normal(jax.random.fold_in(noise_key, 2), mean.shape, jnp.float32)
         levels = self.noise.levels(jax.random.fold_in(noise_key, 1), len(images))
-        return self.noise(noise_key, images, None if levels is None else levels.std), labels, levels
+        noisy = self.noise(noise_key, images, None if levels is None else levels.std)
+        return noisy, labels, levels, condition
 
     def loss(self, variables: Variables, batch: Batch, frozen: None) -> tuple[jax.Array, tuple[Metrics, Any]]:
         flow = TarFlow(self.model, training_kernels(self.model))
@@ -224,6 +235,85 @@ def _image_errors(
     student = Student(task.student, device_flow(task.student.shape).kernels)
     found, _ = student.apply(variables[1], latents, labels, None)
     return jnp.square(found - to_float(images)).mean((1, 2, 3))
+
+
+@dataclasses.dataclass(frozen=True)
+class Reconstruction(Options):
+    """The loss of an autoencoder: mean absolute error, a perceptual distance, and the size of the latents."""
+
+    group: ClassVar[str] = "reconstruction"
+
+    perceptual: float = option(1.0, "Weight of the perceptual distance; 0 for none.")
+    kl_weight: float = option(1e-6, "Weight of the KL divergence of the latents from N(0, 1), a mean over numbers.")
+
+
+class Fixed(NamedTuple):
+    """What an autoencoder's training reads and does not change."""
+
+    perception: Any = None  # parameters of the `Perception`, where the loss has one
+    encoder: Any = None  # parameters that are not trained, where the decoder alone is
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderTask:
+    """Reconstruction of images; `frozen` is a `Fixed`. Variables: `params/autoencoder/…`."""
+
+    config: AutoencoderConfig
+    reconstruction: Reconstruction
+    decoder_only: bool = False
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.config.dtype)
+
+    def init(self, key: jax.Array) -> Variables:
+        side = 8 * self.config.factor
+        params = AutoencoderKL(self.config).init(key, jnp.zeros((1, side, side, self.config.image_channels)))["params"]
+        if self.decoder_only:
+            params = {name: leaves for name, leaves in params.items() if name not in ENCODER}
+        return {"params": {"autoencoder": params}}
+
+    def prepare(self, key: jax.Array, images: jax.Array, labels: jax.Array) -> Batch:
+        shape = (len(images), *(side // self.config.factor for side in images.shape[1:3]), self.config.latent_channels)
+        noises = (jax.random.normal(one, shape, jnp.float32) for one in jax.random.split(key))
+        return to_float(images), *noises
+
+    def loss(self, variables: Variables, batch: Batch, frozen: Fixed) -> tuple[jax.Array, tuple[Metrics, Any]]:
+        images, sampling_noise, flow_noise = batch
+        params = (frozen.encoder or {}) | variables["params"]["autoencoder"]
+        model, options = AutoencoderKL(self.config), self.reconstruction
+        mean, log_variance = model.apply({"params": params}, images, method="encode")
+        if self.decoder_only:
+            mean, log_variance = jax.lax.stop_gradient((mean, log_variance))
+        latents = mean + jnp.exp(log_variance / 2) * sampling_noise
+        latents = latents + self.config.noise_std / self.config.scaling_factor * flow_noise
+        found = model.apply({"params": params}, latents, method="decode")
+        kl = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).mean()
+        metrics = {"absolute_error": jnp.abs(found - images).mean(), "kl": kl, "latents_std": mean.std()}
+        loss = metrics["absolute_error"] + options.kl_weight * kl
+        if options.perceptual:
+            num_classes = len(frozen.perception["Dense_0"]["bias"])
+            metrics["perceptual"] = perceptual_distance(num_classes, frozen.perception, found, images).mean()
+            loss = loss + options.perceptual * metrics["perceptual"]
+        return loss, (metrics | {"loss": loss}, None)
+
+    def finish(self, variables: Variables, metrics: Metrics, outputs: Any) -> tuple[Variables, Metrics]:
+        return variables, metrics
+
+    def test_loss(self, runner: BatchRunner, variables: Variables, source: ImageSource, frozen: Fixed) -> float:
+        """The mean square error of images that are decoded from the means of their latents."""
+        params = (frozen.encoder or {}) | variables["params"]["autoencoder"]
+        rows = LazyRows(lambda index: {"images": source.read(index)[0]}, len(source))
+        size = 32 * math.prod(source.image_shape[:2]) * self.config.block_out_channels[0]
+        errors = runner.run(functools.partial(_reconstruction_errors, self.config), params, rows, bytes_per_image=size)
+        return float(errors.mean(dtype=np.float64))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _reconstruction_errors(config: AutoencoderConfig, params: Any, images: jax.Array) -> jax.Array:
+    """Returns the mean square error of each image, [B]."""
+    clean = to_float(images)
+    return jnp.square(AutoencoderKL(config).apply({"params": params}, clean) - clean).mean((1, 2, 3))
 
 
 def _initialised(config: TarFlowConfig, key: jax.Array) -> Variables:

@@ -35,6 +35,8 @@ def read_workdir(workdir: epath.PathLike, mesh: Mesh | None = None, *, best: boo
     """
     workdir = epath.Path(workdir)
     recipe = Recipe.from_workdir(workdir)
+    if recipe.autoencoder:
+        raise UserError(f"{workdir} holds an autoencoder; expected a flow's workdir or a saved model")
     if recipe.student:
         raise UserError(f"{workdir} holds a student; open the workdir of its flow, {workdir.parent}")
     step, model = _restored(recipe, workdir, mesh, best=best)

@@ -1,0 +1,160 @@
+"""Captioned sets that are packed before use: emoji of several vendors, openclipart, webdataset's tar files."""
+
+import dataclasses
+import functools
+import json
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tarflow_jax.data.emoji import HOW, MAX_MEMBER_BYTES, read_package
+from tarflow_jax.data.folder import EXTENSIONS, list_folder
+from tarflow_jax.data.packed import pack
+from tarflow_jax.data.source import MAX_CLASSES, NO_LABEL, SPLITS, EncodedSource, Item, Options, split_of
+from tarflow_jax.errors import UserError
+
+_SKIN_TONES = {"1F3FB": "light", "1F3FC": "medium light", "1F3FD": "medium", "1F3FE": "medium dark", "1F3FF": "dark"}
+
+
+def prepare_emoji_text(argument: str, options: Options) -> str:
+    """Packs emoji with their names from the packages (tgz) in the folder `argument`.
+
+    These are emoji-datasource-VENDOR, at 64x64, of which at least one, and lobehub-fluent-emoji-3d. Captions are the
+    name and the short name, alone and with the vendor. Code points decide the split, as in the set emoji64.
+    """
+    packages = sorted(Path(argument).expanduser().glob("*.tgz"))  # that which names all emoji comes first
+    if not packages:
+        raise FileNotFoundError(f"emoji_text: no packages (tgz) in {argument}; {HOW}")
+    contents = [read_package(path) for path in packages]
+    splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
+    try:
+        entries = json.loads(contents[0]["emoji.json"])
+        label_names = tuple(sorted({entry["category"] for entry in entries}))
+        for path, content in zip(packages, contents, strict=True):
+            vendor, drawings = _drawings(path, content)
+            for entry in entries:
+                for tone, code in [("", entry["unified"]), *_tones(entry)]:
+                    if image := drawings.get(code.lower()):
+                        label, captions = label_names.index(entry["category"]), _wordings(entry, tone, vendor)
+                        stamp = str(zlib.crc32(image))
+                        item = Item(f"{vendor} {code}", label, functools.partial(bytes, image), stamp, captions)
+                        splits[split_of(entry["unified"])].append(item)
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"emoji_text: {argument} are not packages of emoji ({error!r}); {HOW}") from None
+    return _packed(f"emoji_text:{argument}", "emoji_text", splits, label_names, (64, 64), options)
+
+
+def _drawings(path: Path, content: dict[str, bytes]) -> tuple[str, dict[str, bytes]]:
+    """The vendor of a package, and its images by their code points in lower case."""
+    files = [name for name in content if name != "emoji.json"]
+    if not files:
+        raise UserError(f"emoji_text: {path} has no drawings; {HOW}")
+    vendor = "fluent" if files[0].startswith("assets/") else files[0].split("/")[1]
+    return vendor, {Path(name).stem: content[name] for name in files}
+
+
+def _tones(entry: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for tone, variant in entry.get("skin_variations", {}).items():
+        names = [_SKIN_TONES[each] for each in tone.split("-")]
+        yield f" with {' and '.join(dict.fromkeys(names))} skin tone", variant["unified"]
+
+
+def _wordings(entry: dict[str, Any], tone: str, vendor: str) -> tuple[str, ...]:
+    names = [entry["name"] or entry["short_name"], entry["short_name"]]
+    texts = [" ".join(re.findall(r"[^\W_]+", name.lower())) + tone for name in names]
+    return tuple(dict.fromkeys([texts[0], *(f"{text}, {vendor}" for text in texts)]))
+
+
+def prepare_openclipart(argument: str, options: Options) -> str:
+    """Packs the drawings of Debian's openclipart-png; their file names are captions, their folders labels."""
+    root = Path(argument or "/usr/share/openclipart/png").expanduser()
+    listings = {split: list_folder(root, split) for split in SPLITS}
+
+    def captioned(item: Item) -> Item:
+        words = re.findall(r"[^\W\d_]{2,}", Path(item.name).stem.lower())
+        return item._replace(captions=(" ".join(words),) if words else ())
+
+    splits = {split: [captioned(item) for item in items] for split, (items, _) in listings.items()}
+    return _packed("openclipart", "openclipart", splits, listings["train"][1], options.image_size, options)
+
+
+def prepare_webdataset(argument: str, options: Options) -> str:
+    """Packs the tar files at the paths `argument`, with commas between them, in webdataset's convention.
+
+    Members of one name but for the ending belong together: an image, a caption (txt, or in json), and perhaps a class
+    number (cls). A hash of the name decides the split.
+    """
+    splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
+    num_classes = 0
+    for path in argument.split(","):
+        for item in _samples(Path(path).expanduser()):
+            num_classes = max(num_classes, item.label + 1)
+            splits[split_of(item.name)].append(item)
+    names, stem = tuple(map(str, range(num_classes))), Path(argument.split(",")[0]).stem
+    return _packed(f"webdataset:{argument}", stem, splits, names, options.image_size, options)
+
+
+def _samples(path: Path) -> list[Item]:
+    """Lists the images of a tar file, each read from its place when it is packed, with captions and labels."""
+    images: dict[str, tuple[int, int]] = {}  # offset and size
+    captions: dict[str, str] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                folder, _, file = member.name.rpartition("/")
+                name, _, ending = file.partition(".")
+                key = f"{folder}/{name}"
+                if f".{ending.lower()}" in EXTENSIONS:
+                    images[key] = member.offset_data, member.size
+                elif ending in ("txt", "json", "cls") and member.isreg() and member.size <= MAX_MEMBER_BYTES:
+                    content = archive.extractfile(member).read()  # type: ignore[union-attr]
+                    if ending == "cls":
+                        labels[key] = int(content)
+                    elif text := content.decode() if ending == "txt" else json.loads(content).get("caption"):
+                        captions[key] = str(text).strip()
+    except (tarfile.TarError, OSError, EOFError, ValueError, AttributeError) as error:
+        raise UserError(f"webdataset:{path} is no whole, uncompressed tar file of samples ({error})") from None
+    if wrong := [key for key, label in labels.items() if not 0 <= label < MAX_CLASSES]:
+        raise UserError(f"webdataset:{path}: the class of {wrong[0]} is {labels[wrong[0]]}; expected 0 or more")
+
+    def read(place: tuple[int, int]) -> bytes:
+        with path.open("rb") as file:
+            file.seek(place[0])
+            return file.read(place[1])
+
+    return [
+        Item(
+            f"{path.name}{key}",
+            labels.get(key, NO_LABEL),
+            functools.partial(read, place),
+            f"{place}",
+            (captions[key],) if key in captions else (),
+        )
+        for key, place in images.items()
+    ]
+
+
+def _packed(
+    name: str,
+    stem: str,
+    splits: dict[str, list[Item]],
+    label_names: tuple[str, ...],
+    image_size: tuple[int, int] | None,
+    options: Options,
+) -> str:
+    """Packs items with preprocessing "adm" unless another is asked for; returns the name to open them by."""
+    chosen = "adm" if options.preprocessing == "none" else options.preprocessing
+    options = dataclasses.replace(options, image_size=image_size, preprocessing=chosen)
+    size = "x".join(map(str, image_size or ()))
+    output = options.data_dir / "packed" / f"{stem}-{size}-{chosen}"
+    pack(name, splits, label_names, output, options)
+    return f"packed:{output}"
+
+
+def open_unpacked(argument: str, split: str, options: Options) -> EncodedSource:
+    """Raises UserError: these sets are opened by the name that preparing them gave."""
+    raise UserError("prepare this set with launch.prepare_data, and open it by the name that it prints, packed:FOLDER")

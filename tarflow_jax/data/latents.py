@@ -1,0 +1,245 @@
+"""Latents of an autoencoder, with embeddings of their captions: what a flow over latents learns from.
+
+A folder has for each split arrays that are read from disk as training needs them:
+
+    SPLIT-mean.npy, SPLIT-std.npy    float16 [N, h, w, Z], of the latents of each image, in the flow's units
+    SPLIT-text.npy                   float16 [M, L, E], of the captions in SPLIT-captions.json
+    null.npy                         float32 [L, E], of the empty caption
+    SPLIT-rows.npy                   int32 [R, 3]: image, caption (-1 for none) and label, for each wording of an image
+
+Its manifest.json is written last; until then the same call continues. autoencoder/ and text/ beside it decode samples
+and embed prompts.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from tarflow_jax.data.images import BACKGROUND
+from tarflow_jax.data.source import ImageSource, Options
+from tarflow_jax.errors import UserError
+from tarflow_jax.figures import to_pil
+from tarflow_jax.files import replacing, sha256, write_text
+
+MANIFEST, FORMAT = "manifest.json", "tarflow_jax latents 1"
+IMAGES_AT_A_TIME, CAPTIONS_AT_A_TIME = 64, 256
+MAX_SCALE, MAX_SHIFT = 0.1, 0.05  # of a copy, in sides of the image
+
+
+class Latents(NamedTuple):
+    """Latents of images with their uncertainty, in place of a batch's images."""
+
+    mean: Any  # float32 [B, h, w, Z]
+    std: Any  # float32 [B, h, w, Z]
+    condition: Any = None  # float32 [B, L, E]
+
+
+class LatentSource(ImageSource):
+    """A split of a folder that `pack_latents` wrote; each wording of an image is a row."""
+
+    bits = 0
+
+    def __init__(self, name: str, folder: Path, split: str, manifest: Mapping[str, Any]) -> None:
+        latent_shape, text_shape = (tuple(map(int, manifest[key])) for key in ("latent_shape", "text_shape"))
+        super().__init__(name, latent_shape, len(manifest["label_names"]), manifest["label_names"])
+        self.images_name, self.condition_shape = str(manifest["source"]), text_shape
+        self._hash = manifest["splits"][split]["sha256"]
+        count, num_captions, num_rows = (manifest["splits"][split][key] for key in ("images", "captions", "rows"))
+        self._mean = _mapped(folder / f"{split}-mean.npy", np.float16, (count, *latent_shape))
+        self._std = _mapped(folder / f"{split}-std.npy", np.float16, (count, *latent_shape))
+        self._rows = _mapped(folder / f"{split}-rows.npy", np.int32, (num_rows, 3))
+        if (self._rows.min(0) < (0, -1, -1)).any() or (
+            self._rows.max(0) >= (count, max(num_captions, 1), 1 << 20)
+        ).any():
+            raise UserError(f"{name}: {split}-rows.npy is damaged; pack the set again")
+        if text_shape:
+            self._null = _mapped(folder / "null.npy", np.float32, text_shape)
+            self._text = _mapped(folder / f"{split}-text.npy", np.float16, (num_captions, *text_shape))
+            texts = json.loads((folder / f"{split}-captions.json").read_text())
+            self.captions = [(texts[caption],) for caption in self._rows[:, 1]]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def units(self) -> dict[str, np.ndarray]:
+        """The embedding of the empty caption, which stands in for captions that training drops."""
+        return {"null_prefix": np.asarray(self._null)} if self.condition_shape else {}
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        latents, labels = self.read([index])
+        return {"image": latents.mean[0], "label": labels[0]}
+
+    def read(self, indices: Sequence[int] | np.ndarray) -> tuple[Any, np.ndarray]:
+        """Reads `Latents` and labels of the given rows."""
+        image, caption, label = self._rows[np.asarray(indices)].T
+        condition = self._text[caption].astype(np.float32) if self.condition_shape else None
+        return Latents(self._mean[image].astype(np.float32), self._std[image].astype(np.float32), condition), label
+
+    def all_labels(self) -> list[int]:
+        return self._rows[:, 2].tolist()
+
+    def _content(self) -> str:
+        return str(self._hash)
+
+
+def open_latents(argument: str, split: str, options: Options) -> LatentSource:
+    """Opens one split of the folder `argument`; UserError if it is damaged, FileNotFoundError if it is not complete."""
+    folder, name = Path(argument).expanduser(), f"latents:{argument}"
+    try:
+        return LatentSource(name, folder, split, read_manifest(folder))
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        raise UserError(f"{name}: damaged ({error!r}); pack the set again") from None
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Reads the manifest of a folder of latents; FileNotFoundError where there is none."""
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no latents; pack them with launch.prepare_data --data=… --autoencoder=FOLDER"
+        )
+    manifest = json.loads((folder / MANIFEST).read_text())
+    if manifest.get("format") != FORMAT:
+        raise UserError(f"{folder} is not a folder of latents, or of another version; pack the set again")
+    return manifest
+
+
+def pack_latents(
+    folder: Path,
+    sources: Mapping[str, ImageSource],
+    encode: Callable[[np.ndarray], tuple[Any, Any]],
+    latent_shape: tuple[int, ...],
+    embed: Callable[[Sequence[str]], np.ndarray] | None,
+    text_shape: tuple[int, ...],
+    fingerprint: str,
+    copies: int = 0,
+) -> None:
+    """Encodes the images and captions of every split, or continues what was interrupted.
+
+    Args:
+      encode: images float32 [B, H, W, K] in [-1, 1] -> mean and std [B, h, w, Z] in the flow's units.
+      latent_shape: (h, w, Z).
+      embed: captions -> float32 [B, L, E]; None leaves captions out.
+      text_shape: (L, E), or () without `embed`.
+      fingerprint: of the encoders; with the sources' it distinguishes sets.
+      copies: how often each training image is also encoded a little shifted and scaled.
+
+    Raises UserError where the folder holds another set, or captions are missing.
+    """
+    contents = [source.fingerprint + repr(source.captions) * bool(embed) for source in sources.values()]
+    fingerprint = hashlib.sha256(repr((fingerprint, copies, contents)).encode()).hexdigest()
+    if (folder / MANIFEST).exists():
+        if read_manifest(folder)["fingerprint"] != fingerprint:
+            raise UserError(f"{folder} holds other latents; remove it, or choose another folder")
+        return
+    splits = {}
+    for split, source in sources.items():
+        if embed and not source.captions:
+            raise UserError(f"{source.name} has no captions in its {split} split; leave --text_encoder out")
+        count = len(source) * (1 + (copies if split == "train" else 0))
+        images = functools.partial(_encoded, source, encode)
+        files = [folder / f"{split}-{name}.npy" for name in ("mean", "std")]
+        _fill(files, (count, *latent_shape), fingerprint, IMAGES_AT_A_TIME, images)
+        texts = list(source.captions) if embed else [("",)] * len(source)
+        if split == "test":
+            texts = [wordings[:1] for wordings in texts]
+        known = {text: number for number, text in enumerate(dict.fromkeys(itertools.chain(*texts)))}
+        if embed:
+            captions = functools.partial(_embedded, list(known), embed)
+            file, shape = folder / f"{split}-text.npy", (len(known), *text_shape)
+            _fill([file], shape, fingerprint, CAPTIONS_AT_A_TIME, captions)
+            write_text(folder / f"{split}-captions.json", json.dumps(list(known)) + "\n")
+        labels, size = source.all_labels(), len(source)
+        rows = [(i, known[text] if embed else -1, labels[i % size]) for i in range(count) for text in texts[i % size]]
+        _save(folder / f"{split}-rows.npy", np.array(rows, np.int32))
+        hashes = [sha256(folder / f"{split}-{name}.npy") for name in ("mean", "std", "rows")]
+        sizes = {"images": count, "captions": len(known), "rows": len(rows)}
+        splits[split] = {**sizes, "sha256": " ".join(hashes)}
+    if embed:
+        _save(folder / "null.npy", embed([""])[0])
+    manifest = {
+        "format": FORMAT,
+        "source": sources["train"].name,
+        "fingerprint": fingerprint,
+        "latent_shape": latent_shape,
+        "text_shape": text_shape,
+        "label_names": list(sources["train"].label_names),
+        "splits": splits,
+    }
+    write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    for progress in [*folder.glob("*-mean.json"), *folder.glob("*-text.json")]:
+        progress.unlink()
+
+
+def _encoded(source: ImageSource, encode: Callable[[np.ndarray], tuple[Any, Any]], index: np.ndarray) -> Any:
+    """Mean and std of the latents of images; behind the last one their copies begin."""
+    images, _ = source.read(index % len(source))
+    images = np.stack([moved(image, i) if i >= len(source) else image for image, i in zip(images, index, strict=True)])
+    return encode(images.astype(np.float32) / 127.5 - 1)
+
+
+def _embedded(captions: list[str], embed: Callable[[Sequence[str]], np.ndarray], index: np.ndarray) -> Any:
+    return (embed([captions[i] for i in index]),)
+
+
+def moved(image: np.ndarray, seed: int) -> np.ndarray:
+    """A copy of an image uint8 [H, W, K], shifted and scaled a little, over the background."""
+    rng, (height, width, _) = np.random.default_rng(seed), image.shape
+    margin = round(max(height, width) * (MAX_SCALE + MAX_SHIFT))
+    padded = np.pad(image, [(margin, margin), (margin, margin), (0, 0)], constant_values=BACKGROUND)
+    scale = 1 + MAX_SCALE * rng.uniform(-1, 1)
+    down, right = MAX_SHIFT * rng.uniform(-1, 1, 2)
+    top, left = margin + height * ((1 - scale) / 2 + down), margin + width * ((1 - scale) / 2 + right)
+    box = (left, top, left + scale * width, top + scale * height)
+    return np.asarray(to_pil(padded).resize((width, height), Image.Resampling.BICUBIC, box)).reshape(image.shape)
+
+
+def _fill(
+    files: list[Path],
+    shape: tuple[int, ...],
+    fingerprint: str,
+    size: int,
+    rows: Callable[[np.ndarray], tuple[Any, ...]],
+) -> None:
+    """Writes arrays of this shape, `size` rows at a time, from where an interrupted call stopped."""
+    progress, done = files[0].with_suffix(".json"), 0
+    progress.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        found = json.loads(progress.read_text())
+        arrays = [np.lib.format.open_memmap(file, mode="r+") for file in files]
+        whole = all(array.shape == shape and array.dtype == np.float16 for array in arrays)
+        done = int(found["done"]) if whole and found["fingerprint"] == fingerprint else 0
+    except (OSError, ValueError, KeyError, TypeError):
+        done = 0
+    if not done:
+        arrays = [np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape) for file in files]
+    with tqdm(total=shape[0], initial=done, desc=files[0].stem, disable=None) as bar:
+        while done < shape[0]:
+            index = np.arange(done, min(done + size, shape[0]))
+            for array, values in zip(arrays, rows(index), strict=True):
+                array[index] = np.asarray(values)
+                array.flush()
+            done += len(index)
+            write_text(progress, json.dumps({"fingerprint": fingerprint, "done": done}) + "\n")
+            bar.update(len(index))
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    with replacing(path) as file:
+        np.save(file, array)
+
+
+def _mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Maps an array; UserError unless it has this dtype and shape."""
+    found = np.load(path, mmap_mode="r", allow_pickle=False)
+    if found.shape != shape or found.dtype != dtype:
+        raise UserError(f"{path} is {found.dtype} {list(found.shape)}; expected {np.dtype(dtype)} {list(shape)}")
+    return found

@@ -1,0 +1,159 @@
+"""Text encoders: captions -> embeddings [B, L, E], the prefix that a flow is conditional on.
+
+An encoder is any object with `length` L, `dim` E and `fingerprint` that maps captions to float32 [B, L, E].
+`WordVectors` is a static table, for a laptop; `T5Encoder` is a network of the package transformers.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import numpy as np
+import safetensors.numpy
+
+from tarflow_jax import interop
+from tarflow_jax.errors import UserError, one_line
+from tarflow_jax.files import replacing, write_text
+from tarflow_jax.fingerprint import fingerprint
+
+ENCODER, TABLE = "encoder.json", "words.safetensors"
+MAX_WORDS, MAX_LENGTH = 1 << 20, 1024
+_WORD = re.compile(r"[^\W_]+")
+logger = logging.getLogger(__name__)
+
+
+class TextEncoder(Protocol):
+    """Maps captions to embeddings."""
+
+    @property
+    def length(self) -> int:
+        """L, the tokens of a caption; what is behind them is cut off."""
+
+    @property
+    def dim(self) -> int:
+        """E, the numbers of an embedding."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Distinguishes encoders whose embeddings differ."""
+
+    def __call__(self, captions: Sequence[str]) -> np.ndarray:
+        """Returns float32 [B, L, E], zeros behind a caption; the empty caption is all zeros."""
+
+    def save(self, folder: Path) -> None:
+        """Writes what `open_text_encoder` reads."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WordVectors:
+    """A static vector for each word. Words that it lacks are left out, with a warning."""
+
+    words: tuple[str, ...]  # in lower case
+    table: np.ndarray  # float16 [number of words, E]
+    length: int = 12
+
+    @property
+    def dim(self) -> int:
+        return self.table.shape[1]
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        return fingerprint({"table": self.table, "words": np.frombuffer("\n".join(self.words).encode(), np.uint8)})
+
+    @functools.cached_property
+    def _rows(self) -> dict[str, int]:
+        return {word: row for row, word in enumerate(self.words)}
+
+    def __call__(self, captions: Sequence[str]) -> np.ndarray:
+        found = np.zeros((len(captions), self.length, self.dim), np.float32)
+        unknown = set()
+        for embedding, caption in zip(found, captions, strict=True):
+            words = words_of(caption)
+            unknown |= set(words) - self._rows.keys()
+            rows = [self._rows[word] for word in words if word in self._rows][: self.length]
+            embedding[: len(rows)] = self.table[rows]
+        if unknown:
+            logger.warning("words without a vector are left out: %s", ", ".join(sorted(unknown)[:10]))
+        return found
+
+    @classmethod
+    def from_wordllama(cls, captions: Iterable[str] = (), length: int = 12) -> Self:
+        """The vectors of the package wordllama (256 numbers a token): its whole words, and those of some captions.
+
+        A word of several tokens has their mean. Raises UserError where the package is missing.
+        """
+        package = importlib.util.find_spec("wordllama")
+        if package is None or package.origin is None:
+            raise UserError("word vectors come from the package wordllama; pip install wordllama, or name an encoder")
+        from tokenizers import Tokenizer
+
+        root = Path(package.origin).parent
+        tokenizer = Tokenizer.from_file(str(root / "tokenizers" / "l2_supercat_tokenizer_config.json"))
+        vectors = safetensors.numpy.load_file(root / "weights" / "l2_supercat_256.safetensors")["embedding.weight"]
+        whole = {token[1:] for token in tokenizer.get_vocab() if token[0] == "▁" and token[1:].islower()}
+        words = sorted({word for word in whole if _WORD.fullmatch(word)} | {w for c in captions for w in words_of(c)})
+        tokens = [encoding.ids for encoding in tokenizer.encode_batch(words, add_special_tokens=False)]
+        table = np.stack([vectors[ids].astype(np.float32).mean(0) for ids in tokens])
+        table /= table.std()
+        return cls(tuple(words), table.astype(np.float16), length)
+
+    def save(self, folder: Path) -> None:
+        with replacing(folder / TABLE) as file:
+            file.write(safetensors.numpy.save({"table": self.table}))
+        fields = {"kind": "words", "length": self.length, "words": self.words}
+        write_text(folder / ENCODER, json.dumps(fields) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path, fields: dict[str, Any]) -> Self:
+        """Reads what `save` wrote; raises UserError if it is damaged."""
+        words, length = tuple(map(str, fields["words"])), int(fields["length"])
+        table = safetensors.numpy.load_file(folder / TABLE)["table"]
+        if not (0 < len(words) < MAX_WORDS and 0 < length <= MAX_LENGTH) or table.shape[:1] != (len(words),):
+            raise UserError(f"{len(words)} words, {length} of a caption, and a table {list(table.shape)}")
+        if table.ndim != 2 or table.dtype != np.float16 or not np.isfinite(table).all():
+            raise UserError(f"a table {table.dtype} {list(table.shape)}; expected finite float16 [words, E]")
+        return cls(words, table, length)
+
+
+class T5Encoder:
+    """The encoder of a T5 of the package transformers, such as "google/flan-t5-xl", which STARFlow has.
+
+    It runs in PyTorch, once a caption. Only safetensors are loaded.
+    """
+
+    def __init__(self, name: str, length: int = 128) -> None:
+        """Loads a folder, or a model of the hub; raises UserError where that fails or a package is missing."""
+        self.name, self.length = name, length
+        self._network, self._tokenizer, self.dim = interop.load_t5(name)
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.name} {self.length}"
+
+    def __call__(self, captions: Sequence[str]) -> np.ndarray:
+        return interop.t5_embeddings(self._network, self._tokenizer, captions, self.length)
+
+    def save(self, folder: Path) -> None:
+        write_text(folder / ENCODER, json.dumps({"kind": "t5", "name": self.name, "length": self.length}) + "\n")
+
+
+def open_text_encoder(folder: Path) -> TextEncoder:
+    """Opens what an encoder's `save` wrote; raises UserError if it is damaged, or something else."""
+    try:
+        fields: dict[str, Any] = json.loads((folder / ENCODER).read_bytes())
+        if fields["kind"] == "t5":
+            return T5Encoder(str(fields["name"]), int(fields["length"]))
+        return WordVectors.load(folder, fields)
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise UserError(f"{folder} is not a text encoder, or damaged: {one_line(error)}") from error
+
+
+def words_of(caption: str) -> list[str]:
+    """The words of a caption in lower case, without punctuation."""
+    return _WORD.findall(caption.lower())

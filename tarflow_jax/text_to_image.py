@@ -1,0 +1,166 @@
+"""Images from captions: a text encoder, a flow over latents, and the autoencoder of these latents.
+
+pipe = TextToImage.from_pretrained("runs/emoji64_text")
+images = pipe("a red heart", num_images=4)
+"""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from tarflow_jax import interop
+from tarflow_jax.autoencoder import Autoencoder
+from tarflow_jax.data import LatentSource
+from tarflow_jax.errors import UserError, one_line
+from tarflow_jax.files import write_text
+from tarflow_jax.pipeline import TarFlowPipeline
+from tarflow_jax.sampling import Guidance
+from tarflow_jax.text import TextEncoder, open_text_encoder
+from tarflow_jax.training import Recipe
+
+FORMAT = "tarflow_jax text to image 1"
+
+
+class TextToImage:
+    """Draws images [B, H, W, K] from captions or, if the flow has classes, from labels.
+
+    Attributes:
+      flow: over latents [B, h, w, Z] in units of `autoencoder`.
+      autoencoder: decodes them.
+      text: captions -> [B, L, E]; None for a flow without a prefix.
+      guidance: of a call that names none.
+    """
+
+    def __init__(
+        self,
+        flow: TarFlowPipeline,
+        autoencoder: Autoencoder,
+        text: TextEncoder | None = None,
+        guidance: Guidance | None = None,
+    ) -> None:
+        """Raises ValueError for parts that do not fit each other."""
+        if flow.config.image_channels != autoencoder.config.latent_channels or flow.config.is_sequence:
+            raise UserError(
+                f"the flow is of {flow.config.data_shape}, the autoencoder's latents have "
+                f"{autoencoder.config.latent_channels} channels; expected a flow of these latents"
+            )
+        given = (text.length, text.dim) if text else None
+        if given != (flow.config.condition_shape if flow.config.has_prefix else None):
+            raise UserError(f"the text encoder makes {given}, the flow's prefix is {flow.config.condition_shape}")
+        self.flow, self.autoencoder, self.text, self.guidance = flow, autoencoder, text, guidance
+
+    @classmethod
+    def from_pretrained(cls, name: epath.PathLike, **options: Any) -> Self:
+        """Opens what `save_pretrained` wrote, a model of the hub, or the workdir of a flow over packed latents.
+
+        `options` are those of `TarFlowPipeline.from_pretrained`. Raises FileNotFoundError and ValueError as it does.
+        """
+        if (epath.Path(name) / "checkpoints").is_dir():
+            return cls.of_recipe(TarFlowPipeline.from_pretrained(name, **options), Recipe.from_workdir(name))
+        root = interop.local_folder(name)
+        try:
+            fields = json.loads((root / interop.TEXT_TO_IMAGE).read_bytes())
+            if fields["format"] != FORMAT:
+                raise UserError(f"its format is {fields['format']}; expected {FORMAT}")
+            guidance = Guidance.from_dict(fields["guidance"])
+        except FileNotFoundError:
+            raise UserError(f"{name} is a flow alone, without autoencoder and text encoder") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{root / interop.TEXT_TO_IMAGE}: {one_line(error)}") from None
+        return cls._with_parts(TarFlowPipeline.from_pretrained(root, **options), root, guidance)
+
+    @classmethod
+    def of_recipe(cls, flow: TarFlowPipeline, recipe: Recipe) -> Self:
+        """Adds the autoencoder and the text encoder of the packed latents that a recipe trains on."""
+        kind, _, folder = recipe.config.data.source.partition(":")
+        if kind != "latents":
+            raise UserError(f"this flow was trained on {recipe.config.data.source}; expected latents:FOLDER")
+        return cls._with_parts(flow, Path(folder).expanduser(), Guidance(**recipe.config.sample.guidance))
+
+    @classmethod
+    def _with_parts(cls, flow: TarFlowPipeline, root: Path, guidance: Guidance) -> Self:
+        text = open_text_encoder(root / "text") if flow.config.has_prefix else None
+        return cls(flow, Autoencoder.from_pretrained(root / "autoencoder"), text, guidance)
+
+    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+        """Writes a folder of all parts, in which the flow alone can be opened, too.
+
+        `options` are those of `TarFlowPipeline.save_pretrained`. The card has a grid of drawings.
+        """
+        folder = Path(folder)
+        self.flow.save_pretrained(folder, **options)
+        self.autoencoder.save_pretrained(folder / "autoencoder")
+        if self.text:
+            self.text.save(folder / "text")
+        fields = {"format": FORMAT, "guidance": (self.guidance or Guidance()).to_dict()}
+        write_text(folder / interop.TEXT_TO_IMAGE, json.dumps(fields) + "\n")
+
+    def push_to_hub(self, name: str, *, private: bool = False, token: str | None = None, **options: Any) -> str:
+        """Saves all parts to the Hugging Face hub; see `TarFlowPipeline.push_to_hub`."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, **options | {"card": {"name": name, **(options.get("card") or {})}})
+            return interop.push_model(folder, name, private=private, token=token)
+
+    def __call__(
+        self,
+        prompts: str | Sequence[str] | None = None,
+        num_images: int = 1,
+        guidance: Guidance | None = None,
+        key: jax.Array | None = None,
+        *,
+        labels: Any = None,
+        decoder: Any = None,
+        denoise: bool | None = None,
+    ) -> jax.Array:
+        """Draws images.
+
+        Args:
+          prompts: a caption, or several; None for a flow without text.
+          num_images: images of each caption, or without captions of all.
+          guidance: None is that of the model; leads away from the empty caption.
+          key: of the latents; None is `jax.random.key(0)`.
+          labels: int [B], of a flow with classes.
+          decoder: see `TarFlowPipeline.decode`.
+          denoise: apply Tweedie's formula to the latents; None does so unless the autoencoder's decoder has learned to
+            remove noise of this level.
+
+        Returns:
+          float32 [B, H, W, K] in about [-1, 1]; the images of a caption follow each other.
+
+        Raises:
+          ValueError: captions for a flow without text, or none for one with text; else as `TarFlowPipeline.sample`.
+        """
+        condition = None
+        if (prompts is None) != (self.text is None):
+            expected = "captions" if self.text else "no captions"
+            raise UserError(f"prompts are {prompts!r}; this flow was trained with {expected}")
+        if self.text and prompts is not None:
+            texts = [prompts] if isinstance(prompts, str) else list(prompts)
+            if not texts:
+                raise UserError("no captions; expected at least one")
+            condition = np.repeat(self.text(texts), num_images, axis=0)
+            num_images = len(condition)
+        if denoise is None:
+            denoise = self.flow.noise_std is not None and not self.autoencoder.config.noise_std
+        latents = self.flow.sample(
+            jax.random.key(0) if key is None else key,
+            num_images,
+            labels,
+            guidance or self.guidance,
+            denoise,
+            decoder=decoder,
+            condition=condition,
+            null_condition=None if self.text is None else self.text([""])[0],
+        )
+        return self.autoencoder.decode(latents)
+
+    def reconstruct(self, source: LatentSource, indices: Sequence[int]) -> jax.Array:
+        """Decodes packed latents, float32 [B, H, W, K]: the best that a flow of them can draw."""
+        return self.autoencoder.decode(jnp.asarray(source.read(indices)[0].mean))

@@ -1,0 +1,252 @@
+"""Latents of images and captions on disk, flows that learn from them, and images from captions."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import commands
+from configs import emoji64_autoencoder, emoji64_text
+from tarflow_jax import Guidance, TarFlowPipeline, data
+from tarflow_jax.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderKL
+from tarflow_jax.data import latents
+from tarflow_jax.errors import UserError
+from tarflow_jax.noise import Noise
+from tarflow_jax.text import WordVectors
+from tarflow_jax.text_to_image import TextToImage
+from tarflow_jax.training import Recipe, train
+from tarflow_jax.training.task import Fixed, FlowTask
+from test_captions import captioned, write_captioned  # noqa: F401 (a fixture)
+
+SMALL = AutoencoderConfig(
+    latent_channels=4, block_out_channels=(8, 8), layers_per_block=1, norm_num_groups=4, mid_block_add_attention=False,
+    scaling_factor=2.0,
+)  # fmt: skip
+WORDS = ("cat", "dog", "a", "number", *map(str, range(40)))
+TEXT = WordVectors(WORDS, np.random.default_rng(0).normal(size=(len(WORDS), 8)).astype(np.float16), length=3)
+
+
+@pytest.fixture(scope="module")
+def autoencoder():
+    params = AutoencoderKL(SMALL).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    return Autoencoder(SMALL, params)
+
+
+def packed(folder, captioned, autoencoder, **options):  # noqa: F811
+    """Packs the latents of the captioned folder, 8 x 8 x 4, as launch.prepare_data does."""
+    sources = {split: data.open_source(f"folder:{captioned}", split, data_dir=folder) for split in ("train", "test")}
+    shape, text = (8, 8, 4), options.pop("text", TEXT)
+    arguments = (autoencoder.posterior, shape, text, (3, 8) if text else (), "encoders")
+    latents.pack_latents(folder / "latents", sources, *arguments, **options)
+    autoencoder.save_pretrained(folder / "latents" / "autoencoder")
+    if text:
+        text.save(folder / "latents" / "text")
+    return sources, f"latents:{folder / 'latents'}"
+
+
+def test_packed_latents_are_those_of_the_images(captioned, autoencoder, tmp_path):  # noqa: F811
+    sources, name = packed(tmp_path, captioned, autoencoder, copies=1)
+    for split, source in sources.items():
+        found, count = data.open_source(name, split), len(source)
+        wordings = [texts if split == "train" else texts[:1] for texts in source.captions]
+        number = sum(map(len, wordings))
+        assert len(found) == number * (2 if split == "train" else 1)
+        values, labels = found.read(range(number))
+        images, all_labels = source.read(range(count))
+        mean, std = autoencoder.posterior(images / np.float32(127.5) - 1)
+        repeats = [len(texts) for texts in wordings]
+        np.testing.assert_allclose(values.mean, np.repeat(mean, repeats, 0), atol=2e-3)
+        np.testing.assert_allclose(values.std, np.repeat(std, repeats, 0), rtol=2e-3)
+        np.testing.assert_array_equal(labels, np.repeat(all_labels, repeats))
+        captions = [text for texts in wordings for text in texts]
+        assert [texts[0] for texts in found.captions[:number]] == captions
+        np.testing.assert_array_equal(values.condition, TEXT(captions))
+    assert found.image_shape == (8, 8, 4)
+    train_set = data.open_source(name, "train")
+    copy = train_set.read([len(train_set) // 2])[0].mean
+    assert 0.01 < np.abs(copy - train_set.read([0])[0].mean).mean() < 1
+    with pytest.raises(UserError, match="holds other latents"):
+        packed(tmp_path, captioned, autoencoder, copies=2)
+
+
+def test_packing_continues_where_it_stopped(captioned, autoencoder, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(latents, "IMAGES_AT_A_TIME", 8)
+    _, name = packed(tmp_path / "whole", captioned, autoencoder)
+    calls = []
+
+    class Interrupted(Autoencoder):
+        def posterior(self, images):
+            calls.append(len(images))
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return super().posterior(images)
+
+    failing = Interrupted(SMALL, autoencoder.params)
+    with pytest.raises(KeyboardInterrupt):
+        packed(tmp_path / "stopped", captioned, failing)
+    with pytest.raises(FileNotFoundError, match="holds no latents"):
+        data.open_source(f"latents:{tmp_path / 'stopped' / 'latents'}", "train")
+    _, again = packed(tmp_path / "stopped", captioned, failing)
+    whole, continued = (data.open_source(each, "train") for each in (name, again))
+    assert len(calls) == 3 + -(-len(set(whole._rows[:, 0])) // 8) - 2 + 1  # the two first parts are not encoded again
+    jax.tree.map(np.testing.assert_array_equal, *(each.read(range(len(whole)))[0] for each in (whole, continued)))
+
+
+@pytest.mark.parametrize("damage", ["manifest", "rows", "mean"])
+def test_damaged_latents_are_refused(captioned, autoencoder, tmp_path, damage):  # noqa: F811
+    _, name = packed(tmp_path, captioned, autoencoder)
+    folder = tmp_path / "latents"
+    if damage == "manifest":
+        (folder / "manifest.json").write_text('{"format": "tarflow_jax latents 1"}')
+    elif damage == "rows":
+        rows = np.load(folder / "train-rows.npy")
+        np.save(folder / "train-rows.npy", rows + 1000)
+    else:
+        np.save(folder / "train-mean.npy", np.array([None, "code"], object), allow_pickle=True)
+    with pytest.raises(UserError, match=r"latents:.*damaged"):
+        data.open_source(name, "train")
+
+
+def small_recipe(name, **train_fields):
+    config = emoji64_text.get_config("smoke")
+    shape = {"image_channels": 4, "patch_size": 2, "width": 32, "head_dim": 16, "num_blocks": 2}
+    config.model.update({**shape, "condition_length": 3, "condition_dim": 8, "num_classes": 2})
+    config.data.update({"source": name, "num_workers": 0})
+    fields = {"num_steps": 4, "batch_size": 8, "checkpoint_every": 2, "log_every": 1, "evaluate_every": 4}
+    config.train.update({**fields, "sample_every": 0, **train_fields})
+    return config
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, autoencoder):
+    """A workdir of a flow of latents, trained for four steps."""
+    root = tmp_path_factory.mktemp("text_to_image")
+    _, name = packed(root, write_captioned(root), autoencoder)
+    config = small_recipe(name)
+    train(config, root / "run")
+    return root / "run"
+
+
+def test_dropped_captions_are_the_empty_one_and_latents_get_both_noises():
+    recipe = small_recipe("latents:unused")
+    recipe.data.source = "digits"
+    model = Recipe(recipe).model
+    task = FlowTask(model, Noise("gaussian", 0.3), drop_label=0.5)
+    zeros = jnp.zeros((4000, 8, 8, 4))
+    batch = data.Latents(zeros + 1, zeros + 0.4, jnp.ones((4000, 3, 8)))
+    noisy, labels, levels, condition = task.prepare(jax.random.key(0), batch, jnp.ones(4000, jnp.int32))
+    assert levels is None
+    np.testing.assert_allclose([noisy.mean(), noisy.std()], [1, 0.5], atol=0.005)
+    dropped = np.isnan(condition).all((1, 2))
+    np.testing.assert_array_equal(dropped, labels == -1)
+    assert 0.45 < dropped.mean() < 0.55
+    assert (condition[~dropped] == 1).all()
+
+
+def test_a_trained_flow_draws_from_captions(trained, tmp_path):
+    pipe = TextToImage.from_pretrained(trained)
+    images = pipe(["cat 2", "dog 3"], num_images=2)
+    assert images.shape == (4, 16, 16, 3)
+    latents_drawn = pipe.flow.sample(
+        jax.random.key(0), 4, None, pipe.guidance, True, condition=np.repeat(TEXT(["cat 2", "dog 3"]), 2, 0),
+        null_condition=TEXT([""])[0],
+    )  # fmt: skip
+    np.testing.assert_allclose(images, pipe.autoencoder.decode(latents_drawn), atol=1e-5)
+    other = pipe(["dog 3"], num_images=4)
+    assert np.abs(np.asarray(other[0] - images[0])).max() > 1e-4
+    assert np.abs(np.asarray(pipe("cat 2", guidance=Guidance(), num_images=4)[0] - images[0])).max() > 1e-4
+    pipe.save_pretrained(tmp_path / "saved")
+    again = TextToImage.from_pretrained(tmp_path / "saved")
+    np.testing.assert_array_equal(again(["cat 2", "dog 3"], num_images=2), images)
+    assert again.guidance == pipe.guidance
+    assert TarFlowPipeline.from_pretrained(tmp_path / "saved").config == pipe.flow.config
+    pipe.flow.save_pretrained(tmp_path / "saved")
+    with pytest.raises(UserError, match="is a flow alone"):
+        TextToImage.from_pretrained(tmp_path / "saved")
+
+
+def test_parts_that_do_not_fit_are_refused(trained, autoencoder):
+    pipe = TextToImage.from_pretrained(trained)
+    with pytest.raises(UserError, match="prompts are None; this flow was trained with captions"):
+        pipe(num_images=2)
+    with pytest.raises(UserError, match=r"the text encoder makes \(5, 8\)"):
+        TextToImage(pipe.flow, autoencoder, dataclasses.replace(TEXT, length=5))
+    wider = dataclasses.replace(SMALL, latent_channels=8)
+    params = AutoencoderKL(wider).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    with pytest.raises(UserError, match="the autoencoder's latents have 8 channels"):
+        TextToImage(pipe.flow, Autoencoder(wider, params), TEXT)
+
+
+def test_a_decoder_that_removes_noise_needs_no_denoising(trained, autoencoder):
+    pipe = TextToImage.from_pretrained(trained)
+    robust = Autoencoder(dataclasses.replace(SMALL, noise_std=0.3), autoencoder.params)
+    images = TextToImage(pipe.flow, robust, TEXT)("cat 2", num_images=2, guidance=Guidance())
+    raw = pipe("cat 2", num_images=2, guidance=Guidance(), denoise=False)
+    np.testing.assert_allclose(images, raw, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_by_command_from_images_to_a_captioned_grid(captioned, tmp_path):  # noqa: F811
+    """Packs images, trains their autoencoder, packs latents, trains the flow, and draws."""
+    smoke = "configs/emoji64_autoencoder.py:smoke"
+    sizes = ["--config.autoencoder.block_out_channels=(8,8)", "--config.autoencoder.latent_channels=4"]
+    data_dir = ["--data_dir", tmp_path / "data"]
+    code, out, err = commands.run(
+        "-m", "launch.prepare_data", f"--data=folder:{captioned}", "--image_size=16", *data_dir
+    )
+    assert code == 0, err
+    images = out.split("--config.data.source=")[1].split(";")[0]
+    code, out, err = commands.run(
+        "-m", "launch.train_autoencoder", f"--config={smoke}", f"--config.data.source={images}", *sizes,
+        "--workdir", tmp_path / "autoencoder",
+    )  # fmt: skip
+    assert code == 0, err
+    assert "PSNR of test images" in out
+    folder = tmp_path / "autoencoder" / "autoencoder"
+    assert Autoencoder.from_pretrained(folder).config.noise_std > 0
+    code, out, err = commands.run(
+        "-m", "launch.prepare_data", f"--data={images}", f"--autoencoder={folder}", "--text_encoder=words",
+        "--text_length=3", f"--out={tmp_path / 'latents'}", *data_dir,
+    )  # fmt: skip
+    assert code == 0, err
+    run = tmp_path / "run"
+    shape = ["--config.model.image_channels=4", "--config.model.condition_length=3", "--config.model.width=64"]
+    code, out, err = commands.run(
+        "-m", "launch.train", "--config=configs/emoji64_text.py:smoke", *shape, f"--workdir={run}",
+        f"--config.data.source=latents:{tmp_path / 'latents'}", "--config.train.num_steps=4",
+    )  # fmt: skip
+    assert code == 0, err
+    assert (run / "figures" / "samples_guided.png").exists()
+    code, out, err = commands.run(
+        "-m", "launch.sample", f"--workdir={run}", "--prompt=a cat", "--prompt=dog 3", "--num_images=2"
+    )
+    assert code == 0, err
+    assert np.load(run / "samples" / "samples.npz")["arr_0"].shape == (4, 16, 16, 3)
+    code, out, err = commands.run("-m", "launch.sample", f"--workdir={run}")
+    assert code == 1
+    assert err.strip() == 'error: this flow draws from captions; give it one, --prompt="…"'
+    code, out, err = commands.run("-m", "launch.sample", f"--workdir={tmp_path / 'autoencoder'}")
+    assert code == 1
+    assert "holds an autoencoder" in err
+
+
+def test_the_decoder_alone_is_trained(captioned, autoencoder, tmp_path):  # noqa: F811
+    config = emoji64_autoencoder.get_config("smoke")
+    config.autoencoder.update({**SMALL.to_dict(), "noise_std": 0.5})
+    config.decoder_of = str(tmp_path)
+    config.data.source = f"folder:{captioned}"
+    config.data.data_dir = str(tmp_path / "data")
+    config.train.update({"num_steps": 2, "batch_size": 8, "checkpoint_every": 2, "sample_every": 0})
+    recipe = Recipe(config)
+    params = jax.device_get(autoencoder.params)
+    encoder = {"encoder": params["encoder"], "quant_conv": params["quant_conv"]}
+    decoder = {name: leaves for name, leaves in params.items() if name not in encoder}
+    state = train(config, tmp_path / "run", None, Fixed(None, encoder), {"params": {"autoencoder": decoder}})
+    trained_params = state.variables["params"]["autoencoder"]
+    assert trained_params.keys() == decoder.keys()
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), jax.device_get(trained_params), decoder)
+    assert 0 < max(jax.tree.leaves(moved)) < 0.1  # from where it began
+    assert json.loads(recipe.to_json())["autoencoder"]["noise_std"] == 0.5
