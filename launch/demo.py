@@ -28,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
         raise MissingPackageError("the demo needs Gradio; pip install 'gradio>=6.31,<7'")
     # Gradio reads these when it is imported.
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    from launch.demo_page import serve
+    from launch.demo_page import serve, serve_captions
 
     logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio requests its own address
     try:  # before a model is read
@@ -38,7 +38,12 @@ def main(argv: Sequence[str]) -> None:
         message = f"--host={HOST.value} --port={PORT.value}: {error.strerror}; choose another port or address"
         raise UserError(message) from error
     name, _ = cli.model_name()
-    serve(DemoModel(cli.open_pipeline(name, None), name, NUM_IMAGES.value), HOST.value, PORT.value)
+    pipe = cli.open_pipeline(name, None)
+    if pipe.config.image_bits == 0:
+        whole = cli.open_text_to_image(name, None)
+        serve_captions(whole, os.path.basename(os.path.abspath(name)), NUM_IMAGES.value, HOST.value, PORT.value)
+    else:
+        serve(DemoModel(pipe, name, NUM_IMAGES.value), HOST.value, PORT.value)
 
 
 if __name__ == "__main__":

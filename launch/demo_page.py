@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import dataclasses
 import html
 import math
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from tarflow_jax.evaluation.generation import quantise
 from tarflow_jax.figures import COLOURS, encode_gif, enlarge, grid, overlay, to_pil, to_uint8
 from tarflow_jax.inspection import Inspection, Progress, inspect, interpolate
 from tarflow_jax.options import checked
+from tarflow_jax.sampling import Guidance
+from tarflow_jax.text_to_image import TextToImage
 
 TILE, SIDE = 224, 448  # pixels: side of a picture in a gallery, and of one alone
 NUM_EXAMPLES, NUM_STEPS = 6, 8  # of an image to upload; of an interpolation
@@ -51,6 +54,40 @@ def serve(model: DemoModel, host: str, port: int) -> None:
                 _ask_tab(model, page, first)
             with gr.Tab("Interpolate"):
                 _interpolate_tab(model, first)
+    _launch(page, host, port)
+
+
+def serve_captions(pipe: TextToImage, name: str, num_images: int, host: str, port: int) -> None:
+    """Serves a page that draws from captions, or from classes, until the process is stopped."""
+    flow, names = pipe.flow, [("no class", NO_CLASS), *((name, i) for i, name in enumerate(pipe.flow.label_names))]
+    weight = float(pipe.guidance.weight) if pipe.guidance else 0.0
+    head = f"<h1>TarFlow <span>{html.escape(name)}</span></h1><p>{html.escape(flow.config.summary)} over latents</p>"
+    with _Page(title=f"TarFlow: {name}", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        gr.HTML(head, elem_classes="head")
+        with gr.Tabs(), gr.Tab("Draw"), gr.Row():
+            with gr.Column(scale=2, min_width=280):
+                prompt = gr.Textbox("a red heart", label="Caption", max_length=1000, visible=pipe.text is not None)
+                label = gr.Dropdown(names, value=NO_CLASS, label="Class", visible=flow.config.num_classes > 0)
+                guidance = gr.Slider(0, 8, weight, step=0.1, label="Guidance weight w")
+                seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=SEED_LIMIT)
+                button = gr.Button("Draw", variant="primary")
+            with gr.Column(scale=5, min_width=300):
+                images = _gallery("Samples", 4)
+
+        def draw(prompt: str, label: int, weight: float, seed: int) -> list[Any]:
+            with _errors_as_messages():
+                guided = dataclasses.replace(pipe.guidance or Guidance(), weight=weight)
+                labels = np.full(num_images, label, np.int32) if flow.config.num_classes else None
+                texts = None if pipe.text is None else str(prompt or "")
+                drawn = pipe(texts, num_images, guided, jax.random.key(int(seed or 0)), labels=labels)
+                return list(map(to_pil, enlarge(quantise(np.asarray(drawn))[0], TILE)))
+
+        controls, options = [prompt, label, guidance, seed], {"show_progress_on": images, **EVENT}
+        gr.on([button.click, prompt.submit], draw, controls, images, **options)
+    _launch(page, host, port)
+
+
+def _launch(page: gr.Blocks, host: str, port: int) -> None:
     fonts = (gr.themes.LocalFont("IBM Plex Sans", (400, 700)), "system-ui", "sans-serif")  # Gradio's own files
     page.launch(
         server_name=host,

@@ -26,7 +26,6 @@ from tarflow_jax.files import read_npz, write_npz
 from tarflow_jax.pipeline import FAR_OUTSIDE, TarFlowPipeline
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling import DEFAULT_DENOISING, Decoder, Guidance, Tuned
-from tarflow_jax.text_to_image import TextToImage
 
 OUT = flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR/samples or ./samples.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "Number of images.", lower_bound=1)
@@ -94,9 +93,7 @@ def draw_sequences(
 
 def draw_captions(name: str, distributed: bool, decoder: Decoder | Tuned, out: epath.Path) -> None:
     """Draws images of captions, or of the classes, by a flow over latents."""
-    pipe = TextToImage.from_pretrained(
-        name, best=flags.FLAGS.checkpoint == "best", mesh=make_mesh() if distributed else None
-    )
+    pipe = cli.open_text_to_image(name, make_mesh() if distributed else None)
     guidance = pipe.guidance if GUIDANCE.value is None else cli.guidance(GUIDANCE.value)
     labels, names = chosen_labels(pipe.flow.config.num_classes, pipe.flow.label_names), pipe.flow.label_names
     if PROMPT.value and labels is not None:

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import socket
 
+import gradio_client
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -250,3 +252,41 @@ def test_the_decoder_alone_is_trained(captioned, autoencoder, tmp_path):  # noqa
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), jax.device_get(trained_params), decoder)
     assert 0 < max(jax.tree.leaves(moved)) < 0.1  # from where it began
     assert json.loads(recipe.to_json())["autoencoder"]["noise_std"] == 0.5
+
+
+@pytest.mark.slow
+def test_the_demo_draws_from_a_caption(trained):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = commands.start("-m", "launch.demo", f"--workdir={trained}", f"--port={port}", "--num_images=2")
+    try:
+        assert server.stdout.readline() == f"http://127.0.0.1:{port}\n", server.communicate()[1]
+        client = gradio_client.Client(f"http://127.0.0.1:{port}", verbose=False)
+        images = client.predict("cat 2", -1, 1.0, 0, api_name="/draw")
+        assert len(images) == 2
+        assert all(each["image"].endswith(".png") for each in images)
+    finally:
+        server.terminate()
+        _, errors = server.communicate(timeout=60)
+    assert "Traceback" not in errors, errors
+
+
+@pytest.mark.slow
+def test_samples_are_compared_with_the_images_that_were_packed(trained, tmp_path):
+    evaluate = ("tests/quick_evaluate.py", f"--workdir={trained}", f"--out={tmp_path}")
+    code, out, err = commands.run(*evaluate, "--metrics=bits_per_dim", "--allow_noisy")
+    assert code == 0, err
+    assert "nats/dim of noisy latents" in out
+    (tmp_path / "prompts.txt").write_text("cat 2\n\ndog 3\n")
+    code, out, err = commands.run(
+        *evaluate, "--metrics=precision_recall", "--num_samples=4", f"--prompts={tmp_path / 'prompts.txt'}",
+        f"--save_samples={tmp_path / 'samples.npz'}",
+    )  # fmt: skip
+    assert code == 0, err
+    assert any("2 captions in turn" in file.read_text() for file in tmp_path.glob("*.json"))
+    saved = np.load(tmp_path / "samples.npz")["arr_0"]
+    assert saved.shape == (4, 16, 16, 3)
+    code, out, err = commands.run(*evaluate, "--metrics=classification")
+    assert code == 1
+    assert err.strip() == "error: classification is for a flow of images; this one is of latents"
