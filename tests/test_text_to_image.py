@@ -1,6 +1,8 @@
 """Latents of images and captions on disk, flows that learn from them, and images from captions."""
 
 import dataclasses
+import functools
+import importlib
 import json
 import socket
 
@@ -19,7 +21,8 @@ from tarflow_jax.errors import UserError
 from tarflow_jax.noise import Noise
 from tarflow_jax.text import WordVectors
 from tarflow_jax.text_to_image import TextToImage
-from tarflow_jax.training import Recipe, train
+from tarflow_jax.training import Recipe, train, train_step
+from tarflow_jax.training.step import initial_state
 from tarflow_jax.training.task import Fixed, FlowTask
 from test_captions import captioned, write_captioned  # noqa: F401 (a fixture)
 
@@ -290,3 +293,23 @@ def test_samples_are_compared_with_the_images_that_were_packed(trained, tmp_path
     code, out, err = commands.run(*evaluate, "--metrics=classification")
     assert code == 1
     assert err.strip() == "error: classification is for a flow of images; this one is of latents"
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"), [("emoji64_text", 3.79), ("starflow_t2i256", 3858.3), ("starflow_imagenet256", 1422.5)]
+)
+def test_recipes_of_latents_make_a_full_step(name, millions):
+    recipe = Recipe(importlib.import_module(f"configs.{name}").get_config())
+    config, count = recipe.train_config, recipe.config.train.batch_size
+    state = jax.eval_shape(functools.partial(initial_state, config), jax.random.key(0))
+    values = jax.ShapeDtypeStruct((count, *recipe.model.image_shape), jnp.float32)
+    condition = None
+    if recipe.model.condition_dim:
+        condition = jax.ShapeDtypeStruct((count, *recipe.model.condition_shape), jnp.float32)
+    batch, labels = data.Latents(values, values, condition), jax.ShapeDtypeStruct((count,), jnp.int32)
+    step = functools.partial(train_step, config)
+    new_state, metrics = jax.eval_shape(step, state, batch, labels, jax.random.key(0))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new_state) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert metrics["loss"].shape == ()
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.variables["params"]))
+    assert parameters / 1e6 == pytest.approx(millions, rel=1e-3)

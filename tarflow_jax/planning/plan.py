@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from tarflow_jax.data import Latents
 from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.planning.collectives import Collective, collectives
 from tarflow_jax.planning.flops import forward_flops, program_flops
@@ -106,25 +107,34 @@ def make_plan(recipe: Recipe, topology: Topology, sampler: bool = False) -> Plan
 def trace(recipe: Recipe, mesh: Mesh, sampler: bool) -> tuple[Any, dict[str, Any]]:
     """Traces the program that `make_plan` compiles, on shapes; returns the trace and the arguments by name."""
     state, rows = abstract_state(recipe.train_config, mesh), batch_sharding(mesh)
-    count, dtype = recipe.config.train.batch_size, jnp.float32 if sampler else f"uint{recipe.model.image_bits}"
-    images = jax.ShapeDtypeStruct((count, *recipe.model.image_shape), dtype, sharding=rows)
+    model, count = recipe.model, recipe.config.train.batch_size
+    of_latents = model.image_bits == 0
+    dtype = jnp.float32 if sampler or of_latents else f"uint{model.image_bits}"
+    images: Any = jax.ShapeDtypeStruct((count, *model.image_shape), dtype, sharding=rows)
     labels = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=rows)
+    condition = None
+    if model.has_prefix:
+        condition = jax.ShapeDtypeStruct((count, *model.condition_shape), jnp.float32, sharding=rows)
+    if of_latents and not sampler:
+        images = Latents(images, images, condition)
     arguments = {"parameters": state.variables, "batch": (images, labels)}
     if sampler:
         sample = jax.jit(functools.partial(_sample, recipe), out_shardings=rows)
-        return Program(sample, mesh).trace(state.variables, images, labels), arguments
+        return Program(sample, mesh).trace(state.variables, images, labels, condition), arguments
     key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=replicated(mesh))
     traced = compiled_step(recipe.train_config, mesh).trace(state, images, labels, key)
     return traced, arguments | {"optimizer": state.opt_state, "EMA": state.ema_params}
 
 
-def _sample(recipe: Recipe, variables: Any, latents: jax.Array, labels: jax.Array) -> jax.Array:
+def _sample(
+    recipe: Recipe, variables: Any, latents: jax.Array, labels: jax.Array, condition: jax.Array | None
+) -> jax.Array:
     model = recipe.model
     guidance = Guidance(**recipe.config.sample.guidance).checked_for(model)
     given = labels if model.num_classes else None
     levels = jnp.ones(len(labels)) if model.noise_conditional else None
     with jax.default_matmul_precision("highest"):
-        return decode(device_flow(model), variables, latents, given, levels, guidance=guidance)
+        return decode(device_flow(model), variables, latents, given, levels, guidance=guidance, condition=condition)
 
 
 def changes(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
