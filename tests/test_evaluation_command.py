@@ -24,8 +24,6 @@ from tarflow_jax.training import train
 
 pytestmark = pytest.mark.slow
 
-COMMAND = Path(__file__).with_name("quick_evaluate.py")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
@@ -39,7 +37,9 @@ def model(tmp_path_factory) -> Path:
 
 def evaluate(folder: Path, *arguments: str) -> tuple[int, str, str]:
     devices = f"{commands.NOT_OPTIMISED} --xla_force_host_platform_device_count=2"
-    return commands.run(COMMAND, *arguments, cwd=folder, TARFLOW_DATA_DIR=str(folder / "data"), XLA_FLAGS=devices)
+    return commands.run(
+        "-m", "launch.evaluate", *arguments, cwd=folder, TARFLOW_DATA_DIR=str(folder / "data"), XLA_FLAGS=devices
+    )
 
 
 def log_prob(noisy: jax.Array) -> np.ndarray:
@@ -48,7 +48,7 @@ def log_prob(noisy: jax.Array) -> np.ndarray:
 
 
 def sample_metrics(images: np.ndarray, folder: Path) -> dict[str, float]:
-    """Of samples against the training images, by the features of the classifier that the command left."""
+    """Of samples against the training images, by the features of the judge."""
     train, test = (data.open_source("digits", split, data_dir=folder) for split in ("train", "test"))
     network = classifier_network(train, test, folder / "evaluation")
     generated, real = (
@@ -107,7 +107,10 @@ def test_tables_and_file_state_the_protocol(model, tmp_path):
     settings = [(row["guidance"], row["denoised"], row["not finite"]) for row in results["samples"]]
     assert settings == [(0, False, 0), (0, True, 0)]
     assert "| guidance | denoised |" in out
-    assert "test accuracy" in out
+    judge = json.loads((commands.ROOT / "models/judges/digits/judge.json").read_text())
+    named = f"classifier, judge digits, sha256 {judge['sha256']} (test accuracy {judge['accuracy']:.4f}; "
+    assert content["protocol"]["network"].startswith(named)
+    assert f"network: {named}" in out
     images, labels = read_samples(tmp_path / "samples.npz")
     assert images.shape == (200, 8, 8, 3)
     assert content["protocol"]["labels"] == "as often as in the reference split"

@@ -87,7 +87,7 @@ def train_here(workdir, devices, monkeypatch):
 
 def evaluate_command(workdir, out):
     chosen = ("--metrics=bits_per_dim,classification,fid", "--allow_noisy", "--num_samples=600")
-    return ["tests/quick_evaluate.py", f"--workdir={workdir}", f"--out={out}", *chosen]
+    return ["-m", "launch.evaluate", f"--workdir={workdir}", f"--out={out}", *chosen]
 
 
 def measured(out):

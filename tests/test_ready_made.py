@@ -1,8 +1,9 @@
-"""Models by name: found in a clone or in the package tarflow_jax_models, else on the hub."""
+"""Models by name: found in a clone or in the package tarflow_jax_models, else on the hub; and judges of data sets."""
 
 import importlib.machinery
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -11,10 +12,13 @@ import pytest
 
 import commands
 from tarflow_jax import Noise, TarFlowPipeline
+from tarflow_jax.data import ArraySource, open_source
+from tarflow_jax.evaluation import classifier
 from tarflow_jax.interop import READY_MADE, model_folder
 from tiny_models import TINY, random_variables
 
 DATA = Path(__file__).parent / "data"
+JUDGES = "judges/*/judge.json"
 NAMES = tuple(map(str, range(TINY.num_classes)))
 
 
@@ -83,8 +87,46 @@ def test_a_ready_made_model_draws_the_image_and_has_the_log_prob_that_it_had(nam
 def test_ready_made_models_are_in_the_clone_and_small():
     assert set(model_folder.ready_made()) == set(READY_MADE)
     sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in model_folder.ready_made().values()]
+    judges = [path.with_name("model.safetensors").stat().st_size for path in model_folder.shipped(JUDGES).values()]
     assert max(sizes) <= 12e6
-    assert sum(sizes) <= 40e6
+    assert max(judges) <= 2.5e6
+    assert sum(sizes + judges) <= 40e6
+
+
+def test_the_judge_of_digits_is_as_good_as_it_says_and_no_other_classifier_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier, "train_classifier", lambda *_, **__: pytest.fail("trained"))
+    train, test = (open_source("digits", split) for split in ("train", "test"))
+    network = classifier.classifier_network(train, test, tmp_path)
+    stated = json.loads(model_folder.shipped(JUDGES)["digits"].read_text())
+    assert (network(test.images).logits.argmax(1) == test.labels).mean() == pytest.approx(stated["accuracy"], abs=1e-9)
+    assert network.identity.startswith(f"judge digits, sha256 {stated['sha256']} (test accuracy 0.9394; ")
+    assert list(tmp_path.iterdir()) == []
+    for others in (ArraySource("digits", test.images, (test.labels + 1) % 10, 10), test):  # wrong labels; another name
+        others.name = "digits" if others is not test else "npz:digits.npz"
+        with pytest.raises(pytest.fail.Exception, match="trained"):
+            classifier.classifier_network(others, others, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("judge.json", lambda content: content[:-9], r"judge.json or model.safetensors beside it is damaged \("),
+        (
+            "judge.json",
+            lambda content: content.replace(b'"sha256": "1', b'"sha256": "2'),
+            "does not match the checksum",
+        ),
+        ("model.safetensors", lambda content: content[:-4] + b"\0\0\0\1", "does not match the checksum in it.*; copy"),
+    ],
+)
+def test_a_damaged_judge_is_refused_in_one_line(name, change, message, tmp_path, monkeypatch):
+    train = open_source("digits", "train")
+    folder = shutil.copytree(model_folder.shipped(JUDGES)["digits"].parent, tmp_path / "digits")
+    (folder / name).write_bytes(change((folder / name).read_bytes()))
+    monkeypatch.setattr(classifier, "shipped", lambda _: {"digits": folder / "judge.json"})
+    with pytest.raises(ValueError, match=message) as caught:
+        classifier.read_judge(train)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

@@ -1,13 +1,17 @@
-"""Small convolutional classifiers of a data set, trained once and cached.
+"""Small convolutional classifiers of a data set: judges that models/ ships, others trained once and cached.
 
 `classifier_network` is a feature network for data sets where Inception makes no sense. Distances between its features
-compare two models of one data set under the same weights, which the printed identity names. They are not FID.
+compare two models of one data set under the same weights, which the printed identity names. They are not FID. So that
+all machines measure with the same weights, data sets of which we publish figures have a judge: a classifier in
+models/judges/NAME, model.safetensors, with its hash and accuracy in judge.json.
 `perceptual_network_params` are the weights of a student's perceptual loss, which measures nothing.
 """
 
 import dataclasses
 import functools
 import hashlib
+import json
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -20,17 +24,22 @@ import optax
 from safetensors.numpy import save
 
 from tarflow_jax.data import ImageSource
-from tarflow_jax.errors import UserError
+from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.evaluation.features import FeatureNetwork, Features, cache_errors_logged
-from tarflow_jax.files import replacing
+from tarflow_jax.files import replacing, sha256
+from tarflow_jax.interop import shipped
 from tarflow_jax.interop.tensors import flatten, read_safetensors
 from tarflow_jax.runtime import progress
+from tarflow_jax.runtime.parameters import Shape
 from tarflow_jax.student import Perception
 
 RECIPE = "3 strided convolutions of 32, 64, 128; AdamW 2e-3, cosine, batch 256, 6 epochs, at least 1,000 steps"
 BATCH_SIZE, MIN_STEPS = 256, 1000
 PERCEPTUAL_BATCH_SIZE, PERCEPTUAL_MAX_STEPS = 64, 1000
 PREPROCESSING = "none: 8-bit images of the data set's own size, v / 127.5 - 1"
+JUDGE, WEIGHTS = "judge.json", "model.safetensors"
+SAME_ACCURACY = 0.005  # processors round differently, and a few images lie between two classes
+logger = logging.getLogger(__name__)
 
 
 class Classifier(nn.Module):
@@ -73,24 +82,67 @@ def train_classifier(source: ImageSource, model: nn.Module, steps: int, batch_si
 
 
 def classifier_network(train: ImageSource, test: ImageSource, cache_dir: str | Path) -> FeatureNetwork:
-    """Returns the classifier of a data set as a feature network; trains it unless `cache_dir` has it.
+    """Returns a classifier as a feature network: the data set's judge, or one that `cache_dir` has or that is trained.
 
-    Its `identity` gives its accuracy on `test`. Raises UserError for unlabelled images.
+    Its `identity` gives its accuracy on `test`. Raises UserError for unlabelled images and damaged files.
     """
     if train.num_classes < 2:
         raise UserError(
             f"{train.name} has no classes to train a classifier on; name Inception weights, --inception=FILE"
         )
-    model = Classifier(train.num_classes)
-    steps = max(6 * len(train) // BATCH_SIZE, MIN_STEPS)
-    params = _read_or_train(Path(cache_dir), "classifier", train, model, steps, BATCH_SIZE, seed=0)
-    activations = 4 * 16 * math.prod(train.image_shape[:2])  # twice the first layer's outputs
-    network = FeatureNetwork("classifier", "", PREPROCESSING, model, params, activations)
     images, labels = test.read(np.arange(len(test)))
-    accuracy = (network(images, "accuracy of the classifier").logits.argmax(1) == labels).mean()
+
+    def accuracy(network: FeatureNetwork) -> float:
+        return float((network(images, "accuracy of the classifier").logits.argmax(1) == labels).mean())
+
+    if judge := read_judge(train):
+        network, stated = judge
+        if abs((found := accuracy(network)) - stated) <= SAME_ACCURACY:
+            return network
+        message = "the judge of %s gets %.4f of these test images right, not %.4f: they are others, it is not used"
+        logger.warning(message, train.name, found, stated)
+    model = Classifier(train.num_classes)
+    params = _read_or_train(Path(cache_dir), "classifier", train, model, num_steps(train), BATCH_SIZE, seed=0)
+    network = _network(train, params, "")
     digest = hashlib.sha256(_file_content(params)).hexdigest()  # not of the file: another process may replace it
-    identity = f"sha256 {digest} (test accuracy {accuracy:.4f}; {RECIPE})"
-    return dataclasses.replace(network, identity=identity)
+    return dataclasses.replace(network, identity=_identity(digest, accuracy(network)))
+
+
+def num_steps(train: ImageSource) -> int:
+    """Number of steps that a classifier of these images is trained for."""
+    return max(6 * len(train) // BATCH_SIZE, MIN_STEPS)
+
+
+def read_judge(train: ImageSource) -> tuple[FeatureNetwork, float] | None:
+    """Reads the judge of a data set of this name, shape and number of classes; None if there is none.
+
+    Returns it with the accuracy that judge.json states. Raises UserError for damaged files.
+    """
+    path = shipped(f"judges/*/{JUDGE}").get(train.name)
+    if path is None:
+        return None
+    weights = path.with_name(WEIGHTS)
+    try:
+        fields = json.loads(path.read_bytes())
+        shape, digest, accuracy = fields["image_shape"], str(fields["sha256"]), float(fields["accuracy"])
+        if (shape, fields["num_classes"]) != (list(train.image_shape), train.num_classes):
+            return None
+        if sha256(weights) != digest:
+            raise UserError(f"{WEIGHTS} does not match the checksum in it")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{path} or {WEIGHTS} beside it is damaged ({one_line(error)}); copy both again") from error
+    params = read_safetensors(weights, _shapes(Classifier(train.num_classes), train))
+    return _network(train, params, f"judge {train.name}, {_identity(digest, accuracy)}"), accuracy
+
+
+def _network(train: ImageSource, params: dict[str, Any], identity: str) -> FeatureNetwork:
+    activations = 4 * 16 * math.prod(train.image_shape[:2])  # twice the first layer's outputs
+    model = Classifier(train.num_classes)
+    return FeatureNetwork("classifier", identity, PREPROCESSING, model, params, activations)
+
+
+def _identity(digest: str, accuracy: float) -> str:
+    return f"sha256 {digest} (test accuracy {accuracy:.4f}; {RECIPE})"
 
 
 def perceptual_network_params(train: ImageSource, cache_dir: str | Path) -> dict[str, Any]:
@@ -115,12 +167,16 @@ def _read_or_train(
         with cache_errors_logged(), replacing(path) as file:
             file.write(_file_content(params))
         return params
-    image = jax.ShapeDtypeStruct((1, *source.image_shape), jnp.uint8)
-    expected = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
     try:
-        return read_safetensors(path, {name: x.shape for name, x in flatten(expected).items()})
+        return read_safetensors(path, _shapes(model, source))
     except UserError as error:
         raise UserError(f"{error}; delete it to train the network again") from error
+
+
+def _shapes(model: nn.Module, source: ImageSource) -> dict[str, Shape]:
+    image = jax.ShapeDtypeStruct((1, *source.image_shape), jnp.uint8)
+    expected = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
+    return {name: x.shape for name, x in flatten(expected).items()}
 
 
 def _file_content(params: dict[str, Any]) -> bytes:

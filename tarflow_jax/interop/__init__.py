@@ -11,6 +11,7 @@ from tarflow_jax.interop.model_folder import (
     local_folder,
     push_model,
     save_model,
+    shipped,
 )
 from tarflow_jax.interop.t5 import load_t5, t5_embeddings
 from tarflow_jax.interop.torch_weights import load_torch, save_torch
@@ -29,5 +30,6 @@ __all__ = [
     "push_model",
     "save_model",
     "save_torch",
+    "shipped",
     "t5_embeddings",
 ]

@@ -269,11 +269,16 @@ def checksum(fields: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def ready_made() -> dict[str, Path]:
-    """Folders of the ready-made models by their names: in a clone, or in the package tarflow_jax_models."""
+def shipped(pattern: str) -> dict[str, Path]:
+    """Files that match in models/ of a clone or in the package tarflow_jax_models, by the names of their folders."""
     package = importlib.util.find_spec("tarflow_jax_models")
     places = [Path(__file__).parents[2] / "models", *(package.submodule_search_locations or () if package else ())]
-    return {file.parent.name: file.parent for place in places for file in sorted(Path(place).glob(f"*/{CONFIG}"))}
+    return {file.parent.name: file for place in places for file in sorted(Path(place).glob(pattern))}
+
+
+def ready_made() -> dict[str, Path]:
+    """Folders of the ready-made models by their names."""
+    return {name: file.parent for name, file in shipped(f"*/{CONFIG}").items()}
 
 
 def local_folder(name: str | os.PathLike[str]) -> Path:
