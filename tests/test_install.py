@@ -38,6 +38,7 @@ def test_the_wheel_serves_from_any_folder_without_the_clone(tmp_path):
     code, _, err = commands.run("-c", BUILD, tmp_path, cwd=source)
     assert code == 0, err
     (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.stat().st_size < 2e6
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(site)
         (metadata,) = [archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA")]

@@ -337,6 +337,34 @@ def copy_model(source: epath.PathLike, target: epath.PathLike) -> None:
             (target / name).unlink(missing_ok=True)
 
 
+def check_hub(name: str, *, replace: bool = False) -> None:
+    """Checks that a model can be pushed as "owner/name": that it is free, unless `replace`, and there is a token.
+
+    Raises ValueError: not a hub name, the hub did not answer or knows no such token, or the name is taken.
+    """
+    if not _HUB_NAME.fullmatch(name):
+        raise UserError(f"{name!r} is not the name of a model on the hub; expected owner/name")
+    import huggingface_hub
+
+    api = huggingface_hub.HfApi()
+    with _hub_errors(name):
+        api.whoami()
+        taken = not replace and api.repo_exists(name)
+    if taken:
+        raise UserError(f"{name} is on the hub already; choose another name, or replace what is there, --replace")
+
+
+@contextlib.contextmanager
+def _hub_errors(name: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # the hub's errors share no base class with those of its HTTP library
+        raise UserError(
+            f"the hub did not accept {name} ({one_line(error)}); check the network, and that `hf auth login` was given "
+            "a token with write access"
+        ) from error
+
+
 def push_model(folder: str | os.PathLike[str], name: str, *, private: bool = False, token: str | None = None) -> str:
     """Uploads a model folder to the hub as "owner/name", in one commit, and returns the commit's URL.
 
@@ -348,7 +376,7 @@ def push_model(folder: str | os.PathLike[str], name: str, *, private: bool = Fal
     import huggingface_hub
 
     api = huggingface_hub.HfApi(token=token)
-    try:
+    with _hub_errors(name):
         api.create_repo(name, private=private, exist_ok=True)
         message = "Upload by tarflow_jax"
         commit = api.upload_folder(
@@ -358,9 +386,4 @@ def push_model(folder: str | os.PathLike[str], name: str, *, private: bool = Fal
             delete_patterns=FILES,  # of an older model
             commit_message=message,
         )
-    except Exception as error:  # the hub's errors share no base class with those of its HTTP library
-        raise UserError(
-            f"the hub did not accept {name} ({one_line(error)}); check the network, and that `hf auth login` was given "
-            "a token with write access"
-        ) from error
     return str(commit.commit_url)
