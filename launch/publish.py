@@ -55,15 +55,18 @@ def run_apart(*arguments: object, timeout: float | None = None, **variables: str
     """Runs Python in an empty directory, with `variables` in its environment; UserError says why if it fails."""
     clone = str(Path(__file__).parents[1])
     with tempfile.TemporaryDirectory() as empty:
-        done = subprocess.run(
-            [sys.executable, *map(str, arguments)],
-            cwd=empty,
-            env=os.environ | {"PYTHONPATH": clone} | variables,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            timeout=timeout,
-        )
+        try:
+            done = subprocess.run(
+                [sys.executable, *map(str, arguments)],
+                cwd=empty,
+                env=os.environ | {"PYTHONPATH": clone} | variables,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired:
+            raise UserError(f"it takes more than {timeout} s") from None
     if done.returncode:
         raise UserError((done.stderr.splitlines() or ["it was killed"])[-1].removeprefix("error: "))
 
@@ -100,7 +103,7 @@ def measure_again(folder: Path, evaluation: Mapping[str, Any]) -> None:
         }
         try:
             run_apart("-m", "launch.evaluate", *(f"--{name}={value}" for name, value in given.items()), timeout=LIMIT_S)
-        except (UserError, subprocess.TimeoutExpired) as error:
+        except UserError as error:
             print(f"{unit}: not measured again ({error})")
             continue
         found = json.loads(next(out.glob("*.json")).read_text())["results"][metric][unit]
