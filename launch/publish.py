@@ -27,6 +27,8 @@ from tarflow_jax.errors import UserError
 from tarflow_jax.files import read_npz, write_npz
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.pipeline import TarFlowPipeline
+from tarflow_jax.text_to_image import TextToImage
+from tarflow_jax.training import Recipe
 
 TOLERANCE, COUNT, LIMIT_S = 1e-4, 2, 120
 LIKELIHOODS = {"bits_per_dim": "bits/dim", "log_prob": "log p, nats"}  # metrics and their figures
@@ -121,7 +123,9 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         if pipe.card:  # of a run; that of a saved model is kept
-            pipe.save_pretrained(folder, card={"name": NAME.value})
+            of_latents = pipe.config.image_bits == 0  # which are published with their autoencoder
+            whole = TextToImage.of_recipe(pipe, Recipe.from_workdir(name)) if of_latents else pipe
+            whole.save_pretrained(folder, card={"name": NAME.value})
         else:
             interop.copy_model(interop.local_folder(name), folder)
         check_opened(pipe, folder)

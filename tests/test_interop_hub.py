@@ -28,6 +28,7 @@ from tarflow_jax.runtime.parameters import student_shapes
 from tarflow_jax.sampling import Schedule, Sequential
 from tarflow_jax.student import StudentConfig, TrainedStudent
 from tarflow_jax.training import train
+from test_text_to_image import autoencoder, trained  # noqa: F401 (fixtures)
 from tiny_models import TINY, random_variables
 
 NAME = "owner/tiny"
@@ -230,6 +231,14 @@ def test_a_run_is_published_once_a_new_process_has_reproduced_it(hub, run, tmp_p
     assert len(hub.made) == 1
     mine, theirs = (TarFlowPipeline.from_pretrained(name) for name in (run, NAME))
     jax.tree.map(np.testing.assert_array_equal, mine.variables, theirs.variables)
+
+
+@pytest.mark.slow
+def test_a_run_over_latents_is_published_with_its_autoencoder_and_words(hub, trained, tmp_path):  # noqa: F811
+    code, _, err = publish(hub, tmp_path, f"--workdir={trained}", f"--name={NAME}")
+    assert code == 0, err
+    parts = {"text_to_image.json", "autoencoder/config.json", "text/words.safetensors", "model.safetensors"}
+    assert parts <= hub.files.keys()
 
 
 @pytest.mark.slow
