@@ -4,7 +4,7 @@
 
 A judge is trained on the training images, and saved in float32, or in bfloat16 where that takes more than 1.5 MB. Adds
 a row for each data set to docs/results/judges.jsonl: the judge, and the distance, precision and recall of the real test
-images to the training images.
+images to the training images; and the distance of as many training images, which is due to their number alone.
 """
 
 import argparse
@@ -69,6 +69,8 @@ def measure(name: str) -> None:
     metrics = SampleMetrics(name)
     images, _ = metrics.test.read(np.arange(len(metrics.test)))
     row = {"data_set": name, "judge": metrics.network.identity, "real_images": len(images), **metrics(images)}
+    among = np.random.default_rng(SEED).choice(len(metrics.train), len(images), replace=False)
+    row["distance_of_as_many_training_images"] = metrics(metrics.train.read(np.sort(among))[0])["distance"]
     row["date"] = time.strftime("%Y-%m-%d")
     print(json.dumps(row), flush=True)
     with ROWS.open("a") as file:
