@@ -55,13 +55,13 @@ def write_drawn(folder: str, path: str) -> None:
 
 def run_apart(*arguments: object, timeout: float | None = None, **variables: str) -> None:
     """Runs Python in an empty directory, with `variables` in its environment; UserError says why if it fails."""
-    clone = str(Path(__file__).parents[1])
+    places = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
     with tempfile.TemporaryDirectory() as empty:
         try:
             done = subprocess.run(
                 [sys.executable, *map(str, arguments)],
                 cwd=empty,
-                env=os.environ | {"PYTHONPATH": clone} | variables,
+                env=os.environ | {"PYTHONPATH": places} | variables,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
