@@ -18,6 +18,7 @@ from tarflow_jax import Guidance, TarFlowPipeline, data
 from tarflow_jax.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderKL
 from tarflow_jax.data import latents
 from tarflow_jax.errors import UserError
+from tarflow_jax.evaluation import classifier
 from tarflow_jax.noise import Noise
 from tarflow_jax.text import WordVectors
 from tarflow_jax.text_to_image import TextToImage
@@ -276,21 +277,26 @@ def test_the_demo_draws_from_a_caption(trained):
 
 
 @pytest.mark.slow
-def test_samples_are_compared_with_the_images_that_were_packed(trained, tmp_path):
-    evaluate = ("tests/quick_evaluate.py", f"--workdir={trained}", f"--out={tmp_path}")
-    code, out, err = commands.run(*evaluate, "--metrics=bits_per_dim", "--allow_noisy")
+def test_samples_are_compared_with_the_images_that_were_packed(trained, tmp_path, monkeypatch):
+    evaluate = ("-m", "launch.evaluate", f"--workdir={trained}", f"--out={tmp_path}")
+    images = data.open_source(Recipe.from_workdir(trained).config.data.source, "train").images_name
+    monkeypatch.setattr(classifier, "MIN_STEPS", 20)  # the commands find what was trained here
+    classifier.classifier_network(
+        *(data.open_source(images, split) for split in ("train", "test")), tmp_path / "evaluation"
+    )
+    code, out, err = commands.run(*evaluate, "--metrics=bits_per_dim", "--allow_noisy", TARFLOW_DATA_DIR=str(tmp_path))
     assert code == 0, err
     assert "nats/dim of noisy latents" in out
     (tmp_path / "prompts.txt").write_text("cat 2\n\ndog 3\n")
     code, out, err = commands.run(
         *evaluate, "--metrics=precision_recall", "--num_samples=4", f"--prompts={tmp_path / 'prompts.txt'}",
-        f"--save_samples={tmp_path / 'samples.npz'}",
+        f"--save_samples={tmp_path / 'samples.npz'}", TARFLOW_DATA_DIR=str(tmp_path),
     )  # fmt: skip
     assert code == 0, err
     assert any("2 captions in turn" in file.read_text() for file in tmp_path.glob("*.json"))
     saved = np.load(tmp_path / "samples.npz")["arr_0"]
     assert saved.shape == (4, 16, 16, 3)
-    code, out, err = commands.run(*evaluate, "--metrics=classification")
+    code, out, err = commands.run(*evaluate, "--metrics=classification", TARFLOW_DATA_DIR=str(tmp_path))
     assert code == 1
     assert err.strip() == "error: classification is for a flow of images; this one is of latents"
 
