@@ -5,7 +5,7 @@ python -m launch.train --config=configs/starflow_imagenet256.py --config.data.so
     --workdir=gs://BUCKET/run
 
 Classes are embeddings that are added to the tokens; in the release a class is a prefix of one token. Unmeasured here;
-paper: FID 2.40. Hardware by launch.plan, docs/scaling.md.
+paper: FID 2.40. Hardware by launch.plan: docs/howto/text_to_image.md.
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@
 python -m launch.prepare_data --data=packed:FOLDER --autoencoder=sd-vae-ft-ema --text_encoder=t5:google/flan-t5-xl
 python -m launch.train --config=configs/starflow_t2i256.py --config.data.source=latents:FOLDER --workdir=gs://BUCKET/run
 
-Unmeasured here. Hardware by launch.plan, docs/scaling.md.
+Unmeasured here. Hardware by launch.plan: docs/howto/text_to_image.md.
 """
 
 from ml_collections import ConfigDict
