@@ -24,7 +24,7 @@ from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.classifier import perceptual_network_params
 from tarflow_jax.figures import grid, save_png, to_uint8
 from tarflow_jax.noise import to_float
-from tarflow_jax.runtime import PreemptionGuard
+from tarflow_jax.runtime import PreemptionGuard, use_cores_as_devices
 from tarflow_jax.training import Recipe, train
 from tarflow_jax.training.loop import evaluate_loss
 from tarflow_jax.training.task import ENCODER, Fixed
@@ -45,6 +45,8 @@ def main(argv: Sequence[str]) -> None:
     cli.join_processes()
     if "autoencoder" not in config:
         raise UserError("--config is no autoencoder's recipe; expected one such as configs/emoji64_autoencoder.py")
+    if config.mesh.data == -1:  # before anything asks for devices
+        use_cores_as_devices(config.train.batch_size // config.train.accumulation)
     encoder, initial = None, None
     if config.decoder_of:
         start = Autoencoder.from_pretrained(config.decoder_of)
