@@ -16,6 +16,8 @@ from etils import epath
 from ml_collections import config_flags
 
 from launch import cli
+from tarflow_jax.autoencoder import Autoencoder
+from tarflow_jax.data import LatentSource
 from tarflow_jax.figures import captioned_grid, class_names, class_rows, grid, save_png, to_uint8
 from tarflow_jax.likelihood import LOG_2PI
 from tarflow_jax.pipeline import TarFlowPipeline
@@ -45,29 +47,30 @@ def main(argv: Sequence[str]) -> None:
     guidance = Guidance(**config.sample.guidance)
     # Reject before training what would be rejected after it.
     guidance.checked_for(recipe.model)
-    recipe.source("test")
+    autoencoder = None
+    if isinstance(source := recipe.source("test"), LatentSource):
+        autoencoder = Autoencoder.from_pretrained(source.folder / "autoencoder")
 
     def preview(step: int, variables: dict[str, Any]) -> None:
         pipe = TarFlowPipeline(recipe.model, variables, recipe.noise, mesh=recipe.mesh())
-        if of_latents:
-            if jax.process_index() == 0:
-                save_png(workdir / "figures" / f"step_{step:07d}.png", drawn_latents(pipe, recipe))
-            return
-        labels = cli.example_labels(pipe.config.num_classes, PREVIEW_IMAGES)
-        images = pipe.sample(jax.random.key(0), PREVIEW_IMAGES, labels, guidance)
-        sheet = class_rows(to_uint8(images), labels, label_names(workdir))
+        if autoencoder:
+            sheet = drawn_latents(TextToImage(pipe, autoencoder, guidance=guidance), recipe)
+        else:
+            labels = cli.example_labels(pipe.config.num_classes, PREVIEW_IMAGES)
+            images = pipe.sample(jax.random.key(0), PREVIEW_IMAGES, labels, guidance)
+            sheet = class_rows(to_uint8(images), labels, label_names(workdir))
         if jax.process_index() == 0:
             save_png(workdir / "figures" / f"step_{step:07d}.png", sheet)
 
-    of_sequences, of_latents = recipe.model.is_sequence, recipe.model.image_bits == 0
+    of_sequences = recipe.model.is_sequence
     state = train(recipe.config, workdir, None if of_sequences else preview)
     variables, names = state.sampling_variables, label_names(workdir)
     with PreemptionGuard():
         test_loss = evaluate_loss(recipe, variables)
         pipe = TarFlowPipeline(recipe.model, variables, recipe.noise, mesh=recipe.mesh())
         sheets = {}
-        if of_latents:
-            sheets = {"samples_guided": drawn_latents(pipe, recipe)}
+        if autoencoder:
+            sheets = {"samples_guided": drawn_latents(TextToImage(pipe, autoencoder, guidance=guidance), recipe)}
         elif not of_sequences:
             sheets = figures(pipe, guidance, config.sample.denoise_multiplier, names)
     if jax.process_index():
@@ -90,16 +93,16 @@ def main(argv: Sequence[str]) -> None:
     print("\n".join(f"{name:<22} {value}" for name, value in rows.items()))
 
 
-def drawn_latents(pipe: TarFlowPipeline, recipe: Recipe) -> np.ndarray:
-    """A sheet of what a flow of latents draws from captions, or classes, of the test split."""
-    whole, source = TextToImage.of_recipe(pipe, recipe), recipe.source("test")
+def drawn_latents(pipe: TextToImage, recipe: Recipe) -> np.ndarray:
+    """A sheet of what a flow of latents draws from packed captions, or from classes."""
+    source, classes = recipe.source("test"), pipe.flow.config.num_classes
     index = np.linspace(0, len(source) - 1, PREVIEW_IMAGES).astype(int)
-    labels = cli.example_labels(pipe.config.num_classes, PREVIEW_IMAGES)
-    if not whole.text:
-        return class_rows(to_uint8(whole(None, PREVIEW_IMAGES, labels=labels)), labels, source.label_names)
-    captions = [source.captions[i][0] for i in index]
-    labels = source.read(index)[1] if labels is not None else None
-    return captioned_grid(to_uint8(whole(captions, labels=labels)), captions, 8)
+    (_, _, condition), labels = source.read(index)
+    if condition is None:
+        labels = cli.example_labels(classes, PREVIEW_IMAGES)
+        return class_rows(to_uint8(pipe(None, PREVIEW_IMAGES, labels=labels)), labels, source.label_names)
+    images = pipe(condition, labels=labels if classes else None)
+    return captioned_grid(to_uint8(images), [source.captions[i][0] for i in index], 8)
 
 
 def figures(

@@ -20,6 +20,7 @@ from tarflow_jax.autoencoder import Autoencoder
 from tarflow_jax.data import LatentSource
 from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.files import write_text
+from tarflow_jax.options import shown
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance
 from tarflow_jax.text import TextEncoder, open_text_encoder
@@ -34,7 +35,7 @@ class TextToImage:
     Attributes:
       flow: over latents [B, h, w, Z] in units of `autoencoder`.
       autoencoder: decodes them.
-      text: captions -> [B, L, E]; None for a flow without a prefix.
+      text: captions -> [B, L, E]; None for a flow without a prefix, or of embeddings alone.
       guidance: of a call that names none.
     """
 
@@ -51,9 +52,9 @@ class TextToImage:
                 f"the flow is of {flow.config.data_shape}, the autoencoder's latents have "
                 f"{autoencoder.config.latent_channels} channels; expected a flow of these latents"
             )
-        given = (text.length, text.dim) if text else None
-        if given != (flow.config.condition_shape if flow.config.has_prefix else None):
-            raise UserError(f"the text encoder makes {given}, the flow's prefix is {flow.config.condition_shape}")
+        if text and (text.length, text.dim) != flow.config.condition_shape:
+            found = f"{text.length} embeddings of {text.dim}"
+            raise UserError(f"the text encoder makes {found}, the flow's prefix is {flow.config.condition_shape}")
         self.flow, self.autoencoder, self.text, self.guidance = flow, autoencoder, text, guidance
 
     @classmethod
@@ -110,7 +111,7 @@ class TextToImage:
 
     def __call__(
         self,
-        prompts: str | Sequence[str] | None = None,
+        prompts: str | Sequence[str] | np.ndarray | jax.Array | None = None,
         num_images: int = 1,
         guidance: Guidance | None = None,
         key: jax.Array | None = None,
@@ -122,7 +123,7 @@ class TextToImage:
         """Draws images.
 
         Args:
-          prompts: a caption, or several; None for a flow without text.
+          prompts: a caption, several, or their embeddings, float [B, L, E]; None for a flow without captions.
           num_images: images of each caption, or without captions of all.
           guidance: None is that of the model; leads away from the empty caption.
           key: of the latents; None is `jax.random.key(0)`.
@@ -137,16 +138,11 @@ class TextToImage:
         Raises:
           ValueError: captions for a flow without text, or none for one with text; else as `TarFlowPipeline.sample`.
         """
-        condition = None
-        if (prompts is None) != (self.text is None):
-            expected = "captions" if self.text else "no captions"
-            raise UserError(f"prompts are {prompts!r}; this flow was trained with {expected}")
-        if self.text and prompts is not None:
-            texts = [prompts] if isinstance(prompts, str) else list(prompts)
-            if not texts:
-                raise UserError("no captions; expected at least one")
-            condition = np.repeat(self.text(texts), num_images, axis=0)
-            num_images = len(condition)
+        condition = None if prompts is None else np.repeat(self._embeddings(prompts), num_images, axis=0)
+        if (condition is None) == self.flow.config.has_prefix:
+            expected = "captions" if self.flow.config.has_prefix else "no captions"
+            raise UserError(f"prompts are {shown(prompts)}; this flow was trained with {expected}")
+        num_images = num_images if condition is None else len(condition)
         if denoise is None:
             denoise = self.flow.noise_std is not None and not self.autoencoder.config.noise_std
         latents = self.flow.sample(
@@ -160,6 +156,14 @@ class TextToImage:
             null_condition=None if self.text is None else self.text([""])[0],
         )
         return self.autoencoder.decode(latents)
+
+    def _embeddings(self, prompts: Any) -> np.ndarray:
+        if isinstance(prompts, np.ndarray | jax.Array):
+            return np.asarray(prompts)
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        if self.text is None or not texts:
+            raise UserError(f"{'no captions' if self.text else 'no text encoder'}; expected captions and an encoder")
+        return self.text(texts)
 
     def reconstruct(self, source: LatentSource, indices: Sequence[int]) -> jax.Array:
         """Decodes packed latents, float32 [B, H, W, K]: the best that a flow of them can draw."""

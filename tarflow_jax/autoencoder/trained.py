@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -9,6 +10,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from tarflow_jax.autoencoder.config import AutoencoderConfig
 from tarflow_jax.autoencoder.network import AutoencoderKL
@@ -37,18 +39,18 @@ class Autoencoder:
         self.params = self._runner.place(params)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, *, dtype: str = "float32", **options: Any) -> Self:
+    def from_pretrained(cls, folder: epath.PathLike, *, dtype: str = "float32", **options: Any) -> Self:
         """Reads a folder in diffusers' format, or vae/ in it.
 
         `dtype` is config.dtype; `options` are the constructor's. Raises FileNotFoundError for a missing file, UserError
         for a damaged file or another network.
         """
-        config, params = read_folder(Path(checked("folder", folder, str | Path)))
+        config, params = read_folder(Path(checked("folder", folder, str | os.PathLike)))
         return cls(dataclasses.replace(config, dtype=dtype), params, **options)
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: epath.PathLike) -> None:
         """Writes a folder that diffusers' AutoencoderKL.from_pretrained reads, too: both files, or none."""
-        write_folder(Path(checked("folder", folder, str | Path)), self.config, self.params, self.tile)
+        write_folder(epath.Path(checked("folder", folder, str | os.PathLike)), self.config, self.params, self.tile)
 
     def encode(self, images: Any, key: jax.Array | None = None) -> jax.Array:
         """Returns latents, float32 [B, h, w, Z]: the posterior's mean, or a sample drawn with a key of `jax.random`.

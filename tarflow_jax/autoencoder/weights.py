@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from etils import epath
 
 from tarflow_jax.autoencoder.config import AutoencoderConfig
 from tarflow_jax.autoencoder.network import AutoencoderKL
@@ -44,7 +45,7 @@ def read_folder(folder: Path) -> tuple[AutoencoderConfig, dict[str, Any]]:
     return config, _read_params(folder / WEIGHTS, config)
 
 
-def write_folder(folder: Path, config: AutoencoderConfig, params: Any, sample_size: int) -> None:
+def write_folder(folder: epath.Path, config: AutoencoderConfig, params: Any, sample_size: int) -> None:
     """Writes both files, or none; `sample_size` is the side of diffusers' tiles in pixels."""
     if (folder / CONFIG).exists():
         _read_config(folder / CONFIG)  # UserError if it is another model's
@@ -72,9 +73,9 @@ def _constant(config: AutoencoderConfig) -> dict[str, Any]:
     return {"_class_name": _CLASS, "out_channels": config.image_channels, **blocks, **others}
 
 
-def _read_config(path: Path) -> AutoencoderConfig:
+def _read_config(path: epath.Path) -> AutoencoderConfig:
     try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
+        if epath.Path(path).stat().length > _MAX_CONFIG_BYTES:
             raise UserError(f"it has more than {_MAX_CONFIG_BYTES} bytes; expected a config of diffusers")
         given = json.loads(path.read_bytes())
         found = given.get("_class_name") if isinstance(given, dict) else given

@@ -32,6 +32,8 @@ class StudentConfig(Options):
         super().__post_init__()
         if self.flow.condition_dim:
             raise UserError(f"the flow has a condition of {self.flow.condition_dim} numbers, which no student takes")
+        if self.flow.image_bits == 0:
+            raise UserError("the flow is of latents, which no student takes")
         for name in ("perceptual", "max_guidance"):
             if getattr(self, name) and not self.flow.num_classes:
                 raise UserError(f"student.{name} is {getattr(self, name)}, but the flow has no classes; set it to 0")
