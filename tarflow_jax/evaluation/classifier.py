@@ -29,7 +29,7 @@ from tarflow_jax.evaluation.features import FeatureNetwork, Features, cache_erro
 from tarflow_jax.files import replacing, sha256
 from tarflow_jax.interop import shipped
 from tarflow_jax.interop.tensors import flatten, read_safetensors
-from tarflow_jax.runtime import batch_sharding, make_mesh, progress, replicated
+from tarflow_jax.runtime import progress
 from tarflow_jax.runtime.parameters import Shape
 from tarflow_jax.student import Perception
 
@@ -60,10 +60,8 @@ def train_classifier(source: ImageSource, model: nn.Module, steps: int, batch_si
     """Trains a network from images uint8 [B, H, W, K] to `.logits`, with AdamW at 2e-3 and a cosine; returns params."""
     optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, steps))
     images, labels = source.read(np.arange(len(source)))
-    devices = jax.local_devices()
-    mesh = make_mesh(devices=devices[: math.gcd(batch_size, len(devices))])
     params = model.init(jax.random.key(seed), jnp.asarray(images[:1]))["params"]
-    params, state = jax.device_put((params, optimizer.init(params)), replicated(mesh))
+    state = optimizer.init(params)
 
     def loss(params: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
         logits = model.apply({"params": params}, images).logits
@@ -79,8 +77,8 @@ def train_classifier(source: ImageSource, model: nn.Module, steps: int, batch_si
     random = np.random.default_rng(seed)
     for _ in progress(range(steps), f"classifier of {source.name}"):
         batch = random.choice(len(images), batch_size)
-        params, state = update(params, state, *jax.device_put((images[batch], labels[batch]), batch_sharding(mesh)))
-    return jax.device_get(params)
+        params, state = update(params, state, jnp.asarray(images[batch]), jnp.asarray(labels[batch]))
+    return params
 
 
 def classifier_network(train: ImageSource, test: ImageSource, cache_dir: str | Path) -> FeatureNetwork:
