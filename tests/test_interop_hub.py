@@ -19,7 +19,7 @@ from PIL import Image
 
 import commands
 from configs import digits
-from launch import publish as publish_command
+from launch import reproduction
 from tarflow_jax import Noise, TarFlowPipeline
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.interop import check_hub
@@ -260,17 +260,17 @@ def test_the_check_before_publishing_compares_with_a_new_process(tmp_path):
     pipe = TarFlowPipeline(SMALL, random_variables(SMALL), Noise("gaussian", 0.1))
     TarFlowPipeline(SMALL, random_variables(SMALL, 1), Noise("gaussian", 0.1)).save_pretrained(tmp_path / "model")
     with pytest.raises(ValueError, match=r"samples of the saved model are not the model's, .*; nothing was uploaded"):
-        publish_command.check_opened(pipe, tmp_path / "model")
+        reproduction.check_opened(pipe, tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"other")
     with pytest.raises(ValueError, match=r"does not open the saved model \(.*checksum.*\); nothing was uploaded"):
-        publish_command.check_opened(pipe, tmp_path / "model")
+        reproduction.check_opened(pipe, tmp_path / "model")
 
 
 def test_what_takes_too_long_to_measure_again_is_named(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(publish_command, "LIMIT_S", 0.01)
+    monkeypatch.setattr(reproduction, "LIMIT_S", 0.01)
     protocol = {"data_set": "digits", "preprocessing": "none", "split": "test", "seed": 0}
     results = {"bits_per_dim": {"bits/dim": 5.0}, "log_prob": {"nats/dim of noisy data": 1.0}, "samples": []}
-    publish_command.measure_again(tmp_path / "model", {"protocol": protocol, "results": results})
+    reproduction.measure_again(tmp_path / "model", {"protocol": protocol, "results": results})
     assert capsys.readouterr().out == "bits/dim: not measured again (it takes more than 0.01 s)\n"
 
 
