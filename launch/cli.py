@@ -26,7 +26,6 @@ from tarflow_jax.options import described
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import Preempted, start_processes, use_compilation_cache
 from tarflow_jax.sampling import Decoder, GaussSeidelJacobi, Guidance, Jacobi, Sequential, Student, Tuned
-from tarflow_jax.text_to_image import TextToImage
 from tarflow_jax.training.loop import NonFiniteError
 from tarflow_jax.training.recipe import AUTOENCODER_GROUPS, GROUPS, STUDENT_GROUPS, config_help
 
@@ -142,10 +141,10 @@ def _on_abort(number: int) -> None:
     os._exit(EXIT_ERROR)
 
 
-def define_number(name: str, default: float, text: str) -> flags.FlagHolder[float]:
-    """Defines a flag for a finite number."""
+def define_number(name: str, default: float | None, text: str) -> flags.FlagHolder[Any]:
+    """Defines a flag for a finite number, which may be left out if `default` is None."""
     holder = flags.DEFINE_float(name, default, text)
-    flags.register_validator(name, math.isfinite, "expected a finite number")
+    flags.register_validator(name, lambda value: value is None or math.isfinite(value), "expected a finite number")
     return holder
 
 
@@ -228,11 +227,6 @@ def open_pipeline(name: str, mesh: jax.sharding.Mesh | None, *, sequences: bool 
     if pipe.config.is_sequence and not sequences:
         raise UserError(f"{name} is a flow of sequences; this command is for images")
     return pipe
-
-
-def open_text_to_image(name: str, mesh: jax.sharding.Mesh | None) -> TextToImage:
-    """Opens a flow of latents with what is around it, as `open_pipeline` does a flow."""
-    return TextToImage.from_pretrained(name, best=flags.FLAGS.checkpoint == "best", mesh=mesh)
 
 
 def define_process_flags() -> None:

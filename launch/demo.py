@@ -15,6 +15,7 @@ from absl import flags
 from launch import cli
 from launch.demo_model import DemoModel
 from tarflow_jax.errors import MissingPackageError, UserError
+from tarflow_jax.text_to_image import TextToImage
 
 HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to listen on; 0.0.0.0 is open to other machines.")
 PORT = flags.DEFINE_integer("port", 7860, "Port to listen on.", lower_bound=1, upper_bound=65535)
@@ -40,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     name, _ = cli.model_name()
     pipe = cli.open_pipeline(name, None)
     if pipe.config.image_bits == 0:
-        whole = cli.open_text_to_image(name, None)
+        whole = TextToImage.around(pipe, name)
         serve_captions(whole, os.path.basename(os.path.abspath(name)), NUM_IMAGES.value, HOST.value, PORT.value)
     else:
         serve(DemoModel(pipe, name, NUM_IMAGES.value), HOST.value, PORT.value)

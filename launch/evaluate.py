@@ -87,9 +87,7 @@ class Evaluation:
         self.pipe = cli.open_pipeline(name, make_mesh(devices=jax.local_devices()), sequences=True)
         self.whole: TextToImage | None = None  # of a flow of latents, whose images are decoded
         if self.pipe.config.image_bits == 0:
-            recipe = Recipe.from_workdir(workdir) if workdir else None
-            whole = TextToImage.of_recipe(self.pipe, recipe) if recipe else TextToImage.from_pretrained(name)
-            self.whole, self.pipe = whole, whole.flow
+            self.whole = TextToImage.around(self.pipe, name)
         self.data_dir = data_folder(self._trained_on and self._trained_on.data_dir)
         self.out = epath.Path(cli.folder("out") if OUT.value else f"{place}/evaluation")
         self.data_set = DATA.value or self._trained_on.source
@@ -154,6 +152,7 @@ class Evaluation:
             return open_source(source.images_name, split, data_dir=self.data_dir)
         return source
 
+    @functools.cached_property
     def captions(self) -> list[str]:
         """The captions to draw in turn: --prompts, or those of the reference split, shuffled; [] without text."""
         if not (self.whole and self.whole.text):
@@ -163,8 +162,6 @@ class Evaluation:
             found = [line.strip() for line in lines if line.strip()]
         else:
             found = [texts[0] for texts in self.images(REFERENCE_SPLIT.value).captions]
-        if not found:
-            raise UserError("there are no captions to draw; name a file with one a line, --prompts=FILE")
         return [found[i] for i in np.random.default_rng(0).permutation(len(found))]
 
     def outliers(self) -> ImageSource:
@@ -192,8 +189,8 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
             raise UserError(
                 f"log p is of latents, and {source.name} has images; name the packed ones, --data=latents:…"
             )
-        if of_samples:
-            evaluation.captions()
+        if of_samples and evaluation.whole.text and not evaluation.captions:
+            raise UserError("there are no captions to draw; name a file with one a line, --prompts=FILE")
     if "bits_per_dim" in metrics and pipe.noise_std is not None and not ALLOW_NOISY.value:
         raise UserError(
             "bits/dim is defined for models trained with uniform noise, this one's was gaussian; "
@@ -341,7 +338,7 @@ def sample_settings(denoise: bool) -> list[tuple[Guidance, bool]]:
 def measure_samples(evaluation: Evaluation, metrics: list[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Returns a row for each setting of guidance and denoising, and the protocol that the rows share."""
     pipe, cache_dir = evaluation.pipe, evaluation.data_dir / "evaluation"
-    source, captions = evaluation.images(REFERENCE_SPLIT.value), evaluation.captions()
+    source, captions = evaluation.images(REFERENCE_SPLIT.value), evaluation.captions
     counts, labels = label_counts(pipe.config.num_classes, source)
     if captions:
         counts, labels = np.ones(len(captions), np.int64), f"{len(captions)} captions in turn"
@@ -411,7 +408,7 @@ def draw(evaluation: Evaluation, guidance: Guidance, denoise: bool, counts: np.n
         "class_counts": counts.tolist(),
         **decoder_protocol(pipe),
     }
-    captions = evaluation.captions()
+    captions = evaluation.captions
     if evaluation.whole:
         protocol |= {"captions": captions, "autoencoder": fingerprint(evaluation.whole.autoencoder.params)}
     folder = generation.chunk_folder(evaluation.out / "samples", protocol)

@@ -20,7 +20,6 @@ from launch.reproduction import COUNT, check_opened, measure_again
 from tarflow_jax import interop
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.text_to_image import TextToImage
-from tarflow_jax.training import Recipe
 
 NAME = flags.DEFINE_string("name", None, "Name on the hub, owner/name.")
 PRIVATE = flags.DEFINE_bool("private", False, "Create the repository as a private one.")
@@ -38,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
         folder = Path(temporary) / "model"
         if pipe.card:  # of a run; that of a saved model is kept
             of_latents = pipe.config.image_bits == 0  # which are published with their autoencoder
-            whole = TextToImage.of_recipe(pipe, Recipe.from_workdir(name)) if of_latents else pipe
+            whole = TextToImage.around(pipe, name) if of_latents else pipe
             whole.save_pretrained(folder, card={"name": NAME.value})
         else:
             interop.copy_model(interop.local_folder(name), folder)

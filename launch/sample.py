@@ -26,6 +26,7 @@ from tarflow_jax.files import read_npz, write_npz
 from tarflow_jax.pipeline import FAR_OUTSIDE, TarFlowPipeline
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling import DEFAULT_DENOISING, Decoder, Guidance, Tuned
+from tarflow_jax.text_to_image import TextToImage
 
 OUT = flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR/samples or ./samples.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "Number of images.", lower_bound=1)
@@ -38,7 +39,7 @@ CONDITION = flags.DEFINE_string(
 )
 PROMPT = flags.DEFINE_multi_string("prompt", None, "Caption to draw --num_images images of; may be repeated.")
 SEED = cli.define_seed("Seed of the latents.")
-GUIDANCE = flags.DEFINE_float(
+GUIDANCE = cli.define_number(
     "guidance", None, "Guidance weight w; 0 is no guidance. Default: 0, with --prompt the model's own guidance."
 )
 cli.define_guidance_flags()
@@ -91,9 +92,8 @@ def draw_sequences(
         print(path)
 
 
-def draw_captions(name: str, distributed: bool, decoder: Decoder | Tuned, out: epath.Path) -> None:
+def draw_captions(pipe: TextToImage, decoder: Decoder | Tuned, out: epath.Path) -> None:
     """Draws images of captions, or of the classes, by a flow over latents."""
-    pipe = cli.open_text_to_image(name, make_mesh() if distributed else None)
     guidance = pipe.guidance if GUIDANCE.value is None else cli.guidance(GUIDANCE.value)
     labels, names = chosen_labels(pipe.flow.config.num_classes, pipe.flow.label_names), pipe.flow.label_names
     if PROMPT.value and labels is not None:
@@ -128,12 +128,12 @@ def main(argv: Sequence[str]) -> int:
     distributed = cli.join_processes()
     end_at_signals()  # JAX may have taken SIGTERM
     name, place = cli.model_name()
-    if PROMPT.value:
-        draw_captions(name, distributed, decoder, epath.Path(OUT.value or f"{place}/samples"))
-        return 0
     pipe = cli.open_pipeline(name, make_mesh() if distributed else None, sequences=True)
     labels = chosen_labels(pipe.config.num_classes, pipe.label_names)
     out = epath.Path(cli.folder("out") if OUT.value else epath.Path(place) / "samples")
+    if PROMPT.value:
+        draw_captions(TextToImage.around(pipe, name), decoder, out)
+        return 0
 
     if pipe.config.is_sequence:
         draw_sequences(pipe, labels, guidance, decoder, out / "samples.npz")
@@ -143,7 +143,7 @@ def main(argv: Sequence[str]) -> int:
     if pipe.config.image_bits == 0:
         if pipe.config.has_prefix:
             raise UserError('this flow draws from captions; give it one, --prompt="…"')
-        draw_captions(name, distributed, decoder, out)
+        draw_captions(TextToImage.around(pipe, name), decoder, out)
         return 0
     latents = pipe.latents(jax.random.key(SEED.value), NUM_IMAGES.value)
     trace = pipe.decode_trace(latents, labels, guidance, decoder, pipe.drawn_level)

@@ -63,8 +63,18 @@ class TextToImage:
 
         `options` are those of `TarFlowPipeline.from_pretrained`. Raises FileNotFoundError and ValueError as it does.
         """
-        if (epath.Path(name) / "checkpoints").is_dir():
-            return cls.of_recipe(TarFlowPipeline.from_pretrained(name, **options), Recipe.from_workdir(name))
+        root = name if _is_workdir(name) else interop.local_folder(name)
+        return cls.around(TarFlowPipeline.from_pretrained(root, **options), root)
+
+    @classmethod
+    def around(cls, flow: TarFlowPipeline, name: epath.PathLike) -> Self:
+        """Adds to a flow, opened by this name, its autoencoder and text encoder. Raises as `from_pretrained`."""
+        if _is_workdir(name):
+            config = Recipe.from_workdir(name).config
+            kind, _, folder = config.data.source.partition(":")
+            if kind != "latents":
+                raise UserError(f"this flow was trained on {config.data.source}; expected latents:FOLDER")
+            return cls._with_parts(flow, Path(folder).expanduser(), Guidance(**config.sample.guidance))
         root = interop.local_folder(name)
         try:
             fields = json.loads((root / interop.TEXT_TO_IMAGE).read_bytes())
@@ -75,15 +85,7 @@ class TextToImage:
             raise UserError(f"{name} is a flow alone, without autoencoder and text encoder") from None
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{root / interop.TEXT_TO_IMAGE}: {one_line(error)}") from None
-        return cls._with_parts(TarFlowPipeline.from_pretrained(root, **options), root, guidance)
-
-    @classmethod
-    def of_recipe(cls, flow: TarFlowPipeline, recipe: Recipe) -> Self:
-        """Adds the autoencoder and the text encoder of the packed latents that a recipe trains on."""
-        kind, _, folder = recipe.config.data.source.partition(":")
-        if kind != "latents":
-            raise UserError(f"this flow was trained on {recipe.config.data.source}; expected latents:FOLDER")
-        return cls._with_parts(flow, Path(folder).expanduser(), Guidance(**recipe.config.sample.guidance))
+        return cls._with_parts(flow, root, guidance)
 
     @classmethod
     def _with_parts(cls, flow: TarFlowPipeline, root: Path, guidance: Guidance) -> Self:
@@ -168,3 +170,7 @@ class TextToImage:
     def reconstruct(self, source: LatentSource, indices: Sequence[int]) -> jax.Array:
         """Decodes packed latents, float32 [B, H, W, K]: the best that a flow of them can draw."""
         return self.autoencoder.decode(jnp.asarray(source.read(indices)[0].mean))
+
+
+def _is_workdir(name: epath.PathLike) -> bool:
+    return (epath.Path(name) / "checkpoints").is_dir()

@@ -5,14 +5,13 @@ import functools
 import json
 import re
 import tarfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tarflow_jax.data.emoji import HOW, MAX_MEMBER_BYTES, read_package
+from tarflow_jax.data.emoji import HOW, MAX_MEMBER_BYTES, drawing, read_package
 from tarflow_jax.data.folder import EXTENSIONS, list_folder
-from tarflow_jax.data.packed import pack
+from tarflow_jax.data.packed import pack_as
 from tarflow_jax.data.source import MAX_CLASSES, NO_LABEL, SPLITS, EncodedSource, Item, Options, split_of
 from tarflow_jax.errors import UserError
 
@@ -39,12 +38,11 @@ def prepare_emoji_text(argument: str, options: Options) -> str:
                 for tone, code in [("", entry["unified"]), *_tones(entry)]:
                     if image := drawings.get(code.lower()):
                         label, captions = label_names.index(entry["category"]), _wordings(entry, tone, vendor)
-                        stamp = str(zlib.crc32(image))
-                        item = Item(f"{vendor} {code}", label, functools.partial(bytes, image), stamp, captions)
+                        item = drawing(f"{vendor} {code}", image, label)._replace(captions=captions)
                         splits[split_of(entry["unified"])].append(item)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"emoji_text: {argument} are not packages of emoji ({error!r}); {HOW}") from None
-    return _packed(f"emoji_text:{argument}", "emoji_text", splits, label_names, (64, 64), options)
+    return pack_as("emoji_text", f"emoji_text:{argument}", splits, label_names, _resized(options, (64, 64)))
 
 
 def _drawings(path: Path, content: dict[str, bytes]) -> tuple[str, dict[str, bytes]]:
@@ -78,7 +76,7 @@ def prepare_openclipart(argument: str, options: Options) -> str:
         return item._replace(captions=(" ".join(words),) if words else ())
 
     splits = {split: [captioned(item) for item in items] for split, (items, _) in listings.items()}
-    return _packed("openclipart", "openclipart", splits, listings["train"][1], options.image_size, options)
+    return pack_as("openclipart", "openclipart", splits, listings["train"][1], _resized(options, options.image_size))
 
 
 def prepare_webdataset(argument: str, options: Options) -> str:
@@ -94,7 +92,7 @@ def prepare_webdataset(argument: str, options: Options) -> str:
             num_classes = max(num_classes, item.label + 1)
             splits[split_of(item.name)].append(item)
     names, stem = tuple(map(str, range(num_classes))), Path(argument.split(",")[0]).stem
-    return _packed(f"webdataset:{argument}", stem, splits, names, options.image_size, options)
+    return pack_as(stem, f"webdataset:{argument}", splits, names, _resized(options, options.image_size))
 
 
 def _samples(path: Path) -> list[Item]:
@@ -138,21 +136,10 @@ def _samples(path: Path) -> list[Item]:
     ]
 
 
-def _packed(
-    name: str,
-    stem: str,
-    splits: dict[str, list[Item]],
-    label_names: tuple[str, ...],
-    image_size: tuple[int, int] | None,
-    options: Options,
-) -> str:
-    """Packs items with preprocessing "adm" unless another is asked for; returns the name to open them by."""
+def _resized(options: Options, image_size: tuple[int, int] | None) -> Options:
+    """With this size, and preprocessing "adm" unless another is asked for."""
     chosen = "adm" if options.preprocessing == "none" else options.preprocessing
-    options = dataclasses.replace(options, image_size=image_size, preprocessing=chosen)
-    size = "x".join(map(str, image_size or ()))
-    output = options.data_dir / "packed" / f"{stem}-{size}-{chosen}"
-    pack(name, splits, label_names, output, options)
-    return f"packed:{output}"
+    return dataclasses.replace(options, image_size=image_size, preprocessing=chosen)
 
 
 def open_unpacked(argument: str, split: str, options: Options) -> EncodedSource:

@@ -52,14 +52,15 @@ def _list_emoji(path: Path) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
             variants = (entry, *entry.get("skin_variations", {}).values())
             label = label_names.index(entry["category"])
             names = [variant["image"] for variant in variants if variant["has_img_google"]]
-            splits[split_of(entry["unified"])] += [_item(name, content[IMAGES + name], label) for name in names]
+            splits[split_of(entry["unified"])] += [drawing(name, content[IMAGES + name], label) for name in names]
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"emoji64: {path} is not the package emoji-datasource-google ({error!r}); {HOW}") from None
     return splits, label_names
 
 
-def _item(name: str, png: bytes, label: int) -> Item:
-    return Item(name, label, lambda: png, str(zlib.crc32(png)))
+def drawing(name: str, content: bytes, label: int) -> Item:
+    """An image file of a package, in memory."""
+    return Item(name, label, lambda: content, str(zlib.crc32(content)))
 
 
 def read_package(path: Path) -> dict[str, bytes]:

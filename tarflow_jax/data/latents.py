@@ -28,6 +28,7 @@ from tarflow_jax.data.source import ImageSource, Options
 from tarflow_jax.errors import UserError
 from tarflow_jax.figures import to_pil
 from tarflow_jax.files import replacing, sha256, write_text
+from tarflow_jax.noise import to_float
 
 MANIFEST, FORMAT = "manifest.json", "tarflow_jax latents 1"
 IMAGES_AT_A_TIME, CAPTIONS_AT_A_TIME = 64, 256
@@ -115,7 +116,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def pack_latents(
     folder: Path,
     sources: Mapping[str, ImageSource],
-    encode: Callable[[np.ndarray], tuple[Any, Any]],
+    encode: Callable[[Any], tuple[Any, Any]],
     latent_shape: tuple[int, ...],
     embed: Callable[[Sequence[str]], np.ndarray] | None,
     text_shape: tuple[int, ...],
@@ -179,11 +180,11 @@ def pack_latents(
         progress.unlink()
 
 
-def _encoded(source: ImageSource, encode: Callable[[np.ndarray], tuple[Any, Any]], index: np.ndarray) -> Any:
+def _encoded(source: ImageSource, encode: Callable[[Any], tuple[Any, Any]], index: np.ndarray) -> Any:
     """Mean and std of the latents of images; behind the last one their copies begin."""
     images, _ = source.read(index % len(source))
     images = np.stack([moved(image, i) if i >= len(source) else image for image, i in zip(images, index, strict=True)])
-    return encode(images.astype(np.float32) / 127.5 - 1)
+    return encode(to_float(images))
 
 
 def _embedded(captions: list[str], embed: Callable[[Sequence[str]], np.ndarray], index: np.ndarray) -> Any:

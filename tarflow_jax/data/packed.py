@@ -37,10 +37,17 @@ def prepare_folder(argument: str, options: Options) -> str:
     """Packs an image folder under the data folder. Returns the name to open it by."""
     root = Path(argument).expanduser()
     listings = {split: list_folder(root, split) for split in SPLITS}
-    size = "x".join(map(str, options.image_size or ()))
-    output = options.data_dir / "packed" / f"{root.resolve().name}-{size}-{options.preprocessing}"
     splits = {split: items for split, (items, _) in listings.items()}
-    pack(f"folder:{root}", splits, listings["train"][1], output, options)
+    return pack_as(root.resolve().name, f"folder:{root}", splits, listings["train"][1], options)
+
+
+def pack_as(
+    stem: str, name: str, splits: Mapping[str, list[Item]], label_names: tuple[str, ...], options: Options
+) -> str:
+    """Packs images under the data folder, in one that `stem` begins. Returns the name to open it by."""
+    size = "x".join(map(str, options.image_size or ()))
+    output = options.data_dir / "packed" / f"{stem}-{size}-{options.preprocessing}"
+    pack(name, splits, label_names, output, options)
     return f"packed:{output}"
 
 
