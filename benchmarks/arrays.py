@@ -3,7 +3,7 @@
     python -m benchmarks.arrays [--names moons,funnel] [--seconds 60] [--seeds 3] [--rows FILE.jsonl]
 
 Fits 20,000 points, and measures the mean of log p - log q over 20,000 others: the Kullback-Leibler divergence, with
-its standard error. Each method has four settings; the one of the best validation after half of the seconds, on points
+its standard error. Each method has three settings; the one of the best validation after half of the seconds, on points
 of their own, is fitted with each seed. Rows that exist are not measured again.
 """
 
@@ -114,4 +114,4 @@ def measure(target: Target, method: str, setting: dict[str, Any], seconds: float
 
 if __name__ == "__main__":
     measures = {name: functools.partial(measure, target) for name, target in TARGETS.items()}
-    array_rivals.run(__doc__ or "", measures, "docs/results/arrays.jsonl", 60.0, 3, array_rivals.SETTINGS)
+    array_rivals.run(__doc__ or "", measures, "docs/results/arrays.jsonl", 60.0, 3)

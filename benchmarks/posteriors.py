@@ -1,6 +1,6 @@
 """Posteriors of simulators: two moons and SLCP of the SBI benchmark (arXiv 2101.04653), beside a spline flow.
 
-    python -m benchmarks.posteriors [--names two_moons,slcp] [--seconds 120] [--seeds 3]
+    python -m benchmarks.posteriors [--names two_moons,slcp] [--seconds 60] [--seeds 3]
 
 Each method is fitted to parameters given observations, tuned as in benchmarks/arrays.py, and drawn from at three
 observations. C2ST is the accuracy of a classifier (two hidden layers, five folds) that tells the draws from as many of
@@ -168,4 +168,4 @@ def measure(task: Simulator, method: str, setting: dict[str, Any], seconds: floa
 
 if __name__ == "__main__":
     measures = {name: functools.partial(measure, task) for name, task in TASKS.items()}
-    array_rivals.run(__doc__ or "", measures, "docs/results/posteriors.jsonl", 120.0, 3, METHODS)
+    array_rivals.run(__doc__ or "", measures, "docs/results/posteriors.jsonl", 60.0, 3, METHODS)
