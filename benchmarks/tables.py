@@ -4,8 +4,8 @@
     python -m benchmarks.tables [--names iris,diamonds] [--seconds 30] [--seeds 5]
 
 Columns get uniform noise as wide as their resolution, so that they have a density. Each seed holds out 30 % of the rows
-for the test; methods are tuned as in benchmarks/arrays.py, on a split of its own, for as long as a fit. Figures are in nats of standardised
-columns.
+for the test; methods are tuned as in benchmarks/arrays.py, on a split of its own, for as long as a fit. Figures are in
+nats of standardised columns.
 """
 
 import functools
