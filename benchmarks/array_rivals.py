@@ -137,7 +137,8 @@ def fit_tarflow(setting: dict[str, Any], x: np.ndarray, c: np.ndarray | None, se
         num_steps = max(int((seconds - short) / a_step) + 40, 41)
         flow, taken = timed(num_steps)
         _pace[kind] = max(taken - short, a_step) / (num_steps - 40), short
-        if num_steps == 41 or 0.9 < taken / seconds < 1.1:
+        stopped_early = flow.card["training"]["steps"] <= num_steps // 2
+        if num_steps == 41 or stopped_early or 0.9 < taken / seconds < 1.1:
             break
     return Fitted(
         lambda x, c: np.asarray(flow.log_prob(tokens(x).astype(np.float32), condition=c)),
