@@ -161,13 +161,14 @@ def run(
     """The command of a benchmark on one core: tunes and measures the methods on the data sets that --names asks for."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--names", default=",".join(measures), help="of data sets, with commas between them")
+    parser.add_argument("--methods", default=",".join(methods), help="with commas between them")
     parser.add_argument("--seconds", type=float, default=seconds, help=f"of one core, for a fit; {tuning:g} of it to tune")
     parser.add_argument("--seeds", type=int, default=seeds, help="fits by each method, once it is tuned")
     parser.add_argument("--rows", type=Path, default=Path(rows), help="file to append to")
     args = parser.parse_args()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     for name in args.names.split(","):
-        compare(args.rows, name, methods, measures[name], OURS.get(name), args.seconds, args.seeds, tuning)
+        compare(args.rows, name, args.methods.split(","), measures[name], OURS.get(name), args.seconds, args.seeds, tuning)
 
 
 def compare(
