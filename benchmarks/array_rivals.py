@@ -57,9 +57,9 @@ class Fitted(NamedTuple):
 # What is tried on every target; the best validation decides. A token may be several columns of a table.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "tarflow_jax": [
-        {"width": 64, "num_blocks": 6},
-        {"width": 32, "num_blocks": 8},
-        {"width": 32, "num_blocks": 12},
+        {"width": 16, "head_dim": 16, "num_blocks": 12, "weight_decay": 0.03},
+        {"width": 32, "num_blocks": 8, "weight_decay": 0.1},
+        {"width": 64, "num_blocks": 6, "weight_decay": 1.0},
     ],
     "flowjax coupling": [
         {"flow_layers": layers, "nn_width": width, "rate": rate}

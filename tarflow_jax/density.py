@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tarflow_jax.errors import UserError
-from tarflow_jax.fitting import SHAPE, train
+from tarflow_jax.fitting import SHAPE, fit_optimizer, train
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import BatchRunner, device_flow, exact
@@ -67,7 +67,8 @@ def fit_density(
 
     task, fixed = DensityTask(config, log_density=log_density), latents(NUM_FIXED)
     batches = map(latents, itertools.repeat(batch_size))
-    variables, loss, step = train(task, batches, fixed, num_steps, batch_size, keys, {})
+    optimizer = fit_optimizer(num_steps, weight_decay=0.0)  # every batch is new
+    variables, loss, step = train(task, batches, fixed, optimizer, batch_size, keys, {})
     return TarFlowPipeline(
         config, variables, card={"training": {"steps": step}, "metrics": {"KL - log Z (nats)": loss}}
     )
