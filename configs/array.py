@@ -24,6 +24,6 @@ def get_config(variant: str = "") -> ConfigDict:
         }
     )
     config.data.source = "array:"
-    config.optimizer.update({"warmup_steps": 100, "muon_learning_rate": 1e-2})
+    config.optimizer.update({"warmup_steps": 100, "muon_learning_rate": 1e-2, "weight_decay": 0.1})
     config.train.update({"num_steps": 2000, "batch_size": 256, "checkpoint_every": 200, "evaluate_every": 200})
     return defaults.with_variant(config, variant, defaults.smoke)
