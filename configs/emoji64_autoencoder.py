@@ -14,7 +14,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.autoencoder.update(
         {
             "latent_channels": 16,
-            "block_out_channels": (16, 32, 64, 64),
+            "patch_size": 2,
+            "block_out_channels": (32, 64, 64),
             "layers_per_block": 1,
             "norm_num_groups": 8,
             "mid_block_add_attention": False,
@@ -24,7 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "latent_std": 0.3,
         }
     )
-    config.reconstruction.update({"perceptual": 0.3, "kl_weight": 1e-2})
+    config.reconstruction.update({"perceptual": 0.3, "perceptual_steps": 300, "kl_weight": 1e-2})
     config.data.update({"source": "packed:~/.cache/tarflow_jax/packed/emoji_text-64x64-adm", "num_workers": 1})
     config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 200})
     config.train.update({"num_steps": 4000, "batch_size": 32, "checkpoint_every": 500, "sample_every": 1000})

@@ -1,5 +1,6 @@
 """Emoji from captions: a flow over the latents of configs/emoji64_autoencoder.py, conditional on words.
 
+mkdir emoji
 npm pack --pack-destination=emoji emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 \
     @lobehub/fluent-emoji-3d@1.1.0
 python -m launch.prepare_data --data=emoji_text:emoji
@@ -39,7 +40,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "remat": "full",
         }
     )
-    config.data.update({"source": "latents:~/.cache/tarflow_jax/latents/emoji_text-64x64-adm", "num_workers": 1})
+    config.data.update({"source": "latents:~/.cache/tarflow_jax/latents/emoji_text_64x64_adm", "num_workers": 1})
     config.noise.std = 0.3
     config.optimizer.warmup_steps = 300
     config.train.update(

@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     with sole_user(data_dir):
         name = data.prepare_source(DATA.value, **options)
     kind, _, argument = name.partition(":")
-    folder = Path(argument) if kind == "packed" else data_dir / kind / file_stem(argument)
+    folder = Path(argument).expanduser() if kind == "packed" else data_dir / kind / file_stem(argument)
     preview = Path(PREVIEW.value or folder / "preview.png")
     for split in ("train", "test"):
         source = data.open_source(name, split, **options)

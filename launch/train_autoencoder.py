@@ -58,7 +58,8 @@ def main(argv: Sequence[str]) -> None:
     recipe = Recipe(config)
     test, perception = recipe.source("test"), None
     if config.reconstruction.perceptual:
-        perception = perceptual_network_params(recipe.source("train"), data_folder(config.data.data_dir) / "evaluation")
+        folder, steps = data_folder(config.data.data_dir) / "evaluation", config.reconstruction.perceptual_steps
+        perception = perceptual_network_params(recipe.source("train"), folder, steps)
     frozen = Fixed(perception, encoder)
 
     def trained(variables: dict[str, Any]) -> Autoencoder:

@@ -98,7 +98,12 @@ class TextToImage:
         `options` are those of `TarFlowPipeline.save_pretrained`. The card has a grid of drawings.
         """
         folder = Path(folder)
-        self.flow.save_pretrained(folder, **options)
+        config, weights = self.autoencoder.config, sum(leaf.size for leaf in jax.tree.leaves(self.autoencoder.params))
+        size = " x ".join(str(side * config.factor) for side in self.flow.config.image_size)
+        parts = {"autoencoder": f"images {size}, {config.image_channels} channel(s), {weights / 1e6:.2f} million weights"}
+        if self.text:
+            parts["text encoder"] = f"{self.text.length} embeddings of {self.text.dim} a caption"
+        self.flow.save_pretrained(folder, **options | {"card": {"parts": parts, **(options.get("card") or {})}})
         self.autoencoder.save_pretrained(folder / "autoencoder")
         if self.text:
             self.text.save(folder / "text")

@@ -241,6 +241,8 @@ def test_old_configs_lack_fields(tiny, copy):
         ({"norm_num_groups": 0}, "norm_num_groups is 0; expected a number from 1"),
         ({"scaling_factor": 0}, "scaling_factor is 0; expected a positive number"),
         ({"scaling_factor": float("nan")}, "scaling_factor is nan; expected a finite number"),
+        ({"patch_size": 2}, "image_channels is 0; expected a number from 1"),
+        ({"patch_size": 2, "in_channels": 13, "out_channels": 13}, "in_channels is 13; expected 12"),
         ({"surprise": 1}, "unknown autoencoder field 'surprise'"),
         ({"layers_per_block": 2}, "lacks tensor .*resnets"),
         ({"use_quant_conv": True}, "lacks tensor quant_conv"),
@@ -362,6 +364,27 @@ def test_a_constant_variance_holds_in_diffusers_too(fields, tmp_path):
     np.testing.assert_allclose(mean, learned.encode(images), rtol=1e-5, atol=1e-6)
     posterior = diffusers.AutoencoderKL.from_pretrained(tmp_path).encode(to_torch(images)).latent_dist
     np.testing.assert_allclose(posterior.std.detach().numpy(), 0.3, rtol=1e-5)
+
+
+def test_patches_are_channels_of_diffusers_network(tmp_path):
+    torch_model(**TINY | {"in_channels": 12, "out_channels": 12}).save_pretrained(tmp_path)
+    network = Autoencoder.from_pretrained(tmp_path)
+    config = dataclasses.replace(network.config, image_channels=3, patch_size=2)
+    Autoencoder(config, network.params, tile=32).save_pretrained(tmp_path)
+    again = Autoencoder.from_pretrained(tmp_path)
+    assert again.config == config
+    assert config.factor == 4
+    images = images_of(config)
+    unfolded = images_of(network.config, 2, 8, 8).copy()
+    for row in range(2):
+        for column in range(2):
+            start = 3 * (2 * row + column)
+            unfolded[..., start : start + 3] = images[:, row::2, column::2]
+    np.testing.assert_allclose(again.encode(images), network.encode(unfolded), atol=1e-5)
+    decoded, unfolded = (np.asarray(each.decode(latents_of(config, 2, 4, 4))) for each in (again, network))
+    np.testing.assert_allclose(decoded[:, 1::2, 0::2], unfolded[..., 6:9], atol=1e-5)
+    model = diffusers.AutoencoderKL.from_pretrained(tmp_path)
+    assert model.config.in_channels == model.config.out_channels == 12
 
 
 @pytest.mark.slow

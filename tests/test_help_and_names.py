@@ -15,7 +15,7 @@ from tarflow_jax.evaluation import distances
 from tarflow_jax.figures import class_columns, class_names, class_rows, grid
 from tarflow_jax.options import described
 from tarflow_jax.training import Recipe
-from tarflow_jax.training.recipe import GROUPS, STUDENT_GROUPS, config_help, default_config, label_names
+from tarflow_jax.training.recipe import AUTOENCODER_GROUPS, GROUPS, STUDENT_GROUPS, config_help, default_config, label_names
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,8 @@ def test_help_has_an_example_and_a_sentence_for_every_flag(command, helps):
 
 def test_documents_name_flags_and_recipes_that_exist(helps):
     root, commands_found, unknown = Path(__file__).parent.parent, set(), []
-    options = set(flatten_dict(default_config(GROUPS).to_dict(), sep=".")) | {"train.num_steps"}
+    options = set(flatten_dict(default_config(GROUPS | AUTOENCODER_GROUPS).to_dict(), sep="."))
+    options |= {"train.num_steps", "decoder_of"}
     for file in (root / "README.md", *root.glob("docs/**/*.md"), *root.glob("configs/**/*.py")):
         text = file.read_text().replace("\\\n", " ")
         for name, rest in re.findall(r"python -m launch\.(\w+)([^\n`#|]*)", text):

@@ -166,6 +166,10 @@ def test_a_trained_flow_draws_from_captions(trained, tmp_path):
     assert np.abs(np.asarray(other[0] - images[0])).max() > 1e-4
     assert np.abs(np.asarray(pipe("cat 2", guidance=Guidance(), num_images=4)[0] - images[0])).max() > 1e-4
     pipe.save_pretrained(tmp_path / "saved")
+    card = (tmp_path / "saved" / "README.md").read_text()
+    assert "pipeline_tag: text-to-image" in card
+    assert 'TextToImage.from_pretrained("path' in card
+    assert "| text encoder | 3 embeddings of 8 a caption |" in card
     again = TextToImage.from_pretrained(tmp_path / "saved")
     np.testing.assert_array_equal(again(["cat 2", "dog 3"], num_images=2), images)
     assert again.guidance == pipe.guidance

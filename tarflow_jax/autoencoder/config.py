@@ -17,6 +17,7 @@ class AutoencoderConfig(Options):
     group: ClassVar[str] = "autoencoder"
 
     image_channels: int = option(3, "Channels of an image, such as 1 or 3.", low=1)
+    patch_size: int = option(1, "Side of the squares of pixels that become channels before the encoder.", low=1)
     latent_channels: int = option(4, "Channels of a latent.", low=1)
     block_out_channels: tuple[int, ...] = option(
         (128, 256, 512, 512), "Channels at each resolution, from the finest; each next one has half the side.", low=1
@@ -35,7 +36,7 @@ class AutoencoderConfig(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         widths, depth = self.block_out_channels, self.layers_per_block
-        channels = max(*widths, self.image_channels, self.latent_channels)
+        channels = max(*widths, self.patch_channels, self.latent_channels)
         if not 1 <= len(widths) <= _MAX_LEVELS or depth > _MAX_LAYERS or channels > _MAX_CHANNELS:
             found = f"{len(widths)} block_out_channels, {depth} layers_per_block and {channels} channels"
             limits = f"1 to {_MAX_LEVELS}, at most {_MAX_LAYERS}, and at most {_MAX_CHANNELS}"
@@ -48,4 +49,9 @@ class AutoencoderConfig(Options):
     @property
     def factor(self) -> int:
         """Pixels per latent along each side."""
-        return 2 ** (len(self.block_out_channels) - 1)
+        return self.patch_size * 2 ** (len(self.block_out_channels) - 1)
+
+    @property
+    def patch_channels(self) -> int:
+        """Numbers of a patch."""
+        return self.image_channels * self.patch_size**2

@@ -33,7 +33,11 @@ class AutoencoderKL(nn.Module):
 
         Both are float32 [B, h, w, Z]. The log variance is constant if config.latent_std is set.
         """
-        moments = self.encoder(images)
+        batch, height, width, channels = images.shape
+        p = self.config.patch_size
+        patches = images.reshape(batch, height // p, p, width // p, p, channels)
+        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // p, width // p, -1)
+        moments = self.encoder(patches)
         if self.config.use_quant_conv:
             moments = self.quant_conv(moments)
         mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=3)
@@ -45,11 +49,15 @@ class AutoencoderKL(nn.Module):
         """Maps latents [B, h, w, Z], not scaled, to images float32 [B, H, W, K]."""
         if self.config.use_post_quant_conv:
             latents = self.post_quant_conv(latents)
-        return self.decoder(latents).astype(jnp.float32)
+        patches = self.decoder(latents).astype(jnp.float32)
+        batch, height, width, _ = patches.shape
+        p = self.config.patch_size
+        patches = patches.reshape(batch, height, width, p, p, self.config.image_channels)
+        return patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height * p, width * p, -1)
 
 
 class Half(nn.Module):
-    """The encoder ("down"), images [B, H, W, K] to [B, h, w, 2Z], or the decoder ("up"), [B, h, w, Z] to images."""
+    """The encoder ("down"), patches [B, H', W', D] to [B, h, w, 2Z], or the decoder ("up"), [B, h, w, Z] to patches."""
 
     config: AutoencoderConfig
     way: str
@@ -65,7 +73,7 @@ class Half(nn.Module):
             resample = self.way if i + 1 < len(widths) else ""
             x = Level(config, width, config.layers_per_block + up, resample, name=f"{self.way}_blocks_{i}")(x)
         x = x if up else mid_block(x)
-        channels = config.image_channels if up else 2 * config.latent_channels
+        channels = config.patch_channels if up else 2 * config.latent_channels
         return _conv(config, channels, "conv_out")(nn.silu(_norm(config, "conv_norm_out", x)))
 
 

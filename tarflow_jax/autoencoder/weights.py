@@ -1,5 +1,6 @@
 """Folders of diffusers' AutoencoderKL, read and written. Both files are validated, and neither can execute code."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -49,12 +50,13 @@ def write_folder(folder: epath.Path, config: AutoencoderConfig, params: Any, sam
     """Writes both files, or none; `sample_size` is the side of diffusers' tiles in pixels."""
     if (folder / CONFIG).exists():
         _read_config(folder / CONFIG)  # UserError if it is another model's
-    ours = ("dtype", "latent_std", *([] if config.noise_std else ["noise_std"]))  # that diffusers does not know
-    fields = {name: value for name, value in config.to_dict().items() if name not in ours}
-    fields |= {"in_channels": fields.pop("image_channels"), "sample_size": sample_size, **_constant(config)}
+    # diffusers does not know these. It reads a network of patches as one of images with more channels.
+    ours = {"dtype": config.dtype, "latent_std": 0.0, "noise_std": 0.0, "patch_size": 1}
+    fields = {name: value for name, value in config.to_dict().items() if value != ours.get(name)}
+    del fields["image_channels"]
+    fields |= {"sample_size": sample_size, **_constant(config)}
     flat = {name: np.array(array, np.float32) for name, array in flatten(params).items()}
     if config.latent_std:  # diffusers does not know it, so the weights say the same
-        fields["latent_std"] = config.latent_std
         last = "quant_conv" if config.use_quant_conv else "encoder/conv_out"
         flat[f"{last}/kernel"][..., config.latent_channels :] = 0
         flat[f"{last}/bias"][config.latent_channels :] = 2 * math.log(config.latent_std)
@@ -69,8 +71,9 @@ def _constant(config: AutoencoderConfig) -> dict[str, Any]:
     """The fields of diffusers' config that have but one value here."""
     levels = len(config.block_out_channels)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
+    channels = {"in_channels": config.patch_channels, "out_channels": config.patch_channels}
     others = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
-    return {"_class_name": _CLASS, "out_channels": config.image_channels, **blocks, **others}
+    return {"_class_name": _CLASS, **channels, **blocks, **others}
 
 
 def _read_config(path: epath.Path) -> AutoencoderConfig:
@@ -81,11 +84,12 @@ def _read_config(path: epath.Path) -> AutoencoderConfig:
         found = given.get("_class_name") if isinstance(given, dict) else given
         if found != _CLASS:
             raise UserError(f"_class_name is {shown(found)}; expected {_CLASS!r}")
-        other = {*_constant(AutoencoderConfig()), "in_channels", "sample_size", "force_upcast"}
+        other = {*_constant(AutoencoderConfig()), "sample_size", "force_upcast"}
         fields = {name: value for name, value in given.items() if name[:1] != "_" and name not in other}
         fields |= {"image_channels": given.get("in_channels", 3), "shift_factor": given.get("shift_factor") or 0.0}
         defaults = {"block_out_channels": [64], "layers_per_block": 1}  # diffusers', where ours are others
         config = AutoencoderConfig.from_dict(defaults | fields)
+        config = dataclasses.replace(config, image_channels=config.image_channels // config.patch_size**2)
         for name, value in _constant(config).items():
             if given.get(name, value) != value:
                 raise UserError(f"{name} is {shown(given[name])}; expected {shown(value)}, the only one known here")

@@ -145,16 +145,19 @@ def _identity(digest: str, accuracy: float) -> str:
     return f"sha256 {digest} (test accuracy {accuracy:.4f}; {RECIPE})"
 
 
-def perceptual_network_params(train: ImageSource, cache_dir: str | Path) -> dict[str, Any]:
+def perceptual_network_params(
+    train: ImageSource, cache_dir: str | Path, max_steps: int = PERCEPTUAL_MAX_STEPS
+) -> dict[str, Any]:
     """Returns the parameters of a `Perception` network of a data set's classes; trains it unless `cache_dir` has it.
 
     Raises UserError for unlabelled images.
     """
     if train.num_classes < 2:
         raise UserError(f"{train.name} has no classes to train a perceptual network on; set student.perceptual to 0")
-    steps = min(10 * len(train) // PERCEPTUAL_BATCH_SIZE, PERCEPTUAL_MAX_STEPS)
+    steps = min(10 * len(train) // PERCEPTUAL_BATCH_SIZE, max_steps)
+    kind = "perception" if max_steps == PERCEPTUAL_MAX_STEPS else f"perception{steps}"
     model = Perception(train.num_classes)
-    return _read_or_train(Path(cache_dir), "perception", train, model, steps, PERCEPTUAL_BATCH_SIZE, seed=1)
+    return _read_or_train(Path(cache_dir), kind, train, model, steps, PERCEPTUAL_BATCH_SIZE, seed=1)
 
 
 def _read_or_train(

@@ -8,7 +8,7 @@ from tarflow_jax.errors import UserError
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.noise import Noise
 
-FIELDS = ("name", "datasets", "training", "metrics", "samples", "evaluations")
+FIELDS = ("name", "datasets", "training", "metrics", "samples", "evaluations", "parts")
 PICTURE = "samples.png"  # beside the card
 _MAX_CELL_CHARACTERS = 300
 _PRIVATE = "model"  # in a protocol: a path on the machine that ran the evaluation
@@ -20,8 +20,9 @@ def model_card(config: TarFlowConfig, noise: Noise | None, card: Mapping[str, An
     """Returns a model card: Markdown with the hub's YAML header.
 
     `card` has any of "name" (str), "datasets" (list of str), "training" (dict: what to say about it, in words or
-    numbers), "metrics" (dict: name with its unit -> measured number), "samples" (path of an image file to show) and
-    "evaluations" (list of what launch.evaluate writes, {"protocol": …, "results": …}); other fields are a ValueError.
+    numbers), "metrics" (dict: name with its unit -> measured number), "samples" (path of an image file to show),
+    "evaluations" (list of what launch.evaluate writes, {"protocol": …, "results": …}) and "parts" (dict: "autoencoder"
+    and perhaps "text encoder" of a flow over latents -> what it is); other fields are a ValueError.
     """
     # Imported here, since only saving needs them.
     import jinja2
@@ -31,6 +32,8 @@ def model_card(config: TarFlowConfig, noise: Noise | None, card: Mapping[str, An
         raise UserError(f"unknown model card field {unknown[0]!r}; expected one of {', '.join(FIELDS)}")
     classes = config.num_classes
     task = "image-generation" if classes else "unconditional-image-generation"
+    if "text encoder" in card.get("parts", ()):
+        task = "text-to-image"
     header = ModelCardData(
         library_name="tarflow_jax",
         pipeline_tag=None if config.is_sequence else task,

@@ -244,6 +244,7 @@ class Reconstruction(Options):
     group: ClassVar[str] = "reconstruction"
 
     perceptual: float = option(1.0, "Weight of the perceptual distance; 0 for none.")
+    perceptual_steps: int = option(1000, "Training steps of 64 images of the network behind it.", low=1)
     kl_weight: float = option(1e-6, "Weight of the KL divergence of the latents from N(0, 1), a mean over numbers.")
 
 
