@@ -1,4 +1,4 @@
-"""Quality of guided and denoised samples of one model: a row a setting, as docs/noise_levels.md shows them.
+"""Quality of guided and denoised samples of one model: a row a setting, as docs/lab/noise_levels.md shows them.
 
     python -m benchmarks.noise_levels --workdir=DIR --queue=QUEUE.jsonl [--rows=docs/results/noise_levels.jsonl]
 

@@ -1,4 +1,4 @@
-"""Trials of optimizers, schedules and variants of the network: one row a run, as docs/optimizers.md shows them.
+"""Trials of optimizers, schedules and variants of the network: one row a run, as docs/lab/optimizers.md shows them.
 
     python -m benchmarks.optimizers --queue=QUEUE.jsonl [--rows=docs/results/optimizers.jsonl]
 

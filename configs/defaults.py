@@ -87,7 +87,7 @@ def autoencoder_smoke(config: ConfigDict) -> ConfigDict:
 
 
 def tuned(config: ConfigDict) -> ConfigDict:
-    """The variant with what paid in docs/optimizers.md, at the paper's sizes, where it is unmeasured."""
+    """The variant with what paid in docs/lab/optimizers.md, at the paper's sizes, where it is unmeasured."""
     config.model.update(
         {
             "position_init": "grid",
@@ -103,7 +103,7 @@ def tuned(config: ConfigDict) -> ConfigDict:
 
 
 def levels(config: ConfigDict) -> ConfigDict:
-    """A recipe of one noise level at all of them, with the draw that paid in docs/noise_levels.md."""
+    """A recipe of one noise level at all of them, with the draw that paid in docs/lab/noise_levels.md."""
     config.model.update({"noise_conditional": True, "image_limit": 2.5})
     config.noise.update({"kind": "levels", "std": 0.0, "std_min": 0.01, "std_max": 0.3, "draw": "variance"})
     return config

@@ -8,7 +8,7 @@ cache a core) that does nothing else: 1.3 minutes, compilation and figures inclu
 benchmarks/digits_classifier.py) reads 0.978 of 1,000 denoised samples as their label, 0.999 with guidance 1.
 
 The likelihood variant (configs/digits.py:likelihood), commit 79c37d2 with its diagonal maps, one core of an AMD EPYC:
-4.81 bits/dim on the 297 test images (mean of seeds 1 to 3, 4.78 to 4.83; docs/optimizers.md).
+4.81 bits/dim on the 297 test images (mean of seeds 1 to 3, 4.78 to 4.83; docs/lab/optimizers.md).
 """
 
 from ml_collections import ConfigDict
@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "input_limit": 10.0,
             "image_limit": 1.5,
             "triangular": True,
-            "remat": "full",  # on a CPU computing again is faster than keeping (docs/performance.md)
+            "remat": "full",  # on a CPU computing again is faster than keeping (docs/lab/performance.md)
         }
     )
     config.data.source = "digits"

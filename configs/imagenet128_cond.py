@@ -14,7 +14,7 @@ IMAGES, BATCH, EPOCHS = 1281167, 768, 320
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe; the variant "tuned" has another optimizer and network (docs/optimizers.md), unmeasured."""
+    """The recipe; the variant "tuned" has another optimizer and network (docs/lab/optimizers.md), unmeasured."""
     config = defaults.get_config()
     config.model.update(
         {

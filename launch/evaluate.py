@@ -3,7 +3,7 @@
     python -m launch.evaluate --workdir=runs/fashion_mnist --metrics=bits_per_dim
     python -m launch.evaluate --workdir=DIR --metrics=fid,precision_recall --guidance=0,1,2 --denoise=false,true
 
-Prints tables, and writes them with their protocol to DIR/evaluation/. What each metric is: docs/evaluation.md.
+Prints tables, and writes them with their protocol to DIR/evaluation/. What each metric is: docs/howto/evaluate.md.
 """
 
 import dataclasses

@@ -5,7 +5,7 @@ python -m launch.plan --config=configs/imagenet64_uncond.py --topology=v5e:16x16
 
 TPUs need their compiler (pip install -r requirements-plan.txt), and so do NVIDIA GPUs (requirements-plan-gpu.txt;
 h100:8x4 is 4 hosts of 8); cpu:8 needs none. If the recipe does not fit, the command compiles changes to it until one
-fits, and exits with 2. docs/scaling.md explains the output.
+fits, and exits with 2. docs/launching.md explains the output.
 """
 
 import dataclasses

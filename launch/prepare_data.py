@@ -26,7 +26,7 @@ from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.noise import to_float
 from tarflow_jax.text import T5Encoder, WordVectors
 
-DATA = flags.DEFINE_string("data", None, "Data set to prepare; docs/data.md lists the names.")
+DATA = flags.DEFINE_string("data", None, "Data set to prepare; docs/howto/data.md lists the names.")
 DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Folder of prepared sets; default: $TARFLOW_DATA_DIR or ~/.cache/tarflow_jax."
 )

@@ -5,7 +5,7 @@ python -m launch.distill --workdir=runs/digits --config=configs/student/digits.p
 Measured 2026-11-26 (commit e4ff38f), float32, jax 0.10.2: 6.0 minutes of processor time, 6.3 on a core of an AMD
 EPYC shared with other work. Mean square error of clean test images 0.0164; precision and recall of 500 samples 0.924
 and 0.872 (the flow's, denoised: 0.842 and 0.891), with guidance 1 0.962 and 0.623 (0.886 and 0.693); a classifier of
-real digits reads 0.993 of 1,000 samples as their label (0.975). Flow: configs/digits.py, seed 1. docs/sampling.md has
+real digits reads 0.993 of 1,000 samples as their label (0.975). Flow: configs/digits.py, seed 1. docs/lab/sampling.md has
 more.
 """
 

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from configs import defaults, fashion_mnist
 
-SEEDS = [1, 2, 3]  # seed 0 took part in the search for rates (docs/optimizers.md)
+SEEDS = [1, 2, 3]  # seed 0 took part in the search for rates (docs/lab/optimizers.md)
 SAMPLES = ("--metrics=fid,precision_recall", "--num_samples=2500")  # what launch.evaluate measures of samples
 
 

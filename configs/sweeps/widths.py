@@ -2,7 +2,7 @@
 
 python -m launch.sweep --config=configs/sweeps/widths.py --workdir=runs/widths --metric=bits/dim
 
-The likelihood variant, 400 steps, Muon's rate by the rule of docs/optimizers.md. Measured: docs/results.md.
+The likelihood variant, 400 steps, Muon's rate by the rule of docs/lab/optimizers.md. Measured: docs/results.md.
 """
 
 from ml_collections import ConfigDict

@@ -36,7 +36,7 @@ class Kind(NamedTuple):
     prepare: Callable[[str, Options], str] | None = None  # returns the name to train by
 
 
-# To add a set, add a line; see docs/data.md.
+# To add a set, add a line; see docs/howto/data.md.
 KINDS = {
     "digits": Kind("digits", open_digits),
     "emoji64": Kind("emoji64", open_emoji, prepare_emoji),
@@ -70,7 +70,7 @@ def open_source(
     """Opens one split of a data set.
 
     Args:
-      name: see `KINDS` and docs/data.md.
+      name: see `KINDS` and docs/howto/data.md.
       split: "train" or "test".
       image_size: (H, W) to resize to; None keeps the set's own size.
       preprocessing: how to resize: "none", "tarflow" or "adm"; see `images.preprocess`.

@@ -2,7 +2,7 @@
 
 XLA gives the matmuls of few images to one core, and cores that share every operation wait at its end. In training,
 whose batch is one program, each core is a device of the mesh. Elsewhere (`BatchRunner`) each core runs the program on
-one small batch after another. Measured in docs/performance.md.
+one small batch after another. Measured in docs/lab/performance.md.
 """
 
 import os

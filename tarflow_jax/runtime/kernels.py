@@ -111,7 +111,7 @@ def dot_general_of_training(
 
     For the kernel's gradient xᵀg, one of x and the cotangent g is transposed in memory. JAX always takes g, even where
     x is four times narrower; this takes the narrower one, which on a CPU saves a tenth to a quarter of a training step
-    (docs/performance.md). It has no forward-mode derivative.
+    (docs/lab/performance.md). It has no forward-mode derivative.
     """
     return _dot_general(x, kernel, len(dimensions[0][1]), precision)
 
