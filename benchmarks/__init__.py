@@ -1,1 +1,1 @@
-"""Speed and scale; each module runs alone and prints one table."""
+"""Benchmarks; each module is a command of its own and prints one table."""

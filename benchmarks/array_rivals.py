@@ -1,9 +1,9 @@
-"""Flows of arrays by `tarflow_jax.fit` and by other packages, each fitted in the same processor seconds.
+"""Fits flows of arrays with `tarflow_jax.fit` and with other packages, each for the same CPU seconds.
 
 Needs `pip install flowjax zuko`. flowjax's coupling flow and masked autoregressive flow have rational quadratic
-splines, as has zuko's neural spline flow; they are trained as `fit` trains: columns standardised, a tenth held out,
-batches of 256, the best validation kept, the gradient clipped to a norm of 1, a cosine of the learning rate down to 0
-(by time) after Adam's warm-up. The process should have one core, because seconds are those of all its threads.
+splines, as does zuko's neural spline flow. All are trained as `fit` trains: columns standardised, a tenth held out,
+batches of 256, the best validation loss kept, the gradient clipped to a norm of 1, Adam with warm-up and a cosine decay
+of the learning rate to 0 (by time). Use a process with one core, because seconds are summed over its threads.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Converts files of the shapes that the authors' released checkpoints have, with random weights.
+"""Converts checkpoints that have the shapes of the authors' released ones, with random weights.
 
     python -m benchmarks.authors_weights [NAME ...]
 
-Each is saved as .pth in a temporary folder, and converted by launch.convert in a process of its own, whose time and
-peak resident memory are added to docs/results/authors_weights.jsonl. Needs PyTorch, memory for the file and 1 GB, and
-disk for three of its size.
+Saves each as .pth in a temporary folder and converts it with launch.convert in a separate process, whose time and peak
+resident memory are added to docs/results/authors_weights.jsonl. Needs PyTorch, 1 GB of memory more than the file, and
+three times its size on disk.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""Boltzmann generators: flows of particles whose samples are weighted to follow exp(-energy).
+"""Boltzmann generators: flows of particles, with samples reweighted to exp(-energy).
 
     python -m benchmarks.boltzmann [--systems dw4,lj13] [--num_steps 8000] [--seeds 3] [--rows FILE.jsonl]
 
-DW4 has four particles in two dimensions, LJ13 thirteen in three (Köhler et al., arXiv 2006.02425; as there, the sum of
-LJ13 counts each pair twice). The flow learns from Markov chains of our own (half of 1,000 chains are for training),
-turned, mirrored and renumbered at random; the centre of mass, which the energy leaves free, is Gaussian with a standard
-deviation of 1/√N. A row has the effective sample size of 10,000 weighted samples, and mean energies: of the chains, of
-the flow, and of the flow reweighted.
+DW4 has four particles in two dimensions, LJ13 thirteen in three (Köhler et al., arXiv 2006.02425; as there, the energy
+of LJ13 counts each pair twice). The flow is trained on half of 1,000 Markov chains, randomly rotated, mirrored and
+permuted. The centre of mass, which the energy leaves free, is Gaussian with a standard deviation of 1/√N. A row has the
+effective sample size of 10,000 weighted samples, and the mean energies of the chains, the flow, and the reweighted
+flow.
 """
 
 import argparse

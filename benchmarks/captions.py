@@ -1,8 +1,8 @@
-"""Pictures of a flow that draws from captions: 100 of the test split, 20 that nobody drew, and the autoencoder's best.
+"""Pictures by a text-to-image flow: 100 captions of the test split, 20 new ones, and the autoencoder's upper bound.
 
     python -m benchmarks.captions --workdir=runs/emoji64_text [--out=docs] [--guidance=2] [--vendor=google]
 
-Writes OUT/captions.png, OUT/captions_new.png and OUT/captions_reconstructed.png (what a perfect flow would draw for the
+Writes OUT/captions.png, OUT/captions_new.png, OUT/captions_reconstructed.png (what a perfect flow would draw for the
 first), and OUT/captions.txt, the training captions of one vendor for
 `launch.evaluate --metrics=fid --data=emoji64 --prompts=OUT/captions.txt`.
 """

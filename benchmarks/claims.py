@@ -1,4 +1,4 @@
-"""What docs/results.md shows and no sweep can: figures of trained models, and of variants that nobody should train.
+"""Measures what no sweep can for docs/results.md: trained models, and variants that recipes do not have.
 
     python -m benchmarks.claims bounds
     python -m benchmarks.claims directions
@@ -6,9 +6,9 @@
 
 Each adds rows to docs/results/NAME.csv; `--workdir` is the folder of a launch.sweep whose runs differ in their seed.
 bounds: distances of real test images and of noise, between which those of samples lie. directions: bits/dim of
-configs/sweeps/dequantisation.py with all blocks reading forwards, in a process that trains nothing else. updates: of
-fixed-point decoding, by block and step of the training. exactness: errors of the inverse and of log |det|. density:
-Bayes' rule on test images, and outliers told by log p.
+configs/sweeps/dequantisation.py with all blocks reading forwards; run it in a process of its own. updates: number of
+fixed-point decoding updates, by block and training step. exactness: errors of the inverse and of log |det|. density:
+classification of test images by Bayes' rule, and outlier detection by log p.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What the speed benchmarks share: shapes, floating-point work, timing in turns, the table and its JSON."""
+"""Shared by the speed benchmarks: shapes, FLOPs, alternating timings, the table and its JSON."""
 
 import argparse
 import csv

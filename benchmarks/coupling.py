@@ -1,12 +1,12 @@
-"""What flows had before transformers: an affine coupling flow (flowjax), as large and trained as long as ours.
+"""The baseline before transformers: an affine coupling flow (flowjax), as large and trained as long as ours.
 
     pip install flowjax
     python -m benchmarks.coupling --parameters=N --seconds=S [--rows=docs/results/coupling.csv]
 
 Learns the images of configs/sweeps/small.py:likelihood, fashion_mnist with uniform dequantisation: eight coupling
-layers whose networks have two hidden layers, permutations between them, Adam with a cosine schedule for S seconds of
-steps. The rate is the best of four, of a fifth of that time each, on seed 0. A row a seed: bits/dim of the test images,
-and the distance of 2,500 samples.
+layers with permutations between them, conditioner networks of two hidden layers, Adam with a cosine schedule for S
+seconds of steps. The learning rate is the best of four, each tried for a fifth of that time on seed 0. A row per seed
+has bits/dim of the test images and the distance of 2,500 samples.
 """
 
 import argparse

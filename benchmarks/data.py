@@ -3,8 +3,8 @@
     python -m benchmarks.data [NUM_WORKERS]     # one worker per core by default; under two minutes
 
 All read the same 1,500 generated JPEG files of about 400x350 (smooth shapes with noise) as shuffled batches of 64x64
-uint8, resized bilinearly; the packed set holds them as 64x64 PNG in array_record. The runs alternate, and the table
-gives the median of five. Needs requirements-dev.txt.
+uint8, resized bilinearly; the packed set holds them as 64x64 PNG in array_record. Runs alternate, and the table gives
+the median of five. Needs requirements-dev.txt.
 """
 
 import os

@@ -3,7 +3,7 @@
     python -m benchmarks.data_at_scale [--images=1000000] [--shards=200] [--remote=gs://BUCKET/FOLDER]
 
 Builds the set in a temporary folder: 16x16 PNG whose first pixel is the image's index. With --remote it copies the set
-there, reads it from there too, and removes it. Every measurement is a process of its own. Takes about ten minutes.
+there, reads it from there too, and removes it. Every measurement runs in its own process. Takes about ten minutes.
 """
 
 import argparse

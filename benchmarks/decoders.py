@@ -1,4 +1,4 @@
-"""Decoders of a trained model side by side: time, updates, error, and distance of what they draw."""
+"""Compares decoders of a trained model: time, updates, error, and distance of their samples."""
 
 import argparse
 import tempfile

@@ -1,4 +1,4 @@
-"""How many of a model's digits a classifier of real digits assigns to their label.
+"""Measures the share of a model's digits that a classifier of real digits assigns to their label.
 
     python -m benchmarks.digits_classifier WORKDIR …
 

@@ -1,9 +1,9 @@
-"""Inception in JAX against torch-fidelity: the same weights, the same images, one machine.
+"""Compares Inception in JAX with torch-fidelity: same weights, same images, same machine.
 
     python -m benchmarks.evaluation              # images/s through the network, both
     python -m benchmarks.evaluation agreement    # FID and its family, by both (half an hour of 2 cores)
 
-The weights are random, written to a file that both read. Needs requirements-dev.txt.
+Weights are random, in a file that both read. Needs requirements-dev.txt.
 """
 
 import multiprocessing
@@ -28,7 +28,7 @@ ROUNDS = 5
 
 
 def write_random_inception_weights(path: str | Path, seed: int = 0) -> None:
-    """A PyTorch file shaped like pt_inception-2015-12-05; its random weights keep the signal's scale."""
+    """A PyTorch file shaped like pt_inception-2015-12-05-6726825d.pth; its random weights keep the signal's scale."""
     import torch
 
     random = np.random.default_rng(seed)

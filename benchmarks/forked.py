@@ -1,6 +1,6 @@
-"""Runs commands in several processes of this machine, forked from one that has imported everything (Linux).
+"""Runs commands in several processes on this machine, forked from one that has imported everything (Linux).
 
-They start in a second instead of ten. Until it forks, this process must not initialise a device.
+Forked processes start in a second instead of ten. Until it forks, this process must not initialise a device.
 """
 
 import atexit

@@ -1,9 +1,9 @@
-"""Measures what it costs to sum the gradients of bfloat16 models over devices in bfloat16.
+"""Measures the loss of accuracy when gradients of bfloat16 models are summed over devices in bfloat16.
 
     python -m benchmarks.gradient_sums [--steps=300] [--seeds=3]
 
-Trains digits with bfloat16 matmuls on 32 simulated devices, whose kernels' gradients are added one after the other, as
-in a ring all-reduce: each sum rounded to bfloat16, or kept in float32. Then compares both sums for 8 to 256 devices.
+Trains digits with bfloat16 matmuls on 32 simulated devices. Kernel gradients are added one after the other, as in a
+ring all-reduce, with each sum rounded to bfloat16 or kept in float32. Then compares both sums for 8 to 256 devices.
 """
 
 import argparse

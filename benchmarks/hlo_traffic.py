@@ -1,10 +1,10 @@
-"""Bytes that a compiled program moves through main memory, from its HLO text, and the roofline lower bound of its time.
+"""Counts the bytes that a compiled program moves through main memory, from its HLO text, for a roofline lower bound.
 
     python -m benchmarks.hlo_traffic imagenet64_cond --topology=v5e:4x4 --config.mesh.data=1 --config.mesh.fsdp=16
     python -m benchmarks.hlo_traffic imagenet64_cond --topology=h100:8 --sampler
 
-For work on kernels: prints the bound and the instructions that move most. Nobody has compared these figures with a
-device's. They follow the text that jax 0.10.2's XLA writes for TPUs, GPUs and CPUs, and may need work with every other.
+For work on kernels: prints the bound on the program's time and the instructions that move most. Not checked on a
+device. The parser follows the HLO text of jax 0.10.2 for TPUs, GPUs and CPUs; other versions may need changes.
 """
 
 import argparse

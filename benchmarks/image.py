@@ -2,7 +2,7 @@
 
     python -m benchmarks.image [JAX=tpu]          # or JAX=cuda12; some minutes, most of them pip's
 
-COPY takes what is committed. Training is configs/digits.py:smoke on this machine's CPU.
+COPY takes committed files only. Trains configs/digits.py:smoke on this machine's CPU.
 """
 
 import json

@@ -1,10 +1,10 @@
-"""Makes the judges in models/judges, the classifiers by which launch.evaluate measures, and measures real images.
+"""Trains the judges in models/judges, the classifiers that launch.evaluate measures with, and measures real images.
 
     python -m benchmarks.judges digits fashion_mnist emoji64 [--only_measure]
 
-A judge is trained on the training images, and saved in float32, or in bfloat16 where that takes more than 1.5 MB. Adds
-a row for each data set to docs/results/judges.jsonl: the judge, and the distance, precision and recall of the real test
-images to the training images; and the distance of as many training images, which is due to their number alone.
+A judge is trained on the training images and saved in float32, or in bfloat16 if that takes more than 1.5 MB. Adds a
+row per data set to docs/results/judges.jsonl: the judge; distance, precision and recall of the real test images against
+the training images; and the distance of equally many training images, which only reflects their number.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Trains a tiny model for 20,000 steps, a checkpoint every 100, and watches the process and its files from outside.
+"""Trains a tiny model for 20,000 steps with a checkpoint every 100, and watches the process and its files from outside.
 
     python -m benchmarks.long_run [NUM_STEPS [FIELD=VALUE ...]]
 
-Each second it samples memory, open files, threads and the workdir's size, and reads metrics.jsonl and the TensorBoard
-events as a dashboard would, while they are written. Prints the medians of each tenth of the steps, and the growth from
-the second tenth, by when everything has been compiled, to the last.
+Samples memory, open files, threads and the workdir's size every second, and reads metrics.jsonl and the TensorBoard
+events while they are written, as a dashboard would. Prints medians for each tenth of the steps, and the growth from the
+second tenth, when everything has been compiled, to the last.
 """
 
 import json

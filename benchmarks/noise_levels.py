@@ -1,12 +1,12 @@
-"""Quality of guided and denoised samples of one model: a row a setting, as docs/noise_levels.md shows them.
+"""Measures guided and denoised samples of one model: a row per setting, for docs/lab/noise_levels.md.
 
     python -m benchmarks.noise_levels --workdir=DIR --queue=QUEUE.jsonl [--rows=docs/results/noise_levels.jsonl]
 
-A line of the queue is {"guidance": {…}, "denoising": [{…}, …], "num_images": 2500, "seed": 0}: fields of `Guidance` and
-of as many `IterativeDenoising` as shall be measured on the same drawn images; {} is no denoising, {"tweedie": n} n
-steps of Tweedie's formula at the level that was drawn. With "test_images" true in place of guidance, what is denoised
-are test images with noise of that level. Settings that have a row are left out. Distances are of the classifier's
-features to the training images; seconds are of this machine, whatever else it does.
+A line of the queue is {"guidance": {…}, "denoising": [{…}, …], "num_images": 2500, "seed": 0}: the fields of `Guidance`
+and of each `IterativeDenoising` to measure on the same samples; {} is no denoising, {"tweedie": n} is n steps of
+Tweedie's formula at the level of the samples. With "test_images": true in place of guidance, it denoises test images
+with noise of that level. Settings that have a row are skipped. Distances are between classifier features of the samples
+and of the training images. Seconds depend on what else the machine does.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""docs/noise_levels.md's picture: a flow of one noise level beside one of many, from the same latents, step by step.
+"""Draws docs/lab/noise_levels.md's picture: flows of one and of many noise levels, from the same latents, step by step.
 
 python -m benchmarks.noise_levels_picture --one=runs/fashion_mnist --many=runs/fashion_mnist_levels --out=FILE.png
 """

@@ -1,12 +1,12 @@
-"""Trials of optimizers, schedules and variants of the network: one row a run, as docs/optimizers.md shows them.
+"""Runs trials of optimizers, schedules and network variants: one row per run, for docs/lab/optimizers.md.
 
     python -m benchmarks.optimizers --queue=QUEUE.jsonl [--rows=docs/results/optimizers.jsonl]
 
-A trial is a line {"name", "recipe", "overrides", "seeds", "test_images"}: the recipe as `--config` names it, dotted
-fields of its config, and how many test images its figure is of (0: all). Runs are taken in the queue's order, each in a
-process of its own; the queue is read again after each, and runs that have a row are left out. A row holds the fields
-that differ from the recipe, the loss of about 20 windows of the steps, the test figure, the FLOPs of a step's products,
-the seconds of a step, and for digits what a classifier reads in the samples.
+A trial is a line {"name", "recipe", "overrides", "seeds", "test_images"}: the recipe as `--config` takes it, dotted
+fields of its config, and the number of test images to measure (0: all). Runs follow the queue's order, each in its own
+process; the queue is read again after each, and runs that have a row are skipped. A row holds the fields that differ
+from the recipe, the loss in about 20 windows of the steps, the test figure, matmul FLOPs and seconds per step, and for
+digits a classifier's accuracy on the samples.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The curves of docs/optimizers.md: training losses of some trials along steps, and along minutes.
+"""Plots docs/lab/optimizers.md's curves: training losses of some trials by steps and by minutes.
 
 python -m benchmarks.optimizers_curves --rows=docs/results/optimizers_trials.jsonl --out=docs/results/optimizers.png
 """

@@ -1,8 +1,8 @@
-"""Pictures of the rows of benchmarks/optimizers.py: test bits/dim against FLOPs by width, and losses along the steps.
+"""Plots the rows of benchmarks/optimizers.py: test bits/dim against FLOPs by width, and losses by steps.
 
 python -m benchmarks.optimizers_plot --rows=docs/results/widths.jsonl --out=docs/results/optimizers_widths.png
 
-Of each width and optimizer the rate of the lowest test figure is shown; the others are faint.
+For each width and optimizer, the learning rate with the lowest test figure is prominent; the others are faint.
 """
 
 import argparse

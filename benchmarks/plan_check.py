@@ -1,9 +1,9 @@
-"""Checks a plan's memory against a GPU's, within 10 %, and measures the utilization to give launch.plan as --mfu.
+"""Checks a plan's memory against a GPU's, within 10 %, and measures the MFU to pass to launch.plan as --mfu.
 
     python -m benchmarks.plan_check imagenet64_cond --batch_size=64 [--config.train.accumulation=2 …]
 
-Runs launch.plan for as many GPUs of this kind as there are, then the recipe's training step on them with random images.
-Exits with 1 if the memory differs. The device must report its peak memory, which CPUs do not.
+Runs launch.plan for the GPUs of this machine, then the recipe's training step on them with random images. Exits with 1
+if the memory differs. The device must report its peak memory, which CPUs do not.
 """
 
 import argparse

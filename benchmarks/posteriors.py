@@ -1,11 +1,11 @@
-"""Posteriors of simulators: two moons and SLCP of the SBI benchmark (arXiv 2101.04653), beside a spline flow.
+"""Posteriors of simulators: two moons and SLCP of the SBI benchmark (arXiv 2101.04653), against a spline flow.
 
     python -m benchmarks.posteriors [--names two_moons,slcp] [--seconds 60] [--seeds 3]
 
-Each method is fitted to parameters given observations, tuned as in benchmarks/arrays.py, and drawn from at three
-observations. C2ST is the accuracy of a classifier (two hidden layers, five folds) that tells the draws from as many of
-a reference posterior: 0.5 where it cannot. The reference of two moons is exact; that of SLCP is sequential Monte Carlo
-with the likelihood. Rows go to docs/results/posteriors.jsonl.
+Fits each method to parameters given observations, tuned as in benchmarks/arrays.py, and samples it at three
+observations. C2ST is the accuracy of a classifier (two hidden layers, five folds) that separates these samples from as
+many of a reference posterior; 0.5 is best. The reference is exact for two moons, and sequential Monte Carlo with the
+likelihood for SLCP. Rows go to docs/results/posteriors.jsonl.
 """
 
 import functools

@@ -4,8 +4,8 @@
     python -m benchmarks.rehearsal topology             # other processes and another mesh at each start
     python -m benchmarks.rehearsal faults --tries=30    # each fault at random moments of a training
 
-What --rows has is not run again. Some faults need root, for a network and a disk of their own. Before faults of the
-clock, export LD_PRELOAD=libfaketime.so.1 DONT_FAKE_MONOTONIC=1 FAKETIME_CACHE_DURATION=1.
+Rows that --rows has are skipped. Some faults need root, for a network and a disk of their own. Clock faults need
+LD_PRELOAD=libfaketime.so.1 DONT_FAKE_MONOTONIC=1 FAKETIME_CACHE_DURATION=1 in the environment.
 """
 
 import argparse

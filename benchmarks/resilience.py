@@ -1,10 +1,10 @@
-"""Measures what a checkpoint every hundred steps and the input pipeline cost, as shares of a training step.
+"""Measures the cost of a checkpoint every hundred steps and of the input pipeline, as shares of a training step.
 
     python -m benchmarks.resilience --recipe=fashion_mnist [--steps=20] [--repeats=7]
 
-Times three short runs of the recipe's step in turn: on one batch that stays on the device, on batches from the data,
-and on batches from the data with a checkpoint that starts at the first step. Reports the time that the checkpoint adds
-as a share of a hundred steps, because in runs of a hundred steps noise would hide it.
+Alternates three short runs of the recipe's step: on one batch that stays on the device, on batches from the data, and
+on batches from the data with a checkpoint that starts at the first step. Reports the checkpoint's added time as a share
+of a hundred steps; in runs of a hundred steps, noise would hide it.
 """
 
 import argparse

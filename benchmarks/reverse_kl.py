@@ -1,8 +1,8 @@
-"""What a step of `tarflow_jax.fit_density` costs, against one of `tarflow_jax.fit` with the same flow.
+"""Compares the cost of a step of `tarflow_jax.fit_density` with one of `tarflow_jax.fit` for the same flow.
 
     python -m benchmarks.reverse_kl [--tokens 4 16 64] [--steps 20]
 
-Steps of both alternate, on one device, in batches of 256. Prints a row for each number of tokens.
+Alternates steps of both on one device, in batches of 256. Prints a row for each number of tokens.
 """
 
 import argparse

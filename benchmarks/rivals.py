@@ -1,4 +1,4 @@
-"""The same work by others: a checkout of apple/ml-tarflow, and PyPI's transformer-flows."""
+"""Rival implementations of the same work: a checkout of apple/ml-tarflow, and PyPI's transformer-flows."""
 
 import dataclasses
 import os

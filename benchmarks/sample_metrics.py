@@ -1,4 +1,4 @@
-"""Distances of images to a data set by the features of its classifier, as in launch.evaluate."""
+"""Measures distances of images to a data set in its classifier's features, as launch.evaluate does."""
 
 import jax
 import numpy as np

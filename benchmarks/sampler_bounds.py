@@ -1,11 +1,11 @@
-"""Roofline upper bounds of the sequential sampler's images/s, by batch size, on chips that need not be here.
+"""Computes roofline upper bounds of the sequential sampler's images/s, by batch size, for chips that may be absent.
 
 python -m benchmarks.sampler_bounds --topology=v5e:4x4 --rows=docs/results/sampler_bounds.jsonl
 python -m benchmarks.sampler_bounds --topology=h100:8 --rows=docs/results/sampler_bounds.jsonl
 python -m benchmarks.sampler_bounds --rows=docs/results/sampler_bounds.jsonl --plot=docs/results/sampler_bounds.png
 
-A row is the program that launch.plan --sampler compiles. Its bound stands beside that of an ideal program, which for
-every token reads each weight once, and once the keys and values of all tokens before it. Rows in the file are kept.
+A row is for the program that launch.plan --sampler compiles. Beside its bound is that of an ideal program, which for
+every token reads each weight, and the keys and values of all earlier tokens, once. Existing rows are kept.
 """
 
 import argparse

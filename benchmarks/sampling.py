@@ -1,13 +1,13 @@
-"""Sampling and denoising speed: ours, the reference's and a peer's, in turns in one process.
+"""Sampling and denoising speed: ours, the reference's and a peer's, alternating in one process.
 
     python -m benchmarks.sampling --shape=fashion_mnist --reference=../ml-tarflow [--peer=transformer-flows]
 
-For each batch size: seconds of drawing without guidance and with it (by class, or by attention temperature where there
-are no classes), and of denoising. Weights are those of a new model, whose arithmetic is a trained one's.
+For each batch size: seconds to sample without and with guidance (by class, or by attention temperature if there are no
+classes), and to denoise. Weights are untrained, which does not change the arithmetic.
 
     python -m benchmarks.sampling --decoders --workdir=DIR --batches 1 16 100 --reference=../ml-tarflow --frechet
 
-Decoders of a trained model side by side; `auto` is what launch.tune_decoder found for it.
+Compares decoders of a trained model; `auto` is what launch.tune_decoder found for it.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""A Markdown table of plans.
+"""Prints plans as a Markdown table.
 
 python -m launch.plan --config=configs/imagenet64_uncond.py --topology=v5e:4x4 --json=plans.jsonl   # and others
 python -m benchmarks.scaling plans.jsonl

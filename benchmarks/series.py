@@ -1,9 +1,9 @@
-"""Time series of different lengths, from a known process: nats that `tarflow_jax.fit` stays above the entropy.
+"""Time series of varying length from a known process: nats by which `tarflow_jax.fit` stays above the entropy.
 
     python -m benchmarks.series [--num_steps 2000] [--seeds 3] [--rows FILE.jsonl]
 
 x_t = A x_{t-1} + B ε_t in two dimensions, stationary, 5 to 30 steps. A row has the mean of log p - log q over 5,000
-fresh series, as a whole and for the quarters of the lengths, with standard errors.
+fresh series, for all of them and by quarters of the lengths, with standard errors.
 """
 
 import argparse

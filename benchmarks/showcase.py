@@ -1,4 +1,4 @@
-"""README's picture: samples of one run from the same latents, raw, denoised, guided and denoised.
+"""Draws the README's picture: one run's samples from the same latents: raw; denoised; guided and denoised.
 
 python -m benchmarks.showcase --workdir=runs/fashion_mnist --out=docs/results/showcase.png
 """

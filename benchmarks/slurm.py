@@ -1,10 +1,10 @@
-"""Runs launch/slurm.sbatch under a real Slurm of one node, which it starts and stops: as root, with no GPU, no systemd.
+"""Runs launch/slurm.sbatch under a one-node Slurm that it starts and stops: as root, without GPU or systemd.
 
     apt-get install --no-install-recommends slurmctld slurmd slurm-client munge
     python -m benchmarks.slurm [NUM_STEPS [JOB ...]]       # JOB: "one process", "two processes", …; all by default
 
-One process; two processes; a job that fails; one stopped at its time limit, and two that a job of a higher partition
-preempts. The last three must be queued again and end with the parameters of the first.
+Jobs are one process; two processes; one that fails; one stopped at its time limit; and two preempted by a job of a
+higher partition. The last three must be requeued and end with the parameters of the first.
 """
 
 import contextlib

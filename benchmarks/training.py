@@ -1,9 +1,9 @@
-"""Training speed: our step, the reference's and a peer's, in turns in one process.
+"""Training speed: our step, the reference's and a peer's, alternating in one process.
 
     python -m benchmarks.training --shape=fashion_mnist --reference=../ml-tarflow [--peer=transformer-flows]
 
-Prints images/s, quartiles of the step's seconds, time to the first step (compiling included), the share of the
-machine's matrix-product rate, and the step's memory. Data are random.
+Prints images/s, quartiles of the step's seconds, time to the first step (with compilation), the share of the machine's
+matmul rate, and the step's memory. Data are random.
 """
 
 from collections.abc import Callable

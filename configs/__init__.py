@@ -1,1 +1,1 @@
-"""Recipes: what to train, never how."""
+"""Recipes: the configs of training runs."""

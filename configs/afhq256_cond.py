@@ -2,8 +2,8 @@
 
 python -m launch.train --config=configs/afhq256_cond.py --workdir=runs/afhq256_cond
 
-Hardware: paper: 8 GPUs. Unmeasured here; paper: reproduced FID 13.60.
-Data: a folder of the three classes; packed by launch.prepare_data it reads faster (data.source=packed:FOLDER).
+Never trained with this code; paper: 8 GPUs, reproduced FID 13.60.
+Data: a folder per class; packed by launch.prepare_data, it reads faster (data.source=packed:FOLDER).
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ IMAGES, BATCH, EPOCHS = 14630, 256, 4000
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe; the variant "tuned" has another optimizer and network (docs/optimizers.md), unmeasured."""
+    """Returns the recipe; the variant "tuned" (other optimizer and network: docs/lab/optimizers.md) is unmeasured."""
     config = defaults.get_config()
     config.model.update(
         {

@@ -1,4 +1,4 @@
-"""Arrays that are not images: tables and sequences, perhaps with conditions, masks and labels (docs/howto/arrays.md).
+"""Tables and sequences, with optional conditions, masks and labels (docs/howto/arrays.md).
 
 python -m launch.train --config=configs/array.py --config.data.source=array:FILE.npz --workdir=runs/array
 
@@ -11,9 +11,9 @@ from configs import defaults
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe; its variant is "smoke" (seconds)."""
+    """Returns the recipe; its variant is "smoke" (runs in seconds)."""
     config = defaults.get_config()
-    config.noise.std = 0.0  # data are trained on as they are
+    config.noise.std = 0.0  # arrays get no noise
     config.model.update(
         {
             "width": 64,

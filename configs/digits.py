@@ -2,13 +2,13 @@
 
 python -m launch.train --config=configs/digits.py --workdir=runs/digits
 
-Measured 2026-11-26 (commit 95cf614), float32, jax 0.10.2, 2 cores of an Intel Xeon (512-bit units, 2 MB of level-2
-cache a core) that does nothing else: 1.3 minutes, compilation and figures included; seeds 1 to 5: test loss -1.0765
-(standard deviation 0.003), still falling at the end. A classifier of real digits (0.993 on the test digits;
-benchmarks/digits_classifier.py) reads 0.978 of 1,000 denoised samples as their label, 0.999 with guidance 1.
+Measured 2026-11-26 (commit 95cf614), float32, jax 0.10.2, 2 otherwise idle cores of an Intel Xeon (512-bit units, 2 MB
+of level-2 cache per core): 1.3 minutes with compilation and figures; test loss -1.0765 ± 0.003 (seeds 1 to 5), still
+falling at the end. A classifier of real digits (accuracy 0.993 on the test digits; benchmarks/digits_classifier.py)
+assigns 0.978 of 1,000 denoised samples to their label, 0.999 with guidance 1.
 
-The likelihood variant (configs/digits.py:likelihood), commit 79c37d2 with its diagonal maps, one core of an AMD EPYC:
-4.81 bits/dim on the 297 test images (mean of seeds 1 to 3, 4.78 to 4.83; docs/optimizers.md).
+The likelihood variant (configs/digits.py:likelihood), at commit 79c37d2 with diagonal maps, on one core of an AMD EPYC:
+4.81 bits/dim on the 297 test images (mean of seeds 1 to 3, 4.78 to 4.83; docs/lab/optimizers.md).
 """
 
 from ml_collections import ConfigDict
@@ -17,7 +17,7 @@ from configs import defaults
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe; variants are "likelihood" (uniform dequantisation, no labels) and "smoke" (seconds)."""
+    """Returns the recipe; variants are "likelihood" (uniform dequantisation, no labels) and "smoke" (seconds)."""
     config = defaults.get_config()
     config.model.update(
         {
@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "input_limit": 10.0,
             "image_limit": 1.5,
             "triangular": True,
-            "remat": "full",  # on a CPU computing again is faster than keeping (docs/performance.md)
+            "remat": "full",  # faster on a CPU (docs/lab/performance.md)
         }
     )
     config.data.source = "digits"
@@ -59,7 +59,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def likelihood(config: ConfigDict) -> ConfigDict:
-    """The variant for bits per dimension. Triangular maps give single test images 12 to 53 bits/dim."""
+    """Applies the variant for bits per dimension. With triangular maps, single test images take 12 to 53 bits/dim."""
     config = defaults.likelihood(config)
     config.model.triangular = False
     return config

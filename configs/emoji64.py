@@ -1,13 +1,13 @@
-"""Google's emoji, 64x64 in colour, conditional on 10 categories: no account and no licence question.
+"""Google's emoji, 64x64 in colour, conditional on 10 categories, from a public npm package.
 
 npm pack emoji-datasource-google@16.0.0
 python -m launch.prepare_data --data=emoji64:emoji-datasource-google-16.0.0.tgz
 python -m launch.train --config=configs/emoji64.py --workdir=runs/emoji64
 
-Measured 2026-11-27 (commit 79c37d2), float32, one core of an AMD EPYC, in the minutes of 5,000 steps of AdamW, which
-took 22 on 2 cores of an Intel Xeon: test loss -1.683 (seeds 2 to 5). Fréchet distance (classifier features) to the
-training images 421 (seed 2; 1,000 samples, constant guidance 3, denoised), 0.37 times that of the recipe before; most
-of that is guidance's (docs/optimizers.md). configs/emoji64_levels.py draws better images in the same time.
+Measured 2026-11-27 (commit 79c37d2), float32, one core of an AMD EPYC: test loss -1.683 (seeds 2 to 5); Fréchet
+distance (classifier features) to the training images 421 (seed 2; 1,000 samples, constant guidance 3, denoised). The
+steps take as long as 5,000 steps of AdamW, which took 22 minutes on 2 cores of an Intel Xeon. Guidance improves the
+distance most (docs/lab/optimizers.md). configs/emoji64_levels.py draws better images in the same time.
 """
 
 from ml_collections import ConfigDict
@@ -31,7 +31,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "rotary": True,
             "input_limit": 10.0,
             "image_limit": 1.5,
-            "remat": "full",  # on a CPU computing again is faster than keeping (docs/performance.md)
+            "remat": "full",  # on a CPU computing again is faster than keeping (docs/lab/performance.md)
         }
     )
     # No flips: letters, flags and arrows would come out mirrored.

@@ -9,7 +9,7 @@ from configs import defaults
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe; its variant is "smoke" (seconds)."""
+    """Returns the recipe; its variant is "smoke" (runs in seconds)."""
     config = defaults.autoencoder_config()
     config.autoencoder.update(
         {

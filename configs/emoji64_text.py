@@ -17,7 +17,7 @@ from configs import defaults
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe; its variant is "smoke" (seconds)."""
+    """Returns the recipe; its variant is "smoke" (runs in seconds)."""
     config = defaults.get_config()
     with config.model.ignore_type():
         config.model.layers_per_block = (1, 1, 1, 5)

@@ -2,13 +2,12 @@
 
 python -m launch.train --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
 
-Measured 2026-11-26 (commit 95cf614), float32, jax 0.10.2: 15 minutes with its figures on 2 cores of an Intel Xeon
-(512-bit units, 2 MB of level-2 cache a core), 93 ms a step of 16 images; the 2,000 steps of 128 of the recipe before
-took as long there. Seed 2: test loss -1.447; Fréchet distance (classifier features) to the training images 5.1 (10,000
-samples, guidance 0.7, denoised). The likelihood variant (configs/fashion_mnist.py:likelihood) reaches 3.414
-bits/dim on the 10,000 test images (mean of seeds 1 to 5, 3.405 to 3.422; launch.evaluate --metrics=bits_per_dim;
-standard error 0.009). docs/evaluation.md has more; configs/fashion_mnist_levels.py draws better images (3.6) in about
-the same time.
+Measured 2026-11-26 (commit 95cf614), float32, jax 0.10.2, 2 cores of an Intel Xeon (512-bit units, 2 MB of level-2
+cache a core): 15 minutes with its figures, 93 ms a step of 16 images. Seed 2: test loss -1.447; Fréchet distance
+(classifier features) to the training images 5.1 (10,000 samples, guidance 0.7, denoised). The likelihood variant
+(configs/fashion_mnist.py:likelihood) reaches 3.414 bits/dim on the 10,000 test images (mean of seeds 1 to 5, 3.405 to
+3.422; standard error 0.009; launch.evaluate --metrics=bits_per_dim). docs/howto/evaluate.md explains the figures.
+configs/fashion_mnist_levels.py draws better images (distance 3.6) in about the same time.
 """
 
 from ml_collections import ConfigDict
@@ -33,7 +32,7 @@ def get_config(variant: str = "") -> ConfigDict:
             "input_limit": 10.0,
             "image_limit": 1.5,
             "triangular": True,
-            "remat": "full",  # on a CPU computing again is faster than keeping (docs/performance.md)
+            "remat": "full",  # on a CPU computing again is faster than keeping (docs/lab/performance.md)
         }
     )
     config.data.source = "fashion_mnist"
@@ -42,7 +41,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.train.update(
         {
             "num_steps": 8600,
-            "batch_size": 16,  # many steps of few images: docs/optimizers.md
+            "batch_size": 16,  # many steps of few images: docs/lab/optimizers.md
             "drop_label": 0.1,
             "checkpoint_every": 2500,
             "sample_every": 5000,

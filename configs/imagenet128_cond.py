@@ -2,8 +2,8 @@
 
 python -m launch.train --config=configs/imagenet128_cond.py --workdir=runs/imagenet128_cond
 
-Hardware: paper: 32 GPUs. Unmeasured here; paper: FID 5.03.
-Data: the ImageNet training images in class folders, packed by launch.prepare_data, data.source=packed:FOLDER.
+Never trained with this code; paper: 32 GPUs, FID 5.03.
+Data: the ImageNet training images in class folders, packed by launch.prepare_data (data.source=packed:FOLDER).
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ IMAGES, BATCH, EPOCHS = 1281167, 768, 320
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe; the variant "tuned" has another optimizer and network (docs/optimizers.md), unmeasured."""
+    """Returns the recipe; the variant "tuned" (other optimizer and network: docs/lab/optimizers.md) is unmeasured."""
     config = defaults.get_config()
     config.model.update(
         {

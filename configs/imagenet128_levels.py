@@ -2,8 +2,8 @@
 
 python -m launch.train --config=configs/imagenet128_levels.py --workdir=runs/imagenet128_levels
 
-Unmeasured here; guidance 3.7 and 50 steps of denoising are the paper's.
-Data: the ImageNet training images in class folders, packed by launch.prepare_data, data.source=packed:FOLDER.
+Never trained with this code; guidance 3.7 and 50 denoising steps are the paper's.
+Data: the ImageNet training images in class folders, packed by launch.prepare_data (data.source=packed:FOLDER).
 """
 
 from ml_collections import ConfigDict
@@ -12,5 +12,5 @@ from configs import imagenet64_levels
 
 
 def get_config() -> ConfigDict:
-    """The recipe."""
+    """Returns the recipe."""
     return imagenet64_levels.recipe(size=128, patch_size=4, width=1600, std_max=0.5, epochs=450, guidance=3.7)

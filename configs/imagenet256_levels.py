@@ -2,8 +2,8 @@
 
 python -m launch.train --config=configs/imagenet256_levels.py --workdir=runs/imagenet256_levels
 
-Unmeasured here; guidance 4.2 and 70 steps of denoising are the paper's.
-Data: the ImageNet training images in class folders, packed by launch.prepare_data, data.source=packed:FOLDER.
+Never trained with this code; guidance 4.2 and 70 denoising steps are the paper's.
+Data: the ImageNet training images in class folders, packed by launch.prepare_data (data.source=packed:FOLDER).
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from configs import imagenet64_levels
 
 
 def get_config() -> ConfigDict:
-    """The recipe."""
+    """Returns the recipe."""
     config = imagenet64_levels.recipe(size=256, patch_size=8, width=2176, std_max=0.7, epochs=600, guidance=4.2)
     config.train.drop_label = 0.0
     return config

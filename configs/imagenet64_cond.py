@@ -1,9 +1,11 @@
-"""ImageNet 64x64, class-conditional.
+"""ImageNet 64x64, class-conditional, in patches of 4 x 4.
 
-python -m launch.train --config=configs/imagenet64_cond.py --workdir=runs/imagenet64_cond
+python -m launch.prepare_data --data=folder:imagenet --image_size=64 --preprocessing=tarflow
+python -m launch.train --config=configs/imagenet64_cond.py --workdir=DIR --config.data.source=packed:FOLDER
 
-Hardware: paper: 8 GPUs. Unmeasured here; paper: FID 3.99 (author, guidance 1.7), 4.42 reproduced.
-Data: the ImageNet training images in class folders, packed by launch.prepare_data, data.source=packed:FOLDER.
+Without `data.source`, the images are those of TFDS's imagenet2012. Never trained with this code. FID of this model by
+others: 3.99 (the paper's author, guidance 1.7), 4.42 (GS-Jacobi's authors, guidance 2, as here). Steps from data to
+FID, and hardware: docs/howto/imagenet64.md.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +16,7 @@ IMAGES, BATCH, EPOCHS = 1281167, 480, 300
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe; the variant "tuned" has another optimizer and network (docs/optimizers.md), unmeasured."""
+    """The recipe; the variant "tuned" has another optimizer and network (docs/lab/optimizers.md), unmeasured."""
     config = defaults.get_config()
     config.model.update(
         {

@@ -1,9 +1,9 @@
-"""ImageNet 64x64 by likelihood: uniform dequantisation, float32.
+"""ImageNet 64x64 for likelihood: uniform dequantisation, float32.
 
 python -m launch.train --config=configs/imagenet64_likelihood.py --workdir=runs/imagenet64_likelihood
 
-Hardware: paper: 16 GPUs. Unmeasured here; paper: 2.99 bits/dim.
-Data: the image-net.org ImageNet64 release; TFDS downsampled_imagenet/64x64 is another set, its figures do not compare.
+Never trained with this code; paper: 16 GPUs, 2.99 bits/dim.
+Data: the image-net.org ImageNet64 release. TFDS's downsampled_imagenet/64x64 differs; its figures are not comparable.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ IMAGES, BATCH, EPOCHS = 1281149, 256, 100
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe; the variant "tuned" has another optimizer and network (docs/optimizers.md), unmeasured."""
+    """Returns the recipe; the variant "tuned" (other optimizer and network: docs/lab/optimizers.md) is unmeasured."""
     config = defaults.get_config()
     config.model.update(
         {

@@ -2,8 +2,8 @@
 
 python -m launch.train --config=configs/imagenet64_uncond.py --workdir=runs/imagenet64_uncond
 
-Hardware: paper: 8 GPUs. Unmeasured here; paper: FID 18.42; reproductions 14.67.
-Data: as imagenet64_likelihood.
+Never trained with this code; paper: 8 GPUs, FID 18.42; reproductions 14.67.
+Data: as in configs/imagenet64_likelihood.py.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ IMAGES, BATCH, EPOCHS = 1281149, 256, 200
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe; the variant "tuned" has another optimizer and network (docs/optimizers.md), unmeasured."""
+    """Returns the recipe; the variant "tuned" (other optimizer and network: docs/lab/optimizers.md) is unmeasured."""
     config = defaults.get_config()
     config.model.update(
         {

@@ -4,8 +4,8 @@ python -m launch.prepare_data --data=packed:FOLDER --autoencoder=sd-vae-ft-ema
 python -m launch.train --config=configs/starflow_imagenet256.py --config.data.source=latents:FOLDER \
     --workdir=gs://BUCKET/run
 
-Classes are embeddings that are added to the tokens; in the release a class is a prefix of one token. Unmeasured here;
-paper: FID 2.40. Hardware by launch.plan: docs/howto/text_to_image.md.
+Class embeddings are added to the tokens; in the release, a class is a prefix of one token. Never trained with this
+code; paper: FID 2.40. Hardware, by launch.plan: docs/howto/text_to_image.md.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from configs import defaults, starflow_t2i256
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe: that of the text-to-image model, narrower, with classes in place of captions."""
+    """Returns the recipe of the text-to-image model, narrower and with classes in place of captions."""
     config = starflow_t2i256.get_config()
     with config.model.ignore_type():
         config.model.layers_per_block = (2, 2, 2, 2, 2, 18)

@@ -3,7 +3,7 @@
 python -m launch.prepare_data --data=packed:FOLDER --autoencoder=sd-vae-ft-ema --text_encoder=t5:google/flan-t5-xl
 python -m launch.train --config=configs/starflow_t2i256.py --config.data.source=latents:FOLDER --workdir=gs://BUCKET/run
 
-Unmeasured here. Hardware by launch.plan: docs/howto/text_to_image.md.
+Never trained with this code. Hardware, by launch.plan: docs/howto/text_to_image.md.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from configs import defaults
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe, with the sizes and the optimizer of the release."""
+    """Returns the recipe, with the sizes and the optimizer of the release."""
     config = defaults.get_config()
     with config.model.ignore_type():
         config.model.layers_per_block = (2, 2, 2, 2, 2, 24)

@@ -232,7 +232,7 @@ def open_pipeline(name: str, mesh: jax.sharding.Mesh | None, *, sequences: bool 
 def define_process_flags() -> None:
     """Defines the flags of `join_processes`."""
     flags.DEFINE_bool(
-        "distributed", False, "Run as one of several processes, described by the cluster or the next three flags."
+        "distributed", False, "Run as one of several processes, found from the cluster or from the next three flags."
     )
     flags.DEFINE_string("coordinator_address", None, "Address of process 0, HOST:PORT.")
     flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)

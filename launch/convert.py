@@ -27,13 +27,13 @@ NOISE_STD = flags.DEFINE_float(
     "noise_std", None, "Training noise σ, in [-1, 1] units, if it is known; denoising needs it."
 )
 BASE_SIZE = flags.DEFINE_integer(
-    "base_size", None, "Of STARFlow, side in tokens to which positions are scaled; by default that of its training."
+    "base_size", None, "STARFlow: side, in tokens, to which positions are scaled; default: that of its training."
 )
 ORDERS = flags.DEFINE_enum(
     "orders",
     None,
     ["alternate", "backwards_first"],
-    "Of STARFlow, its seq_order R2L or L2R; by default L2R for a model with a prefix, R2L for others.",
+    "STARFlow: alternate for seq_order R2L, backwards_first for L2R; default: L2R with a prefix, else R2L.",
 )
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Save the parameters in this dtype.")
 flags.DEFINE_string("out", None, "Folder to save the model in; created if it is missing.")

@@ -33,9 +33,9 @@ from tarflow_jax.training.recipe import same_data
 from tarflow_jax.training.workdir import STUDENT, write_results
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Train this recipe: configs/student/digits.py, or its variant, configs/student/digits.py:smoke."
+    "config", None, "Recipe of the student: configs/student/digits.py, or its variant, configs/student/digits.py:smoke."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of the flow; the student is kept in its folder student/.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of the flow; the student is saved in its student/.")
 COLUMNS, POLISH = 10, 2  # of the figures
 cli.define_checkpoint_flag()
 cli.define_process_flags()

@@ -3,7 +3,7 @@
     python -m launch.evaluate --workdir=runs/fashion_mnist --metrics=bits_per_dim
     python -m launch.evaluate --workdir=DIR --metrics=fid,precision_recall --guidance=0,1,2 --denoise=false,true
 
-Prints tables, and writes them with their protocol to DIR/evaluation/. What each metric is: docs/evaluation.md.
+Prints tables, and writes them with their protocol to DIR/evaluation/. What each metric is: docs/howto/evaluate.md.
 """
 
 import dataclasses
@@ -50,13 +50,19 @@ STUDENT_LATENTS, JACOBI_LATENTS, POLISHES = 1000, 100, (1, 2, 4)
 DATA = flags.DEFINE_string("data", None, "Data set; default: the one the run was trained on.")
 PREPROCESSING = flags.DEFINE_string("preprocessing", None, "Preprocessing of --data: none, tarflow or adm.")
 OUT = flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR/evaluation or ./evaluation.")
-METRICS = flags.DEFINE_list("metrics", ["bits_per_dim"], f"Metrics: {', '.join(ALL_METRICS)}, which is for sequences.")
+METRICS = flags.DEFINE_list("metrics", ["bits_per_dim"], f"Metrics: {', '.join(ALL_METRICS)} (for sequences).")
 SPLIT = flags.DEFINE_string("split", "test", "Split for likelihood, classification and outliers.")
 SEED = cli.define_seed("Seed of the noise and the samples.")
-NOISE_STD = flags.DEFINE_float("noise_std", None, "Noise level σ, if noise-conditional; default: the lowest, or best.")
+NOISE_STD = flags.DEFINE_float(
+    "noise_std", None, "Noise level σ of a noise-conditional model; default: the lowest, the best for classification."
+)
 ALLOW_NOISY = flags.DEFINE_bool("allow_noisy", False, "Report nats/dim of noisy data for Gaussian training noise.")
-DRAWS = flags.DEFINE_integer("dequantisation_draws", 1, "Draws K in the importance-weighted bound.", lower_bound=1)
-CLASSIFICATION_DRAWS = flags.DEFINE_integer("classification_draws", 1, "Draws of noise to average.", lower_bound=1)
+DRAWS = flags.DEFINE_integer(
+    "dequantisation_draws", 1, "Number of draws K in the importance-weighted bound.", lower_bound=1
+)
+CLASSIFICATION_DRAWS = flags.DEFINE_integer(
+    "classification_draws", 1, "Number of noise draws to average log p over.", lower_bound=1
+)
 OUTLIERS = flags.DEFINE_string("outliers", None, "Out-of-distribution data set.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 50_000, "Number of samples for each setting.", lower_bound=2)
 GUIDANCE = flags.DEFINE_list("guidance", ["0"], "Guidance weights w, one setting each.")

@@ -5,7 +5,7 @@ python -m launch.plan --config=configs/imagenet64_uncond.py --topology=v5e:16x16
 
 TPUs need their compiler (pip install -r requirements-plan.txt), and so do NVIDIA GPUs (requirements-plan-gpu.txt;
 h100:8x4 is 4 hosts of 8); cpu:8 needs none. If the recipe does not fit, the command compiles changes to it until one
-fits, and exits with 2. docs/scaling.md explains the output.
+fits, and exits with 2. docs/launching.md explains the output.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe, such as config
 TOPOLOGY = flags.DEFINE_string("topology", None, "Devices, such as v5e:16x16, v5p:4x4x4, h100:8, h100:8x4 or cpu:8.")
 NUM_SLICES = flags.DEFINE_integer("num_slices", 1, "TPU slices, each of that topology.", lower_bound=1)
 MESH = flags.DEFINE_list("mesh", None, "Sizes data,fsdp,tensor, in place of --config.mesh's; one may be -1.")
-SAMPLER = flags.DEFINE_bool("sampler", False, "Compile the sampler of a training batch, not the training step.")
+SAMPLER = flags.DEFINE_bool("sampler", False, "Compile the sampler of a training batch instead of the step.")
 MFU = flags.DEFINE_float("mfu", 0.4, "Model-FLOPs utilization to assume.", lower_bound=0.01, upper_bound=1.0)
 JSON = flags.DEFINE_string("json", None, "File of JSON lines to append the figures to.")
 

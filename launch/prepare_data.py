@@ -26,20 +26,20 @@ from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.noise import to_float
 from tarflow_jax.text import T5Encoder, WordVectors
 
-DATA = flags.DEFINE_string("data", None, "Data set to prepare; docs/data.md lists the names.")
+DATA = flags.DEFINE_string("data", None, "Data set to prepare; docs/howto/data.md lists the names.")
 DATA_DIR = flags.DEFINE_string(
     "data_dir", None, "Folder of prepared sets; default: $TARFLOW_DATA_DIR or ~/.cache/tarflow_jax."
 )
 IMAGE_SIZE = flags.DEFINE_list("image_size", None, "Size to pack images at: one number, or height,width.")
 PREPROCESSING = flags.DEFINE_string("preprocessing", "none", "Crop and resize images: none, tarflow or adm.")
 SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "Leave out files that cannot be used instead of rejecting the set.")
-AUTOENCODER = flags.DEFINE_string("autoencoder", None, "Folder of an autoencoder: pack the images' latents by it.")
+AUTOENCODER = flags.DEFINE_string("autoencoder", None, "Folder of an autoencoder, to pack latents of the images.")
 TEXT_ENCODER = flags.DEFINE_string(
-    "text_encoder", None, "Embeds captions beside latents: words (of the package wordllama), or t5:NAME."
+    "text_encoder", None, "Encoder of the captions packed with the latents: words (package wordllama) or t5:NAME."
 )
-TEXT_LENGTH = flags.DEFINE_integer("text_length", None, "Words or tokens of a caption; default: 12, of a T5 128.")
+TEXT_LENGTH = flags.DEFINE_integer("text_length", None, "Words or tokens per caption; default: 12, for T5 128.")
 COPIES = flags.DEFINE_integer(
-    "copies", 0, "Latents of this many shifted and scaled copies of each training image, too.", lower_bound=0
+    "copies", 0, "Number of shifted and scaled copies of each training image to pack as well.", lower_bound=0
 )
 OUT = flags.DEFINE_string("out", None, "Folder of the latents; default: in the data folder.")
 PREVIEW = flags.DEFINE_string("preview", None, "PNG file for a grid of training images; default: in the set's folder.")

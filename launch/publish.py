@@ -22,8 +22,8 @@ from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.text_to_image import TextToImage
 
 NAME = flags.DEFINE_string("name", None, "Name on the hub, owner/name.")
-PRIVATE = flags.DEFINE_bool("private", False, "Create the repository as a private one.")
-REPLACE = flags.DEFINE_bool("replace", False, "Replace the model that has this name on the hub.")
+PRIVATE = flags.DEFINE_bool("private", False, "Create a private repository.")
+REPLACE = flags.DEFINE_bool("replace", False, "Replace a model that already has this name.")
 cli.define_model_flags()
 
 

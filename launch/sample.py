@@ -30,23 +30,21 @@ from tarflow_jax.text_to_image import TextToImage
 
 OUT = flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR/samples or ./samples.")
 NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "Number of images.", lower_bound=1)
-LABELS = flags.DEFINE_list(
-    "labels", None, "Classes to draw in turn, by number or name, -1 for no class; default: all of them."
-)
+LABELS = flags.DEFINE_list("labels", None, "Classes to draw in turn, by number or name; -1 is no class. Default: all.")
 LABEL = flags.DEFINE_string("label", None, "The only class to draw, by number or name.")
 CONDITION = flags.DEFINE_string(
-    "condition", None, "File (npz) of `condition` or `mask` for samples of a flow of sequences, row by row in turn."
+    "condition", None, "File (npz) with `condition` or `mask` for a flow of sequences; its rows are used in turn."
 )
 PROMPT = flags.DEFINE_multi_string("prompt", None, "Caption to draw --num_images images of; may be repeated.")
 SEED = cli.define_seed("Seed of the latents.")
 GUIDANCE = cli.define_number(
-    "guidance", None, "Guidance weight w; 0 is no guidance. Default: 0, with --prompt the model's own guidance."
+    "guidance", None, "Guidance weight w, 0 for none; default: 0, or with --prompt the model's own."
 )
 cli.define_guidance_flags()
 DENOISE = flags.DEFINE_bool("denoise", None, "Denoise the samples; default: if the training noise was Gaussian.")
 MULTIPLIER = cli.define_number("denoise_multiplier", 1.0, "Factor of the score in denoising.")
 STEPS = flags.DEFINE_integer(
-    "denoise_steps", None, "Number of denoising steps, equal in log σ, of a noise-conditional model.", lower_bound=1
+    "denoise_steps", None, "Number of denoising steps, evenly spaced in log σ; noise-conditional models.", lower_bound=1
 )
 cli.define_decoder_flags()
 cli.define_model_flags()

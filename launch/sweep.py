@@ -42,7 +42,7 @@ EXECUTOR = flags.DEFINE_enum(
     "executor", "local", ["local", "slurm", "print"], "Run here, submit with sbatch, or print the commands."
 )
 PARALLEL = flags.DEFINE_integer("parallel", 1, "Number of local runs at a time.", lower_bound=1)
-METRIC = flags.DEFINE_string("metric", None, "Metric to plot: a part of its name; default: the last column.")
+METRIC = flags.DEFINE_string("metric", None, "Metric to plot, by its name or a part of it; default: the last column.")
 
 # Columns of launch.evaluate, and flags in which a run's evaluations may differ: settings, not metrics.
 _EVALUATION_SETTINGS = ("guidance", "denoised")

@@ -31,9 +31,9 @@ from tarflow_jax.training.task import ENCODER, Fixed
 from tarflow_jax.training.workdir import write_results
 
 CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Train this recipe: configs/emoji64_autoencoder.py, or its variant …:smoke."
+    "config", None, "Recipe to train: configs/emoji64_autoencoder.py, or a variant of it, ….py:smoke."
 )
-WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://; created if missing.")
+WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, local or gs://; created if it does not exist.")
 SHOWN, SCALED_BY = 8, 1024  # test images in the figure; training images that decide the scale of the latents
 cli.define_process_flags()
 

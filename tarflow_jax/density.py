@@ -1,4 +1,4 @@
-"""`fit_density`: a flow of an unnormalised density, without data."""
+"""`fit_density`: fits a flow to an unnormalised density, without data."""
 
 import dataclasses
 import functools
@@ -19,7 +19,7 @@ from tarflow_jax.runtime.batch_runner import forward_bytes
 from tarflow_jax.sampling import decode_log_prob
 from tarflow_jax.training.task import Arrays, ArrayTask, Batch, Metrics, Variables
 
-NUM_FIXED = 1024  # latents of a test loss
+NUM_FIXED = 1024  # latents of the test loss
 
 
 def fit_density(
@@ -33,25 +33,25 @@ def fit_density(
 ) -> TarFlowPipeline:
     """Fits a flow q to a density p̃ / Z by the reverse Kullback-Leibler divergence, E_q[log q(x) - log p̃(x)] + log Z.
 
-    It is mode-seeking: a mode that q does not reach costs it nothing, so q may leave modes out; `importance` does not
-    see that either. Begins at a standard normal q, so scale x such that p̃ has most of its mass within a few units of 0.
+    The divergence is mode-seeking: q can miss modes of p̃ at no cost, and `importance` does not detect that either.
+    Training starts from a standard normal q, so scale x such that p̃ has most of its mass within a few units of 0.
 
-    A step draws x = inverse(latents) token after token, T - 1 passes of one token through each block, and the backward
-    pass keeps a KV cache for each: memory grows with T². docs/howto/arrays.md has timings.
+    A step decodes latents token by token, in T - 1 passes through each block, and the backward pass keeps a KV cache
+    for each pass: memory grows with T². docs/howto/arrays.md has timings.
 
     Args:
       log_density: log p̃ of x [B, …], float32 [B]; differentiable in JAX and finite everywhere.
-      shape: of x: F or (F,), a row of a table, or (T, D), a sequence.
-      num_steps: at most, as of `fit`.
-      batch_size: samples of a step.
-      key: of the initial weights and the latents; None is `jax.random.key(0)`.
-      flow_shape: fields of `TarFlowConfig`, as of `fit`.
+      shape: of x: F or (F,) for a row of a table, (T, D) for a sequence.
+      num_steps: maximum number of steps, see `fit`.
+      batch_size: samples per step.
+      key: for the initial weights and the latents; None is `jax.random.key(0)`.
+      flow_shape: fields of `TarFlowConfig`, see `fit`.
 
     Returns:
-      The flow of the lowest loss on fixed latents; `card["metrics"]` has that loss, KL - log Z, in nats.
+      The flow with the lowest loss on fixed latents; `card["metrics"]` has that loss, KL - log Z, in nats.
 
     Raises:
-      ValueError: log_density returns another shape, or numbers that are not finite.
+      ValueError: log_density returns another shape, or values that are not finite.
     """
     tokens, *numbers = (shape,) if isinstance(shape, int) else shape
     of_data: dict[str, Any] = {"sequence_shape": (tokens, *(numbers or [0])), "start_token": tokens == 1}
@@ -76,7 +76,7 @@ def fit_density(
 
 @dataclasses.dataclass(frozen=True)
 class DensityTask(ArrayTask):
-    """Reverse KL; the arrays are latents."""
+    """Minimises the reverse KL divergence; its arrays are latents."""
 
     log_density: Callable[[jax.Array], jax.Array] = jnp.zeros_like
 
@@ -86,7 +86,7 @@ class DensityTask(ArrayTask):
         return loss, ({"loss": loss}, None)
 
     def test_loss(self, runner: BatchRunner, variables: Variables, source: Any, frozen: None = None) -> float:
-        """The mean of log q - log p̃, in nats."""
+        """Returns the mean of log q - log p̃, in nats."""
         decode = functools.partial(decode_log_prob, device_flow(exact(self.model)))
         x, log_q = runner.run(decode, variables, {"latents": source[0].x}, bytes_per_image=forward_bytes(self.model))
         return float(np.mean(log_q - np.asarray(self.log_density(x)), dtype=np.float64))

@@ -1,8 +1,8 @@
-"""Errors that the user caused, in one line; any other exception is a bug of this package."""
+"""Errors caused by the user, with one-line messages; any other exception is a bug of this package."""
 
 
 class UserError(ValueError):
-    """An error that the user caused. Its message is one line: what is wrong, what was expected, what to do."""
+    """An error caused by the user. Its message is one line: what is wrong, what was expected, what to do."""
 
 
 class MissingPackageError(UserError, ImportError):
@@ -10,6 +10,6 @@ class MissingPackageError(UserError, ImportError):
 
 
 def one_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type where there is none."""
+    """Returns the first line of an exception's message, or its type if there is no message."""
     text = str(error).strip()
     return text.splitlines()[0][:300] if text else type(error).__name__

@@ -90,7 +90,7 @@ def grid(
 
 
 def captioned_grid(images: np.ndarray, captions: Sequence[str], columns: int) -> np.ndarray:
-    """Lays uint8 images [B, H, W, K] out on a sheet, each over its own caption, which is wrapped and cut to fit."""
+    """Lays uint8 images [B, H, W, K] out on a sheet, each above its own caption, which is wrapped and cut to fit."""
     tiles = enlarge(np.asarray(images), 2 * _MIN_SIDE)
     count, height, width, _ = tiles.shape
     font = ImageFont.load_default(_MIN_FONT_SIZE + 1)

@@ -30,11 +30,11 @@ MAX_ARRAY_BYTES = 64 * 2**30  # 50,000 images of 512x512 take 37 GiB
 _MAX_DEFLATED = 1032  # bytes that one byte can unpack to, see zlib's technical details
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no space, quota or file size left
-# Other processes write there, too. A server may accept a request and never answer: TensorStore asks it again.
+# No cached listings, since other processes write too. A server may never answer a request; TensorStore then retries.
 fsspec.config.conf.setdefault("gcs", {}).update(use_listings_cache=False, requests_timeout=120)
 os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "30")
 os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
-_FAILED = ("ABORTED:", "DEADLINE_EXCEEDED:", "PERMISSION_DENIED:", "UNAVAILABLE:")  # by TensorStore
+_FAILED = ("ABORTED:", "DEADLINE_EXCEEDED:", "PERMISSION_DENIED:", "UNAVAILABLE:")  # prefixes of TensorStore's errors
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _unfinished: set[epath.Path] = set()
@@ -42,7 +42,7 @@ _unfinished: set[epath.Path] = set()
 
 @contextlib.contextmanager
 def replacing(path: epath.PathLike) -> Iterator[IO[bytes]]:
-    """Yields a file to write bytes to, which appears under `path` only if the body succeeds. Creates the folder."""
+    """Yields a binary file to write, which replaces `path` only if the body succeeds. Creates the folder."""
     path = epath.Path(path)
     if is_remote(path):  # an object appears once it is complete
         buffer = io.BytesIO()
@@ -73,18 +73,18 @@ def naming(path: epath.PathLike) -> Iterator[None]:
 
 
 def remove_unfinished() -> None:
-    """Removes the files that are being written, for a process about to end without unwinding its stack."""
+    """Removes partly written files, for a process about to exit without unwinding its stack."""
     for temporary in tuple(_unfinished):
         temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def sole_user(folder: epath.PathLike) -> Iterator[None]:
-    """Locks a folder against other processes that lock it, and creates it if it does not exist.
+    """Locks a folder for this process, and creates it if it does not exist.
 
-    On a disk, also one that several hosts share, the lock ends with the process, however that ends. In an object store
-    it is a lease: after a kill, the next process waits `LEASE_S` seconds, and a process that was suspended for longer
-    and then finds another in its place ends with exit code 1. Raises UserError if another process has the lock.
+    On a disk, even one that several hosts share, the lock is released however the process ends. In an object store it
+    is a lease: after a kill, the next process waits `LEASE_S` seconds. A process that was suspended for longer, and
+    finds that another has taken the lease, exits with code 1. Raises UserError if another process holds the lock.
     """
     folder, me = epath.Path(folder), f"process {os.getpid()} on {socket.gethostname()}"
     folder.mkdir(parents=True, exist_ok=True)
@@ -106,7 +106,7 @@ def sole_user(folder: epath.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lease(path: epath.Path, me: str) -> Iterator[None]:
-    """Owns an object by its generation, which every write changes; no clocks of two hosts are compared."""
+    """Holds a lease by an object's generation, which every write changes, so that no clocks of hosts are compared."""
     content = json.dumps({"owner": me, "id": uuid.uuid4().hex}).encode()
 
     def done(future: tensorstore.Future[T]) -> T:
@@ -117,13 +117,13 @@ def _lease(path: epath.Path, me: str) -> Iterator[None]:
             raise OSError(f"could not lock {path.parent}: {one_line(error)}") from error
 
     def write(generation: bytes) -> bytes:
-        """Replaces this generation; returns the new one. Raises UserError if another process replaced it before."""
+        """Replaces this generation and returns the new one. Raises UserError if another process replaced it first."""
         if written := done(store.write("", content, if_equal=generation)).generation:
             return written
         found = done(store.read(""))
         if found.value != content:
             raise _taken(path, found.value)
-        return found.stamp.generation  # an answer was lost, and TensorStore wrote again
+        return found.stamp.generation  # a response was lost, and TensorStore retried the write
 
     store = done(tensorstore.KvStore.open(os.fspath(path)))
     found = first = done(store.read(""))
@@ -144,7 +144,7 @@ def _lease(path: epath.Path, me: str) -> Iterator[None]:
                 generation = write(generation)
             except UserError as error:
                 os.write(2, f"error: this process did not renew its lock in time: {error}\n".encode())
-                os._exit(1)  # before it writes among the files of the other
+                os._exit(1)  # before it overwrites the other process's files
             except OSError as error:
                 logger.warning("%s", error)
 
@@ -166,7 +166,7 @@ def _taken(path: epath.Path, lease: bytes) -> UserError:
 
 @contextlib.contextmanager
 def logged_while_slow(doing: str) -> Iterator[None]:
-    """Logs every `PROGRESS_S` seconds that this goes on: TensorStore retries for a quarter of an hour, in silence."""
+    """Logs every `PROGRESS_S` seconds while the body runs, since TensorStore retries silently for 15 minutes."""
     begin, ended = time.monotonic(), threading.Event()
 
     def report() -> None:
@@ -181,7 +181,7 @@ def logged_while_slow(doing: str) -> Iterator[None]:
 
 
 def storage_failed(error: BaseException) -> bool:
-    """Whether a disk or an object store failed, rather than what it holds. The latter's clients raise no OSError."""
+    """Whether the disk or object store failed, not its content. Clients of object stores do not raise OSError."""
     client = type(error).__module__.partition(".")[0]
     return isinstance(error, OSError) or client in ("aiohttp", "gcsfs", "google") or str(error).startswith(_FAILED)
 
@@ -199,10 +199,10 @@ def write_npz(path: epath.PathLike, **arrays: np.ndarray) -> None:
 
 
 def read_npz(path: epath.PathLike, names: tuple[str, ...], max_bytes: int = MAX_ARRAY_BYTES) -> dict[str, np.ndarray]:
-    """Reads those of the named arrays that an npz holds; UserError if the file is damaged or another.
+    """Reads those of the named arrays that an npz file holds; raises UserError if it is damaged or not an npz file.
 
-    Never unpickles. Checks an array's claimed size against the bytes that the file has for it, `max_bytes` and this
-    machine's memory before it allocates any.
+    Never unpickles. Before allocating an array, checks its claimed size against the bytes in the file, `max_bytes` and
+    this machine's memory.
     """
     path = epath.Path(path)
     if not (path.exists() if is_remote(path) else os.path.isfile(path)):  # opening a pipe would block
@@ -234,11 +234,11 @@ def _read_array(archive: zipfile.ZipFile, name: str, max_bytes: int) -> np.ndarr
 
 
 def sha256(path: epath.PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Returns the SHA-256 of a file, in hexadecimal."""
     with epath.Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether a path is in an object store, where files cannot be appended to."""
+    """Whether a path is in an object store, which cannot append to files."""
     return "://" in os.fspath(path)

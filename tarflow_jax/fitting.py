@@ -1,4 +1,4 @@
-"""`fit`: a flow of arrays, from the arrays, in one call."""
+"""`fit`: fits a flow to arrays in one call."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,8 +18,8 @@ from tarflow_jax.training.step import TrainConfig, compiled_step, new_state
 from tarflow_jax.training.task import ArrayTask
 
 SHAPE = {"width": 64, "head_dim": 32, "num_blocks": 6, "layers_per_block": 1, "input_limit": 10.0}
-MUON_RATE = 1e-2  # half and twice of it were worse on moons, half on two other densities
-NUM_VALIDATIONS, PATIENCE = 40, 20  # fewer would end fits before the learning rate has come down
+MUON_RATE = 1e-2  # half and twice this were worse on moons, half on two other densities
+NUM_VALIDATIONS, PATIENCE = 40, 20  # less patience would end fits before the learning rate has decayed
 
 
 def fit(
@@ -36,29 +36,29 @@ def fit(
     weight_decay: float = 0.1,
     **shape: Any,
 ) -> TarFlowPipeline:
-    """Fits a flow to arrays by maximum likelihood, with Muon, and keeps the parameters of the best validation.
+    """Fits a flow to arrays by maximum likelihood with Muon, and keeps the parameters of the best validation.
 
     Each column's mean and standard deviation become part of the model, so that densities and samples are in the units
     of `x`. The flow computes in float32.
 
     Args:
       x: float [N, F], a table, or [N, T, D], sequences of T tokens.
-      condition: float [N, C], or [N, T, C], one for each token, which is seen for that token and the one before.
-      mask: of sequences, bool [N, T], True where there is a token; padding comes last. Or the lengths, int [N].
-      labels: int [N], the classes, from 0.
-      num_steps: at most; training ends when twenty validations in a row, of forty, are no better.
-      batch_size: rows of a step.
-      key: of the initial weights, the batches and the split; None is `jax.random.key(0)`.
-      validation: share of the rows that is held out; 0 for none.
-      drop_condition: share of the rows trained without label and condition, for guidance.
-      weight_decay: more (1) suits smooth densities and few rows, less (0.03) sharp ones; validation tells.
+      condition: float [N, C], or [N, T, C] with one per token, seen at that token and the one before.
+      mask: of sequences, bool [N, T], True for tokens; padding comes last. Or the lengths, int [N].
+      labels: classes, int [N] from 0.
+      num_steps: maximum number of steps; training stops after 20 validations (of 40) in a row without improvement.
+      batch_size: rows per step.
+      key: for the initial weights, the batches and the split; None is `jax.random.key(0)`.
+      validation: fraction of the rows held out; 0 for none.
+      drop_condition: fraction of the rows trained without label and condition, for guidance.
+      weight_decay: larger (1) suits smooth densities and few rows, smaller (0.03) sharp densities.
       shape: fields of `TarFlowConfig`, such as width, num_blocks or orders.
 
     Returns:
-      The flow; `card["metrics"]` has the mean log p of the rows held out, in nats.
+      The flow; `card["metrics"]` has the mean log p of the held-out rows, in nats.
 
     Raises:
-      ValueError: numbers that are not finite, constant columns, shapes that do not fit, a mask with holes.
+      ValueError: values that are not finite, constant columns, mismatched shapes, or a mask with holes.
     """
     data = SequenceSource(x, condition, mask, labels)
     config = TarFlowConfig(**SHAPE | data.shape | shape)
@@ -89,11 +89,11 @@ def train(
     keys: Sequence,
     units: Mapping,
 ) -> tuple[Any, float, int]:
-    """Trains on all devices of this process, until twenty test losses in a row, of forty, are no better.
+    """Trains on all devices of this process, until 20 test losses (of 40) in a row bring no improvement.
 
-    `batches` are images and labels without end. `keys` are of the initial weights and of what the steps draw.
+    `batches` yields (arrays, labels) forever. `keys` seed the initial weights and the steps' draws.
 
-    Returns (variables, loss, step): those of the lowest test loss, or the last ones where nothing is held out.
+    Returns (variables, loss, step): those of the lowest test loss, or the last ones if nothing is held out.
     """
     devices = jax.local_devices()
     mesh = make_mesh(devices=devices[: math.gcd(batch_size, len(devices))])
@@ -121,7 +121,7 @@ def train(
 
 
 def _batches(rng: np.random.Generator, rows: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-    """Yields row numbers [batch_size] without end, each row at most once an epoch."""
+    """Yields row numbers [batch_size] forever, each row at most once per epoch."""
     while True:
         shuffled = rng.permutation(rows)
         yield from shuffled[: len(rows) // batch_size * batch_size].reshape(-1, batch_size)

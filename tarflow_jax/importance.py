@@ -14,7 +14,7 @@ from tarflow_jax.pipeline import TarFlowPipeline
 
 @dataclasses.dataclass(frozen=True)
 class Weighted:
-    """Samples x of a flow q with weights w = p̃(x) / q(x); S is their number."""
+    """S samples x of a flow q with importance weights w = p̃(x) / q(x)."""
 
     x: jax.Array  # float32 [S, …]
     log_q: jax.Array  # float32 [S], nats
@@ -28,7 +28,7 @@ class Weighted:
 
     @property
     def log_z(self) -> float:
-        """log mean w, an estimate of the logarithm of the integral of p̃."""
+        """log mean w, an estimate of log ∫ p̃(x) dx."""
         log_weights = np.asarray(self.log_weights, np.float64)
         return float(log_weights.max() + np.log(np.exp(log_weights - log_weights.max()).mean()))
 
@@ -44,12 +44,12 @@ def importance(
     num_samples: int,
     **options: Any,
 ) -> Weighted:
-    """Draws from a flow and weights the samples by an unnormalised density.
+    """Draws samples from a flow and computes their importance weights under an unnormalised density.
 
     Args:
       flow: the proposal.
       log_density: log p̃ of x [S, …], in the flow's units, as an array [S]; -inf where p̃ is 0.
-      key: of the samples.
+      key: for the samples.
       num_samples: S.
       options: of `TarFlowPipeline.sample`, such as condition and mask.
 

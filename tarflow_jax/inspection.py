@@ -47,9 +47,9 @@ class Inspection(NamedTuple):
 def with_noise(
     pipe: TarFlowPipeline, images_uint8: np.ndarray, key: jax.Array, noise_std: float | None = None
 ) -> jax.Array:
-    """Adds the training noise to images of 8 or 16 bits [B, H, W, K]; float32, without noise if it is unknown.
+    """Adds the training noise, if known, to images of 8 or 16 bits [B, H, W, K]; returns float32.
 
-    Image i gets the noise that it has in `pipe.bits_per_dim`. `noise_std` is the level, for a noise with levels.
+    Image i gets the noise that it has in `pipe.bits_per_dim`. `noise_std` is the level, for "levels" noise.
     """
     if pipe.noise is None:
         return to_float(images_uint8)
@@ -66,15 +66,15 @@ def inspect(
     noise_std: float | None = None,
     progress: Progress = lambda share, what: None,
 ) -> Inspection:
-    """Evaluates a flow at one image [H, W, K], of the model's bits.
+    """Evaluates a flow at one image [H, W, K] of the model's bit depth.
 
     The flow is a density of images with noise, so `key` draws noise for this one. For uniform noise `bits_per_dim` is
-    the usual figure for these bits; for Gaussian noise it is that of the noisy image, and compares only under the same
-    noise.
+    the usual figure for this bit depth; for Gaussian noise it is that of the noisy image, comparable only under the
+    same noise.
 
     Args:
-      label: the condition y of log p(x | y), of the patches and of the latents; -1 for no class.
-      noise_std: σ, for a flow of many noise levels, and for it alone.
+      label: the class y of log p(x | y), of the patches and of the latents; -1 for no class.
+      noise_std: σ, only for a noise-conditional flow.
       progress: called before each step.
 
     Raises:
@@ -123,16 +123,16 @@ def interpolate(
 ) -> np.ndarray:
     """Interpolates between two images by `spherical` interpolation of their latents.
 
-    Both get noise as in `inspect`; decoded images are denoised if the noise is Gaussian. So the first and the last are
-    the images themselves, up to the noise that one step of denoising leaves.
+    Both get noise as in `inspect`; decoded images are denoised if the noise is Gaussian. So the first and last results
+    are the images themselves, up to the noise that one denoising step leaves.
 
     Args:
       images_uint8: [2, H, W, K].
-      key: of the noise.
-      count: N, the images from first to last.
-      label: of all images on the way, -1 for no class.
-      noise_std: as of `inspect`.
-      progress: as of `inspect`.
+      key: for the noise.
+      count: N, the number of images from first to last.
+      label: class of all images, -1 for no class.
+      noise_std: see `inspect`.
+      progress: see `inspect`.
 
     Returns:
       float32 [N, H, W, K].
@@ -151,7 +151,7 @@ def interpolate(
 
 
 def spherical(start: jax.Array, end: jax.Array, shares: jax.Array) -> jax.Array:
-    """Spherical interpolation, (sin((1 - t) θ) a + sin(t θ) b) / sin θ with θ the angle between a and b.
+    """Computes (sin((1 - t) θ) a + sin(t θ) b) / sin θ with θ the angle between a and b (spherical interpolation).
 
     Standard normal latents have about the same norm, √(H W K), unlike points on the straight line
     between two of them. Parallel latents, where sin θ is 0, are interpolated linearly.

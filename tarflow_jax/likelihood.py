@@ -25,7 +25,7 @@ def encode(
     condition: jax.Array | None = None,
     lengths: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """(latents, log_det) of `TarFlow`, compiled."""
+    """Returns (latents, log_det) of `TarFlow`, compiled."""
     return flow.apply(variables, images, labels, noise_std, condition, lengths)
 
 
@@ -39,16 +39,16 @@ def log_prob(
     condition: jax.Array | None = None,
     lengths: jax.Array | None = None,
 ) -> jax.Array:
-    """log p(x) = Σ log N(latents; 0, 1) + log_det (equation 3 of the paper), float32 [B] in nats.
+    """Computes log p(x) = Σ log N(latents; 0, 1) + log_det (equation 3 of the paper), float32 [B] in nats.
 
-    Arguments as of `TarFlow`; the sum is over the tokens that exist.
+    See `TarFlow` for the arguments. The sum leaves out padding.
     """
     latents, log_det = flow.apply(variables, images, labels, noise_std, condition, lengths)
     return log_det + prior_log_prob(flow.config, latents, lengths)
 
 
 def prior_log_prob(config: TarFlowConfig, latents: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
-    """Σ log N(latents; 0, 1) over the tokens that exist, float32 [B] in nats."""
+    """Sums log N(latents; 0, 1) over all tokens except padding, float32 [B] in nats."""
     latents = without_padding(latents, lengths)
     num_dims = config.num_dims if lengths is None else config.token_dim * lengths.astype(jnp.float32)
     return -0.5 * (jnp.square(latents).sum(range(1, latents.ndim)) + LOG_2PI * num_dims)
@@ -62,15 +62,15 @@ def patch_log_prob(
     labels: jax.Array | None = None,
     noise_std: jax.Array | None = None,
 ) -> jax.Array:
-    """log p(x) by the patches where its terms arise: arguments as of `log_prob`.
+    """Splits log p(x) into one term per patch; see `log_prob` for the arguments.
 
-    Both terms of log p are sums over patches, so with z the latents, α^k the log-scales of block k, and i a patch,
+    Both parts of log p are sums over patches. With latents z, log-scales α^k of block k, and patch i,
 
         log p(x) = Σ_i s_i,    s_i = Σ_d log N(z_id; 0, 1) - Σ_k Σ_d α^k_id    (in VP mode also -½ Σ_d log var_id).
 
-    In a flow of one block s_i = log p(x_i | patches before i), the chain rule. With more blocks it is no conditional
-    density: z_i and α^k_i depend on patches before i and, through the blocks that read backwards, on those behind it.
-    s_i then says at which patch the flow pays, not what the patch would cost alone or given all others.
+    In a flow of one block s_i = log p(x_i | patches before i), the chain rule. With more blocks it is not a conditional
+    density: z_i and α^k_i depend on patches before i and, through the blocks that read backwards, on those after it.
+    s_i then shows where the terms of log p arise, not what the patch would cost alone or given all others.
 
     Returns:
       s, float32 [B, H / P, W / P], nats, whose sum over patches is log p(x).
@@ -97,10 +97,10 @@ def noisy_log_prob(
     key: jax.Array,
     condition: jax.Array | None = None,
 ) -> jax.Array:
-    """log p, float32 [B] in nats, of uint8 or uint16 images, or latents, [B, H, W, K] with noise.
+    """Adds noise to uint8 or uint16 images or to latents [B, H, W, K]; returns their log p, float32 [B] in nats.
 
-    Image number `index` [B] of a data set gets the noise of fold_in(key, index). `noise_std` [B] is the level of a
-    noise with levels, and the level at which a noise-conditional flow is evaluated.
+    Image number `index` [B] of a data set gets the noise of fold_in(key, index). `noise_std` [B] is the level of
+    "levels" noise, and the level at which a noise-conditional flow is evaluated.
     """
     noisy = noise.of_numbered(key, images, index, noise_std)
     return log_prob(flow, variables, noisy, labels if flow.config.num_classes else None, noise_std, condition)
@@ -117,22 +117,22 @@ def training_loss(
     *,
     block_penalty: float = 0.0,
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
-    """Mean over batch and dimensions of ½ z² - log_det / (T D): -log p in nats per dimension, less ½ log 2π.
+    """Averages ½ z² - log_det / (T D) over batch and dimensions: -log p in nats per dimension, less ½ log 2π.
 
-    z is the last block's output. In VP mode, whose blocks have log_det 0, the prior variance plays no part in it.
+    z is the last block's output. In VP mode the blocks have log_det 0, and the prior variance does not enter the loss.
 
     Args:
       images: noisy float32 [B, H, W, K].
       labels: int32 [B], -1 for no class, or None.
-      levels: for a flow conditional on noise levels; each image then counts by its σ.
-      condition: as of `TarFlow`.
-      lengths: as of `TarFlow`; the mean is over all T tokens, and those that do not exist add nothing.
-      block_penalty: weight of Σ_k mean x_k², x_k the input of block k, which is added to the loss.
+      levels: for a noise-conditional flow; each image is then weighted by its σ.
+      condition: see `TarFlow`.
+      lengths: see `TarFlow`; the mean is over all T tokens, and padding contributes 0.
+      block_penalty: weight of an additional loss Σ_k mean x_k², where x_k is the input of block k.
 
     Returns:
       (loss, (metrics, z)): metrics are scalars and `block_norms` [F], the root mean square of each block's output; with
       levels also `quarter_losses` and `quarter_shares` [4], whose quotient is the loss in a quarter of the range.
-      z [B, T, D] is what the VP prior learns from.
+      z [B, T, D] updates the VP prior.
     """
     noise_std = None if levels is None else levels.std
     (_, log_det), sown = flow.apply(variables, images, labels, noise_std, condition, lengths, mutable=["intermediates"])
@@ -159,9 +159,9 @@ def training_loss(
 
 
 def unit_prior(variables: dict[str, Any]) -> dict[str, Any]:
-    """The variables with the unit prior that the blocks are trained on; it makes a difference in VP mode alone.
+    """Sets the prior variance to 1, the value that the blocks are trained with; only VP mode has one.
 
-    The prior's running variance is a statistic of the blocks' output that no gradient has seen.
+    The prior's running variance is a statistic of the blocks' output that takes no part in their gradient.
     """
     if "prior" not in variables:
         return variables
@@ -169,5 +169,5 @@ def unit_prior(variables: dict[str, Any]) -> dict[str, Any]:
 
 
 def bits_per_dim(log_prob: Array, num_dims: int, bits: int = 8) -> Array:
-    """(-log p(x) / (H W K) + log 2^(bits - 1)) / log 2, bits per dimension, from nats [B], in their dtype."""
+    """Converts nats [B] to bits per dimension, (-log p(x) / (H W K) + log 2^(bits - 1)) / log 2, in their dtype."""
     return (-log_prob / num_dims + math.log(2 ** (bits - 1))) / math.log(2)  # 2^bits levels span 2 units

@@ -1,6 +1,6 @@
-"""Training noise, from images of 8 or 16 bits: Gaussian augmentation, at one level or many, or uniform dequantisation.
+"""Training noise for images of 8 or 16 bits: Gaussian augmentation at one level or many, or uniform dequantisation.
 
-Section 3.2 of the paper; many levels as arXiv 2604.20041 has them.
+See section 3.2 of the paper, and arXiv 2604.20041 for many levels.
 """
 
 import dataclasses
@@ -18,15 +18,15 @@ class Levels(NamedTuple):
     """Noise levels of a batch."""
 
     std: jax.Array  # σ, float32 [B]
-    quarter: jax.Array  # 1 in the quarter of the range that σ is in, float32 [B, 4]
+    quarter: jax.Array  # quarter of the range that σ is in, one-hot, float32 [B, 4]
 
 
 @dataclasses.dataclass(frozen=True)
 class Noise(Options):
     """The noise that training adds to images of 8 or 16 bits.
 
-    "gaussian" noise is for samples, "uniform" noise (dequantization) for bits per dimension. With "levels" each image
-    has Gaussian noise of another level σ, and the flow is conditional on it.
+    "gaussian" noise is for samples, "uniform" noise (dequantisation) for bits per dimension. With "levels" each image
+    gets Gaussian noise of its own level σ, and the flow is conditioned on σ.
     """
 
     group: ClassVar[str] = "noise"
@@ -65,13 +65,13 @@ class Noise(Options):
         return np.asarray(self._level_at((jnp.arange(count, dtype=jnp.float32) + 0.5) / count))
 
     def _level_at(self, shares: jax.Array) -> jax.Array:
-        """The inverse distribution function of the levels."""
+        """Maps quantiles to levels: the inverse CDF."""
         power = 2 if self.draw == "variance" else 1
         low, high = self.std_min**power, self.std_max**power
         return (low + (high - low) * shares) ** (1 / power)
 
     def __call__(self, key: jax.Array, images: jax.Array, noise_std: jax.Array | None = None) -> jax.Array:
-        """Adds noise to images [B, H, W, K], see `to_float`; `noise_std` σ [B] is for kind "levels"."""
+        """Adds noise to images [B, H, W, K], scaled as by `to_float`; `noise_std`, σ [B], is for kind "levels"."""
         if self.kind == "uniform":
             return dequantise(key, images)
         std: Any = self.std if noise_std is None else noise_std[:, None, None, None]
@@ -80,9 +80,9 @@ class Noise(Options):
     def of_numbered(
         self, key: jax.Array, images: jax.Array, index: jax.Array, noise_std: jax.Array | None = None
     ) -> jax.Array:
-        """Adds the noise of fold_in(key, i) to image number i of a data set, however the images are batched.
+        """Adds the noise of fold_in(key, i) to image i of a data set, so that it does not depend on batching.
 
-        `index`, int32 [B], holds the numbers. Kinds other than "levels" ignore `noise_std`.
+        `index`, int32 [B], holds the numbers i. Kinds other than "levels" ignore `noise_std`.
         """
 
         def add(number: jax.Array, image: jax.Array, std: jax.Array | None) -> jax.Array:
@@ -92,7 +92,7 @@ class Noise(Options):
 
 
 def to_float(images: jax.Array | np.ndarray) -> jax.Array:
-    """Value v of uint8 -> v / 127.5 - 1 in [-1, 1], float32; of uint16, v / 32767.5 - 1; float32 stays as it is."""
+    """Scales uint8 v to v / 127.5 - 1 and uint16 v to v / 32767.5 - 1, float32 in [-1, 1]; keeps float32 as it is."""
     images = jnp.asarray(images)
     if images.dtype == jnp.float32:
         return images
@@ -100,7 +100,7 @@ def to_float(images: jax.Array | np.ndarray) -> jax.Array:
 
 
 def dequantise(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Value v of uint8 -> 2 (v + u) / 256 - 1 with u ~ U[0, 1), float32; of uint16, 2 (v + u) / 65536 - 1."""
+    """Maps uint8 v to 2 (v + u) / 256 - 1 and uint16 v to 2 (v + u) / 65536 - 1, float32, with u ~ U[0, 1)."""
     uniform = jax.random.uniform(key, images.shape, jnp.float32)
     return (images.astype(jnp.float32) + uniform) / (_num_levels(images) / 2) - 1
 

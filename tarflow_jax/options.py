@@ -1,4 +1,4 @@
-"""Options: dataclass fields with a default, a type, a range and one sentence.
+"""Options: dataclass fields with a default, a type, a range and a one-sentence description.
 
 Checks, dictionaries, recipes and --helpfull all derive from these fields.
 """
@@ -20,9 +20,9 @@ from tarflow_jax.errors import UserError
 
 
 def option(default: Any, text: str = "", *, choices: tuple[Any, ...] = (), low: float = 0) -> Any:
-    """Declares an option: its default, one sentence, its choices, and its lowest number.
+    """Declares an option with a default, a one-sentence description, choices, and a lower bound.
 
-    A default below `low` says that the option must be set, as does `dataclasses.MISSING`.
+    A default below `low`, or `dataclasses.MISSING`, makes the option required.
     """
     if choices:
         text += f" One of {', '.join(map(str, choices))}."
@@ -30,12 +30,12 @@ def option(default: Any, text: str = "", *, choices: tuple[Any, ...] = (), low: 
 
 
 class Options:
-    """Base of frozen dataclasses of options: checks every value, reads and writes dictionaries.
+    """Base class of frozen dataclasses of options; checks every value and converts to and from dictionaries.
 
-    Integers become floats where the field is one, and lists become tuples. Raises UserError, naming the field.
+    Integers become floats in float fields, and lists become tuples. Raises UserError naming the invalid field.
     """
 
-    group: ClassVar[str]  # in a recipe and in messages
+    group: ClassVar[str]  # name in recipes and error messages
 
     def __post_init__(self) -> None:
         kinds = typing.get_type_hints(type(self))
@@ -46,12 +46,12 @@ class Options:
             object.__setattr__(self, field.name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """A dictionary that JSON can hold; `from_dict` is its inverse."""
+        """Returns a dictionary that JSON can hold; `from_dict` is its inverse."""
         return dataclasses.asdict(self)  # type: ignore[call-overload]
 
     @classmethod
     def from_dict(cls, fields: Any) -> Self:
-        """From a dictionary, as read from JSON; raises UserError for unknown or impossible fields."""
+        """Builds options from a dictionary, as read from JSON; raises UserError for unknown or invalid fields."""
         known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
         if not isinstance(fields, Mapping):
             raise UserError(f"{cls.group} is {fields!r}; expected an object with the fields {', '.join(known)}")
@@ -64,7 +64,7 @@ class Options:
 
 
 def checked(name: str, value: Any, kind: Any, *, choices: tuple[Any, ...] = (), low: float = 0) -> Any:
-    """Returns a value as the type `kind` holds it, such as 1.0 for 1 where that is float.
+    """Validates a value and converts it to the type `kind`, such as 1 to 1.0 for float.
 
     Raises UserError, naming it, if it is of another type, not among the choices, not finite, or below `low`.
     """
@@ -87,12 +87,12 @@ def checked(name: str, value: Any, kind: Any, *, choices: tuple[Any, ...] = (), 
 
 
 def shown(value: Any) -> str:
-    """A value as an error message shows it, in one line."""
+    """Formats a value for an error message, in one line."""
     return " ".join(repr(value).split())[:200]
 
 
 def described(cls: Any) -> Iterator[tuple[str, Any, str]]:
-    """Yields (name, default, sentence) of every option; those of a dataclass within it as "name.option"."""
+    """Yields (name, default, description) of every option; options of a nested dataclass are named "field.option"."""
     for field in dataclasses.fields(cls):
         if "help" in field.metadata:
             yield field.name, field.default, field.metadata["help"]
@@ -102,7 +102,7 @@ def described(cls: Any) -> Iterator[tuple[str, Any, str]]:
 
 
 def _converted(value: Any, kind: Any) -> Any:
-    """Returns the value as `kind` holds it; raises TypeError if it does not fit."""
+    """Converts a value to the type `kind`; raises TypeError if it does not fit."""
     arguments = typing.get_args(kind)
     if isinstance(kind, types.UnionType):
         for each in arguments:
@@ -121,7 +121,7 @@ def _converted(value: Any, kind: Any) -> Any:
     elif isinstance(value, Mapping) and inspect.isclass(kind) and issubclass(kind, Options):
         return kind.from_dict(value)
     elif kind in (int, float):
-        if getattr(value, "shape", None) == () and not isinstance(value, jax.core.Tracer):  # an array's number
+        if getattr(value, "shape", None) == () and not isinstance(value, jax.core.Tracer):  # a scalar array
             value = value.item()
         if isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool):
             return kind(value)

@@ -46,28 +46,28 @@ from tarflow_jax.student import Student as StudentNetwork
 from tarflow_jax.student import StudentConfig, TrainedStudent
 from tarflow_jax.training.workdir import read_student, read_workdir
 
-FAR_OUTSIDE = 4.0  # of images in [-1, 1]
-MUCH = 1.25  # times the highest noise level of a training, or below its lowest
+FAR_OUTSIDE = 4.0  # absolute value beyond which images seem not to be scaled to [-1, 1]
+MUCH = 1.25  # factor beyond the noise levels of training that draws a warning
 logger = logging.getLogger(__name__)
 
 DecoderChoice = Decoder | Tuned | Sequence[Decoder] | None
 
 
 class TarFlowPipeline:
-    """A trained flow. Every method is compiled once in a process for each model's and each batch's shape.
+    """A trained flow. Each method compiles once per process for each shape of model and batch.
 
-    The methods may be used within `jax.jit`, `jax.grad`, `jax.jvp` and `jax.vmap`: traced images, labels or guidance
-    weights are computed at once, without a split into batches or checks of their values.
+    Methods work inside `jax.jit`, `jax.grad`, `jax.jvp` and `jax.vmap`: traced images, labels or guidance weights run
+    as a single batch, without checks of their values.
 
-    A batch too large for `memory_bound` is split into equal ones, the last one padded, so that a ragged batch
-    compiles nothing new. Likelihoods are float32 at full matmul precision; the rest runs in `config.dtype`.
+    A batch too large for `memory_bound` is split into equal ones, the last one padded, so that a ragged batch does
+    not recompile. Likelihoods are float32 at full matmul precision; the rest runs in `config.dtype`.
 
     Attributes:
       config: the model's shape.
-      variables: the parameters in use (the averaged ones where an average was kept) and, in VP mode, the prior.
-      noise: the noise of its training; None if unknown.
+      variables: the parameters in use (averaged, if an average was kept) and, in VP mode, the prior.
+      noise: the training noise; None if unknown.
       card: fields of the model card, see `interop.model_card`; {} for a saved model.
-      label_names: of the classes; () if unknown.
+      label_names: names of the classes; () if unknown.
     """
 
     def __init__(
@@ -89,13 +89,13 @@ class TarFlowPipeline:
         Args:
           config: the model's shape.
           variables: of that shape.
-          noise: of its training.
-          ema_params: the parameters' average, used instead of the raw ones, which `save_pretrained` keeps as well.
+          noise: the training noise.
+          ema_params: averaged parameters, used instead of the raw ones; `save_pretrained` keeps both.
           card: fields of the model card, see `interop.model_card`.
-          label_names: of the classes.
-          schedule: for `Tuned()`, or the folder to read it from at its first use.
-          student: for `Student()`, or the folder to read it from at its first use.
-          mesh: devices to spread over (`tarflow_jax.runtime.make_mesh`); None is the default device.
+          label_names: names of the classes.
+          schedule: for `Tuned()`, or the folder to read it from on first use.
+          student: for `Student()`, or the folder to read it from on first use.
+          mesh: devices to run on (`tarflow_jax.runtime.make_mesh`); None is the default device.
           memory_bound: bytes that a batch's activations may take, on all devices together.
         """
         config, noise = checked("config", config, TarFlowConfig), checked("noise", noise, Noise | None)
@@ -109,7 +109,7 @@ class TarFlowPipeline:
             variables = check_variables(config, {**variables, "params": ema_params})
         self._runner = BatchRunner(mesh, checked("memory_bound", memory_bound, int, low=1))
         self.variables = self._runner.place(variables)
-        # On a CPU computing activations again is faster than keeping them.
+        # On CPU, recomputing activations is faster than keeping them.
         keep_all = dataclasses.replace(config, remat="none")
         recompute = self._runner.on_cores or backward_bytes(keep_all) > memory_bound // 8
         self._denoiser = dataclasses.replace(config, remat="full" if recompute else "none")
@@ -126,7 +126,7 @@ class TarFlowPipeline:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies and pickles, whose weights stay on the host until they are unpickled."""
+        """Returns the state of a copy or pickle, whose weights are on the host until it is unpickled."""
         if self._runner.mesh is not None:
             raise UserError("a pipeline on a mesh is not copied or pickled; save_pretrained, and open it again")
         host = jax.device_get((self.variables, self._raw_params))
@@ -137,20 +137,20 @@ class TarFlowPipeline:
         self._runner = BatchRunner(None, state["_runner"])
         self.variables = self._runner.place(state["variables"])
 
-    # Opening and saving
+    # Loading and saving
 
     @classmethod
     def from_pretrained(cls, name: epath.PathLike, *, best: bool = False, **options: Any) -> Self:
-        """Opens a training workdir, a saved model's folder, a ready-made model, or one of the hub ("owner/name").
+        """Loads a training workdir, a saved model's folder, a ready-made model, or one of the hub ("owner/name").
 
         Args:
           name: a folder, which may be in an object store (gs://), or one of `interop.READY_MADE`, such as "digits".
-          best: of a workdir, open the checkpoint of the lowest test loss instead of the last.
+          best: load a workdir's checkpoint of the lowest test loss instead of its last one.
           options: `mesh` and `memory_bound`, see the constructor.
 
         Raises:
           FileNotFoundError: there is no model.
-          ValueError: it is damaged, or something else.
+          ValueError: it is damaged, or not a model.
         """
         folder: epath.PathLike = epath.Path(interop.check_path(name))
         if (epath.Path(name) / "checkpoints").is_dir():
@@ -177,7 +177,7 @@ class TarFlowPipeline:
         place: Callable[[Any], Any] | None = None,
         **options: Any,
     ) -> Self:
-        """Reads a state dict of a PyTorch reference, TarFlow, iTARFlow or STARFlow, onto the devices.
+        """Loads a state dict of a PyTorch reference: TarFlow, iTARFlow or STARFlow.
 
         See `interop.load_torch` for arguments and errors; `options` are `mesh` and `memory_bound` of the constructor.
         """
@@ -196,15 +196,15 @@ class TarFlowPipeline:
     ) -> None:
         """Writes config.json, model.safetensors and a model card; see `interop.save_model`.
 
-        Both the average and the raw parameters are kept. Measured figures, decoder schedule and student belong to the
-        exact weights: they are left out if `dtype` is bfloat16, which rounds them.
+        Keeps both the averaged and the raw parameters. Measured figures, decoder schedule and student belong to the
+        exact weights: they are left out if `dtype` is bfloat16, which rounds the weights.
 
         Args:
-          card: added to what is known of the run: its samples, and what launch.evaluate measured of these weights.
+          card: fields to add to those of the run: its samples, and what launch.evaluate measured with these weights.
         """
         if is_remote(interop.check_path(folder)):
             with tempfile.TemporaryDirectory() as local:
-                interop.copy_model(folder, local)  # so that the same is replaced, or refused
+                interop.copy_model(folder, local)  # so that what is there is replaced, or refused, as on a disk
                 try:
                     self.save_pretrained(local, dtype=dtype, card=card)
                 except UserError as error:
@@ -216,7 +216,7 @@ class TarFlowPipeline:
             variables, ema_params = {**variables, "params": self._raw_params}, variables["params"]
         card = {**self.card, **(card or {})}
         saved = SavedModel(self.config, variables, self.noise, ema_params, card, self.label_names)
-        student, schedule = self._unless_stale("student"), self._unless_stale("schedule")  # perhaps of this folder
+        student, schedule = self._unless_stale("student"), self._unless_stale("schedule")  # may be read from `folder`
         interop.save_model(folder, saved, dtype=dtype, student=student)
         if dtype == "float32" and schedule:
             schedule.write(Path(folder))
@@ -226,21 +226,21 @@ class TarFlowPipeline:
 
         Args:
           private: whether a new repository is private.
-          token: None is the one that `hf auth login` or HF_TOKEN gave.
+          token: None is the one of `hf auth login` or HF_TOKEN.
           options: `dtype` and `card`, see `save_pretrained`.
 
         Returns:
           The commit's URL.
 
         Raises:
-          ValueError: no such name, or the hub refused.
+          ValueError: an invalid name, or the hub refused.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, **options | {"card": {"name": name, **(options.get("card") or {})}})
             return interop.push_model(folder, name, private=private, token=token)
 
     def _unless_stale(self, name: str) -> Any:
-        """The schedule or student; None, with a warning, if it belongs to other weights."""
+        """Returns the schedule or student, or None, with a warning, if it belongs to other weights."""
         try:
             return getattr(self, name)
         except UserError as error:
@@ -258,12 +258,12 @@ class TarFlowPipeline:
 
     @property
     def drawn_level(self) -> float | None:
-        """`noise_std` of a noise-conditional flow, as `decode` takes it; None for other flows."""
+        """Noise level of a noise-conditional flow's samples, for `decode`; None for other flows."""
         return self.noise_std if self.config.noise_conditional else None
 
     @functools.cached_property
     def schedule(self) -> Schedule | None:
-        """The decoders of `Tuned()`; None if there are none; ValueError if they were tuned for other weights."""
+        """The decoders of `Tuned()`, or None; raises ValueError if they were tuned for other weights."""
         found = self._schedule
         if found is not None and not isinstance(found, Schedule):
             found = Schedule.read(found, self.config.num_blocks)
@@ -273,7 +273,7 @@ class TarFlowPipeline:
 
     @functools.cached_property
     def student(self) -> TrainedStudent | None:
-        """The network of `Student()`; None if there is none; ValueError if it was trained for other weights."""
+        """The network of `Student()`, or None; raises ValueError if it was trained for other weights."""
         found = self._student
         if found is not None and not isinstance(found, TrainedStudent):
             in_workdir = (epath.Path(found) / "checkpoints").is_dir()
@@ -288,14 +288,14 @@ class TarFlowPipeline:
     def encode(
         self, images: Any, labels: Any = None, noise_std: Any = None, condition: Any = None, mask: Any = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Images or sequences -> latents.
+        """Encodes images or sequences as latents.
 
         Args:
-          images: float [B, H, W, K] in [-1, 1]; of a flow of sequences [B, T, D] or [B, T], in their own units.
-          labels: int [B], -1 for no class; None for no class anywhere.
-          noise_std: σ of the images, a number or [B], for a noise-conditional flow, and for it alone.
-          condition: float [B, C], or [B, T, C] where each token has one, or the prefix [B, L, C]; None for none.
-          mask: bool [B, T], True where a sequence has a token, or the lengths, int [B]; None if all are whole.
+          images: float [B, H, W, K] in [-1, 1], or sequences [B, T, D] or [B, T] in their own units.
+          labels: int [B], -1 for no class; None is all -1.
+          noise_std: σ of the images, a number or [B]; only for a noise-conditional flow.
+          condition: float [B, C], [B, T, C] with one per token, or a prefix [B, L, C]; None for none.
+          mask: bool [B, T], True for tokens and False for padding, or the lengths, int [B]; None without padding.
 
         Returns:
           (latents, log_det): float32, shaped as `images`, standard normal under the model; and float32 [B], nats.
@@ -310,15 +310,15 @@ class TarFlowPipeline:
     def log_prob(
         self, images: Any, labels: Any = None, noise_std: Any = None, condition: Any = None, mask: Any = None
     ) -> jax.Array:
-        """log p(x | label, condition), float32 [B], nats; arguments and errors as of `encode`."""
+        """Returns log p(x | label, condition), float32 [B], nats; arguments and errors are those of `encode`."""
         rows = self._rows(images, labels, noise_std, condition, mask)
         check_range(self.config, images)
         return self._run(likelihood.log_prob, exact(self.config), rows)
 
     def patch_log_prob(self, images: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
-        """log p(x | label) by patch, float32 [B, H / P, W / P], nats, which add up to `log_prob`.
+        """Returns each patch's share of log p(x | label), float32 [B, H / P, W / P], nats; they add up to `log_prob`.
 
-        `likelihood.patch_log_prob` says what a patch's share means. Arguments and errors as of `encode`.
+        `likelihood.patch_log_prob` explains what a share means. Arguments and errors are those of `encode`.
         """
         self._require_images("patch_log_prob")
         rows = self._rows(images, labels, noise_std)
@@ -326,9 +326,9 @@ class TarFlowPipeline:
         return self._run(likelihood.patch_log_prob, exact(self.config), rows)
 
     def bits_per_dim(self, key: jax.Array, images_uint8: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
-        """Bits per dimension of images [B, H, W, K], uint8 or as `config.image_bits` says, dequantised: float32 [B].
+        """Returns bits per dimension, float32 [B], of uint8 or uint16 images [B, H, W, K], dequantised uniformly.
 
-        An upper bound in expectation over the noise that `key` draws. A noise-conditional flow is evaluated at
+        This is an upper bound in expectation over the noise that `key` draws. A noise-conditional flow is evaluated at
         `noise_std`, a number. Raises ValueError as `encode` does.
         """
         self._require_images("bits_per_dim")
@@ -359,23 +359,23 @@ class TarFlowPipeline:
         condition: Any = None,
         mask: Any = None,
     ) -> Any:
-        """Tweedie's formula, x + s σ² ∇ log p(x | label), once or in several steps: float32 [B, H, W, K].
+        """Denoises by Tweedie's formula, x + s σ² ∇ log p(x | label), in one or several steps: float32 [B, H, W, K].
 
         Args:
           images: float [B, H, W, K].
           labels: int [B], -1 for no class, or None.
-          noise_std: σ; None is the one of the training. Required for a noise-conditional flow: a number, or for a
-            single step one for each image.
-          multiplier: s of a single step; 1 is the theory.
+          noise_std: σ; None is that of training. Required for a noise-conditional flow: a number or, for a single
+            step, also [B].
+          multiplier: s of a single step; 1 gives the posterior mean.
           method: the steps, for a noise-conditional flow; None is a single step.
-          key: of the noise that a method of kind "sde" draws.
+          key: for the noise of a method of kind "sde".
           return_trajectory: also return the images before and after each of the method's N steps, [N + 1, B, H, W, K].
-          condition: as of `encode`.
-          mask: as of `encode`.
+          condition: see `encode`.
+          mask: see `encode`.
 
         Raises:
-          ValueError: the model was not trained with Gaussian noise, a method without levels or from below its lowest
-            level, or as `encode`.
+          ValueError: the model was not trained with Gaussian noise, or has no noise levels for a method, or the method
+            starts below its lowest level; or as in `encode`.
         """
         method = checked("method", method, IterativeDenoising | None)
         if method is not None:
@@ -416,7 +416,7 @@ class TarFlowPipeline:
         condition: Any = None,
         mask: Any = None,
     ) -> Any:
-        """`denoise` for what `decode` drew: in one step; by `method`, or the default one, if noise-conditional."""
+        """Denoises what `decode` drew: in one step or, if noise-conditional, by `method` or the default one."""
         if method is None and self.config.noise_conditional:
             method = DEFAULT_DENOISING
         return self.denoise(
@@ -434,7 +434,7 @@ class TarFlowPipeline:
         condition: Any,
         mask: Any,
     ) -> jax.Array:
-        """The images, or their trajectory."""
+        """Returns the denoised images, or their trajectory."""
         if not self.config.noise_conditional:
             raise UserError("iterative denoising needs a model of many noise levels; this one is of a single level")
         std_min = method.std_min or (self.noise and self.noise.std_min)
@@ -449,7 +449,7 @@ class TarFlowPipeline:
             if key is None:
                 raise UserError("a method of kind 'sde' draws noise; give denoise a key")
             rows["key_data"] = jax.random.key_data(jax.random.split(check_key(key), len(rows["images"])))
-        # The numbers are traced, but for how many images a trajectory holds.
+        # All numbers are traced, except how many images a trajectory holds.
         static = dataclasses.replace(method, num_steps=method.num_steps if trajectory else 1, std_min=None)
         found = self._run(
             functools.partial(sampling.iterate, method=static, trajectory=trajectory),
@@ -474,27 +474,27 @@ class TarFlowPipeline:
         mask: Any = None,
         null_condition: Any = None,
     ) -> jax.Array:
-        """Latents -> images, the exact inverse of `encode` without guidance, unless by a `Student`.
+        """Decodes latents to images. Without guidance this is the exact inverse of `encode`, except by a `Student`.
 
         Args:
           latents: float [B, H, W, K], standard normal for samples.
-          labels: int [B], -1 for no class; None for no class anywhere.
+          labels: int [B], -1 for no class; None is all -1.
           guidance: see `Guidance`; None or weight 0 for none.
-          decoder: `Sequential()` (None; exact), `Jacobi()`, `GaussSeidelJacobi(…)`, or one of these for each block, by
-            block number; `Tuned()`, what launch.tune_decoder found; or `Student()`, which makes clean images in one
-            pass and is not the inverse.
-          noise_std: as of `encode`; samples are drawn at the highest level, `drawn_level`.
-          condition: as of `encode`.
-          mask: as of `encode`.
-          null_condition: what guidance leads away from in place of the model's own null condition, such as the
-            embeddings of the empty text; shaped as `condition`, or without the batch.
+          decoder: None is `Sequential()`, which is exact. Others are `Jacobi()`, `GaussSeidelJacobi(…)`, or one of
+            these for each block, by block number; `Tuned()`, what launch.tune_decoder found; and `Student()`, which
+            makes clean images in one pass and is not the inverse.
+          noise_std: see `encode`; samples are drawn at the highest level, `drawn_level`.
+          condition: see `encode`.
+          mask: see `encode`.
+          null_condition: what guidance pushes away from instead of the model's own null condition, such as the
+            embeddings of the empty text; shaped as `condition`, or without the batch axis.
 
         Returns:
           float32 [B, H, W, K].
 
         Raises:
           ValueError: a shape, dtype or label that does not fit the model, class guidance of an unconditional one, not
-            one decoder a block, `Tuned()` with other weights or guidance, or no student of these weights.
+            one decoder per block, `Tuned()` with other weights or guidance, or no student of these weights.
         """
         return self._decode(
             sampling.decode, latents, labels, guidance, decoder, noise_std, condition, mask, null_condition
@@ -511,10 +511,10 @@ class TarFlowPipeline:
         mask: Any = None,
         null_condition: Any = None,
     ) -> Decoded:
-        """`decode` with all it found on the way; arguments and errors as there.
+        """Decodes, and returns the trajectory and statistics too; arguments and errors are those of `decode`.
 
-        The clean images of `Student()` are no inverse, so they have no log_det, updates or residuals; their trajectory
-        ends with the noisy images.
+        The clean images of `Student()` are not an inverse, so they have no log_det, updates or residuals; their
+        trajectory ends with the noisy images.
         """
         return self._decode(
             sampling.decode_trace, latents, labels, guidance, decoder, noise_std, condition, mask, null_condition
@@ -554,14 +554,14 @@ class TarFlowPipeline:
             _, rows["guess"] = self._by_student(latents, labels, weight)
         one_by_one = decoders is None or Sequential() in decoders
         slots = self.config.condition_length + self.config.num_tokens
-        caches = max(self.config.depths) * 4 * 4 * slots * self.config.width  # and their copies
+        caches = max(self.config.depths) * 4 * 4 * slots * self.config.width  # float32 keys, values and their copies
         at_once = forward_bytes(self.config) if decoders else 0
         return self._run(
             functools.partial(function, decoders=decoders),
             self.config,
             rows,
             bytes_per_image=(caches + at_once) * (1 if guidance is None else 2),
-            # For one image XLA's CPU code copies the caches at every token; for two it does not.
+            # For one image, XLA on CPU copies the caches at every token; for two it does not.
             smallest=2 if self._runner.on_cores and one_by_one else 1,
             guidance=guidance,
         )
@@ -569,7 +569,7 @@ class TarFlowPipeline:
     def _decoders(
         self, decoder: DecoderChoice, guidance: Guidance | None, batch_size: int
     ) -> tuple[Decoder, ...] | None:
-        """One decoder a block; None if all are sequential."""
+        """Returns one decoder per block; None if all are sequential."""
         if isinstance(decoder, Tuned):
             if is_traced(guidance):
                 raise UserError("Tuned() holds for one guidance, and this one is traced; name a decoder")
@@ -594,13 +594,13 @@ class TarFlowPipeline:
         return tuple(decoder)
 
     def require_student(self) -> TrainedStudent:
-        """`student`; ValueError if there is none."""
+        """Returns `student`; raises ValueError if there is none."""
         if self.student is None:
             raise UserError("this model has no student; train one with launch.distill, or name another decoder")
         return self.student
 
     def _by_student(self, latents: Any, labels: Any, weight: Any) -> tuple[jax.Array, jax.Array]:
-        """The student's clean images [B, H, W, K], and its trajectory [B, F, H, W, K] by block number."""
+        """Returns the student's clean images [B, H, W, K], and its trajectory [B, F, H, W, K] by block number."""
         student, latents = self.require_student(), check_images(self.config, latents, "latents")
         labels = check_labels(self.config, labels, len(latents))
         weights = jnp.full(len(latents), weight, jnp.float32)
@@ -629,17 +629,17 @@ class TarFlowPipeline:
         """Draws images or sequences.
 
         Args:
-          key: of the latents; the same key gives the same images, however they are split into batches.
+          key: for the latents; the same key gives the same images, however they are split into batches.
           num_images: B.
-          labels: int [B], -1 for no class; None for no class anywhere.
+          labels: int [B], -1 for no class; None is all -1.
           guidance: see `Guidance`.
           denoise: whether to apply `denoise_drawn`; None does so for models trained with Gaussian noise. A
             noise-conditional flow also takes the `IterativeDenoising` to use.
           denoise_multiplier: see `denoise`.
           decoder: see `decode`. The images of `Student()` are clean already.
-          condition: as of `encode`.
-          mask: as of `encode`.
-          return_log_prob: also return log q of each sample, guidance included, from the inverse alone.
+          condition: see `encode`.
+          mask: see `encode`.
+          return_log_prob: also return log q of each sample, guidance included; needs denoise=False and no student.
           null_condition: see `decode`.
 
         Returns:
@@ -647,7 +647,7 @@ class TarFlowPipeline:
           `return_log_prob` also float32 [B], nats.
 
         Raises:
-          ValueError: as `decode` and `denoise`.
+          ValueError: as in `decode` and `denoise`.
         """
         checked("denoise", denoise, bool | IterativeDenoising | None)
         if decoder == Student():
@@ -657,7 +657,7 @@ class TarFlowPipeline:
         if denoise is None:
             denoise = self.noise_std is not None
         if denoise and self.noise_std is None:
-            self.denoise(jnp.zeros((1, *self.config.data_shape)))  # says why not
+            self.denoise(jnp.zeros((1, *self.config.data_shape)))  # raises, with the reason
         latents, given = self.latents(key, num_images), (self.drawn_level, condition, mask, null_condition)
         if return_log_prob:
             if denoise or isinstance(decoder, Student):
@@ -670,7 +670,7 @@ class TarFlowPipeline:
         return self.denoise_drawn(images, labels, denoise_multiplier, method, fresh, condition=condition, mask=mask)
 
     def latents(self, key: jax.Array, num_images: int) -> jax.Array:
-        """Standard normal latents, shaped as the model's images or sequences, as `sample` draws them."""
+        """Draws the standard normal latents of `sample`, shaped as the model's images or sequences."""
         shape = (checked("num_images", num_images, int, low=1), *self.config.data_shape)
         return jax.random.normal(check_key(key), shape, jnp.float32)
 
@@ -690,7 +690,7 @@ class TarFlowPipeline:
         *,
         name: str = "images",
     ) -> dict[str, Any]:
-        """The checked arrays [B, …] of a call, by argument name; `name` is that of the images."""
+        """Checks the arrays [B, …] of a call and returns them by argument name; `name` is that of the images."""
         images = check_images(self.config, images, name)
         levels = check_levels(self.config, noise_std, len(images))
         if levels is not None and self.noise is not None and self.noise.kind == "levels" and not is_traced(levels):
@@ -720,12 +720,12 @@ class TarFlowPipeline:
         """Calls a jitted function, in batches, or at once if anything is traced.
 
         Args:
-          function: (flow, variables, **rows, **shared); or of the student, with its config in place of the flow.
+          function: called with (flow, variables, **rows, **shared); a student's gets its config instead of the flow.
           config: of the flow or the student.
           rows: arrays [B, …] by argument name.
           variables: None is the flow's.
-          bytes_per_image: of its activations; 0 is a forward pass.
-          smallest: images of the smallest batch.
+          bytes_per_image: of activations; 0 is those of a forward pass.
+          smallest: smallest batch size.
         """
         variables = self.variables if variables is None else variables
         if is_traced((rows, shared, variables)):
@@ -755,7 +755,7 @@ def _run_student(
 
 
 def check_student_guidance(config: StudentConfig, guidance: Guidance | None) -> float | jax.Array:
-    """The weight; ValueError for guidance that the student did not learn. None is no guidance."""
+    """Returns the weight, 0 for None; raises ValueError for guidance that the student did not learn."""
     if guidance is None:
         return 0.0
     if is_traced(guidance.attention_temperature) or dataclasses.replace(guidance, weight=0.0) != Guidance():
@@ -774,7 +774,7 @@ def is_traced(tree: Any) -> bool:
 
 
 def check_variables(config: TarFlowConfig, variables: Any) -> dict[str, Any]:
-    """The variables; ValueError for the first one that is missing or of another shape."""
+    """Returns the variables; raises ValueError for the first one that is missing or of another shape."""
     tree = dict(checked("variables", variables, Mapping))
     found = {name: np.shape(leaf) for name, leaf in flatten_dict(tree, sep="/").items()}
     for name, shape in variables_shapes(config).items():
@@ -785,14 +785,14 @@ def check_variables(config: TarFlowConfig, variables: Any) -> dict[str, Any]:
 
 
 def check_number(name: str, value: Any, low: float = -math.inf) -> jax.Array:
-    """float32 scalar; ValueError unless it is one finite number, not below `low`."""
+    """Returns a float32 scalar; raises ValueError unless the value is one finite number, not below `low`."""
     if not isinstance(value, jax.core.Tracer) or value.ndim:
         value = checked(name, value, float, low=low)
     return jnp.asarray(value, jnp.float32)
 
 
 def check_key(key: Any) -> jax.Array:
-    """The key; ValueError unless it is one key of `jax.random`."""
+    """Returns the key; raises ValueError unless it is one key of `jax.random`."""
     try:
         jax.eval_shape(jax.random.bits, key)
     except (TypeError, ValueError):
@@ -801,7 +801,7 @@ def check_key(key: Any) -> jax.Array:
 
 
 def check_images(config: TarFlowConfig, images: Any, name: str = "images") -> jax.Array:
-    """float32 [B, H, W, K], or sequences [B, T, D] or [B, T]; ValueError for another shape, or for whole numbers."""
+    """Returns float32 [B, H, W, K], [B, T, D] or [B, T]; raises ValueError for another shape, or for integers."""
     letters = "T, D"[: 3 * len(config.data_shape) - 2] if config.is_sequence else "H, W, K"
     try:
         array = jnp.asarray(images)
@@ -820,13 +820,13 @@ def check_images(config: TarFlowConfig, images: Any, name: str = "images") -> ja
 
 
 def check_range(config: TarFlowConfig, images: Any) -> None:
-    """Warns, once a process, where images seem not to be scaled to [-1, 1]."""
+    """Warns, once per process, if images seem not to be scaled to [-1, 1]."""
     if not (config.is_sequence or is_traced(images)) and np.abs(np.asarray(images)).max() > FAR_OUTSIDE:
         _warn_once("images reach far outside [-1, 1]; 8-bit values v are v / 127.5 - 1")
 
 
 def check_finite(name: str, results: np.ndarray) -> None:
-    """Warns of results [B, …] that are NaN or infinite."""
+    """Warns about results [B, …] that are NaN or infinite."""
     if bad := int((~np.isfinite(results).reshape(len(results), -1).all(1)).sum()):
         logger.warning(
             "%s: %d of %d results are not finite; the images or the weights are not, or guidance is too strong",
@@ -842,7 +842,7 @@ def _warn_once(message: str) -> None:
 
 
 def check_labels(config: TarFlowConfig, labels: Any, batch_size: int) -> jax.Array | None:
-    """int32 [B], None where none are given or the model has no classes; ValueError for what is no class."""
+    """Returns int32 [B], or None without labels or classes; raises ValueError for labels that are not classes."""
     if labels is None:
         return None
     traced, classes = is_traced(labels), config.num_classes
@@ -860,7 +860,7 @@ def check_labels(config: TarFlowConfig, labels: Any, batch_size: int) -> jax.Arr
 
 
 def check_condition(config: TarFlowConfig, condition: Any, batch_size: int, name: str = "condition") -> jax.Array:
-    """float32 [B, C], [B, T, C] or [B, L, C], from one with or without B; ValueError for one that is not finite."""
+    """Returns float32 [B, C], [B, T, C] or [B, L, C]; raises ValueError for another shape, or if it is not finite."""
     condition, expected = jnp.asarray(condition, jnp.float32), (batch_size, *config.condition_shape)
     if name == "null_condition" and condition.shape == expected[1:]:
         condition = jnp.broadcast_to(condition[None], expected)
@@ -873,10 +873,10 @@ def check_condition(config: TarFlowConfig, condition: Any, batch_size: int, name
 
 
 def check_levels(config: TarFlowConfig, noise_std: Any, batch_size: int) -> jax.Array | None:
-    """Noise levels σ as float32 [B], None for a flow of one level; ValueError for what does not fit.
+    """Returns noise levels σ as float32 [B], None for a flow of one level; raises ValueError for what does not fit.
 
     Args:
-      noise_std: a number, or [B]; None where it is not given.
+      noise_std: a number, or [B]; None if it is not given.
     """
     if not config.noise_conditional:
         if noise_std is not None:

@@ -1,7 +1,7 @@
-"""Text encoders: captions -> embeddings [B, L, E], the prefix that a flow is conditional on.
+"""Text encoders: map captions to embeddings [B, L, E], the prefix that a flow is conditioned on.
 
 An encoder is any object with `length` L, `dim` E and `fingerprint` that maps captions to float32 [B, L, E].
-`WordVectors` is a static table, for a laptop; `T5Encoder` is a network of the package transformers.
+`WordVectors` is a static table, for laptops; `T5Encoder` is a network of the package transformers.
 """
 
 import dataclasses
@@ -33,18 +33,18 @@ class TextEncoder(Protocol):
 
     @property
     def length(self) -> int:
-        """L, the tokens of a caption; what is behind them is cut off."""
+        """L, the tokens of a caption; longer captions are truncated."""
 
     @property
     def dim(self) -> int:
-        """E, the numbers of an embedding."""
+        """E, the dimension of an embedding."""
 
     @property
     def fingerprint(self) -> str:
         """Distinguishes encoders whose embeddings differ."""
 
     def __call__(self, captions: Sequence[str]) -> np.ndarray:
-        """Returns float32 [B, L, E], zeros behind a caption; the empty caption is all zeros."""
+        """Returns float32 [B, L, E], padded with zeros."""
 
     def save(self, folder: Path) -> None:
         """Writes what `open_text_encoder` reads."""
@@ -52,7 +52,7 @@ class TextEncoder(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class WordVectors:
-    """A static vector for each word. Words that it lacks are left out, with a warning."""
+    """Maps each word to a static vector. Unknown words are left out, with a warning."""
 
     words: tuple[str, ...]  # in lower case
     table: np.ndarray  # float16 [number of words, E]
@@ -84,9 +84,9 @@ class WordVectors:
 
     @classmethod
     def from_wordllama(cls, captions: Iterable[str] = (), length: int = 12) -> Self:
-        """The vectors of the package wordllama (256 numbers a token): its whole words, and those of some captions.
+        """Takes the 256-dimensional vectors of the package wordllama for its whole words and for those of `captions`.
 
-        A word of several tokens has their mean. Raises UserError where the package is missing.
+        A word of several tokens gets their mean. Raises UserError if the package is missing.
         """
         package = importlib.util.find_spec("wordllama")
         if package is None or package.origin is None:
@@ -122,13 +122,13 @@ class WordVectors:
 
 
 class T5Encoder:
-    """The encoder of a T5 of the package transformers, such as "google/flan-t5-xl", which STARFlow has.
+    """Encodes captions with a T5 of the package transformers, such as STARFlow's "google/flan-t5-xl".
 
-    It runs in PyTorch, once a caption. Only safetensors are loaded.
+    It runs in PyTorch, once per caption. Only safetensors are loaded.
     """
 
     def __init__(self, name: str, length: int = 128) -> None:
-        """Loads a folder, or a model of the hub; raises UserError where that fails or a package is missing."""
+        """Loads a folder or a model of the hub; raises UserError if that fails or a package is missing."""
         self.name, self.length = name, length
         self._network, self._tokenizer, self.dim = interop.load_t5(name)
 
@@ -144,7 +144,7 @@ class T5Encoder:
 
 
 def open_text_encoder(folder: Path) -> TextEncoder:
-    """Opens what an encoder's `save` wrote; raises UserError if it is damaged, or something else."""
+    """Loads what an encoder's `save` wrote; raises UserError if it is damaged or not an encoder."""
     try:
         fields: dict[str, Any] = json.loads((folder / ENCODER).read_bytes())
         if fields["kind"] == "t5":
@@ -155,5 +155,5 @@ def open_text_encoder(folder: Path) -> TextEncoder:
 
 
 def words_of(caption: str) -> list[str]:
-    """The words of a caption in lower case, without punctuation."""
+    """Returns the words of a caption in lower case, without punctuation."""
     return _WORD.findall(caption.lower())

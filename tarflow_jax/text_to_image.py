@@ -33,10 +33,10 @@ class TextToImage:
     """Draws images [B, H, W, K] from captions or, if the flow has classes, from labels.
 
     Attributes:
-      flow: over latents [B, h, w, Z] in units of `autoencoder`.
-      autoencoder: decodes them.
-      text: captions -> [B, L, E]; None for a flow without a prefix, or of embeddings alone.
-      guidance: of a call that names none.
+      flow: models latents [B, h, w, Z] of `autoencoder`.
+      autoencoder: decodes the latents.
+      text: encodes captions as [B, L, E]; None for a flow without a prefix, or if calls pass embeddings.
+      guidance: default guidance of a call.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class TextToImage:
         text: TextEncoder | None = None,
         guidance: Guidance | None = None,
     ) -> None:
-        """Raises ValueError for parts that do not fit each other."""
+        """Raises ValueError if the parts do not fit together."""
         if flow.config.image_channels != autoencoder.config.latent_channels or flow.config.is_sequence:
             raise UserError(
                 f"the flow is of {flow.config.data_shape}, the autoencoder's latents have "
@@ -59,16 +59,16 @@ class TextToImage:
 
     @classmethod
     def from_pretrained(cls, name: epath.PathLike, **options: Any) -> Self:
-        """Opens what `save_pretrained` wrote, a model of the hub, or the workdir of a flow over packed latents.
+        """Loads what `save_pretrained` wrote, a model of the hub, or the workdir of a flow over packed latents.
 
-        `options` are those of `TarFlowPipeline.from_pretrained`. Raises FileNotFoundError and ValueError as it does.
+        `options` and errors are those of `TarFlowPipeline.from_pretrained`.
         """
         root = name if _is_workdir(name) else interop.local_folder(name)
         return cls.around(TarFlowPipeline.from_pretrained(root, **options), root)
 
     @classmethod
     def around(cls, flow: TarFlowPipeline, name: epath.PathLike) -> Self:
-        """Adds to a flow, opened by this name, its autoencoder and text encoder. Raises as `from_pretrained`."""
+        """Adds to a flow the autoencoder and text encoder stored under `name`. Raises as `from_pretrained`."""
         if _is_workdir(name):
             config = Recipe.from_workdir(name).config
             kind, _, folder = config.data.source.partition(":")
@@ -93,9 +93,9 @@ class TextToImage:
         return cls(flow, Autoencoder.from_pretrained(root / "autoencoder"), text, guidance)
 
     def save_pretrained(self, folder: str | Path, **options: Any) -> None:
-        """Writes a folder of all parts, in which the flow alone can be opened, too.
+        """Writes a folder of all parts, from which `TarFlowPipeline` can load the flow alone.
 
-        `options` are those of `TarFlowPipeline.save_pretrained`. The card has a grid of drawings.
+        `options` are those of `TarFlowPipeline.save_pretrained`.
         """
         folder = Path(folder)
         config, weights = self.autoencoder.config, sum(leaf.size for leaf in jax.tree.leaves(self.autoencoder.params))
@@ -131,19 +131,19 @@ class TextToImage:
 
         Args:
           prompts: a caption, several, or their embeddings, float [B, L, E]; None for a flow without captions.
-          num_images: images of each caption, or without captions of all.
-          guidance: None is that of the model; leads away from the empty caption.
-          key: of the latents; None is `jax.random.key(0)`.
+          num_images: images per caption, or in total without captions.
+          guidance: away from the empty caption; None is the model's default.
+          key: for the latents; None is `jax.random.key(0)`.
           labels: int [B], of a flow with classes.
           decoder: see `TarFlowPipeline.decode`.
           denoise: apply Tweedie's formula to the latents; None does so unless the autoencoder's decoder has learned to
             remove noise of this level.
 
         Returns:
-          float32 [B, H, W, K] in about [-1, 1]; the images of a caption follow each other.
+          float32 [B, H, W, K] in about [-1, 1]; the images of one caption are consecutive.
 
         Raises:
-          ValueError: captions for a flow without text, or none for one with text; else as `TarFlowPipeline.sample`.
+          ValueError: captions for a flow without text, or none for one with text; or as in `TarFlowPipeline.sample`.
         """
         condition = None if prompts is None else np.repeat(self._embeddings(prompts), num_images, axis=0)
         if (condition is None) == self.flow.config.has_prefix:
@@ -173,7 +173,7 @@ class TextToImage:
         return self.text(texts)
 
     def reconstruct(self, source: LatentSource, indices: Sequence[int]) -> jax.Array:
-        """Decodes packed latents, float32 [B, H, W, K]: the best that a flow of them can draw."""
+        """Decodes packed latents to float32 [B, H, W, K]: the best that a flow over them can draw."""
         return self.autoencoder.decode(jnp.asarray(source.read(indices)[0].mean))
 
 

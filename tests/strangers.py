@@ -1,4 +1,4 @@
-"""Makes mistakes with the commands and in Python, and prints their messages as the tables in docs/robustness.md.
+"""Makes mistakes with the commands and in Python, and prints tables of the mistakes and their messages.
 
 python tests/strangers.py [FOLDER]
 

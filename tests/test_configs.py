@@ -15,7 +15,7 @@ OTHERS = (
     "digits", "digits:likelihood", "fashion_mnist", "fashion_mnist:smoke", "imagenet64_likelihood",
     "imagenet64_uncond", "imagenet128_cond", "afhq256_cond", "emoji64", "imagenet64_levels", "imagenet128_levels",
     "imagenet256_levels", "emoji64_levels", "fashion_mnist_levels", "fashion_mnist_levels:smoke",
-    "imagenet64_cond:tuned", "afhq256_cond:tuned",
+    "imagenet64_cond:tuned", "imagenet64_cond_patch2", "afhq256_cond:tuned",
 )  # fmt: skip
 RECIPES = (*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS))
 TUNED_FIELDS = ("position_init", "rotary", "input_limit", "image_limit", "triangular")
@@ -55,7 +55,9 @@ def test_a_full_train_step_has_the_right_shapes(name):
         assert parameters == pytest.approx(PAPER_PARAMETERS[module], rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["imagenet64_uncond", "imagenet64_likelihood", "imagenet128_cond"])
+@pytest.mark.parametrize(
+    "name", ["imagenet64_uncond", "imagenet64_cond_patch2", "imagenet64_likelihood", "imagenet128_cond"]
+)
 def test_the_other_tuned_variants_differ_in_what_paid_alone(name):
     get_config = importlib.import_module(f"configs.{name}").get_config
     paper, tuned = Recipe(get_config()).config, Recipe(get_config("tuned")).config

@@ -389,5 +389,5 @@ def test_prepare_data_command(classes, tmp_path):
 
 
 def test_every_kind_is_documented():
-    text = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    text = (Path(__file__).parents[1] / "docs" / "howto" / "data.md").read_text()
     assert all(f"`{kind.pattern}`" in text for kind in KINDS.values())

@@ -1,1 +1,1 @@
-"""Recipes of students, which learn the inverse of a trained flow in one pass (docs/sampling.md)."""
+"""Recipes of students, which learn to invert a trained flow in one pass (docs/lab/sampling.md)."""

@@ -2,9 +2,9 @@
 
 python -m launch.distill --workdir=runs/imagenet64_uncond --config=configs/student/imagenet64_uncond.py
 
-Unmeasured. Optimizer and batch are the flow's; a step costs 4/3 of the flow's, so there are 2/3 as many. Without
-guidance, which a student learns of labels alone. paper: a student of another flow, at ImageNet 256x256, is 224 to 697
-times faster than the flow's inverse, with a better FID (arXiv 2512.10953).
+Never trained with this code. Optimizer and batch size are the flow's; a step costs 4/3 of the flow's, so there are 2/3
+as many. There is no guidance, which a student can only learn with labels. paper (arXiv 2512.10953): a student of
+another flow, at ImageNet 256x256, is 224 to 697 times faster than the flow's inverse, with a better FID.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,7 @@ IMAGES, BATCH, EPOCHS = 1281149, 256, 133
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe; the variant is "smoke" (seconds)."""
+    """Returns the recipe; the variant is "smoke" (runs in seconds)."""
     config = defaults.student_config()
     config.student.layers_per_block = (8, 8, 8, 8, 8, 8, 8, 8, 4)
     config.optimizer.update(defaults.PAPER_OPTIMIZER, warmup_steps=IMAGES // BATCH)  # one epoch

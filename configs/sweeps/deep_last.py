@@ -1,8 +1,8 @@
-"""Claim: layers are best where the noise is: three blocks of one layer, and one of five nearest the noise.
+"""Claim: layers help most near the noise: three blocks of one layer, then one of five nearest the noise.
 
 python -m launch.sweep --config=configs/sweeps/deep_last.py --workdir=runs/deep_last --metric=Fréchet
 
-To be compared with configs/sweeps/depth.py. Measured: docs/results.md.
+Compare with configs/sweeps/depth.py. Measured: docs/results.md.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ from configs.sweeps.depth import EVALUATE as EVALUATE
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """configs/sweeps/small.py with other depths; its variants."""
+    """Returns configs/sweeps/small.py, or a variant of it, with other depths."""
     config = small.get_config(variant)
     with config.model.ignore_type():
         config.model.layers_per_block = (1, 1, 1, 5)
@@ -21,5 +21,5 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def sweep() -> list[Overrides]:
-    """Seeds."""
+    """Returns one run per seed."""
     return grid({"train.seed": small.SEEDS})

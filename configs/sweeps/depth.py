@@ -1,4 +1,4 @@
-"""Claim: of eight layers in all, as many blocks as layers in each is best, and one block fails.
+"""Claim: eight layers are best divided evenly between blocks and layers per block; a single block fails.
 
 python -m launch.sweep --config=configs/sweeps/depth.py --workdir=runs/depth --parallel=2 --metric=Fréchet
 
@@ -14,11 +14,11 @@ EVALUATE = (*small.SAMPLES, "--guidance=0,0.5,1,2")
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """configs/sweeps/small.py and its variants."""
+    """Returns configs/sweeps/small.py, or a variant of it."""
     return small.get_config(variant)
 
 
 def sweep() -> list[Overrides]:
-    """Blocks x layers of a product of 8."""
+    """Returns runs of blocks x layers = 8, per seed."""
     shapes = zipped({"model.num_blocks": [1, 2, 4, 8], "model.layers_per_block": [8, 4, 2, 1]})
     return [shape | {"train.seed": seed} for shape in shapes for seed in small.SEEDS]

@@ -1,4 +1,4 @@
-"""Claim: uniform dequantisation gives likelihood, not samples.
+"""Claim: uniform dequantisation gives good likelihoods, not good samples.
 
 python -m launch.sweep --config=configs/sweeps/dequantisation.py --workdir=runs/dequantisation --metric=Fréchet
 
@@ -18,7 +18,7 @@ EVALUATE = [
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """configs/sweeps/small.py with uniform noise; its variants."""
+    """Returns configs/sweeps/small.py, or a variant of it, with uniform noise."""
     config = small.get_config(variant)
     config.noise.update({"kind": "uniform", "std": 0.0})
     config.model.image_limit = 1.0
@@ -26,5 +26,5 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def sweep() -> list[Overrides]:
-    """Seeds."""
+    """Returns one run per seed."""
     return grid({"train.seed": small.SEEDS})

@@ -2,7 +2,7 @@
 
 python -m launch.sweep --config=configs/sweeps/guidance.py --workdir=runs/guidance --metric=Fréchet
 
-Guidance is a choice of sampling: one training a seed, and samples at every setting. Measured: docs/results.md.
+Guidance is chosen when sampling: one training run per seed, sampled at every setting. Measured: docs/results.md.
 """
 
 from ml_collections import ConfigDict
@@ -19,10 +19,10 @@ EVALUATE = [
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """configs/sweeps/small.py and its variants."""
+    """Returns configs/sweeps/small.py, or a variant of it."""
     return small.get_config(variant)
 
 
 def sweep() -> list[Overrides]:
-    """Seeds."""
+    """Returns one run per seed."""
     return grid({"train.seed": small.SEEDS})

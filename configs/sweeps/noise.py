@@ -1,8 +1,8 @@
-"""Claim: Gaussian noise in training makes the samples good, once the score has denoised them.
+"""Claim: training with Gaussian noise gives good samples, once they are denoised with the score.
 
 python -m launch.sweep --config=configs/sweeps/noise.py --workdir=runs/noise --metric=Fréchet
 
-Samples of each σ, raw and denoised with several multiplied scores. Measured: docs/results.md.
+Samples at each σ, raw and denoised with several multiples of the score. Measured: docs/results.md.
 """
 
 from ml_collections import ConfigDict
@@ -19,11 +19,11 @@ STDS = [0.02, 0.05, 0.1, 0.15, 0.2]
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """configs/sweeps/small.py and its variants."""
+    """Returns configs/sweeps/small.py, or a variant of it."""
     return small.get_config(variant)
 
 
 def sweep() -> list[Overrides]:
-    """σ of the training noise, in [-1, 1] units; what the first block reads is clipped 5 σ beyond the images."""
+    """Returns runs over the noise's σ, for pixels in [-1, 1]; the first block's input is clipped 5 σ beyond them."""
     of_noise = zipped({"noise.std": STDS, "model.image_limit": [1.0 + 5.0 * std for std in STDS]})
     return [noise | {"train.seed": seed} for noise in of_noise for seed in small.SEEDS]

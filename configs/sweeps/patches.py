@@ -1,8 +1,8 @@
-"""Claim: smaller patches give better likelihood, for more steps of sampling.
+"""Claim: smaller patches give better likelihoods, at the cost of more sampling steps.
 
 python -m launch.sweep --config=configs/sweeps/patches.py --workdir=runs/patches --metric=bits/dim
 
-The likelihood variant. Diagonal affine maps, as the paper's: triangular ones soften just this. Measured:
+The likelihood variant, with the paper's diagonal affine maps: triangular ones weaken just this effect. Measured:
 docs/results.md.
 """
 
@@ -15,12 +15,12 @@ EVALUATE = ("--metrics=bits_per_dim",)
 
 
 def get_config(variant: str = "likelihood") -> ConfigDict:
-    """configs/sweeps/small.py:likelihood with diagonal affine maps, or another variant of it."""
+    """Returns configs/sweeps/small.py:likelihood, or another variant of it, with diagonal affine maps."""
     config = small.get_config(variant)
     config.model.triangular = False
     return config
 
 
 def sweep() -> list[Overrides]:
-    """Sides of a patch: 196, 49 and 16 tokens."""
+    """Returns runs over the side of a patch: 196, 49 and 16 tokens."""
     return grid({"model.patch_size": [2, 4, 7], "train.seed": small.SEEDS})

@@ -1,4 +1,4 @@
-"""Claim: a model without classes can be guided too, away from its own attention at another temperature.
+"""Claim: an unconditional model can be guided too, away from itself at another attention temperature.
 
 python -m launch.sweep --config=configs/sweeps/unconditional.py --workdir=runs/unconditional --metric=Fréchet
 
@@ -18,14 +18,14 @@ EVALUATE = [
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """configs/sweeps/small.py without classes; its variants."""
+    """Returns configs/sweeps/small.py, or a variant of it, without classes."""
     config = small.get_config(variant)
     config.model.num_classes = 0
     config.train.drop_label = 0.0
-    config.sample.guidance.update({"weight": 0.5, "attention_temperature": 0.5})  # of the run's own pictures
+    config.sample.guidance.update({"weight": 0.5, "attention_temperature": 0.5})  # for the run's own figures
     return config
 
 
 def sweep() -> list[Overrides]:
-    """Seeds."""
+    """Returns one run per seed."""
     return grid({"train.seed": small.SEEDS})

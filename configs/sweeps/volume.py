@@ -1,4 +1,4 @@
-"""Claim: flows that change volumes (NVP) are far better than those that preserve them (VP).
+"""Claim: affine flows (NVP) are far better than volume-preserving ones (VP).
 
 python -m launch.sweep --config=configs/sweeps/volume.py --workdir=runs/volume --metric=Fréchet
 
@@ -14,10 +14,10 @@ EVALUATE = (*small.SAMPLES, "--guidance=0,0.5,1,2")
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """configs/sweeps/small.py and its variants."""
+    """Returns configs/sweeps/small.py, or a variant of it."""
     return small.get_config(variant)
 
 
 def sweep() -> list[Overrides]:
-    """Both kinds of affine map."""
+    """Returns runs of both kinds, per seed."""
     return grid({"model.volume_preserving": [False, True], "train.seed": small.SEEDS})

@@ -1,4 +1,4 @@
-"""The shape of an autoencoder, checked once where it is made."""
+"""The shape of an autoencoder, validated when it is constructed."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ from typing import ClassVar
 from tarflow_jax.errors import UserError
 from tarflow_jax.options import Options, option
 
-_MAX_LEVELS, _MAX_LAYERS, _MAX_CHANNELS = 8, 16, 1 << 14  # of a config of unknown origin
+_MAX_LEVELS, _MAX_LAYERS, _MAX_CHANNELS = 8, 16, 1 << 14  # limits for untrusted configs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,18 +20,18 @@ class AutoencoderConfig(Options):
     patch_size: int = option(1, "Side of the squares of pixels that become channels before the encoder.", low=1)
     latent_channels: int = option(4, "Channels of a latent.", low=1)
     block_out_channels: tuple[int, ...] = option(
-        (128, 256, 512, 512), "Channels at each resolution, from the finest; each next one has half the side.", low=1
+        (128, 256, 512, 512), "Channels at each resolution, from the finest; the side halves in between.", low=1
     )
     layers_per_block: int = option(2, "Residual layers at each resolution; the decoder has one more.", low=1)
-    norm_num_groups: int = option(32, "Groups of the group norms; divides all channels.", low=1)
+    norm_num_groups: int = option(32, "Groups of the group norms; must divide all channels.", low=1)
     mid_block_add_attention: bool = option(True, "Attention at the coarsest resolution.")
     use_quant_conv: bool = option(True, "A 1x1 convolution after the encoder.")
     use_post_quant_conv: bool = option(True, "A 1x1 convolution before the decoder.")
     scaling_factor: float = option(0.18215, "Latents are (z - shift_factor) * scaling_factor.")
     shift_factor: float = option(0.0, "Subtracted from latents before they are scaled.", low=-math.inf)
     latent_std: float = option(0.0, "Constant standard deviation of the encoder's z; 0 for a learned one.")
-    noise_std: float = option(0.0, "Noise of the latents, in the flow's units, that the decoder has learned to remove.")
-    dtype: str = option("float32", "Dtype of convolutions; that of norms is float32.", choices=("float32", "bfloat16"))
+    noise_std: float = option(0.0, "Noise σ of latents, in the flow's units, that the decoder learned to remove.")
+    dtype: str = option("float32", "Dtype of convolutions; norms are float32.", choices=("float32", "bfloat16"))
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""AutoencoderKL: images to the mean and variance of latents, and latents to images; modules are named as diffusers'."""
+"""AutoencoderKL: images to the mean and variance of latents, and latents to images. Module names are diffusers'."""
 
 import functools
 import math
@@ -29,7 +29,7 @@ class AutoencoderKL(nn.Module):
         return self.decode(self.encode(images)[0])
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Maps images in [-1, 1], float32 [B, H, W, K], to (mean, log_variance) of latents that are not scaled.
+        """Maps images in [-1, 1], float32 [B, H, W, K], to (mean, log_variance) of unscaled latents.
 
         Both are float32 [B, h, w, Z]. The log variance is constant if config.latent_std is set.
         """
@@ -46,7 +46,7 @@ class AutoencoderKL(nn.Module):
         return mean, jnp.clip(log_variance, -30.0, 20.0)
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Maps latents [B, h, w, Z], not scaled, to images float32 [B, H, W, K]."""
+        """Maps unscaled latents [B, h, w, Z] to images, float32 [B, H, W, K]."""
         if self.config.use_post_quant_conv:
             latents = self.post_quant_conv(latents)
         patches = self.decoder(latents).astype(jnp.float32)
@@ -100,7 +100,7 @@ class Level(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two convolutions beside a shortcut, from [B, H, W, any] to [B, H, W, width]."""
+    """Two convolutions with a shortcut, from [B, H, W, any] to [B, H, W, width]."""
 
     config: AutoencoderConfig
     width: int
@@ -115,7 +115,7 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """Attention of one head between all positions of [B, h, w, C], beside a shortcut."""
+    """Single-head attention over all positions of [B, h, w, C], with a shortcut."""
 
     config: AutoencoderConfig
 
@@ -124,7 +124,7 @@ class Attention(nn.Module):
         dense = functools.partial(nn.Dense, x.shape[3], dtype=self.config.dtype)
         h = _norm(self.config, "group_norm", x).reshape(len(x), -1, 1, x.shape[3])  # [B, h w, 1, C]
         q, k, v = (dense(name=f"to_{letter}")(h) for letter in "qkv")
-        # This function's softmax is float32.
+        # `dot_product_attention` computes its softmax in float32.
         return x + dense(name="to_out_0")(jax.nn.dot_product_attention(q, k, v)).reshape(x.shape)
 
 

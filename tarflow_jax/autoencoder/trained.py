@@ -1,4 +1,4 @@
-"""A trained autoencoder: its weights, and programs for any number of images of any size."""
+"""A trained autoencoder: its weights, and methods for any number of images of any size."""
 
 import dataclasses
 import functools
@@ -24,13 +24,13 @@ from tarflow_jax.runtime import BatchRunner
 class Autoencoder:
     """Encodes images [B, H, W, K] in [-1, 1] as latents [B, h, w, Z], and decodes latents.
 
-    Latents are scaled: (z - config.shift_factor) * config.scaling_factor. Images larger than `tile` are computed in
-    tiles that overlap by a quarter and fade into each other, as diffusers' do. That bounds the memory, and changes the
-    result, since norms and attention see one tile. Attributes: config, params (on the device), tile.
+    Latents are scaled: (z - config.shift_factor) * config.scaling_factor. Images larger than `tile` are processed in
+    tiles that overlap by a quarter and blend into each other, as in diffusers. That bounds memory but changes the
+    result, since norms and attention see one tile at a time. Attributes: config, params (on the device), tile.
     """
 
     def __init__(self, config: AutoencoderConfig, params: Mapping[str, Any], *, tile: int = 512) -> None:
-        """Wraps float32 parameters of the config's shapes; UserError for others, or a tile of other than 4n latents."""
+        """Wraps float32 parameters; raises UserError unless they fit the config and `tile` is 4n latents."""
         config, leaves = checked("config", config, AutoencoderConfig), flatten(checked("params", params, Mapping))
         check_tensors("params", {name: np.shape(leaf) for name, leaf in leaves.items()}, params_shapes(config))
         self.config, self.tile, self._runner = config, checked("tile", tile, int, low=1), BatchRunner(mesh=None)
@@ -40,16 +40,16 @@ class Autoencoder:
 
     @classmethod
     def from_pretrained(cls, folder: epath.PathLike, *, dtype: str = "float32", **options: Any) -> Self:
-        """Reads a folder in diffusers' format, or vae/ in it.
+        """Loads a folder in diffusers' format, or its subfolder vae/.
 
-        `dtype` is config.dtype; `options` are the constructor's. Raises FileNotFoundError for a missing file, UserError
-        for a damaged file or another network.
+        `dtype` sets config.dtype; `options` are the constructor's. Raises FileNotFoundError for a missing file,
+        UserError for a damaged file or another network.
         """
         config, params = read_folder(Path(checked("folder", folder, str | os.PathLike)))
         return cls(dataclasses.replace(config, dtype=dtype), params, **options)
 
     def save_pretrained(self, folder: epath.PathLike) -> None:
-        """Writes a folder that diffusers' AutoencoderKL.from_pretrained reads, too: both files, or none."""
+        """Writes a folder that diffusers' AutoencoderKL.from_pretrained can load: both files, or none."""
         write_folder(epath.Path(checked("folder", folder, str | os.PathLike)), self.config, self.params, self.tile)
 
     def encode(self, images: Any, key: jax.Array | None = None) -> jax.Array:
@@ -61,22 +61,22 @@ class Autoencoder:
         return mean if key is None else mean + std * jax.random.normal(key, mean.shape)
 
     def posterior(self, images: Any) -> tuple[jax.Array, jax.Array]:
-        """Returns the mean and the standard deviation of the latents, float32 [B, h, w, Z]; see `encode`."""
+        """Returns mean and standard deviation of the latents, float32 [B, h, w, Z]; see `encode`."""
         shift, scale, factor = self.config.shift_factor, self.config.scaling_factor, self.config.factor
         images = _checked("images", images, self.config.image_channels, factor)
         mean, log_variance = jnp.split(self._run("encode", images, self.tile, self.tile // factor), 2, axis=3)
         return (mean - shift) * scale, jnp.exp(log_variance / 2) * scale
 
     def decode(self, latents: Any) -> jax.Array:
-        """Returns images, float32 [B, H, W, K], not clipped; raises UserError for other than floats [B, h, w, Z]."""
+        """Returns images, float32 [B, H, W, K], not clipped; raises UserError unless given floats [B, h, w, Z]."""
         latents = _checked("latents", latents, self.config.latent_channels, 1)
         z = latents / self.config.scaling_factor + self.config.shift_factor
         return self._run("decode", z, self.tile // self.config.factor, self.tile)
 
     def _run(self, method: str, x: np.ndarray, tile: int, out_tile: int) -> jax.Array:
-        """Applies the network in batches, and in tiles of that side, which become tiles of side `out_tile`."""
+        """Applies the network in batches, to tiles of side `tile` that become tiles of side `out_tile`."""
         pixels = min(x.shape[1], tile) * min(x.shape[2], tile) * self.tile**2 // tile**2
-        # Four activations and twice the attention's logits, roughly.
+        # Roughly four activations and twice the attention logits.
         size = 16 * pixels * max(self.config.block_out_channels[:2]) + 8 * (pixels // self.config.factor**2) ** 2
         program = functools.partial(_apply, self.config, method)
 
@@ -114,7 +114,7 @@ def _fade(before: np.ndarray, after: np.ndarray, extent: int, axis: int) -> None
 
 
 def _checked(name: str, array: Any, channels: int, multiple: int) -> np.ndarray:
-    """float32 [B, H, W, channels]; UserError for anything but floats, and sides that are multiples."""
+    """Returns float32 [B, H, W, channels]; raises UserError unless given floats with sides that are multiples."""
     array = np.asarray(array)
     fits = array.ndim == 4 and array.shape[3] == channels and array.size
     if not fits or any(side % multiple for side in array.shape[1:3]) or not jnp.issubdtype(array.dtype, jnp.floating):

@@ -1,4 +1,4 @@
-"""Folders of diffusers' AutoencoderKL, read and written. Both files are validated, and neither can execute code."""
+"""Reads and writes folders of diffusers' AutoencoderKL. Both files are validated, and neither can execute code."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ from tarflow_jax.runtime.parameters import Shape
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 _CLASS, _MAX_CONFIG_BYTES = "AutoencoderKL", 1 << 20
 _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.17
-_TO_TORCH = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}  # axes by rank: a kernel's are [H, W, in, out] here
+_TO_TORCH = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}  # transposition by rank; kernels here are [H, W, in, out]
 
 
 @functools.cache
@@ -37,7 +37,7 @@ def params_shapes(config: AutoencoderConfig) -> dict[str, Shape]:
 
 
 def read_folder(folder: Path) -> tuple[AutoencoderConfig, dict[str, Any]]:
-    """Reads (config, params float32) from a folder, or vae/ in it; raises FileNotFoundError or UserError."""
+    """Reads (config, float32 params) from a folder or its subfolder vae/; raises FileNotFoundError or UserError."""
     folder = next((each for each in (folder, folder / "vae") if (each / CONFIG).is_file()), folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -50,25 +50,25 @@ def write_folder(folder: epath.Path, config: AutoencoderConfig, params: Any, sam
     """Writes both files, or none; `sample_size` is the side of diffusers' tiles in pixels."""
     if (folder / CONFIG).exists():
         _read_config(folder / CONFIG)  # UserError if it is another model's
-    # diffusers does not know these. It reads a network of patches as one of images with more channels.
+    # Fields unknown to diffusers, which reads a network of patches as one of images with more channels.
     ours = {"dtype": config.dtype, "latent_std": 0.0, "noise_std": 0.0, "patch_size": 1}
     fields = {name: value for name, value in config.to_dict().items() if value != ours.get(name)}
     del fields["image_channels"]
     fields |= {"sample_size": sample_size, **_constant(config)}
     flat = {name: np.array(array, np.float32) for name, array in flatten(params).items()}
-    if config.latent_std:  # diffusers does not know it, so the weights say the same
+    if config.latent_std:  # unknown to diffusers, so the weights produce it too
         last = "quant_conv" if config.use_quant_conv else "encoder/conv_out"
         flat[f"{last}/kernel"][..., config.latent_channels :] = 0
         flat[f"{last}/bias"][config.latent_channels :] = 2 * math.log(config.latent_std)
     flat = {_torch_name(name): array.transpose(_TO_TORCH[array.ndim]) for name, array in flat.items()}
     with replacing(folder / CONFIG) as text, replacing(folder / WEIGHTS) as weights:
         text.write((json.dumps(fields, indent=2) + "\n").encode())
-        text.flush()  # may still fail, before the first file appears
+        text.flush()  # a full disk fails here, before the first file appears
         weights.write(safetensors.numpy.save(jax.tree.map(np.ascontiguousarray, flat), {"format": "pt"}))
 
 
 def _constant(config: AutoencoderConfig) -> dict[str, Any]:
-    """The fields of diffusers' config that have but one value here."""
+    """Returns the fields of diffusers' config that have only one value here."""
     levels = len(config.block_out_channels)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * levels, "up_block_types": ["UpDecoderBlock2D"] * levels}
     channels = {"in_channels": config.patch_channels, "out_channels": config.patch_channels}
@@ -87,7 +87,7 @@ def _read_config(path: epath.Path) -> AutoencoderConfig:
         other = {*_constant(AutoencoderConfig()), "sample_size", "force_upcast"}
         fields = {name: value for name, value in given.items() if name[:1] != "_" and name not in other}
         fields |= {"image_channels": given.get("in_channels", 3), "shift_factor": given.get("shift_factor") or 0.0}
-        defaults = {"block_out_channels": [64], "layers_per_block": 1}  # diffusers', where ours are others
+        defaults = {"block_out_channels": [64], "layers_per_block": 1}  # diffusers' defaults where ours differ
         config = AutoencoderConfig.from_dict(defaults | fields)
         config = dataclasses.replace(config, image_channels=config.image_channels // config.patch_size**2)
         for name, value in _constant(config).items():

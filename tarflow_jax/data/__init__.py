@@ -1,4 +1,4 @@
-"""Data sets by name, and the training batch of each step."""
+"""Opens data sets by name, and yields training batches."""
 
 from tarflow_jax.data.latents import Latents, LatentSource, pack_latents
 from tarflow_jax.data.loader import Batch, prefetch_to_device, train_batches

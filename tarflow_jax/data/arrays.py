@@ -1,4 +1,4 @@
-"""Data sets that are read into memory whole: digits, Fashion-MNIST and npz files."""
+"""Data sets that are held in memory: digits, Fashion-MNIST and npz files."""
 
 import gzip
 import zlib
@@ -11,16 +11,16 @@ from tarflow_jax.errors import UserError
 from tarflow_jax.files import read_npz
 
 NUM_TRAIN_DIGITS = 1500
-_MAX_IDX_BYTES = 1 << 30  # of an unpacked file; Fashion-MNIST has 47 MB
+_MAX_IDX_BYTES = 1 << 30  # limit on the decompressed size; Fashion-MNIST takes 47 MB
 FASHION_MNIST_LABELS = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 )  # fmt: skip
 
 
 def open_digits(argument: str, split: str, options: Options) -> ArraySource:
-    """Opens scikit-learn's 1,797 handwritten digits: 8x8, grey level v of 0..16 as round(255 v / 16).
+    """Opens scikit-learn's 1,797 handwritten 8x8 digits; grey levels v from 0 to 16 become round(255 v / 16).
 
-    In scikit-learn's order, "train" is the first 1,500 and "test" the last 297.
+    In scikit-learn's order, "train" is the first 1,500 digits and "test" the last 297.
     """
     from sklearn.datasets import load_digits  # slow to import
 
@@ -31,9 +31,9 @@ def open_digits(argument: str, split: str, options: Options) -> ArraySource:
 
 
 def open_npz(argument: str, split: str, options: Options) -> ArraySource:
-    """Opens one split of a NumPy archive: `images` and perhaps `labels`, or ADM's names `arr_0` and `arr_1`.
+    """Opens one split of an npz file with `images` and optional `labels`, or ADM's `arr_0` and `arr_1`.
 
-    Images are uint8 [N, H, W] or [N, H, W, K]. A hash of its index assigns each image to a split.
+    Images are uint8 or uint16, [N, H, W] or [N, H, W, K]. A hash of its index assigns each image to a split.
     """
     path = Path(argument).expanduser()
     name = f"npz:{path}"
@@ -46,7 +46,7 @@ def open_npz(argument: str, split: str, options: Options) -> ArraySource:
     num_classes = 0 if labels is None else 1
     if labels is not None and labels.size and labels.dtype.kind in "iu":
         num_classes = min(int(labels.max()) + 1, MAX_CLASSES)
-    everything = ArraySource(name, images, labels, num_classes)  # refuses other dtypes, shapes and classes
+    everything = ArraySource(name, images, labels, num_classes)  # validates dtypes, shapes and labels
     rows = [index for index in range(len(images)) if split_of(str(index)) == split]
     if not rows:
         raise UserError(f"{name}: none of its {len(images)} images falls into the {split} split; expected more images")
@@ -54,8 +54,8 @@ def open_npz(argument: str, split: str, options: Options) -> ArraySource:
 
 
 def open_fashion_mnist(argument: str, split: str, options: Options) -> ArraySource:
-    """Opens Fashion-MNIST, 60,000 and 10,000 grey images of 28x28 in 10 classes, from a folder of gzip IDX files."""
-    folder = Path(argument or "/usr/share/datasets/fashion-mnist").expanduser()  # of Debian's package
+    """Opens Fashion-MNIST (60,000 training and 10,000 test images, 28x28x1, 10 classes) from gzip IDX files."""
+    folder = Path(argument or "/usr/share/datasets/fashion-mnist").expanduser()  # where Debian's package puts it
     prefix = {"train": "train", "test": "t10k"}[split]
     images = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", 3)
     labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", 1)
@@ -63,7 +63,7 @@ def open_fashion_mnist(argument: str, split: str, options: Options) -> ArraySour
 
 
 def _read_idx(path: Path, num_dimensions: int) -> np.ndarray:
-    """Reads the uint8 array of a gzip IDX file; raises UserError for a damaged or any other file."""
+    """Reads a uint8 array from a gzip IDX file; raises UserError if it is damaged or another kind of file."""
     if not path.is_file():
         raise FileNotFoundError(
             f"fashion_mnist: {path} not found; install Debian's package (apt-get install dataset-fashion-mnist), "

@@ -1,4 +1,4 @@
-"""Captioned sets that are packed before use: emoji of several vendors, openclipart, webdataset's tar files."""
+"""Packs captioned data sets: emoji of several vendors, openclipart, and webdataset tar files."""
 
 import dataclasses
 import functools
@@ -19,12 +19,12 @@ _SKIN_TONES = {"1F3FB": "light", "1F3FC": "medium light", "1F3FD": "medium", "1F
 
 
 def prepare_emoji_text(argument: str, options: Options) -> str:
-    """Packs emoji with their names from the packages (tgz) in the folder `argument`.
+    """Packs emoji and their names from the npm packages (tgz) in the folder `argument`.
 
-    These are emoji-datasource-VENDOR, at 64x64, of which at least one, and lobehub-fluent-emoji-3d. Captions are the
-    name and the short name, alone and with the vendor. Code points decide the split, as in the set emoji64.
+    These are one or more emoji-datasource-VENDOR, at 64x64, and optionally lobehub-fluent-emoji-3d. Captions are the
+    name, and the name and short name with the vendor. A hash of the code points decides the split, as in emoji64.
     """
-    packages = sorted(Path(argument).expanduser().glob("*.tgz"))  # that which names all emoji comes first
+    packages = sorted(Path(argument).expanduser().glob("*.tgz"))  # one with emoji.json sorts first
     if not packages:
         raise FileNotFoundError(f"emoji_text: no packages (tgz) in {argument}; {HOW}")
     contents = [read_package(path) for path in packages]
@@ -46,7 +46,7 @@ def prepare_emoji_text(argument: str, options: Options) -> str:
 
 
 def _drawings(path: Path, content: dict[str, bytes]) -> tuple[str, dict[str, bytes]]:
-    """The vendor of a package, and its images by their code points in lower case."""
+    """Returns a package's vendor, and its images by their lower-case code points."""
     files = [name for name in content if name != "emoji.json"]
     if not files:
         raise UserError(f"emoji_text: {path} has no drawings; {HOW}")
@@ -67,7 +67,7 @@ def _wordings(entry: dict[str, Any], tone: str, vendor: str) -> tuple[str, ...]:
 
 
 def prepare_openclipart(argument: str, options: Options) -> str:
-    """Packs the drawings of Debian's openclipart-png; their file names are captions, their folders labels."""
+    """Packs the drawings of Debian's openclipart-png, with file names as captions and folders as labels."""
     root = Path(argument or "/usr/share/openclipart/png").expanduser()
     listings = {split: list_folder(root, split) for split in SPLITS}
 
@@ -80,10 +80,10 @@ def prepare_openclipart(argument: str, options: Options) -> str:
 
 
 def prepare_webdataset(argument: str, options: Options) -> str:
-    """Packs the tar files at the paths `argument`, with commas between them, in webdataset's convention.
+    """Packs the webdataset tar files at the comma-separated paths in `argument`.
 
-    Members of one name but for the ending belong together: an image, a caption (txt, or in json), and perhaps a class
-    number (cls). A hash of the name decides the split.
+    Members that share a name up to the extension form a sample: an image and, optionally, a caption (txt, or `caption`
+    in json) and a class number (cls). A hash of the name decides the split.
     """
     splits: dict[str, list[Item]] = {split: [] for split in SPLITS}
     num_classes = 0
@@ -96,7 +96,7 @@ def prepare_webdataset(argument: str, options: Options) -> str:
 
 
 def _samples(path: Path) -> list[Item]:
-    """Lists the images of a tar file, each read from its place when it is packed, with captions and labels."""
+    """Lists a tar file's images with captions and labels; each image is read from its offset when it is packed."""
     images: dict[str, tuple[int, int]] = {}  # offset and size
     captions: dict[str, str] = {}
     labels: dict[str, int] = {}
@@ -137,11 +137,11 @@ def _samples(path: Path) -> list[Item]:
 
 
 def _resized(options: Options, image_size: tuple[int, int] | None) -> Options:
-    """With this size, and preprocessing "adm" unless another is asked for."""
+    """Returns options with this size, and preprocessing "adm" unless another was chosen."""
     chosen = "adm" if options.preprocessing == "none" else options.preprocessing
     return dataclasses.replace(options, image_size=image_size, preprocessing=chosen)
 
 
 def open_unpacked(argument: str, split: str, options: Options) -> EncodedSource:
-    """Raises UserError: these sets are opened by the name that preparing them gave."""
+    """Raises UserError: these sets are opened by the name that preparing them returns."""
     raise UserError("prepare this set with launch.prepare_data, and open it by the name that it prints, packed:FOLDER")

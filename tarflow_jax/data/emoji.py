@@ -1,7 +1,7 @@
 """emoji64: the 3,786 64x64 emoji of npm's emoji-datasource-google, in 10 categories.
 
 The drawings are Google's Noto Emoji (Apache License 2.0); the package is under the MIT licence. A hash of an emoji's
-code points assigns it to a split, with all of its skin-tone variants.
+code points assigns it, with all of its skin-tone variants, to a split.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ _WANTED = re.compile(r"emoji\.json|img/\w+/64/[^/]+\.png|assets/[^/]+\.webp")
 
 
 def open_emoji(argument: str, split: str, options: Options) -> EncodedSource:
-    """Opens one split of the packed set; raises FileNotFoundError where it has not been packed."""
+    """Opens one split of the packed set; raises FileNotFoundError if it has not been packed."""
     folder = options.data_dir / "emoji64"
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(
@@ -42,7 +42,7 @@ def prepare_emoji(argument: str, options: Options) -> str:
 
 
 def _list_emoji(path: Path) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
-    """Lists the images of each split, and the names of the categories, of the package at `path`."""
+    """Lists the images of each split and the category names of the package at `path`."""
     content = read_package(path)
     try:
         entries = json.loads(content["emoji.json"])
@@ -59,12 +59,12 @@ def _list_emoji(path: Path) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
 
 
 def drawing(name: str, content: bytes, label: int) -> Item:
-    """An image file of a package, in memory."""
+    """Wraps an image file that is already in memory."""
     return Item(name, label, lambda: content, str(zlib.crc32(content)))
 
 
 def read_package(path: Path) -> dict[str, bytes]:
-    """Reads emoji.json and the drawings, by their path inside the package, from its tarball or folder."""
+    """Reads emoji.json and the drawings of a package, a tarball or a folder, by their path inside it."""
     if path.is_dir():
         root = path / "package" if (path / "package").is_dir() else path
         files = (file for file in root.rglob("*") if _WANTED.fullmatch(file.relative_to(root).as_posix()))

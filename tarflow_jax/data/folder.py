@@ -1,4 +1,4 @@
-"""Image folders: which files belong to a split, their labels, and which of them cannot be used."""
+"""Opens image folders: assigns files to splits and labels, and checks that every file decodes."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from tarflow_jax.errors import UserError
 from tarflow_jax.files import write_text
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".tif", ".tiff")
-SPLIT_FOLDERS = {  # in any case; the first that exists
+SPLIT_FOLDERS = {  # case-insensitive, in order of preference
     "train": ("train", "training"),
     "test": ("test", "testing", "val", "valid", "validation", "dev", "eval"),
 }
@@ -29,8 +29,8 @@ def list_folder(root: Path, split: str) -> tuple[list[Item], tuple[str, ...]]:
 
     `root` holds one subfolder per class, or images without classes, or folders named `train` and `test` (see
     `SPLIT_FOLDERS`) with either. Without split folders, a hash of its path assigns each image to a split. Ignores
-    hidden files, other extensions and links to folders. Raises UserError where there are no images or their classes
-    are ambiguous.
+    hidden files, other extensions and links to folders. Raises UserError if there are no images or the layout is
+    ambiguous.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"folder:{root}: no such folder")
@@ -52,7 +52,7 @@ def list_folder(root: Path, split: str) -> tuple[list[Item], tuple[str, ...]]:
 
 
 def _listed_captions(base: Path, folders: Iterable[Path]) -> dict[str, tuple[str, ...]]:
-    """Reads each folder's metadata.jsonl, the hub's convention: captions by the path of their image from `base`."""
+    """Reads captions from each folder's metadata.jsonl (Hugging Face's format), by image path relative to `base`."""
     captions: dict[str, list[str]] = {}
     for folder in folders:
         file = base / folder / "metadata.jsonl"
@@ -68,7 +68,7 @@ def _listed_captions(base: Path, folders: Iterable[Path]) -> dict[str, tuple[str
 
 
 def _split_folders(root: Path) -> dict[str, Path]:
-    """Returns the folder of each split, or {} if no folder has the name of a split."""
+    """Returns the folder of each split; {} if no folder is named like a split."""
     names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     train, test = (
         [name for known in known_names for name in names if name.lower() == known]
@@ -114,10 +114,10 @@ def _item(
 
 
 def open_folder(argument: str, split: str, options: Options) -> EncodedSource:
-    """Opens one split of an image folder, after checking that every file of it decodes.
+    """Opens one split of an image folder, after checking that every file decodes.
 
-    Caches the outcome of the check under the data folder until a file changes. Bad files raise UserError with a list
-    of them; with `skip_bad` they are left out and counted in the log.
+    Caches the result of the check under the data folder until a file changes. Raises UserError with a list of the bad
+    files, or with `skip_bad` leaves them out and logs their number.
     """
     root, preprocessing = Path(argument).expanduser(), options.preprocessing
     name = f"folder:{root}"
@@ -152,7 +152,7 @@ def open_folder(argument: str, split: str, options: Options) -> EncodedSource:
 
 
 def first_image(name: str, items: list[Item]) -> tuple[tuple[int, int, int], int]:
-    """Returns (H, W, K) and the bits of the first image that decodes, which are the set's; K is 3 for 8 bits."""
+    """Returns the shape (H, W, K) and bits per channel of the first image that decodes; K is 3 for 8 bits."""
     for item in items:
         try:
             image = decode_image(item.read(), None, bits=None)
@@ -163,7 +163,7 @@ def first_image(name: str, items: list[Item]) -> tuple[tuple[int, int, int], int
 
 
 def hash_items(items: Iterable[Item], *more: object) -> str:
-    """SHA-256 of the items' names, labels and stamps, and of anything else given."""
+    """Returns the SHA-256 of the items' names, labels, stamps and captions, and of any other values."""
     digest = hashlib.sha256(repr(more).encode())
     for item in items:
         stamp = item.stamp + repr(item.captions) * bool(item.captions)
@@ -172,9 +172,9 @@ def hash_items(items: Iterable[Item], *more: object) -> str:
 
 
 def check_items(items: list[Item], preprocessing: str, shape: tuple[int, ...], bits: int) -> tuple[dict[str, str], str]:
-    """Reads and decodes every item, in parallel.
+    """Reads and decodes every item in parallel.
 
-    Returns the reason for each that cannot be used, by name, and the SHA-256 of the labels and files of the others.
+    Returns the reason for each unusable item, by name, and the SHA-256 of the labels and files of the others.
     """
 
     def checked(item: Item) -> str | bytes:
@@ -200,7 +200,7 @@ def check_items(items: list[Item], preprocessing: str, shape: tuple[int, ...], b
 
 
 def refuse_bad(name: str, bad: dict[str, str], num_images: int, skip_bad: bool) -> None:
-    """Raises UserError with a list of the bad files, unless they may be skipped: then logs their number."""
+    """Raises UserError with a list of the bad files, or logs their number if they may be skipped."""
     if not bad:
         return
     if not skip_bad or len(bad) == num_images:

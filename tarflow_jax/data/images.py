@@ -1,6 +1,6 @@
 """Reads, decodes and preprocesses image files.
 
-Files are untrusted: any that cannot be used raises a UserError that says why.
+Files are untrusted: an unusable one raises a UserError that says why.
 """
 
 import io
@@ -25,13 +25,13 @@ MAX_FILE_BYTES = 256 * 2**20
 
 
 def read_file(path: Path) -> bytes:
-    """Reads an image file; raises UserError unless it is a regular, readable file with content."""
+    """Reads an image file; raises UserError unless it is a regular, readable, non-empty file of moderate size."""
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
             raise UserError("not a regular file")  # reading a pipe would block
         if not status.st_mode & 0o444:
-            raise UserError("no permission to read")  # root could read it, but not others who train on this folder
+            raise UserError("no permission to read")  # root could read it, but other users of the folder could not
         if status.st_size == 0:
             raise UserError("empty file")
         if status.st_size > MAX_FILE_BYTES:
@@ -46,13 +46,13 @@ def read_file(path: Path) -> bytes:
 def decode_image(
     content: bytes, channels: int | None = 3, max_pixels: int = MAX_PIXELS, bits: int | None = 8
 ) -> Image.Image | np.ndarray:
-    """Decodes a PNG, JPEG, WebP, TIFF or GIF (its first frame) of `bits` a number, 8 or 16; None for either.
+    """Decodes a PNG, JPEG, WebP, TIFF or GIF (first frame) with 8 or 16 `bits` per channel; None accepts both.
 
-    Returns a Pillow image of 8 bits, RGB, or L for one channel; or, because Pillow has no colours of 16 bits, uint16
-    [H, W, K], with the file's own channels if `channels` is None.
+    Returns an 8-bit Pillow image, RGB or, for one channel, L. Pillow has no 16-bit colour, so 16-bit files become
+    uint16 [H, W, K], with the file's own channels if `channels` is None.
 
-    Applies the EXIF orientation and composites transparency over white. Raises UserError for anything but a whole
-    image of at least 8x8 and at most `max_pixels`, at most 32 times as long as wide, and for other bits.
+    Applies the EXIF orientation and composites transparency over white. Raises UserError unless the image is intact,
+    has the given bits, 8x8 to `max_pixels` pixels, and an aspect ratio of at most 32.
     """
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
@@ -61,12 +61,12 @@ def decode_image(
                 raise UserError(f"{size}, more than the {max_pixels} pixels allowed")
             if min(image.size) < MIN_SIDE:
                 raise UserError(f"{size}, smaller than {MIN_SIDE}x{MIN_SIDE}")
-            if max(image.size) > MAX_ASPECT * min(image.size):  # covering a square would take too much memory
+            if max(image.size) > MAX_ASPECT * min(image.size):  # resized to cover a square, it would not fit in memory
                 raise UserError(f"{size}, more than {MAX_ASPECT} times as long as wide")
             if image.format == "TIFF" and getattr(image, "n_frames", 1) > 1:
                 raise UserError("a TIFF of several pages; expected one image a file")
             found = max(32 if image.mode in ("I", "F") else 8, *getattr(image, "tag_v2", {}).get(258, (8,)))
-            if image.tile and ";16" in str(image.tile[0].args):  # how Pillow unpacks numbers
+            if image.tile and ";16" in str(image.tile[0].args):  # the raw mode that Pillow decodes from
                 found = 16
             if bits not in (None, found) or found not in (8, 16):
                 raise UserError(f"{found} bits a number; expected {bits or '8 or 16'}")
@@ -86,7 +86,7 @@ def decode_image(
 
 
 def _all_16_bits(content: bytes, image: Image.Image, channels: int | None) -> np.ndarray:
-    """Returns uint16 [H, W, K] for a loaded image, in which Pillow keeps the high bytes of 16-bit colours alone."""
+    """Returns uint16 [H, W, K] of a loaded image; restores the low bytes of 16-bit colour, which Pillow drops."""
     if image.mode.startswith("I;16"):
         return np.asarray(image).astype(np.uint16)[..., None].repeat(channels or 1, 2)
     low = Image.open(io.BytesIO(content), formats=FORMATS)
@@ -100,9 +100,9 @@ def _all_16_bits(content: bytes, image: Image.Image, channels: int | None) -> np
 
 
 def _in_other_order(args: Any) -> tuple[Any, ...]:
-    """Has Pillow unpack 16-bit numbers in the wrong byte order, and so take their low bytes for the high ones."""
+    """Swaps the byte order of a raw mode, so that Pillow keeps the low bytes of 16-bit colour, not the high ones."""
     kind, *rest = args if isinstance(args, tuple) else (args,)
-    little = kind[-1] == "L" or (kind[-1] == "N" and sys.byteorder == "little")  # N is the machine's own
+    little = kind[-1] == "L" or (kind[-1] == "N" and sys.byteorder == "little")  # N is native
     return kind[:-1] + ("B" if little else "L"), *rest
 
 
@@ -115,13 +115,13 @@ def _flatten(image: Image.Image) -> Image.Image:
 
 
 def preprocess(image: Image.Image | np.ndarray, preprocessing: str, image_size: tuple[int, int]) -> np.ndarray:
-    """Resizes and crops what `decode_image` returned to `image_size`, (H, W). Returns uint8 or uint16 [H, W, K].
+    """Resizes and crops an image from `decode_image` to `image_size` (H, W). Returns uint8 or uint16 [H, W, K].
 
     "tarflow" resizes bilinearly to the smallest size that covers (H, W), then crops the centre, as the reference and
-    torchvision's Resize + CenterCrop do. "adm" halves by box filter while the image is at least twice too large, then
-    resizes bicubically, then crops the centre. "none" raises UserError for an image of another size.
+    torchvision's Resize + CenterCrop do. "adm" halves the image with a box filter while it is at least twice too large,
+    then resizes bicubically and crops the centre. "none" raises UserError for an image of another size.
     """
-    if isinstance(image, np.ndarray):  # Pillow resizes floats, which hold 16 bits
+    if isinstance(image, np.ndarray):  # Pillow can resize float32, which represents 16 bits exactly
         floats = [Image.fromarray(channel.astype(np.float32)) for channel in np.moveaxis(image, 2, 0)]
         found = np.concatenate([preprocess(channel, preprocessing, image_size) for channel in floats], axis=2)
         return np.rint(found).clip(0, 65535).astype(np.uint16)

@@ -1,14 +1,14 @@
-"""Latents of an autoencoder, with embeddings of their captions: what a flow over latents learns from.
+"""Packs and opens autoencoder latents and caption embeddings, the training data of a flow over latents.
 
-A folder has for each split arrays that are read from disk as training needs them:
+A folder holds memory-mapped arrays for each split:
 
-    SPLIT-mean.npy, SPLIT-std.npy    float16 [N, h, w, Z], of the latents of each image, in the flow's units
-    SPLIT-text.npy                   float16 [M, L, E], of the captions in SPLIT-captions.json
-    null.npy                         float32 [L, E], of the empty caption
-    SPLIT-rows.npy                   int32 [R, 3]: image, caption (-1 for none) and label, for each wording of an image
+    SPLIT-mean.npy, SPLIT-std.npy    float16 [N, h, w, Z]: each image's latents, in the flow's units
+    SPLIT-text.npy                   float16 [M, L, E]: embeddings of the captions in SPLIT-captions.json
+    null.npy                         float32 [L, E]: embedding of the empty caption
+    SPLIT-rows.npy                   int32 [R, 3]: image, caption (-1 for none) and label of each image-caption pair
 
-Its manifest.json is written last; until then the same call continues. autoencoder/ and text/ beside it decode samples
-and embed prompts.
+manifest.json is written last; until then, repeating the call resumes. autoencoder/ and text/ in the same folder decode
+samples and embed prompts.
 """
 
 import functools
@@ -32,11 +32,11 @@ from tarflow_jax.noise import to_float
 
 MANIFEST, FORMAT = "manifest.json", "tarflow_jax latents 1"
 IMAGES_AT_A_TIME, CAPTIONS_AT_A_TIME = 64, 256
-MAX_SCALE, MAX_SHIFT = 0.1, 0.05  # of a copy, in sides of the image
+MAX_SCALE, MAX_SHIFT = 0.1, 0.05  # of an augmented copy, as a fraction of the image's side
 
 
 class Latents(NamedTuple):
-    """Latents of images with their uncertainty, in place of a batch's images."""
+    """Means and standard deviations of images' latents, in place of a batch's images."""
 
     mean: Any  # float32 [B, h, w, Z]
     std: Any  # float32 [B, h, w, Z]
@@ -44,7 +44,7 @@ class Latents(NamedTuple):
 
 
 class LatentSource(ImageSource):
-    """A split of a folder that `pack_latents` wrote; each wording of an image is a row."""
+    """One split of a folder written by `pack_latents`, with a row for each pair of an image and a caption."""
 
     bits = 0
 
@@ -72,7 +72,7 @@ class LatentSource(ImageSource):
 
     @property
     def units(self) -> dict[str, np.ndarray]:
-        """The embedding of the empty caption, which stands in for captions that training drops."""
+        """The embedding of the empty caption, which replaces the captions that training drops."""
         return {"null_prefix": np.asarray(self._null)} if self.condition_shape else {}
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class LatentSource(ImageSource):
 
 
 def open_latents(argument: str, split: str, options: Options) -> LatentSource:
-    """Opens one split of the folder `argument`; UserError if it is damaged, FileNotFoundError if it is not complete."""
+    """Opens one split of a folder; raises UserError if it is damaged, FileNotFoundError if it is incomplete."""
     folder, name = Path(argument).expanduser(), f"latents:{argument}"
     try:
         return LatentSource(name, folder, split, read_manifest(folder))
@@ -102,7 +102,7 @@ def open_latents(argument: str, split: str, options: Options) -> LatentSource:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads the manifest of a folder of latents; FileNotFoundError where there is none."""
+    """Reads the manifest of a folder of latents; raises FileNotFoundError if there is none."""
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(
             f"{folder} holds no latents; pack them with launch.prepare_data --data=… --autoencoder=FOLDER"
@@ -123,17 +123,17 @@ def pack_latents(
     fingerprint: str,
     copies: int = 0,
 ) -> None:
-    """Encodes the images and captions of every split, or continues what was interrupted.
+    """Encodes the images and captions of every split, or resumes an interrupted call.
 
     Args:
       encode: images float32 [B, H, W, K] in [-1, 1] -> mean and std [B, h, w, Z] in the flow's units.
       latent_shape: (h, w, Z).
       embed: captions -> float32 [B, L, E]; None leaves captions out.
       text_shape: (L, E), or () without `embed`.
-      fingerprint: of the encoders; with the sources' it distinguishes sets.
-      copies: how often each training image is also encoded a little shifted and scaled.
+      fingerprint: identifies the encoders; with the sources' fingerprints, it identifies the set.
+      copies: number of randomly shifted and scaled copies of each training image to encode too.
 
-    Raises UserError where the folder holds another set, or captions are missing.
+    Raises UserError if the folder holds another set or captions are missing.
     """
     contents = [source.fingerprint + repr(source.captions) * bool(embed) for source in sources.values()]
     fingerprint = hashlib.sha256(repr((fingerprint, copies, contents)).encode()).hexdigest()
@@ -181,7 +181,7 @@ def pack_latents(
 
 
 def _encoded(source: ImageSource, encode: Callable[[Any], tuple[Any, Any]], index: np.ndarray) -> Any:
-    """Mean and std of the latents of images; behind the last one their copies begin."""
+    """Returns the mean and std of images' latents; indices from len(source) on are augmented copies."""
     images, _ = source.read(index % len(source))
     images = np.stack([moved(image, i) if i >= len(source) else image for image, i in zip(images, index, strict=True)])
     return encode(to_float(images))
@@ -192,7 +192,7 @@ def _embedded(captions: list[str], embed: Callable[[Sequence[str]], np.ndarray],
 
 
 def moved(image: np.ndarray, seed: int) -> np.ndarray:
-    """A copy of an image uint8 [H, W, K], shifted and scaled a little, over the background."""
+    """Returns a slightly shifted and scaled copy of an image uint8 [H, W, K], padded with the background."""
     rng, (height, width, _) = np.random.default_rng(seed), image.shape
     margin = round(max(height, width) * (MAX_SCALE + MAX_SHIFT))
     padded = np.pad(image, [(margin, margin), (margin, margin), (0, 0)], constant_values=BACKGROUND)
@@ -210,7 +210,7 @@ def _fill(
     size: int,
     rows: Callable[[np.ndarray], tuple[Any, ...]],
 ) -> None:
-    """Writes arrays of this shape, `size` rows at a time, from where an interrupted call stopped."""
+    """Writes float16 arrays of `shape`, `size` rows at a time, resuming where an interrupted call stopped."""
     progress, done = files[0].with_suffix(".json"), 0
     progress.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -239,7 +239,7 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 
 def _mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Maps an array; UserError unless it has this dtype and shape."""
+    """Memory-maps an array; raises UserError unless it has this dtype and shape."""
     found = np.load(path, mmap_mode="r", allow_pickle=False)
     if found.shape != shape or found.dtype != dtype:
         raise UserError(f"{path} is {found.dtype} {list(found.shape)}; expected {np.dtype(dtype)} {list(shape)}")

@@ -1,7 +1,7 @@
-"""Training batches: the batch of a step is a function of (seed, step).
+"""Yields training batches; the batch of a step is a function of (seed, step).
 
-A run therefore sees the same images in the same order with the same flips on any number of processes, uninterrupted
-or resumed.
+A run therefore sees the same images in the same order with the same flips on any number of processes, whether or not
+it is interrupted.
 """
 
 from collections import deque
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 class Batch(NamedTuple):
-    """The rows of a batch that one process reads: images uint8 [B, H, W, K] (or `Arrays`), labels int32 [B] or -1."""
+    """The rows of a batch that one process reads: images uint8 [B, H, W, K] or `Arrays`, labels int32 [B] or -1."""
 
     image: Any
     label: Any
@@ -35,13 +35,13 @@ def train_batches(
     rows: Sequence[int] | np.ndarray | None = None,
     num_workers: int = 0,
 ) -> Iterator[Batch]:
-    """Yields shuffled batches without end, from that of `start_step` on.
+    """Yields shuffled batches endlessly, starting with that of `start_step`.
 
     Each image occurs once per epoch; a batch may span two epochs.
 
     Args:
       batch_size: global batch size.
-      seed: of the order and the flips.
+      seed: determines the order and the flips.
       flip: mirror each image left to right with probability 1/2, drawn from (seed, step, row).
       rows: the rows of each batch to read (`runtime.Rows.local`); None reads all.
       num_workers: number of threads that read ahead; 0 reads in the caller's thread.
@@ -63,9 +63,9 @@ def train_batches(
 
 
 def prefetch_to_device(batches: Iterator[Batch], put: Callable[[Batch], T], size: int = 2) -> Iterator[T]:
-    """Yields `put(batch)` for each batch, with up to `size - 1` later copies already started.
+    """Yields `put(batch)` for each batch, with up to `size - 1` later transfers in flight.
 
-    `put` must start a copy and return at once, as `jax.device_put` does.
+    `put` must start a transfer and return at once, as `jax.device_put` does.
     """
     ahead = deque(map(put, islice(batches, size)))
     while ahead:

@@ -1,7 +1,7 @@
 """Packed sets: preprocessed images as PNG in array_record shards, with a manifest.
 
-A record is the label (int32, little endian) followed by a PNG. The manifest.json is written last, once the set is
-complete. Until then every finished shard has a report beside it, from which an interrupted packing resumes.
+A record is the label (int32, little endian) followed by a PNG. manifest.json is written last, once the set is
+complete. Until then, every finished shard has a report beside it, from which an interrupted packing resumes.
 """
 
 import contextlib
@@ -44,7 +44,7 @@ def prepare_folder(argument: str, options: Options) -> str:
 def pack_as(
     stem: str, name: str, splits: Mapping[str, list[Item]], label_names: tuple[str, ...], options: Options
 ) -> str:
-    """Packs images under the data folder, in one that `stem` begins. Returns the name to open it by."""
+    """Packs images into data_dir/packed/STEM-SIZE-PREPROCESSING. Returns the name to open the set by."""
     size = "x".join(map(str, options.image_size or ()))
     output = options.data_dir / "packed" / f"{stem}-{size}-{options.preprocessing}"
     pack(name, splits, label_names, output, options)
@@ -56,9 +56,9 @@ def pack(
 ) -> None:
     """Packs the images of every split into `folder`, as RGB of `options.image_size`, or resumes an interrupted packing.
 
-    The manifest records the preprocessing, the image size and the label names, and for each split the number of
-    images, of skipped files, of images of each class, and the shards with their SHA-256. Raises UserError where files
-    are bad (all are listed), the folder holds another set, or a packed shard has changed.
+    The manifest records the preprocessing, the image size and the label names. For each split it records the number of
+    images, of skipped files and of images per class, and the shards with their SHA-256. Raises UserError if files are
+    bad, the folder holds another set, or a packed shard has changed.
     """
     image_size = options.image_size
     if image_size is None:
@@ -121,7 +121,7 @@ def pack(
 
 
 def _finished(path: Path, key: str) -> dict[str, Any] | None:
-    """Returns the report of a shard that an interrupted packing of the same set has finished, or None."""
+    """Returns the report of a shard if an interrupted packing of the same set finished it, else None."""
     try:
         report = json.loads(path.with_suffix(".json").read_text())
         whole = report["fingerprint"] == key and len(report["captions"]) == len(report["labels"])
@@ -131,7 +131,7 @@ def _finished(path: Path, key: str) -> dict[str, Any] | None:
 
 
 def write_shard(path: Path, key: str, items: list[Item], encoded: Iterable[bytes | ValueError]) -> dict[str, Any]:
-    """Writes the good ones of the items as one shard, and its report. Returns the report."""
+    """Writes the items that could be encoded as one shard, and its report. Returns the report."""
     labels: list[int] = []
     captions: list[tuple[str, ...]] = []
     bad: dict[str, str] = {}
@@ -157,12 +157,12 @@ def write_shard(path: Path, key: str, items: list[Item], encoded: Iterable[bytes
 def _write_errors(path: Path) -> Iterator[None]:
     try:
         yield
-    except RuntimeError as error:  # ArrayRecord raises it, also when a disk is full
+    except RuntimeError as error:  # raised by ArrayRecord, even when the disk is full
         raise OSError(f"could not write {path}: {one_line(error)}; free some space or fix the disk") from error
 
 
 def _check_packed(name: str, folder: Path, key: str) -> None:
-    """Raises UserError unless the folder holds this very set, with unchanged shards."""
+    """Raises UserError unless the folder holds exactly this set, with unchanged shards."""
     manifest = read_manifest(folder)
     if manifest["fingerprint"] != key:
         raise UserError(
@@ -176,7 +176,7 @@ def _check_packed(name: str, folder: Path, key: str) -> None:
 
 
 def read_manifest(folder: epath.Path) -> dict[str, Any]:
-    """Reads the manifest of a packed set; raises FileNotFoundError where there is none, UserError if it is damaged."""
+    """Reads the manifest of a packed set; raises FileNotFoundError if there is none, UserError if it is damaged."""
     path = folder / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(
@@ -206,11 +206,11 @@ def read_manifest(folder: epath.Path) -> dict[str, Any]:
 
 
 def open_packed(argument: str, split: str, options: Options, name: str | None = None) -> EncodedSource:
-    """Opens one split of the packed set in the folder `argument`, which may be gs://: an image is then a request.
+    """Opens one split of the packed set in the folder `argument`. On gs://, every image is a request.
 
-    `name` is for messages, "packed:FOLDER" if None.
-    Preprocessing "none" accepts the set as it was packed. Raises FileNotFoundError where there is no packed set, and
-    UserError where it was packed with another preprocessing or shards are missing or truncated.
+    `name` appears in messages; None stands for "packed:FOLDER". Preprocessing "none" accepts the set as it was packed.
+    Raises FileNotFoundError if there is no packed set, and UserError if it was packed with another preprocessing or
+    shards are missing or truncated.
     """
     folder, name = epath.Path(argument).expanduser(), name or f"packed:{argument}"
     manifest = read_manifest(folder)
@@ -227,7 +227,7 @@ def open_packed(argument: str, split: str, options: Options, name: str | None = 
         except FileNotFoundError:
             return False
 
-    with ThreadPool(32) as pool:  # an object store takes its time to answer
+    with ThreadPool(32) as pool:  # object stores have high latency
         for shard, whole in zip(shards, pool.map(is_whole, shards), strict=True):
             if not whole:
                 raise UserError(f"{folder / shard['file']}: missing or truncated; copy or pack the set again")

@@ -33,10 +33,10 @@ class Kind(NamedTuple):
 
     pattern: str
     open: Callable[[str, str, Options], ImageSource]  # (argument, split, options)
-    prepare: Callable[[str, Options], str] | None = None  # returns the name to train by
+    prepare: Callable[[str, Options], str] | None = None  # returns the name to open it by
 
 
-# To add a set, add a line; see docs/data.md.
+# To add a set, add a line; see docs/howto/data.md.
 KINDS = {
     "digits": Kind("digits", open_digits),
     "emoji64": Kind("emoji64", open_emoji, prepare_emoji),
@@ -53,7 +53,7 @@ KINDS = {
 
 
 def data_folder(data_dir: epath.PathLike | None = None) -> Path:
-    """The folder of prepared data sets: `data_dir`, or else $TARFLOW_DATA_DIR, or else ~/.cache/tarflow_jax."""
+    """Returns the folder of prepared data sets: `data_dir`, else $TARFLOW_DATA_DIR, else ~/.cache/tarflow_jax."""
     return Path(data_dir or os.environ.get("TARFLOW_DATA_DIR") or "~/.cache/tarflow_jax").expanduser()
 
 
@@ -70,21 +70,21 @@ def open_source(
     """Opens one split of a data set.
 
     Args:
-      name: see `KINDS` and docs/data.md.
+      name: see `KINDS` and docs/howto/data.md.
       split: "train" or "test".
       image_size: (H, W) to resize to; None keeps the set's own size.
       preprocessing: how to resize: "none", "tarflow" or "adm"; see `images.preprocess`.
       data_dir: folder of prepared data sets; see `data_folder` for the default.
-      skip_bad: leave out bad files of a folder instead of raising.
+      skip_bad: skip a folder's bad files instead of raising.
       cache_bytes: memory for decoded images, which are kept once read; 0 keeps none.
 
     Raises:
       UserError: unknown name, split or preprocessing, images of another size, or a damaged file.
       FileNotFoundError: the data are missing; the message says how to get them.
     """
-    # Every shard stays open. Of ImageNet's a thousand, more than the usual limit of 1,024 files allows.
+    # Every shard stays open, and ImageNet's thousand do not fit into the usual limit of 1,024 open files.
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # macOS allows less than it says
+    with contextlib.suppress(ValueError, OSError):  # macOS allows less than it reports
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     options = Options(data_folder(data_dir), image_size, preprocessing, skip_bad, cache_bytes)
     kind, argument = _find(name, options)
@@ -107,7 +107,7 @@ def prepare_source(
     data_dir: epath.PathLike | None = None,
     skip_bad: bool = False,
 ) -> str:
-    """Prepares a data set, once: downloads a TFDS set, packs a folder or the emoji.
+    """Prepares a data set unless that has been done: downloads a TFDS set, or packs images.
 
     Takes the arguments of `open_source` and raises the same errors. Returns the name to open the set by.
     """
@@ -117,7 +117,7 @@ def prepare_source(
 
 
 def _find(name: str, options: Options) -> tuple[Kind, str]:
-    """Splits a name into its kind and argument, and checks them and the preprocessing."""
+    """Splits a name into its kind and argument; checks both, and the preprocessing."""
     if name.startswith(KIND):
         raise UserError(f"{name} holds arrays; expected a data set of images")
     key, _, argument = name.partition(":")

@@ -1,4 +1,4 @@
-"""Data that are not images: tables and sequences, with conditions, masks and labels, checked and in memory."""
+"""In-memory tables and sequences with optional conditions, masks and labels, validated."""
 
 import copy
 import logging
@@ -17,12 +17,12 @@ from tarflow_jax.flow import TarFlowConfig
 
 KIND = "array:"
 NAMES = ("x", "condition", "mask", "labels")
-ROUNDING = 1e-4  # of a standard deviation, that float32 may cost in silence
+ROUNDING = 1e-4  # float32 rounding errors above this, in standard deviations, are logged
 logger = logging.getLogger(__name__)
 
 
 class Arrays(NamedTuple):
-    """Sequences in their own units, in place of a batch's images."""
+    """Sequences in the data's units, in place of a batch's images."""
 
     x: Any  # float32 [B, T, D] or [B, T]
     condition: Any = None  # float32 [B, C] or [B, T, C]
@@ -30,12 +30,12 @@ class Arrays(NamedTuple):
 
 
 class SequenceSource:
-    """Rows of a table or sequences, which take the place of an `ImageSource`.
+    """Rows of a table, or sequences, in place of an `ImageSource`.
 
     Attributes:
       arrays: `Arrays` [N, …]; padding is 0.
       labels: int32 [N]; None if there are none.
-      shape: the fields of `TarFlowConfig` that follow from them.
+      shape: the fields of `TarFlowConfig` that the data determine.
     """
 
     label_names: tuple[str, ...] = ()
@@ -44,8 +44,8 @@ class SequenceSource:
     def __init__(self, x: Any, condition: Any = None, mask: Any = None, labels: Any = None) -> None:
         """Takes the arguments of `tarflow_jax.fit`.
 
-        Raises ValueError, naming row and column, for numbers that are not finite, shapes that do not fit and holes in
-        the mask.
+        Raises ValueError, naming row and column, for non-finite numbers, shapes that do not match and holes in the
+        mask.
         """
         x = np.asarray(x)
         if x.ndim not in (2, 3) or not np.issubdtype(x.dtype, np.floating) or 0 in x.shape:
@@ -58,7 +58,7 @@ class SequenceSource:
         self.shape: dict[str, Any] = {"sequence_shape": (num_tokens, x.shape[2] if x.ndim == 3 else 0)}
         self.shape |= {"condition_dim": 0, "condition_kind": "vector", "num_classes": 0}
         if num_tokens == 1:
-            self.shape["start_token"] = True  # without which a flow cannot change a single token
+            self.shape["start_token"] = True  # without it, a flow cannot transform a single token
         if condition is not None:
             condition = np.asarray(condition)
             by_token, expected = condition.ndim == 3, f"[{count}, C] or [{count}, {num_tokens}, C] of numbers"
@@ -93,15 +93,15 @@ class SequenceSource:
 
     @property
     def units(self) -> dict[str, np.ndarray]:
-        """Means and standard deviations of the columns, by the names of a flow's constants, which they broadcast to.
+        """Means and standard deviations of the columns, named like a flow's constants and broadcastable to them.
 
-        Raises ValueError for constant columns; warns of those that float32 rounds visibly.
+        Raises ValueError for constant columns; warns about columns that float32 rounds noticeably.
         """
         x, condition, lengths = self.arrays
         exists = None if lengths is None else np.arange(x.shape[1])[None] < lengths[:, None]
         mean, std = _units("x", x, exists)
         if x.ndim == 2:
-            mean, std = mean[:, None], std[:, None]  # a token is a number
+            mean, std = mean[:, None], std[:, None]  # each token is one number
         units = {"mean": mean, "std": std}
         if condition is not None:
             mean, std = _units("condition", condition, exists if condition.ndim == 3 else None)
@@ -110,15 +110,15 @@ class SequenceSource:
 
     @property
     def fingerprint(self) -> str:
-        """A hash (hexadecimal) of rows and labels, independent of where they are stored."""
+        """A hexadecimal hash of rows and labels, independent of where they are stored."""
         return fingerprint((self.arrays, self.labels))
 
 
 def open_arrays(name: str, split: str, config: TarFlowConfig | None = None) -> SequenceSource:
-    """Opens one split of "array:FILE", a NumPy archive with `x` and perhaps `condition`, `mask` and `labels`.
+    """Opens one split of "array:FILE", an npz file with `x` and optional `condition`, `mask` and `labels`.
 
-    The test split is `x_test` and so on, where the file has these, or else a tenth of the rows, by a hash of x. Raises
-    UserError as `SequenceSource`, for rows that do not fit a flow of `config`, and for a damaged file or another.
+    The test split is `x_test` and so on if the file has them, else a tenth of the rows, chosen by a hash of x. Raises
+    UserError for a damaged or unsuitable file, for rows that do not fit `config`, and as `SequenceSource` does.
     """
     path = os.path.expanduser(name.removeprefix(KIND))
     if not name.startswith(KIND) or not path:
@@ -137,7 +137,7 @@ def open_arrays(name: str, split: str, config: TarFlowConfig | None = None) -> S
         source = SequenceSource(**{key: arrays[key + suffix] for key in given})
         for field, found in source.shape.items() if config else ():
             expected = getattr(config, field)
-            if found != expected and not (field == "num_classes" and found < expected):  # a split may lack some
+            if found != expected and not (field == "num_classes" and found < expected):  # a split may lack classes
                 hint = "leave model.sequence_shape out, and the shape follows from the data"
                 raise UserError(f"model.{field} is {expected}, the data's is {found}; {hint}")
     except UserError as error:
@@ -151,7 +151,7 @@ def open_arrays(name: str, split: str, config: TarFlowConfig | None = None) -> S
 
 
 def lengths_of(mask: Any, batch_size: int, num_tokens: int) -> Any:
-    """Lengths int32 [B] of a mask, bool [B, T], or of lengths; ValueError for holes, and for what does not fit."""
+    """Returns lengths int32 [B] from a mask bool [B, T] or from lengths; raises ValueError for holes and misfits."""
     traced = isinstance(mask, jax.core.Tracer)
     mask = mask if traced else np.asarray(mask)
     if mask.dtype == bool and mask.shape == (batch_size, num_tokens):
@@ -169,7 +169,7 @@ def lengths_of(mask: Any, batch_size: int, num_tokens: int) -> Any:
 
 
 def _floats(name: str, values: np.ndarray, exists: np.ndarray | None) -> np.ndarray:
-    """Values [N, …, columns] as float32, 0 where no token exists, bool [N, T]; ValueError unless they are finite."""
+    """Returns values [N, …, columns] as float32, 0 outside `exists` bool [N, T]; raises ValueError if not finite."""
     with np.errstate(over="ignore"):
         floats = values.astype(np.float32)
     if exists is not None:
@@ -182,7 +182,7 @@ def _floats(name: str, values: np.ndarray, exists: np.ndarray | None) -> np.ndar
 
 
 def _units(name: str, x: np.ndarray, exists: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each column of x [N, …, columns], over the tokens that exist, bool [N, T]."""
+    """Returns each column's mean and standard deviation over x [N, …, columns] where `exists`, bool [N, T]."""
     values = x.reshape(-1, x.shape[-1]) if exists is None else x[exists]
     mean, std = values.mean(0, dtype=np.float64), values.std(0, dtype=np.float64)
     rounding = np.finfo(np.float32).eps * np.abs(values).max(0)

@@ -1,4 +1,4 @@
-"""The interface of every data set: a random-access list of images with labels."""
+"""The interface of image data sets: a random-access list of images with labels."""
 
 import abc
 import dataclasses
@@ -21,7 +21,7 @@ MAX_CLASSES = 1 << 20  # ImageNet-21k has 21,841
 
 
 def split_of(name: str) -> str:
-    """Assigns an image to "train" or "test" by a hash of its name, so that adding or removing others moves none."""
+    """Assigns an image to "train" or "test" by a hash of its name, so that other images do not matter."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
     return "test" if int.from_bytes(digest[:8], "big") < TEST_SHARE * 2**64 else "train"
 
@@ -44,16 +44,16 @@ class ImageSource(abc.ABC):
     for an unlabelled image.
     """
 
-    bits: int = 8  # of an image's numbers; 0 for latents, which are floats
-    captions: Sequence[tuple[str, ...]] = ()  # wordings for each image; () if there are none
-    condition_shape: tuple[int, ...] = ()  # of what comes with each image
-    preprocessing: str = "none"  # how images were resized; metrics under different preprocessing do not compare
+    bits: int = 8  # per channel; 0 for latents, which are floats
+    captions: Sequence[tuple[str, ...]] = ()  # alternative captions of each image; () if there are none
+    condition_shape: tuple[int, ...] = ()  # shape of each image's condition; () if there is none
+    preprocessing: str = "none"  # how images were resized; metrics are comparable only if this matches
 
     def __init__(
         self, name: str, image_shape: Sequence[int], num_classes: int, label_names: Sequence[str] = ()
     ) -> None:
         height, width, channels = image_shape
-        self.name = name  # for messages
+        self.name = name  # used in messages
         self.image_shape = (height, width, channels)
         self.num_classes = num_classes  # 0 for unlabelled sets
         self.label_names = tuple(label_names)  # one per class, or ()
@@ -66,7 +66,7 @@ class ImageSource(abc.ABC):
 
     @property
     def units(self) -> dict[str, np.ndarray]:
-        """Values of a flow's constants that follow from the data."""
+        """Values of the flow's constants that the data determine."""
         return {}
 
     @functools.cached_property
@@ -76,16 +76,16 @@ class ImageSource(abc.ABC):
         return hashlib.sha256(repr(described).encode()).hexdigest()
 
     def _content(self) -> str:
-        """Distinguishes sets of the same number, shape and classes."""
+        """Distinguishes sets of the same size, shape and classes."""
         return ""
 
     def class_counts(self) -> np.ndarray:
-        """Number of images of each class: int64 [num_classes]."""
+        """Returns the number of images of each class, int64 [num_classes]."""
         labels = np.array(self.all_labels())
         return np.bincount(labels[labels != NO_LABEL], minlength=self.num_classes)
 
     def all_labels(self) -> list[int]:
-        """The label of every image."""
+        """Returns the label of every image."""
         return [self[index]["label"] for index in range(len(self))]
 
     def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -105,7 +105,7 @@ class ArraySource(ImageSource):
         num_classes: int = 0,
         label_names: Sequence[str] = (),
     ) -> None:
-        """Takes images [N, H, W, K] and integer labels [N], or None. Raises UserError for any others."""
+        """Takes uint8 or uint16 images [N, H, W, K] and integer labels [N] or None; raises UserError for others."""
         if images.ndim != 4 or images.dtype not in (np.uint8, np.uint16) or not len(images):
             got = f"{images.dtype} {list(images.shape)}; floats are for tarflow_jax.fit"
             raise UserError(f"{name}: expected images as uint8 or uint16 [N, H, W, K] with N > 0, got {got}")
@@ -145,13 +145,13 @@ class Item(NamedTuple):
     label: int
     read: Callable[[], bytes]
     stamp: str = ""  # changes whenever the image does
-    captions: tuple[str, ...] = ()  # wordings
+    captions: tuple[str, ...] = ()  # alternatives
 
 
 class EncodedSource(ImageSource):
-    """A source of encoded images, each decoded and preprocessed when it is read.
+    """A source of encoded images, which are decoded and preprocessed when they are read.
 
-    Keeps decoded images in memory once they are read, as many as fit into `options.cache_bytes`.
+    Caches as many decoded images as fit into `options.cache_bytes`.
     """
 
     def __init__(
@@ -167,10 +167,10 @@ class EncodedSource(ImageSource):
         label_names: Sequence[str] = (),
         class_counts: Sequence[int] | None = None,
     ) -> None:
-        """Builds a source from `item_at`, which returns the encoded image of an index.
+        """Builds a source from `item_at`, which returns the encoded image at an index.
 
-        `content` distinguishes these images and labels from others, see `fingerprint`. `class_counts` is None if they
-        must be counted.
+        `content` identifies the images and labels (see `fingerprint`). If `class_counts` is None, classes are counted
+        on request.
         """
         super().__init__(name, image_shape, len(label_names), label_names)
         if num_images == 0:

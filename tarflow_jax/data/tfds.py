@@ -1,4 +1,4 @@
-"""Image sets of TensorFlow Datasets, read from array_record without TensorFlow."""
+"""Reads image sets of TensorFlow Datasets from array_record, without TensorFlow."""
 
 import contextlib
 import difflib
@@ -12,7 +12,7 @@ from etils import epy
 from tarflow_jax.data.source import NO_LABEL, EncodedSource, Item, Options
 from tarflow_jax.errors import UserError, one_line
 
-with epy.lazy_imports():  # they take a second
+with epy.lazy_imports():  # importing them takes a second
     import requests
     import tensorflow_datasets as tfds
 
@@ -79,10 +79,10 @@ def download_timeouts(seconds: float) -> Iterator[None]:
 
 
 def open_tfds(argument: str, split: str, options: Options) -> EncodedSource:
-    """Opens one split of a prepared set that has a feature `image` and perhaps a `label`.
+    """Opens one split of a prepared set with an `image` feature and, optionally, a `label`.
 
-    "test" is the set's test split, or its validation split if it has no test split. Looks under the data folder, then
-    in TFDS's own. Raises FileNotFoundError where the set has not been prepared.
+    "test" is the set's test split, or its validation split if it has no test split. Searches the data folder, then
+    TFDS's own. Raises FileNotFoundError if the set has not been prepared.
     """
     name = f"tfds:{argument}"
     folders = [options.data_dir / "tfds", Path(tfds.core.constants.DATA_DIR).expanduser()]

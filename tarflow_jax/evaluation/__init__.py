@@ -1,1 +1,1 @@
-"""Metrics of a trained flow: likelihood, Fréchet distance and its family, classification, outliers."""
+"""Metrics of a trained flow: likelihood, Fréchet distance and its family, classification, outlier detection."""

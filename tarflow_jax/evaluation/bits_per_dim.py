@@ -1,4 +1,4 @@
-"""log p(x), test loss and bits per dimension of images with their noise; log p(x) of sequences."""
+"""Computes log p, test loss and bits per dimension of noisy images, and log p of sequences."""
 
 import functools
 from typing import Any
@@ -29,9 +29,9 @@ def noisy_log_prob(
     Image i gets the noise of fold_in(key, i), so its value depends neither on the devices nor on the other images.
 
     Args:
-      images: a source, of latents their means, or uint8 or uint16 [N, H, W, K] and labels int32 [N] or None.
-      levels: noise levels σ, float32 [n], for a noise-conditional flow; image i is evaluated at level i mod n, and its
-        noise is of that level where `noise` has many.
+      images: a source (latents count by their means), or uint8 or uint16 [N, H, W, K] and labels int32 [N] or None.
+      levels: noise levels σ, float32 [n], for a noise-conditional flow; image i is evaluated at level i mod n, and
+        gets noise of that level if the noise is of kind "levels".
     """
 
     def read(index: np.ndarray) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def sequence_log_prob(
 
 
 def loss_of(log_probs: np.ndarray, num_dims: int) -> float:
-    """The training loss that these log p give: nats per dimension, less ½ log 2π."""
+    """Returns the training loss for these log p: nats per dimension, less ½ log 2π."""
     return float(-log_probs.mean(dtype=np.float64) / num_dims - 0.5 * LOG_2PI)
 
 
@@ -75,8 +75,8 @@ def image_bits_per_dim(
 ) -> np.ndarray:
     """Returns each image's bits per dimension under uniform dequantisation, float64 [N].
 
-    In expectation over the noise it is an upper bound. With K draws it is the tighter, importance-weighted one,
-    log 1/K Σ_k p(x + u_k); the paper's protocol is one draw. Draw k uses fold_in(key, k). Other arguments are as in
+    In expectation over the noise, it is an upper bound. K draws give the tighter importance-weighted bound, from
+    log 1/K Σ_k p(x + u_k); the paper uses one draw. Draw k uses fold_in(key, k). Other arguments are as in
     `noisy_log_prob`.
     """
     keys = [jax.random.fold_in(key, draw) for draw in range(num_draws)]

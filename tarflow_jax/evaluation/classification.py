@@ -1,4 +1,4 @@
-"""What log p(x | y) is good for: classification by Bayes' rule, and outlier detection."""
+"""Classification by Bayes' rule and outlier detection, both with log p(x | y)."""
 
 from collections.abc import Callable
 
@@ -28,12 +28,12 @@ def bayes_classification(log_probs: np.ndarray, labels: np.ndarray) -> dict[str,
     """Classifies by argmax_y log p(x | y) under equal priors, and calibrates the posterior softmax_y(log p(x | y)).
 
     The posterior is overconfident, because the errors of all dimensions add up; dividing log p by a temperature
-    corrects that. It is fitted on the images of even index; the posterior is evaluated on those of odd index.
+    corrects that. The temperature is fitted on images of even index, and the posterior evaluated on those of odd index.
 
-    log_probs are in nats, [N, C], labels int [N].
+    `log_probs` is [N, C] in nats, `labels` int [N].
 
     Returns:
-      accuracy; temperature; negative_log_likelihood in nats and calibration_error, and both also as raw_…, at
+      accuracy; temperature; negative_log_likelihood in nats and calibration_error, and both again as raw_…, at
       temperature 1.
     """
     if log_probs.ndim != 2 or labels.shape != log_probs.shape[:1]:
@@ -73,7 +73,7 @@ def calibration_error(logits: np.ndarray, labels: np.ndarray) -> float:
 def fit_images(images: np.ndarray, image_shape: tuple[int, int, int]) -> np.ndarray:
     """Resizes another data set's images [N, h, w, k] bilinearly to the model's shape (H, W, K).
 
-    Grey images are repeated to K channels. Raises UserError for colour images where the model takes grey ones.
+    Grey images are repeated to K channels. Raises UserError for colour images if the model takes grey ones.
     """
     height, width, channels = image_shape
     if images.shape[-1] > channels:
@@ -84,10 +84,10 @@ def fit_images(images: np.ndarray, image_shape: tuple[int, int, int]) -> np.ndar
 
 
 def outlier_scores(inside: np.ndarray, outside: np.ndarray, num_dims: int) -> dict[str, object]:
-    """Measures how well log p separates images of the model's data set from those of another.
+    """Measures how well log p separates images of the model's data set from another's.
 
     Flows often assign higher likelihood to simpler data sets than to their own (Nalisnick et al. 2019), so an AUROC
-    below ½ is a finding, not an error. inside and outside are log p(x) in nats, [N] and [M].
+    below ½ is a finding, not an error. `inside` and `outside` are log p(x) in nats, [N] and [M].
 
     Returns:
       auroc, the probability that an image of the data set is more likely than one of the other, ties counted half;

@@ -1,10 +1,10 @@
-"""Small convolutional classifiers of a data set: judges that models/ ships, others trained once and cached.
+"""Small convolutional classifiers of a data set: judges shipped in models/, others trained once and cached.
 
-`classifier_network` is a feature network for data sets where Inception makes no sense. Distances between its features
-compare two models of one data set under the same weights, which the printed identity names. They are not FID. So that
-all machines measure with the same weights, data sets of which we publish figures have a judge: a classifier in
-models/judges/NAME, model.safetensors, with its hash and accuracy in judge.json.
-`perceptual_network_params` are the weights of a student's perceptual loss, which measures nothing.
+`classifier_network` is a feature network for data sets on which Inception is meaningless. Distances between its
+features compare models of one data set under the same weights, which the printed identity names. They are not FID.
+Data sets with published figures have a judge, so that all machines measure with the same weights: a classifier in
+models/judges/NAME/model.safetensors, with its hash and accuracy in judge.json. `perceptual_network_params` returns
+the weights of a student's perceptual loss, which are not used for measurements.
 """
 
 import dataclasses
@@ -38,12 +38,12 @@ BATCH_SIZE, MIN_STEPS = 256, 1000
 PERCEPTUAL_BATCH_SIZE, PERCEPTUAL_MAX_STEPS = 64, 1000
 PREPROCESSING = "none: 8-bit images of the data set's own size, v / 127.5 - 1"
 JUDGE, WEIGHTS = "judge.json", "model.safetensors"
-SAME_ACCURACY = 0.005  # processors round differently, and a few images lie between two classes
+SAME_ACCURACY = 0.005  # processors round differently, which flips a few ambiguous images
 logger = logging.getLogger(__name__)
 
 
 class Classifier(nn.Module):
-    """Images uint8 [B, H, W, K] to pooled [B, 128], the last hidden layer, and logits [B, num_classes]."""
+    """Maps images uint8 [B, H, W, K] to pooled [B, 128], the last hidden layer, and logits [B, num_classes]."""
 
     num_classes: int
 
@@ -57,7 +57,7 @@ class Classifier(nn.Module):
 
 
 def train_classifier(source: ImageSource, model: nn.Module, steps: int, batch_size: int, seed: int) -> dict[str, Any]:
-    """Trains a network from images uint8 [B, H, W, K] to `.logits`, with AdamW at 2e-3 and a cosine; returns params."""
+    """Trains a network that maps images uint8 [B, H, W, K] to `.logits`; returns its parameters."""
     optimizer = optax.adamw(optax.cosine_decay_schedule(2e-3, steps))
     images, labels = source.read(np.arange(len(source)))
     params = model.init(jax.random.key(seed), jnp.asarray(images[:1]))["params"]
@@ -82,7 +82,7 @@ def train_classifier(source: ImageSource, model: nn.Module, steps: int, batch_si
 
 
 def classifier_network(train: ImageSource, test: ImageSource, cache_dir: str | Path) -> FeatureNetwork:
-    """Returns a classifier as a feature network: the data set's judge, or one that `cache_dir` has or that is trained.
+    """Returns a classifier as a feature network: the data set's judge, else one from `cache_dir`, else a new one.
 
     Its `identity` gives its accuracy on `test`. Raises UserError for unlabelled images and damaged files.
     """
@@ -104,19 +104,19 @@ def classifier_network(train: ImageSource, test: ImageSource, cache_dir: str | P
     model = Classifier(train.num_classes)
     params = _read_or_train(Path(cache_dir), "classifier", train, model, num_steps(train), BATCH_SIZE, seed=0)
     network = _network(train, params, "")
-    digest = hashlib.sha256(_file_content(params)).hexdigest()  # not of the file: another process may replace it
+    digest = hashlib.sha256(_file_content(params)).hexdigest()  # not the file's, which another process may replace
     return dataclasses.replace(network, identity=_identity(digest, accuracy(network)))
 
 
 def num_steps(train: ImageSource) -> int:
-    """Number of steps that a classifier of these images is trained for."""
+    """Returns the number of steps for which a classifier of these images is trained."""
     return max(6 * len(train) // BATCH_SIZE, MIN_STEPS)
 
 
 def read_judge(train: ImageSource) -> tuple[FeatureNetwork, float] | None:
-    """Reads the judge of a data set of this name, shape and number of classes; None if there is none.
+    """Reads the judge for a data set of this name, shape and number of classes; returns None if there is none.
 
-    Returns it with the accuracy that judge.json states. Raises UserError for damaged files.
+    Returns it with the accuracy stated in judge.json. Raises UserError for damaged files.
     """
     path = shipped(f"judges/*/{JUDGE}").get(train.name)
     if path is None:
@@ -148,7 +148,7 @@ def _identity(digest: str, accuracy: float) -> str:
 def perceptual_network_params(
     train: ImageSource, cache_dir: str | Path, max_steps: int = PERCEPTUAL_MAX_STEPS
 ) -> dict[str, Any]:
-    """Returns the parameters of a `Perception` network of a data set's classes; trains it unless `cache_dir` has it.
+    """Returns the parameters of a `Perception` network for a data set, from `cache_dir` or newly trained.
 
     Raises UserError for unlabelled images.
     """
@@ -163,7 +163,7 @@ def perceptual_network_params(
 def _read_or_train(
     cache_dir: Path, kind: str, source: ImageSource, model: nn.Module, steps: int, batch_size: int, seed: int
 ) -> dict[str, Any]:
-    """Returns the parameters that the cache holds for these images and classes, after training them if it has none."""
+    """Returns the cached parameters for these images and classes; trains and caches them if there are none."""
     path = cache_dir / f"{kind}-{source.num_classes}-{source.fingerprint[:16]}.safetensors"
     if not path.is_file():
         params = train_classifier(source, model, steps, batch_size, seed)

@@ -1,4 +1,4 @@
-"""Distances between generated images and a data set: metrics by name, and the real images' reference statistics."""
+"""Distances between generated images and a data set: metrics by name, and reference statistics of the real images."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ from tarflow_jax.evaluation.scores import (
 )
 from tarflow_jax.files import read_npz, sha256, write_npz
 
-NUM_REAL_FEATURES = 10_000  # for precision, recall and the kernel distance; as many as ADM's files have images
+NUM_REAL_FEATURES = 10_000  # for precision, recall and the kernel distance; as many as images in ADM's files
 IMAGES_AT_A_TIME = 4096
 MAX_STATISTICS_BYTES = 128 * 2**20  # 10,000 x 2048 float32 features take 79 MiB
 
@@ -45,7 +45,7 @@ NAMES = {
 }
 METRICS = tuple(NAMES["inception"])
 NUM_FEATURES = {"inception": 2048, "classifier": 128}
-MIN_IMAGES = {"inception_score": 10, "kid": 1000, "precision_recall": 4}  # a split each, a subset, 3 neighbours
+MIN_IMAGES = {"inception_score": 10, "kid": 1000, "precision_recall": 4}  # one per split, a subset, 3 neighbours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Reference:
     pooled: FeatureStatistics  # of a whole split
     spatial: FeatureStatistics | None  # of a whole split, for sFID
     features: np.ndarray | None  # pooled features of some of the images, float32 [M, D]
-    protocol: dict[str, Any]  # what was measured, and how; other projects' files do not say
+    protocol: dict[str, Any]  # what was measured and how; empty in other projects' files
 
 
 def write_reference(path: epath.PathLike, reference: Reference) -> None:
@@ -69,7 +69,7 @@ def write_reference(path: epath.PathLike, reference: Reference) -> None:
 
 
 def read_reference(path: epath.PathLike) -> Reference:
-    """Reads a reference file, ours or ADM's; raises FileNotFoundError, and UserError for anything else."""
+    """Reads a reference file, ours or ADM's; raises FileNotFoundError if missing, UserError for other files."""
     names = ("mu", "sigma", "mu_s", "sigma_s", "features", "protocol")
     arrays = read_npz(path, names, MAX_STATISTICS_BYTES)
     if not {"mu", "sigma"} <= arrays.keys():
@@ -91,9 +91,9 @@ def read_reference(path: epath.PathLike) -> Reference:
 
 
 def data_set_reference(network: FeatureNetwork, source: ImageSource, split: str, cache_dir: Path) -> Reference:
-    """Computes the statistics of all images of a split, or reads them from `cache_dir` if they are there undamaged.
+    """Returns the statistics of all images of a split, read from `cache_dir` or computed and cached.
 
-    The file's name is a hash of the protocol, and so of the images and the network.
+    The file is named by a hash of the protocol, which identifies the images and the network.
     """
     protocol = {
         "data_set": source.name,
@@ -126,7 +126,7 @@ def data_set_reference(network: FeatureNetwork, source: ImageSource, split: str,
 
 
 def file_reference(network: FeatureNetwork, path: str | Path, metrics: list[str]) -> Reference:
-    """Reads a reference file; precision, recall and KID take the features of its images (`arr_0`), if it has any."""
+    """Reads a reference file; computes features of its images (`arr_0`) if precision, recall or KID need them."""
     reference = read_reference(path)
     features, protocol = reference.features, {"file": Path(path).name, "sha256": sha256(path)} | reference.protocol
     if features is None and {"kid", "precision_recall"} & set(metrics):
@@ -135,7 +135,7 @@ def file_reference(network: FeatureNetwork, path: str | Path, metrics: list[str]
 
 
 def check_metrics(metrics: list[str], network: str, num_samples: int, num_real: int | None = None) -> None:
-    """Raises UserError for a metric that does not exist, not for this network, or not of so few images."""
+    """Raises UserError for a metric that is unknown, undefined for this network, or needs more images."""
     for metric in metrics:
         if metric not in METRICS:
             raise UserError(f"unknown metric {metric!r}; expected one of {', '.join(METRICS)}")
@@ -149,7 +149,7 @@ def check_metrics(metrics: list[str], network: str, num_samples: int, num_real: 
 
 
 def sample_metrics(metrics: list[str], network: str, features: Features, reference: Reference) -> dict[str, Any]:
-    """Returns {printed name: value} of the metrics of generated images' features.
+    """Returns {printed name: value} for the metrics, computed from generated images' features.
 
     Scores over splits or subsets come with their standard deviation, as "… (std)". Raises UserError for metrics that
     the reference does not support, and for fewer images than features.

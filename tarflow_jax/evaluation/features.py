@@ -1,4 +1,4 @@
-"""Feature networks, and their features of many images on all local devices."""
+"""Feature networks, and their evaluation on many images over all local devices."""
 
 import contextlib
 import dataclasses
@@ -27,10 +27,10 @@ class Features(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class FeatureNetwork:
-    """A module that maps images uint8 [B, H, W, K] to `Features`, its parameters, and what they are."""
+    """A module that maps images uint8 [B, H, W, K] to `Features`, with its parameters and their identity."""
 
     name: str  # "inception" or "classifier"
-    identity: str  # hash of the weights' file and how good they are; printed with every distance
+    identity: str  # hash and quality of the weights; printed with every distance
     preprocessing: str  # of the images inside the network, in words
     model: nn.Module
     params: Any
@@ -55,7 +55,7 @@ def _features(model: nn.Module, params: Any, images: jax.Array) -> Features:
 
 @contextlib.contextmanager
 def cache_errors_logged() -> Iterator[None]:
-    """Turns an OSError, as of a read-only folder, into a warning: what the body caches can be computed again."""
+    """Turns an OSError, as from a read-only folder, into a warning, because cached values can be recomputed."""
     try:
         yield
     except OSError as error:

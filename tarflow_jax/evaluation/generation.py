@@ -1,6 +1,6 @@
-"""Generated samples on disk: drawn in chunks, so that 50,000 survive a kill, and exported as ADM's npz files.
+"""Draws samples to disk in chunks, so that an interrupted run can resume, and exports them as ADM's npz files.
 
-Chunk i depends on nothing but the key fold_in(key(seed), i): any process can draw it, at any time.
+Chunk i depends only on the key fold_in(key(seed), i), so any process can draw it at any time.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ NOT_FINITE = 128  # grey, in place of a pixel that is NaN or infinite
 
 
 class Samples(NamedTuple):
-    """Samples of a model, measured with its failures: pixels that were NaN or infinite are grey."""
+    """Samples of a model, including its failures: pixels that were NaN or infinite are grey."""
 
     images: np.ndarray  # uint8 [N, H, W, K]
     labels: np.ndarray | None  # int32 [N]
@@ -38,10 +38,10 @@ def quantise(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def labels_in_proportion(class_counts: Sequence[int] | np.ndarray, num_images: int) -> np.ndarray | None:
-    """Returns labels int32 [num_images] in which every prefix has each class in proportion to `class_counts`.
+    """Returns labels int32 [num_images] in which every prefix has each class in proportion to `class_counts` [C].
 
-    The next label is the class that is furthest behind, the lowest of several: 0, 1, 2 … in turn for equal counts,
-    integers [C]. Returns None without classes.
+    The next label is the class that is furthest behind, the lowest in a tie: 0, 1, 2 … in turn for equal counts.
+    Returns None without classes.
     """
     if not len(class_counts):
         return None
@@ -55,9 +55,9 @@ def labels_in_proportion(class_counts: Sequence[int] | np.ndarray, num_images: i
 
 
 def chunk_folder(root: epath.PathLike, protocol: Mapping[str, Any]) -> epath.Path:
-    """Returns the folder of a protocol's chunks, named by its hash; protocol.json in it holds the protocol.
+    """Returns the folder of a protocol's chunks, named by its hash; writes the protocol to protocol.json in it.
 
-    `protocol` must hold all that the samples depend on, so that a run with another guidance cannot continue this one.
+    `protocol` must hold everything the samples depend on, so that a run with other guidance cannot continue this one.
     """
     text = json.dumps(dict(protocol), indent=2, sort_keys=True)
     folder = epath.Path(root) / hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -73,10 +73,10 @@ def generate(
     class_counts: Sequence[int] | np.ndarray,
     seed: int,
 ) -> None:
-    """Draws the chunks of `num_images` samples that are missing in `folder`; each process draws its share.
+    """Draws the missing chunks of `num_images` samples in `folder`; each process draws its share.
 
-    `sample(key, number, labels)` returns float images [number, H, W, K] in [-1, 1], for `labels_in_proportion`. Every
-    chunk is drawn in full, so the first images do not depend on `num_images`.
+    `sample(key, number, labels)` returns float images [number, H, W, K] in [-1, 1]; `labels_in_proportion` gives the
+    labels. Every chunk is drawn in full, so the first images do not depend on `num_images`.
     """
     num_chunks = -(-num_images // chunk_size)
     all_labels = labels_in_proportion(class_counts, num_chunks * chunk_size)
@@ -95,7 +95,7 @@ def generate(
 def read_chunks(
     folder: epath.PathLike, num_images: int, chunk_size: int, class_counts: Sequence[int] | np.ndarray
 ) -> Samples:
-    """Reads the first `num_images` samples of a folder; FileNotFoundError while a chunk is missing."""
+    """Reads the first `num_images` samples of a folder; raises FileNotFoundError if a chunk is missing."""
     images, not_finite = [], []
     for index in range(-(-num_images // chunk_size)):
         path = _chunk_path(folder, index)
@@ -119,7 +119,7 @@ def _chunk_path(folder: epath.PathLike, index: int) -> epath.Path:
 
 
 def write_samples(path: epath.PathLike, images: np.ndarray, labels: np.ndarray | None = None) -> None:
-    """Writes ADM's sample file: `arr_0` uint8 [N, H, W, 3], grey repeated, and `arr_1`, the labels if there are any."""
+    """Writes an ADM sample file: `arr_0`, uint8 [N, H, W, 3] with grey repeated, and `arr_1`, the labels if given."""
     arrays = {"arr_0": as_colour(images)}
     if labels is not None:
         arrays["arr_1"] = labels
@@ -127,7 +127,7 @@ def write_samples(path: epath.PathLike, images: np.ndarray, labels: np.ndarray |
 
 
 def read_samples(path: epath.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
-    """Reads images uint8 [N, H, W, K] and labels [N] or None from an ADM sample file; UserError for other files."""
+    """Reads images uint8 [N, H, W, K] and labels [N] or None of an ADM sample file; raises UserError for others."""
     arrays = read_npz(path, ("arr_0", "arr_1"))
     images, labels = arrays.get("arr_0"), arrays.get("arr_1")
     if images is None or images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
@@ -139,10 +139,10 @@ def read_samples(path: epath.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def as_colour(images: np.ndarray) -> np.ndarray:
-    """[N, H, W, 1 or 3] -> [N, H, W, 3], which Inception and ADM's files expect."""
+    """Repeats grey images [N, H, W, 1] to [N, H, W, 3], which Inception and ADM's files expect."""
     return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
 
 
 def file_stem(*parts: str) -> str:
-    """Joins parts, such as a data set's name "folder:/data/cats", to a name of letters, digits, dots and dashes."""
+    """Joins parts, such as the data set "folder:/data/cats", into a name of letters, digits, dots and dashes."""
     return "-".join(re.sub(r"[^\w.]+", "_", part).strip("_") for part in parts)

@@ -1,4 +1,4 @@
-"""FID's InceptionV3 (the network of December 2015, "pt_inception-2015-12-05") in Flax.
+"""FID's InceptionV3 (the network of December 2015, "pt_inception-2015-12-05-6726825d.pth") in Flax.
 
 It differs from the InceptionV3 of model zoos: 1,008 outputs, average pools that exclude the padding, a max pool in the
 last block, and images resized by TensorFlow 1's bilinear rule. Batch normalisation is folded into the convolutions when
@@ -26,8 +26,8 @@ Array = jax.Array
 IMAGE_SIZE = 299
 SPATIAL_CHANNELS = 7  # of mixed_6/conv:0, for sFID
 BATCH_NORM_EPSILON = 1e-3
-# The name of the published file, pt_inception-2015-12-05-6726825d.pth, contains the start of its SHA-256.
-PUBLISHED_HASH_PREFIX = "6726825d"
+PUBLISHED_FILE = "pt_inception-2015-12-05-6726825d.pth"
+PUBLISHED_HASH_PREFIX = "6726825d"  # which the name contains
 
 
 def resize_like_tensorflow1(images: Array, size: int = IMAGE_SIZE) -> Array:
@@ -48,19 +48,19 @@ def resize_like_tensorflow1(images: Array, size: int = IMAGE_SIZE) -> Array:
 
 
 def max_pool(x: Array, strides: int = 2, padding: int = 0) -> Array:
-    """3 x 3 max pool of [B, H, W, K]."""
+    """Applies a 3 x 3 max pool to [B, H, W, K]."""
     return nn.max_pool(x, (3, 3), (strides, strides), ((padding, padding),) * 2)
 
 
 def average_pool(x: Array) -> Array:
-    """3 x 3 mean of [B, H, W, K] at stride 1, over the pixels inside the image only."""
+    """Applies a 3 x 3 average pool to [B, H, W, K] at stride 1, over the pixels inside the image only."""
     return nn.avg_pool(x, (3, 3), padding=((1, 1), (1, 1)), count_include_pad=False)
 
 
 def convolution(
     x: Array, features: int, rows: int = 1, columns: int = 1, strides: int = 1, same: bool = True, *, name: str
 ) -> Array:
-    """Convolution with a bias, then ReLU; `same` keeps the image's size at stride 1."""
+    """Applies a convolution with a bias, then ReLU; `same` keeps the image's size at stride 1."""
     padding = "SAME" if same and strides == 1 else "VALID"
     return nn.relu(nn.Conv(features, (rows, columns), strides, padding, name=name)(x))
 
@@ -86,7 +86,7 @@ BLOCK_E = {
 
 
 def block_c(inner: int) -> Branches:
-    """Branches with factorised 7 x 7 convolutions, `inner` channels wide."""
+    """Returns branches with factorised 7 x 7 convolutions, `inner` channels wide."""
     return {
         "branch1x1": ((192, 1, 1),),
         "branch7x7": ((inner, 1, 1), (inner, 1, 7), (192, 7, 1)),
@@ -95,11 +95,11 @@ def block_c(inner: int) -> Branches:
 
 
 class Block(nn.Module):
-    """Concatenates parallel branches and a pool; `strides` holds for their last convolutions and for the pool."""
+    """Concatenates parallel branches and a pool; `strides` is that of their last convolutions and of the pool."""
 
     branches: Branches
     pool: Callable[[Array], Array]
-    pool_features: int = 0  # of the convolution after the pool; 0: no convolution
+    pool_features: int = 0  # of the convolution after the pool; 0 for none
     strides: int = 1
 
     @nn.compact
@@ -123,7 +123,7 @@ class Block(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """Images uint8 [B, H, W, 1 or 3] of any size to pool_3 [B, 2048], logits [B, 1008] and spatial [B, 17 * 17 * 7].
+    """Maps images uint8 [B, H, W, 1 or 3] to pool_3 [B, 2048], logits [B, 1008] and spatial [B, 17 * 17 * 7].
 
     Grey images are repeated to three channels. The spatial features are the first 7 channels of mixed_6/conv:0,
     flattened as rows, columns, channels.
@@ -157,10 +157,10 @@ class InceptionV3(nn.Module):
 def inception_network(path: str | Path) -> FeatureNetwork:
     """Reads FID's network from a local PyTorch file, without executing code in it.
 
-    Raises FileNotFoundError, and UserError for a file of anything else.
+    Raises FileNotFoundError if there is no file, UserError if it holds anything else.
     """
     if not Path(path).is_file():
-        raise FileNotFoundError(f"Inception weights {path} not found: name the local file pt_inception-2015-12-05.pth")
+        raise FileNotFoundError(f"Inception weights {path} not found; expected the local file {PUBLISHED_FILE}")
     state = {name: tensor.double().numpy() for name, tensor in load_tensors(path).items()}
     convolutions = [name.removesuffix(".conv.weight") for name in state if name.endswith(".conv.weight")]
     try:
@@ -174,7 +174,7 @@ def inception_network(path: str | Path) -> FeatureNetwork:
         raise UserError(f"{path} does not hold FID's InceptionV3: its layers or their shapes differ")
     digest = sha256(path)
     published = digest.startswith(PUBLISHED_HASH_PREFIX)
-    note = "the published pt_inception-2015-12-05" if published else "NOT the published weights: no FID compares"
+    note = f"the published {PUBLISHED_FILE}" if published else "NOT the published weights: no FID compares"
     return FeatureNetwork(
         name="inception",
         identity=f"sha256 {digest} ({note})",

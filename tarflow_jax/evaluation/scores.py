@@ -1,6 +1,6 @@
-"""Scores of generated images by their features: Fréchet and kernel distance, inception score, precision and recall.
+"""Scores generated images by their features: Fréchet and kernel distance, inception score, precision and recall.
 
-All are computed in float64 on the host, and agree with torch-fidelity to rounding; hence its random generator and seed.
+All are computed in float64 on the host. They use torch-fidelity's random generator and seed, to agree up to rounding.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class FeatureStatistics:
 
 
 class RunningStatistics:
-    """Mean and covariance of a stream of features, in one pass (Chan, Golub and LeVeque's update)."""
+    """Accumulates the mean and covariance of a stream of features in one pass (Chan, Golub and LeVeque's update)."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.scatter = 0, np.zeros(()), np.zeros(())
@@ -66,10 +66,10 @@ def feature_statistics(features: np.ndarray) -> FeatureStatistics:
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:
-    """|m - m'|² + tr(C + C' - 2 (C C')^½) between Gaussians (Heusel et al. 2017).
+    """Returns |m - m'|² + tr(C + C' - 2 (C C')^½) between Gaussians (Heusel et al. 2017).
 
-    tr (C C')^½ is the sum of the singular values of Rᵀ R' with C = R Rᵀ, C' = R' R'ᵀ: real by construction, and nothing
-    has to be added to the diagonal of a singular covariance. Raises UserError if the numbers of features differ.
+    tr (C C')^½ is the sum of the singular values of Rᵀ R' with C = R Rᵀ, C' = R' R'ᵀ. It is real by construction, and
+    a singular covariance needs no diagonal offset. Raises UserError if the numbers of features differ.
     """
     if first.mean.shape != second.mean.shape:
         raise UserError(
@@ -88,7 +88,7 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 
 
 def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]:
-    """exp E KL(p(y|x) || p(y)) from logits [N, C] without the bias: mean and standard deviation over the splits.
+    """Returns exp E KL(p(y|x) || p(y)) from logits [N, C] without the bias: mean and standard deviation over splits.
 
     Salimans et al. 2016. Images are shuffled first, so scores published for sorted samples differ in the last digits.
     """
@@ -106,7 +106,7 @@ def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]
 def kernel_distance(
     first: np.ndarray, second: np.ndarray, subsets: int = 100, subset_size: int = 1000
 ) -> tuple[float, float]:
-    """Squared maximum mean discrepancy, kernel (x·y / D + 1)³: mean and standard deviation over random subsets.
+    """Returns the squared MMD with kernel (x·y / D + 1)³: mean and standard deviation over random subsets.
 
     Features are [N, D] and [M, D]. With Inception's pool_3 this is KID (Bińkowski et al. 2018), unbiased at any number
     of samples. Raises UserError if a set is smaller than a subset.
@@ -125,14 +125,14 @@ def kernel_distance(
 
 
 def precision_recall(generated: np.ndarray, real: np.ndarray, neighbours: int = 3) -> tuple[float, float]:
-    """Improved precision and recall (Kynkäänniemi et al. 2019) of features [N, D] and [M, D].
+    """Returns improved precision and recall (Kynkäänniemi et al. 2019) of features [N, D] and [M, D].
 
     Precision is the fraction of generated images that lie within the distance of some real image to its k-th nearest
-    real neighbour. Recall swaps the two sets. Raises UserError when a set has no k-th neighbour.
+    real neighbour. Recall swaps the two sets. Raises UserError if a set has no k-th neighbour.
     """
     if min(len(generated), len(real)) <= neighbours:
         raise UserError(f"precision and recall need more than {neighbours} images in each set")
-    # A common shift changes no distance, and keeps the digits that |x|² - 2 x·y + |y|² would cancel.
+    # Centring changes no distance, and avoids cancellation in |x|² - 2 x·y + |y|².
     centre = np.mean(real, axis=0, dtype=np.float64)
     generated, real = generated - centre, real - centre
     return _fraction_inside(generated, real, neighbours), _fraction_inside(real, generated, neighbours)

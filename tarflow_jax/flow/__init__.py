@@ -1,4 +1,4 @@
-"""The flow: images or sequences <-> latents, in pure Flax linen. Knows nothing of data, training, files or devices."""
+"""The flow, in pure Flax linen: images or sequences to latents. Independent of data, training, files and devices."""
 
 from tarflow_jax.flow.block import Affine, FlowBlock, Given
 from tarflow_jax.flow.config import TarFlowConfig

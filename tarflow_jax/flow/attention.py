@@ -1,4 +1,4 @@
-"""Attention in plain JAX, for every device and every mode of differentiation."""
+"""Attention in plain JAX, for every device and differentiable in every mode."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ _MASKED = -1e30
 def attend(
     query: jax.Array, key: jax.Array, value: jax.Array, start: jax.Array | int = 0, temperature: jax.Array | None = None
 ) -> jax.Array:
-    """softmax(q k / (temperature sqrt(H))) v, where query s sees the keys at positions <= start + s.
+    """Computes softmax(q kᵀ / (temperature √H)) v, where query s sees the keys at positions <= start + s.
 
     Args:
       query: [B, N, S, H], at positions start .. start + S - 1.
@@ -32,8 +32,8 @@ def attend(
 
 
 def attend_whole(query: jax.Array, key: jax.Array, value: jax.Array, causal: bool) -> jax.Array:
-    """`attend` over a whole sequence: T queries, keys and values [B, N, T, H].
+    """Attends over a whole sequence of queries, keys and values, each [B, N, T, H].
 
-    If not `causal`, every query sees every key.
+    Without `causal`, every query sees every key.
     """
     return attend(query, key, value, start=0 if causal else key.shape[2])

@@ -15,37 +15,37 @@ from tarflow_jax.flow.transformer import MLP_EXPANSION, Kernels, gelu, kernel_in
 
 Order = jax.Array | np.ndarray
 embedding_init = nn.initializers.normal(0.01)
-_WAVE_AMPLITUDE = 0.5  # as large as the projected patches
+_WAVE_AMPLITUDE = 0.5  # about that of the projected patches
 _LONGEST_WAVE = 100.0  # times 2 π, in patches
 _LONGEST_SLOT_WAVE = 1e4  # times 2 π, in slots
-_SOFTPLUS_OF_ONE = 0.541324854612918  # softplus of it is 1
+_SOFTPLUS_OF_ONE = 0.541324854612918  # the x with softplus(x) = 1
 _RMS_EPSILON = 1e-6
 _LONGEST_NOISE_WAVE = 1e4  # times 2 π, in units of log σ
 
 
 class Affine(NamedTuple):
-    """x = scale u + shift with z = (I + L) u, and its inverse; x and z float32 [B, S, D].
+    """Affine map of each token and its inverse: x = scale u + shift, z = (I + L) u; x and z are float32 [B, S, D].
 
-    L is strictly lower triangular, and 0 but for `TarFlowConfig.triangular`. The block's scale is exp(log_scale), and
-    so positive; guidance may make it negative.
+    L is strictly lower triangular, and 0 unless `TarFlowConfig.triangular` is set. A block predicts positive scales;
+    guidance may make them negative.
     """
 
     scale: jax.Array  # float32 [B, S, D]
     shift: jax.Array  # float32 [B, S, D]
-    lower: jax.Array | None = None  # L's numbers below the diagonal, row by row, float32 [B, S, D (D - 1) / 2]
+    lower: jax.Array | None = None  # entries of L below the diagonal, row by row, float32 [B, S, D (D - 1) / 2]
 
     def forward(self, x: jax.Array) -> jax.Array:
-        """x -> z."""
+        """Maps x to z."""
         u = (x - self.shift) / self.scale
         if self.lower is None:
             return u
-        # Matmuls with matrices of zeros and ones: the gradient of indexing would be a scatter.
+        # Matmuls with 0/1 matrices, since the gradient of indexing would be a scatter.
         rows, columns = (np.eye(x.shape[2], dtype=np.float32)[i] for i in np.tril_indices(x.shape[2], -1))
         factors = jnp.einsum("BSD,ED->BSE", u, columns, precision="highest")
         return u + jnp.einsum("BSE,ED->BSD", self.lower * factors, rows, precision="highest")
 
     def inverse(self, z: jax.Array) -> jax.Array:
-        """z -> x."""
+        """Maps z to x."""
         return solve_unit_lower(self.lower, z) * self.scale + self.shift
 
     @property
@@ -54,14 +54,14 @@ class Affine(NamedTuple):
         return -jnp.log(jnp.abs(self.scale)).sum(2)
 
     def where(self, exists: jax.Array | None) -> "Affine":
-        """The identity for tokens that do not exist; `exists` is bool [B, S], None if all do."""
+        """Replaces the maps of padding by the identity; `exists` is bool [B, S], or None without padding."""
         if exists is None:
             return self
         scale, shift = jnp.where(exists[..., None], self.scale, 1.0), jnp.where(exists[..., None], self.shift, 0.0)
         return Affine(scale, shift, None if self.lower is None else jnp.where(exists[..., None], self.lower, 0.0))
 
     def of_next_token(self) -> "Affine":
-        """Moves each map to the token after it; the first token's becomes the identity, and the last map is dropped."""
+        """Shifts each map to the next token. The first token gets the identity, and the last map is dropped."""
 
         def move(a: jax.Array, first: float) -> jax.Array:
             return jnp.pad(a[:, :-1], ((0, 0), (1, 0), (0, 0)), constant_values=first)
@@ -70,7 +70,7 @@ class Affine(NamedTuple):
 
 
 def solve_unit_lower(lower: jax.Array | None, z: jax.Array) -> jax.Array:
-    """Solves z = (I + L) u for u [B, S, D], L given as `Affine.lower`; None is L = 0."""
+    """Solves z = (I + L) u for u [B, S, D], with L as in `Affine.lower`; None is L = 0."""
     if lower is None:
         return z
     size = z.shape[2]
@@ -84,26 +84,26 @@ def _solve(matrix: jax.Array, z: jax.Array) -> jax.Array:
 
 
 def _substitute(matrix: jax.Array, z: jax.Array) -> jax.Array:
-    """Forward substitution in D - 1 steps. On a CPU XLA would call LAPACK on the threads that wait for it: two
-    programs that run at the same time then deadlock."""
+    """Solves by forward substitution in D - 1 steps. On CPU, XLA's triangular solve calls LAPACK on the same threads
+    that wait for it, so that two concurrent programs can deadlock."""
 
     def step(i: int, u: jax.Array) -> jax.Array:
-        return u - matrix[..., i] * u[..., i, None]  # [B, S, D], column i of L is 0 down to its row i
+        return u - matrix[..., i] * u[..., i, None]  # [B, S, D]; column i of L is 0 in rows 0 … i
 
     return jax.lax.fori_loop(0, z.shape[2] - 1, step, z)
 
 
 class Given(NamedTuple):
-    """What a density is conditional on. B is the batch size."""
+    """What a density is conditioned on. B is the batch size."""
 
-    labels: jax.Array | None = None  # int32 [B], -1 for no class; None for no class anywhere
+    labels: jax.Array | None = None  # int32 [B], -1 for no class; None is all -1
     noise_std: jax.Array | None = None  # σ of a noise-conditional flow, float32 [B]
-    condition: jax.Array | None = None  # standardised float32 [B, C] or [B, T, C], NaN for none; None: nowhere
-    lengths: jax.Array | None = None  # of the sequences, int32 [B]; None if all are whole
-    null_condition: jax.Array | None = None  # that guidance leads away from, as `condition`; None for NaN
+    condition: jax.Array | None = None  # from `conditions`: float32 [B, *condition_shape], NaN if missing, or None
+    lengths: jax.Array | None = None  # sequence lengths, int32 [B]; None without padding
+    null_condition: jax.Array | None = None  # what guidance pushes away from, shaped as `condition`; None is all NaN
 
     def without_classes(self) -> "Given":
-        """What the unguided pass is given: no class and no condition."""
+        """Drops class and condition, for the unguided pass."""
         condition = self.null_condition
         if condition is None and self.condition is not None:
             condition = jnp.full_like(self.condition, jnp.nan)
@@ -111,21 +111,21 @@ class Given(NamedTuple):
         return self._replace(labels=labels, condition=condition)
 
     def exists(self, positions: jax.Array) -> jax.Array | None:
-        """Whether there are tokens at positions [S] in block order, bool [B, S]; None if there are everywhere."""
+        """Whether positions [S] in block order hold tokens, not padding: bool [B, S], or None without padding."""
         return None if self.lengths is None else positions[None] < self.lengths[:, None]
 
 
 class FlowBlock(nn.Module):
-    """z_i = (x_i - shift_i) exp(-log_scale_i), shift and log_scale functions of the tokens before i.
+    """Maps x to z_i = (x_i - shift_i) exp(-log_scale_i), with shift and log_scale predicted from the tokens before i.
 
-    "Block order" is the order [1 or B, T] in which it reads the tokens; "data order" is that of an image or a sequence.
-    The order is an argument and may be traced, so that blocks of one depth are one function.
+    "Block order" is the order [1 or B, T] in which the block reads tokens; "data order" is that of the image or
+    sequence. The order is an argument and may be traced, so that blocks of equal depth share one compiled function.
 
     Attributes:
-      config: of the whole flow.
-      index: number of the block, which decides its depth and the limit of its inputs.
+      config: the whole flow's.
+      index: number of the block, which sets its depth and the limit of its inputs.
 
-    Sows `intermediates/token_log_det`: each token's part of log_det, [B, T] in data order.
+    Sows `intermediates/token_log_det`: the log_det of each token, [B, T] in data order.
     """
 
     config: TarFlowConfig
@@ -160,7 +160,7 @@ class FlowBlock(nn.Module):
             self.project_lower = dense(config.triangle_size, kernel_init=nn.initializers.zeros)
 
     def __call__(self, tokens: jax.Array, order: Order, given: Given) -> tuple[jax.Array, jax.Array]:
-        """Encodes tokens [B, T, D], in data order: (z [B, T, D] in data order, log_det [B] in nats)."""
+        """Encodes tokens [B, T, D]; returns (z [B, T, D], log_det [B] in nats). Tokens and z are in data order."""
         x = permute(tokens, order)
         affine = self.affine_of_next(self.behind_start(x)[:, : x.shape[1]], order, given)
         affine = affine if self.config.start_token else affine.of_next_token()
@@ -169,7 +169,7 @@ class FlowBlock(nn.Module):
         return unpermute(affine.forward(x), order), affine.token_log_det.sum(1)
 
     def behind_start(self, x: jax.Array) -> jax.Array:
-        """Puts the start token, if there is one, before tokens [B, T, D]."""
+        """Prepends the start token, if there is one, to tokens [B, T, D]."""
         if not self.config.start_token:
             return x
         start = jnp.broadcast_to(self.start_token[None, None], (len(x), 1, x.shape[2]))
@@ -179,9 +179,9 @@ class FlowBlock(nn.Module):
         """Predicts the affine map of tokens 1 … S from tokens 0 … S - 1.
 
         Args:
-          x: tokens [B, S, D] in block order, the start token before them.
+          x: tokens [B, S, D] in block order, start token included.
           order: block order, int32 [1 or B, T].
-          given: what the density is conditional on.
+          given: what the density is conditioned on.
           temperature: [B], divides the attention logits, or None for 1.
         """
         h, angles = self.embed(x, order, given)
@@ -197,9 +197,9 @@ class FlowBlock(nn.Module):
     def embed(
         self, x: jax.Array, order: Order, given: Given, start: jax.Array | int = 0
     ) -> tuple[jax.Array, jax.Array | None]:
-        """The layers' input for tokens [B, S, D] at positions start … start + S - 1 in block order.
+        """Embeds tokens [B, S, D] at positions start … start + S - 1 in block order.
 
-        Behind a start token each has the position of the token that it predicts.
+        With a start token, each token takes the position of the one that it predicts.
 
         Returns (h, angles): the residual stream [B, S, C], and the rotary angles [1 or B, S, H / 2], None without
         `rotary`.
@@ -224,7 +224,7 @@ class FlowBlock(nn.Module):
         return h, angles
 
     def embed_prefix(self, given: Given) -> tuple[jax.Array, jax.Array | None]:
-        """The layers' input for a prefix: the residual stream [B, L, C], and the angles [1, L, H / 2] or None."""
+        """Embeds a prefix as the residual stream [B, L, C] and rotary angles [1, L, H / 2], None without `rotary`."""
         config = self.config
         assert given.condition is not None
         h = self.condition_in(given.condition.astype(config.compute_dtype)).astype(jnp.float32)
@@ -232,7 +232,7 @@ class FlowBlock(nn.Module):
         return h, None if angles is None else jnp.asarray(angles)
 
     def project(self, h: jax.Array) -> Affine:
-        """The affine map of the next tokens from the layers' output [B, S, C]."""
+        """Projects the layers' output [B, S, C] to the affine maps of the next tokens."""
         config = self.config
         if config.final_norm:
             inverse_rms = jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + _RMS_EPSILON)
@@ -253,7 +253,7 @@ class FlowBlock(nn.Module):
     def _condition_vectors(
         self, condition: jax.Array | None, order: Order, start: jax.Array | int, size: int
     ) -> jax.Array:
-        """Embeddings [1 or B, 1 or S, C] of conditions; those of tokens see the next token's as well."""
+        """Embeds conditions as [1 or B, 1 or S, C]; a token's embedding includes the next token's condition."""
         config = self.config
         if condition is None:
             tokens = (config.num_tokens,) if config.condition_by_token else ()
@@ -264,7 +264,7 @@ class FlowBlock(nn.Module):
             return self.condition_in(condition).astype(jnp.float32)[:, None]
         order = ahead = jnp.asarray(order)
         if config.start_token:
-            order = jnp.concatenate([order[:, :1], order[:, :-1]], axis=1)  # the start token has none of its own
+            order = jnp.concatenate([order[:, :1], order[:, :-1]], axis=1)  # the start token has no condition
         else:
             ahead = jnp.roll(order, -1, axis=1)  # the last token predicts none
         here, there = (
@@ -273,7 +273,7 @@ class FlowBlock(nn.Module):
         return (self.condition_in(here) + self.next_condition_in(there)).astype(jnp.float32)
 
     def _noise_vectors(self, noise_std: jax.Array | None) -> jax.Array:
-        """Embeddings [B, C] of noise levels σ [B]: sines and cosines of log σ through an MLP."""
+        """Embeds noise levels σ [B] as [B, C]: sines and cosines of log σ through an MLP."""
         if noise_std is None:
             raise UserError("this flow is conditional on the noise level; give it noise_std, σ of each image")
         half = self.config.width // 2
@@ -284,7 +284,7 @@ class FlowBlock(nn.Module):
 
 
 def class_vectors(embedding: jax.Array, labels: jax.Array | None, batch_size: int) -> jax.Array:
-    """Rows [B, C] of class embeddings [classes, C]; no class, label -1 or None, is the mean of them all."""
+    """Looks up class embeddings [classes, C] as [B, C]; no class, label -1 or None, gets the mean embedding."""
     mean = embedding.mean(0, keepdims=True)
     if labels is None:
         return jnp.broadcast_to(mean, (batch_size, mean.shape[1]))
@@ -292,7 +292,7 @@ def class_vectors(embedding: jax.Array, labels: jax.Array | None, batch_size: in
 
 
 def position_init(key: jax.Array, config: TarFlowConfig) -> jax.Array:
-    """Position embeddings [T, C] of a new model, see `TarFlowConfig.position_init`."""
+    """Initialises position embeddings [T, C], see `TarFlowConfig.position_init`."""
     if config.position_init == "normal":
         return embedding_init(key, (config.num_tokens, config.width))
     rows, columns = config.grid
@@ -307,9 +307,9 @@ def position_init(key: jax.Array, config: TarFlowConfig) -> jax.Array:
 
 
 def rotary_angles(config: TarFlowConfig) -> np.ndarray:
-    """Rotary angles float32 [L + T, H / 2] of a prefix and of the tokens, row by row.
+    """Returns the rotary angles, float32 [L + T, H / 2], of a prefix and of the tokens in data order.
 
-    Half of a head's pairs are by row, half by column; beside a prefix three eighths each, the rest by position in it.
+    Half of a head's pairs rotate by row, half by column; with a prefix, 3/8 each and 1/4 by position in the prefix.
     """
     (rows, columns), length, base = config.grid, config.condition_length, config.rotary_base_size
     by_side = 3 * config.head_dim // 16 if length else config.head_dim // 4
@@ -317,7 +317,7 @@ def rotary_angles(config: TarFlowConfig) -> np.ndarray:
     unit_before = base / length if base and length else 1.0
 
     def by(positions: np.ndarray, pairs: int, before: bool = False) -> np.ndarray:
-        positions = np.pad(positions, (0, rows * columns) if before else (length, 0))  # 0 for those of the other kind
+        positions = np.pad(positions, (0, rows * columns) if before else (length, 0))  # the other kind does not rotate
         return np.outer(positions, longest ** -np.linspace(0, 1, pairs, endpoint=False))
 
     by_row = by(unit * np.repeat(np.arange(rows), columns), by_side)

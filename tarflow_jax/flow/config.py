@@ -1,4 +1,4 @@
-"""The shape of a flow, checked once where it is made."""
+"""The shape of a flow, validated when it is constructed."""
 
 import dataclasses
 from typing import ClassVar
@@ -17,14 +17,14 @@ ORDERS = ("alternate", "backwards_first", "random")
 
 @dataclasses.dataclass(frozen=True)
 class TarFlowConfig(Options):
-    """Everything that determines a TarFlow's parameters and its arithmetic.
+    """Everything that determines a TarFlow's parameters and arithmetic.
 
     Parameters, the residual stream, softmax, norms, the affine map and log_det are float32 whatever `dtype` is.
     `noise_conditional` is "Normalizing Flows with Iterative Denoising" (arXiv 2604.20041). `input_limit` keeps an
-    outlier of one block from growing in the next ones, which training with small batches does not survive.
-    `image_limit` does the same for samples that overshoot the training range: 1 and a few standard deviations of the
-    noise. `triangular` adds D (D - 1) / 2 outputs per token, so it is for small patches. The options from `start_token`
-    on are what STARFlow (arXiv 2506.06276) has instead; each works by itself.
+    outlier in one block from growing in the next ones, which makes training with small batches diverge. `image_limit`
+    does the same for samples that overshoot the training range; set it to 1 plus a few standard deviations of the
+    noise. `triangular` adds D (D - 1) / 2 outputs per token, so it suits small patches. The options from `start_token`
+    on are STARFlow's (arXiv 2506.06276); each works on its own.
     """
 
     group: ClassVar[str] = "model"
@@ -33,43 +33,43 @@ class TarFlowConfig(Options):
     image_channels: int = option(0, "Channels of an image, such as 1 or 3.")
     patch_size: int = option(0, "Side of the square patches that become tokens.")
     width: int = option(0, "Width of the residual stream.", low=1)
-    num_blocks: int = option(0, "Autoregressive flow blocks; their directions alternate.", low=1)
-    layers_per_block: int | tuple[int, ...] = option(0, "Transformer layers of a block, or of each block.", low=1)
+    num_blocks: int = option(0, "Number of autoregressive flow blocks.", low=1)
+    layers_per_block: int | tuple[int, ...] = option(0, "Transformer layers per block; one number for all.", low=1)
     num_classes: int = option(0, "Number of classes; 0 for an unconditional model.")
     volume_preserving: bool = option(False, "Volume-preserving flow (VP) with a learned prior variance, not NVP.")
-    head_dim: int = option(64, "Width of an attention head; divides the model's width.", low=1)
+    head_dim: int = option(64, "Width of an attention head; must divide the model's width.", low=1)
     dtype: str = option("float32", "Dtype of the matmuls.", choices=("float32", "bfloat16"))
     remat: str = option("none", "Layers that the backward pass recomputes.", choices=REMAT_POLICIES)
-    attention: str = option("auto", "Attention kernel of whole sequences.", choices=KERNELS)
+    attention: str = option("auto", "Attention kernel for whole sequences.", choices=KERNELS)
     position_init: str = option(
-        "normal", "Initial position embeddings; grid: sines; none: no such embeddings.", choices=POSITIONS
+        "normal", "Position embeddings start as random numbers, as 2-D sines, or are left out.", choices=POSITIONS
     )
-    rotary: bool = option(False, "Rotary position embeddings by a patch's row and column.")
-    input_limit: float = option(0.0, "Clips the tokens that enter a transformer to ± this; 0 for no limit.")
-    image_limit: float = option(0.0, "Clips the tokens that enter the first block to ± this; 0 for no limit.")
+    rotary: bool = option(False, "Rotary position embeddings (RoPE) by row and column of a patch.")
+    input_limit: float = option(0.0, "Clips the inputs of all blocks but the first to ± this; 0 for no limit.")
+    image_limit: float = option(0.0, "Clips the inputs of the first block to ± this; 0 for no limit.")
     triangular: bool = option(False, "Affine maps with triangular matrices instead of diagonal ones.")
-    noise_conditional: bool = option(False, "One flow for all noise levels, conditional on the level.")
+    noise_conditional: bool = option(False, "One flow for all noise levels, conditioned on the level.")
     image_bits: int = option(
-        8, "Bits of an image's numbers, for bits per dimension; 0 for an autoencoder's latents.", choices=(0, 8, 16)
+        8, "Bits per channel of a pixel, for bits per dimension; 0 for an autoencoder's latents.", choices=(0, 8, 16)
     )
     sequence_shape: tuple[int, int] = option(
-        (0, 0), "Tokens of a sequence and numbers in each; 0 where tokens are numbers."
+        (0, 0), "Tokens per sequence and dimensions per token; 0 dimensions for scalar tokens."
     )
-    condition_dim: int = option(0, "Numbers of the condition; 0 for none.")
+    condition_dim: int = option(0, "Dimension of the condition; 0 for none.")
     condition_kind: str = option(
-        "vector", "One condition, one for each token, or embeddings that stand before the tokens.", choices=CONDITIONS
+        "vector", "One condition per example, one per token, or a prefix of embeddings.", choices=CONDITIONS
     )
     orders: str = option(
-        "alternate", "Order in which blocks read the tokens: in turn forwards and backwards.", choices=ORDERS
+        "alternate", "Order in which blocks read the tokens: forwards and backwards in turn, or random.", choices=ORDERS
     )
-    condition_length: int = option(0, "Embeddings of a prefix; 0 for other kinds.")
-    condition_blocks: int = option(0, "Blocks that see the condition, counted from the noise; 0 for all.")
-    start_token: bool = option(False, "A learned token before the others, so that the first is transformed, too.")
-    scale_function: str = option("exp", "Makes a block's outputs positive scales.", choices=("exp", "softplus"))
-    output_limit: float = option(0.0, "Limits a block's outputs to ± this, by tanh; 0 for no limit.")
+    condition_length: int = option(0, "Length of the prefix; 0 for other conditions.")
+    condition_blocks: int = option(0, "Blocks that see the condition, counted from the latents; 0 for all.")
+    start_token: bool = option(False, "Prepends a learned token, so that the first token is transformed too.")
+    scale_function: str = option("exp", "Function that makes a block's scales positive.", choices=("exp", "softplus"))
+    output_limit: float = option(0.0, "Limits a block's outputs to ± this with tanh; 0 for no limit.")
     final_norm: bool = option(False, "RMSNorm before a block's output projection.")
     rotary_base_size: int = option(
-        0, "Rotary embeddings by slot, not by patch, scaled to a square of this side in tokens; 0 for by patch."
+        0, "Rotary embeddings by position in block order, scaled to a square of this side; 0 for by patch."
     )
 
     def __post_init__(self) -> None:
@@ -110,14 +110,14 @@ class TarFlowConfig(Options):
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Layers of each block, [F]."""
+        """Layers of each block."""
         if isinstance(self.layers_per_block, int):
             return (self.layers_per_block,) * self.num_blocks
         return self.layers_per_block
 
     @property
     def summary(self) -> str:
-        """ "4 blocks of 2 layers, patch 4, width 128"; "1 + 1 + 1 + 5 layers" where blocks differ."""
+        """Describes the shape: "4 blocks of 2 layers, patch 4, width 128"."""
         layers = " + ".join(map(str, self.depths)) if len(set(self.depths)) > 1 else str(self.depths[0])
         tokens = f"{self.num_tokens} tokens" if self.is_sequence else f"patch {self.patch_size}"
         return f"{self.num_blocks} blocks of {layers} layers, {tokens}, width {self.width}"
@@ -150,7 +150,7 @@ class TarFlowConfig(Options):
 
     @property
     def condition_in_units(self) -> bool:
-        """Whether there is a condition that is standardised, which a prefix is not."""
+        """Whether the flow has a condition that it standardises; a prefix is not standardised."""
         return self.condition_dim > 0 and not self.has_prefix
 
     def is_conditioned(self, k: int) -> bool:
@@ -158,18 +158,18 @@ class TarFlowConfig(Options):
         return self.condition_dim > 0 and (not self.condition_blocks or k >= self.num_blocks - self.condition_blocks)
 
     def prefix_length(self, k: int) -> int:
-        """Embeddings before the tokens in block number k."""
+        """Length of the prefix that block number k sees."""
         return self.condition_length if self.is_conditioned(k) else 0
 
     @property
     def condition_shape(self) -> tuple[int, ...]:
-        """(C,), (T, C) of a condition for each token, or (L, C) of a prefix."""
+        """(C,), (T, C) for one condition per token, or (L, C) for a prefix."""
         lengths = {"vector": (), "tokens": (self.num_tokens,), "prefix": (self.condition_length,)}
         return (*lengths[self.condition_kind], self.condition_dim)
 
     @property
     def data_shape(self) -> tuple[int, ...]:
-        """(H, W, K) of an image, (T, D) of a sequence, or (T,) of one whose tokens are numbers."""
+        """(H, W, K) of an image, (T, D) of a sequence, or (T,) of one with scalar tokens."""
         if not self.is_sequence:
             return self.image_shape
         return self.sequence_shape if self.sequence_shape[1] else self.sequence_shape[:1]
@@ -188,27 +188,27 @@ class TarFlowConfig(Options):
 
     @property
     def sequence_length(self) -> int:
-        """Tokens of a block's sequence, the start token included."""
+        """Length of the sequence that a block reads, start token included."""
         return self.num_tokens + self.start_token
 
     @property
     def token_dim(self) -> int:
-        """D, the numbers in a token."""
+        """D, the dimension of a token."""
         return max(self.sequence_shape[1], 1) if self.is_sequence else self.patch_size**2 * self.image_channels
 
     @property
     def triangle_size(self) -> int:
-        """D (D - 1) / 2, the numbers below the diagonal of a [D, D] matrix."""
+        """D (D - 1) / 2, the entries below the diagonal of a [D, D] matrix."""
         return self.token_dim * (self.token_dim - 1) // 2
 
     @property
     def num_dims(self) -> int:
-        """T D, the numbers in an image or a sequence."""
+        """T D, the dimension of an image or a sequence."""
         return self.num_tokens * self.token_dim
 
     @property
     def num_heads(self) -> int:
-        """N."""
+        """N, the attention heads of a layer."""
         return self.width // self.head_dim
 
     @property

@@ -1,4 +1,4 @@
-"""The stack of blocks, the units of the data, and the learned prior variance of the volume-preserving mode."""
+"""The stack of blocks, the units of the data, and the learned prior variance of volume-preserving (VP) mode."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,13 +16,13 @@ PRIOR_RATE = 0.1
 
 
 class TarFlow(nn.Module):
-    """x -> latents, a stack of `FlowBlock`s ("Normalizing Flows are Capable Generative Models", arXiv 2412.06329).
+    """Maps images or sequences to latents ("Normalizing Flows are Capable Generative Models", arXiv 2412.06329).
 
-    Variables: `params`; in VP mode `prior/variance` [T, D], the flow's last, diagonal affine layer; and `constants`,
-    which training does not change: `orders` [F, T] of the blocks where they are random; for sequences `mean` and `std`
-    [T, D] of the training set; for a condition `condition_mean` and `condition_std`, for a prefix `null_prefix`
-    [L, C], which stands in for a missing one.
-    Sows `intermediates/input` and `intermediates/block_outputs`: the tokens [B, T, D] before all blocks and after each.
+    Variables: `params`; in VP mode `prior/variance` [T, D], a last, diagonal affine layer; and `constants`, which
+    training does not change: `orders` [F, T] of the blocks if they are random; `mean` and `std` [T, D] of the training
+    sequences; `condition_mean` and `condition_std` [C]; and `null_prefix` [L, C], which replaces a missing prefix.
+    Sows `intermediates/input`, the tokens [B, T, D] before the first block, and `intermediates/block_outputs`, the
+    tokens after each block.
     """
 
     config: TarFlowConfig
@@ -41,13 +41,13 @@ class TarFlow(nn.Module):
 
         Args:
           data: float32, images [B, H, W, K] in [-1, 1] plus noise, or sequences [B, T, D] or [B, T] in their own units.
-          labels: int32 [B], -1 for no class; None for no class anywhere.
+          labels: int32 [B], -1 for no class; None is all -1.
           noise_std: σ of each image's noise, float32 [B], for a noise-conditional flow.
-          condition: float32 [B, C] or, of kind "tokens", [B, T, C], or of kind "prefix", [B, L, C]; NaN for none, None
-            for none anywhere.
-          lengths: of sequences, int32 [B]; what stands behind them is ignored. None if all are whole.
+          condition: float32 [B, C], [B, T, C] of kind "tokens", or [B, L, C] of kind "prefix". NaN marks a missing
+            one; None is all NaN.
+          lengths: sequence lengths, int32 [B]; what follows a sequence is ignored. None without padding.
 
-        Returns (latents, log_det): float32, shaped as `data`, standard normal under the model, 0 behind a sequence; and
+        Returns (latents, log_det): float32, shaped as `data`, standard normal under the model, 0 in padding; and
         float32 [B] in nats, the log absolute determinant of the Jacobian d latents / d data.
         """
         config = self.config
@@ -83,14 +83,14 @@ class TarFlow(nn.Module):
 
 
 def updated_prior(variance: jax.Array, block_output: jax.Array) -> jax.Array:
-    """Running mean of z², [T, D], from the last block's output [B, T, D] (VP mode)."""
+    """Updates the running mean of z² [T, D] with the last block's output [B, T, D] (VP mode)."""
     return variance + PRIOR_RATE * (jnp.square(block_output).mean(0) - variance)
 
 
 def conditions(
     variables: Mapping[str, Any], condition: jax.Array | None, null_condition: jax.Array | None, batch_size: int
 ) -> tuple[jax.Array | None, jax.Array | None]:
-    """`Given.condition` and `Given.null_condition`: vectors standardised, a missing prefix filled in."""
+    """Returns `Given.condition` and `Given.null_condition`: standardises vectors, fills in a missing prefix."""
     stored = variables.get("constants", {}).get("null_prefix")
     if stored is not None:
         stored = jnp.broadcast_to(stored[None], (batch_size, *stored.shape))
@@ -102,7 +102,7 @@ def conditions(
 
 
 def standardised(variables: Mapping[str, Any], condition: jax.Array | None) -> jax.Array | None:
-    """A condition less its mean, over its standard deviation."""
+    """Subtracts a condition's mean and divides by its standard deviation."""
     if condition is None:
         return None
     shape = (1,) * (condition.ndim - 1) + (-1,)
@@ -111,7 +111,7 @@ def standardised(variables: Mapping[str, Any], condition: jax.Array | None) -> j
 
 
 def units(variables: Mapping[str, Any], given: Given) -> Affine:
-    """The map between sequences in their own units, x, and standardised ones, z; the identity behind a sequence."""
+    """Returns the map between sequences in their own units, x, and standardised ones, z; the identity in padding."""
     constants = variables["constants"]
     exists = given.exists(jnp.arange(len(constants["mean"])))
     return Affine(constants["std"][None], constants["mean"][None]).where(exists)

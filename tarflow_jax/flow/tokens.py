@@ -1,6 +1,6 @@
-"""Images or sequences <-> tokens, and the order in which a block reads them.
+"""Converts images and sequences to tokens and back, and orders tokens for a block.
 
-Tokens of an image are row-major; the numbers inside a token are ordered (row, column, channel). Sequences are tokens.
+Tokens of an image are row-major; the values inside a token are ordered (row, column, channel). Sequences are tokens.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ def to_tokens(config: TarFlowConfig, data: jax.Array) -> jax.Array:
 
 
 def from_tokens(config: TarFlowConfig, tokens: jax.Array) -> jax.Array:
-    """The inverse of `to_tokens`."""
+    """Inverts `to_tokens`."""
     if config.is_sequence:
         return tokens.reshape(-1, *config.data_shape)
     (rows, columns), patch = config.grid, config.patch_size
@@ -34,13 +34,13 @@ def from_tokens(config: TarFlowConfig, tokens: jax.Array) -> jax.Array:
 
 
 def random_orders(config: TarFlowConfig) -> np.ndarray:
-    """A random order of the tokens for each block, [F, T]; float32, as all variables are."""
+    """Draws a random order of the tokens for each block, [F, T]; float32, as all variables are."""
     rng = np.random.default_rng(0)
     return np.stack([rng.permutation(config.num_tokens) for _ in range(config.num_blocks)]).astype(np.float32)
 
 
 def block_orders(config: TarFlowConfig, variables: Mapping[str, Any]) -> jax.Array | np.ndarray:
-    """The tokens in the order in which each block reads them, int32 [F, T]; odd blocks read backwards by default."""
+    """Returns the order in which each block reads the tokens, int32 [F, T]; by default odd blocks read backwards."""
     if config.random_orders:
         return variables["constants"]["orders"].astype(jnp.int32)
     forwards = np.arange(config.num_tokens, dtype=np.int32)
@@ -49,9 +49,9 @@ def block_orders(config: TarFlowConfig, variables: Mapping[str, Any]) -> jax.Arr
 
 
 def order_within(order: jax.Array | np.ndarray, lengths: jax.Array | None) -> jax.Array | np.ndarray:
-    """The order [T] in each sequence of `lengths` [B], its padding moved behind all other tokens.
+    """Moves the padding of sequences of `lengths` [B] to the end of an order [T].
 
-    Padding at the end needs no mask in causal attention. Returns int32 [B, T]; [1, T] where `lengths` is None.
+    There it needs no mask in causal attention. Returns int32 [B, T], or [1, T] if `lengths` is None.
     """
     if lengths is None:
         return order[None]
@@ -60,7 +60,7 @@ def order_within(order: jax.Array | np.ndarray, lengths: jax.Array | None) -> ja
 
 
 def without_padding(tokens: jax.Array, lengths: jax.Array | None) -> jax.Array:
-    """Puts 0 behind sequences [B, T, …] of `lengths` [B], in data order; None if all are whole."""
+    """Zeroes the padding of sequences [B, T, …] of `lengths` [B], in data order; None without padding."""
     if lengths is None:
         return tokens
     exists = jnp.arange(tokens.shape[1])[None] < lengths[:, None]
@@ -68,7 +68,7 @@ def without_padding(tokens: jax.Array, lengths: jax.Array | None) -> jax.Array:
 
 
 def permute(tokens: jax.Array, order: jax.Array | np.ndarray) -> jax.Array:
-    """Puts tokens [B, T, …] into the order [1 or B, T] of a block."""
+    """Reorders tokens [B, T, …] from data order to the order [1 or B, T] of a block."""
     if len(order) == 1:
         return jnp.take(tokens, order[0], axis=1, unique_indices=True, mode="clip")
     order = order.reshape(*order.shape, *(1,) * (tokens.ndim - 2))
@@ -76,5 +76,5 @@ def permute(tokens: jax.Array, order: jax.Array | np.ndarray) -> jax.Array:
 
 
 def unpermute(tokens: jax.Array, order: jax.Array | np.ndarray) -> jax.Array:
-    """The inverse of `permute`."""
+    """Inverts `permute`."""
     return permute(tokens, jnp.argsort(order, axis=1) if isinstance(order, jax.Array) else np.argsort(order, axis=1))

@@ -1,6 +1,6 @@
 """The transformer inside a block: one layer, and its KV cache.
 
-Logical axes, which `flax.linen.logical_axis_rules` maps to those of a mesh: "batch"; "heads", N; "hidden", 4C.
+Logical axes, which `flax.linen.logical_axis_rules` maps to mesh axes: "batch", "heads" (N) and "hidden" (4C).
 """
 
 import dataclasses
@@ -16,13 +16,13 @@ from tarflow_jax.flow.config import TarFlowConfig
 
 MLP_EXPANSION = 4
 
-# U(-1/sqrt(fan_in), 1/sqrt(fan_in)), as the reference has it. (DenseGeneral flattens kernels before it initialises.)
+# U(-1/√fan_in, 1/√fan_in), as in the reference. DenseGeneral flattens a kernel before initialising it.
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """How attention over whole sequences and dense matmuls are computed; by default in plain JAX.
+    """Implementations of attention over whole sequences and of dense matmuls; plain JAX by default.
 
     Attributes:
       attend: (query, key, value, causal) -> out, as `attend_whole`.
@@ -36,7 +36,7 @@ class Kernels:
 class KVCache(NamedTuple):
     """A layer's keys and values of the tokens seen so far, by position: each [B, N, R, H].
 
-    Positions are next to the head dimension, so that attention reads a head's cache in memory order.
+    Positions are next to the head dimension, so that attention reads a head's cache contiguously.
     """
 
     key: jax.Array
@@ -63,10 +63,10 @@ class KVCache(NamedTuple):
 
 @jax.custom_jvp
 def gelu(x: jax.Array) -> jax.Array:
-    """x Φ(x), the exact (erf) GELU.
+    """Computes x Φ(x), the exact (erf) GELU.
 
-    Its rule computes the derivative beside the value, in one pass: the backward pass then keeps it instead of x,
-    and XLA does not recompute erf inside the fusions around its matmuls.
+    The custom JVP computes the derivative together with the value. The backward pass then keeps it instead of x,
+    and XLA does not recompute erf inside the fusions around the matmuls.
     """
     return _gelu_and_derivative(x)[0]
 
@@ -97,7 +97,7 @@ def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
 class TransformerLayer(nn.Module):
     """x += Attention(LayerNorm(x)); x += MLP(LayerNorm(x)). The residual stream is float32.
 
-    If not `causal`, every token sees every other, and there is no cache.
+    Without `causal`, every token sees every other, and there is no cache.
     """
 
     config: TarFlowConfig
@@ -113,23 +113,23 @@ class TransformerLayer(nn.Module):
         cache: KVCache | None = None,
         start: jax.Array | int = 0,
     ) -> tuple[jax.Array, KVCache | None]:
-        """Runs S tokens.
+        """Applies the layer to S tokens.
 
         Args:
           x: the residual stream [B, S, C], at positions start .. start + S - 1.
           temperature: [B] or None, see `attend`.
-          angles: [1 or B, S, H / 2], by which queries and keys are rotated (see `rotate`), or None.
+          angles: rotary angles of queries and keys, [1 or B, S, H / 2], or None; see `rotate`.
           cache: keys and values of the tokens before `start`; without one, x is the whole sequence.
 
         Returns the new residual stream, and the cache with these tokens written.
         """
         config, dtype = self.config, self.config.compute_dtype
-        # Given sharded parameters, XLA would otherwise gather the batch, which is larger.
+        # With sharded parameters, XLA would otherwise all-gather the batch, which is larger.
         x = nn.with_logical_constraint(x, ("batch", None, None))
 
         h = self._norm("attention_norm")(x).astype(dtype)
         qkv = self._dense((3, config.num_heads, config.head_dim), "qkv", (None, None, "heads", None))(h)
-        # `split`'s gradient is one concatenation; indexing's would be a sum of three padded arrays.
+        # The gradient of `split` is one concatenation; that of indexing would be a sum of three padded arrays.
         query, key, value = (
             x.squeeze(2).swapaxes(1, 2) for x in jax.lax.split(qkv, (1, 1, 1), axis=2)
         )  # each [B, N, S, H]
@@ -155,7 +155,7 @@ class TransformerLayer(nn.Module):
     def _dense(
         self, features: int | tuple[int, ...], name: str, axes: tuple[str | None, ...], axis: int | tuple[int, ...] = -1
     ) -> nn.Module:
-        """A dense layer whose kernel has the logical `axes` while it multiplies: whole along the residual stream.
+        """Builds a dense layer whose kernel has the logical `axes` in its matmul, unsharded along the residual stream.
 
         XLA otherwise multiplies by one device's shard after another, and reads and writes the whole result for each.
         """
@@ -170,7 +170,7 @@ class TransformerLayer(nn.Module):
 def stacked_layers(
     config: TarFlowConfig, depth: int, kernels: Kernels, causal: bool = True, name: str | None = None
 ) -> nn.Module:
-    """`depth` layers whose parameters are stacked along a first axis: (x, temperature, angles) -> (x, None)."""
+    """Builds `depth` layers with parameters stacked along a leading axis: (x, temperature, angles) -> (x, None)."""
     layer: Any = TransformerLayer
     if config.remat == "full":
         layer = nn.remat(layer, policy=jax.checkpoint_policies.nothing_saveable, prevent_cse=False)
@@ -179,7 +179,7 @@ def stacked_layers(
 
 
 def cast_kernels(params: Any, dtype: jnp.dtype) -> Any:
-    """Casts the kernels of dense layers, once, to the dtype in which they are multiplied."""
+    """Casts the kernels of dense layers to the dtype of their matmuls, once instead of in each call."""
 
     def cast(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
         return leaf.astype(dtype) if path[-1].key == "kernel" else leaf

@@ -1,4 +1,4 @@
-"""Weights in and out: model folders, the Hugging Face hub, and PyTorch checkpoints of the reference."""
+"""Loads and saves weights: model folders, the Hugging Face hub, and PyTorch checkpoints of the reference."""
 
 from tarflow_jax.interop.model_folder import (
     READY_MADE,

@@ -1,4 +1,4 @@
-"""The model card, README.md of a model folder: what the model is, how to use it, how it was trained and measured."""
+"""Renders the model card, README.md of a model folder: the model, its use, its training and its measurements."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +11,7 @@ from tarflow_jax.noise import Noise
 FIELDS = ("name", "datasets", "training", "metrics", "samples", "evaluations", "parts")
 PICTURE = "samples.png"  # beside the card
 _MAX_CELL_CHARACTERS = 300
-_PRIVATE = "model"  # in a protocol: a path on the machine that ran the evaluation
+_PRIVATE = "model"  # left out of protocols: a path on the machine that ran the evaluation
 
 _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 
@@ -19,10 +19,10 @@ _TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 def model_card(config: TarFlowConfig, noise: Noise | None, card: Mapping[str, Any]) -> str:
     """Returns a model card: Markdown with the hub's YAML header.
 
-    `card` has any of "name" (str), "datasets" (list of str), "training" (dict: what to say about it, in words or
-    numbers), "metrics" (dict: name with its unit -> measured number), "samples" (path of an image file to show),
-    "evaluations" (list of what launch.evaluate writes, {"protocol": …, "results": …}) and "parts" (dict: "autoencoder"
-    and perhaps "text encoder" of a flow over latents -> what it is); other fields are a ValueError.
+    `card` has any of "name" (str), "datasets" (list of str), "training" (dict: facts to show, words or numbers),
+    "metrics" (dict: name with its unit -> measured number), "samples" (path of an image file to show), "evaluations"
+    (list of launch.evaluate's outputs, {"protocol": …, "results": …}) and "parts" (dict: "autoencoder" and perhaps
+    "text encoder" of a flow over latents -> description); raises ValueError for others.
     """
     # Imported here, since only saving needs them.
     import jinja2
@@ -49,7 +49,7 @@ def model_card(config: TarFlowConfig, noise: Noise | None, card: Mapping[str, An
 
 
 def _evaluation(found: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a table for each metric, and the protocol's rows, which say what the figures may be compared with."""
+    """Returns a table for each metric, and the protocol as rows."""
     tables = {}
     for metric, results in found["results"].items():
         rows = [row for row in (results if isinstance(results, list) else [results]) if isinstance(row, Mapping)]
@@ -66,6 +66,6 @@ def _evaluation(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cell(value: Any) -> str:
-    """Returns a value as one line of Markdown that shows it literally."""
+    """Formats a value as one line of Markdown, escaped."""
     text = " ".join((f"{value:.5g}" if isinstance(value, float) else str(value)).split())[:_MAX_CELL_CHARACTERS]
     return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("[", "\\[").replace("`", "\\`")

@@ -1,4 +1,4 @@
-"""Model folders: config.json, model.safetensors, README.md and, if there are any, samples.png and student/.
+"""Model folders: config.json, model.safetensors, README.md and, optionally, samples.png and student/.
 
 config.json describes the model. It holds the SHA-256 of model.safetensors and of its own fields, so that damage to
 either file is an error, not another model. model.safetensors holds the variables by their paths: "params/…", "ema/…"
@@ -47,21 +47,21 @@ HUB_OWNER = "tarflow-jax"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Everything that a model folder may hold; no other file is downloaded or uploaded.
 FILES = [CONFIG, WEIGHTS, CARD, PICTURE, "decoder.json", f"{STUDENT}/{CONFIG}", f"{STUDENT}/{WEIGHTS}"]
-TEXT_TO_IMAGE = "text_to_image.json"  # of a folder that also has what is around a flow of latents
+TEXT_TO_IMAGE = "text_to_image.json"  # of folders that also hold the encoders and decoder around a flow of latents
 FILES += [TEXT_TO_IMAGE, f"autoencoder/{CONFIG}", "autoencoder/diffusion_pytorch_model.safetensors"]
 FILES += ["text/encoder.json", "text/words.safetensors"]
 
 
 @dataclasses.dataclass(frozen=True)
 class SavedModel:
-    """A model, as it is saved and loaded; all arrays are float32."""
+    """A model as saved and loaded; all arrays are float32."""
 
     config: TarFlowConfig
     variables: Mapping[str, Any]  # {"params": …} and, in VP mode, {"prior": {"variance": [T, D]}}
-    noise: Noise | None = None  # of the training; None if unknown
-    ema_params: Mapping[str, Any] | None = None  # moving average of the params, which users sample with, if any
+    noise: Noise | None = None  # the training noise; None if unknown
+    ema_params: Mapping[str, Any] | None = None  # moving average of the params, used for sampling if present
     card: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # see `model_card`; not read back
-    label_names: tuple[str, ...] = ()  # of the classes; () if unknown
+    label_names: tuple[str, ...] = ()  # names of the classes; () if unknown
 
 
 def save_model(
@@ -69,12 +69,12 @@ def save_model(
 ) -> None:
     """Writes a model folder: all of its files, or none if one cannot be written.
 
-    Replaces the saved model in the folder, if there is one, with its student and decoder schedule, and nothing else.
-    Parameters are saved as float32 (exact) or bfloat16 (half the size), a prior as float32. Evaluations and the student
-    belong to the exact weights, so bfloat16 leaves them out.
+    Replaces a saved model in the folder, with its student and decoder schedule, but no other files. Parameters are
+    saved as float32 (exact) or bfloat16 (half the size), a prior as float32. Evaluations and the student belong to the
+    exact weights, so bfloat16 leaves them out.
 
-    Raises ValueError: variables that do not fit the config, an unknown dtype or card field, a picture that cannot be
-    read, no path of a local folder, or a folder that has other files under the names of a model's.
+    Raises ValueError: variables that do not fit the config, an unknown dtype or card field, an unreadable picture, a
+    path that is not a local folder, or a folder with other files that have a model file's name.
     """
     exact = dtype == "float32"
     if dtype not in _DTYPES:
@@ -92,7 +92,7 @@ def save_model(
     }
     variables = {**model.variables, **({"ema": model.ema_params} if model.ema_params else {})}
     new: dict[str, IO[bytes]] = {}
-    with contextlib.ExitStack() as stack:  # all files appear at its end
+    with contextlib.ExitStack() as stack:  # all files appear when it exits
 
         def create(name: str) -> IO[bytes]:
             new[name] = stack.enter_context(replacing(folder / name))
@@ -114,19 +114,19 @@ def save_model(
 
 
 def check_path(path: Any) -> Any:
-    """Returns a path as it is; UserError for what is none, as is None, or "", which would be the current folder."""
+    """Returns a path unchanged; raises UserError if it is not a path, or "", which would be the current folder."""
     if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise UserError(f"the model's folder is {path!r}; expected a path")
     return path
 
 
 def _replaceable(folder: Path, picture: bool) -> set[str]:
-    """Returns the names of an older saved model's files in a folder; UserError if others' files would be replaced."""
+    """Returns the file names of the saved model in a folder; raises UserError if other files would be replaced."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another name for the folder")
     found = {name for name in (*FILES, STUDENT) if os.path.lexists(folder / name)}
     others, ours = found, _is_model(folder)
-    if ours:  # all but a picture that its card does not show
+    if ours:  # all are ours, except a picture that the card does not show
         card = folder / CARD
         shown = card.exists() and f"({PICTURE})" in card.read_text(errors="replace")
         others = set() if shown else found & {PICTURE}
@@ -143,10 +143,10 @@ def _is_model(folder: Path) -> bool:
 
 
 def load_model(name: str | os.PathLike[str]) -> SavedModel:
-    """Reads a folder that `save_model` wrote, a ready-made model by its name, or the hub's model "owner/name".
+    """Reads a folder that `save_model` wrote, a ready-made model by name, or the hub's model "owner/name".
 
     Raises:
-      FileNotFoundError: neither a folder nor a hub model that can be reached, or one of its files is missing.
+      FileNotFoundError: no such folder and no such hub model that can be reached, or a file is missing.
       ValueError: an unknown layout version, a damaged file, or files that contradict each other.
     """
     folder = local_folder(name)
@@ -163,7 +163,7 @@ def load_model(name: str | os.PathLike[str]) -> SavedModel:
 
 
 def load_student(name: str | os.PathLike[str]) -> TrainedStudent | None:
-    """Reads the student of a model folder or of the hub's model "owner/name", as `load_model`; None if it has none."""
+    """Reads the student of a model that `load_model` finds by this name; returns None if it has none."""
     folder = local_folder(name) / STUDENT
     if not (folder / CONFIG).exists():
         return None
@@ -205,7 +205,7 @@ def _write(
     shapes: Mapping[str, Shape],
     dtype: str,
 ) -> None:
-    """Writes config.json and model.safetensors, of a student into its folder; `create` opens a new file by its name."""
+    """Writes config.json and model.safetensors, a student's into its own folder; `create` opens a new file by name."""
     tensors = flatten(variables)
     check_tensors(f"the {what}", {name: array.shape for name, array in tensors.items()}, shapes)
     arrays = {}
@@ -252,7 +252,7 @@ def _read_config(folder: Path, what: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _config_errors(path: Path) -> Iterator[None]:
-    """Raises whatever a malformed config.json leads to as a UserError that names the file."""
+    """Turns any error from a malformed config.json into a UserError that names the file."""
     try:
         yield
     except ValueError as error:
@@ -265,29 +265,29 @@ def _config_errors(path: Path) -> Iterator[None]:
 
 
 def checksum(fields: Mapping[str, Any]) -> str:
-    """Returns the SHA-256, in hexadecimal, of fields as JSON with sorted keys."""
+    """Returns the hexadecimal SHA-256 of fields as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def shipped(pattern: str) -> dict[str, Path]:
-    """Files that match in models/ of a clone or in the package tarflow_jax_models, by the names of their folders."""
+    """Returns matching files in a clone's models/ or in the package tarflow_jax_models, by their folders' names."""
     package = importlib.util.find_spec("tarflow_jax_models")
     places = [Path(__file__).parents[2] / "models", *(package.submodule_search_locations or () if package else ())]
     return {file.parent.name: file for place in places for file in sorted(Path(place).glob(pattern))}
 
 
 def ready_made() -> dict[str, Path]:
-    """Folders of the ready-made models by their names."""
+    """Returns the folders of the ready-made models by name."""
     return {name: file.parent for name, file in shipped(f"*/{CONFIG}").items()}
 
 
 def local_folder(name: str | os.PathLike[str]) -> Path:
-    """Returns the folder `name`, of a ready-made model, or of a copy of gs://… or of the hub's model "owner/name".
+    """Returns the local folder of a model: `name` itself, a ready-made model's, or a copy from gs://… or the hub.
 
     A folder without a model, as commands make for samples, does not hide the model of that name. A ready-made model
-    that is neither in a clone nor in an installed package comes from the hub, where `HUB_OWNER` keeps them.
+    that is neither in a clone nor in an installed package comes from `HUB_OWNER` on the hub.
 
-    Raises FileNotFoundError: there is no such folder, and no such model on the hub or no network.
+    Raises FileNotFoundError: there is no such folder, and no such model on the hub, or no network.
     """
     if is_remote(check_path(name)):
         if not (epath.Path(name) / CONFIG).exists():
@@ -327,7 +327,7 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
 
 
 def copy_model(source: epath.PathLike, target: epath.PathLike) -> None:
-    """Copies a model folder's files from or to an object store, config.json last; removes those the source lacks."""
+    """Copies a model folder from or to an object store, config.json last; removes files that the source lacks."""
     source, target = epath.Path(source), epath.Path(target)
     for name in reversed(FILES):
         if (source / name).exists():
@@ -338,9 +338,9 @@ def copy_model(source: epath.PathLike, target: epath.PathLike) -> None:
 
 
 def check_hub(name: str, *, replace: bool = False) -> None:
-    """Checks that a model can be pushed as "owner/name": that it is free, unless `replace`, and there is a token.
+    """Checks that a model can be pushed as "owner/name": the name is free, unless `replace`, and there is a token.
 
-    Raises ValueError: not a hub name, the hub did not answer or knows no such token, or the name is taken.
+    Raises ValueError: not a hub name, the hub did not answer or rejected the token, or the name is taken.
     """
     if not _HUB_NAME.fullmatch(name):
         raise UserError(f"{name!r} is not the name of a model on the hub; expected owner/name")
@@ -368,8 +368,8 @@ def _hub_errors(name: str) -> Iterator[None]:
 def push_model(folder: str | os.PathLike[str], name: str, *, private: bool = False, token: str | None = None) -> str:
     """Uploads a model folder to the hub as "owner/name", in one commit, and returns the commit's URL.
 
-    Creates the repository, perhaps private, if it is missing. Without a token, that of `hf auth login` or of HF_TOKEN
-    is used. Raises ValueError: not a hub name, or the hub refused.
+    Creates the repository if it is missing, as private if asked. Without a token, that of `hf auth login` or of
+    HF_TOKEN is used. Raises ValueError: not a hub name, or the hub refused.
     """
     if not _HUB_NAME.fullmatch(name):
         raise UserError(f"{name!r} is not the name of a model on the hub; expected owner/name")

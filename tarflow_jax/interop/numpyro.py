@@ -1,4 +1,4 @@
-"""A flow as a distribution of NumPyro, which this module alone needs."""
+"""Wraps a flow as a NumPyro distribution. Only this module needs NumPyro."""
 
 import math
 from typing import Any
@@ -17,8 +17,8 @@ except ImportError:
 class FlowDistribution(Distribution):
     """A trained flow as a prior, as a guide, or to sample from.
 
-    Samples are not denoised, so that they are of the density that `log_prob` returns. A noise-conditional flow is taken
-    at its highest noise level.
+    Samples are not denoised, so that they follow the density of `log_prob`. A noise-conditional flow is evaluated at
+    its highest noise level.
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (NumPyro declares it so)
@@ -26,13 +26,13 @@ class FlowDistribution(Distribution):
     pytree_aux_fields = ("flow",)
 
     def __init__(self, flow: Any, condition: Any = None, labels: Any = None, *, validate_args: bool | None = None):
-        """The event is one image [H, W, K] or one sequence [T, D] or [T].
+        """Wraps a flow whose event is one image [H, W, K] or one sequence, [T, D] or [T].
 
         Args:
           flow: a `TarFlowPipeline`.
-          condition: float batch_shape + [C] or, where each token has one, batch_shape + [T, C]; None for none.
+          condition: float batch_shape + [C] or, with one per token, batch_shape + [T, C]; None for none.
           labels: int batch_shape, the classes, -1 for none; None for no class.
-          validate_args: as of every NumPyro distribution.
+          validate_args: as in every NumPyro distribution.
         """
         self.flow = flow
         self.condition = None if condition is None else jnp.asarray(condition, jnp.float32)
@@ -51,18 +51,18 @@ class FlowDistribution(Distribution):
         return x.reshape(*shape, *self.event_shape)
 
     def log_prob(self, value: jax.Array) -> jax.Array:
-        """log p, float32 sample_shape + batch_shape in nats, of values sample_shape + batch_shape + event_shape."""
+        """Returns log p in nats, float32 sample_shape + batch_shape, of values that have event_shape in addition."""
         shape = jnp.broadcast_shapes(value.shape[: value.ndim - self.event_dim], self.batch_shape)
         x = jnp.broadcast_to(value, (*shape, *self.event_shape)).reshape(-1, *self.event_shape)
         return self.flow.log_prob(x, noise_std=self.flow.drawn_level, **self._rows(shape)).reshape(shape)
 
     def _given(self) -> list[tuple[str, jax.Array, int]]:
-        """Name, values and dimensions behind the batch's of what the density is conditional on."""
+        """Returns name, values and number of non-batch dimensions of everything the density is conditional on."""
         dims = {"condition": 1 + self.flow.config.condition_by_token, "labels": 0}
         return [(name, getattr(self, name), dims[name]) for name in dims if getattr(self, name) is not None]
 
     def _rows(self, shape: tuple[int, ...]) -> dict[str, jax.Array]:
-        """The same, one for each row of a batch of `shape`."""
+        """Returns the same values by name, broadcast to one row for each element of `shape`."""
         rows = {}
         for name, values, dims in self._given():
             own = values.shape[values.ndim - dims :]

@@ -1,4 +1,4 @@
-"""T5 encoders of the package transformers, which needs PyTorch."""
+"""Loads T5 encoders with the package transformers, which needs PyTorch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +9,9 @@ from tarflow_jax.errors import MissingPackageError, UserError, one_line
 
 
 def load_t5(name: str) -> tuple[Any, Any, int]:
-    """Returns the network, the tokenizer and the width of a folder or of a model on the hub.
+    """Loads a T5 encoder from a folder or the hub; returns the network, the tokenizer and the width.
 
-    Raises MissingPackageError without transformers, UserError where loading fails.
+    Raises MissingPackageError without transformers, UserError if loading fails.
     """
     try:
         import transformers
@@ -27,7 +27,7 @@ def load_t5(name: str) -> tuple[Any, Any, int]:
 
 
 def t5_embeddings(network: Any, tokenizer: Any, captions: Sequence[str], length: int) -> np.ndarray:
-    """Returns float32 [B, length, E] of captions, zeros behind their tokens; all zeros for the empty caption."""
+    """Embeds captions: float32 [B, length, E], zeros after their tokens, the last of which marks the end."""
     import torch
 
     tokens = tokenizer(list(captions), max_length=length, padding="max_length", truncation=True, return_tensors="pt")

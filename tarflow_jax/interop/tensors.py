@@ -1,4 +1,4 @@
-"""Variables as named tensors: their names, the check of names and shapes, and files of safetensors and PyTorch.
+"""Variables as named tensors: checks of names and shapes, and files of safetensors and PyTorch.
 
 A tensor's name is its path in the tree of variables, "params/block_0/layers/qkv/kernel".
 """
@@ -23,7 +23,7 @@ unflatten = functools.partial(unflatten_dict, sep="/")
 
 
 def check_tensors(what: str, found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> None:
-    """Raises ValueError for the first tensor found in `what` that is missing, unexpected or of the wrong shape."""
+    """Raises ValueError if a tensor of `what` is missing, unexpected or of the wrong shape."""
     if missing := sorted(expected.keys() - found.keys()):
         raise UserError(f"{what} lacks tensor {missing[0]}; the file is incomplete")
     if extra := sorted(found.keys() - expected.keys()):
@@ -36,7 +36,7 @@ def check_tensors(what: str, found: Mapping[str, Shape], expected: Mapping[str, 
 def read_safetensors(path: Path, expected: Mapping[str, Shape], rename: Callable[[str], str] = str) -> dict[str, Any]:
     """Reads a file into a tree of float32 arrays, after checking the name, shape and dtype of every tensor in it.
 
-    `rename` turns a name in the file into an expected one.
+    `rename` maps a name in the file to an expected one.
 
     Raises ValueError: not a safetensors file, a header that does not fit the file, or other tensors than expected.
     """
@@ -58,7 +58,7 @@ def read_safetensors(path: Path, expected: Mapping[str, Shape], rename: Callable
 
 
 def import_torch() -> Any:
-    """Returns PyTorch; raises MissingPackageError, which says how to install it."""
+    """Imports PyTorch; raises MissingPackageError, which says how to install it, if that fails."""
     try:
         import torch
     except ImportError as error:
@@ -67,18 +67,18 @@ def import_torch() -> Any:
 
 
 def load_tensors(path: str | os.PathLike[str], mapped: bool = False) -> dict[str, Any]:
-    """Reads the PyTorch tensors of a file by their names; executes no code in it.
+    """Reads a file of named PyTorch tensors without executing code in it.
 
-    If `mapped`, a tensor's bytes are read when they are used, and the memory that they take can be reclaimed.
+    If `mapped`, tensors are memory-mapped: their bytes are read when used, and can be evicted.
 
-    Raises UserError for a file of anything but dense tensors.
+    Raises UserError unless the file holds only dense tensors.
     """
     torch = import_torch()
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # damaged bytes can raise anything in its reader
         reason = one_line(error)
-        if "weights only" in reason.lower():  # the rest of the message advises to load it nevertheless
+        if "weights only" in reason.lower():  # the rest of the message advises loading it anyway
             reason = "it holds more than tensors, and other objects are never loaded; save `model.state_dict()` alone"
         raise UserError(f"{path} is not a plain PyTorch state dict: {reason}") from error
     if not isinstance(state, dict) or not all(

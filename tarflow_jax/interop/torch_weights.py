@@ -1,9 +1,9 @@
-"""PyTorch checkpoints of the references (apple/ml-tarflow, apple/ml-itarflow, apple/ml-starflow), read and written.
+"""Reads and writes PyTorch checkpoints of the references (apple/ml-tarflow, apple/ml-itarflow, apple/ml-starflow).
 
 A Linear's weight [out, in] is our kernel [in, out], with `out` or `in` split into axes. The outputs of qkv are in the
 same order, (q or k or v, head, head dimension). The reference orders the numbers of a token (channel, row, column),
-this package (row, column, channel): the tensors that read or write tokens are permuted here, and never at run time.
-STARFlow has our order, but rotates pairs of neighbours, and so its queries and keys are permuted.
+this package (row, column, channel), so the tensors that read or write tokens are permuted here, never at run time.
+STARFlow has our order, but its rotary embeddings rotate neighbouring pairs, so its queries and keys are permuted.
 """
 
 import contextlib
@@ -27,8 +27,8 @@ from tarflow_jax.interop.tensors import check_tensors, flatten, import_torch, lo
 from tarflow_jax.runtime import progress
 from tarflow_jax.runtime.parameters import Parameter, Shape, rows_of, variables_shapes
 
-HEAD_DIM = 64  # fixed in the reference, and no tensor's shape depends on it
-# What every model of the STARFlow release has; scale_function and output_limit leave no trace in a file.
+HEAD_DIM = 64  # fixed in the reference; no tensor's shape depends on it
+# Fields of every model of the STARFlow release; scale_function and output_limit cannot be told from a file.
 STARFLOW = {
     "rotary": True,
     "position_init": "none",
@@ -49,12 +49,12 @@ _TARFLOW = {
 }
 _NEITHER = ("input_limit", "image_limit", "triangular", "is_sequence")
 _NOT_STARFLOW = ("num_classes", "volume_preserving", "noise_conditional", "random_orders", "condition_in_units")
-_DIRECTORY = 0x10  # an entry's attribute; PyTorch's reader takes such an entry for a directory and reads nothing
-# What the pickle of a state dict calls, and the dtypes of its tensors.
+_DIRECTORY = 0x10  # a zip entry's attribute; PyTorch's reader treats such an entry as a directory and reads nothing
+# The functions that a state dict's pickle calls, and the dtypes of its tensors.
 _ALLOWED = re.compile(
     r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch (?!Untyped|Typed)\w+Storage"
 )
-_MAX_PICKLE_BYTES = 1 << 22  # 150 bytes a tensor
+_MAX_PICKLE_BYTES = 1 << 22  # it takes 150 bytes per tensor
 
 
 def load_torch(
@@ -66,19 +66,19 @@ def load_torch(
     orders: str | None = None,
     place: Callable[[Any], Any] = jax.device_put,
 ) -> tuple[TarFlowConfig, dict[str, Any]]:
-    """Reads a state dict of a reference, a variable at a time; executes no code in it.
+    """Reads a state dict of a reference, one variable at a time, without executing code in it.
 
-    Width, blocks, layers, classes and VP/NVP follow from the tensors, which determine D too, but not how it divides
-    into image_channels K and patch_size P. Of TarFlow they determine T; STARFlow draws images of any size.
+    The tensors determine width, blocks, layers, classes, VP or NVP, and D, but not how D divides into image_channels K
+    and patch_size P. For TarFlow they also determine T; STARFlow draws images of any size.
 
     Args:
       path: the file.
       image_size: a side, or height and width.
       image_channels: K.
       patch_size: P.
-      base_size: of STARFlow, the side in tokens to which positions are scaled; None is that of its training.
-      orders: of STARFlow, "alternate" (its R2L) or "backwards_first" (L2R); None is the latter for models with a
-        prefix, as the release has them, and the former, its default, for others.
+      base_size: for STARFlow, the side in tokens to which positions are scaled; None for that of its training.
+      orders: for STARFlow, "alternate" (its R2L) or "backwards_first" (L2R); None chooses the latter for models with a
+        prefix, as in the release, and else the former, its default.
       place: puts a tree of variables on devices.
 
     Returns:
@@ -92,7 +92,7 @@ def load_torch(
     """
     path = Path(path)
     state = _read_state_dict(path)
-    if any(".time_embed." in name for name in state):  # early files of ml-itarflow use ml-tarflow's name
+    if any(".time_embed." in name for name in state):  # early files of ml-itarflow use ml-tarflow's names
         state = {name.replace(".attn_blocks.", ".head_blocks."): tensor for name, tensor in state.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if any(name.startswith("learnable_self_denoiser.") for name in shapes):
@@ -128,7 +128,7 @@ def load_torch(
 def save_torch(path: str | os.PathLike[str], config: TarFlowConfig, variables: Mapping[str, Any]) -> None:
     """Writes a state dict that the reference loads with strict=True; the inverse of `load_torch`.
 
-    It has no place for the null condition of a prefix.
+    The reference has no null condition of a prefix, so it is not written.
 
     Raises:
       ImportError: PyTorch is not installed.
@@ -147,12 +147,12 @@ def save_torch(path: str | os.PathLike[str], config: TarFlowConfig, variables: M
     with replacing(path) as file:
         try:
             torch.save(state, file)  # given a path, it would write the temporary name into the file
-        except RuntimeError as error:  # which is all that its writer says of an OSError
+        except RuntimeError as error:  # how its writer reports an OSError
             raise UserError(f"{path} cannot be written ({one_line(error)}); is the disk full?") from error
 
 
 def _read_state_dict(path: Path) -> dict[str, Any]:
-    """Reads a file of named, dense tensors of floating point, whose memory the file's size bounds."""
+    """Reads named, dense floating-point tensors, which together take no more memory than the file."""
     if not path.is_file():
         raise FileNotFoundError(f"no PyTorch checkpoint at {path}")
     _check_archive(path)
@@ -171,8 +171,8 @@ def _read_state_dict(path: Path) -> dict[str, Any]:
 def _check_archive(path: Path) -> None:
     """Verifies the zip archive's checksums, which PyTorch ignores, and that reading takes no more memory than the file.
 
-    An uncompressed entry cannot expand when it is read. PyTorch finds an entry by its name in any case, so that a file
-    could have it read one again and again under other names: those of tensors are numbers.
+    Uncompressed entries cannot expand. PyTorch ignores case in names, so names that differ in case alone could make it
+    read one entry many times: tensors must have numbers for names.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -198,9 +198,9 @@ def _check_archive(path: Path) -> None:
 
 
 def _check_pickle(content: bytes) -> None:
-    """Raises UserError for all but plain tensors.
+    """Raises UserError unless the pickle holds plain tensors alone.
 
-    `torch.load(weights_only=True)` also calls functions that allocate as many bytes as they are told to.
+    `torch.load(weights_only=True)` is not enough: a pickle can make it allocate any number of bytes.
     """
     if len(content) > _MAX_PICKLE_BYTES:
         raise UserError(f"its data.pkl has {len(content)} bytes; expected at most {_MAX_PICKLE_BYTES}")
@@ -216,14 +216,14 @@ def _check_pickle(content: bytes) -> None:
 
 
 def _tarflow_fields(path: Path, shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """Fields of the config that TarFlow's and iTARFlow's files tell."""
+    """Infers config fields from the shapes in a file of TarFlow or iTARFlow."""
     if any("shared_backbone" in name for name in shapes):
         raise UserError(f"{path} has layers that its blocks share (shared_backbone_layers); expected none")
     with _foreign(path):
         num_tokens, _ = shapes["blocks.0.pos_embed"]
         num_classes, *_ = shapes.get("blocks.0.class_embed", (0,))
         if shapes["blocks.0.attn_mask"] != (num_tokens, num_tokens):
-            raise ValueError("no mask of all tokens")  # which must not be made if the file has none
+            raise ValueError("no mask of all tokens")  # `_buffers` would allocate one of any size
         tokens = {shape[0] for name, shape in shapes.items() if re.fullmatch(r"blocks\.\d+\.pos_embed", name)}
         (outputs, _), (_, token_dim) = shapes["blocks.0.proj_out.weight"], shapes["blocks.0.proj_in.weight"]
     if len(tokens) > 1:
@@ -241,7 +241,7 @@ def _tarflow_fields(path: Path, shapes: Mapping[str, Shape]) -> dict[str, Any]:
 def _starflow_fields(
     path: Path, shapes: Mapping[str, Shape], base_size: int | None, orders: str | None
 ) -> dict[str, Any]:
-    """Fields of the config that STARFlow's files tell, and those that they do not."""
+    """Infers config fields from the shapes in a file of STARFlow; `base_size` and `orders` are not in it."""
     with _foreign(path):
         trained, _ = shapes["var"]
         slots, others = shapes["blocks.0.attn_mask"]
@@ -262,7 +262,7 @@ def _starflow_fields(
 
 @contextlib.contextmanager
 def _foreign(path: Path) -> Iterator[None]:
-    """Says of a file without the tensors that every model has, or with others of their names, that it is foreign."""
+    """Turns a missing tensor, or one of another shape, into a UserError."""
     try:
         yield
     except (KeyError, ValueError, IndexError) as error:
@@ -328,7 +328,7 @@ def _tensors(config: TarFlowConfig) -> Iterator[tuple[str, Parameter, list[str]]
     layers = "head_blocks" if config.noise_conditional else "attn_blocks"
     for name in variables_shapes(config):
         (row,) = rows_of(name)
-        if not row.torch:  # of a prefix, the null condition
+        if not row.torch:  # the null condition of a prefix
             continue
         if not row.in_block:
             yield name, row, [row.torch]
@@ -339,7 +339,7 @@ def _tensors(config: TarFlowConfig) -> Iterator[tuple[str, Parameter, list[str]]
 
 
 def _buffers(config: TarFlowConfig, tokens: int) -> dict[str, np.ndarray]:
-    """Returns the reference's constant buffers for an image of so many tokens.
+    """Returns the reference's constant buffers for an image of `tokens` tokens.
 
     They are the causal masks, in NVP mode the prior's variance of ones, and in STARFlow zeros in place of angles.
     """
@@ -355,7 +355,7 @@ def _buffers(config: TarFlowConfig, tokens: int) -> dict[str, np.ndarray]:
 
 def _from_torch(config: TarFlowConfig, row: Parameter, parts: list[np.ndarray]) -> np.ndarray:
     parts = [part.T if row.input_axes else part for part in parts]
-    # Into an array of its own, whose memory is in the order of its axes: reshaping another would copy it.
+    # Stacked into a C-ordered array, because reshaping any other would copy it.
     stacked = np.stack(parts, out=np.empty((len(parts), *parts[0].shape), np.float32))
     return _reorder(config, row, stacked.reshape(row.shape(config, depth=len(parts))))
 
@@ -368,15 +368,15 @@ def _to_torch(config: TarFlowConfig, row: Parameter, array: np.ndarray) -> list[
 
 
 def _reorder(config: TarFlowConfig, row: Parameter, array: np.ndarray, inverse: bool = False) -> np.ndarray:
-    """Reorders the axes that are numbers of a token from (channel, row, column) to (row, column, channel).
+    """Reorders the axes over a token's numbers from (channel, row, column) to (row, column, channel).
 
-    In STARFlow, instead, those of heads of queries and keys: from pairs of neighbours to pairs of halves.
+    For STARFlow, reorders the head axes of queries and keys instead, from neighbouring pairs to pairs of halves.
     """
     if config.start_token:
         if "qkv" in row.name:  # [..., 3, N, H]
             pairs = np.arange(HEAD_DIM).reshape((2, -1) if inverse else (-1, 2)).T.reshape(-1)
             array = array.copy() if inverse else array
-            for layer in array:  # at once, they would take as much memory again
+            for layer in array:  # one at a time, or they would take as much memory again
                 layer[..., :2, :, :] = layer[..., :2, :, :][..., pairs]
         return array
     patch = (config.image_channels, config.patch_size, config.patch_size)

@@ -1,4 +1,4 @@
-"""A recipe compiled for devices that need not exist: memory, matmuls and collectives of a step."""
+"""Compiles a recipe for devices that need not be present: a step's memory, matmuls and collectives."""
 
 from tarflow_jax.planning.flops import forward_flops
 from tarflow_jax.planning.plan import Plan, changes, make_plan

@@ -1,4 +1,4 @@
-"""The bytes that a program's collectives send, from its compiled text."""
+"""Counts the bytes that a program's collectives send, from its compiled text."""
 
 import dataclasses
 import math
@@ -9,7 +9,7 @@ _KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collectiv
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \([^\n]*\{\n(.*?)^\}$", re.MULTILINE | re.DOTALL)
 _INSTRUCTION = re.compile(r"^ +(?:ROOT )?%?([\w.-]+) = (.+?) ([a-z][\w-]*)\((.*?)\)(.*)$", re.MULTILINE)
 _CALLED = re.compile(r"\b(?:body|calls|to_apply|called_computations|branch_computations)=\{?%?([\w.-]+)")
-# A TPU may run a collective in pieces beside matmuls. Every piece but the first has a flag_start other than -1.
+# A TPU may overlap pieces of a collective with matmuls. Every piece but the first has a flag_start other than -1.
 _LATER_PIECE = re.compile(r'"async_collective_fusion_config":\{"flag_start":"(?!-1)')
 
 
@@ -22,10 +22,10 @@ class Collective:
 
 
 def collectives(text: str, num_devices: int, num_slices: int = 1) -> dict[str, Collective]:
-    """Returns what the collectives of `compiled.as_text()` send, by kind, if they send as little as they can.
+    """Returns the collectives of `compiled.as_text()` by kind, with the fewest bytes that they can send.
 
-    Loops count by their lengths. Collectives between TPU slices are kinds of their own, "all-reduce between slices".
-    Raises ValueError if the text does not give a loop's length.
+    Loops count by their trip counts. Collectives between TPU slices are separate kinds, "all-reduce between slices".
+    Raises ValueError if the text does not give a loop's trip count.
     """
     found = _COMPUTATION.findall(text)
     computations = {name: body for _, name, body in found}
@@ -40,11 +40,11 @@ def collectives(text: str, num_devices: int, num_slices: int = 1) -> dict[str, C
                 visit(_CALLED.findall(attributes)[0], times * rounds)
             kind, suffix, group = opcode.removesuffix("-start"), "", _group_size(attributes, num_devices // num_slices)
             transfer = re.search(r'megascale_transfer_type="(\w+)"', attributes)
-            if kind == "send" and transfer:  # the TPU's runtime does the collective
+            if kind == "send" and transfer:  # the TPU's runtime performs the collective
                 kind = transfer[1].lower().replace("_", "-").replace("one-to-one", "collective-permute")
                 suffix, group = " between slices", num_slices
             elif kind == "all-reduce" and computation.startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"  # a TPU's is a fusion of an all-reduce and a slice
+                kind = "reduce-scatter"  # on TPUs, a fusion of an all-reduce and a slice
             if kind in _KINDS and not _LATER_PIECE.search(attributes):
                 share = {"all-gather": group - 1, "all-reduce": 2 * (group - 1) / group, "collective-permute": 1}
                 size = sum(sizes[name] for name in re.findall(r"%([\w.-]+)", operands))
@@ -56,7 +56,7 @@ def collectives(text: str, num_devices: int, num_slices: int = 1) -> dict[str, C
 
 
 def _num_bytes(type_: str) -> float:
-    """The size of a type's arrays together, without the padding of tiles; tokens have none."""
+    """Returns the bytes of a type's arrays together, without the padding of tiles; tokens have none."""
     total = 0.0
     for dtype, width, dims in re.findall(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]", type_):
         bits = 8 if dtype == "pred" else int(width or 0)
@@ -65,7 +65,7 @@ def _num_bytes(type_: str) -> float:
 
 
 def _group_size(attributes: str, num_devices: int) -> int:
-    """The number of devices that exchange data with each other."""
+    """Returns the number of devices that exchange data with each other."""
     text = attributes.partition("replica_groups=")[2]
     if listed := re.match(r"\{\{([\d,]+)\}", text):
         return listed[1].count(",") + 1
@@ -80,10 +80,10 @@ def _group_size(attributes: str, num_devices: int) -> int:
 
 
 def _trip_count(loop: str, computations: dict[str, str]) -> int:
-    """The rounds of a loop, from its attributes."""
+    """Returns the trip count of a loop, from its attributes."""
     if known := re.search(r'known_trip_count":\{"n":"(\d+)"', loop):
         return int(known[1])
-    # A TPU's text has the condition alone: a counter from 0 is less than a constant.
+    # On TPUs, the text has only the condition: a counter from 0 is less than a constant.
     condition = computations[re.findall(r"condition=%?([\w.-]+)", loop)[0]]
     bounds = re.findall(r" constant\((\d+)\)", condition)
     if len(bounds) != 1 or "direction=LT" not in condition:

@@ -1,6 +1,6 @@
-"""FLOPs of matmuls: of a model by arithmetic, of a program from its jaxpr.
+"""Counts the FLOPs of matmuls: of a model from its config, of a program from its jaxpr.
 
-XLA's count (`cost_analysis`) takes the body of a loop once, and the layers run in a loop.
+XLA's `cost_analysis` counts the body of a loop only once, and the layers run in a loop.
 """
 
 import math
@@ -13,7 +13,7 @@ from tarflow_jax.flow import TarFlowConfig
 
 
 def forward_flops(config: TarFlowConfig) -> float:
-    """Returns the FLOPs of encoding one image, attention counted whole."""
+    """Returns the FLOPs of encoding one image, with full (unmasked) attention."""
     tokens, width = config.num_tokens, config.width
     outputs = config.token_dim * (1 if config.volume_preserving else 2)
     triangle = config.triangle_size if config.triangular else 0
@@ -27,9 +27,9 @@ def forward_flops(config: TarFlowConfig) -> float:
 
 
 def program_flops(jaxpr: Any) -> float:
-    """Returns the FLOPs of a jaxpr on all devices together: recomputed ones included, unused ones not.
+    """Returns the FLOPs of a jaxpr on all devices together, with recomputation but without dead code.
 
-    Attention counts whole, though kernels skip what a mask hides. Raises ValueError for a loop of unknown length.
+    Counts full attention, though kernels skip what a mask hides. Raises ValueError for a loop of unknown length.
     """
     live, _ = dce_jaxpr(jaxpr.jaxpr, [True] * len(jaxpr.jaxpr.outvars))
     return sum(map(_flops, live.eqns))
@@ -41,7 +41,7 @@ def _flops(equation: Any) -> float:
         (contracted, _), _ = params["dimension_numbers"]
         summed = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
         return 2.0 * summed * math.prod(equation.outvars[0].aval.shape)
-    if name.startswith("dot_product_attention"):  # cuDNN's: two matmuls, in the backward pass five
+    if name.startswith("dot_product_attention"):  # cuDNN's: two matmuls forward, five backward
         batch, tokens, heads, dim = equation.invars[0].aval.shape
         return (2 if "fwd" in name else 5) * 2.0 * batch * heads * tokens**2 * dim
     bodies = [sum(map(_flops, value.eqns)) for value in jax.tree.leaves(params) if hasattr(value, "eqns")]

@@ -1,4 +1,4 @@
-"""Compiles a recipe's training step or sampler for a topology, and says what it needs of each device."""
+"""Compiles a recipe's training step or sampler for a topology, and reports what it needs per device."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ from tarflow_jax.training.step import abstract_state, compiled_step
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a compiled program needs; bytes, FLOPs and collectives are those of one device in one step."""
+    """What a compiled program needs; bytes, FLOPs and collectives are per device and step."""
 
     topology: str
     num_slices: int
@@ -34,9 +34,9 @@ class Plan:
     batch_size: int  # images per step on all devices together
     num_steps: int  # of the whole run; 0 for a sampler
     state_bytes: dict[str, int]  # by parameters, batch, optimizer, EMA
-    flops: float  # of matmuls, recomputed ones included
-    model_flops: float  # of a forward and a backward pass, nothing recomputed; 0 for a sampler
-    problem: str = ""  # XLA's message if the program needs more memory than it can compile for
+    flops: float  # of matmuls, with recomputation
+    model_flops: float  # of a forward and a backward pass, without recomputation; 0 for a sampler
+    problem: str = ""  # XLA's message if it ran out of device memory when compiling
     temporary_bytes: float = math.nan  # activations, gradients, results
     code_bytes: float = math.nan
     collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
@@ -50,7 +50,7 @@ class Plan:
         return self.total_bytes <= self.device_memory
 
     def table(self, mfu: float) -> str:
-        """Returns the figures as lines of text, with the training time at a model-FLOPs utilization."""
+        """Returns the figures as lines of text, with the training time at this model-FLOPs utilization."""
         mesh, num_devices = " x ".join(f"{axis} {n}" for axis, n in self.mesh.items()), math.prod(self.mesh.values())
         rows = {"devices": f"{num_devices} as {mesh}", "images per step": f"{self.batch_size:,}"}
         sizes = self.state_bytes | {"temporaries": self.temporary_bytes, "program": self.code_bytes}
@@ -69,9 +69,9 @@ class Plan:
 
 
 def make_plan(recipe: Recipe, topology: Topology, sampler: bool = False) -> Plan:
-    """Compiles a recipe's training step, or the sequential decoder with the recipe's guidance for a training batch.
+    """Compiles a recipe's training step, or the sequential decoder with the recipe's guidance and batch size.
 
-    Raises UserError if the batch or a parameter does not divide by the recipe's mesh.
+    Raises UserError if the recipe's mesh does not divide the batch or a parameter.
     """
     if recipe.model.is_sequence:
         raise UserError("a plan is for a flow of images; this one is of sequences")
@@ -105,7 +105,7 @@ def make_plan(recipe: Recipe, topology: Topology, sampler: bool = False) -> Plan
 
 
 def trace(recipe: Recipe, mesh: Mesh, sampler: bool) -> tuple[Any, dict[str, Any]]:
-    """Traces the program that `make_plan` compiles, on shapes; returns the trace and the arguments by name."""
+    """Traces the program that `make_plan` compiles on abstract arrays; returns the trace and the arguments by name."""
     state, rows = abstract_state(recipe.train_config, mesh), batch_sharding(mesh)
     model, count = recipe.model, recipe.config.train.batch_size
     of_latents = model.image_bits == 0
@@ -138,7 +138,7 @@ def _sample(
 
 
 def changes(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
-    """Returns config fields to change in a recipe that does not fit; each entry adds a change to the one before."""
+    """Returns config changes to try for a recipe that does not fit; each entry adds a change to the one before."""
     fields, model = recipe.config.train, recipe.config.model
     shards = plan.mesh["data"] * plan.mesh["fsdp"]
     fsdp = shards // plan.num_slices

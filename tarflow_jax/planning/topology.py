@@ -16,10 +16,10 @@ class Chip(NamedTuple):
     """Data-sheet figures of one device."""
 
     memory: int  # bytes
-    flops: float  # dense bfloat16 FLOP/s, which TPUs multiply float32 at too by default; 0 if unknown
+    flops: float  # dense bfloat16 FLOP/s, which TPUs reach with float32 too by default; 0 if unknown
 
 
-# By the start of `jax.Device.device_kind`, longer ones first. From cloud.google.com/tpu/docs and NVIDIA's data sheets.
+# By prefix of `jax.Device.device_kind`, longer ones first. From cloud.google.com/tpu/docs and NVIDIA's data sheets.
 CHIPS = {
     "TPU v4": Chip(32 << 30, 275e12),
     "TPU v5 lite": Chip(16 << 30, 197e12),
@@ -31,8 +31,8 @@ CHIPS = {
     "NVIDIA B200": Chip(180 << 30, 2250e12),
 }
 
-# What XLA chooses and tiles GPU kernels by, from cudaGetDeviceProperties: compute capability, cores, float32 units and
-# shared memory of each, shared memory of a thread block, L2 cache, GHz, bytes/s, bytes of memory.
+# Properties by which XLA chooses and tiles GPU kernels, from cudaGetDeviceProperties: compute capability, cores,
+# float32 units and shared memory per core, shared memory per thread block, L2 cache, GHz, bytes/s, bytes of memory.
 GPUS = {
     "a100": (8, 108, 64, 167936, 166912, 40 << 20, 1.41, 2039 * 10**9, 85100068864),
     "h100": (9, 132, 128, 233472, 232448, 50 << 20, 1.98, 3352 * 10**9, 84942979072),
@@ -51,7 +51,7 @@ _GPU_CONFIG = """
         block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
         registers_per_block_limit: 65536 registers_per_core_limit: 65536 }}"""
 
-# Without these libtpu asks the network which TPU this is, and admits one process at a time.
+# Without these, libtpu asks the network which TPU this is, and admits one process at a time.
 _WITHOUT_TPU = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
@@ -62,7 +62,7 @@ _WITHOUT_TPU = {
 
 
 class Topology(NamedTuple):
-    """Devices to compile for; a network joins several TPU slices."""
+    """Devices to compile for; several TPU slices are joined by a network."""
 
     name: str
     devices: Sequence[Any]

@@ -1,4 +1,4 @@
-"""What programs run on: processes, devices and meshes, kernels, compiled programs, batches of any size."""
+"""Where and how programs run: processes, devices, meshes, kernels, compilation and batching."""
 
 from tarflow_jax.runtime.batch_runner import BatchRunner, LazyRows, progress
 from tarflow_jax.runtime.compilation import Program, use_compilation_cache, use_mesh

@@ -1,4 +1,4 @@
-"""Any number of images through a compiled function: a batch at a time, on every device, on every core."""
+"""Runs a compiled function on any number of images: batch by batch, on every device, on every core."""
 
 import dataclasses
 import functools
@@ -23,15 +23,15 @@ from tarflow_jax.runtime.sharding import shardings
 DEFAULT_MEMORY_BOUND = 2 * 2**30
 _PROGRESS_DELAY_S = 3  # shorter work shows no bar
 
-_compiled: set[Any] = set()  # what this process has run before: threads need not wait for its compilation
+_compiled: set[Any] = set()  # programs that this process has compiled
 
 
 @dataclasses.dataclass(frozen=True)
 class LazyRows:
-    """Rows that are read when their batch comes up.
+    """Rows that are read when their batch is run.
 
     Attributes:
-      read: ascending indices, int [n], to arrays [n, …] by name.
+      read: maps ascending indices, int [n], to arrays [n, …] by name.
       total: the number of rows, B.
     """
 
@@ -40,14 +40,14 @@ class LazyRows:
 
 
 class BatchRunner:
-    """Runs compiled functions on images, in equal batches that fit into memory, the last one padded.
+    """Runs compiled functions on images, in equal batches that fit into memory; the last one is padded.
 
     Attributes:
-      on_cores: the device is one CPU, each of whose cores runs batches of its own.
+      on_cores: whether the device is a single CPU; each of its cores then runs batches of its own.
     """
 
     def __init__(self, mesh: Mesh | None, memory_bound: int = DEFAULT_MEMORY_BOUND) -> None:
-        """mesh: None is the default device. memory_bound: bytes of all activations that exist at one time."""
+        """Takes a mesh, or None for the default device, and a limit on the bytes of activations alive at one time."""
         self.mesh, self.memory_bound = mesh, memory_bound
         device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
         self._on_cpu = device.platform == "cpu"
@@ -57,7 +57,7 @@ class BatchRunner:
         self._shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
     def place(self, variables: Any) -> Any:
-        """Variables on the devices, sharded over the mesh; arrays that are there already are not moved."""
+        """Places variables on the devices, sharded over the mesh; does not move arrays that are already there."""
         if self.mesh is None:
             return jax.device_put(variables, self._sharding)
         layout = shardings(self.mesh, variables)
@@ -65,9 +65,9 @@ class BatchRunner:
             return jax.device_put(variables, layout)
 
         def put(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-            if isinstance(x, jax.Array) and x.sharding == sharding:  # a training state's, say
+            if isinstance(x, jax.Array) and x.sharding == sharding:  # such as a training state's
                 return x
-            # From the host: JAX moves no array from one process's devices to all processes'.
+            # Via the host: JAX cannot move an array from one process's devices to those of all processes.
             return jax.device_put(jax.device_get(x), sharding)
 
         return jax.tree.map(put, variables, layout)
@@ -85,14 +85,14 @@ class BatchRunner:
     ) -> Any:
         """Returns function(variables, **rows, **shared), computed batch by batch.
 
-        Where the mesh spans processes, all call this with the same arguments, and each gets all results.
+        If the mesh spans processes, all must call this with the same arguments, and each gets all results.
 
         Args:
-          function: a jitted function and its static arguments; all that it returns has the batch first.
-          variables: as of `place`.
+          function: a jitted function with its static arguments; every output has a leading batch axis.
+          variables: as in `place`.
           rows: arrays [B, …] by argument name; None stays None.
-          bytes_per_image: of its activations.
-          smallest: images of the smallest batch; fewer are padded.
+          bytes_per_image: bytes of activations per image.
+          smallest: the smallest batch size; fewer images are padded.
           description: shown by the progress bar; None for no bar.
           shared: arguments that are the same for every batch.
 
@@ -110,12 +110,12 @@ class BatchRunner:
         def run_batch(start: int) -> Any:
             stop_if_requested()
             batch = self._place_rows(read, start, size, total)
-            # float32 means float32: TPUs and recent GPUs multiply it in fewer bits unless told.
+            # By default, TPUs and recent GPUs multiply float32 with fewer bits.
             with use_mesh(self.mesh), jax.default_matmul_precision("highest"):
                 result = function(variables, **batch, **shared)
             if self._many_processes:
                 return multihost_utils.process_allgather(result, tiled=True)
-            return jax.tree.map(np.asarray, result)  # waits for it
+            return jax.tree.map(np.asarray, result)  # blocks until it is computed
 
         static = (function.func, function.args, *function.keywords.items())
         key = (static, self.mesh, size, jax.tree.structure(shared))
@@ -128,7 +128,7 @@ class BatchRunner:
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:total], *results)
 
     def _batch_size(self, total: int, bytes_per_image: int, smallest: int) -> tuple[int, int]:
-        """(images of a batch, batches at one time); together they keep to the memory bound, down to one image."""
+        """Returns (batch size, concurrent batches) that respect the memory bound, down to one image."""
         affordable = max(self.memory_bound // bytes_per_image, 1)
         if not self.on_cores:
             share = min(affordable // self._shards, -(-total // self._shards))
@@ -147,7 +147,7 @@ class BatchRunner:
         return LazyRows(lambda index: jax.tree.map(lambda x: x[index[0] : index[-1] + 1], rows), total)
 
     def _place_rows(self, read: Callable[[np.ndarray], Any], start: int, size: int, total: int) -> Any:
-        """Rows start .. start + size - 1 on the devices, zeros beyond the last one."""
+        """Places rows start … start + size - 1 on the devices, with zeros beyond the last one."""
         local, put = np.arange(size), lambda x: jax.device_put(x, self._sharding)
         if self._many_processes and self.mesh is not None:
             mine = Rows(self.mesh, size)
@@ -168,7 +168,7 @@ class BatchRunner:
 def _first_alone(
     run_batch: Callable[[int], Any], starts: range, threads: ThreadPoolExecutor, key: Any
 ) -> Iterator[Any]:
-    """Results in order; the first batch of a new program runs alone, so that threads do not compile it each."""
+    """Yields results in order; the first batch of a new program runs alone, so that only one thread compiles it."""
     if key not in _compiled:
         yield run_batch(starts[0])
         _compiled.add(key)
@@ -177,13 +177,13 @@ def _first_alone(
 
 
 def forward_bytes(config: TarFlowConfig) -> int:
-    """Bytes of an image's activations in one layer, roughly: residual stream, qkv, hidden layer, attention logits."""
+    """Estimates a layer's activation bytes per image: residual stream, qkv, hidden layer and attention logits."""
     slots = config.condition_length + config.num_tokens
     return 4 * slots * (16 * config.width + 2 * config.num_heads * slots)
 
 
 def backward_bytes(config: TarFlowConfig) -> int:
-    """Bytes of an image's activations in all layers, kept for the gradient; with remat, one residual stream a layer."""
+    """Estimates the activation bytes per image kept for the gradient; with remat, one residual stream per layer."""
     if config.remat == "full":
         slots = config.condition_length + config.num_tokens
         return forward_bytes(config) + 4 * sum(config.depths) * slots * config.width
@@ -191,12 +191,12 @@ def backward_bytes(config: TarFlowConfig) -> int:
 
 
 def progress(items: Iterable[Any] | None, description: str | None, **options: Any) -> tqdm:
-    """A progress bar with the remaining time, shown only on a terminal and removed when the work is done.
+    """Returns a progress bar with the remaining time, shown only on a terminal and removed when the work is done.
 
     Args:
       items: to iterate over; None for a bar that is advanced by `update`.
       description: of the work; None for no bar.
-      options: of tqdm: total, unit.
+      options: options of tqdm, such as total and unit.
     """
-    disable = True if description is None else None  # None: where there is no terminal
+    disable = True if description is None else None  # None disables it without a terminal
     return tqdm(items, description, disable=disable, leave=False, delay=_PROGRESS_DELAY_S, **options)

@@ -1,4 +1,4 @@
-"""Compiled programs, the mesh they run on, and the folder they are kept in."""
+"""Compiled programs, the mesh they run on, and the compilation cache."""
 
 import contextlib
 import dataclasses
@@ -17,10 +17,7 @@ from tarflow_jax.runtime.mesh import RULES
 
 @contextlib.contextmanager
 def use_mesh(mesh: Mesh | None) -> Iterator[None]:
-    """Within it, functions are traced and called on a mesh of `make_mesh`, by its sharding rules.
-
-    None is the default device.
-    """
+    """Sets a mesh from `make_mesh` and its sharding rules for traces and calls; None is the default device."""
     if mesh is None:
         yield
     else:
@@ -33,9 +30,9 @@ class Program:
     """A jitted function on a mesh.
 
     Attributes:
-      function: what `jax.jit` returned. It belongs to the process (a module's function, or one cached by its
-        configuration), so that two programs of it compile once.
-      mesh: None is the default device.
+      function: the result of `jax.jit`. It must be at module level or cached by its configuration, so that equal
+        programs compile once.
+      mesh: None for the default device.
     """
 
     function: Any
@@ -46,15 +43,15 @@ class Program:
             return self.function(*args, **options)
 
     def trace(self, *args: Any, **options: Any) -> Any:
-        """`jax.jit`'s trace; arguments may be shapes."""
+        """Traces the function, as `jax.jit` does; arguments may be shapes."""
         with use_mesh(self.mesh):
             return self.function.trace(*args, **options)
 
 
 def use_compilation_cache(folder: Path, max_bytes: int = 4 << 30) -> None:
-    """Keeps compiled programs in a folder, which several processes may share; the least used ones are evicted.
+    """Caches compiled programs in a folder that processes may share; evicts the least recently used ones.
 
-    Each kind of processor has a subfolder: a CPU's program holds instructions that another may lack.
+    Each kind of processor has its own subfolder, because a CPU program may use instructions that other CPUs lack.
     """
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []

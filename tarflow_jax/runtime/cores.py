@@ -1,8 +1,8 @@
-"""One policy for a CPU's cores: each works on its own images.
+"""Divides work among a CPU's cores by images.
 
-XLA gives the matmuls of few images to one core, and cores that share every operation wait at its end. In training,
-whose batch is one program, each core is a device of the mesh. Elsewhere (`BatchRunner`) each core runs the program on
-one small batch after another. Measured in docs/performance.md.
+XLA runs small matmuls on one core, and cores that share every operation wait at its end. In training, each core is
+therefore a device of the mesh. Elsewhere (`BatchRunner`), each core runs the program on one small batch after another.
+Measured in docs/lab/performance.md.
 """
 
 import os
@@ -11,12 +11,12 @@ from pathlib import Path
 import jax
 
 CPU_ROWS = 8  # a core's smallest share of a training batch
-CPU_BATCH = 25  # images that a core runs at a time elsewhere: their activations fit into its caches
+CPU_BATCH = 25  # a core's batch elsewhere: its activations fit into the caches
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def usable_cores(cgroup: Path = _CGROUP) -> int:
-    """The number of cores this process may use, by its affinity and its container's limit on CPU time."""
+    """Returns the number of cores that this process may use, by its affinity and its container's CPU limit."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:  # control groups, version 2, then version 1
         if (cgroup / "cpu.max").exists():
@@ -30,13 +30,13 @@ def usable_cores(cgroup: Path = _CGROUP) -> int:
 
 
 def use_cores_as_devices(batch_size: int) -> None:
-    """Makes each core a CPU device, as many as divide the batch and leave each `CPU_ROWS` images or more.
+    """Makes cores CPU devices: as many as divide the batch and leave each at least `CPU_ROWS` images.
 
-    Does nothing if XLA_FLAGS or jax_num_cpu_devices set their number, if several processes share the work, or if JAX
-    has initialised its devices; does not affect accelerators.
+    Does nothing if XLA_FLAGS or jax_num_cpu_devices sets the number of devices, if several processes share the work, or
+    if JAX has initialised its devices; does not affect accelerators.
 
     Args:
-      batch_size: of a step, or of its microbatch.
+      batch_size: of a step or microbatch.
     """
     given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if given or jax.config.jax_num_cpu_devices != -1 or jax.distributed.is_initialized():  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Release, commit, versions and machine, kept beside measurements so that they can be compared and repeated."""
+"""Release, commit, versions and machine, stored with measurements so that they can be compared and repeated."""
 
 import importlib.metadata
 import os
@@ -16,12 +16,12 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def release() -> dict[str, str | None]:
-    """The package's version, and its commit if it runs from a clone, else None. Initialises no device."""
+    """Returns the package's version, and its commit or, outside a clone, None. Initialises no device."""
     return {"tarflow_jax": __version__, "commit": commit_of(Path(__file__).parents[2])}
 
 
 def environment() -> dict[str, Any]:
-    """`release`, versions, machine and devices: strings and numbers by name."""
+    """Returns `release`, versions, machine and devices, as strings and numbers by name."""
     devices = jax.devices()
     return {
         **release(),
@@ -37,8 +37,8 @@ def environment() -> dict[str, Any]:
 
 
 def commit_of(clone: Path) -> str | None:
-    """The commit of a clone, with the suffix -dirty if files differ from it; None if there is no clone or no git."""
-    if not (clone / ".git").exists():  # git would look in the folders above, whose commit is not ours
+    """Returns a clone's commit, with the suffix -dirty if files differ from it; None without a clone or git."""
+    if not (clone / ".git").exists():  # git would search the folders above, perhaps another repository
         return None
     command = ["git", "-C", str(clone), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

@@ -1,4 +1,4 @@
-"""The kernels of a device: attention over whole sequences, and the matmul of the training step."""
+"""Device-specific kernels: attention over whole sequences, and the matmul of the training step."""
 
 import dataclasses
 import functools
@@ -18,26 +18,26 @@ _SPLASH_MIN_TOKENS = 2 * _SPLASH_BLOCK
 _Dimensions = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
 
 
-@functools.cache  # a partial function is equal to itself alone
+@functools.cache  # partials of equal arguments are not equal, and flows are cache keys
 def device_flow(config: TarFlowConfig) -> TarFlow:
-    """A flow with the attention kernel of the device it is traced for."""
+    """Returns a flow with the attention kernel of the device it is traced for."""
     return TarFlow(config, Kernels(attend=functools.partial(attend_on_device, kernel=config.attention)))
 
 
 def exact(config: TarFlowConfig) -> TarFlowConfig:
-    """The model in float32: bits per dimension of anything less are wrong in the second decimal."""
-    attention = "auto" if config.attention == "cudnn" else config.attention  # cuDNN's kernel has no float32
+    """Returns the config in float32; in lower precision, bits per dimension are wrong in the second decimal."""
+    attention = "auto" if config.attention == "cudnn" else config.attention  # cuDNN's kernel lacks float32
     return dataclasses.replace(config, dtype="float32", attention=attention)
 
 
 @functools.cache
 def training_kernels(config: TarFlowConfig) -> Kernels:
-    """Kernels for reverse-mode differentiation alone."""
+    """Returns kernels that support reverse-mode differentiation only."""
     return Kernels(functools.partial(attend_on_device, kernel=config.attention), dot_general_of_training)
 
 
 def attend_on_device(query: jax.Array, key: jax.Array, value: jax.Array, causal: bool, kernel: str) -> jax.Array:
-    """`attend_whole` by one of `KERNELS`; raises UserError where the device has no such kernel."""
+    """Computes `attend_whole` with one of `KERNELS`; raises UserError if the device lacks that kernel."""
     chosen = choose_kernel(kernel, query.shape[2], query.dtype)
     maker = {"cudnn": "NVIDIA", "splash": "TPU"}.get(chosen, "")
     if not device_kind().startswith(maker):
@@ -66,7 +66,7 @@ def choose_kernel(kernel: str, num_tokens: int, dtype: jnp.dtype) -> str:
 
 
 def device_kind() -> str:
-    """The kind of the devices in the current mesh, which may be of another machine (launch.plan), or of the default."""
+    """Returns the device kind of the current mesh (with launch.plan, another machine's), or of the default device."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.devices()[0].device_kind if mesh.empty else mesh.abstract_device.device_kind
 
@@ -74,7 +74,7 @@ def device_kind() -> str:
 def splash(
     query: jax.Array, key: jax.Array, value: jax.Array, causal: bool = True, *, interpret: bool = False
 ) -> jax.Array:
-    """Pallas's blockwise attention for TPUs, which never holds the logits [T, T]; T is a multiple of 128.
+    """Attends with Pallas's blockwise TPU kernel, without materializing the logits [T, T]; T is a multiple of 128.
 
     XLA cannot partition a Pallas call, so under a mesh each device runs its own examples and heads. `interpret` runs it
     on a CPU, for tests.
@@ -107,11 +107,11 @@ def _splash(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool,
 def dot_general_of_training(
     x: jax.Array, kernel: jax.Array, dimensions: _Dimensions, precision: Any = None
 ) -> jax.Array:
-    """`jax.lax.dot_general` of activations [..., *K] and a kernel [*K, *M], as Flax's dense layers call it.
+    """Computes `jax.lax.dot_general` of activations [..., *K] and a kernel [*K, *M], as Flax's dense layers call it.
 
-    For the kernel's gradient xᵀg, one of x and the cotangent g is transposed in memory. JAX always takes g, even where
-    x is four times narrower; this takes the narrower one, which on a CPU saves a tenth to a quarter of a training step
-    (docs/performance.md). It has no forward-mode derivative.
+    The kernel's gradient xᵀg transposes x or the cotangent g in memory. JAX always transposes g, even if x is four
+    times narrower. This transposes the narrower one, which on a CPU saves a tenth to a quarter of a training step
+    (docs/lab/performance.md). It has no forward-mode derivative.
     """
     return _dot_general(x, kernel, len(dimensions[0][1]), precision)
 
@@ -140,7 +140,7 @@ def _backward(
     contract_rows = ((rows, rows), ((), ()))
     if x.size <= g.size:
         return x_grad, jax.lax.dot_general(x, g, contract_rows, precision)
-    # The barrier: XLA would fold the transposition into a matmul for which its fast library has no kernel.
+    # Without the barrier, XLA folds the transposition into a matmul for which its fast library has no kernel.
     kernel_grad = jax.lax.optimization_barrier(jax.lax.dot_general(g, x, contract_rows, precision))  # [*M, *K]
     order = (*range(num_features, kernel.ndim), *range(num_features))
     return x_grad, kernel_grad.transpose(order)

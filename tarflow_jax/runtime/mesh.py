@@ -1,4 +1,4 @@
-"""One mesh with three axes: `data` replicates the model, `fsdp` shards parameters along width, `tensor` along heads."""
+"""A mesh with three axes: `data` replicates the model, `fsdp` shards parameters along width, `tensor` along heads."""
 
 import math
 from collections.abc import Sequence
@@ -17,12 +17,12 @@ RULES = (("batch", BATCH_AXES), ("heads", "tensor"), ("hidden", "tensor"))  # th
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh over all devices; at most one size may be -1, which takes the devices that are left.
+    """Returns a mesh over all devices; at most one size may be -1, which takes the remaining devices.
 
-    TPU slices, which the slow network between hosts connects, are split by `data` alone.
+    Only `data` spans several TPU slices, because the network between them is slow.
 
     Raises:
-      ValueError: the sizes do not multiply to the number of devices, or `data` not to a number of slices.
+      ValueError: the sizes do not multiply to the number of devices, or `data` is no multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
@@ -39,47 +39,47 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     if sizes["data"] % slices:
         raise UserError(f"mesh data={sizes['data']} does not divide by the {slices} slices; choose a multiple")
     inside = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
-    # An axis of 8 on a torus of 4 x 4 x 4 takes half of a physical axis.
+    # Physical axes may be split, because an axis of 8 takes one and a half of a 4 x 4 x 4 torus's.
     if slices > 1:
         grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
     else:
         grid = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
-    # linen's modules are written for automatic propagation, which is not make_mesh's default.
+    # Flax linen relies on automatic sharding propagation, which is not the default of jax.make_mesh.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def many_devices() -> bool:
-    """Whether the current mesh is one of `make_mesh` with several devices; inside `jax.shard_map` each works alone."""
+    """Returns whether the current mesh is `make_mesh`'s with several devices; False inside `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.axis_names == AXES and mesh.size > 1 and not mesh.manual_axes
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Shards rows over `data` and `fsdp`, and no other dimension."""
+    """Returns the sharding of rows over `data` and `fsdp`; other dimensions are not sharded."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A copy on every device."""
+    """Returns the sharding that puts a copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 class Rows:
-    """The rows of a global batch that this process reads, since they are placed on its devices.
+    """The rows of a global batch that this process reads, because its devices hold them.
 
     Attributes:
-      local: int64 [n], the numbers of these rows in the global batch, ascending. Processes that share heads alone
-        (`tensor`) read the same rows.
+      local: int64 [n], the indices of these rows in the global batch, ascending. Processes that differ only along
+        `tensor` read the same rows.
     """
 
     def __init__(self, mesh: Mesh, batch_size: int) -> None:
-        """batch_size: of the global batch; data x fsdp divides it."""
+        """Takes the global batch size, a multiple of data x fsdp."""
         self._sharding, self._batch_size = batch_sharding(mesh), batch_size
         slices = self._sharding.addressable_devices_indices_map((batch_size,)).values()
         self.local = np.unique(np.concatenate([np.arange(batch_size)[rows] for rows in slices]))
 
     def put(self, values: np.ndarray) -> jax.Array:
-        """Starts copying local rows [n, …] into the global array [B, …], which it returns."""
+        """Starts copying local rows [n, …] to the devices; returns the global array [B, …]."""
 
         def part(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(self._batch_size)

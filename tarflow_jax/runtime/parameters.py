@@ -1,8 +1,8 @@
-"""The table of the networks' variables: a row with the shape, sharding and PyTorch name of each.
+"""The table of the networks' variables, with the shape, sharding and PyTorch name of each.
 
-A new parameter of the network is a new row here. Shapes are computed from a config without tracing, because files of
-unknown origin are checked against them. Letters: T tokens, D token dimension, C width, L layers of the block,
-N heads, H head dimension, 4C hidden units of the MLP, 2D outputs of a block (D in VP mode), triangle D (D - 1) / 2.
+A new parameter of a network needs a new row here. Shapes are computed from a config without tracing, because untrusted
+files are checked against them. Letters: T tokens, D token dimension, C width, L layers of the block, N heads, H head
+dimension, 4C hidden units of the MLP, 2D outputs of a block (D in VP mode), triangle D (D - 1) / 2.
 """
 
 import dataclasses
@@ -24,12 +24,12 @@ class Parameter:
     """One row of the table.
 
     Attributes:
-      name: the end of its path. "prior/…" and "constants/…" are of the flow, all others of every block; those in
+      name: the end of its path. "prior/…" and "constants/…" belong to the flow, all others to every block; those in
         "layers/" have the block's layers stacked along a first axis.
-      dims: its dimensions (that first axis left out), each a letter (see `_shape`) or a number, with
-        ":axis" behind it where it is sharded over that axis of the mesh. "inputs -> outputs" is a dense kernel,
-        "-> outputs" a dense bias; PyTorch joins the dimensions of a side into one.
-      torch: its name in the reference's state dict, within its block or layer; "" if the reference has no such thing.
+      dims: its dimensions without that first axis, each a letter (see `_shape`) or a number, followed by ":axis" if it
+        is sharded over that axis of the mesh. "inputs -> outputs" is a dense kernel, "-> outputs" a dense bias;
+        PyTorch flattens each side into one dimension.
+      torch: its name in the reference's state dict, within its block or layer; "" if the reference lacks it.
       torch_dims: the reference's dimensions, if they do not follow from `dims`.
       when: the field of the config that must be set (not 0 or False) for the variable to exist; "" for always.
     """
@@ -74,11 +74,11 @@ class Parameter:
         return tuple(range(first, len(self.letters))) if "->" in self.dims else ()
 
     def shape(self, config: TarFlowConfig, depth: int) -> Shape:
-        """Its shape in a block of `depth` layers."""
+        """Returns its shape in a block of `depth` layers."""
         return _shape(self.letters, config, depth)
 
     def torch_shape(self, config: TarFlowConfig) -> Shape:
-        """The reference's shape, of one layer if it is stacked here: [out, in] of a kernel, [out] of its bias."""
+        """Returns the reference's shape, of one layer if stacked here: [out, in] for a kernel, [out] for its bias."""
         if self.torch_dims:
             return _shape(self.torch_dims.split(), config)
         if not self.output_axes:
@@ -88,11 +88,11 @@ class Parameter:
 
     @property
     def _words(self) -> list[str]:
-        """Of each axis its letter, or "letter:mesh axis"."""
+        """Each axis as "letter" or "letter:mesh axis"."""
         return ["L"] * self.stacked + self.dims.replace("->", "").split()
 
 
-# In the order in which files have them.
+# In the order in which files store them.
 PARAMETERS = (
     Parameter("position_embedding", "T C:fsdp", "pos_embed", when="position_embeddings"),
     Parameter("project_in/kernel", "D -> C:fsdp", "proj_in.weight"),
@@ -133,39 +133,39 @@ PARAMETERS = (
     Parameter("constants/condition_std", "condition", "", when="condition_in_units"),
     Parameter("constants/null_prefix", "prefix condition", "", when="has_prefix"),
 )
-# In a student's blocks, which otherwise have the same parameters as the flow's.
+# The one parameter that a student's blocks have and a flow's do not.
 GUIDANCE = Parameter("guidance/kernel", "16 -> C:fsdp", "")
 AUTOENCODER = Parameter("autoencoder", "", "")  # every parameter of an autoencoder is replicated
 
 
 def params_shapes(config: TarFlowConfig) -> dict[str, Shape]:
-    """Shapes of the parameters, "block_0/project_in/kernel" and so on."""
+    """Returns the shapes of the parameters, "block_0/project_in/kernel" and so on."""
     blocks = [(k, depth, _rows(config, k)) for k, depth in enumerate(config.depths)]
     return {f"block_{k}/{row.name}": row.shape(config, depth) for k, depth, rows in blocks for row in rows}
 
 
 def variables_shapes(config: TarFlowConfig) -> dict[str, Shape]:
-    """Shapes of all variables: "params/…", "prior/…" and "constants/…"."""
+    """Returns the shapes of all variables: "params/…", "prior/…" and "constants/…"."""
     shapes = {f"params/{name}": shape for name, shape in params_shapes(config).items()}
     return shapes | {row.name: row.shape(config, depth=0) for row in _rows(config, None)}
 
 
 def student_shapes(config: Any) -> dict[str, Shape]:
-    """Shapes of the variables of a student with this `StudentConfig`."""
+    """Returns the shapes of the variables of a student with this `StudentConfig`."""
     rows = [*_rows(config.shape, 0), *([GUIDANCE] if config.max_guidance else [])]
     depths = enumerate(config.shape.depths)
     return {f"params/block_{j}/{row.name}": row.shape(config.shape, depth) for j, depth in depths for row in rows}
 
 
 def rows_of(path: str) -> list[Parameter]:
-    """The rows whose name ends `path`, the path of a variable or of its optimizer moment; normally one."""
+    """Returns the rows whose name ends `path`, the path of a variable or of its optimizer moment; normally one."""
     if "/autoencoder/" in f"/{path}":
         return [AUTOENCODER]
     return [row for row in (*PARAMETERS, GUIDANCE) if f"/{path}".endswith(f"/{row.name}")]
 
 
 def _rows(config: TarFlowConfig, block: int | None) -> list[Parameter]:
-    """The rows of a block, by its number, or of the flow (None)."""
+    """Returns the rows of a block, by its index, or of the flow (None)."""
     rows = (row for row in PARAMETERS if row.in_block == (block is not None))
     rows = (row for row in rows if not row.when or getattr(config, row.when))
     unconditioned = block is not None and not config.is_conditioned(block)
@@ -173,7 +173,7 @@ def _rows(config: TarFlowConfig, block: int | None) -> list[Parameter]:
 
 
 def _shape(letters: Iterable[str], config: TarFlowConfig, depth: int = 0) -> Shape:
-    """The sizes of `letters`, some of which may be numbers."""
+    """Returns the sizes of `letters`, some of which may be numbers."""
     width, token_dim = config.width, config.token_dim
     sizes = {
         "L": depth,

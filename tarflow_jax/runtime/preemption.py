@@ -12,14 +12,14 @@ from jax.experimental import multihost_utils
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _active: "PreemptionGuard | None" = None
-_calls = itertools.count(1)  # of all guards: JAX wants the numbers of its sync points to go up by one
+_calls = itertools.count(1)  # shared by all guards: JAX numbers its sync points consecutively
 
 
 class Preempted(Exception):
     """The run was asked to stop; the same command continues it.
 
     Attributes:
-      signal: the number of the signal that asked.
+      signal: the number of the signal received.
     """
 
     def __init__(self, message: str, number: int = signal.SIGTERM) -> None:
@@ -28,10 +28,10 @@ class Preempted(Exception):
 
 
 class PreemptionGuard:
-    """A context in which a first signal does not end the process; poll `requested`, or call `stop_if_requested`.
+    """A context in which the first signal does not end the process; poll `requested`, or call `stop_if_requested`.
 
-    A second signal ends it at once, but for SIGTERM, which Slurm repeats. If one of several processes
-    (`start_processes`) gets SIGTERM, JAX notifies all of them, so all must poll at the same places.
+    A second signal ends it at once, except SIGTERM, which Slurm repeats. If one of several processes
+    (`start_processes`) receives SIGTERM, JAX notifies all of them, so all must poll at the same points.
 
     Attributes:
       signal: the number of the signal received; 0 if none.
@@ -58,7 +58,7 @@ class PreemptionGuard:
             signal.signal(number, handler)
 
     def requested(self) -> bool:
-        """Whether to stop now; the same on all processes."""
+        """Returns whether to stop now, the same on all processes."""
         if jax.process_count() > 1 and not self.signal and multihost_utils.reached_preemption_sync_point(next(_calls)):
             self.signal = signal.SIGTERM
         return self.signal != 0

@@ -18,20 +18,20 @@ def start_processes(
     timeout_s: float = TIMEOUT_S,
     exit_timeout_s: int = TIMEOUT_S,
 ) -> None:
-    """Waits for all processes of the run. CPUs communicate through gloo.
+    """Joins this process with all others of the run. CPUs communicate through gloo.
 
-    Without arguments the processes are found from the cluster: Cloud TPU, SLURM (in srun), GKE or Open MPI.
+    Without arguments, the cluster provides them: Cloud TPU, SLURM (in srun), GKE or Open MPI.
 
     Args:
       coordinator_address: HOST:PORT of process 0, a free port that all can reach.
       num_processes: total number.
       process_id: index of this process, counted from 0.
-      timeout_s: seconds to wait.
+      timeout_s: seconds to wait for the others.
       exit_timeout_s: seconds that a process waits at its exit for the others to end; then JAX aborts all.
 
     Raises:
-      ValueError: no cluster that JAX knows, or only some of the arguments, or an impossible one.
-      TimeoutError: not all processes came.
+      ValueError: no cluster that JAX knows, only some of the arguments, or an invalid one.
+      TimeoutError: not all processes joined in time.
     """
     given = (coordinator_address, num_processes, process_id)
     if any(value is not None for value in given):
@@ -40,7 +40,7 @@ def start_processes(
 
     def join() -> None:
         try:
-            # Past its own time-out JAX aborts the process, so ours comes first.
+            # JAX aborts the process at its own time-out, so ours comes first.
             jax.distributed.initialize(
                 *given, initialization_timeout=int(timeout_s) + 60, shutdown_timeout_seconds=exit_timeout_s
             )

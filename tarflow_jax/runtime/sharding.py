@@ -1,6 +1,6 @@
-"""The sharding of every leaf of a state, by its name: `parameters.PARAMETERS` has the mesh axis of each dimension.
+"""Shards every leaf of a state by its name; `parameters.PARAMETERS` has the mesh axis of each dimension.
 
-Optimizer moments and averages end in their parameters' names, so they are sharded like them.
+Paths of optimizer moments and averages end in their parameters' names, so they are sharded like the parameters.
 """
 
 import math
@@ -20,10 +20,10 @@ REPLICATED = ("step", "count")  # leaves of the state and of its optimizer that 
 
 
 def shardings(mesh: Mesh, tree: Any) -> Any:
-    """The sharding of every leaf of a state or of variables, by its name.
+    """Returns the sharding of every leaf of a state or of variables, by its name.
 
     Args:
-      mesh: of `make_mesh`.
+      mesh: from `make_mesh`.
       tree: arrays or shapes (`jax.eval_shape`).
 
     Raises:
@@ -35,9 +35,9 @@ def shardings(mesh: Mesh, tree: Any) -> Any:
 
 
 def gathered(block_params: Any) -> Any:
-    """All-gathers a block's parameters over `fsdp`, once; without a mesh, returns them as they are.
+    """All-gathers a block's parameters over `fsdp`; without a mesh, returns them unchanged.
 
-    For loops that use them often: XLA would gather them in every iteration.
+    Call it before a loop that uses them, because XLA would gather them in every iteration.
     """
 
     def whole(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
@@ -49,7 +49,7 @@ def gathered(block_params: Any) -> Any:
 
 
 def summary(mesh: Mesh, tree: Any) -> str:
-    """A table with a line for each kind of leaf: how many, their total size, the mesh axes they are sharded over."""
+    """Returns a table with a line for each kind of leaf: number of leaves, total size and mesh axes."""
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = re.sub(r"block_\d+", "block_*", leaf_name(path))
@@ -78,5 +78,5 @@ def _spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
-    """A leaf's path in its tree, as "variables/params/block_0/…"."""
+    """Returns a leaf's path in its tree, such as "variables/params/block_0/…"."""
     return "/".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path)

@@ -1,4 +1,4 @@
-"""z -> x: the inverses of the flow, guidance, and denoising."""
+"""Sampling: decoders that invert the flow, guidance, and denoising."""
 
 from tarflow_jax.sampling.decode import Decoded, decode, decode_log_prob, decode_trace, guided_trajectory
 from tarflow_jax.sampling.decoders import Decoder, GaussSeidelJacobi, Jacobi, Sequential, Student, Tuned

@@ -1,4 +1,4 @@
-"""A block of a trained flow as the decoders use it: guidance, KV caches, and layers ready for a loop over tokens."""
+"""A block of a trained flow as decoders use it: with guidance, KV caches, and layers ready for a loop over tokens."""
 
 import dataclasses
 import itertools
@@ -11,22 +11,22 @@ from tarflow_jax.flow import Affine, FlowBlock, Given, KVCache, TarFlow, TarFlow
 from tarflow_jax.runtime import gathered
 from tarflow_jax.sampling.guidance import Guidance, guided
 
-Caches = tuple[KVCache, ...]  # one a layer
+Caches = tuple[KVCache, ...]  # one per layer
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockInverse:
     """Predicts the affine maps of the next tokens, guidance included.
 
-    With guidance, whatever its weight, the guided and the unguided pass run as one batch of 2B. The two passes of an
-    image are neighbours, so that a sharded batch stays where it is.
+    With guidance, whatever its weight, the guided and unguided passes run as one batch of 2B. The two rows of an
+    image are adjacent, so that a sharded batch stays where it is.
 
     Attributes:
       block: the block, unbound.
       params: its parameters.
-      layers: those of each layer. A compiled loop over tokens that sliced the stack would copy every slice.
-      order: in which it reads the tokens, int32 [1 or B, T]; may be traced.
-      given: what the density is conditional on.
+      layers: the parameters of each layer; slicing the stack inside a compiled loop would copy every slice.
+      order: block order, int32 [1 or B, T]; may be traced.
+      given: what the density is conditioned on.
       guidance: None for a single pass.
     """
 
@@ -38,7 +38,7 @@ class BlockInverse:
     guidance: Guidance | None
 
     def caches(self, batch_size: int, length: int) -> Caches:
-        """Caches for `length` tokens behind the prefix, which is written, if there is one."""
+        """Allocates caches for `length` tokens after the prefix, and writes the prefix if there is one."""
         rows = batch_size * (1 if self.guidance is None else 2)
         empty = tuple(KVCache.zeros(self.block.config, rows, self.prefix_length + length) for _ in self.layers)
         if not self.prefix_length:
@@ -48,7 +48,7 @@ class BlockInverse:
         return self._through_layers(h, temperature, angles, empty, 0)[1]
 
     def grow(self, caches: Caches, length: int) -> Caches:
-        """Pads caches to `length` tokens behind the prefix."""
+        """Pads caches to `length` tokens after the prefix."""
         return tuple(cache.grow(self.prefix_length + length) for cache in caches)
 
     @property
@@ -56,7 +56,7 @@ class BlockInverse:
         return self.block.config.prefix_length(self.block.index)
 
     def behind_start(self, x: jax.Array) -> jax.Array:
-        """As of `FlowBlock`. Decoders get tokens with the start token, and know the first of them."""
+        """Prepends the start token, as `FlowBlock` does. Decoders take tokens with it, so they know the first one."""
         return self._apply(x, method="behind_start")
 
     def __call__(
@@ -89,7 +89,7 @@ class BlockInverse:
         return affine.where(exists), caches
 
     def _passes(self, batch_size: int) -> tuple[Given, jax.Array, jax.Array | None]:
-        """(given, order, temperature) of the B rows, or of the 2B rows of both passes."""
+        """Returns (given, order, temperature) for the B rows, or for the 2B rows of both passes."""
         if self.guidance is None:
             return self.given, self.order, None
         unguided = jnp.full(batch_size, self.guidance.attention_temperature, jnp.float32)
@@ -111,7 +111,7 @@ class BlockInverse:
 
 
 def _interleave(guided: jax.Array, unguided: jax.Array) -> jax.Array:
-    """Two arrays [B, …] as one [2B, …]: the first image's guided row, its unguided row, the next image's."""
+    """Interleaves two arrays [B, …] as [2B, …]: each image's guided row, then its unguided row."""
     return jnp.stack([guided, unguided], axis=1).reshape(-1, *guided.shape[1:])
 
 
@@ -123,7 +123,7 @@ def block_inverse(
     given: Given,
     guidance: Guidance | None = None,
 ) -> BlockInverse:
-    """Block number k with these parameters, all-gathered and cast to the dtype of their matmuls."""
+    """Builds the inverse of block k; all-gathers its parameters and casts them to the dtype of their matmuls."""
     config = flow.config
     params = gathered(cast_kernels(block_params, config.compute_dtype))
     if guidance is not None and not guidance.covers(k, config.num_blocks):
@@ -134,7 +134,7 @@ def block_inverse(
 
 
 def equal_blocks(config: TarFlowConfig, decoders: tuple[Any, ...], guidance: Guidance | None) -> list[range]:
-    """Groups consecutive block numbers whose inverses differ in parameters and order alone."""
+    """Groups consecutive block numbers whose inverses differ only in parameters and order."""
 
     def kind(k: int) -> tuple[Any, ...]:
         limit = config.input_limit if k else config.image_limit

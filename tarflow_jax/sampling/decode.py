@@ -1,4 +1,4 @@
-"""latents -> images: the blocks inverted, last to first; and what guided decoding undoes."""
+"""Decodes latents to images by inverting the blocks, last to first; and encodes images under guidance."""
 
 import functools
 from typing import Any, NamedTuple
@@ -27,13 +27,13 @@ from tarflow_jax.sampling.guidance import Guidance
 
 
 class Decoded(NamedTuple):
-    """Images and how they were found. F is the number of blocks; a trajectory of sequences is standardised."""
+    """Result of `decode_trace`. F is the number of blocks; the trajectory of sequences is standardised."""
 
     images: jax.Array  # float32 [B, H, W, K]
     log_det: jax.Array | None  # log |det d latents / d images| of the map that was inverted, float32 [B] in nats
     trajectory: jax.Array  # the images after 0, 1, … F inverted blocks, float32 [B, F + 1, H, W, K]
-    updates: jax.Array | None  # of each block, int32 [B, F], by block number
-    residuals: jax.Array | None  # each block's last change, float32 [B, F]; 0 where it was sequential
+    updates: jax.Array | None  # updates of each block, int32 [B, F], by block number
+    residuals: jax.Array | None  # largest change in each block's last update, float32 [B, F]; 0 if sequential
 
 
 @functools.partial(jax.jit, static_argnames=("flow", "decoders"))
@@ -51,19 +51,19 @@ def decode_trace(
     *,
     decoders: tuple[Decoder, ...] | None = None,
 ) -> Decoded:
-    """Inverts the flow: equal blocks in one compiled loop, so that compiling takes no longer for many of them.
+    """Inverts the flow. Equal blocks share one compiled loop, so that compile time does not grow with their number.
 
     Args:
-      latents: float32 [B, H, W, K] or [B, T, D], standard normal for samples, 0 behind a sequence.
-      labels: as of `TarFlow`.
-      noise_std: as of `TarFlow`.
-      guess: what each block is thought to read, as images [B, F, H, W, K] by block number, where `decoders` begin at
-        a student's trajectory.
-      guidance: None for one pass a block; with guidance there are two, even where its weight is 0.
-      condition: as of `TarFlow`.
-      lengths: as of `TarFlow`.
-      null_condition: that guidance leads away from, as `condition`; None is no condition.
-      decoders: how each block is inverted, by block number; None is `Sequential` for all.
+      latents: float32 [B, H, W, K] or [B, T, D], standard normal for samples, 0 in padding.
+      labels: see `TarFlow`.
+      noise_std: see `TarFlow`.
+      guess: initial guess of each block's input in encoding, as images [B, F, H, W, K] by block number, for
+        `decoders` that start from a student's trajectory.
+      guidance: None for one pass per block; otherwise there are two, even if its weight is 0.
+      condition: see `TarFlow`.
+      lengths: see `TarFlow`.
+      null_condition: what guidance pushes away from, shaped as `condition`; None is no condition.
+      decoders: one per block, by block number; None is `Sequential` for all.
     """
     config = flow.config
     decoders = decoders or (Sequential(),) * config.num_blocks
@@ -96,7 +96,7 @@ def decode_trace(
             tokens = unpermute(inverted.x[:, config.start_token :], order)
             return tokens, inverted._replace(x=tokens)
 
-        # Cast before they are stacked, which copies them.
+        # Cast first, since stacking copies.
         params = [cast_kernels(variables["params"][f"block_{k}"], config.compute_dtype) for k in numbers]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
         guesses = None if guess is None else jnp.moveaxis(guess[:, numbers[0] : numbers[-1] + 1], 1, 0)
@@ -119,7 +119,7 @@ def decode_trace(
 
 @functools.partial(jax.jit, static_argnames=("flow", "decoders"))
 def decode(flow: TarFlow, variables: dict[str, Any], latents: jax.Array, *args: Any, **options: Any) -> jax.Array:
-    """The images [B, H, W, K] of `decode_trace`, and nothing else of it computed; arguments as there."""
+    """Returns only the images [B, H, W, K] of `decode_trace`; takes the same arguments."""
     return decode_trace(flow, variables, latents, *args, **options).images
 
 
@@ -127,7 +127,7 @@ def decode(flow: TarFlow, variables: dict[str, Any], latents: jax.Array, *args: 
 def decode_log_prob(
     flow: TarFlow, variables: dict[str, Any], latents: jax.Array, *args: Any, **options: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """The images of `decode_trace` and log q of each, float32 [B] in nats, if latents are drawn from N(0, I)."""
+    """Returns the images of `decode_trace` and their log q for latents drawn from N(0, I), float32 [B] in nats."""
     decoded = decode_trace(flow, variables, latents, *args, **options)
     return decoded.images, decoded.log_det + prior_log_prob(flow.config, latents, options.get("lengths"))
 
@@ -140,18 +140,18 @@ def guided_trajectory(
     weights: jax.Array,
     noise_std: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Encodes images into the latents from which `decode` draws them with `Guidance(weight)`.
+    """Encodes images to the latents that `decode` maps back to them with `Guidance(weight)`.
 
-    The guided shift and scale of a token are functions of the tokens before it, like the unguided ones. So one pass
-    over an image finds all of them.
+    The guided shift and scale of a token depend only on the tokens before it, like the unguided ones. So one pass
+    over an image computes all of them.
 
     Args:
       images: float32 [B, H, W, K].
       labels: int32 [B], -1 for no class.
       weights: guidance weights of the images, float32 [B].
-      noise_std: as of `decode`.
+      noise_std: see `TarFlow`.
 
-    Returns (latents [B, H, W, K], trajectory [B, F, H, W, K]: what each block reads, as images).
+    Returns (latents [B, H, W, K], trajectory [B, F, H, W, K]); the trajectory holds each block's input as an image.
     """
     config, guidance = flow.config, Guidance(weights)
     given = Given(labels, noise_std, conditions(variables, None, None, len(images))[0])

@@ -1,14 +1,13 @@
-"""How a block is inverted: token by token, or by fixed-point updates of many tokens at once.
+"""Decoders, which invert a block token by token or by fixed-point updates of many tokens at once.
 
-The inverse is the fixed point of x <- z scale(x) + shift(x). The map is causal: token i + 1 of its value depends on
-tokens 0 .. i alone, and token 0 is known. So each update makes at least one more token exact, whatever the others are,
-and T - 1 updates give the sequential result. A trained model's tokens settle much sooner (arXiv 2505.12849,
-2505.24791).
+The inverse is the fixed point of x <- z scale(x) + shift(x). This map is causal: its token i + 1 depends only on tokens
+0 .. i, and token 0 is known. So each update makes at least one more token exact, whatever the others are, and T - 1
+updates give the sequential result. A trained model's tokens converge much sooner (arXiv 2505.12849, 2505.24791).
 
-Two cases need care. Far from the fixed point the scale can overflow, and one NaN token would spoil all others, because
-attention gives it weight 0 and 0 NaN is NaN: so updates are clipped to numbers beyond any image, which moves no fixed
-point within them. And where `max_iterations` comes first, or a result is still clipped, the images that have not
-settled are inverted again by `Sequential`.
+Two cases need care. Far from the fixed point the scale can overflow. One NaN token would then spoil all others, because
+attention gives it weight 0, and 0 times NaN is NaN. So updates are clipped to a range far beyond any image, which
+leaves fixed points inside it unchanged. And images that have not converged after `max_iterations`, or that are still
+clipped, are inverted again by `Sequential`.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ from tarflow_jax.sampling.block_inverse import BlockInverse, Caches
 
 INITS = ("latents", "zeros")
 DEFAULT_TOLERANCE = 1e-4
-_LARGEST = 1e4  # of a token's numbers between updates
+_LARGEST = 1e4  # absolute value to which tokens are clipped between updates
 
 # (tokens, state) -> (tokens, their log_det [B], state)
 _Update = Callable[[jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
@@ -34,8 +33,8 @@ class Inverted(NamedTuple):
 
     x: jax.Array  # float32 [B, T, D]
     log_det: jax.Array  # log |det dz / dx|, float32 [B] in nats
-    updates: jax.Array  # how many it took, int32 [B]
-    residual: jax.Array  # largest change of the last update, float32 [B]; 0 where it was sequential
+    updates: jax.Array  # number of updates, int32 [B]
+    residual: jax.Array  # largest change in the last update, float32 [B]; 0 if sequential
 
 
 def _without_updates(x: jax.Array) -> Inverted:
@@ -45,13 +44,12 @@ def _without_updates(x: jax.Array) -> Inverted:
 
 @dataclasses.dataclass(frozen=True)
 class Sequential:
-    """x_i = z_i scale_i + shift_i, token after token: exact, T - 1 steps of one token."""
+    """Computes x_i = z_i scale_i + shift_i token by token: exact, in T - 1 steps."""
 
     def invert(self, block: BlockInverse, z: jax.Array, guess: jax.Array | None = None) -> Inverted:
         """Inverts a block for z [B, T, D] in block order.
 
-        The first token is its own inverse; the step at token i makes token i + 1. There is one compiled loop for each
-        length of the cache.
+        The first token is its own inverse; step i computes token i + 1. Each cache length has its own compiled loop.
         """
         batch_size, num_tokens, _ = z.shape
 
@@ -74,13 +72,13 @@ class Sequential:
 
 @dataclasses.dataclass(frozen=True)
 class Jacobi(Options):
-    """All tokens of a block at once, until none changes by more than the tolerance.
+    """Updates all tokens of a block at once, until none changes by more than the tolerance.
 
     Attributes:
-      tolerance: the largest change of a token's numbers, in the images' [-1, 1] units, at which an image is done; 0
-        runs until nothing changes, which is the sequential result up to rounding.
-      max_iterations: updates at most, then `Sequential` takes over; None is T - 1, after which every token is exact.
-      init: the first guess: the block's input z ("latents"), "zeros", or the "student"'s trajectory.
+      tolerance: largest change of a value, in [-1, 1] units, at which an image counts as converged; 0 runs until
+        nothing changes, which gives the sequential result up to rounding.
+      max_iterations: updates after which `Sequential` takes over; None is T - 1, which makes every token exact.
+      init: initial guess: the block's input z ("latents"), "zeros", or the "student"'s trajectory.
 
     Raises ValueError: one line naming the field.
     """
@@ -92,7 +90,7 @@ class Jacobi(Options):
     init: str = option("latents", choices=(*INITS, "student"))
 
     def invert(self, block: BlockInverse, z: jax.Array, guess: jax.Array | None = None) -> Inverted:
-        """Inverts a block for z [B, T, D] in block order; init "student" begins at `guess` [B, T, D]."""
+        """Inverts a block for z [B, T, D] in block order; init "student" starts from `guess` [B, T, D]."""
         if z.shape[1] == 1:
             return _without_updates(z)
         first, rest = z[:, :1], z[:, 1:]
@@ -104,11 +102,11 @@ class Jacobi(Options):
 
 @dataclasses.dataclass(frozen=True)
 class GaussSeidelJacobi(Options):
-    """Segments of a block in order, each by `Jacobi` updates behind the KV cache of those before it.
+    """Inverts a block segment by segment, each with `Jacobi` updates that attend to the KV cache of earlier segments.
 
     Attributes:
-      num_segments: at most, of equal length but for the first. More segments need fewer updates of fewer tokens each.
-      tolerance, max_iterations, init: as `Jacobi` has them, for each segment; not "student".
+      num_segments: maximum number of segments, of equal length but for the first. Shorter ones need fewer updates.
+      tolerance, max_iterations, init: as in `Jacobi`, for each segment; init cannot be "student".
 
     Raises ValueError: one line naming the field.
     """
@@ -144,7 +142,7 @@ class GaussSeidelJacobi(Options):
             )
             return found, done & settled, caches
 
-        # The first segment is what is left over. The others share one compiled loop for each length of the cache.
+        # The first segment takes the remainder. The others share one compiled loop per cache length.
         start = (rest - 1) % length + 1
         carry = _without_updates(z), jnp.ones((batch_size,), bool), block.caches(batch_size, start)
         carry = invert_segment(0, start, carry)
@@ -160,13 +158,13 @@ class GaussSeidelJacobi(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Student(Options):
-    """The network of launch.distill, which makes clean images in one pass.
+    """Decodes with the network of launch.distill, which makes clean images in one pass.
 
     Attributes:
-      polish: updates of every block, beginning at the student's trajectory, that bring the images nearer to the flow's
+      polish: updates of every block, starting from the student's trajectory, that bring images closer to the flow's
         inverse, which is noisy; 0 for the student's clean images.
 
-    Raises ValueError: `polish` is no whole number from 0.
+    Raises ValueError: `polish` is not an integer >= 0.
     """
 
     group: ClassVar[str] = "Student"
@@ -174,7 +172,7 @@ class Student(Options):
     polish: int = 0
 
     def invert(self, block: BlockInverse, z: jax.Array, guess: jax.Array | None = None) -> Inverted:
-        """The inverse after `polish` updates from `guess`, both [B, T, D] in block order."""
+        """Applies `polish` updates to `guess`; z and guess are [B, T, D] in block order."""
         assert guess is not None
         if z.shape[1] == 1:
             return _without_updates(z)
@@ -191,14 +189,14 @@ class Student(Options):
 
 @dataclasses.dataclass(frozen=True)
 class Tuned:
-    """The decoders that launch.tune_decoder found fastest; `Sequential` where there is no schedule."""
+    """Decodes with the decoders that launch.tune_decoder found fastest, or `Sequential` without a schedule."""
 
 
 Decoder = Sequential | Jacobi | GaussSeidelJacobi | Student
 
 
 def initial_guess(init: str, z: jax.Array) -> jax.Array:
-    """The tokens before the first update."""
+    """Returns the tokens before the first update."""
     return z if init == "latents" else jnp.zeros_like(z)
 
 
@@ -210,10 +208,10 @@ def update(
     caches: Caches | None = None,
     start: jax.Array | int = 0,
 ) -> tuple[jax.Array, jax.Array, Caches | None]:
-    """x <- z scale(x) + shift(x), once.
+    """Applies one update x <- z scale(x) + shift(x).
 
     Args:
-      before: the exact token number `start`, [B, 1, D].
+      before: the exact token at position `start`, [B, 1, D].
       z, x: the tokens start + 1 .. start + S, [B, S, D] in block order; x may be far from the inverse.
       caches: of the tokens before `start`.
 
@@ -226,9 +224,9 @@ def update(
 def _settle(
     decoder: Jacobi | GaussSeidelJacobi, begin: jax.Array, step: _Update, state: Any
 ) -> tuple[Inverted, jax.Array, Any]:
-    """Updates tokens [B, S, D] until each image changes by at most the tolerance; from then on it is left alone.
+    """Updates tokens [B, S, D] until every image changes by at most the tolerance; converged images stay fixed.
 
-    Returns what was found, whether it is the inverse (bool [B]), and the state.
+    Returns the result, whether it is the inverse (bool [B]), and the state.
     """
     batch_size, length, _ = begin.shape
     tolerance, limit = decoder.tolerance, min(decoder.max_iterations or length, length)
@@ -240,7 +238,7 @@ def _settle(
     def body(carry: tuple) -> tuple:
         found, state = carry
         x, log_det, state = step(found.x, state)
-        # A clipped number counts as an infinite change, so that its image goes on instead of passing for settled.
+        # A clipped value counts as an infinite change, so that its image does not pass for converged.
         change = jnp.where(jnp.abs(x) <= _LARGEST, jnp.abs(x - found.x), jnp.inf).max((1, 2))
         active = found.residual > tolerance
         found = Inverted(
@@ -259,7 +257,7 @@ def _settle(
 
 
 def _finish(found: Inverted, done: jax.Array, block: BlockInverse, z: jax.Array) -> Inverted:
-    """Takes `Sequential`'s result for the images that are not done, but keeps the count and residual of the updates."""
+    """Inverts images that are not done by `Sequential`; keeps the count and residual of their updates."""
 
     def inverted_again() -> tuple[jax.Array, jax.Array]:
         again = Sequential().invert(block, z)
@@ -270,10 +268,10 @@ def _finish(found: Inverted, done: jax.Array, block: BlockInverse, z: jax.Array)
 
 
 def with_derivatives(found: Inverted, block: BlockInverse, z: jax.Array) -> Inverted:
-    """Gives the inverse of z its implicit derivatives: reverse mode has none of a loop that ends when it has settled.
+    """Gives the inverse of z implicit derivatives, since reverse mode cannot differentiate a `while_loop`.
 
-    (x, log_det) is the fixed point of a map whose Jacobian is strictly triangular in the tokens. So T steps solve the
-    linear system of its derivatives exactly.
+    (x, log_det) is the fixed point of a map whose Jacobian is strictly triangular in the tokens. So T fixed-point steps
+    solve the linear system of its derivatives exactly.
     """
 
     def residual(point: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -296,8 +294,8 @@ def _bounded(x: jax.Array) -> jax.Array:
 
 
 def _cache_growth(num_tokens: int) -> int:
-    """Tokens by which the cache grows at a time, so that early tokens do not attend to room for late ones.
+    """Returns by how many tokens the cache grows at a time, so that early tokens do not attend to empty slots.
 
-    Each length of the cache is compiled anew, so there are few: of eight, a token reads 1/8 more than it needs to.
+    Each cache length compiles separately, so there are at most eight; the mean token then reads 1/8 more than it needs.
     """
     return max(64, -(-num_tokens // 8))

@@ -1,5 +1,5 @@
-"""Denoising by Tweedie's formula, the score by `jax.grad` of the log-likelihood (section 3.3 of the paper), or in
-steps from noise level to noise level along the probability flow (arXiv 2604.20041)."""
+"""Denoises by Tweedie's formula with the score from `jax.grad` (section 3.3 of the paper), or in steps from noise level
+to noise level along the probability flow (arXiv 2604.20041)."""
 
 import dataclasses
 import functools
@@ -16,15 +16,15 @@ from tarflow_jax.options import Options, option
 
 @dataclasses.dataclass(frozen=True)
 class IterativeDenoising(Options):
-    """Steps from an image's noise level down to `std_min`, and from there to none.
+    """Denoises in steps from an image's noise level down to `std_min`, and from there to 0.
 
     Attributes:
-      num_steps: N, noise levels σ_0 … σ_{N-1} = std_min; each takes a forward and a backward pass of the flow.
-      std_min: the lowest level; None is the lowest of the flow's training.
-      clip: clips the denoised images on the way to [-1, 1].
-      kind: "ode", the probability flow, or "sde", which draws the part of the noise anew that a step takes away.
-      levels: equally spaced in σ, "linear", or in log σ, "log".
-      order: of the steps, 1 (Euler's) or 2 (Heun's, a second evaluation for every step but the last; "ode" alone).
+      num_steps: N noise levels σ_0 … σ_{N-1} = std_min; each takes a forward and a backward pass of the flow.
+      std_min: the lowest level; None is the lowest that the flow was trained on.
+      clip: clip each step's estimate of the clean image to [-1, 1].
+      kind: "ode" follows the probability flow; "sde" replaces part of the noise by fresh noise at each step.
+      levels: spaced equally in σ ("linear") or in log σ ("log").
+      order: 1 for Euler steps; 2 for Heun steps, which evaluate twice except the last ("ode" only).
 
     Raises ValueError: one line naming the field.
     """
@@ -44,7 +44,7 @@ class IterativeDenoising(Options):
             raise UserError("IterativeDenoising.order is 2; the 'sde' has steps of order 1 alone")
 
 
-# Clipped: one step in a thousand leaves the range that the flow was trained on, and the next ones grow without bound.
+# Without clipping, one step in a thousand leaves the training range, and the next ones grow without bound.
 DEFAULT_DENOISING = IterativeDenoising(4, levels="log", clip=True)
 
 
@@ -59,19 +59,19 @@ def denoise(
     condition: jax.Array | None = None,
     lengths: jax.Array | None = None,
 ) -> jax.Array:
-    """x̂ = y + s σ² ∇_y log p(y), the posterior mean of a clean image given a noisy one (equation 8 of the paper).
+    """Computes x̂ = y + s σ² ∇_y log p(y), the posterior mean of a clean image (equation 8 of the paper).
 
     Args:
       images: noisy images y, float32 [B, H, W, K].
       labels: int32 [B], -1 for no class, or None.
       noise_std: σ, in [-1, 1] units, a scalar or [B].
-      multiplier: s; 1 is the theory.
+      multiplier: s; 1 gives the posterior mean.
 
     Returns float32 [B, H, W, K]. In VP mode log p is the density that the blocks were trained on (`unit_prior`), as in
     the reference.
     """
     variables = unit_prior(variables)
-    # The examples are independent, so the gradient of the summed log-likelihood holds each one's own score.
+    # Examples are independent, so the gradient of the summed log-likelihood holds each one's score.
     levels = jnp.broadcast_to(jnp.asarray(noise_std, jnp.float32), images.shape[:1])
     score = jax.grad(lambda y: log_prob(flow, variables, y, labels, levels, condition, lengths).sum())(images)
     return images + multiplier * jnp.square(levels).reshape(-1, *(1,) * (images.ndim - 1)) * score
@@ -93,21 +93,21 @@ def iterate(
     method: IterativeDenoising,
     trajectory: bool = False,
 ) -> jax.Array:
-    """Denoises images of noise level σ = noise_std.
+    """Denoises images of noise level σ_0 in N steps.
 
-    With x̂ = y + σ_i² ∇ log p(y | label; σ_i) and v = (y - x̂) / σ_i: y <- y - (σ_i - σ_{i+1}) v; σ_N = 0, and so the
-    last step gives x̂. Another number of steps compiles nothing new.
+    Step i is y <- y - (σ_i - σ_{i+1}) v, with v = (y - x̂) / σ_i and x̂ = y + σ_i² ∇ log p(y | label; σ_i). The last
+    step gives x̂, since σ_N = 0. N is traced: changing it does not recompile.
 
     Args:
       images: float32 [B, H, W, K].
       labels: int32 [B], -1 for no class, or None.
       noise_std: σ_0 of each image, [B].
-      key_data: of the keys by which "sde" draws noise, one an image, uint32 [B, …] (`jax.random.key_data`).
-      condition: as of `TarFlow`.
-      lengths: as of `TarFlow`.
+      key_data: of one key per image for the noise of "sde", uint32 [B, …] (`jax.random.key_data`).
+      condition: see `TarFlow`.
+      lengths: see `TarFlow`.
       num_steps: N, int32.
       std_min: σ_{N-1}, scalar.
-      method: its clip, kind, levels and order; the numbers are the arguments'.
+      method: gives clip, kind, levels and order; `num_steps` and `std_min` replace its numbers.
       trajectory: return the image after every step, [B, N, H, W, K]; N is then method.num_steps.
 
     Returns float32 [B, H, W, K].

@@ -1,6 +1,6 @@
-"""The fastest decoder of each block, as `launch.tune_decoder` found it, kept beside the weights.
+"""The fastest decoder of each block, found by `launch.tune_decoder` and stored next to the weights.
 
-The file names the weights and the guidance that it was tuned for: with others, updates may take longer or stop too far
+The file names the weights and guidance that it was tuned for. With others, updates may take longer or stop too far
 from the inverse.
 """
 
@@ -26,17 +26,17 @@ _MAX_BYTES = 1 << 20
 class Schedule:
     """The decoders of all blocks, for each batch size that was measured."""
 
-    decoders: Mapping[int, tuple[Decoder, ...]]  # by batch size, one a block
+    decoders: Mapping[int, tuple[Decoder, ...]]  # by batch size, one per block
     weights: str  # `fingerprint` of the variables
     guidance: Guidance | None = None  # used while tuning
 
     def of(self, batch_size: int) -> tuple[Decoder, ...]:
-        """The decoders of the largest measured batch that is no larger, or of the smallest of all."""
+        """Returns the decoders of the largest measured batch size up to this one, or else of the smallest."""
         fitting = [size for size in self.decoders if size <= batch_size]
         return self.decoders[max(fitting) if fitting else min(self.decoders)]
 
     def checked_for(self, guidance: Guidance | None) -> "Schedule":
-        """Itself; ValueError unless it was tuned with this guidance."""
+        """Returns itself; raises ValueError unless it was tuned with this guidance."""
         if self.guidance != guidance:
             raise UserError(
                 f'decoder "auto" was tuned for {self.guidance or "no guidance"}, not for '
@@ -67,7 +67,7 @@ class Schedule:
 
     @classmethod
     def read(cls, folder: epath.PathLike, num_blocks: int) -> "Schedule | None":
-        """Reads the schedule in a folder, None if there is none; ValueError if it is damaged or of another model."""
+        """Reads a folder's schedule, None if there is none; raises ValueError if damaged or of another model."""
         path = epath.Path(folder) / FILE
         if not path.exists():
             return None

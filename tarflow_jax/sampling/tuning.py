@@ -1,4 +1,4 @@
-"""Finds the fastest decoder of each block of a trained model, by running them."""
+"""Finds the fastest decoder of each block of a trained model by timing candidates."""
 
 import dataclasses
 import math
@@ -27,8 +27,8 @@ from tarflow_jax.sampling.guidance import Guidance
 
 _SEGMENT_LENGTHS = (32, 16, 8, 4, 2)
 _REPEATS = 3
-_HOPELESS = 1.5  # times the fastest so far: one run tells
-_NO_ERROR = 1e-30  # in place of 0 as a divisor
+_HOPELESS = 1.5  # times the fastest so far, beyond which one run is enough
+_NO_ERROR = 1e-30  # avoids a division by 0
 
 
 class Trial(NamedTuple):
@@ -37,7 +37,7 @@ class Trial(NamedTuple):
     decoder: Decoder
     updates: float  # mean over the images
     seconds: float
-    error: float  # largest of a token
+    error: float  # largest error of a value
 
 
 class BlockReport(NamedTuple):
@@ -45,7 +45,7 @@ class BlockReport(NamedTuple):
 
     block: int
     crm: float  # convergence ranking metric (arXiv 2505.12849)
-    init: str  # the better one
+    init: str  # `better_init`
     trials: list[Trial]
     chosen: Trial
 
@@ -56,7 +56,7 @@ class Tuning(NamedTuple):
     reports: list[BlockReport]  # by block number
     sequential_seconds: float
     seconds: float
-    error: float  # largest of a pixel
+    error: float  # largest error of a pixel
 
     @property
     def decoders(self) -> tuple[Decoder, ...]:
@@ -79,10 +79,10 @@ def tune(
 
     Args:
       decode_with: decoders -> images of `latents`, drawn as users will draw; the choice is timed and checked with it.
-      latents, labels, guidance, noise_std: as of `decode`, for the batch size to tune.
+      latents, labels, guidance, noise_std: as in `decode`, with the batch size to tune for.
       tolerance: of the candidates.
-      max_error: of any pixel of the images, against `Sequential`, in [-1, 1] units. Blocks whose errors exceed it,
-        alone or together, stay sequential.
+      max_error: largest difference of a pixel from `Sequential`, in [-1, 1] units. Blocks that exceed it, alone or
+        together, stay sequential.
     """
     config, reports = flow.config, []
     path = decode_trace(flow, variables, latents, labels, noise_std, guidance=guidance).trajectory
@@ -90,7 +90,7 @@ def tune(
         order, params = jnp.asarray(block_orders(config, variables))[k][None], variables["params"][f"block_{k}"]
         given = Given(labels, noise_std, conditions(variables, None, None, len(latents))[0])
         block = block_inverse(flow, k, params, order, given, guidance)
-        step = config.num_blocks - k  # of the trajectory, after which this block is inverted
+        step = config.num_blocks - k  # index in the trajectory once this block is inverted
         z, x = (permute(to_tokens(config, path[:, i]), order) for i in (step - 1, step))
         if k == config.num_blocks - 1 and config.volume_preserving:
             z = z * permute(jnp.sqrt(variables["prior"]["variance"])[None], order)
@@ -105,15 +105,15 @@ def tune(
         if error <= max_error and seconds <= sequential_seconds:
             return Tuning(reports, sequential_seconds, seconds, error)
         least = least_worth(reports, per_error=not error <= max_error)
-        if least is None:  # the same program twice
+        if least is None:  # all blocks are sequential: the same program twice
             return Tuning(reports, sequential_seconds, sequential_seconds, 0.0)
         reports[least] = reports[least]._replace(chosen=reports[least].trials[0])
 
 
 def least_worth(reports: Sequence[BlockReport], per_error: bool) -> int | None:
-    """The parallel block that gains the least over `Sequential`, to be made sequential again; None if none is parallel.
+    """Returns the parallel block that gains the least over `Sequential`, or None if no block is parallel.
 
-    Its gain is the seconds it saves; with `per_error`, because the images are too far off, seconds per unit of error.
+    The gain is the seconds saved; with `per_error`, the seconds saved per unit of error.
     """
 
     def gain(i: int) -> float:
@@ -135,7 +135,7 @@ def _tune_block(block: BlockInverse, z: jax.Array, exact: jax.Array, tolerance: 
         error = float(jnp.abs(found.x - exact).max())
         trials.append(Trial(decoder, float(found.updates.mean()), seconds, error))
         if isinstance(trials[-2].decoder, GaussSeidelJacobi) and seconds > trials[-2].seconds:
-            break  # shorter segments only take more of them
+            break  # still shorter segments only add more of them
     close = [trial for trial in trials if trial.error <= max_error]
     chosen = min(close, key=lambda trial: trial.seconds)
     return BlockReport(block.block.index, _crm(block, exact), init, trials, chosen)
@@ -157,7 +157,7 @@ def _timed(decoder: Decoder, block: BlockInverse, z: jax.Array, give_up: float =
 
 
 def _seconds(run: Any, *args: Any, give_up: float = math.inf) -> float:
-    """The median of a few runs, of fewer once one takes longer than `give_up`."""
+    """Returns the median of a few runs, of fewer once one takes longer than `give_up`."""
     times: list[float] = []
     while len(times) < _REPEATS and max(times, default=0.0) <= give_up:
         start = time.perf_counter()
@@ -167,7 +167,7 @@ def _seconds(run: Any, *args: Any, give_up: float = math.inf) -> float:
 
 
 def better_init(block: BlockInverse, z: jax.Array, exact: jax.Array) -> str:
-    """The init that one update brings nearer to `exact`, the inverse of z [B, T, D] (IGM, arXiv 2505.12849)."""
+    """Returns the init that one update brings closer to `exact`, the inverse of z [B, T, D] (IGM, arXiv 2505.12849)."""
 
     def distance(init: str) -> float:
         found, *_ = update(block, z[:, :1], z[:, 1:], initial_guess(init, z[:, 1:]))
@@ -177,7 +177,7 @@ def better_init(block: BlockInverse, z: jax.Array, exact: jax.Array) -> str:
 
 
 def _crm(block: BlockInverse, x: jax.Array) -> float:
-    """|mean(exp(-log_scale) x)| |W_s| + |W_u|, W_s and W_u the halves of the output projection (Frobenius norms)."""
+    """Returns |mean(exp(-log_scale) x)| |W_s| + |W_u|, Frobenius norms of the halves of the output projection."""
     affine, _ = block(x[:, :-1])
     kernel = block.params["project_out"]["kernel"].astype(jnp.float32)
     if block.block.config.volume_preserving:

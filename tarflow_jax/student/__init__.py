@@ -1,6 +1,6 @@
-"""The student: a second network that learns the inverse of a flow, from latents to clean images in one pass.
+"""The student: a second network that learns a flow's inverse and maps latents to clean images in one pass.
 
-The flow's own inverse stays exact; see `sampling`.
+The flow's own, exact inverse is in `sampling`.
 """
 
 from tarflow_jax.student.config import StudentConfig, TrainedStudent

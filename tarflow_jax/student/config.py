@@ -12,9 +12,9 @@ from tarflow_jax.options import Options, option
 
 @dataclasses.dataclass(frozen=True)
 class StudentConfig(Options):
-    """Everything that determines a student's parameters and its arithmetic.
+    """Everything that determines a student's parameters and arithmetic.
 
-    It has one block more than its flow; the last one denoises. It learns by "hidden alignment" (Bidirectional
+    A student has one block more than its flow; the last one denoises. It learns by "hidden alignment" (Bidirectional
     Normalizing Flow, arXiv 2512.10953): the tokens after each block are compared with the flow's trajectory.
     """
 
@@ -23,7 +23,7 @@ class StudentConfig(Options):
     flow: TarFlowConfig
     width: int = option(0, "Width of the student's residual stream; 0 for the flow's.")
     layers_per_block: tuple[int, ...] = option(
-        (2,), "Layers of each block: the flow's blocks from last to first, and the denoiser. Or one number.", low=1
+        (2,), "Layers per block, from the flow's last block to its first and the denoiser; or one number.", low=1
     )
     max_guidance: float = option(0.0, "Largest guidance weight that the student accepts; 0 for no guidance.")
     perceptual: float = option(0.0, "Weight of the perceptual distance of the clean images; 0 for none.")
@@ -42,7 +42,7 @@ class StudentConfig(Options):
                 f"student.layers_per_block lists {len(self.layers_per_block)} blocks; expected {self.num_blocks}, one "
                 "for each of the flow's and one that denoises, or one number for all"
             )
-        _ = self.shape  # checks itself
+        _ = self.shape  # validates it
 
     @property
     def num_blocks(self) -> int:
@@ -50,7 +50,7 @@ class StudentConfig(Options):
 
     @functools.cached_property
     def shape(self) -> TarFlowConfig:
-        """The shape of its transformers: the flow's without what concerns the flow's density alone."""
+        """The shape of its transformers: the flow's, without the options that only a density needs."""
         depths = self.layers_per_block
         return dataclasses.replace(
             self.flow,
@@ -75,7 +75,7 @@ class TrainedStudent:
 
     config: StudentConfig
     variables: dict[str, Any]  # {"params": …}
-    flow: str  # `fingerprint` of the variables of the flow that it inverts
+    flow: str  # `fingerprint` of the variables of its flow
 
     def check_flow(self, variables: Any) -> None:
         """Raises UserError unless it was trained for this flow; hashes every parameter."""

@@ -1,4 +1,4 @@
-"""The student's loss, on trajectories of real images through the frozen flow, and a perceptual distance in it."""
+"""The student's loss on trajectories of real images through the frozen flow, with an optional perceptual distance."""
 
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ _SOFTENING = 0.01  # c
 def flow_trajectory(
     flow: TarFlow, variables: Any, noisy: jax.Array, labels: jax.Array | None, noise_std: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the latents [B, H, W, K] and the input of each block [B, F, H, W, K], as images; with no gradient."""
+    """Returns the latents [B, H, W, K] and each block's input as images [B, F, H, W, K], without gradients."""
     (latents, _), sown = flow.apply(variables, noisy, labels, noise_std, mutable=["intermediates"])
     outputs = sown["intermediates"]["block_outputs"][:-1]
     trajectory = jnp.stack([noisy, *(from_tokens(flow.config, tokens) for tokens in outputs)], axis=1)
@@ -41,11 +41,11 @@ def distillation_loss(
     Args:
       variables: the student's.
       clean: float32 [B, H, W, K].
-      latents: of `clean` with noise, encoded by the flow as `weights` guide it, float32 [B, H, W, K].
-      trajectory: the inputs of the flow's blocks on the way there, float32 [B, F, H, W, K].
+      latents: of noisy `clean`, encoded by the flow with guidance `weights`, float32 [B, H, W, K].
+      trajectory: the inputs of the flow's blocks in that encoding, float32 [B, F, H, W, K].
       labels: int32 [B], -1 for no class.
       weights: guidance weights, float32 [B]; 0 where there is no label.
-      perception: parameters of `Perception`, where `config.perceptual` adds its distance to the loss.
+      perception: parameters of `Perception`, needed if `config.perceptual` is not 0.
 
     Returns (loss, metrics): metrics are scalars, and `block_errors` [F], the relative errors.
     """
@@ -76,7 +76,7 @@ class Seen(NamedTuple):
 class Perception(nn.Module):
     """A small classifier of images [B, H, W, K], float32 in [-1, 1] or integers, whose features teach a student.
 
-    It measures nothing: the classifier of `launch.evaluate` has another architecture and seed.
+    Evaluation does not use it: the classifier of `launch.evaluate` has another architecture and seed.
     """
 
     num_classes: int
@@ -93,7 +93,7 @@ class Perception(nn.Module):
 
 
 def perceptual_distance(num_classes: int, params: Any, images: jax.Array, others: jax.Array) -> jax.Array:
-    """Returns the squared distance [B] between normalized features, the mean over positions and scales.
+    """Returns the squared distance [B] between normalised features, averaged over positions and scales.
 
     This is LPIPS (arXiv 1801.03924) without learned weights.
     """

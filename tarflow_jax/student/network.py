@@ -16,9 +16,9 @@ MAX_LOG_SCALE = 2.0
 
 
 class Student(nn.Module):
-    """Maps latents to clean images, and to the flow's trajectory between the two.
+    """Maps latents to clean images, and predicts the flow's trajectory between the two.
 
-    Block j stands for the inverse of flow block F - 1 - j; the last block denoises. Variables: `params`.
+    Block j approximates the inverse of flow block F - 1 - j; the last block denoises. Variables: `params`.
     """
 
     config: StudentConfig
@@ -28,11 +28,11 @@ class Student(nn.Module):
     def __call__(
         self, latents: jax.Array, labels: jax.Array | None = None, weights: jax.Array | None = None
     ) -> tuple[jax.Array, jax.Array]:
-        """Inverts and denoises.
+        """Decodes and denoises.
 
         Args:
           latents: float32 [B, H, W, K], as `TarFlow` returns them.
-          labels: int32 [B], -1 for no class; None for no class anywhere.
+          labels: int32 [B], -1 for no class; None is all -1.
           weights: guidance weights, float32 [B] in [0, max_guidance]; None for 0.
 
         Returns (images, trajectory): float32 [B, H, W, K], clean; and [B, F, H, W, K], the inputs of flow blocks
@@ -49,7 +49,7 @@ class Student(nn.Module):
 
 
 class StudentBlock(nn.Module):
-    """Bidirectional transformer layers, conditional on label and guidance weight, and an affine map of each token."""
+    """Bidirectional transformer layers, conditioned on label and guidance weight, and an affine map of each token."""
 
     config: StudentConfig
     depth: int

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written asynchronously and atomically, verified when read. Only this file imports Orbax."""
+"""Writes checkpoints asynchronously and atomically, and verifies them when read. Only this file imports Orbax."""
 
 import asyncio
 import contextlib
@@ -36,7 +36,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: epath.PathLike, *, keep: int = 3) -> None:
-        """Opens or creates the folder, where saving keeps the `keep` newest checkpoints and the best one."""
+        """Opens or creates the folder; saving keeps the `keep` newest checkpoints and the best one."""
         folder = epath.Path(folder)
         self._folder = folder if is_remote(folder) else folder.resolve()
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier),
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
-        # Not the manager's `restore`, in which the other processes wait for one that failed.
+        # Not the manager's `restore`: if it fails on one process, the others wait for that one.
         self._states = ocp.PyTreeCheckpointHandler()
         steps = self._steps()
         losses = multihost_utils.broadcast_one_to_all(np.array([self._read_loss(step) for step in steps]))
@@ -57,10 +57,10 @@ class Checkpoints:
     def save(self, step: int, state: Any, config: Mapping[str, Any], test_loss: float | None = None) -> None:
         """Starts writing a checkpoint. Returns once `state`, a pytree, is copied, so the caller may donate it.
 
-        `config` can be written as JSON. `test_loss` ranks the checkpoints; it is None if it was not measured. Raises
+        `config` must be JSON-serializable. `test_loss` ranks the checkpoints; it is None if it was not measured. Raises
         OSError if this checkpoint or the previous one could not be written, or the folder is gone.
         """
-        if not is_remote(self._folder) and not self._folder.exists():  # Orbax would make another
+        if not is_remote(self._folder) and not self._folder.exists():  # Orbax would recreate it
             raise OSError(
                 f"{self._folder} is gone: the workdir was moved or deleted while it was trained in; run the same "
                 "command again, with the workdir's new name if it has one"
@@ -83,7 +83,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def restore(self, abstract_state: Any, *, best: bool = False, partial: bool = False) -> tuple[int, Any] | None:
-        """Reads the newest intact checkpoint, of the same step on all processes; None if the folder holds none.
+        """Reads the newest checkpoint that is intact on all processes; returns None if the folder holds none.
 
         Args:
           abstract_state: pytree of `jax.ShapeDtypeStruct`, sharded over any mesh. A leaf without a sharding becomes a
@@ -92,7 +92,7 @@ class Checkpoints:
           partial: skip arrays that `abstract_state` does not have, instead of raising.
 
         Raises:
-          UserError: no checkpoint is intact, or they hold another model's state, or it does not fit into memory.
+          UserError: no checkpoint is intact, the state is another model's, or it does not fit into memory.
           OSError: the disk or network failed, or reading failed on another process.
         """
         layout = ocp.checkpoint_utils.construct_restore_args(abstract_state)
@@ -118,7 +118,7 @@ class Checkpoints:
     def set_aside_after(self, step: int) -> None:
         """Moves the checkpoints after `step` to damaged/, so that the run can save these steps again.
 
-        They are not deleted: what looked like damage may have been a disk or network that failed for a moment.
+        They are not deleted, because a disk or network that failed for a moment can look like damage.
         """
         later = [other for other in self._steps() if other > step]
         aside = self._folder.parent / "damaged"
@@ -152,16 +152,16 @@ class Checkpoints:
         return [step in kept for step in steps]
 
     def _ranked(self, steps: list[int]) -> list[int]:
-        """Those with a test loss, best first."""
+        """Returns the steps that have a test loss, best first."""
         return sorted((step for step in steps if self._losses[step] < math.inf), key=self._losses.__getitem__)
 
     def _steps(self) -> list[int]:
-        """All steps, newest first."""
+        """Returns all steps, newest first."""
         self.wait()
-        return sorted(map(int, self._manager.all_steps()), reverse=True)  # NumPy integers after the broadcast
+        return sorted(map(int, self._manager.all_steps()), reverse=True)  # the broadcast returns NumPy integers
 
     def _read_loss(self, step: int) -> float:
-        """A checkpoint's test loss; -inf if its record is damaged, so that `best` tries it first and reports that."""
+        """Returns a checkpoint's test loss; -inf for a damaged record, so that `best` tries it first and reports it."""
         try:
             return _load_record(self._folder / str(step))["test_loss"]
         except Exception:
@@ -186,14 +186,14 @@ class Checkpoints:
 
 
 def recorded_config(folder: epath.Path) -> tuple[int, dict[str, Any] | None]:
-    """Returns the step and config of the newest checkpoint with an intact record, without other processes.
+    """Returns the step and config of the newest checkpoint with an intact record; involves no other process.
 
     Returns (0, None) if there is none. Raises OSError if the disk or network failed.
     """
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
     for step in sorted((int(name) for name in names if name.isdigit()), reverse=True):
         path = folder / str(step)
-        with contextlib.suppress(_DamagedError), _read_errors(path):  # `restore` will name the damage
+        with contextlib.suppress(_DamagedError), _read_errors(path):  # `restore` reports the damage
             return step, _load_record(path)["config"]
     return 0, None
 
@@ -201,7 +201,7 @@ def recorded_config(folder: epath.Path) -> tuple[int, dict[str, Any] | None]:
 def _barrier(*, key: str, timeout_ms: int) -> None:
     """Waits for the other processes, except in one whose save failed.
 
-    Orbax has that one wait, before it says so, for the others, which wait for it at another barrier: for 20 minutes.
+    Orbax would make that one wait here before it raises, while the others wait at another barrier: for 20 minutes.
     """
     if error := sys.exception():
         raise error
@@ -220,7 +220,7 @@ def _crc32(record: Mapping[str, Any]) -> int:
 
 
 def _arrays(tree: Any) -> dict[str, str]:
-    """Every leaf's dtype and shape, like "float32[8, 16]"."""
+    """Returns every leaf's dtype and shape, like "float32[8, 16]"."""
     return {leaf_name(p): f"{x.dtype}{list(x.shape)}" for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
@@ -232,18 +232,18 @@ def _check_arrays(path: epath.Path, stored: Mapping[str, str], expected: Mapping
 
 
 def _checksum(array: jax.Array) -> jax.Array:
-    """A uint32 hash of elements and positions. It does not depend on the sharding; changing one element changes it."""
+    """Returns a uint32 hash of elements and positions: the same for any sharding, changed by any one element."""
     word = array.view(f"uint{8 * array.dtype.itemsize}").astype(jnp.uint32)
     position = jnp.zeros(array.shape, jnp.uint32)
     for axis, size in enumerate(array.shape):
         position = position * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
     word ^= position * jnp.uint32(0x9E3779B1)
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # as MurmurHash3 does, invertibly
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):  # MurmurHash3's, invertible
         word = (word ^ (word >> shift)) * jnp.uint32(factor)
     return word.sum(dtype=jnp.uint32)
 
 
-@jax.jit  # One program: CPU processes wait for each other forever when many that communicate are under way.
+@jax.jit  # One program: CPU processes deadlock when several programs with collectives are in flight.
 def _device_checksums(tree: Any) -> dict[str, jax.Array]:
     return {leaf_name(path): _checksum(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
@@ -259,9 +259,9 @@ def _check_values(state: Any, expected: Mapping[str, int]) -> None:
 
 
 class _DrainedLoop(asyncio.SelectorEventLoop):
-    """Finishes all reads before it closes. After a failed read, Orbax leaves the others to a loop it has closed.
+    """An event loop that finishes all reads before it closes.
 
-    Python would then print a traceback for each.
+    After a failed read, Orbax closes the loop under the others, and Python would print a traceback for each.
     """
 
     def close(self) -> None:
@@ -281,7 +281,7 @@ def _read(path: epath.Path, action: Callable[[], T]) -> T:
 def _on_all_processes(action: Callable[[], T]) -> T:
     """Returns `action()` once it has succeeded on every process. All processes must call this together.
 
-    Raises what it raised here. If only another process failed: _DamagedError if that was damage, else OSError.
+    Raises this process's error, or if another one's is worse, _DamagedError for damage and OSError for all else.
     """
     failure: Exception | None = None
     try:
@@ -306,7 +306,7 @@ def _read_errors(path: epath.Path) -> Iterator[None]:
             yield
     except Exception as error:
         cause: BaseException = error
-        while type(cause) is Exception and cause.__cause__:  # Orbax wraps errors of reading an array
+        while type(cause) is Exception and cause.__cause__:  # Orbax wraps errors from reading arrays
             cause = cause.__cause__
         out_of_memory = isinstance(cause, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(cause)
         if out_of_memory or isinstance(cause, MemoryError):
@@ -328,7 +328,7 @@ def _write_errors(folder: epath.Path) -> Iterator[None]:
         with logged_while_slow(f"writing a checkpoint to {folder}"):
             yield
     except Exception as error:
-        if not (isinstance(error, ValueError) or storage_failed(error)):  # TensorStore's of a full disk is a ValueError
+        if not (isinstance(error, ValueError) or storage_failed(error)):  # TensorStore's, when a disk is full
             raise
         reason = " ".join(str(error).partition(" [tensorstore_spec=")[0].split()) or type(error).__name__
         raise OSError(

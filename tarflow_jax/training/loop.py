@@ -1,4 +1,4 @@
-"""The loop: data, steps, checkpoints, metrics. To continue a run, run the same command again."""
+"""The training loop: data, steps, checkpoints, metrics. The same command again continues a run."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class NonFiniteError(ArithmeticError):
-    """A metric of a step is not a finite number; the run has stopped, its last checkpoint stays."""
+    """The loss or gradient norm of a step is not finite; the run stops and keeps its last checkpoint."""
 
 
 def train(
@@ -46,21 +46,21 @@ def train(
     frozen: Any = None,
     initial: Mapping[str, Any] | None = None,
 ) -> TrainState:
-    """Trains until `config.train.num_steps`, from the workdir's last checkpoint on; returns the final state.
+    """Trains until `config.train.num_steps`, starting from the workdir's last checkpoint; returns the final state.
 
     Args:
       config: a recipe, see configs/defaults.py.
-      workdir: holds one run: config.json, starts.jsonl, checkpoints/, metrics.jsonl, tensorboard/. A local folder,
-        which all processes see, or gs://.
+      workdir: holds one run: config.json, starts.jsonl, checkpoints/, metrics.jsonl, tensorboard/. A local folder
+        that all processes see, or gs://.
       preview: called as preview(step, variables) every `train.sample_every` steps, on every process.
-      frozen: arrays that the recipe's task reads and training does not change, such as a student's `Teacher`. Arrays
+      frozen: arrays that the recipe's task reads but training does not change, such as a student's `Teacher`. Those
         that are not on the config's mesh are replicated.
-      initial: variables to begin with in place of random ones; a run that continues does not read them.
+      initial: variables to start from instead of random ones; ignored when a run continues.
 
     Raises:
-      UserError: an impossible config, a workdir that holds another one, or one that another process trains in.
+      UserError: an invalid config, or a workdir that holds another config or is used by another process.
       NonFiniteError: a loss or gradient norm is not finite.
-      Preempted: SIGTERM, SIGINT or SIGHUP came, at any time; the state is saved.
+      Preempted: SIGTERM, SIGINT or SIGHUP was received; the state is saved.
       OSError: a checkpoint could not be written.
     """
     recipe, fields = Recipe(config), config.train
@@ -101,8 +101,8 @@ def train(
 
 
 def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the keys of the initial weights, and of the steps' noise and dropped labels."""
-    # Folded in, so that sampling and evaluation never derive the same keys from the same seed.
+    """Returns the key of the initial weights, and the key of the steps' noise and dropped labels."""
+    # The constant is folded in so that sampling and evaluation never derive the same keys from the same seed.
     init_key, step_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0x747261696E % 2**31))
     return init_key, step_key
 
@@ -113,7 +113,7 @@ def evaluate_loss(recipe: Recipe, variables: dict[str, Any], frozen: Any = None)
 
 
 class _Run:
-    """A run's state after `step` steps, and what it writes."""
+    """A run's state after `step` steps, and its output files."""
 
     def __init__(self, recipe: Recipe, workdir: epath.Path, frozen: Any, initial: Any, resources: ExitStack) -> None:
         fields, config = recipe.config.train, recipe.train_config
@@ -143,11 +143,11 @@ class _Run:
         bar = tqdm(total=fields.num_steps, initial=self.step, unit="step", disable=self.metrics is None, smoothing=0.05)
         self.bar = resources.enter_context(bar)
         self.clock = StepClock()
-        self._running: Metrics | None = None  # metrics of the step that the devices compute
-        self._last: dict[str, np.ndarray] = {}  # of the one before
+        self._running: Metrics | None = None  # metrics of the step in flight
+        self._last: dict[str, np.ndarray] = {}  # those of the step before
 
     def batches(self, source: ImageSource | SequenceSource) -> Iterator[Batch]:
-        """Yields images and labels on the devices, for the steps that are left."""
+        """Yields on-device batches for the remaining steps."""
         fields, data, rows = self.fields, self.recipe.config.data, Rows(self.mesh, self.fields.batch_size)
         batches = train_batches(
             source,
@@ -162,7 +162,7 @@ class _Run:
         return itertools.islice(on_devices, max(fields.num_steps - self.step, 0))
 
     def take_step(self, images: Any, labels: Any) -> None:
-        """Starts a step, then checks the previous one: the devices never wait for the host."""
+        """Starts a step, then checks the previous one, so that the devices never wait for the host."""
         number = self.step + 1
         if number == self.profile_from <= self.fields.profile_steps[1]:
             self.profile.enter_context(jax.profiler.trace(str(self.profile_folder)))
@@ -189,13 +189,13 @@ class _Run:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Keeps the time of other work out of the step rate."""
+        """Excludes the time of other work from the step rate."""
         self.settle()
         yield
         self.clock.pause()
 
     def is_due(self, every: int) -> bool:
-        """Whether the step is a multiple of `every`; 0 is never."""
+        """Returns whether the step is a multiple of `every`; never for 0."""
         return every > 0 and self.step % every == 0
 
     def log(self) -> None:

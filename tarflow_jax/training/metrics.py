@@ -1,4 +1,4 @@
-"""Metrics of a run, as JSON lines and TensorBoard events, and its steps per second."""
+"""Writes a run's metrics as JSON lines and TensorBoard events, and measures its steps per second."""
 
 import contextlib
 import json
@@ -24,18 +24,18 @@ METRICS = "metrics.jsonl"
 class MetricsWriter:
     """Writes metrics.jsonl, one JSON object per line, and tensorboard/ in the workdir.
 
-    Object stores cannot append, so there `flush` writes the whole of metrics.jsonl.
+    Object stores cannot append, so there `flush` rewrites metrics.jsonl.
     """
 
     def __init__(self, workdir: epath.PathLike, start_step: int) -> None:
-        """Opens the files and drops lines after `start_step`, because the run takes these steps again."""
+        """Opens the files and drops lines after `start_step`, because the run repeats these steps."""
         self._path = epath.Path(workdir) / METRICS
         self._text = "".join(f"{line}\n" for line in _lines(workdir) if _step_of(line) <= start_step)
         write_text(self._path, self._text)
         self._file = None if is_remote(self._path) else Path(self._path).open("a", buffering=1)  # noqa: SIM115
         folder = epath.Path(workdir) / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
-        # Not a SummaryWriter, whose thread dies on a full disk, after which its methods block forever.
+        # Not a SummaryWriter: a full disk kills its thread, and its methods then block forever.
         self._events = RecordWriter(os.fspath(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"))
         self._add_event(start_step + 1, file_version="brain.Event:2")
         # TensorBoard drops earlier events from this step on.
@@ -58,7 +58,7 @@ class MetricsWriter:
                 self._events.flush()
 
     def flush(self) -> None:
-        """Writes both to an object store. Call with every checkpoint."""
+        """Uploads both if they are on an object store. Call with every checkpoint."""
         if not self._file:
             write_text(self._path, self._text)
             self._events.flush()
@@ -74,7 +74,7 @@ class MetricsWriter:
 
 
 class _ObjectWriter:
-    """Writes events to an object store. tensorboardX's own raises if the answer to an upload was lost."""
+    """Writes events to an object store. tensorboardX's own writer raises if the response to an upload is lost."""
 
     def __init__(self, path: str) -> None:
         self._path, self._content = path, bytearray()
@@ -93,7 +93,7 @@ register_writer_factory("gs", types.SimpleNamespace(open=_ObjectWriter))
 
 
 def last_step(workdir: epath.PathLike) -> float:
-    """Returns the last step in metrics.jsonl, 0 if there is none."""
+    """Returns the last step in metrics.jsonl; 0 if there is none."""
     return max((step for line in _lines(workdir) if (step := _step_of(line)) < math.inf), default=0)
 
 
@@ -110,7 +110,7 @@ def _step_of(line: str) -> float:
 
 
 class StepClock:
-    """Measures steps per second. Excludes the first step, which compiles, and any step that follows a pause."""
+    """Measures steps per second, excluding the first step, which compiles, and any step that follows a pause."""
 
     def __init__(self) -> None:
         self._last: float | None = None  # when the last step ended, unless other work followed it
@@ -128,7 +128,7 @@ class StepClock:
         self._last = None
 
     def rate(self) -> float:
-        """Returns steps per second since the last call; the previous rate if none were counted, at first 0."""
+        """Returns steps per second since the last call; without new steps, the previous rate (initially 0)."""
         if self._steps:
             self._rate = self._steps / self._seconds
         self._seconds, self._steps = 0.0, 0

@@ -1,4 +1,4 @@
-"""The optimizer of a run: the learning rate of each step, AdamW, and Muon, whose layers the devices share."""
+"""The optimizer: learning-rate schedule, AdamW, and Muon with its layers divided among the devices."""
 
 import dataclasses
 import functools
@@ -19,8 +19,8 @@ from tarflow_jax.runtime import leaf_name
 from tarflow_jax.runtime.parameters import Parameter, rows_of
 
 MOMENTUM = 0.95
-RMS = 0.2  # of an update, about AdamW's, so that learning rates and weight decay carry over (Liu et al. 2025)
-_COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 5  # optax scans over a row a step, but unrolls steps of a single row
+RMS = 0.2  # of an update, close to AdamW's, so that learning rates and weight decay carry over (Liu et al. 2025)
+_COEFFICIENTS = ((3.4445, -4.7750, 2.0315),) * 5  # optax scans over one row per step, but unrolls a single row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,22 +28,22 @@ class Optimizer(Options):
     """AdamW for all parameters, as in the PyTorch release, or Muon for the hidden matrices and AdamW for the rest.
 
     Muon orthogonalizes the momentum of each hidden matrix by five Newton-Schulz steps (Jordan et al. 2024). Learning
-    rates rise linearly over `warmup_steps` from `final_learning_rate` to their peak, and a cosine leads back.
+    rates rise linearly from `final_learning_rate` to their peak over `warmup_steps`, and return along a cosine.
     """
 
     group: ClassVar[str] = "optimizer"
 
     num_steps: int  # of the run
     learning_rate: float = option(3e-3, "Peak learning rate of AdamW.")
-    final_learning_rate: float = option(1e-6, "Learning rate of the first and the last step.")
+    final_learning_rate: float = option(1e-6, "Learning rate of the first and last steps.")
     warmup_steps: int = option(0, "Steps of linear warm-up.")
-    beta1: float = option(0.9, "AdamW's decay of the mean gradient.")
-    beta2: float = option(0.95, "AdamW's decay of the mean squared gradient.")
-    weight_decay: float = option(1e-4, "Weight decay of every parameter.")
-    clip_norm: float = option(1.0, "Largest norm of the whole gradient; 0 for no clipping.")
+    beta1: float = option(0.9, "Decay rate of AdamW's first moment.")
+    beta2: float = option(0.95, "Decay rate of AdamW's second moment.")
+    weight_decay: float = option(1e-4, "Weight decay of all parameters.")
+    clip_norm: float = option(1.0, "Clips the global gradient norm to this value; 0 for no clipping.")
     ema_decay: float = option(0.0, "Decay of the exponential moving average of the parameters; 0 for none.")
-    name: str = option("muon", "Muon for the hidden matrices, or AdamW for all.", choices=("adamw", "muon"))
-    muon_learning_rate: float = option(5e-3, "Peak learning rate of the hidden matrices; 0 with adamw.")
+    name: str = option("muon", "Muon (AdamW for all but the hidden matrices), or AdamW.", choices=("adamw", "muon"))
+    muon_learning_rate: float = option(5e-3, "Peak learning rate of Muon; 0 with adamw.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,10 +85,10 @@ def orthogonalized(blocks: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
     """Orthogonalizes every matrix and scales it to a root mean square of about 1.
 
     Args:
-      blocks: the kernels [layers, …] of each block, in the same tree `layers`, sharded as the parameters are.
-      dtype: devices send each other directions in it; that of the network's matmuls.
+      blocks: each block's kernels [layers, …], in identical trees `layers`, sharded as the parameters are.
+      dtype: that of the network's matmuls, in which devices exchange the results.
 
-    Returns the same trees with the same shardings, rounded to `dtype`, in float32.
+    Returns the same trees with the same shardings: float32, rounded to `dtype`.
     """
 
     def of_all_blocks(path: tuple[Any, ...], *kernels: jax.Array) -> list[jax.Array]:
@@ -98,7 +98,7 @@ def orthogonalized(blocks: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
         axes = jax.sharding.get_abstract_mesh().axis_names
         return jnp.split(_over_devices(axes, function, jnp.concatenate(kernels), row.spec[1:]), ends[:-1])
 
-    first, *others = ({"layers": block["layers"]} for block in blocks.values())  # what all blocks have
+    first, *others = ({"layers": block["layers"]} for block in blocks.values())  # common to all blocks
     directions = jax.tree_util.tree_map_with_path(of_all_blocks, first, *others)
     directions = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), directions)
     found = jax.tree.transpose(jax.tree.structure(first), None, directions)
@@ -107,7 +107,7 @@ def orthogonalized(blocks: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
 
 def _newton_schulz(sides: optax.contrib.MuonDimensionNumbers, dtype: DTypeLike, stack: jax.Array) -> jax.Array:
     """Orthogonalizes and scales a stack [layers, …] of kernels."""
-    # optax does not export its Newton-Schulz iteration. Without momentum, its Muon is just that.
+    # optax does not export its Newton-Schulz iteration, but its Muon without momentum is just that.
     iteration = optax.contrib.scale_by_muon(_COEFFICIENTS, beta=0.0, nesterov=False, weight_dimension_numbers=sides)
     directions, _ = iteration.update(stack, iteration.init(stack))
     longer_side = max(math.prod(stack.shape[axis] for axis in axes) for axes in sides)
@@ -117,10 +117,10 @@ def _newton_schulz(sides: optax.contrib.MuonDimensionNumbers, dtype: DTypeLike, 
 def _over_devices(
     axes: Sequence[str], function: Callable[[jax.Array], jax.Array], stack: jax.Array, spec: Sequence[str | None]
 ) -> jax.Array:
-    """Applies `function` to a stack [layers, …], the layers divided among the devices along the mesh's `axes`.
+    """Applies `function` to a stack [layers, …], with the layers divided among the devices along the mesh's `axes`.
 
-    `spec` shards the other dimensions. XLA compiles each axis to a slice and an all-gather where it is not in `spec`,
-    to two all-to-alls where it is. Constrained to all axes at once, it would all-gather whole stacks.
+    `spec` shards the other dimensions. XLA compiles an axis to two all-to-alls if `spec` has it, else to a slice and an
+    all-gather. With all axes constrained at once, it would all-gather whole stacks.
     """
     if not axes:
         return function(stack)

@@ -1,4 +1,4 @@
-"""A recipe: a training run's config, checked and turned into the objects that training uses."""
+"""Recipes: checks a training run's config and builds the objects that training uses."""
 
 import dataclasses
 import json
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 
 CONFIG, DATA, _NUM_STEPS = "config.json", "data.json", "train.num_steps"
 
-# What may differ between runs that continue each other: where they run, where the data is (its fingerprint identifies
-# it), and what is drawn and printed.
+# Fields that may change when a run continues: where it runs, where the data is (its fingerprint identifies it), what is
+# saved, drawn and printed.
 _FREE_FIELDS = (
     "data.cache_bytes",
     "data.data_dir",
@@ -61,12 +61,12 @@ class DataOptions(Options):
     source: str = option(
         "", "Data set: digits, fashion_mnist, emoji64, tfds:NAME, folder:, packed:, npz:, latents:, array:PATH."
     )
-    data_dir: str = option("", "Folder of the data sets; empty for the default one.")
-    preprocessing: str = option("none", "Crop and resize: none, tarflow or adm.")
-    flip: bool = option(False, "Mirrors images at random.")
+    data_dir: str = option("", "Folder of prepared data sets; empty for the default.")
+    preprocessing: str = option("none", "How images are resized and cropped: none, tarflow or adm.")
+    flip: bool = option(False, "Mirrors images left to right at random.")
     num_workers: int = option(0, "Threads that read ahead.")
-    skip_bad: bool = option(False, "Leaves out a folder's damaged images instead of rejecting it.")
-    cache_bytes: int = option(0, "Keeps decoded images in memory, up to this many bytes.")
+    skip_bad: bool = option(False, "Skips a folder's damaged images instead of rejecting the folder.")
+    cache_bytes: int = option(0, "Bytes of memory in which to cache decoded images.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,16 +76,16 @@ class TrainOptions(Options):
     group: ClassVar[str] = "train"
 
     num_steps: int = option(0, "Optimizer steps.", low=1)
-    batch_size: int = option(0, "Images of a step, over all devices.", low=1)
-    accumulation: int = option(1, "Microbatches of a step.", low=1)
-    drop_label: float = option(0.0, "Probability of training an image without its label, or condition.")
-    block_penalty: float = option(0.0, "Weight of the mean squares of all blocks' inputs in the loss.")
-    seed: int = option(0, "Seed of weights, noise and the order of images.")
+    batch_size: int = option(0, "Images per step, over all devices.", low=1)
+    accumulation: int = option(1, "Microbatches per step.", low=1)
+    drop_label: float = option(0.0, "Probability of dropping an image's label and condition.")
+    block_penalty: float = option(0.0, "Weight in the loss of the mean square of every block's input.")
+    seed: int = option(0, "Seed of the weights, the noise and the data order.")
     checkpoint_every: int = option(1000, "Steps between checkpoints.", low=1)
-    keep_checkpoints: int = option(3, "Checkpoints to keep, beside the best one.", low=1)
-    evaluate_every: int = option(0, "Steps between test losses, which choose the best checkpoint; 0 for none.")
+    keep_checkpoints: int = option(3, "Newest checkpoints to keep, besides the best one.", low=1)
+    evaluate_every: int = option(0, "Steps between test losses, which pick the best checkpoint; 0 for none.")
     sample_every: int = option(0, "Steps between previews; 0 for none.")
-    log_every: int = option(50, "Steps between lines of metrics.", low=1)
+    log_every: int = option(50, "Steps between logged metrics.", low=1)
     profile_steps: tuple[int, int] = option((0, 0), "First and last step of a jax.profiler trace; 0, 0 for none.")
 
     def __post_init__(self) -> None:
@@ -103,12 +103,12 @@ class TrainOptions(Options):
 
 @dataclasses.dataclass(frozen=True)
 class SampleOptions(Options):
-    """The previews and figures of a run."""
+    """Sampling, for a run's previews and figures."""
 
     group: ClassVar[str] = "sample"
 
     guidance: Guidance = Guidance()  # noqa: RUF009 (immutable)
-    denoise_multiplier: float = option(1.0, "Multiplies the score that denoises samples.")
+    denoise_multiplier: float = option(1.0, "Factor on the score that denoises samples.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,9 +117,9 @@ class MeshOptions(Options):
 
     group: ClassVar[str] = "mesh"
 
-    data: int = option(-1, "Devices over which the batch is sharded; -1 for those left, on a CPU its cores.", low=-1)
-    fsdp: int = option(1, "Devices over which batch and parameters are sharded.", low=-1)
-    tensor: int = option(1, "Devices over which heads and hidden units are sharded.", low=-1)
+    data: int = option(-1, "Devices that shard the batch; -1 for all remaining ones, on a CPU its cores.", low=-1)
+    fsdp: int = option(1, "Devices that shard the batch and the parameters.", low=-1)
+    tensor: int = option(1, "Devices that shard attention heads and hidden units.", low=-1)
 
 
 GROUPS: dict[str, Any] = {
@@ -133,13 +133,13 @@ AUTOENCODER_GROUPS |= {name: GROUPS[name] for name in ("data", "optimizer", "tra
 
 
 def default_config(groups: dict[str, Any] = GROUPS) -> ml_collections.ConfigDict:
-    """Returns a recipe of these groups with every option's default."""
+    """Returns a recipe with the default of every option in `groups`."""
     defaults = {f"{group}.{name}": default for group, cls in groups.items() for name, default, _ in described(cls)}
     return ml_collections.ConfigDict(unflatten_dict(defaults, sep="."))
 
 
 def config_help(groups: dict[str, Any] = GROUPS) -> str:
-    """Returns a line for each option of a recipe: the end of its flag, its sentence and its default."""
+    """Returns a line for each option of a recipe: its name, description and default."""
     lines = ["Options of a recipe, each a flag --config.GROUP.NAME=VALUE:"]
     for group, cls in groups.items():
         for name, default, text in described(cls):
@@ -152,16 +152,16 @@ class Recipe:
     """A training run's config and what follows from it.
 
     Attributes:
-      config: as given; a group `student` in it trains a student of the flow that model and noise describe. Of arrays,
-        the fields of the model that follow from them are filled in where `model.sequence_shape` is left out.
+      config: as given. With a group `student`, a student of the flow in `model` and `noise` is trained. For arrays
+        without `model.sequence_shape`, the model's fields that follow from the data are filled in.
       student: the student to train; None if the flow itself is trained.
-      autoencoder: the autoencoder to train; then there is neither model nor noise.
+      autoencoder: the autoencoder to train; if set, there is neither model nor noise.
       task: what is trained.
       train_config: what determines the state and the step.
     """
 
     def __init__(self, config: ml_collections.ConfigDict) -> None:
-        """Raises UserError: one line naming the field that is unknown, missing or impossible."""
+        """Raises UserError, which names the field that is unknown, missing or invalid."""
         groups = config.to_dict()
         for name in ("data", "sample", "mesh"):
             GROUPS[name].from_dict(groups.get(name, {}))
@@ -255,7 +255,7 @@ class Recipe:
     def write_to(self, workdir: epath.PathLike, source: ImageSource | SequenceSource | None = None) -> None:
         """Writes workdir/config.json and, for a training split, data.json.
 
-        `train.num_steps` may grow before the end of a run, if the steps taken keep their learning rates. Raises
+        `train.num_steps` may grow before the end of a run if the steps taken keep their learning rates. Raises
         UserError if the workdir holds another configuration, or a run on other data.
         """
         workdir = epath.Path(workdir)
@@ -282,7 +282,7 @@ class Recipe:
             raise UserError(f"{workdir} holds another configuration: {fields}; choose another workdir")
 
     def _check_growth(self, workdir: epath.Path, planned: int, step: int) -> None:
-        """Raises UserError unless a run of `planned` steps, of which `step` are taken, can become this one."""
+        """Raises UserError unless a run of `planned` steps can be extended to this one after `step` steps."""
         longer = self.train_config.optimizer
 
         def rates(optimizer: Optimizer) -> list[Any]:
@@ -305,7 +305,7 @@ class Recipe:
     def from_workdir(cls, workdir: epath.PathLike) -> Self:
         """Reads the recipe of a run: the workdir's config.json or, if that is lost, the last checkpoint's.
 
-        Raises FileNotFoundError if neither is there, UserError if they differ in what changes results.
+        Raises FileNotFoundError if neither exists, UserError if they differ in what affects results.
         """
         path = epath.Path(workdir) / CONFIG
         _, stored, _ = _stored_configs(epath.Path(workdir))
@@ -318,7 +318,7 @@ class Recipe:
 
 
 def _with_shape(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """Fills in the fields of the model that follow from arrays, where neither they nor `sequence_shape` are given."""
+    """Fills in the model's fields that follow from arrays, unless they or `sequence_shape` are given."""
     sizes = config.model.get("sequence_shape"), config.model.get("image_size")
     if not config.data.source.startswith(KIND) or any(map(np.any, sizes)):
         return config
@@ -339,22 +339,22 @@ def _check_of_sequences(config: ml_collections.ConfigDict) -> None:
 
 
 def same_data(workdir: epath.PathLike, source: ImageSource | SequenceSource) -> bool:
-    """Whether `source` holds the images (or arrays) and labels that a run was trained on; True if it does not say."""
+    """Returns whether `source` holds the data that a run was trained on; True if the run has no record of it."""
     path = epath.Path(workdir) / DATA
     return not path.exists() or _read_json(path).get("fingerprint") == source.fingerprint
 
 
 def label_names(workdir: epath.PathLike) -> list[str]:
-    """Returns the names of the classes that a run was trained on, [] if unknown."""
+    """Returns the class names of a run's data; [] if unknown."""
     path = epath.Path(workdir) / DATA
     names = _read_json(path).get("label_names") if path.exists() else None
     return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def _stored_configs(workdir: epath.Path) -> tuple[int, dict[str, Any] | None, dict[str, Any] | None]:
-    """Returns the last checkpoint's step, config.json, and the checkpoint's config; one stands in for the other.
+    """Returns the last checkpoint's step, config.json, and the checkpoint's config; one replaces the other if missing.
 
-    Raises UserError if they differ in what changes results: config.json was edited.
+    Raises UserError if they differ in what affects results, because config.json was edited.
     """
     path = workdir / CONFIG
     step, trained = recorded_config(workdir / "checkpoints")
@@ -371,9 +371,9 @@ def _stored_configs(workdir: epath.Path) -> tuple[int, dict[str, Any] | None, di
 
 
 def _differing(there: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Returns the fields in which two configs describe different runs, with both values.
+    """Returns the fields that make two configs describe different runs, with both values.
 
-    An option that a config lacks, because it is older than the option, has its default there; another field has None.
+    An option missing from a config that predates it has its default there; any other missing field is None.
     """
     defaults = json.loads(json.dumps(default_config(GROUPS | STUDENT_GROUPS | AUTOENCODER_GROUPS).to_dict()))
     there, here = (flatten_dict(defaults, sep=".") | flatten_dict(config, sep=".") for config in (there, here))

@@ -1,4 +1,4 @@
-"""One optimizer step: what determines it, the state that it reads and writes, and its program."""
+"""One optimizer step: its configuration, the state that it updates, and its compiled program."""
 
 import dataclasses
 import functools
@@ -23,15 +23,15 @@ Loss = Callable[[Any, Batch], tuple[jax.Array, tuple[Metrics, Any]]]  # of param
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """All that determines the state and the step of a run; hashable, because compiled programs are cached by it."""
+    """Determines the state and the step of a run. Hashable, because compiled programs are cached by it."""
 
     task: Task
     optimizer: Optimizer
-    accumulation: int = 1  # microbatches of a step
+    accumulation: int = 1  # microbatches per step
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """The whole state of a run."""
+    """The complete state of a run."""
 
     step: jax.Array  # int32 scalar, steps taken
     variables: dict[str, Any]  # the task's: {"params": …} and, in VP mode, {"prior": {"variance": [T, D]}}
@@ -40,7 +40,7 @@ class TrainState(flax.struct.PyTreeNode):
 
     @property
     def sampling_variables(self) -> dict[str, Any]:
-        """The variables with the averaged parameters, where an average is kept."""
+        """The variables, with averaged parameters if an average is kept."""
         if self.ema_params is None:
             return self.variables
         return {**self.variables, "params": self.ema_params}
@@ -61,7 +61,7 @@ def initial_state(config: TrainConfig, key: jax.Array) -> TrainState:
 
 @functools.cache
 def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
-    """Returns shapes, dtypes and shardings of the state (`jax.ShapeDtypeStruct`), without making an array."""
+    """Returns shapes, dtypes and shardings of the state (`jax.ShapeDtypeStruct`), without allocating any array."""
     shapes = jax.eval_shape(functools.partial(initial_state, config), jax.random.key(0))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -71,9 +71,9 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
 
 
 def new_state(config: TrainConfig, mesh: Mesh, key: jax.Array, given: Mapping[str, Any] | None = None) -> TrainState:
-    """Returns `initial_state`, every array made where it is placed, never whole on one device.
+    """Returns `initial_state` with every array created in its sharding, never whole on one device.
 
-    `given` are variables that replace those of the same name, to whose shapes they broadcast; parameters also their
+    The variables in `given` are broadcast and replace those of the same name; parameters also replace their moving
     average.
     """
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
@@ -101,14 +101,14 @@ def compiled_step(config: TrainConfig, mesh: Mesh) -> Program:
 def train_step(
     config: TrainConfig, state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array, frozen: Any = None
 ) -> tuple[TrainState, Metrics]:
-    """Takes one step: noise, loss, gradients, update.
+    """Takes one step (noise, loss, gradients, update); returns the new state and the metrics.
 
     Args:
-      images: uint8 [B, H, W, K]; `Arrays` of a task that takes them.
+      images: uint8 [B, H, W, K], or what else the task takes, such as `Arrays`.
       labels: int32 [B].
-      key: all randomness is a function of it, of the step, and of an image's row in the global batch, so that it does
-        not depend on the devices.
-      frozen: arrays that the task reads and training does not change, such as a student's `Teacher`.
+      key: together with the step and an image's row in the global batch, it determines all randomness, on any
+        devices.
+      frozen: arrays that the task reads but training does not change, such as a student's `Teacher`.
     """
     task, optimizer, params = config.task, config.optimizer, state.variables["params"]
     batch = task.prepare(jax.random.fold_in(key, state.step), images, labels)
@@ -116,7 +116,7 @@ def train_step(
     def loss(params: Any, batch: Batch) -> tuple[jax.Array, tuple[Metrics, Any]]:
         return task.loss({**state.variables, "params": params}, batch, frozen)
 
-    # Cast before the gradient is taken: once a step, not once a microbatch, and gradients move as few bytes.
+    # Cast outside the gradient: once per step, not per microbatch, and gradients have the narrow dtype too.
     gradients, metrics, outputs = accumulated_gradients(
         loss, cast_kernels(params, task.dtype), batch, config.accumulation
     )
@@ -135,9 +135,9 @@ def train_step(
 def accumulated_gradients(loss: Loss, params: Any, batch: Batch, count: int) -> tuple[Any, Metrics, Any]:
     """Returns the mean gradients and metrics of `count` microbatches, and the outputs of all of them.
 
-    If the mesh shards the batch alone, each device sums its own microbatches, and one all-reduce a step sums the
-    devices' gradients. Where parameters are sharded too, there is one a microbatch: XLA's partitioner fails on a sum
-    over one axis within a program that it partitions along the others.
+    If the mesh shards only the batch, each device sums the gradients of its own microbatches, and one all-reduce per
+    step sums those of the devices. If parameters are sharded too, there is one per microbatch, because XLA's
+    partitioner fails on a sum over one axis inside a program that it partitions along the others.
     """
     gradient = jax.grad(loss, has_aux=True)
     if count == 1:
@@ -158,7 +158,7 @@ def accumulated_gradients(loss: Loss, params: Any, batch: Batch, count: int) -> 
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), (shapes[0], shapes[1][0]))
         total, outputs = jax.lax.scan(accumulate, zeros, microbatches)
         gradients, metrics = jax.tree.map(lambda leaf: leaf / count, total)
-        # Norms are means of microbatches' norms. The order of the outputs does not matter: tasks take means over rows.
+        # Norms become means over microbatches. The order of the outputs does not matter: tasks take means over rows.
         return gradients, metrics, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), outputs)
 
     mesh = jax.sharding.get_abstract_mesh()

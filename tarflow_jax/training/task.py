@@ -1,4 +1,4 @@
-"""Tasks: what the loop trains. A task has initial variables, a loss and a test loss.
+"""Tasks that the loop can train: each defines initial variables, a loss and a test loss.
 
 `FlowTask` trains a flow of images or latents by maximum likelihood, `ArrayTask` one of sequences, `StudentTask` a
 student to invert a flow, `AutoencoderTask` an autoencoder.
@@ -30,12 +30,12 @@ from tarflow_jax.student.loss import flow_trajectory, perceptual_distance
 Variables = dict[str, Any]
 Metrics = dict[str, jax.Array]
 Batch = tuple[Any, ...]  # arrays [B, …]
-ENCODER = ("encoder", "quant_conv")  # an autoencoder's parameters that its decoder does not use
+ENCODER = ("encoder", "quant_conv")  # parameters of an autoencoder that its decoder does not use
 _TEST_LEVELS = 8  # noise levels in a test loss
 
 
 class Task(Protocol):
-    """What the loop trains; hashable, because compiled programs are cached by it."""
+    """The interface of a task. Tasks are hashable, because compiled programs are cached by them."""
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -45,13 +45,13 @@ class Task(Protocol):
         """Returns the initial variables: `params`, and whatever else training updates."""
 
     def prepare(self, key: jax.Array, images: Any, labels: Any) -> Batch:
-        """Returns what the loss reads of integer images and int32 labels; all noise is drawn here, for the batch."""
+        """Turns integer images and int32 labels into the loss's inputs; draws all of the batch's noise."""
 
     def loss(self, variables: Variables, batch: Batch, frozen: Any) -> tuple[jax.Array, tuple[Metrics, Any]]:
         """Returns (loss, (metrics, outputs)) of a microbatch: metrics are means over it, outputs are arrays [B, …]."""
 
     def finish(self, variables: Variables, metrics: Metrics, outputs: Any) -> tuple[Variables, Metrics]:
-        """Updates what no gradient does, from the whole batch's metrics and outputs."""
+        """Updates what gradients do not, from the whole batch's metrics and outputs."""
 
     def test_loss(self, runner: BatchRunner, variables: Variables, source: Any, frozen: Any) -> float:
         """Returns the loss of a split, with fixed noise."""
@@ -59,11 +59,11 @@ class Task(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class FlowTask:
-    """Maximum likelihood of images, or latents, with noise (sections 3.1 and 3.2 of the paper); `frozen` is unused."""
+    """Maximum likelihood of noisy images or latents (sections 3.1 and 3.2 of the paper); `frozen` is unused."""
 
     model: TarFlowConfig
     noise: Noise
-    drop_label: float = 0.0  # probability of training an image without its label and condition
+    drop_label: float = 0.0  # probability of dropping an image's label and condition
     block_penalty: float = 0.0  # see `training_loss`
 
     def __post_init__(self) -> None:
@@ -101,13 +101,13 @@ class FlowTask:
         if self.model.volume_preserving:
             prior = {"variance": updated_prior(variables["prior"]["variance"], outputs)}
             variables = {**variables, "prior": prior}
-        if self.noise.kind == "levels":  # a quarter without an image has none
+        if self.noise.kind == "levels":  # NaN for a quarter without images
             metrics = dict(metrics)
             metrics["level_losses"] = metrics.pop("quarter_losses") / metrics.pop("quarter_shares")
         return variables, metrics
 
     def test_loss(self, runner: BatchRunner, variables: Variables, source: ImageSource, frozen: None) -> float:
-        """The training loss with labels kept: nats per dimension less ½ log 2π. Image i has noise level i mod 8."""
+        """Returns the training loss, labels kept: nats per dimension less ½ log 2π. Image i has noise level i mod 8."""
         levels = self.noise.quantiles(_TEST_LEVELS) if self.noise.kind == "levels" else None
         key, num_dims = jax.random.key(0), self.model.num_dims
         log_probs = noisy_log_prob(runner, self.model, unit_prior(variables), source, self.noise, key, levels)
@@ -118,10 +118,10 @@ class FlowTask:
 
 @dataclasses.dataclass(frozen=True)
 class ArrayTask:
-    """Maximum likelihood of sequences: `Arrays` in place of images, a `SequenceSource` as a split; no `frozen`."""
+    """Maximum likelihood of sequences: batches are `Arrays`, splits `SequenceSource`s; `frozen` is unused."""
 
     model: TarFlowConfig
-    drop_condition: float = 0.0  # probability of training a sequence without its label and condition
+    drop_condition: float = 0.0  # probability of dropping a sequence's label and condition
     block_penalty: float = 0.0  # see `training_loss`
 
     @property
@@ -150,28 +150,28 @@ class ArrayTask:
     def test_loss(
         self, runner: BatchRunner, variables: Variables, source: SequenceSource, frozen: None = None
     ) -> float:
-        """The mean of -log p of sequences and labels, in nats."""
+        """Returns the mean of -log p(x | label, condition), in nats."""
         return -float(sequence_log_prob(runner, self.model, variables, source).mean(dtype=np.float64))
 
 
 class Teacher(NamedTuple):
-    """What a student learns from; training does not change it."""
+    """The frozen networks that a student learns from."""
 
     flow: Variables
-    perception: Any = None  # parameters of the `Perception`, where the student's loss has one
+    perception: Any = None  # parameters of the `Perception`, if the student's loss has one
 
 
 @dataclasses.dataclass(frozen=True)
 class StudentTask:
     """Distillation of a flow's inverse from trajectories of real images; `frozen` is a `Teacher`.
 
-    Noise is of the level at which samples are drawn. Half of the images with a label have a guidance weight, drawn
-    uniformly up to `max_guidance`, and the latents that guided sampling maps to them.
+    Noise has the level at which samples are drawn. Half of the labelled images get a guidance weight, uniform up to
+    `max_guidance`, and the latents that guided sampling maps to them.
     """
 
     student: StudentConfig
     noise: Noise
-    drop_label: float = 0.0  # as of a `FlowTask`
+    drop_label: float = 0.0  # as in `FlowTask`
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -204,7 +204,7 @@ class StudentTask:
         return variables, metrics
 
     def test_loss(self, runner: BatchRunner, variables: Variables, source: ImageSource, frozen: Teacher) -> float:
-        """The mean square error of the clean images, unguided."""
+        """Returns the mean squared error of the student's clean images, without guidance."""
 
         def read(index: np.ndarray) -> dict[str, Any]:
             images, labels = source.read(index)
@@ -228,7 +228,7 @@ class StudentTask:
 def _image_errors(
     task: StudentTask, variables: Any, images: jax.Array, labels: jax.Array, index: jax.Array, key: jax.Array
 ) -> jax.Array:
-    """Returns the mean square error of each image, [B]; noise as in `Noise.of_numbered`."""
+    """Returns the mean squared error of each image, [B]; noise as in `Noise.of_numbered`."""
     levels = task._levels(len(images))
     noisy = task.noise.of_numbered(key, images, index, levels)
     latents, _ = flow_trajectory(device_flow(task.student.flow), variables[0], noisy, labels, levels)
@@ -239,20 +239,20 @@ def _image_errors(
 
 @dataclasses.dataclass(frozen=True)
 class Reconstruction(Options):
-    """The loss of an autoencoder: mean absolute error, a perceptual distance, and the size of the latents."""
+    """The loss of an autoencoder: mean absolute error, a perceptual distance, and the KL divergence of the latents."""
 
     group: ClassVar[str] = "reconstruction"
 
     perceptual: float = option(1.0, "Weight of the perceptual distance; 0 for none.")
-    perceptual_steps: int = option(1000, "Training steps of 64 images of the network behind it.", low=1)
-    kl_weight: float = option(1e-6, "Weight of the KL divergence of the latents from N(0, 1), a mean over numbers.")
+    perceptual_steps: int = option(1000, "Training steps, of 64 images, of the perceptual distance's network.", low=1)
+    kl_weight: float = option(1e-6, "Weight of the latents' mean KL divergence per dimension from N(0, 1).")
 
 
 class Fixed(NamedTuple):
-    """What an autoencoder's training reads and does not change."""
+    """The frozen parameters that an autoencoder's training reads."""
 
-    perception: Any = None  # parameters of the `Perception`, where the loss has one
-    encoder: Any = None  # parameters that are not trained, where the decoder alone is
+    perception: Any = None  # parameters of the `Perception`, if the loss has one
+    encoder: Any = None  # parameters of the encoder, if only the decoder is trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,7 +302,7 @@ class AutoencoderTask:
         return variables, metrics
 
     def test_loss(self, runner: BatchRunner, variables: Variables, source: ImageSource, frozen: Fixed) -> float:
-        """The mean square error of images that are decoded from the means of their latents."""
+        """Returns the mean squared error of images decoded from the means of their latents."""
         params = (frozen.encoder or {}) | variables["params"]["autoencoder"]
         rows = LazyRows(lambda index: {"images": source.read(index)[0]}, len(source))
         size = 32 * math.prod(source.image_shape[:2]) * self.config.block_out_channels[0]
@@ -312,7 +312,7 @@ class AutoencoderTask:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _reconstruction_errors(config: AutoencoderConfig, params: Any, images: jax.Array) -> jax.Array:
-    """Returns the mean square error of each image, [B]."""
+    """Returns the mean squared error of each image, [B]."""
     clean = to_float(images)
     return jnp.square(AutoencoderKL(config).apply({"params": params}, clean) - clean).mean((1, 2, 3))
 

@@ -1,4 +1,4 @@
-"""The workdir of a run: opens a checkpoint as a model, and keeps the run's starts and results."""
+"""Opens the checkpoints in a run's workdir as models, and records the run's starts and results."""
 
 import contextlib
 import datetime
@@ -23,14 +23,14 @@ from tarflow_jax.training.recipe import Recipe, label_names
 from tarflow_jax.training.step import abstract_state
 
 RESULTS, STUDENT, STARTS = "results.json", "student", "starts.jsonl"
-_SAMPLES = ("samples_guided.png", "samples_denoised.png", "samples_raw.png")  # the first that exists is the card's
+_SAMPLES = ("samples_guided.png", "samples_denoised.png", "samples_raw.png")  # the card shows the first that exists
 logger = logging.getLogger(__name__)
 
 
 def read_workdir(workdir: epath.PathLike, mesh: Mesh | None = None, *, best: bool = False) -> SavedModel:
-    """Reads the last whole checkpoint, or the one with the lowest test loss, onto `mesh` or the default device.
+    """Reads the last intact checkpoint, or the one with the lowest test loss, onto `mesh` or the default device.
 
-    The optimizer's state is not read. Raises FileNotFoundError without a config or checkpoint; see also
+    Skips the optimizer's state. Raises FileNotFoundError if there is no config or no checkpoint; see also
     `Checkpoints.restore`.
     """
     workdir = epath.Path(workdir)
@@ -41,12 +41,12 @@ def read_workdir(workdir: epath.PathLike, mesh: Mesh | None = None, *, best: boo
         raise UserError(f"{workdir} holds a student; open the workdir of its flow, {workdir.parent}")
     step, model = _restored(recipe, workdir, mesh, best=best)
     card, names = _card(recipe, workdir, step), tuple(label_names(workdir))
-    names = names if len(names) == recipe.model.num_classes else ()  # an unconditional flow may see images of classes
+    names = names if len(names) == recipe.model.num_classes else ()  # an unconditional flow's images may have labels
     return SavedModel(config=recipe.model, noise=recipe.noise, **model, card=card, label_names=names)
 
 
 def read_student(workdir: epath.PathLike, mesh: Mesh | None = None) -> TrainedStudent | None:
-    """Reads the student in a flow's workdir from its last whole checkpoint; None if there is none. Raises as above."""
+    """Reads a flow's student from its last intact checkpoint; None if there is none. Raises as `read_workdir`."""
     folder = epath.Path(workdir) / STUDENT
     if not (folder / "checkpoints").is_dir():
         return None
@@ -59,7 +59,7 @@ def read_student(workdir: epath.PathLike, mesh: Mesh | None = None) -> TrainedSt
 
 
 def _restored(recipe: Recipe, workdir: epath.Path, mesh: Mesh | None, *, best: bool) -> tuple[int, dict[str, Any]]:
-    """Returns the step of a checkpoint, and its variables and averaged parameters."""
+    """Returns a checkpoint's step, and its variables and averaged parameters."""
     state = abstract_state(recipe.train_config, mesh or make_mesh(devices=jax.local_devices()[:1]))
     wanted = {"variables": state.variables, "ema_params": state.ema_params}
     with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
@@ -75,7 +75,7 @@ def _restored(recipe: Recipe, workdir: epath.Path, mesh: Mesh | None, *, best: b
 
 
 def write_start(workdir: epath.PathLike, step: int) -> None:
-    """Adds a line to starts.jsonl: the steps taken so far, the time, and the `environment`."""
+    """Appends a line to starts.jsonl: the steps taken so far, the time, and the `environment`."""
     path = epath.Path(workdir) / STARTS
     earlier = path.read_bytes().decode(errors="replace") if path.exists() else ""
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -109,14 +109,14 @@ def _read_results(path: epath.Path) -> dict[str, float]:
 
 
 def _evaluation(content: Any) -> dict[str, Any]:
-    """Returns what launch.evaluate wrote."""
+    """Returns an evaluation that launch.evaluate wrote, after checking its fields."""
     if not (isinstance(content["protocol"], dict) and isinstance(content["results"], dict)):
         raise TypeError("no protocol and results")
     return content
 
 
 def _read_whole(path: epath.Path, read: Callable[[Any], dict[str, Any]]) -> dict[str, Any] | None:
-    """Returns `read` of a JSON file's content; None, with a warning, if the file is damaged."""
+    """Returns `read` of a JSON file's content; warns and returns None if the file is damaged."""
     try:
         return read(json.loads(path.read_bytes()))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
