@@ -76,10 +76,12 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-# Added to our settings: columns that are one token, whose map is triangular.
+# Replaces fields of our settings: columns that form one token, whose map is triangular; the decay for sharp posteriors.
 OURS: dict[str, dict[str, Any]] = {
     "gaussian 6": {"columns_a_token": 3, "triangular": True},
     "gaussian 64": {"columns_a_token": 8, "triangular": True},
+    "two_moons": {"weight_decay": 0.03},
+    "slcp": {"weight_decay": 0.1},
 }
 
 
