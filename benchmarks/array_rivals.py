@@ -76,7 +76,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-# Replaces fields of our settings: columns that form one token, whose map is triangular; the decay for sharp posteriors.
+# Replaces fields of our settings. Columns that form one token have a triangular map.
 OURS: dict[str, dict[str, Any]] = {
     "gaussian 6": {"columns_a_token": 3, "triangular": True},
     "gaussian 64": {"columns_a_token": 8, "triangular": True},
@@ -164,13 +164,17 @@ def run(
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--names", default=",".join(measures), help="of data sets, with commas between them")
     parser.add_argument("--methods", default=",".join(methods), help="with commas between them")
-    parser.add_argument("--seconds", type=float, default=seconds, help=f"of one core, for a fit; {tuning:g} of it to tune")
+    parser.add_argument(
+        "--seconds", type=float, default=seconds, help=f"of one core, for a fit; {tuning:g} of it to tune"
+    )
     parser.add_argument("--seeds", type=int, default=seeds, help="fits by each method, once it is tuned")
     parser.add_argument("--rows", type=Path, default=Path(rows), help="file to append to")
     args = parser.parse_args()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     for name in args.names.split(","):
-        compare(args.rows, name, args.methods.split(","), measures[name], OURS.get(name), args.seconds, args.seeds, tuning)
+        compare(
+            args.rows, name, args.methods.split(","), measures[name], OURS.get(name), args.seconds, args.seeds, tuning
+        )
 
 
 def compare(

@@ -2,8 +2,8 @@
 
     python -m benchmarks.headline [--models=digits,digits_likelihood] [--seeds=3]
 
-Adds the missing rows to docs/results/headline.jsonl, one for each model and sampling seed, and writes the table between the
-lines `<!-- headline -->` and `<!-- end -->` of README.md and docs/results.md. Rows of other weights are not used.
+Adds the missing rows to docs/results/headline.jsonl, one for each model and sampling seed, and writes the table between
+the lines `<!-- headline -->` and `<!-- end -->` of README.md and docs/results.md. Rows of other weights are not used.
 """
 
 import argparse

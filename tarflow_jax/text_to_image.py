@@ -99,8 +99,9 @@ class TextToImage:
         """
         folder = Path(folder)
         config, weights = self.autoencoder.config, sum(leaf.size for leaf in jax.tree.leaves(self.autoencoder.params))
-        size = " x ".join(str(side * config.factor) for side in self.flow.config.image_size)
-        parts = {"autoencoder": f"images {size}, {config.image_channels} channel(s), {weights / 1e6:.2f} million weights"}
+        sides = [str(side * config.factor) for side in self.flow.config.image_size]
+        shape = " x ".join([*sides, str(config.image_channels)])
+        parts = {"autoencoder": f"images {shape}, {weights / 1e6:.2f} million weights"}
         if self.text:
             parts["text encoder"] = f"{self.text.length} embeddings of {self.text.dim} a caption"
         self.flow.save_pretrained(folder, **options | {"card": {"parts": parts, **(options.get("card") or {})}})

@@ -15,7 +15,14 @@ from tarflow_jax.evaluation import distances
 from tarflow_jax.figures import class_columns, class_names, class_rows, grid
 from tarflow_jax.options import described
 from tarflow_jax.training import Recipe
-from tarflow_jax.training.recipe import AUTOENCODER_GROUPS, GROUPS, STUDENT_GROUPS, config_help, default_config, label_names
+from tarflow_jax.training.recipe import (
+    AUTOENCODER_GROUPS,
+    GROUPS,
+    STUDENT_GROUPS,
+    config_help,
+    default_config,
+    label_names,
+)
 
 
 @pytest.fixture(scope="module")
