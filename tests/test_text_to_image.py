@@ -203,7 +203,7 @@ def test_a_decoder_that_removes_noise_needs_no_denoising(trained, autoencoder):
 def test_by_command_from_images_to_a_captioned_grid(captioned, tmp_path):  # noqa: F811
     """Packs images, trains their autoencoder, packs latents, trains the flow, and draws."""
     smoke = "configs/emoji64_autoencoder.py:smoke"
-    sizes = ["--config.autoencoder.block_out_channels=(8,8)", "--config.autoencoder.latent_channels=4"]
+    sizes = ["--config.autoencoder.block_out_channels=(8,)", "--config.autoencoder.latent_channels=4"]
     data_dir = ["--data_dir", tmp_path / "data"]
     code, out, err = commands.run(
         "-m", "launch.prepare_data", f"--data=folder:{captioned}", "--image_size=16", *data_dir
