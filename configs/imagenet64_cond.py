@@ -16,7 +16,7 @@ IMAGES, BATCH, EPOCHS = 1281167, 480, 300
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The recipe; the variant "tuned" has another optimizer and network (docs/lab/optimizers.md), unmeasured."""
+    """Returns the recipe; the variant "tuned" (other optimizer and network: docs/lab/optimizers.md) is unmeasured."""
     config = defaults.get_config()
     config.model.update(
         {

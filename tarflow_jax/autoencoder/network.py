@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from tarflow_jax.autoencoder.config import AutoencoderConfig
+from tarflow_jax.flow.tokens import fold, unfold
 
 
 class AutoencoderKL(nn.Module):
@@ -33,11 +34,7 @@ class AutoencoderKL(nn.Module):
 
         Both are float32 [B, h, w, Z]. The log variance is constant if config.latent_std is set.
         """
-        batch, height, width, channels = images.shape
-        p = self.config.patch_size
-        patches = images.reshape(batch, height // p, p, width // p, p, channels)
-        patches = patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height // p, width // p, -1)
-        moments = self.encoder(patches)
+        moments = self.encoder(fold(images, self.config.patch_size))
         if self.config.use_quant_conv:
             moments = self.quant_conv(moments)
         mean, log_variance = jnp.split(moments.astype(jnp.float32), 2, axis=3)
@@ -49,11 +46,7 @@ class AutoencoderKL(nn.Module):
         """Maps unscaled latents [B, h, w, Z] to images, float32 [B, H, W, K]."""
         if self.config.use_post_quant_conv:
             latents = self.post_quant_conv(latents)
-        patches = self.decoder(latents).astype(jnp.float32)
-        batch, height, width, _ = patches.shape
-        p = self.config.patch_size
-        patches = patches.reshape(batch, height, width, p, p, self.config.image_channels)
-        return patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height * p, width * p, -1)
+        return unfold(self.decoder(latents).astype(jnp.float32), self.config.patch_size)
 
 
 class Half(nn.Module):

@@ -17,20 +17,28 @@ def to_tokens(config: TarFlowConfig, data: jax.Array) -> jax.Array:
     """Cuts images [B, H, W, K] into tokens [B, T, D]; sequences [B, T, D] or [B, T] are tokens already."""
     if config.is_sequence:
         return data.reshape(-1, config.num_tokens, config.token_dim)
-    (rows, columns), patch = config.grid, config.patch_size
-    x = data.reshape(-1, rows, patch, columns, patch, config.image_channels)
-    x = x.swapaxes(2, 3)  # [B, rows, columns, P, P, K]
-    return x.reshape(-1, config.num_tokens, config.token_dim)
+    return fold(data, config.patch_size).reshape(-1, config.num_tokens, config.token_dim)
 
 
 def from_tokens(config: TarFlowConfig, tokens: jax.Array) -> jax.Array:
     """Inverts `to_tokens`."""
     if config.is_sequence:
         return tokens.reshape(-1, *config.data_shape)
-    (rows, columns), patch = config.grid, config.patch_size
-    x = tokens.reshape(-1, rows, columns, patch, patch, config.image_channels)
-    x = x.swapaxes(2, 3)  # [B, rows, P, columns, P, K]
-    return x.reshape(-1, *config.image_shape)
+    return unfold(tokens.reshape(-1, *config.grid, config.token_dim), config.patch_size)
+
+
+def fold(images: jax.Array, patch: int) -> jax.Array:
+    """Turns squares of P x P pixels into channels: [B, H, W, K] to [B, H / P, W / P, P² K]."""
+    batch, height, width, channels = images.shape
+    x = images.reshape(batch, height // patch, patch, width // patch, patch, channels)
+    return x.swapaxes(2, 3).reshape(batch, height // patch, width // patch, patch**2 * channels)
+
+
+def unfold(x: jax.Array, patch: int) -> jax.Array:
+    """Inverts `fold`."""
+    batch, rows, columns, size = x.shape
+    x = x.reshape(batch, rows, columns, patch, patch, size // patch**2)
+    return x.swapaxes(2, 3).reshape(batch, rows * patch, columns * patch, size // patch**2)
 
 
 def random_orders(config: TarFlowConfig) -> np.ndarray:

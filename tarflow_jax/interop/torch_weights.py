@@ -28,7 +28,7 @@ from tarflow_jax.runtime import progress
 from tarflow_jax.runtime.parameters import Parameter, Shape, rows_of, variables_shapes
 
 HEAD_DIM = 64  # fixed in the reference; no tensor's shape depends on it
-# Fields of every model of the STARFlow release; scale_function and output_limit cannot be told from a file.
+# Fields shared by all models of the STARFlow release. A file does not show scale_function and output_limit.
 STARFLOW = {
     "rotary": True,
     "position_init": "none",
