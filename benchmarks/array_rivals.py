@@ -82,6 +82,7 @@ OURS: dict[str, dict[str, Any]] = {
     "gaussian 64": {"columns_a_token": 8, "triangular": True},
     "two_moons": {"weight_decay": 0.03},
     "slcp": {"weight_decay": 0.1},
+    "breast cancer": {"columns_a_token": 5, "triangular": True},
 }
 
 
