@@ -134,14 +134,15 @@ def fit_tarflow(setting: dict[str, Any], x: np.ndarray, c: np.ndarray | None, se
         timed(4)  # imports what later fits have
     if kind not in _pace:
         (_, short), (_, longer) = timed(40), timed(200)  # each compiles
-        _pace[kind] = (longer - short) / 160, short
+        _pace[kind] = max((longer - short) / 160, 1e-3), short
     for _ in range(4):  # until the pace holds: a fit should be no longer and no shorter than the others'
         a_step, short = _pace[kind]
         num_steps = max(int((seconds - short) / a_step) + 40, 41)
         flow, taken = timed(num_steps)
-        _pace[kind] = max(taken - short, a_step) / (num_steps - 40), short
-        stopped_early = flow.card["training"]["steps"] <= num_steps // 2
-        if num_steps == 41 or stopped_early or 0.9 < taken / seconds < 1.1:
+        # `fit` stops when the best step is half of all steps ago.
+        taken_steps = min(num_steps, flow.card["training"]["steps"] + num_steps // 2)
+        _pace[kind] = max((taken - short) / max(taken_steps - 40, 1), 1e-3), short
+        if num_steps == 41 or (taken < 1.1 * seconds and (taken_steps < num_steps or taken > 0.9 * seconds)):
             break
     return Fitted(
         lambda x, c: np.asarray(flow.log_prob(tokens(x).astype(np.float32), condition=c)),
