@@ -27,7 +27,6 @@ IMAGE_SIZE = 299
 SPATIAL_CHANNELS = 7  # of mixed_6/conv:0, for sFID
 BATCH_NORM_EPSILON = 1e-3
 PUBLISHED_FILE = "pt_inception-2015-12-05-6726825d.pth"
-PUBLISHED_HASH_PREFIX = "6726825d"  # which the name contains
 
 
 def resize_like_tensorflow1(images: Array, size: int = IMAGE_SIZE) -> Array:
@@ -173,7 +172,7 @@ def inception_network(path: str | Path) -> FeatureNetwork:
     if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, shapes):
         raise UserError(f"{path} does not hold FID's InceptionV3: its layers or their shapes differ")
     digest = sha256(path)
-    published = digest.startswith(PUBLISHED_HASH_PREFIX)
+    published = digest[:8] in PUBLISHED_FILE  # its name ends in these digits
     note = f"the published {PUBLISHED_FILE}" if published else "NOT the published weights: no FID compares"
     return FeatureNetwork(
         name="inception",
