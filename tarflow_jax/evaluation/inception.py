@@ -46,14 +46,9 @@ def resize_like_tensorflow1(images: Array, size: int = IMAGE_SIZE) -> Array:
     return images
 
 
-def max_pool(x: Array, strides: int = 2, padding: int = 0) -> Array:
-    """Applies a 3 x 3 max pool to [B, H, W, K]."""
-    return nn.max_pool(x, (3, 3), (strides, strides), ((padding, padding),) * 2)
-
-
-def average_pool(x: Array) -> Array:
-    """Applies a 3 x 3 average pool to [B, H, W, K] at stride 1, over the pixels inside the image only."""
-    return nn.avg_pool(x, (3, 3), padding=((1, 1), (1, 1)), count_include_pad=False)
+# 3 x 3 pools of [B, H, W, K]: the maximum at stride 2, and at stride 1 the mean of the pixels inside the image only.
+max_pool = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
+average_pool = functools.partial(nn.avg_pool, window_shape=(3, 3), padding="SAME", count_include_pad=False)
 
 
 def convolution(
@@ -146,7 +141,8 @@ class InceptionV3(nn.Module):
                 spatial = x[..., :SPATIAL_CHANNELS].reshape(x.shape[0], -1)
         x = Block(BLOCK_D, max_pool, strides=2, name="Mixed_7a")(x)  # [B, 8, 8, 1280]
         x = Block(BLOCK_E, average_pool, 192, name="Mixed_7b")(x)
-        last_pool = functools.partial(max_pool, strides=1, padding=1)  # a mistake of the original, now the standard
+        # The original pools by the maximum by mistake, which is now the standard.
+        last_pool = functools.partial(nn.max_pool, window_shape=(3, 3), padding="SAME")
         x = Block(BLOCK_E, last_pool, 192, name="Mixed_7c")(x)
         pooled = x.mean((1, 2))
         logits = nn.Dense(1008, use_bias=False, name="fc")(pooled)
