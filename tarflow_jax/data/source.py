@@ -183,20 +183,18 @@ class EncodedSource(ImageSource):
         return self._num_images
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if index >= self._num_cached:
-            return self._decode(index)
-        if index not in self._cache:
-            self._cache[index] = self._decode(index)
-        return self._cache[index]
-
-    def _decode(self, index: int) -> dict[str, Any]:
+        if index in self._cache:
+            return self._cache[index]
         item = self._item_at(index)
         try:
             image = decode_image(item.read(), self.image_shape[2], bits=self.bits)
             array = preprocess(image, self._resize_by, self.image_shape[:2])
         except ValueError as error:
             raise UserError(f"{self.name}: {item.name}: {error}") from None
-        return {"image": array, "label": np.int32(item.label)}
+        found = {"image": array, "label": np.int32(item.label)}
+        if index < self._num_cached:
+            self._cache[index] = found
+        return found
 
     def class_counts(self) -> np.ndarray:
         counts = self._class_counts
