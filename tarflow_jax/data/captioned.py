@@ -35,10 +35,10 @@ def prepare_emoji_text(argument: str, options: Options) -> str:
         for path, content in zip(packages, contents, strict=True):
             vendor, drawings = _drawings(path, content)
             for entry in entries:
+                label = label_names.index(entry["category"])
                 for tone, code in [("", entry["unified"]), *_tones(entry)]:
                     if image := drawings.get(code.lower()):
-                        label, captions = label_names.index(entry["category"]), _wordings(entry, tone, vendor)
-                        item = drawing(f"{vendor} {code}", image, label)._replace(captions=captions)
+                        item = drawing(f"{vendor} {code}", image, label, _wordings(entry, tone, vendor))
                         splits[split_of(entry["unified"])].append(item)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"emoji_text: {argument} are not packages of emoji ({error!r}); {HOW}") from None

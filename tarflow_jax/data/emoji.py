@@ -54,9 +54,9 @@ def prepare_emoji(argument: str, options: Options) -> str:
     return "emoji64"
 
 
-def drawing(name: str, content: bytes, label: int) -> Item:
+def drawing(name: str, content: bytes, label: int, captions: tuple[str, ...] = ()) -> Item:
     """Wraps an image file that is already in memory."""
-    return Item(name, label, lambda: content, str(zlib.crc32(content)))
+    return Item(name, label, lambda: content, str(zlib.crc32(content)), captions)
 
 
 def read_package(path: Path) -> dict[str, bytes]:
