@@ -303,17 +303,13 @@ class TarFlowPipeline:
         Raises:
           ValueError: a shape, dtype, label, noise level, condition or mask that does not fit the model.
         """
-        rows = self._rows(images, labels, noise_std, condition, mask)
-        check_range(self.config, images)
-        return self._run(likelihood.encode, self.config, rows)
+        return self._density(likelihood.encode, self.config, images, labels, noise_std, condition, mask)
 
     def log_prob(
         self, images: Any, labels: Any = None, noise_std: Any = None, condition: Any = None, mask: Any = None
     ) -> jax.Array:
         """Returns log p(x | label, condition), float32 [B], nats; arguments and errors are those of `encode`."""
-        rows = self._rows(images, labels, noise_std, condition, mask)
-        check_range(self.config, images)
-        return self._run(likelihood.log_prob, exact(self.config), rows)
+        return self._density(likelihood.log_prob, exact(self.config), images, labels, noise_std, condition, mask)
 
     def patch_log_prob(self, images: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
         """Returns each patch's share of log p(x | label), float32 [B, H / P, W / P], nats; they add up to `log_prob`.
@@ -321,9 +317,14 @@ class TarFlowPipeline:
         `likelihood.patch_log_prob` explains what a share means. Arguments and errors are those of `encode`.
         """
         self._require_images("patch_log_prob")
-        rows = self._rows(images, labels, noise_std)
-        check_range(self.config, images)
-        return self._run(likelihood.patch_log_prob, exact(self.config), rows)
+        return self._density(likelihood.patch_log_prob, exact(self.config), images, labels, noise_std)
+
+    def _density(self, function: Any, config: TarFlowConfig, images: Any, *given: Any) -> Any:
+        """Runs a function of `likelihood`; warns, once per process, if images seem not to be scaled to [-1, 1]."""
+        rows = self._rows(images, *given)
+        if not (config.is_sequence or is_traced(images)) and np.abs(np.asarray(images)).max() > FAR_OUTSIDE:
+            _warn_once("images reach far outside [-1, 1]; 8-bit values v are v / 127.5 - 1")
+        return self._run(function, config, rows)
 
     def bits_per_dim(self, key: jax.Array, images_uint8: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
         """Returns bits per dimension, float32 [B], of uint8 or uint16 images [B, H, W, K], dequantised uniformly.
@@ -392,10 +393,8 @@ class TarFlowPipeline:
                 f"denoising needs a model trained with gaussian noise, this one's was {kind}; "
                 + ("pass noise_std if you know it" if self.noise is None else "sample without denoising")
             )
-        if self.config.noise_conditional:
-            rows = self._rows(images, labels, noise_std, condition, mask)
-        else:
-            rows = self._rows(images, labels, None, condition, mask)
+        rows = self._rows(images, labels, noise_std if self.config.noise_conditional else None, condition, mask)
+        if not self.config.noise_conditional:
             rows["noise_std"] = jnp.full(len(rows["images"]), check_number("noise_std", std, low=0))
         return self._run(
             sampling.denoise,
@@ -681,14 +680,7 @@ class TarFlowPipeline:
             raise UserError(f"{method} is of images, and this model of sequences; use log_prob")
 
     def _rows(
-        self,
-        images: Any,
-        labels: Any,
-        noise_std: Any,
-        condition: Any = None,
-        mask: Any = None,
-        *,
-        name: str = "images",
+        self, images: Any, labels: Any, noise_std: Any, condition: Any = None, mask: Any = None, name: str = "images"
     ) -> dict[str, Any]:
         """Checks the arrays [B, …] of a call and returns them by argument name; `name` is that of the images."""
         images = check_images(self.config, images, name)
@@ -802,7 +794,7 @@ def check_key(key: Any) -> jax.Array:
 
 def check_images(config: TarFlowConfig, images: Any, name: str = "images") -> jax.Array:
     """Returns float32 [B, H, W, K], [B, T, D] or [B, T]; raises ValueError for another shape, or for integers."""
-    letters = "T, D"[: 3 * len(config.data_shape) - 2] if config.is_sequence else "H, W, K"
+    letters = ", ".join(("TD" if config.is_sequence else "HWK")[: len(config.data_shape)])
     try:
         array = jnp.asarray(images)
     except (TypeError, ValueError, OverflowError):
@@ -819,21 +811,11 @@ def check_images(config: TarFlowConfig, images: Any, name: str = "images") -> ja
     return array.astype(jnp.float32)
 
 
-def check_range(config: TarFlowConfig, images: Any) -> None:
-    """Warns, once per process, if images seem not to be scaled to [-1, 1]."""
-    if not (config.is_sequence or is_traced(images)) and np.abs(np.asarray(images)).max() > FAR_OUTSIDE:
-        _warn_once("images reach far outside [-1, 1]; 8-bit values v are v / 127.5 - 1")
-
-
 def check_finite(name: str, results: np.ndarray) -> None:
     """Warns about results [B, …] that are NaN or infinite."""
     if bad := int((~np.isfinite(results).reshape(len(results), -1).all(1)).sum()):
-        logger.warning(
-            "%s: %d of %d results are not finite; the images or the weights are not, or guidance is too strong",
-            name,
-            bad,
-            len(results),
-        )
+        message = "%s: %d of %d results are not finite; the images or the weights are not, or guidance is too strong"
+        logger.warning(message, name, bad, len(results))
 
 
 @functools.cache
