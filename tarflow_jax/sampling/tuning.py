@@ -1,6 +1,5 @@
 """Finds the fastest decoder of each block of a trained model by timing candidates."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -149,11 +148,8 @@ def _candidates(num_tokens: int, tolerance: float, init: str) -> Iterator[Decode
 
 
 def _timed(decoder: Decoder, block: BlockInverse, z: jax.Array, give_up: float = math.inf) -> tuple[Any, float]:
-    def invert(params: Any, layers: Any, z: jax.Array) -> Any:
-        return decoder.invert(dataclasses.replace(block, params=params, layers=layers), z)
-
-    run = jax.jit(invert)
-    return run(block.params, block.layers, z), _seconds(run, block.params, block.layers, z, give_up=give_up)
+    run = jax.jit(decoder.invert)
+    return run(block, z), _seconds(run, block, z, give_up=give_up)
 
 
 def _seconds(run: Any, *args: Any, give_up: float = math.inf) -> float:
