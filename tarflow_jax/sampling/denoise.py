@@ -112,7 +112,6 @@ def iterate(
 
     Returns float32 [B, H, W, K].
     """
-
     keys = None if key_data is None else jax.random.wrap_key_data(key_data)
 
     def level(i: jax.Array) -> jax.Array:
