@@ -520,18 +520,9 @@ class TarFlowPipeline:
         )
 
     def _decode(
-        self,
-        function: Any,
-        latents: Any,
-        labels: Any,
-        guidance: Guidance | None,
-        decoder: DecoderChoice,
-        noise_std: Any,
-        condition: Any = None,
-        mask: Any = None,
-        null_condition: Any = None,
+        self, function: Any, latents: Any, labels: Any, guidance: Any, decoder: DecoderChoice, *given: Any
     ) -> Any:
-        """`function` is `sampling.decode`, `decode_trace` or `decode_log_prob`."""
+        """Calls `sampling.decode`, `decode_trace` or `decode_log_prob`; `given` is what `_rows` takes after labels."""
         guidance = checked("guidance", guidance, Guidance | None)
         guidance = guidance and guidance.checked_for(self.config)
         if isinstance(decoder, Student) and not decoder.polish:
@@ -541,11 +532,7 @@ class TarFlowPipeline:
                 return images
             trajectory = jnp.concatenate([jnp.asarray(latents)[:, None], jnp.flip(path, 1)], axis=1)
             return Decoded(images, None, trajectory, None, None)
-        rows = self._rows(latents, labels, noise_std, condition, mask, name="latents")
-        if null_condition is not None:
-            rows["null_condition"] = check_condition(
-                self.config, null_condition, len(rows["latents"]), "null_condition"
-            )
+        rows = self._rows(latents, labels, *given, name="latents")
         decoders = self._decoders(decoder, guidance, len(rows["latents"]))
         if decoders and any(isinstance(one, Student) or getattr(one, "init", "") == "student" for one in decoders):
             most = self.require_student().config.max_guidance
@@ -680,7 +667,15 @@ class TarFlowPipeline:
             raise UserError(f"{method} is of images, and this model of sequences; use log_prob")
 
     def _rows(
-        self, images: Any, labels: Any, noise_std: Any, condition: Any = None, mask: Any = None, name: str = "images"
+        self,
+        images: Any,
+        labels: Any,
+        noise_std: Any,
+        condition: Any = None,
+        mask: Any = None,
+        null_condition: Any = None,
+        *,
+        name: str = "images",
     ) -> dict[str, Any]:
         """Checks the arrays [B, …] of a call and returns them by argument name; `name` is that of the images."""
         images = check_images(self.config, images, name)
@@ -696,6 +691,8 @@ class TarFlowPipeline:
             if not self.config.is_sequence:
                 raise UserError("a mask is for sequences; this model is of images")
             rows["lengths"] = jnp.asarray(lengths_of(mask, len(images), self.config.num_tokens))
+        if null_condition is not None:
+            rows["null_condition"] = check_condition(self.config, null_condition, len(images), "null_condition")
         return rows
 
     def _run(
