@@ -338,8 +338,7 @@ class TarFlowPipeline:
             raise UserError(f"images are {images.dtype}; expected uint{self.config.image_bits}")
         check_images(self.config, to_float(images))
         labels = check_labels(self.config, labels, len(images))
-        level = check_levels(self.config, noise_std, 1)
-        levels = None if level is None else np.asarray(level)
+        levels = jax.device_get(check_levels(self.config, noise_std, 1))
         check_key(key)
         with np.errstate(invalid="ignore"):
             bits = image_bits_per_dim(self._runner, self.config, self.variables, (images, labels), key, levels=levels)
