@@ -13,15 +13,7 @@ from tarflow_jax.flow import Given, TarFlow, block_orders, conditions, permute, 
 from tarflow_jax.runtime import progress
 from tarflow_jax.sampling.block_inverse import BlockInverse, block_inverse
 from tarflow_jax.sampling.decode import decode_trace
-from tarflow_jax.sampling.decoders import (
-    INITS,
-    Decoder,
-    GaussSeidelJacobi,
-    Jacobi,
-    Sequential,
-    initial_guess,
-    update,
-)
+from tarflow_jax.sampling.decoders import INITS, Decoder, GaussSeidelJacobi, Jacobi, Sequential, initial_guess, update
 from tarflow_jax.sampling.guidance import Guidance
 
 _SEGMENT_LENGTHS = (32, 16, 8, 4, 2)
