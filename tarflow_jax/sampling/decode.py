@@ -96,7 +96,7 @@ def decode_trace(
         # Cast first, since stacking copies.
         params = [cast_kernels(variables["params"][f"block_{k}"], config.compute_dtype) for k in numbers]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-        guesses = None if guess is None else jnp.moveaxis(guess[:, numbers[0] : numbers[-1] + 1], 1, 0)
+        guesses = None if guess is None else jnp.moveaxis(guess[:, numbers.start : numbers.stop], 1, 0)
         blocks = stacked, orders[numbers.start : numbers.stop], guesses
         tokens, inverted = jax.lax.scan(invert, tokens, blocks, reverse=True)
         log_det = log_det + inverted.log_det.sum(0)
