@@ -62,8 +62,9 @@ def main(argv: Sequence[str]) -> None:
     kind, _, argument = name.partition(":")
     folder = Path(argument).expanduser() if kind == "packed" else data_dir / kind / file_stem(argument)
     preview = Path(PREVIEW.value or folder / "preview.png")
+    sources = {}
     for split in ("train", "test"):
-        source = data.open_source(name, split, **options)
+        source = sources[split] = data.open_source(name, split, **options)
         shape = "x".join(map(str, source.image_shape))
         classes = f"{source.num_classes} classes" if source.num_classes else "no labels"
         print(f"{split:5} {len(source):9,} images {shape}, {classes}, preprocessing {source.preprocessing}")
@@ -71,7 +72,6 @@ def main(argv: Sequence[str]) -> None:
             batch = next(data.train_batches(source, batch_size=64, seed=0))
             save_png(preview, grid(to_uint8(to_float(batch.image))))
     if AUTOENCODER.value:
-        sources = {split: data.open_source(name, split, **options) for split in ("train", "test")}
         out = Path(OUT.value or data_dir / "latents" / file_stem(Path(argument).name)).expanduser()
         with sole_user(out):
             encode(sources, out)

@@ -38,11 +38,7 @@ class Weighted:
 
 
 def importance(
-    flow: TarFlowPipeline,
-    log_density: Callable[[jax.Array], Any],
-    key: jax.Array,
-    num_samples: int,
-    **options: Any,
+    flow: TarFlowPipeline, log_density: Callable[[jax.Array], Any], key: jax.Array, num_samples: int, **options: Any
 ) -> Weighted:
     """Draws samples from a flow and computes their importance weights under an unnormalised density.
 

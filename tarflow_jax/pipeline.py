@@ -303,17 +303,13 @@ class TarFlowPipeline:
         Raises:
           ValueError: a shape, dtype, label, noise level, condition or mask that does not fit the model.
         """
-        rows = self._rows(images, labels, noise_std, condition, mask)
-        check_range(self.config, images)
-        return self._run(likelihood.encode, self.config, rows)
+        return self._density(likelihood.encode, self.config, images, labels, noise_std, condition, mask)
 
     def log_prob(
         self, images: Any, labels: Any = None, noise_std: Any = None, condition: Any = None, mask: Any = None
     ) -> jax.Array:
         """Returns log p(x | label, condition), float32 [B], nats; arguments and errors are those of `encode`."""
-        rows = self._rows(images, labels, noise_std, condition, mask)
-        check_range(self.config, images)
-        return self._run(likelihood.log_prob, exact(self.config), rows)
+        return self._density(likelihood.log_prob, exact(self.config), images, labels, noise_std, condition, mask)
 
     def patch_log_prob(self, images: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
         """Returns each patch's share of log p(x | label), float32 [B, H / P, W / P], nats; they add up to `log_prob`.
@@ -321,9 +317,14 @@ class TarFlowPipeline:
         `likelihood.patch_log_prob` explains what a share means. Arguments and errors are those of `encode`.
         """
         self._require_images("patch_log_prob")
-        rows = self._rows(images, labels, noise_std)
-        check_range(self.config, images)
-        return self._run(likelihood.patch_log_prob, exact(self.config), rows)
+        return self._density(likelihood.patch_log_prob, exact(self.config), images, labels, noise_std)
+
+    def _density(self, function: Any, config: TarFlowConfig, images: Any, *given: Any) -> Any:
+        """Runs a function of `likelihood`; warns, once per process, if images seem not to be scaled to [-1, 1]."""
+        rows = self._rows(images, *given)
+        if not (config.is_sequence or is_traced(images)) and np.abs(np.asarray(images)).max() > FAR_OUTSIDE:
+            _warn_once("images reach far outside [-1, 1]; 8-bit values v are v / 127.5 - 1")
+        return self._run(function, config, rows)
 
     def bits_per_dim(self, key: jax.Array, images_uint8: Any, labels: Any = None, noise_std: Any = None) -> jax.Array:
         """Returns bits per dimension, float32 [B], of uint8 or uint16 images [B, H, W, K], dequantised uniformly.
@@ -337,8 +338,7 @@ class TarFlowPipeline:
             raise UserError(f"images are {images.dtype}; expected uint{self.config.image_bits}")
         check_images(self.config, to_float(images))
         labels = check_labels(self.config, labels, len(images))
-        level = check_levels(self.config, noise_std, 1)
-        levels = None if level is None else np.asarray(level)
+        levels = jax.device_get(check_levels(self.config, noise_std, 1))
         check_key(key)
         with np.errstate(invalid="ignore"):
             bits = image_bits_per_dim(self._runner, self.config, self.variables, (images, labels), key, levels=levels)
@@ -392,10 +392,8 @@ class TarFlowPipeline:
                 f"denoising needs a model trained with gaussian noise, this one's was {kind}; "
                 + ("pass noise_std if you know it" if self.noise is None else "sample without denoising")
             )
-        if self.config.noise_conditional:
-            rows = self._rows(images, labels, noise_std, condition, mask)
-        else:
-            rows = self._rows(images, labels, None, condition, mask)
+        rows = self._rows(images, labels, noise_std if self.config.noise_conditional else None, condition, mask)
+        if not self.config.noise_conditional:
             rows["noise_std"] = jnp.full(len(rows["images"]), check_number("noise_std", std, low=0))
         return self._run(
             sampling.denoise,
@@ -521,18 +519,9 @@ class TarFlowPipeline:
         )
 
     def _decode(
-        self,
-        function: Any,
-        latents: Any,
-        labels: Any,
-        guidance: Guidance | None,
-        decoder: DecoderChoice,
-        noise_std: Any,
-        condition: Any = None,
-        mask: Any = None,
-        null_condition: Any = None,
+        self, function: Any, latents: Any, labels: Any, guidance: Any, decoder: DecoderChoice, *given: Any
     ) -> Any:
-        """`function` is `sampling.decode`, `decode_trace` or `decode_log_prob`."""
+        """Calls `sampling.decode`, `decode_trace` or `decode_log_prob`; `given` is what `_rows` takes after labels."""
         guidance = checked("guidance", guidance, Guidance | None)
         guidance = guidance and guidance.checked_for(self.config)
         if isinstance(decoder, Student) and not decoder.polish:
@@ -542,11 +531,7 @@ class TarFlowPipeline:
                 return images
             trajectory = jnp.concatenate([jnp.asarray(latents)[:, None], jnp.flip(path, 1)], axis=1)
             return Decoded(images, None, trajectory, None, None)
-        rows = self._rows(latents, labels, noise_std, condition, mask, name="latents")
-        if null_condition is not None:
-            rows["null_condition"] = check_condition(
-                self.config, null_condition, len(rows["latents"]), "null_condition"
-            )
+        rows = self._rows(latents, labels, *given, name="latents")
         decoders = self._decoders(decoder, guidance, len(rows["latents"]))
         if decoders and any(isinstance(one, Student) or getattr(one, "init", "") == "student" for one in decoders):
             most = self.require_student().config.max_guidance
@@ -687,6 +672,7 @@ class TarFlowPipeline:
         noise_std: Any,
         condition: Any = None,
         mask: Any = None,
+        null_condition: Any = None,
         *,
         name: str = "images",
     ) -> dict[str, Any]:
@@ -704,6 +690,8 @@ class TarFlowPipeline:
             if not self.config.is_sequence:
                 raise UserError("a mask is for sequences; this model is of images")
             rows["lengths"] = jnp.asarray(lengths_of(mask, len(images), self.config.num_tokens))
+        if null_condition is not None:
+            rows["null_condition"] = check_condition(self.config, null_condition, len(images), "null_condition")
         return rows
 
     def _run(
@@ -802,7 +790,7 @@ def check_key(key: Any) -> jax.Array:
 
 def check_images(config: TarFlowConfig, images: Any, name: str = "images") -> jax.Array:
     """Returns float32 [B, H, W, K], [B, T, D] or [B, T]; raises ValueError for another shape, or for integers."""
-    letters = "T, D"[: 3 * len(config.data_shape) - 2] if config.is_sequence else "H, W, K"
+    letters = ", ".join(("TD" if config.is_sequence else "HWK")[: len(config.data_shape)])
     try:
         array = jnp.asarray(images)
     except (TypeError, ValueError, OverflowError):
@@ -819,21 +807,11 @@ def check_images(config: TarFlowConfig, images: Any, name: str = "images") -> ja
     return array.astype(jnp.float32)
 
 
-def check_range(config: TarFlowConfig, images: Any) -> None:
-    """Warns, once per process, if images seem not to be scaled to [-1, 1]."""
-    if not (config.is_sequence or is_traced(images)) and np.abs(np.asarray(images)).max() > FAR_OUTSIDE:
-        _warn_once("images reach far outside [-1, 1]; 8-bit values v are v / 127.5 - 1")
-
-
 def check_finite(name: str, results: np.ndarray) -> None:
     """Warns about results [B, …] that are NaN or infinite."""
     if bad := int((~np.isfinite(results).reshape(len(results), -1).all(1)).sum()):
-        logger.warning(
-            "%s: %d of %d results are not finite; the images or the weights are not, or guidance is too strong",
-            name,
-            bad,
-            len(results),
-        )
+        message = "%s: %d of %d results are not finite; the images or the weights are not, or guidance is too strong"
+        logger.warning(message, name, bad, len(results))
 
 
 @functools.cache

@@ -74,21 +74,18 @@ class TextToImage:
             kind, _, folder = config.data.source.partition(":")
             if kind != "latents":
                 raise UserError(f"this flow was trained on {config.data.source}; expected latents:FOLDER")
-            return cls._with_parts(flow, Path(folder).expanduser(), Guidance(**config.sample.guidance))
-        root = interop.local_folder(name)
-        try:
-            fields = json.loads((root / interop.TEXT_TO_IMAGE).read_bytes())
-            if fields["format"] != FORMAT:
-                raise UserError(f"its format is {fields['format']}; expected {FORMAT}")
-            guidance = Guidance.from_dict(fields["guidance"])
-        except FileNotFoundError:
-            raise UserError(f"{name} is a flow alone, without autoencoder and text encoder") from None
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{root / interop.TEXT_TO_IMAGE}: {one_line(error)}") from None
-        return cls._with_parts(flow, root, guidance)
-
-    @classmethod
-    def _with_parts(cls, flow: TarFlowPipeline, root: Path, guidance: Guidance) -> Self:
+            root, guidance = Path(folder).expanduser(), Guidance(**config.sample.guidance)
+        else:
+            root = interop.local_folder(name)
+            try:
+                fields = json.loads((root / interop.TEXT_TO_IMAGE).read_bytes())
+                if fields["format"] != FORMAT:
+                    raise UserError(f"its format is {fields['format']}; expected {FORMAT}")
+                guidance = Guidance.from_dict(fields["guidance"])
+            except FileNotFoundError:
+                raise UserError(f"{name} is a flow alone, without autoencoder and text encoder") from None
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{root / interop.TEXT_TO_IMAGE}: {one_line(error)}") from None
         text = open_text_encoder(root / "text") if flow.config.has_prefix else None
         return cls(flow, Autoencoder.from_pretrained(root / "autoencoder"), text, guidance)
 

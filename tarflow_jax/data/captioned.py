@@ -12,7 +12,7 @@ from typing import Any
 from tarflow_jax.data.emoji import HOW, MAX_MEMBER_BYTES, drawing, read_package
 from tarflow_jax.data.folder import EXTENSIONS, list_folder
 from tarflow_jax.data.packed import pack_as
-from tarflow_jax.data.source import MAX_CLASSES, NO_LABEL, SPLITS, EncodedSource, Item, Options, split_of
+from tarflow_jax.data.source import MAX_CLASSES, NO_LABEL, SPLITS, Item, Options, split_of
 from tarflow_jax.errors import UserError
 
 _SKIN_TONES = {"1F3FB": "light", "1F3FC": "medium light", "1F3FD": "medium", "1F3FE": "medium dark", "1F3FF": "dark"}
@@ -35,10 +35,10 @@ def prepare_emoji_text(argument: str, options: Options) -> str:
         for path, content in zip(packages, contents, strict=True):
             vendor, drawings = _drawings(path, content)
             for entry in entries:
+                label = label_names.index(entry["category"])
                 for tone, code in [("", entry["unified"]), *_tones(entry)]:
                     if image := drawings.get(code.lower()):
-                        label, captions = label_names.index(entry["category"]), _wordings(entry, tone, vendor)
-                        item = drawing(f"{vendor} {code}", image, label)._replace(captions=captions)
+                        item = drawing(f"{vendor} {code}", image, label, _wordings(entry, tone, vendor))
                         splits[split_of(entry["unified"])].append(item)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"emoji_text: {argument} are not packages of emoji ({error!r}); {HOW}") from None
@@ -98,7 +98,7 @@ def prepare_webdataset(argument: str, options: Options) -> str:
 def _samples(path: Path) -> list[Item]:
     """Lists a tar file's images with captions and labels; each image is read from its offset when it is packed."""
     images: dict[str, tuple[int, int]] = {}  # offset and size
-    captions: dict[str, str] = {}
+    captions: dict[str, tuple[str, ...]] = {}
     labels: dict[str, int] = {}
     try:
         with tarfile.open(path, "r:") as archive:
@@ -113,35 +113,25 @@ def _samples(path: Path) -> list[Item]:
                     if ending == "cls":
                         labels[key] = int(content)
                     elif text := content.decode() if ending == "txt" else json.loads(content).get("caption"):
-                        captions[key] = str(text).strip()
+                        captions[key] = (str(text).strip(),)
     except (tarfile.TarError, OSError, EOFError, ValueError, AttributeError) as error:
         raise UserError(f"webdataset:{path} is no whole, uncompressed tar file of samples ({error})") from None
     if wrong := [key for key, label in labels.items() if not 0 <= label < MAX_CLASSES]:
         raise UserError(f"webdataset:{path}: the class of {wrong[0]} is {labels[wrong[0]]}; expected 0 or more")
 
-    def read(place: tuple[int, int]) -> bytes:
+    def read(offset: int, size: int) -> bytes:
         with path.open("rb") as file:
-            file.seek(place[0])
-            return file.read(place[1])
+            file.seek(offset)
+            return file.read(size)
 
-    return [
-        Item(
-            f"{path.name}{key}",
-            labels.get(key, NO_LABEL),
-            functools.partial(read, place),
-            f"{place}",
-            (captions[key],) if key in captions else (),
-        )
-        for key, place in images.items()
-    ]
+    items = []
+    for key, place in images.items():
+        label, texts = labels.get(key, NO_LABEL), captions.get(key, ())
+        items.append(Item(f"{path.name}{key}", label, functools.partial(read, *place), str(place), texts))
+    return items
 
 
 def _resized(options: Options, image_size: tuple[int, int] | None) -> Options:
     """Returns options with this size, and preprocessing "adm" unless another was chosen."""
     chosen = "adm" if options.preprocessing == "none" else options.preprocessing
     return dataclasses.replace(options, image_size=image_size, preprocessing=chosen)
-
-
-def open_unpacked(argument: str, split: str, options: Options) -> EncodedSource:
-    """Raises UserError: these sets are opened by the name that preparing them returns."""
-    raise UserError("prepare this set with launch.prepare_data, and open it by the name that it prints, packed:FOLDER")

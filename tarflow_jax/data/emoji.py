@@ -34,15 +34,9 @@ def open_emoji(argument: str, split: str, options: Options) -> EncodedSource:
 
 def prepare_emoji(argument: str, options: Options) -> str:
     """Packs the set from the package at the path `argument`, if given. Returns the name to open it by."""
-    if argument:
-        splits, label_names = _list_emoji(Path(argument).expanduser())
-        options = dataclasses.replace(options, image_size=(64, 64))
-        pack("emoji64", splits, label_names, options.data_dir / "emoji64", options)
-    return "emoji64"
-
-
-def _list_emoji(path: Path) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
-    """Lists the images of each split and the category names of the package at `path`."""
+    if not argument:
+        return "emoji64"
+    path = Path(argument).expanduser()
     content = read_package(path)
     try:
         entries = json.loads(content["emoji.json"])
@@ -55,12 +49,14 @@ def _list_emoji(path: Path) -> tuple[dict[str, list[Item]], tuple[str, ...]]:
             splits[split_of(entry["unified"])] += [drawing(name, content[IMAGES + name], label) for name in names]
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise UserError(f"emoji64: {path} is not the package emoji-datasource-google ({error!r}); {HOW}") from None
-    return splits, label_names
+    options = dataclasses.replace(options, image_size=(64, 64))
+    pack("emoji64", splits, label_names, options.data_dir / "emoji64", options)
+    return "emoji64"
 
 
-def drawing(name: str, content: bytes, label: int) -> Item:
+def drawing(name: str, content: bytes, label: int, captions: tuple[str, ...] = ()) -> Item:
     """Wraps an image file that is already in memory."""
-    return Item(name, label, lambda: content, str(zlib.crc32(content)))
+    return Item(name, label, lambda: content, str(zlib.crc32(content)), captions)
 
 
 def read_package(path: Path) -> dict[str, bytes]:

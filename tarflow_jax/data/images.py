@@ -4,7 +4,6 @@ Files are untrusted: an unusable one raises a UserError that says why.
 """
 
 import io
-import os
 import stat
 import sys
 from pathlib import Path
@@ -27,7 +26,7 @@ MAX_FILE_BYTES = 256 * 2**20
 def read_file(path: Path) -> bytes:
     """Reads an image file; raises UserError unless it is a regular, readable, non-empty file of moderate size."""
     try:
-        status = os.stat(path)
+        status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise UserError("not a regular file")  # reading a pipe would block
         if not status.st_mode & 0o444:

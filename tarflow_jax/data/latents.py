@@ -11,6 +11,7 @@ manifest.json is written last; until then, repeating the call resumes. autoencod
 samples and embed prompts.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -24,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from tarflow_jax.data.images import BACKGROUND
-from tarflow_jax.data.source import ImageSource, Options
+from tarflow_jax.data.source import MAX_CLASSES, ImageSource, Options
 from tarflow_jax.errors import UserError
 from tarflow_jax.figures import to_pil
 from tarflow_jax.files import replacing, sha256, write_text
@@ -51,15 +52,14 @@ class LatentSource(ImageSource):
     def __init__(self, name: str, folder: Path, split: str, manifest: Mapping[str, Any]) -> None:
         latent_shape, text_shape = (tuple(map(int, manifest[key])) for key in ("latent_shape", "text_shape"))
         super().__init__(name, latent_shape, len(manifest["label_names"]), manifest["label_names"])
-        self.folder, self.images_name, self.condition_shape = folder, str(manifest["source"]), text_shape
-        self._hash = manifest["splits"][split]["sha256"]
+        self.images_name, self.condition_shape = str(manifest["source"]), text_shape
+        self._content = str(manifest["splits"][split]["sha256"])
         count, num_captions, num_rows = (manifest["splits"][split][key] for key in ("images", "captions", "rows"))
         self._mean = _mapped(folder / f"{split}-mean.npy", np.float16, (count, *latent_shape))
         self._std = _mapped(folder / f"{split}-std.npy", np.float16, (count, *latent_shape))
         self._rows = _mapped(folder / f"{split}-rows.npy", np.int32, (num_rows, 3))
-        if (self._rows.min(0) < (0, -1, -1)).any() or (
-            self._rows.max(0) >= (count, max(num_captions, 1), 1 << 20)
-        ).any():
+        low, high = self._rows.min(0), self._rows.max(0)
+        if (low < (0, -1, -1)).any() or (high >= (count, max(num_captions, 1), MAX_CLASSES)).any():
             raise UserError(f"{name}: {split}-rows.npy is damaged; pack the set again")
         if text_shape:
             self._null = _mapped(folder / "null.npy", np.float32, text_shape)
@@ -87,9 +87,6 @@ class LatentSource(ImageSource):
 
     def all_labels(self) -> list[int]:
         return self._rows[:, 2].tolist()
-
-    def _content(self) -> str:
-        return str(self._hash)
 
 
 def open_latents(argument: str, split: str, options: Options) -> LatentSource:
@@ -213,13 +210,11 @@ def _fill(
     """Writes float16 arrays of `shape`, `size` rows at a time, resuming where an interrupted call stopped."""
     progress, done = files[0].with_suffix(".json"), 0
     progress.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         found = json.loads(progress.read_text())
         arrays = [np.lib.format.open_memmap(file, mode="r+") for file in files]
         whole = all(array.shape == shape and array.dtype == np.float16 for array in arrays)
         done = int(found["done"]) if whole and found["fingerprint"] == fingerprint else 0
-    except (OSError, ValueError, KeyError, TypeError):
-        done = 0
     if not done:
         arrays = [np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape) for file in files]
     with tqdm(total=shape[0], initial=done, desc=files[0].stem, disable=None) as bar:

@@ -62,12 +62,12 @@ def train_batches(
     return iter(steps.to_iter_dataset(ahead))
 
 
-def prefetch_to_device(batches: Iterator[Batch], put: Callable[[Batch], T], size: int = 2) -> Iterator[T]:
-    """Yields `put(batch)` for each batch, with up to `size - 1` later transfers in flight.
+def prefetch_to_device(batches: Iterator[Batch], put: Callable[[Batch], T]) -> Iterator[T]:
+    """Yields `put(batch)` for each batch, with the next transfer in flight.
 
     `put` must start a transfer and return at once, as `jax.device_put` does.
     """
-    ahead = deque(map(put, islice(batches, size)))
+    ahead = deque(map(put, islice(batches, 2)))
     while ahead:
         yield ahead.popleft()
         ahead.extend(map(put, islice(batches, 1)))

@@ -4,12 +4,11 @@ A record is the label (int32, little endian) followed by a PNG. manifest.json is
 complete. Until then, every finished shard has a report beside it, from which an interrupted packing resumes.
 """
 
-import contextlib
 import dataclasses
 import io
 import json
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -132,33 +131,29 @@ def _finished(path: Path, key: str) -> dict[str, Any] | None:
 
 def write_shard(path: Path, key: str, items: list[Item], encoded: Iterable[bytes | ValueError]) -> dict[str, Any]:
     """Writes the items that could be encoded as one shard, and its report. Returns the report."""
-    labels: list[int] = []
-    captions: list[tuple[str, ...]] = []
+    written: list[Item] = []
     bad: dict[str, str] = {}
     with replacing(path) as file:
         writer = ArrayRecordWriter(file.name, "group_size:1")
-        for item, outcome in zip(items, encoded, strict=True):
-            if isinstance(outcome, ValueError):
-                bad[item.name] = str(outcome)
-            else:
-                with _write_errors(path):
+        try:
+            for item, outcome in zip(items, encoded, strict=True):
+                if isinstance(outcome, ValueError):
+                    bad[item.name] = str(outcome)
+                else:
                     writer.write(LABEL.pack(item.label) + outcome)
-                labels.append(item.label)
-                captions.append(item.captions)
-        with _write_errors(path):
+                    written.append(item)
             writer.close()
-    shard = {"file": path.name, "images": len(labels), "bytes": path.stat().st_size, "sha256": sha256(path)}
-    report = {"fingerprint": key, "shard": shard, "labels": labels, "captions": captions, "bad": bad}
+        except RuntimeError as error:  # raised by ArrayRecord, even when the disk is full
+            raise OSError(f"could not write {path}: {one_line(error)}; free some space or fix the disk") from error
+    report = {
+        "fingerprint": key,
+        "shard": {"file": path.name, "images": len(written), "bytes": path.stat().st_size, "sha256": sha256(path)},
+        "labels": [item.label for item in written],
+        "captions": [item.captions for item in written],
+        "bad": bad,
+    }
     write_text(path.with_suffix(".json"), json.dumps(report, indent=1) + "\n")
     return report
-
-
-@contextlib.contextmanager
-def _write_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:  # raised by ArrayRecord, even when the disk is full
-        raise OSError(f"could not write {path}: {one_line(error)}; free some space or fix the disk") from error
 
 
 def _check_packed(name: str, folder: Path, key: str) -> None:

@@ -11,12 +11,7 @@ from typing import NamedTuple
 from etils import epath
 
 from tarflow_jax.data.arrays import open_digits, open_fashion_mnist, open_npz
-from tarflow_jax.data.captioned import (
-    open_unpacked,
-    prepare_emoji_text,
-    prepare_openclipart,
-    prepare_webdataset,
-)
+from tarflow_jax.data.captioned import prepare_emoji_text, prepare_openclipart, prepare_webdataset
 from tarflow_jax.data.emoji import open_emoji, prepare_emoji
 from tarflow_jax.data.folder import open_folder
 from tarflow_jax.data.images import PREPROCESSINGS
@@ -32,7 +27,7 @@ class Kind(NamedTuple):
     """A kind of data set: how its name is written, opened and, where necessary, prepared."""
 
     pattern: str
-    open: Callable[[str, str, Options], ImageSource]  # (argument, split, options)
+    open: Callable[[str, str, Options], ImageSource] | None  # (argument, split, options); None: opened as packed:FOLDER
     prepare: Callable[[str, Options], str] | None = None  # returns the name to open it by
 
 
@@ -40,15 +35,15 @@ class Kind(NamedTuple):
 KINDS = {
     "digits": Kind("digits", open_digits),
     "emoji64": Kind("emoji64", open_emoji, prepare_emoji),
-    "emoji_text": Kind("emoji_text:FOLDER", open_unpacked, prepare_emoji_text),
+    "emoji_text": Kind("emoji_text:FOLDER", None, prepare_emoji_text),
     "fashion_mnist": Kind("fashion_mnist[:FOLDER]", open_fashion_mnist),
     "folder": Kind("folder:PATH", open_folder, prepare_folder),
     "latents": Kind("latents:FOLDER", open_latents),
     "npz": Kind("npz:FILE", open_npz),
-    "openclipart": Kind("openclipart", open_unpacked, prepare_openclipart),
+    "openclipart": Kind("openclipart", None, prepare_openclipart),
     "packed": Kind("packed:FOLDER", open_packed),
     "tfds": Kind("tfds:NAME[/CONFIG][:VERSION]", open_tfds, prepare_tfds),
-    "webdataset": Kind("webdataset:FILE,FILE", open_unpacked, prepare_webdataset),
+    "webdataset": Kind("webdataset:FILE,FILE", None, prepare_webdataset),
 }
 
 
@@ -90,6 +85,9 @@ def open_source(
     kind, argument = _find(name, options)
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r} of {name}; expected one of {', '.join(SPLITS)}")
+    if kind.open is None:
+        how = "prepare this set with launch.prepare_data, and open it by the name that it prints, packed:FOLDER"
+        raise UserError(how)
     source = kind.open(argument, split, options)
     if preprocessing not in ("none", source.preprocessing):
         raise UserError(f"{name}: its images are not resized; set preprocessing to none")

@@ -48,6 +48,7 @@ class ImageSource(abc.ABC):
     captions: Sequence[tuple[str, ...]] = ()  # alternative captions of each image; () if there are none
     condition_shape: tuple[int, ...] = ()  # shape of each image's condition; () if there is none
     preprocessing: str = "none"  # how images were resized; metrics are comparable only if this matches
+    _content: str = ""  # distinguishes sets of the same size, shape and classes
 
     def __init__(
         self, name: str, image_shape: Sequence[int], num_classes: int, label_names: Sequence[str] = ()
@@ -72,12 +73,8 @@ class ImageSource(abc.ABC):
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hexadecimal) of the images and labels, independent of where they are stored."""
-        described = (len(self), self.image_shape, self.label_names, self.preprocessing, self._content())
+        described = (len(self), self.image_shape, self.label_names, self.preprocessing, self._content)
         return hashlib.sha256(repr(described).encode()).hexdigest()
-
-    def _content(self) -> str:
-        """Distinguishes sets of the same size, shape and classes."""
-        return ""
 
     def class_counts(self) -> np.ndarray:
         """Returns the number of images of each class, int64 [num_classes]."""
@@ -132,6 +129,7 @@ class ArraySource(ImageSource):
     def read(self, indices: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.images[indices], self.labels[indices]
 
+    @functools.cached_property
     def _content(self) -> str:
         digest = hashlib.sha256(np.ascontiguousarray(self.images).data)
         digest.update(np.ascontiguousarray(self.labels).data)
@@ -176,9 +174,8 @@ class EncodedSource(ImageSource):
         if num_images == 0:
             raise UserError(f"{name}: no images")
         self.preprocessing = self._resize_by = options.preprocessing
-        self._num_images, self.bits = num_images, bits
-        self._item_at = item_at
-        self._contents, self._class_counts = content, class_counts
+        self._num_images, self._item_at, self.bits = num_images, item_at, bits
+        self._content, self._class_counts = content, class_counts
         self._cache: dict[int, dict[str, Any]] = {}
         self._num_cached = options.cache_bytes // (math.prod(self.image_shape) * bits // 8)
 
@@ -186,20 +183,18 @@ class EncodedSource(ImageSource):
         return self._num_images
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if index >= self._num_cached:
-            return self._decode(index)
-        if index not in self._cache:
-            self._cache[index] = self._decode(index)
-        return self._cache[index]
-
-    def _decode(self, index: int) -> dict[str, Any]:
+        if index in self._cache:
+            return self._cache[index]
         item = self._item_at(index)
         try:
             image = decode_image(item.read(), self.image_shape[2], bits=self.bits)
             array = preprocess(image, self._resize_by, self.image_shape[:2])
         except ValueError as error:
             raise UserError(f"{self.name}: {item.name}: {error}") from None
-        return {"image": array, "label": np.int32(item.label)}
+        found = {"image": array, "label": np.int32(item.label)}
+        if index < self._num_cached:
+            self._cache[index] = found
+        return found
 
     def class_counts(self) -> np.ndarray:
         counts = self._class_counts
@@ -207,6 +202,3 @@ class EncodedSource(ImageSource):
 
     def all_labels(self) -> list[int]:  # without decoding the images
         return [self._item_at(index).label for index in range(len(self))]
-
-    def _content(self) -> str:
-        return self._contents

@@ -15,6 +15,9 @@ from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.features import FeatureNetwork, Features, cache_errors_logged
 from tarflow_jax.evaluation.generation import as_colour, read_samples
 from tarflow_jax.evaluation.scores import (
+    NEIGHBOURS,
+    NUM_SPLITS,
+    SUBSET_SIZE,
     FeatureStatistics,
     RunningStatistics,
     feature_statistics,
@@ -45,7 +48,7 @@ NAMES = {
 }
 METRICS = tuple(NAMES["inception"])
 NUM_FEATURES = {"inception": 2048, "classifier": 128}
-MIN_IMAGES = {"inception_score": 10, "kid": 1000, "precision_recall": 4}  # one per split, a subset, 3 neighbours
+MIN_IMAGES = {"inception_score": NUM_SPLITS, "kid": SUBSET_SIZE, "precision_recall": NEIGHBOURS + 1}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -143,6 +143,6 @@ def as_colour(images: np.ndarray) -> np.ndarray:
     return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
 
 
-def file_stem(*parts: str) -> str:
-    """Joins parts, such as the data set "folder:/data/cats", into a name of letters, digits, dots and dashes."""
-    return "-".join(re.sub(r"[^\w.]+", "_", part).strip("_") for part in parts)
+def file_stem(name: str) -> str:
+    """Turns a name, such as the data set "folder:/data/cats", into letters, digits, dots and underscores."""
+    return re.sub(r"[^\w.]+", "_", name).strip("_")

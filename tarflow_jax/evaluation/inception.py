@@ -27,7 +27,6 @@ IMAGE_SIZE = 299
 SPATIAL_CHANNELS = 7  # of mixed_6/conv:0, for sFID
 BATCH_NORM_EPSILON = 1e-3
 PUBLISHED_FILE = "pt_inception-2015-12-05-6726825d.pth"
-PUBLISHED_HASH_PREFIX = "6726825d"  # which the name contains
 
 
 def resize_like_tensorflow1(images: Array, size: int = IMAGE_SIZE) -> Array:
@@ -47,14 +46,9 @@ def resize_like_tensorflow1(images: Array, size: int = IMAGE_SIZE) -> Array:
     return images
 
 
-def max_pool(x: Array, strides: int = 2, padding: int = 0) -> Array:
-    """Applies a 3 x 3 max pool to [B, H, W, K]."""
-    return nn.max_pool(x, (3, 3), (strides, strides), ((padding, padding),) * 2)
-
-
-def average_pool(x: Array) -> Array:
-    """Applies a 3 x 3 average pool to [B, H, W, K] at stride 1, over the pixels inside the image only."""
-    return nn.avg_pool(x, (3, 3), padding=((1, 1), (1, 1)), count_include_pad=False)
+# 3 x 3 pools of [B, H, W, K]: the maximum at stride 2, and at stride 1 the mean of the pixels inside the image only.
+max_pool = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
+average_pool = functools.partial(nn.avg_pool, window_shape=(3, 3), padding="SAME", count_include_pad=False)
 
 
 def convolution(
@@ -147,7 +141,8 @@ class InceptionV3(nn.Module):
                 spatial = x[..., :SPATIAL_CHANNELS].reshape(x.shape[0], -1)
         x = Block(BLOCK_D, max_pool, strides=2, name="Mixed_7a")(x)  # [B, 8, 8, 1280]
         x = Block(BLOCK_E, average_pool, 192, name="Mixed_7b")(x)
-        last_pool = functools.partial(max_pool, strides=1, padding=1)  # a mistake of the original, now the standard
+        # The original pools by the maximum by mistake, which is now the standard.
+        last_pool = functools.partial(nn.max_pool, window_shape=(3, 3), padding="SAME")
         x = Block(BLOCK_E, last_pool, 192, name="Mixed_7c")(x)
         pooled = x.mean((1, 2))
         logits = nn.Dense(1008, use_bias=False, name="fc")(pooled)
@@ -173,7 +168,7 @@ def inception_network(path: str | Path) -> FeatureNetwork:
     if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, shapes):
         raise UserError(f"{path} does not hold FID's InceptionV3: its layers or their shapes differ")
     digest = sha256(path)
-    published = digest.startswith(PUBLISHED_HASH_PREFIX)
+    published = digest[:8] in PUBLISHED_FILE  # its name ends in these digits
     note = f"the published {PUBLISHED_FILE}" if published else "NOT the published weights: no FID compares"
     return FeatureNetwork(
         name="inception",

@@ -16,6 +16,7 @@ from tarflow_jax.errors import UserError
 from tarflow_jax.runtime import progress
 
 SEED = 2020  # of NumPy's legacy generator
+NUM_SPLITS, SUBSET_SIZE, NEIGHBOURS = 10, 1000, 3  # as published
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,16 +88,16 @@ def _root(covariance: np.ndarray) -> np.ndarray:
     return vectors * np.sqrt(np.maximum(values, 0))
 
 
-def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]:
-    """Returns exp E KL(p(y|x) || p(y)) from logits [N, C] without the bias: mean and standard deviation over splits.
+def inception_score(logits: np.ndarray) -> tuple[float, float]:
+    """Returns exp E KL(p(y|x) || p(y)) from logits [N, C] without the bias: mean and standard deviation over 10 splits.
 
     Salimans et al. 2016. Images are shuffled first, so scores published for sorted samples differ in the last digits.
     """
     order = np.random.RandomState(SEED).permutation(len(logits))
     log_posterior = scipy.special.log_softmax(np.asarray(logits, np.float64)[order], axis=1)
     scores = []
-    for i in range(splits):
-        part = log_posterior[i * len(logits) // splits : (i + 1) * len(logits) // splits]
+    for i in range(NUM_SPLITS):
+        part = log_posterior[i * len(logits) // NUM_SPLITS : (i + 1) * len(logits) // NUM_SPLITS]
         posterior = np.exp(part)
         divergence = (posterior * (part - np.log(posterior.mean(0)))).sum(1).mean()
         scores.append(np.exp(divergence))
@@ -104,7 +105,7 @@ def inception_score(logits: np.ndarray, splits: int = 10) -> tuple[float, float]
 
 
 def kernel_distance(
-    first: np.ndarray, second: np.ndarray, subsets: int = 100, subset_size: int = 1000
+    first: np.ndarray, second: np.ndarray, subsets: int = 100, subset_size: int = SUBSET_SIZE
 ) -> tuple[float, float]:
     """Returns the squared MMD with kernel (x·y / D + 1)³: mean and standard deviation over random subsets.
 
@@ -124,23 +125,23 @@ def kernel_distance(
     return float(np.mean(distances)), float(np.std(distances))
 
 
-def precision_recall(generated: np.ndarray, real: np.ndarray, neighbours: int = 3) -> tuple[float, float]:
+def precision_recall(generated: np.ndarray, real: np.ndarray) -> tuple[float, float]:
     """Returns improved precision and recall (Kynkäänniemi et al. 2019) of features [N, D] and [M, D].
 
-    Precision is the fraction of generated images that lie within the distance of some real image to its k-th nearest
-    real neighbour. Recall swaps the two sets. Raises UserError if a set has no k-th neighbour.
+    Precision is the fraction of generated images that lie within the distance of some real image to its third
+    nearest real neighbour. Recall swaps the two sets. Raises UserError if a set has no third neighbour.
     """
-    if min(len(generated), len(real)) <= neighbours:
-        raise UserError(f"precision and recall need more than {neighbours} images in each set")
+    if min(len(generated), len(real)) <= NEIGHBOURS:
+        raise UserError(f"precision and recall need more than {NEIGHBOURS} images in each set")
     # Centring changes no distance, and avoids cancellation in |x|² - 2 x·y + |y|².
     centre = np.mean(real, axis=0, dtype=np.float64)
     generated, real = generated - centre, real - centre
-    return _fraction_inside(generated, real, neighbours), _fraction_inside(real, generated, neighbours)
+    return _fraction_inside(generated, real), _fraction_inside(real, generated)
 
 
-def _fraction_inside(points: np.ndarray, centres: np.ndarray, neighbours: int) -> float:
+def _fraction_inside(points: np.ndarray, centres: np.ndarray) -> float:
     # Without arguments, kneighbors leaves each point out of its own neighbours.
-    distances, _ = NearestNeighbors(n_neighbors=neighbours, algorithm="brute").fit(centres).kneighbors()
+    distances, _ = NearestNeighbors(n_neighbors=NEIGHBOURS, algorithm="brute").fit(centres).kneighbors()
     radius = distances[:, -1]
     chunks = pairwise_distances_chunked(points, centres)  # at 50,000 images the whole matrix would take 20 GB
     return float(np.concatenate([(distances <= radius).any(1) for distances in chunks]).mean())

@@ -342,12 +342,7 @@ def check_hub(name: str, *, replace: bool = False) -> None:
 
     Raises ValueError: not a hub name, the hub did not answer or rejected the token, or the name is taken.
     """
-    if not _HUB_NAME.fullmatch(name):
-        raise UserError(f"{name!r} is not the name of a model on the hub; expected owner/name")
-    import huggingface_hub
-
-    api = huggingface_hub.HfApi()
-    with _hub_errors(name):
+    with _hub(name) as api:
         api.whoami()
         taken = not replace and api.repo_exists(name)
     if taken:
@@ -355,9 +350,14 @@ def check_hub(name: str, *, replace: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def _hub_errors(name: str) -> Iterator[None]:
+def _hub(name: str, token: str | None = None) -> Iterator[Any]:
+    """Yields a client of the hub, for the model "owner/name"; turns the hub's errors into UserErrors."""
+    if not _HUB_NAME.fullmatch(name):
+        raise UserError(f"{name!r} is not the name of a model on the hub; expected owner/name")
+    import huggingface_hub
+
     try:
-        yield
+        yield huggingface_hub.HfApi(token=token)
     except Exception as error:  # the hub's errors share no base class with those of its HTTP library
         raise UserError(
             f"the hub did not accept {name} ({one_line(error)}); check the network, and that `hf auth login` was given "
@@ -371,19 +371,13 @@ def push_model(folder: str | os.PathLike[str], name: str, *, private: bool = Fal
     Creates the repository if it is missing, as private if asked. Without a token, that of `hf auth login` or of
     HF_TOKEN is used. Raises ValueError: not a hub name, or the hub refused.
     """
-    if not _HUB_NAME.fullmatch(name):
-        raise UserError(f"{name!r} is not the name of a model on the hub; expected owner/name")
-    import huggingface_hub
-
-    api = huggingface_hub.HfApi(token=token)
-    with _hub_errors(name):
+    with _hub(name, token) as api:
         api.create_repo(name, private=private, exist_ok=True)
-        message = "Upload by tarflow_jax"
         commit = api.upload_folder(
             repo_id=name,
             folder_path=str(folder),
             allow_patterns=FILES,
             delete_patterns=FILES,  # of an older model
-            commit_message=message,
+            commit_message="Upload by tarflow_jax",
         )
     return str(commit.commit_url)

@@ -1,9 +1,9 @@
 """A block of a trained flow as decoders use it: with guidance, KV caches, and layers ready for a loop over tokens."""
 
-import dataclasses
 import itertools
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
@@ -14,9 +14,8 @@ from tarflow_jax.sampling.guidance import Guidance, guided
 Caches = tuple[KVCache, ...]  # one per layer
 
 
-@dataclasses.dataclass(frozen=True)
-class BlockInverse:
-    """Predicts the affine maps of the next tokens, guidance included.
+class BlockInverse(flax.struct.PyTreeNode):
+    """Predicts the affine maps of the next tokens, guidance included. A JAX pytree.
 
     With guidance, whatever its weight, the guided and unguided passes run as one batch of 2B. The two rows of an
     image are adjacent, so that a sharded batch stays where it is.
@@ -30,7 +29,7 @@ class BlockInverse:
       guidance: None for a single pass.
     """
 
-    block: FlowBlock
+    block: FlowBlock = flax.struct.field(pytree_node=False)
     params: dict[str, Any]
     layers: list[Any]
     order: jax.Array

@@ -79,27 +79,24 @@ def decode_trace(
     found: list[Inverted] = []
     for numbers in reversed(equal_blocks(config, decoders, guidance)):
 
-        def invert(tokens: jax.Array, block: Any, k: int = numbers[-1]) -> tuple[jax.Array, Inverted]:
-            params, order, guessed = block
+        def invert(tokens: jax.Array, own: Any, k: int = numbers[-1]) -> tuple[jax.Array, Inverted]:
+            params, order, guessed = own
             order = jnp.asarray(order_within(order, lengths))
-            known = params, order, given, guidance
-            block_k = block_inverse(flow, k, *known)
-            z, begin = block_k.behind_start(permute(tokens, order)), None
+            block, decoder = block_inverse(flow, k, params, order, given, guidance), decoders[k]
+            z, begin = block.behind_start(permute(tokens, order)), None
             if guessed is not None:
-                begin = block_k.behind_start(permute(to_tokens(config, guessed), order))
-            if isinstance(decoders[k], Jacobi | GaussSeidelJacobi):
-                fixed, fixed_z, begin = jax.lax.stop_gradient((known, z, begin))
-                inverted = decoders[k].invert(block_inverse(flow, k, *fixed), fixed_z, begin)
-                inverted = with_derivatives(inverted, block_k, z)
+                begin = block.behind_start(permute(to_tokens(config, guessed), order))
+            if isinstance(decoder, Jacobi | GaussSeidelJacobi):
+                inverted = with_derivatives(decoder, block, z, begin)
             else:
-                inverted = decoders[k].invert(block_k, z, begin)
+                inverted = decoder.invert(block, z, begin)
             tokens = unpermute(inverted.x[:, config.start_token :], order)
             return tokens, inverted._replace(x=tokens)
 
         # Cast first, since stacking copies.
         params = [cast_kernels(variables["params"][f"block_{k}"], config.compute_dtype) for k in numbers]
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-        guesses = None if guess is None else jnp.moveaxis(guess[:, numbers[0] : numbers[-1] + 1], 1, 0)
+        guesses = None if guess is None else jnp.moveaxis(guess[:, numbers.start : numbers.stop], 1, 0)
         blocks = stacked, orders[numbers.start : numbers.stop], guesses
         tokens, inverted = jax.lax.scan(invert, tokens, blocks, reverse=True)
         log_det = log_det + inverted.log_det.sum(0)

@@ -267,8 +267,10 @@ def _finish(found: Inverted, done: jax.Array, block: BlockInverse, z: jax.Array)
     return found._replace(x=x, log_det=log_det)
 
 
-def with_derivatives(found: Inverted, block: BlockInverse, z: jax.Array) -> Inverted:
-    """Gives the inverse of z implicit derivatives, since reverse mode cannot differentiate a `while_loop`.
+def with_derivatives(
+    decoder: Jacobi | GaussSeidelJacobi, block: BlockInverse, z: jax.Array, guess: jax.Array | None
+) -> Inverted:
+    """Inverts a block, with implicit derivatives, since reverse mode cannot differentiate a `while_loop`.
 
     (x, log_det) is the fixed point of a map whose Jacobian is strictly triangular in the tokens. So T fixed-point steps
     solve the linear system of its derivatives exactly.
@@ -284,6 +286,7 @@ def with_derivatives(found: Inverted, block: BlockInverse, z: jax.Array) -> Inve
 
         return jax.lax.fori_loop(0, z.shape[1], step, jax.tree.map(jnp.zeros_like, right))
 
+    found = decoder.invert(*jax.lax.stop_gradient((block, z, guess)))
     point = found.x[:, 1:], found.log_det
     x, log_det = jax.lax.custom_root(residual, point, lambda _, point: point, solve)
     return found._replace(x=jnp.concatenate([z[:, :1], x], axis=1), log_det=log_det)

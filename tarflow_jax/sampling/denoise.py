@@ -100,11 +100,9 @@ def iterate(
 
     Args:
       images: float32 [B, H, W, K].
-      labels: int32 [B], -1 for no class, or None.
+      labels, condition, lengths: see `TarFlow`.
       noise_std: σ_0 of each image, [B].
       key_data: of one key per image for the noise of "sde", uint32 [B, …] (`jax.random.key_data`).
-      condition: see `TarFlow`.
-      lengths: see `TarFlow`.
       num_steps: N, int32.
       std_min: σ_{N-1}, scalar.
       method: gives clip, kind, levels and order; `num_steps` and `std_min` replace its numbers.
@@ -112,7 +110,6 @@ def iterate(
 
     Returns float32 [B, H, W, K].
     """
-
     keys = None if key_data is None else jax.random.wrap_key_data(key_data)
 
     def level(i: jax.Array) -> jax.Array:

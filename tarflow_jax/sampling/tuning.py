@@ -1,6 +1,5 @@
 """Finds the fastest decoder of each block of a trained model by timing candidates."""
 
-import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,15 +13,7 @@ from tarflow_jax.flow import Given, TarFlow, block_orders, conditions, permute, 
 from tarflow_jax.runtime import progress
 from tarflow_jax.sampling.block_inverse import BlockInverse, block_inverse
 from tarflow_jax.sampling.decode import decode_trace
-from tarflow_jax.sampling.decoders import (
-    INITS,
-    Decoder,
-    GaussSeidelJacobi,
-    Jacobi,
-    Sequential,
-    initial_guess,
-    update,
-)
+from tarflow_jax.sampling.decoders import INITS, Decoder, GaussSeidelJacobi, Jacobi, Sequential, initial_guess, update
 from tarflow_jax.sampling.guidance import Guidance
 
 _SEGMENT_LENGTHS = (32, 16, 8, 4, 2)
@@ -149,11 +140,8 @@ def _candidates(num_tokens: int, tolerance: float, init: str) -> Iterator[Decode
 
 
 def _timed(decoder: Decoder, block: BlockInverse, z: jax.Array, give_up: float = math.inf) -> tuple[Any, float]:
-    def invert(params: Any, layers: Any, z: jax.Array) -> Any:
-        return decoder.invert(dataclasses.replace(block, params=params, layers=layers), z)
-
-    run = jax.jit(invert)
-    return run(block.params, block.layers, z), _seconds(run, block.params, block.layers, z, give_up=give_up)
+    run = jax.jit(decoder.invert)
+    return run(block, z), _seconds(run, block, z, give_up=give_up)
 
 
 def _seconds(run: Any, *args: Any, give_up: float = math.inf) -> float:

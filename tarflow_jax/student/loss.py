@@ -83,7 +83,7 @@ class Perception(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> Seen:
-        x, scales = images if images.dtype == jnp.float32 else to_float(images), []
+        x, scales = to_float(images), []
         for width in (24, 48, 96):
             for _ in range(2):
                 x = nn.gelu(nn.Conv(width, (3, 3))(x))

@@ -176,21 +176,20 @@ class Recipe:
             self.config, self.autoencoder = config, AutoencoderConfig.from_dict(groups["autoencoder"])
             reconstruction = Reconstruction.from_dict(groups["reconstruction"])
             self.task = AutoencoderTask(self.autoencoder, reconstruction, bool(config.get("decoder_of", "")))
-            self.train_config = TrainConfig(self.task, optimizer, train.accumulation)
-            return
-        if "model" not in config:
-            raise UserError("this recipe has no model: it is a student's, for launch.distill")
-        self.config = _with_shape(config)
-        self.model = TarFlowConfig.from_dict(self.config.model.to_dict())
-        self.noise = None if self.model.is_sequence else Noise.from_dict(groups["noise"])
-        if self.noise is None:
-            _check_of_sequences(config)
-            self.task = ArrayTask(self.model, train.drop_label, train.block_penalty)
+        elif "model" in config:
+            self.config = _with_shape(config)
+            self.model = TarFlowConfig.from_dict(self.config.model.to_dict())
+            if self.model.is_sequence:
+                _check_of_sequences(config)
+                self.task = ArrayTask(self.model, train.drop_label, block_penalty=train.block_penalty)
+            else:
+                self.noise = Noise.from_dict(groups["noise"])
+                self.task = FlowTask(self.model, self.noise, train.drop_label, block_penalty=train.block_penalty)
+                if "student" in config:  # its `flow` is a fingerprint
+                    self.student = StudentConfig.from_dict({**groups["student"], "flow": self.model})
+                    self.task = StudentTask(self.student, self.noise, train.drop_label)
         else:
-            self.task = FlowTask(self.model, self.noise, train.drop_label, train.block_penalty)
-        if "student" in config and self.noise:
-            self.student = StudentConfig.from_dict({**groups["student"], "flow": self.model})  # not its fingerprint
-            self.task = StudentTask(self.student, self.noise, train.drop_label)
+            raise UserError("this recipe has no model: it is a student's, for launch.distill")
         self.train_config = TrainConfig(self.task, optimizer, train.accumulation)
 
     def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -63,11 +63,7 @@ def initial_state(config: TrainConfig, key: jax.Array) -> TrainState:
 def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
     """Returns shapes, dtypes and shardings of the state (`jax.ShapeDtypeStruct`), without allocating any array."""
     shapes = jax.eval_shape(functools.partial(initial_state, config), jax.random.key(0))
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        shardings(mesh, shapes),
-    )
+    return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), shapes, shardings(mesh, shapes))
 
 
 def new_state(config: TrainConfig, mesh: Mesh, key: jax.Array, given: Mapping[str, Any] | None = None) -> TrainState:

@@ -35,7 +35,7 @@ _TEST_LEVELS = 8  # noise levels in a test loss
 
 
 class Task(Protocol):
-    """The interface of a task. Tasks are hashable, because compiled programs are cached by them."""
+    """The interface of a task, and its base class. Tasks are hashable, because compiled programs are cached by them."""
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -51,20 +51,40 @@ class Task(Protocol):
         """Returns (loss, (metrics, outputs)) of a microbatch: metrics are means over it, outputs are arrays [B, …]."""
 
     def finish(self, variables: Variables, metrics: Metrics, outputs: Any) -> tuple[Variables, Metrics]:
-        """Updates what gradients do not, from the whole batch's metrics and outputs."""
+        """Updates what gradients do not, from the whole batch's metrics and outputs; by default nothing."""
+        return variables, metrics
 
     def test_loss(self, runner: BatchRunner, variables: Variables, source: Any, frozen: Any) -> float:
         """Returns the loss of a split, with fixed noise."""
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowTask:
-    """Maximum likelihood of noisy images or latents (sections 3.1 and 3.2 of the paper); `frozen` is unused."""
+class _LikelihoodTask(Task):
+    """Maximum likelihood of what `prepare` returns; `frozen` is unused."""
 
     model: TarFlowConfig
+    _: dataclasses.KW_ONLY
+    block_penalty: float = 0.0  # see `training_loss`
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        return self.model.compute_dtype
+
+    def init(self, key: jax.Array) -> Variables:
+        variables = TarFlow(self.model).init(key, jnp.zeros((1, *self.model.data_shape)), noise_std=jnp.ones(1))
+        return {name: variables[name] for name in ("params", "prior", "constants") if name in variables}
+
+    def loss(self, variables: Variables, batch: Batch, frozen: None) -> tuple[jax.Array, tuple[Metrics, Any]]:
+        flow = TarFlow(self.model, training_kernels(self.model))
+        return training_loss(flow, variables, *batch, block_penalty=self.block_penalty)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowTask(_LikelihoodTask):
+    """Maximum likelihood of noisy images or latents (sections 3.1 and 3.2 of the paper)."""
+
     noise: Noise
     drop_label: float = 0.0  # probability of dropping an image's label and condition
-    block_penalty: float = 0.0  # see `training_loss`
 
     def __post_init__(self) -> None:
         if self.model.noise_conditional != (self.noise.kind == "levels"):
@@ -73,29 +93,16 @@ class FlowTask:
                 "expected True with 'levels', False otherwise"
             )
 
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.model.compute_dtype
-
-    def init(self, key: jax.Array) -> Variables:
-        return _initialised(self.model, key)
-
     def prepare(self, key: jax.Array, images: Any, labels: jax.Array) -> Batch:
         noise_key, drop_key = jax.random.split(key)
-        dropped = jax.random.bernoulli(drop_key, self.drop_label, labels.shape)
-        labels, condition = jnp.where(dropped, -1, labels), None
+        condition = None
         if isinstance(images, Latents):
             mean, std, condition = images
-            if condition is not None:
-                condition = jnp.where(dropped[:, None, None], jnp.nan, condition)
             images = mean + std * jax.random.normal(jax.random.fold_in(noise_key, 2), mean.shape, jnp.float32)
+        labels, condition = _dropped(drop_key, self.drop_label, len(images), labels, condition)
         levels = self.noise.levels(jax.random.fold_in(noise_key, 1), len(images))
         noisy = self.noise(noise_key, images, None if levels is None else levels.std)
         return noisy, labels, levels, condition
-
-    def loss(self, variables: Variables, batch: Batch, frozen: None) -> tuple[jax.Array, tuple[Metrics, Any]]:
-        flow = TarFlow(self.model, training_kernels(self.model))
-        return training_loss(flow, variables, *batch, block_penalty=self.block_penalty)
 
     def finish(self, variables: Variables, metrics: Metrics, outputs: Any) -> tuple[Variables, Metrics]:
         if self.model.volume_preserving:
@@ -117,35 +124,15 @@ class FlowTask:
 
 
 @dataclasses.dataclass(frozen=True)
-class ArrayTask:
-    """Maximum likelihood of sequences: batches are `Arrays`, splits `SequenceSource`s; `frozen` is unused."""
+class ArrayTask(_LikelihoodTask):
+    """Maximum likelihood of sequences: batches are `Arrays`, splits `SequenceSource`s."""
 
-    model: TarFlowConfig
     drop_condition: float = 0.0  # probability of dropping a sequence's label and condition
-    block_penalty: float = 0.0  # see `training_loss`
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        return self.model.compute_dtype
-
-    def init(self, key: jax.Array) -> Variables:
-        return _initialised(self.model, key)
 
     def prepare(self, key: jax.Array, images: Arrays, labels: jax.Array | None) -> Batch:
         x, condition, lengths = images
-        dropped = jax.random.bernoulli(key, self.drop_condition, (len(x),))
-        if labels is not None:
-            labels = jnp.where(dropped, -1, labels)
-        if condition is not None:
-            condition = jnp.where(dropped.reshape(-1, *(1,) * (condition.ndim - 1)), jnp.nan, condition)
+        labels, condition = _dropped(key, self.drop_condition, len(x), labels, condition)
         return x, labels, None, condition, lengths
-
-    def loss(self, variables: Variables, batch: Batch, frozen: None) -> tuple[jax.Array, tuple[Metrics, Any]]:
-        flow = TarFlow(self.model, training_kernels(self.model))
-        return training_loss(flow, variables, *batch, block_penalty=self.block_penalty)
-
-    def finish(self, variables: Variables, metrics: Metrics, outputs: Any) -> tuple[Variables, Metrics]:
-        return variables, metrics
 
     def test_loss(
         self, runner: BatchRunner, variables: Variables, source: SequenceSource, frozen: None = None
@@ -162,7 +149,7 @@ class Teacher(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class StudentTask:
+class StudentTask(Task):
     """Distillation of a flow's inverse from trajectories of real images; `frozen` is a `Teacher`.
 
     Noise has the level at which samples are drawn. Half of the labelled images get a guidance weight, uniform up to
@@ -182,7 +169,8 @@ class StudentTask:
 
     def prepare(self, key: jax.Array, images: jax.Array, labels: jax.Array) -> Batch:
         noise_key, drop_key = jax.random.split(key)
-        labels, levels = _dropped(drop_key, labels, self.drop_label), self._levels(len(images))
+        labels, _ = _dropped(drop_key, self.drop_label, len(images), labels)
+        levels = self._levels(len(images))
         weight_key, guide_key = jax.random.split(jax.random.fold_in(noise_key, 1))
         weights = self.student.max_guidance * jax.random.uniform(weight_key, labels.shape)
         guided = (labels >= 0) & jax.random.bernoulli(guide_key, 0.5, labels.shape)
@@ -199,9 +187,6 @@ class StudentTask:
             path = flow_trajectory(flow, frozen.flow, noisy, labels, levels)
         loss, metrics = distillation_loss(student, variables, clean, *path, labels, weights, frozen.perception)
         return loss, (metrics, None)
-
-    def finish(self, variables: Variables, metrics: Metrics, outputs: Any) -> tuple[Variables, Metrics]:
-        return variables, metrics
 
     def test_loss(self, runner: BatchRunner, variables: Variables, source: ImageSource, frozen: Teacher) -> float:
         """Returns the mean squared error of the student's clean images, without guidance."""
@@ -256,7 +241,7 @@ class Fixed(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class AutoencoderTask:
+class AutoencoderTask(Task):
     """Reconstruction of images; `frozen` is a `Fixed`. Variables: `params/autoencoder/…`."""
 
     config: AutoencoderConfig
@@ -298,9 +283,6 @@ class AutoencoderTask:
             loss = loss + options.perceptual * metrics["perceptual"]
         return loss, (metrics | {"loss": loss}, None)
 
-    def finish(self, variables: Variables, metrics: Metrics, outputs: Any) -> tuple[Variables, Metrics]:
-        return variables, metrics
-
     def test_loss(self, runner: BatchRunner, variables: Variables, source: ImageSource, frozen: Fixed) -> float:
         """Returns the mean squared error of images decoded from the means of their latents."""
         params = (frozen.encoder or {}) | variables["params"]["autoencoder"]
@@ -317,10 +299,13 @@ def _reconstruction_errors(config: AutoencoderConfig, params: Any, images: jax.A
     return jnp.square(AutoencoderKL(config).apply({"params": params}, clean) - clean).mean((1, 2, 3))
 
 
-def _initialised(config: TarFlowConfig, key: jax.Array) -> Variables:
-    variables = TarFlow(config).init(key, jnp.zeros((1, *config.data_shape)), noise_std=jnp.ones(1))
-    return {name: variables[name] for name in ("params", "prior", "constants") if name in variables}
-
-
-def _dropped(key: jax.Array, labels: jax.Array, probability: float) -> jax.Array:
-    return jnp.where(jax.random.bernoulli(key, probability, labels.shape), -1, labels)
+def _dropped(
+    key: jax.Array, probability: float, count: int, labels: jax.Array | None, condition: jax.Array | None = None
+) -> tuple[Any, Any]:
+    """Replaces the label by -1 and the condition by NaN in some of `count` examples, drawn with this probability."""
+    dropped = jax.random.bernoulli(key, probability, (count,))
+    if labels is not None:
+        labels = jnp.where(dropped, -1, labels)
+    if condition is not None:
+        condition = jnp.where(dropped.reshape(-1, *(1,) * (condition.ndim - 1)), jnp.nan, condition)
+    return labels, condition
