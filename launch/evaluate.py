@@ -171,7 +171,6 @@ class Evaluation:
         return [found[i] for i in np.random.default_rng(0).permutation(len(found))]
 
     def outliers(self) -> ImageSource:
-        """Opens the split of --outliers."""
         return open_source(OUTLIERS.value, SPLIT.value, data_dir=self.data_dir)
 
 

@@ -42,7 +42,6 @@ class Parameter:
 
     @property
     def in_block(self) -> bool:
-        """Whether it belongs to a block."""
         return not self.name.startswith(("prior/", "constants/"))
 
     @property
