@@ -174,14 +174,8 @@ class Evaluation:
         return open_source(OUTLIERS.value, SPLIT.value, data_dir=self.data_dir)
 
 
-def check_writable(folder: epath.Path) -> None:
-    """Creates a folder; raises OSError now rather than after the work if files cannot be written there."""
-    write_text(folder / ".writable", "")
-    (folder / ".writable").unlink(missing_ok=True)
-
-
 def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
-    """Raises UserError for what a metric would reject only after hours of work on others."""
+    """Creates the folder of results, and raises UserError for what a metric would reject only after hours of work."""
     pipe, of_samples = evaluation.pipe, [metric for metric in metrics if metric in distances.METRICS]
     of_sequences, source = pipe.config.is_sequence, evaluation.source(SPLIT.value)
     if wrong := [metric for metric in metrics if (metric == "log_prob") != of_sequences]:
@@ -237,7 +231,8 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
                 raise UserError(
                     f"--denoise=true is for gaussian training noise, not {evaluation.protocol['training_noise']}"
                 )
-    check_writable(evaluation.out)
+    write_text(evaluation.out / ".writable", "")  # raises OSError now rather than after the work
+    (evaluation.out / ".writable").unlink(missing_ok=True)
 
 
 def noise_level(pipe: TarFlowPipeline) -> float | None:
