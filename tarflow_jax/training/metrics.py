@@ -60,7 +60,7 @@ class MetricsWriter:
                 self.flush()
 
     def flush(self) -> None:
-        """Writes what is buffered, all of it on an object store. Call with every checkpoint."""
+        """Uploads both if they are on an object store. Call with every checkpoint."""
         self._lines.flush()
         self._events.flush()
 
@@ -73,7 +73,7 @@ class MetricsWriter:
 
 
 class _ObjectWriter:
-    """Writes an object. tensorboardX's own writer raises if the response to an upload is lost."""
+    """Buffers an object and uploads it whole. tensorboardX's own writer raises if an upload's response is lost."""
 
     def __init__(self, path: str, content: bytes = b"") -> None:
         self._path, self._content = path, bytearray(content)
