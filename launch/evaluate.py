@@ -40,7 +40,7 @@ from tarflow_jax.runtime import BatchRunner, environment, make_mesh
 from tarflow_jax.sampling import Guidance, Jacobi, Student
 from tarflow_jax.text_to_image import TextToImage
 from tarflow_jax.training import Recipe
-from tarflow_jax.training.recipe import same_data
+from tarflow_jax.training.recipe import DataOptions, same_data
 
 ALL_METRICS = ("bits_per_dim", *distances.METRICS, "classification", "outliers", "student", "log_prob")
 NUM_CANDIDATES, TUNING_IMAGES = 8, 500  # to find the noise level that classifies best
@@ -87,14 +87,14 @@ class Evaluation:
     def __init__(self) -> None:
         name, place = cli.model_name()
         workdir = name if flags.FLAGS.model is None else None
-        self._trained_on = Recipe.from_workdir(workdir).config.data if workdir else None
+        self._trained_on = Recipe.from_workdir(workdir).config.data if workdir else DataOptions()
         if not workdir and DATA.value is None:
             raise UserError("a saved model does not say what data it was trained on; name it, --data=NAME")
         self.pipe = cli.open_pipeline(name, make_mesh(devices=jax.local_devices()), sequences=True)
         self.whole: TextToImage | None = None  # of a flow of latents, whose images are decoded
         if self.pipe.config.image_bits == 0:
             self.whole = TextToImage.around(self.pipe, name)
-        self.data_dir = data_folder(self._trained_on and self._trained_on.data_dir)
+        self.data_dir = data_folder(self._trained_on.data_dir)
         self.out = epath.Path(cli.folder("out") if OUT.value else f"{place}/evaluation")
         self.data_set = DATA.value or self._trained_on.source
         if workdir:
@@ -139,9 +139,9 @@ class Evaluation:
             self.data_set,
             split,
             image_size=None if self.whole else self.pipe.config.image_size,
-            preprocessing=PREPROCESSING.value or (self._trained_on.preprocessing if self._trained_on else "none"),
+            preprocessing=PREPROCESSING.value or self._trained_on.preprocessing,
             data_dir=self.data_dir,
-            skip_bad=bool(self._trained_on and self._trained_on.skip_bad),
+            skip_bad=self._trained_on.skip_bad,
         )
         if self.whole and source.bits:
             return source  # to compare samples with
@@ -171,18 +171,11 @@ class Evaluation:
         return [found[i] for i in np.random.default_rng(0).permutation(len(found))]
 
     def outliers(self) -> ImageSource:
-        """Opens the split of --outliers."""
         return open_source(OUTLIERS.value, SPLIT.value, data_dir=self.data_dir)
 
 
-def check_writable(folder: epath.Path) -> None:
-    """Creates a folder; raises OSError now rather than after the work if files cannot be written there."""
-    write_text(folder / ".writable", "")
-    (folder / ".writable").unlink(missing_ok=True)
-
-
 def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
-    """Raises UserError for what a metric would reject only after hours of work on others."""
+    """Creates the folder of results, and raises UserError for what a metric would reject only after hours of work."""
     pipe, of_samples = evaluation.pipe, [metric for metric in metrics if metric in distances.METRICS]
     of_sequences, source = pipe.config.is_sequence, evaluation.source(SPLIT.value)
     if wrong := [metric for metric in metrics if (metric == "log_prob") != of_sequences]:
@@ -238,7 +231,8 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
                 raise UserError(
                     f"--denoise=true is for gaussian training noise, not {evaluation.protocol['training_noise']}"
                 )
-    check_writable(evaluation.out)
+    write_text(evaluation.out / ".writable", "")  # raises OSError now rather than after the work
+    (evaluation.out / ".writable").unlink(missing_ok=True)
 
 
 def noise_level(pipe: TarFlowPipeline) -> float | None:
@@ -264,10 +258,8 @@ def measure_likelihood(evaluation: Evaluation) -> dict[str, Any]:
     else:
         log_probs = noisy_log_prob(runner, pipe.config, variables, source, pipe.noise, key, levels)
         values = -log_probs.astype(np.float64) / pipe.config.num_dims
-        unit, more = (
-            f"nats/dim of noisy {'latents' if evaluation.whole else 'data'}",
-            {} if level is None else {"noise level": level},
-        )
+        unit = f"nats/dim of noisy {'latents' if evaluation.whole else 'data'}"
+        more = {} if level is None else {"noise level": level}
     if not np.isfinite(values).all():
         raise UserError("log p(x) is not finite for some images; their mean would be no number")
     error = float(values.std(ddof=1) / np.sqrt(len(values)))
@@ -420,15 +412,12 @@ def draw(evaluation: Evaluation, guidance: Guidance, denoise: bool, counts: np.n
     folder = generation.chunk_folder(evaluation.out / "samples", protocol)
 
     def sample(key: jax.Array, number: int, labels: jax.Array | None) -> jax.Array:
-        if evaluation.whole:
-            prompts = [captions[i] for i in labels] if captions else None
-            classes = None if captions else labels
-            count, options = (
-                1 if captions else number,
-                {"labels": classes, "decoder": cli.decoder(), "denoise": denoise},
-            )
-            return evaluation.whole(prompts, count, guidance, key, **options)
-        return pipe.sample(key, number, labels, guidance, denoise, MULTIPLIER.value, cli.decoder())
+        if not evaluation.whole:
+            return pipe.sample(key, number, labels, guidance, denoise, MULTIPLIER.value, cli.decoder())
+        options = {"decoder": cli.decoder(), "denoise": denoise}
+        if captions:
+            return evaluation.whole([captions[i] for i in labels], 1, guidance, key, **options)
+        return evaluation.whole(None, number, guidance, key, labels=labels, **options)
 
     generation.generate(sample, folder, NUM_SAMPLES.value, CHUNK_SIZE, counts, SEED.value)
     if jax.process_count() > 1:

@@ -197,13 +197,6 @@ def over_seeds(rows: Sequence[Row]) -> list[list[Row]]:
     return list(groups.values()) if len(groups) > 1 else [[row] for row in rows]
 
 
-def _varying(rows: Sequence[Row]) -> list[str]:
-    """Returns the settings that vary, the seed last; all settings if none varies."""
-    names = list(rows[0].settings)
-    varying = [name for name in names if len({str(row.settings.get(name)) for row in rows}) > 1] or names
-    return sorted(varying, key=lambda name: name == _SEED)
-
-
 def _spread(group: Sequence[Row], metric: str) -> tuple[float, float]:
     """Mean and standard deviation over a group; the latter is 0 for a single row."""
     values = [row.metrics.get(metric, math.nan) for row in group]
@@ -266,7 +259,9 @@ def plot_lines(rows: Sequence[Row], metric: str) -> tuple[str, dict[str, list[tu
     text; metrics that are missing or not finite are not plotted.
     """
     groups = over_seeds(rows)
-    first, *others = [name for name in _varying(rows) if name != _SEED] or [_SEED]
+    names = list(rows[0].settings)
+    varying = [name for name in names if len({str(row.settings.get(name)) for row in rows}) > 1] or names
+    first, *others = [name for name in varying if name != _SEED] or [_SEED]
     if len({str(row.settings[first]) for row, *_ in groups}) == len(groups):
         others = []
     numbers = all(isinstance(row.settings[first], Number) for row in rows)

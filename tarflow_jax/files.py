@@ -97,8 +97,7 @@ def sole_user(folder: epath.PathLike) -> Iterator[None]:
     try:
         lock.acquire()
     except filelock.Timeout:
-        other = owner.read_text() if owner.exists() else "another process"
-        raise UserError(f"{other} works in {folder}; wait for it, or stop it") from None
+        raise _taken(folder, owner.read_text() if owner.exists() else None) from None
     with lock:
         owner.write_text(me)
         yield
@@ -122,7 +121,7 @@ def _lease(path: epath.Path, me: str) -> Iterator[None]:
             return written
         found = done(store.read(""))
         if found.value != content:
-            raise _taken(path, found.value)
+            raise _taken(path.parent, json.loads(found.value)["owner"] if found.value else None)
         return found.stamp.generation  # a response was lost, and TensorStore retried the write
 
     store = done(tensorstore.KvStore.open(os.fspath(path)))
@@ -134,7 +133,7 @@ def _lease(path: epath.Path, me: str) -> Iterator[None]:
         time.sleep(LEASE_S / 100)
         found = done(store.read(""))
         if found.value and found.stamp.generation != first.stamp.generation:
-            raise _taken(path, found.value)
+            raise _taken(path.parent, json.loads(found.value)["owner"])
     generation, ended = write(found.stamp.generation), threading.Event()
 
     def renew() -> None:
@@ -159,9 +158,8 @@ def _lease(path: epath.Path, me: str) -> Iterator[None]:
             done(store.write("", None, if_equal=generation))
 
 
-def _taken(path: epath.Path, lease: bytes) -> UserError:
-    owner = json.loads(lease)["owner"] if lease else "another process"
-    return UserError(f"{owner} works in {path.parent}; wait for it, or stop it")
+def _taken(folder: epath.Path, owner: str | None) -> UserError:
+    return UserError(f"{owner or 'another process'} works in {folder}; wait for it, or stop it")
 
 
 @contextlib.contextmanager

@@ -233,7 +233,7 @@ def test_damaged_side_files_are_named_and_passed_over(tmp_path, caplog):
     for content in (b'{"loss": 1', b"[1]", b'{"loss": "x"}', b"\xff"):
         (tmp_path / "results.json").write_bytes(content)
         caplog.clear()
-        assert workdir._read_results(epath.Path(tmp_path / "results.json")) == {}
+        assert workdir._read_whole(epath.Path(tmp_path / "results.json"), workdir._rounded) == {}
         assert f"{tmp_path / 'results.json'} is damaged, and its figures are left out" in caplog.text
 
 

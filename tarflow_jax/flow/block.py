@@ -134,7 +134,6 @@ class FlowBlock(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        outputs = config.token_dim * (1 if config.volume_preserving else 2)
         dense = functools.partial(nn.Dense, dtype=config.compute_dtype, dot_general=self.kernels.dot_general)
         self.project_in = dense(config.width, kernel_init=kernel_init)
         if config.position_embeddings:
@@ -155,7 +154,7 @@ class FlowBlock(nn.Module):
         self.layers = stacked_layers(config, config.depths[self.index], self.kernels)
         if config.final_norm:
             self.final_norm = self.param("final_norm", nn.initializers.zeros, (config.width,))
-        self.project_out = dense(outputs, kernel_init=nn.initializers.zeros)  # a new flow is the identity
+        self.project_out = dense(config.output_dim, kernel_init=nn.initializers.zeros)  # a new flow is the identity
         if config.triangular:
             self.project_lower = dense(config.triangle_size, kernel_init=nn.initializers.zeros)
 
@@ -228,8 +227,8 @@ class FlowBlock(nn.Module):
         config = self.config
         assert given.condition is not None
         h = self.condition_in(given.condition.astype(config.compute_dtype)).astype(jnp.float32)
-        angles = rotary_angles(config)[None, : config.condition_length] if config.rotary else None
-        return h, None if angles is None else jnp.asarray(angles)
+        angles = jnp.asarray(rotary_angles(config)[None, : config.condition_length]) if config.rotary else None
+        return h, angles
 
     def project(self, h: jax.Array) -> Affine:
         """Projects the layers' output [B, S, C] to the affine maps of the next tokens."""

@@ -197,6 +197,11 @@ class TarFlowConfig(Options):
         return max(self.sequence_shape[1], 1) if self.is_sequence else self.patch_size**2 * self.image_channels
 
     @property
+    def output_dim(self) -> int:
+        """Outputs of a block per token: a log-scale and a shift of each of its values; in VP mode the shift alone."""
+        return self.token_dim * (1 if self.volume_preserving else 2)
+
+    @property
     def triangle_size(self) -> int:
         """D (D - 1) / 2, the entries below the diagonal of a [D, D] matrix."""
         return self.token_dim * (self.token_dim - 1) // 2

@@ -130,9 +130,8 @@ class TransformerLayer(nn.Module):
         h = self._norm("attention_norm")(x).astype(dtype)
         qkv = self._dense((3, config.num_heads, config.head_dim), "qkv", (None, None, "heads", None))(h)
         # The gradient of `split` is one concatenation; that of indexing would be a sum of three padded arrays.
-        query, key, value = (
-            x.squeeze(2).swapaxes(1, 2) for x in jax.lax.split(qkv, (1, 1, 1), axis=2)
-        )  # each [B, N, S, H]
+        thirds = jax.lax.split(qkv, (1, 1, 1), axis=2)
+        query, key, value = (third.squeeze(2).swapaxes(1, 2) for third in thirds)  # each [B, N, S, H]
         if angles is not None:
             query, key = rotate(query, angles), rotate(key, angles)
         if cache is None and temperature is None:

@@ -14,10 +14,9 @@ from tarflow_jax.flow import TarFlowConfig
 
 def forward_flops(config: TarFlowConfig) -> float:
     """Returns the FLOPs of encoding one image, with full (unmasked) attention."""
-    tokens, width = config.num_tokens, config.width
-    outputs = config.token_dim * (1 if config.volume_preserving else 2)
+    tokens, width, dim = config.num_tokens, config.width, config.token_dim
     triangle = config.triangle_size if config.triangular else 0
-    ends = config.num_blocks * (width * (config.token_dim + outputs + triangle) + 2 * config.token_dim * triangle)
+    ends = config.num_blocks * (width * (dim + config.output_dim + triangle) + 2 * dim * triangle)
     layers = 0
     for k, depth in enumerate(config.depths):
         before = config.prefix_length(k)

@@ -102,14 +102,13 @@ class BatchRunner:
         Raises:
           Preempted: see `PreemptionGuard`.
         """
-        if not isinstance(rows, LazyRows):
-            rows = self._in_memory(rows)
-        total, read = rows.total, rows.read
+        lazy = rows if isinstance(rows, LazyRows) else self._in_memory(rows)
+        total = lazy.total
         size, workers = self._batch_size(total, bytes_per_image, smallest)
 
         def run_batch(start: int) -> Any:
             stop_if_requested()
-            batch = self._place_rows(read, start, size, total)
+            batch = self._place_rows(lazy, start, size)
             # By default, TPUs and recent GPUs multiply float32 with fewer bits.
             with use_mesh(self.mesh), jax.default_matmul_precision("highest"):
                 result = function(variables, **batch, **shared)
@@ -146,14 +145,14 @@ class BatchRunner:
             return LazyRows(lambda index: jax.tree.map(lambda x: x[index], host), total)
         return LazyRows(lambda index: jax.tree.map(lambda x: x[index[0] : index[-1] + 1], rows), total)
 
-    def _place_rows(self, read: Callable[[np.ndarray], Any], start: int, size: int, total: int) -> Any:
+    def _place_rows(self, rows: LazyRows, start: int, size: int) -> Any:
         """Places rows start … start + size - 1 on the devices, with zeros beyond the last one."""
         local, put = np.arange(size), lambda x: jax.device_put(x, self._sharding)
         if self._many_processes and self.mesh is not None:
             mine = Rows(self.mesh, size)
             local, put = mine.local, mine.put
         index = start + local
-        values = read(index[index < total])
+        values = rows.read(index[index < rows.total])
 
         def padded(x: Any) -> jax.Array:
             missing = len(local) - len(x)

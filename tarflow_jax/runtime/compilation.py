@@ -48,8 +48,8 @@ class Program:
             return self.function.trace(*args, **options)
 
 
-def use_compilation_cache(folder: Path, max_bytes: int = 4 << 30) -> None:
-    """Caches compiled programs in a folder that processes may share; evicts the least recently used ones.
+def use_compilation_cache(folder: Path) -> None:
+    """Caches compiled programs in a folder that processes may share; above 4 GiB, evicts the least recently used ones.
 
     Each kind of processor has its own subfolder, because a CPU program may use instructions that other CPUs lack.
     """
@@ -58,5 +58,5 @@ def use_compilation_cache(folder: Path, max_bytes: int = 4 << 30) -> None:
     features = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
     kind = hashlib.sha256(f"{platform.machine()} {features}".encode()).hexdigest()[:16]
     jax.config.update("jax_compilation_cache_dir", str(folder / kind))
-    jax.config.update("jax_compilation_cache_max_size", max_bytes)  # with a limit, JAX locks the folder as it writes
+    jax.config.update("jax_compilation_cache_max_size", 4 << 30)  # with a limit, JAX locks the folder as it writes
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

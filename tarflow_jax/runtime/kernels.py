@@ -15,7 +15,7 @@ from tarflow_jax.runtime.mesh import BATCH_AXES, many_devices
 
 _SPLASH_BLOCK = 128
 _SPLASH_MIN_TOKENS = 2 * _SPLASH_BLOCK
-_Dimensions = tuple[tuple[tuple[int, ...], tuple[int, ...]], tuple[tuple[int, ...], tuple[int, ...]]]
+_Axes = tuple[tuple[int, ...], tuple[int, ...]]  # of both operands
 
 
 @functools.cache  # partials of equal arguments are not equal, and flows are cache keys
@@ -104,8 +104,9 @@ def _splash(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool,
     return jax.vmap(kernel)(query, key, value)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def dot_general_of_training(
-    x: jax.Array, kernel: jax.Array, dimensions: _Dimensions, precision: Any = None
+    x: jax.Array, kernel: jax.Array, dimensions: tuple[_Axes, _Axes], precision: Any = None
 ) -> jax.Array:
     """Computes `jax.lax.dot_general` of activations [..., *K] and a kernel [*K, *M], as Flax's dense layers call it.
 
@@ -113,24 +114,18 @@ def dot_general_of_training(
     times narrower. This transposes the narrower one, which on a CPU saves a tenth to a quarter of a training step
     (docs/lab/performance.md). It has no forward-mode derivative.
     """
-    return _dot_general(x, kernel, len(dimensions[0][1]), precision)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _dot_general(x: jax.Array, kernel: jax.Array, num_contracted: int, precision: Any) -> jax.Array:
-    last = tuple(range(x.ndim - num_contracted, x.ndim))
-    dimensions = ((last, tuple(range(num_contracted))), ((), ()))
     return jax.lax.dot_general(x, kernel, dimensions, precision)
 
 
-def _forward(x: jax.Array, kernel: jax.Array, num_contracted: int, precision: Any) -> tuple[jax.Array, Any]:
-    return _dot_general(x, kernel, num_contracted, precision), (x, kernel)
+def _forward(x: jax.Array, kernel: jax.Array, *options: Any) -> tuple[jax.Array, Any]:
+    return dot_general_of_training(x, kernel, *options), (x, kernel)
 
 
 def _backward(
-    num_contracted: int, precision: Any, residuals: tuple[jax.Array, jax.Array], g: jax.Array
+    dimensions: tuple[_Axes, _Axes], precision: Any, residuals: tuple[jax.Array, jax.Array], g: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = residuals
+    num_contracted = len(dimensions[0][1])
     num_features = kernel.ndim - num_contracted
     features_of_g = tuple(range(g.ndim - num_features, g.ndim))
     features_of_kernel = tuple(range(num_contracted, kernel.ndim))
@@ -146,4 +141,4 @@ def _backward(
     return x_grad, kernel_grad.transpose(order)
 
 
-_dot_general.defvjp(_forward, _backward)
+dot_general_of_training.defvjp(_forward, _backward)

@@ -42,7 +42,6 @@ class Parameter:
 
     @property
     def in_block(self) -> bool:
-        """Whether it belongs to a block."""
         return not self.name.startswith(("prior/", "constants/"))
 
     @property
@@ -174,15 +173,14 @@ def _rows(config: TarFlowConfig, block: int | None) -> list[Parameter]:
 
 def _shape(letters: Iterable[str], config: TarFlowConfig, depth: int = 0) -> Shape:
     """Returns the sizes of `letters`, some of which may be numbers."""
-    width, token_dim = config.width, config.token_dim
     sizes = {
         "L": depth,
         "T": config.num_tokens,
-        "D": token_dim,
-        "2D": token_dim * (1 if config.volume_preserving else 2),  # log_scale and shift; VP has shift alone
+        "D": config.token_dim,
+        "2D": config.output_dim,
         "triangle": config.triangle_size,
-        "C": width,
-        "4C": MLP_EXPANSION * width,
+        "C": config.width,
+        "4C": MLP_EXPANSION * config.width,
         "N": config.num_heads,
         "H": config.head_dim,
         "classes": config.num_classes,

@@ -57,7 +57,13 @@ def start_processes(
             f"{timeout_s:g} s (this is {who}); start them all, with the same address, which all can reach"
         )
     if failure:
-        raise UserError(_reason(failure[0], coordinator_address)) from failure[0]
+        reason = f"could not start at {coordinator_address}: {one_line(failure[0])}"
+        if coordinator_address is None:
+            reason = (
+                f"the cluster does not say which processes take part ({one_line(failure[0])}); on Cloud TPU, SLURM "
+                "(in srun), GKE and Open MPI it does, elsewhere give coordinator_address, num_processes and process_id"
+            )
+        raise UserError(reason) from failure[0]
 
 
 def _check(address: str | None, count: int | None, index: int | None) -> None:
@@ -67,13 +73,3 @@ def _check(address: str | None, count: int | None, index: int | None) -> None:
         raise UserError(f"coordinator_address is {address!r}; expected HOST:PORT of process 0")
     if not 0 <= index < count:
         raise UserError(f"process_id is {index}; expected 0 to num_processes - 1, which is {count - 1}")
-
-
-def _reason(error: Exception, address: str | None) -> str:
-    text = one_line(error)
-    if address is None:
-        return (
-            f"the cluster does not say which processes take part ({text}); on Cloud TPU, SLURM (in srun), GKE and Open "
-            "MPI it does, elsewhere give coordinator_address, num_processes and process_id"
-        )
-    return f"could not start at {address}: {text}"

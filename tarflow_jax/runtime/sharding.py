@@ -79,4 +79,4 @@ def _spec(mesh: Mesh, name: str, shape: tuple[int, ...]) -> P:
 
 def leaf_name(path: tuple[Any, ...]) -> str:
     """Returns a leaf's path in its tree, such as "variables/params/block_0/…"."""
-    return "/".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path)
+    return jax.tree_util.keystr(path, simple=True, separator="/")

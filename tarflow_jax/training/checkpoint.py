@@ -95,17 +95,6 @@ class Checkpoints:
           UserError: no checkpoint is intact, the state is another model's, or it does not fit into memory.
           OSError: the disk or network failed, or reading failed on another process.
         """
-        layout = ocp.checkpoint_utils.construct_restore_args(abstract_state)
-        wanted = ocp.args.PyTreeRestore(abstract_state, restore_args=layout, partial_restore=partial)
-
-        def read(path: epath.Path) -> Any:
-            record = _read(path, lambda: _load_record(path))
-            _check_arrays(path, record["arrays"], _arrays(abstract_state), partial=partial)
-            with mock.patch.object(asyncio, "new_event_loop", _DrainedLoop):
-                state = _read(path, lambda: self._states.restore(path / STATE, args=wanted))
-            _read(path, lambda: _check_values(state, record["checksums"]))
-            return state
-
         steps = self._steps()
         if best and steps:
             steps = self._ranked(steps)
@@ -113,7 +102,31 @@ class Checkpoints:
                 raise UserError(
                     f"no checkpoint in {self._folder} has a test loss; set train.evaluate_every or use the last"
                 )
-        return self._first_intact(steps, read)
+        reasons = []
+        for step in steps:
+            path = self._folder / str(step)
+            try:
+                return step, self._read_state(path, abstract_state, partial=partial)
+            except _DamagedError as reason:
+                logger.warning("skipping checkpoint %s: %s", path, reason)
+                reasons.append(reason)
+        if reasons:
+            raise UserError(
+                f"no checkpoint in {self._folder} is intact ({steps[0]}: {reasons[0]}); restore one from a backup, or "
+                "start in another workdir"
+            ) from reasons[0]
+        return None
+
+    def _read_state(self, path: epath.Path, abstract_state: Any, *, partial: bool) -> Any:
+        """Reads one checkpoint; raises as `restore`, and _DamagedError if it is not intact."""
+        layout = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+        wanted = ocp.args.PyTreeRestore(abstract_state, restore_args=layout, partial_restore=partial)
+        record = _read(path, lambda: _load_record(path))
+        _check_arrays(path, record["arrays"], _arrays(abstract_state), partial=partial)
+        with mock.patch.object(asyncio, "new_event_loop", _DrainedLoop):
+            state = _read(path, lambda: self._states.restore(path / STATE, args=wanted))
+        _read(path, lambda: _check_values(state, record["checksums"]))
+        return state
 
     def set_aside_after(self, step: int) -> None:
         """Moves the checkpoints after `step` to damaged/, so that the run can save these steps again.
@@ -166,23 +179,6 @@ class Checkpoints:
             return _load_record(self._folder / str(step))["test_loss"]
         except Exception:
             return -math.inf
-
-    def _first_intact(self, steps: list[int], read: Callable[[epath.Path], T]) -> tuple[int, T] | None:
-        """Returns the first step that all processes can read, and what they read."""
-        reasons = []
-        for step in steps:
-            path = self._folder / str(step)
-            try:
-                return step, read(path)
-            except _DamagedError as reason:
-                logger.warning("skipping checkpoint %s: %s", path, reason)
-                reasons.append(reason)
-        if reasons:
-            raise UserError(
-                f"no checkpoint in {self._folder} is intact ({steps[0]}: {reasons[0]}); restore one from a backup, or "
-                "start in another workdir"
-            ) from reasons[0]
-        return None
 
 
 def recorded_config(folder: epath.Path) -> tuple[int, dict[str, Any] | None]:

@@ -8,7 +8,7 @@ import socket
 import time
 import types
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from etils import epath
@@ -24,15 +24,20 @@ METRICS = "metrics.jsonl"
 class MetricsWriter:
     """Writes metrics.jsonl, one JSON object per line, and tensorboard/ in the workdir.
 
-    Object stores cannot append, so there `flush` rewrites metrics.jsonl.
+    Object stores cannot append, so there only `flush` and `close` write the files, each as a whole.
     """
 
     def __init__(self, workdir: epath.PathLike, start_step: int) -> None:
         """Opens the files and drops lines after `start_step`, because the run repeats these steps."""
         self._path = epath.Path(workdir) / METRICS
-        self._text = "".join(f"{line}\n" for line in _lines(workdir) if _step_of(line) <= start_step)
-        write_text(self._path, self._text)
-        self._file = None if is_remote(self._path) else Path(self._path).open("a", buffering=1)  # noqa: SIM115
+        self._remote = is_remote(self._path)
+        kept = "".join(f"{line}\n" for line in _lines(workdir) if _step_of(line) <= start_step)
+        write_text(self._path, kept)
+        self._lines: IO[bytes] | _ObjectWriter
+        if self._remote:
+            self._lines = _ObjectWriter(os.fspath(self._path), kept.encode())
+        else:
+            self._lines = Path(self._path).open("ab")  # noqa: SIM115
         folder = epath.Path(workdir) / "tensorboard"
         folder.mkdir(parents=True, exist_ok=True)
         # Not a SummaryWriter: a full disk kills its thread, and its methods then block forever.
@@ -46,38 +51,32 @@ class MetricsWriter:
         values = {name: np.asarray(value).astype(float).tolist() for name, value in metrics.items()}
         line = json.dumps({"step": step, **values}) + "\n"
         with naming(self._path):
-            if self._file:
-                self._file.write(line)
-            else:
-                self._text += line
+            self._lines.write(line.encode())
             for name, value in values.items():
                 scalars = {f"{name}/{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {name: value}
                 for tag, number in scalars.items():
                     self._add_event(step, summary=scalar(tag, number))
-            if self._file:
-                self._events.flush()
+            if not self._remote:
+                self.flush()
 
     def flush(self) -> None:
         """Uploads both if they are on an object store. Call with every checkpoint."""
-        if not self._file:
-            write_text(self._path, self._text)
-            self._events.flush()
+        self._lines.flush()
+        self._events.flush()
 
     def close(self) -> None:
         with naming(self._path), contextlib.closing(self._events):
-            self.flush()
-            if self._file:
-                self._file.close()
+            self._lines.close()
 
     def _add_event(self, step: int, **content: Any) -> None:
         self._events.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
 
 
 class _ObjectWriter:
-    """Writes events to an object store. tensorboardX's own writer raises if the response to an upload is lost."""
+    """Buffers an object and uploads it whole. tensorboardX's own writer raises if an upload's response is lost."""
 
-    def __init__(self, path: str) -> None:
-        self._path, self._content = path, bytearray()
+    def __init__(self, path: str, content: bytes = b"") -> None:
+        self._path, self._content = path, bytearray(content)
 
     def write(self, data: bytes) -> None:
         self._content += data

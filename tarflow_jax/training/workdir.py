@@ -95,17 +95,14 @@ def _card(recipe: Recipe, workdir: epath.Path, step: int) -> dict[str, Any]:
         "name": workdir.resolve().name,
         "datasets": [recipe.config.data.source],
         "training": {**training, "steps": step, "batch size": fields.batch_size, "seed": fields.seed},
-        "metrics": {name: float(np.round(value, 4)) for name, value in _read_results(workdir / RESULTS).items()},
+        "metrics": _read_whole(workdir / RESULTS, _rounded),
         "samples": next((path for name in _SAMPLES if (path := workdir / "figures" / name).exists()), None),
         "evaluations": list(filter(None, evaluations)),
     }
 
 
-def _read_results(path: epath.Path) -> dict[str, float]:
-    """Returns a finished run's results, by name."""
-    if not path.exists():
-        return {}
-    return _read_whole(path, lambda results: {str(name): float(value) for name, value in results.items()}) or {}
+def _rounded(results: Any) -> dict[str, float]:
+    return {str(name): float(np.round(float(value), 4)) for name, value in results.items()}
 
 
 def _evaluation(content: Any) -> dict[str, Any]:
@@ -115,10 +112,12 @@ def _evaluation(content: Any) -> dict[str, Any]:
     return content
 
 
-def _read_whole(path: epath.Path, read: Callable[[Any], dict[str, Any]]) -> dict[str, Any] | None:
-    """Returns `read` of a JSON file's content; warns and returns None if the file is damaged."""
+def _read_whole(path: epath.Path, read: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """Returns `read` of a JSON file's content; {} if there is no file or, with a warning, if it is damaged."""
+    if not path.exists():
+        return {}
     try:
         return read(json.loads(path.read_bytes()))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
         logger.warning("%s is damaged, and its figures are left out: %s", path, one_line(error))
-        return None
+        return {}
