@@ -31,6 +31,7 @@ BATCH_SIZE = 256
 NUM_VALIDATIONS = 40
 WARMUP = 0.05  # of the time
 TUNING_SEED = 100
+FEW_ROWS = 1000
 Measure = Callable[[str, dict[str, Any], float, int], dict[str, object]]  # method, setting, seconds, seed -> a row
 _pace: dict[tuple[str, tuple[int, ...]], tuple[float, float]] = {}  # seconds a step, and of a fit of 40 steps
 
@@ -75,6 +76,25 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 
+# In their place for fewer than 1,000 rows: narrower networks, and noise as a fraction of the columns' deviations.
+SETTINGS_OF_FEW_ROWS: dict[str, list[dict[str, Any]]] = {
+    "tarflow_jax": [
+        {"width": width, "num_blocks": blocks, "noise": noise}
+        for width, blocks, noise in ((32, 4, 0.1), (32, 4, 0.2), (64, 6, 0.3))
+    ],
+    "flowjax coupling": [
+        {"flow_layers": layers, "nn_width": width, "rate": 2e-3, "noise": noise}
+        for layers, width, noise in ((5, 32, 0.1), (5, 32, 0.2), (8, 64, 0.3))
+    ],
+    "flowjax autoregressive": [
+        {"flow_layers": layers, "nn_width": width, "rate": 2e-3, "noise": noise}
+        for layers, width, noise in ((3, 32, 0.1), (3, 32, 0.2), (5, 64, 0.3))
+    ],
+    "zuko spline": [
+        {"transforms": 3, "width": width, "rate": 2e-3, "noise": noise}
+        for width, noise in ((32, 0.1), (32, 0.2), (64, 0.3))
+    ],
+}
 
 # Replaces fields of our settings. Columns that form one token have a triangular map.
 OURS: dict[str, dict[str, Any]] = {
@@ -103,7 +123,7 @@ def fit(method: str, setting: dict[str, Any], x: np.ndarray, c: np.ndarray | Non
     flow = make(method, setting, size, 0 if c is None else c.shape[1], seed)
     order = np.random.default_rng(seed).permutation(len(x))
     held_out, rows = np.split(order, [len(x) // 10])
-    taken = train(flow, setting["rate"], x, c, held_out, rows, seconds, seed)
+    taken = train(flow, setting["rate"], setting.get("noise", 0.0), x, c, held_out, rows, seconds, seed)
 
     def log_prob(x: np.ndarray, c: np.ndarray | None) -> np.ndarray:
         return flow.log_prob(*standardise(x, c)) - np.log(std[:size]).sum()
@@ -133,15 +153,16 @@ def fit_tarflow(setting: dict[str, Any], x: np.ndarray, c: np.ndarray | None, se
     if not _pace:
         timed(4)  # imports what later fits have
     if kind not in _pace:
-        (_, short), (_, longer) = timed(40), timed(200)  # each compiles
-        _pace[kind] = max((longer - short) / 160, 1e-3), short
+        (_, short), (_, longer) = timed(40), timed(400)  # each compiles
+        _pace[kind] = max((longer - short) / 360, 1e-3), short
     for _ in range(4):  # until the pace holds: a fit should be no longer and no shorter than the others'
         a_step, short = _pace[kind]
         num_steps = max(int((seconds - short) / a_step) + 40, 41)
         flow, taken = timed(num_steps)
         # `fit` stops when the best step is half of all steps ago.
         taken_steps = min(num_steps, flow.card["training"]["steps"] + num_steps // 2)
-        _pace[kind] = max((taken - short) / max(taken_steps - 40, 1), 1e-3), short
+        if taken_steps > 200:
+            _pace[kind] = max((taken - short) / (taken_steps - 40), 1e-3), short
         if num_steps == 41 or (taken < 1.1 * seconds and (taken_steps < num_steps or taken > 0.9 * seconds)):
             break
     return Fitted(
@@ -161,6 +182,7 @@ def run(
     seeds: int,
     methods: Iterable[str] = tuple(SETTINGS),
     tuning: float = 0.5,
+    num_rows: Callable[[str], int] = lambda name: FEW_ROWS,
 ) -> None:
     """The command of a benchmark on one core: tunes and measures the methods on the data sets that --names asks for."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -175,7 +197,15 @@ def run(
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     for name in args.names.split(","):
         compare(
-            args.rows, name, args.methods.split(","), measures[name], OURS.get(name), args.seconds, args.seeds, tuning
+            args.rows,
+            name,
+            args.methods.split(","),
+            measures[name],
+            OURS.get(name),
+            args.seconds,
+            args.seeds,
+            tuning,
+            num_rows(name),
         )
 
 
@@ -188,6 +218,7 @@ def compare(
     seconds: float,
     seeds: int,
     tuning: float,
+    num_rows: int,
 ) -> None:
     """Tunes and measures each method on a data set; appends the rows that a file [JSON lines] lacks.
 
@@ -207,7 +238,7 @@ def compare(
         return made
 
     for method in methods:
-        settings = SETTINGS[method]
+        settings = (SETTINGS if num_rows >= FEW_ROWS else SETTINGS_OF_FEW_ROWS)[method]
         if method == "tarflow_jax" and ours:
             settings = [setting | ours for setting in settings]
         tried = [row(method, setting, seconds * tuning, TUNING_SEED) for setting in settings]
@@ -229,6 +260,7 @@ class Flow(NamedTuple):
 def train(
     flow: Flow,
     peak: float,
+    noise: float,
     x: np.ndarray,
     c: np.ndarray | None,
     held_out: np.ndarray,
@@ -246,7 +278,11 @@ def train(
         first = number % (len(rows) // size) * size
         batch = shuffled[first : first + size]
         rate = peak * min(share / WARMUP, 0.5 * (1 + np.cos(np.pi * share)))
-        flow.step(x[batch], None if c is None else c[batch], rate)
+        flow.step(
+            x[batch] + noise * rng.normal(size=(size, x.shape[1])).astype(np.float32),
+            None if c is None else c[batch],
+            rate,
+        )
         number += 1
         if share >= next_check:
             next_check += 1 / NUM_VALIDATIONS

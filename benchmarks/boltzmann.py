@@ -3,10 +3,11 @@
     python -m benchmarks.boltzmann [--systems dw4,lj13] [--num_steps 8000] [--seeds 3] [--rows FILE.jsonl]
 
 DW4 has four particles in two dimensions, LJ13 thirteen in three (Köhler et al., arXiv 2006.02425; as there, the energy
-of LJ13 counts each pair twice). The flow is trained on half of 1,000 Markov chains, randomly rotated, mirrored and
-permuted. The centre of mass, which the energy leaves free, is Gaussian with a standard deviation of 1/√N. A row has the
-effective sample size of 10,000 weighted samples, and the mean energies of the chains, the flow, and the reweighted
-flow.
+of LJ13 counts each pair twice). The flow is trained on half of 1,000 Markov chains. What the energy leaves free may
+have any density, so augmentation gives it one that affine maps fit: the centre of mass is Gaussian with a standard
+deviation of 1/√N; the direction from it to the first particle is von Mises-Fisher around the first axis; the others are
+numbered by their second coordinates plus Gumbel noise (Plackett-Luce). A row has the effective sample size of 10,000
+weighted samples, and the mean energies of the chains, the flow, and the reweighted flow.
 """
 
 import argparse
@@ -19,11 +20,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy import stats
 
 import tarflow_jax
 
 NUM_CHAINS = 1000
 NUM_SAMPLES = 10_000
+CONCENTRATION, SHARPNESS = 20.0, 3.0  # of the first particle's direction, and of the numbers of the others
 
 
 class System(NamedTuple):
@@ -59,9 +62,14 @@ def energy(name: str, x: jax.Array) -> jax.Array:
 
 
 def log_density(name: str, x: jax.Array) -> jax.Array:
-    """log p̃: minus the energy, and a Gaussian for the centre of mass."""
+    """log p̃: minus the energy, and the log densities of centre of mass, direction and numbers, up to constants."""
     centre = x.mean(-2)
-    return -energy(name, x) - 0.5 * x.shape[-2] * jnp.square(centre).sum(-1)
+    first = x[..., 0, :] - centre
+    scores = SHARPNESS * x[..., 1:, 1]
+    remaining = jax.lax.cumlogsumexp(scores, axis=scores.ndim - 1, reverse=True)  # of particles not numbered yet
+    numbers = (scores - remaining).sum(-1)
+    direction = CONCENTRATION * first[..., 0] / jnp.linalg.norm(first, axis=-1)
+    return -energy(name, x) - 0.5 * x.shape[-2] * jnp.square(centre).sum(-1) + direction + numbers
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -108,13 +116,21 @@ def chains(name: str, num_draws: int, seed: int) -> np.ndarray:
 
 
 def augmented(rng: np.random.Generator, x: np.ndarray) -> np.ndarray:
-    """Turns, mirrors, renumbers and moves each row of [B, N, D]."""
+    """Turns, mirrors, renumbers and moves each row of [B, N, D], as the densities of `log_density` ask."""
     count, num_particles, num_dims = x.shape
-    rotation, triangle = np.linalg.qr(rng.normal(size=(count, num_dims, num_dims)))
-    rotation = rotation * np.sign(np.diagonal(triangle, axis1=1, axis2=2))[:, None]
     x = np.take_along_axis(x, rng.permuted(np.tile(np.arange(num_particles), (count, 1)), axis=1)[..., None], 1)
+    rotation, triangle = np.linalg.qr(rng.normal(size=(count, num_dims, num_dims)))
+    x = np.einsum("BND,BDE->BNE", x, rotation * np.sign(np.diagonal(triangle, axis1=1, axis2=2))[:, None])
+    # A reflection takes the first particle's direction to the one that was drawn.
+    first = x[:, 0] / np.linalg.norm(x[:, 0], axis=1, keepdims=True)
+    axis = np.eye(num_dims)[0]
+    normal = first - stats.vonmises_fisher(axis, CONCENTRATION).rvs(count, random_state=rng)
+    normal /= np.linalg.norm(normal, axis=1, keepdims=True)
+    x = x - 2 * np.einsum("BND,BD->BN", x, normal)[..., None] * normal[:, None]
+    keys = SHARPNESS * x[:, 1:, 1] + rng.gumbel(size=(count, num_particles - 1))
+    others = np.take_along_axis(x[:, 1:], np.argsort(-keys, axis=1)[..., None], 1)
     centre = rng.normal(size=(count, 1, num_dims)) / np.sqrt(num_particles)
-    return (np.einsum("BND,BDE->BNE", x, rotation) + centre).astype(np.float32)
+    return (np.concatenate([x[:, :1], others], axis=1) + centre).astype(np.float32)
 
 
 def measure(name: str, num_steps: int, seed: int) -> dict[str, object]:

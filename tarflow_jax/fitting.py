@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from tarflow_jax.data import SequenceSource
+from tarflow_jax.data import Arrays, SequenceSource
 from tarflow_jax.errors import UserError
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.pipeline import TarFlowPipeline
@@ -34,6 +34,7 @@ def fit(
     validation: float = 0.1,
     drop_condition: float = 0.0,
     weight_decay: float = 0.1,
+    noise: float = 0.0,
     **shape: Any,
 ) -> TarFlowPipeline:
     """Fits a flow to arrays by maximum likelihood with Muon, and keeps the parameters of the best validation.
@@ -51,7 +52,9 @@ def fit(
       key: for the initial weights, the batches and the split; None is `jax.random.key(0)`.
       validation: fraction of the rows held out; 0 for none.
       drop_condition: fraction of the rows trained without label and condition, for guidance.
-      weight_decay: larger (1) suits smooth densities and few rows, smaller (0.03) sharp densities.
+      weight_decay: larger (1) suits smooth densities, smaller (0.03) sharp ones.
+      noise: standard deviation of Gaussian noise that each batch gets anew, as a fraction of each column's. It blurs
+        the density, but with fewer than 1,000 rows 0.2 to 0.3 keeps the flow from learning them by heart.
       shape: fields of `TarFlowConfig`, such as width, num_blocks or orders.
 
     Returns:
@@ -66,10 +69,12 @@ def fit(
     rng = np.random.default_rng(np.asarray(jax.random.key_data(rng_key)))
     held_out, rows = np.split(rng.permutation(len(data)), [math.ceil(validation * len(data))])
     batch_size = min(batch_size, len(rows))
-    batches, task = map(data.read, _batches(rng, rows, batch_size)), ArrayTask(config, drop_condition)
+    units, task = data.units, ArrayTask(config, drop_condition)
+    std = noise * (units["std"] if data.arrays.x.ndim == 3 else units["std"][:, 0])
+    batches = _batches(rng, data, rows, batch_size, std)
     split = data.take(held_out) if len(held_out) else None
     optimizer = fit_optimizer(num_steps, weight_decay)
-    variables, loss, step = train(task, batches, split, optimizer, batch_size, keys, data.units)
+    variables, loss, step = train(task, batches, split, optimizer, batch_size, keys, units)
     metrics = {} if split is None else {"log p of rows held out (nats)": -loss}
     return TarFlowPipeline(config, variables, card={"training": {"steps": step}, "metrics": metrics})
 
@@ -120,8 +125,15 @@ def train(
     return (jax.device_get(state.variables), math.nan, num_steps) if best[0] is None else best
 
 
-def _batches(rng: np.random.Generator, rows: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
-    """Yields row numbers [batch_size] forever, each row at most once per epoch."""
+def _batches(
+    rng: np.random.Generator, data: SequenceSource, rows: np.ndarray, batch_size: int, noise_std: np.ndarray
+) -> Iterator[tuple[Arrays, np.ndarray | None]]:
+    """Yields noisy rows and their labels forever, each row at most once per epoch."""
     while True:
         shuffled = rng.permutation(rows)
-        yield from shuffled[: len(rows) // batch_size * batch_size].reshape(-1, batch_size)
+        for batch in shuffled[: len(rows) // batch_size * batch_size].reshape(-1, batch_size):
+            arrays, labels = data.read(batch)
+            if noise_std.any():
+                noise = noise_std * rng.normal(size=arrays.x.shape)
+                arrays = arrays._replace(x=arrays.x + noise.astype(np.float32))
+            yield arrays, labels

@@ -281,6 +281,23 @@ def test_fit_recovers_the_posteriors_of_a_linear_gaussian():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shape", [(1000, 2), (500, 2, 2)], ids=["table", "sequences"])
+def test_noise_in_fit_keeps_it_from_learning_few_rows_by_heart(shape):
+    rng, size = np.random.default_rng(0), {"num_steps": 200, "num_blocks": 2, "width": 32}
+    scale = np.array([1.0, 1000.0])  # of the columns
+    x = scale * rng.normal(size=shape)
+    blurred = tarflow_jax.fit(x, validation=0, noise=1.0, **size)  # a Gaussian of twice the variance
+    samples = np.asarray(blurred.sample(jax.random.key(1), 4000)) / scale
+    np.testing.assert_allclose(samples.var(0), 2.0, rtol=0.2)
+    few, others = x[:40], scale * rng.normal(size=(1000, *shape[1:]))
+    overfitted, noisy = (
+        tarflow_jax.fit(few, validation=0, noise=noise, **size).log_prob(others.astype(np.float32)).mean()
+        for noise in (0.0, 0.3)
+    )
+    assert noisy > overfitted + 1
+
+
+@pytest.mark.slow
 def test_fit_reaches_the_entropy_of_sequences_of_different_lengths():
     """Gaussian random walks, of 2 to 6 steps, whose density is known."""
     rng = np.random.default_rng(0)
