@@ -130,10 +130,11 @@ class ArraySource(ImageSource):
         return self.images[indices], self.labels[indices]
 
     @functools.cached_property
-    def _content(self) -> str:
+    def fingerprint(self) -> str:
         digest = hashlib.sha256(np.ascontiguousarray(self.images).data)
         digest.update(np.ascontiguousarray(self.labels).data)
-        return digest.hexdigest()
+        self._content = digest.hexdigest()
+        return super().fingerprint
 
 
 class Item(NamedTuple):
