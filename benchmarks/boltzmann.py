@@ -26,7 +26,7 @@ import tarflow_jax
 
 NUM_CHAINS = 1000
 NUM_SAMPLES = 10_000
-CONCENTRATION, SHARPNESS = 20.0, 3.0  # of the first particle's direction, and of the numbers of the others
+CONCENTRATION, SHARPNESS = 100.0, 6.0  # of the first particle's direction, and of the numbers of the others
 
 
 class System(NamedTuple):

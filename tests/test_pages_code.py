@@ -10,7 +10,6 @@ from commands import ROOT, environment, run
 
 ARRAYS = """
 import functools, jax, numpy, tarflow_jax
-key = jax.random.key(0)
 x = numpy.random.default_rng(0).normal(size=(300, 2))
 parameters, observations, observed = x, x + 0.1, numpy.zeros((1, 2))
 simulate = lambda x: x
@@ -32,7 +31,7 @@ SHORTER = {
     "howto/arrays.md": {
         "10_000": "100",
         "num_warmup=500, num_samples=2000": "num_warmup=2, num_samples=2",
-        "launch.train ": "launch.train --config.train.num_steps=4 --config.model.num_blocks=2 ",
+        "--config=configs/array.py": "--config=configs/array.py:smoke",
     },
     "howto/evaluate.md": {"--num_samples=10000": "--num_samples=128"},
     "launching.md": {"--workdir=runs/mesh": "--workdir=runs/mesh --config.train.num_steps=2"},
@@ -65,7 +64,7 @@ def test_python(page, tmp_path):
     ("page", "needle"),
     [
         ("README.md", "launch.sample --model=digits"),
-        ("howto/arrays.md", "--config=configs/array.py"),
+        ("howto/arrays.md", "configs/array.py"),
         ("howto/sample.md", "--model=digits"),
         ("howto/evaluate.md", "--model=digits"),
         ("launching.md", "JAX_NUM_CPU_DEVICES=8"),

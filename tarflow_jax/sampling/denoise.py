@@ -100,9 +100,11 @@ def iterate(
 
     Args:
       images: float32 [B, H, W, K].
-      labels, condition, lengths: see `TarFlow`.
+      labels: see `TarFlow`.
       noise_std: σ_0 of each image, [B].
       key_data: of one key per image for the noise of "sde", uint32 [B, …] (`jax.random.key_data`).
+      condition: see `TarFlow`.
+      lengths: see `TarFlow`.
       num_steps: N, int32.
       std_min: σ_{N-1}, scalar.
       method: gives clip, kind, levels and order; `num_steps` and `std_min` replace its numbers.
