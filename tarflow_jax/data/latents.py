@@ -52,7 +52,7 @@ class LatentSource(ImageSource):
     def __init__(self, name: str, folder: Path, split: str, manifest: Mapping[str, Any]) -> None:
         latent_shape, text_shape = (tuple(map(int, manifest[key])) for key in ("latent_shape", "text_shape"))
         super().__init__(name, latent_shape, len(manifest["label_names"]), manifest["label_names"])
-        self.images_name, self.condition_shape = str(manifest["source"]), text_shape
+        self.folder, self.images_name, self.condition_shape = folder, str(manifest["source"]), text_shape
         self._content = str(manifest["splits"][split]["sha256"])
         count, num_captions, num_rows = (manifest["splits"][split][key] for key in ("images", "captions", "rows"))
         self._mean = _mapped(folder / f"{split}-mean.npy", np.float16, (count, *latent_shape))
