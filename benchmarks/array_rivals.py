@@ -31,7 +31,6 @@ BATCH_SIZE = 256
 NUM_VALIDATIONS = 40
 WARMUP = 0.05  # of the time
 TUNING_SEED = 100
-FEW_ROWS = 1000
 Measure = Callable[[str, dict[str, Any], float, int], dict[str, object]]  # method, setting, seconds, seed -> a row
 _compiled = 0.0  # seconds of XLA's compilation that `_clock` leaves out
 _pace: dict[tuple[str, tuple[int, ...]], tuple[float, float]] = {}  # seconds a step, and of a fit of 40 steps
@@ -91,7 +90,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 
-# In their place for fewer than 1,000 rows: narrower networks, and noise as a fraction of the columns' deviations.
+# In their place for tables of fewer than 1,000 rows: narrower networks, noise as a fraction of the columns' deviations.
+FEW_ROWS = ("iris", "wine", "diabetes", "breast cancer")
 SETTINGS_OF_FEW_ROWS: dict[str, list[dict[str, Any]]] = {
     "tarflow_jax": [
         {"width": width, "num_blocks": blocks, "noise": noise}
@@ -197,7 +197,6 @@ def run(
     seeds: int,
     methods: Iterable[str] = tuple(SETTINGS),
     tuning: float = 0.5,
-    num_rows: Callable[[str], int] = lambda name: FEW_ROWS,
 ) -> None:
     """The command of a benchmark on one core: tunes and measures the methods on the data sets that --names asks for."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -211,17 +210,7 @@ def run(
     args = parser.parse_args()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     for name in args.names.split(","):
-        compare(
-            args.rows,
-            name,
-            args.methods.split(","),
-            measures[name],
-            OURS.get(name),
-            args.seconds,
-            args.seeds,
-            tuning,
-            num_rows(name),
-        )
+        compare(args.rows, name, args.methods.split(","), measures[name], args.seconds, args.seeds, tuning)
 
 
 def compare(
@@ -229,15 +218,13 @@ def compare(
     name: str,
     methods: Iterable[str],
     measure: Measure,
-    ours: dict[str, Any] | None,
     seconds: float,
     seeds: int,
     tuning: float,
-    num_rows: int,
 ) -> None:
     """Tunes and measures each method on a data set; appends the rows that a file [JSON lines] lacks.
 
-    `measure` maps method, setting, seconds and seed to a row; `ours` is added to every setting of tarflow_jax.
+    `measure` maps method, setting, seconds and seed to a row.
     """
     known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
@@ -253,9 +240,9 @@ def compare(
         return made
 
     for method in methods:
-        settings = (SETTINGS if num_rows >= FEW_ROWS else SETTINGS_OF_FEW_ROWS)[method]
-        if method == "tarflow_jax" and ours:
-            settings = [setting | ours for setting in settings]
+        settings = (SETTINGS_OF_FEW_ROWS if name in FEW_ROWS else SETTINGS)[method]
+        if method == "tarflow_jax":
+            settings = [setting | OURS.get(name, {}) for setting in settings]
         tried = [row(method, setting, seconds * tuning, TUNING_SEED) for setting in settings]
         best = max(tried, key=lambda row: row["validation"])["setting"]
         for seed in range(seeds):
@@ -293,11 +280,10 @@ def train(
         first = number % (len(rows) // size) * size
         batch = shuffled[first : first + size]
         rate = peak * min(share / WARMUP, 0.5 * (1 + np.cos(np.pi * share)))
-        flow.step(
-            x[batch] + noise * rng.normal(size=(size, x.shape[1])).astype(np.float32),
-            None if c is None else c[batch],
-            rate,
-        )
+        points = x[batch]
+        if noise:
+            points = points + noise * rng.normal(size=points.shape).astype(np.float32)
+        flow.step(points, None if c is None else c[batch], rate)
         number += 1
         if share >= next_check:
             next_check += 1 / NUM_VALIDATIONS

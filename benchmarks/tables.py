@@ -74,12 +74,4 @@ def measure(name: str, method: str, setting: dict[str, Any], seconds: float, see
 if __name__ == "__main__":
     measures = {name: functools.partial(measure, name) for name in TABLES}
     array_rivals.leave_out_compilation()
-    array_rivals.run(
-        __doc__ or "",
-        measures,
-        "docs/results/tables.jsonl",
-        30.0,
-        5,
-        tuning=1.0,
-        num_rows=lambda name: len(table(name)),
-    )
+    array_rivals.run(__doc__ or "", measures, "docs/results/tables.jsonl", 30.0, 5, tuning=1.0)

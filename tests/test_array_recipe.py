@@ -41,11 +41,8 @@ def sequences(count=80, seed=0):
     return {"x": x, "condition": rng.normal(size=(count, 4, 3)), "mask": lengths, "labels": labels}
 
 
-def test_set_of(arrays):
+def as_test_set(arrays):
     return {f"{name}_test": values for name, values in arrays.items()}
-
-
-test_set_of.__test__ = False
 
 
 def written(path, **arrays):
@@ -78,7 +75,7 @@ def begin(config, workdir):
 def name(tmp_path_factory):
     """A file with a test split of its own."""
     folder = tmp_path_factory.mktemp("arrays")
-    return written(folder / "sequences.npz", **sequences(), **test_set_of(sequences(20, seed=1)))
+    return written(folder / "sequences.npz", **sequences(), **as_test_set(sequences(20, seed=1)))
 
 
 @pytest.fixture(scope="module")
@@ -201,12 +198,12 @@ def with_value(name, value, place):
             {"x_test": sequences()["x"]},
             "expected x, perhaps .* and for a test split of your own all of them with _test",
         ),
-        (test_set_of(with_value("x", np.inf, (2, 0, 0))), "expected x, perhaps"),
+        (as_test_set(with_value("x", np.inf, (2, 0, 0))), "expected x, perhaps"),
         (
-            test_set_of(sequences() | with_value("x", np.inf, (2, 0, 0))),
+            as_test_set(sequences() | with_value("x", np.inf, (2, 0, 0))),
             "its test arrays: x is inf in row 2, column 0",
         ),
-        (test_set_of(sequences() | {"condition": np.zeros((80, 4, 1))}), "its test arrays: model.condition_dim is 3"),
+        (as_test_set(sequences() | {"condition": np.zeros((80, 4, 1))}), "its test arrays: model.condition_dim is 3"),
         ({"x": np.where(np.arange(2) > 0, 1.5, sequences()["x"])}, r"x is constant in column 1 \(1.5\); leave it out"),
     ],
 )
@@ -285,7 +282,7 @@ def test_a_run_continues_on_its_own_data_alone(whole, name, tmp_path, monkeypatc
     path = tmp_path / "changed.npz"
     arrays = sequences()
     arrays["x"][0] += 1e-3
-    config = small_config(written(path, **arrays, **test_set_of(sequences(20, seed=1))))
+    config = small_config(written(path, **arrays, **as_test_set(sequences(20, seed=1))))
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["data"]["source"] == name
     monkeypatch.setattr("tarflow_jax.training.recipe._FREE_FIELDS", ("data.source", "mesh"))  # the file was overwritten
