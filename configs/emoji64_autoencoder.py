@@ -28,5 +28,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config.reconstruction.update({"perceptual": 0.3, "perceptual_steps": 300, "kl_weight": 1e-2})
     config.data.update({"source": "packed:~/.cache/tarflow_jax/packed/emoji_text-64x64-adm", "num_workers": 1})
     config.optimizer.update({"learning_rate": 2e-3, "warmup_steps": 200})
-    config.train.update({"num_steps": 4000, "batch_size": 32, "checkpoint_every": 500, "sample_every": 1000})
+    config.train.update({"num_steps": 2000, "batch_size": 32, "checkpoint_every": 500, "sample_every": 1000})
     return defaults.with_variant(config, variant, defaults.autoencoder_smoke)

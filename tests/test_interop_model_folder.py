@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import struct
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from tarflow_jax.interop.model_folder import checksum
 from tarflow_jax.interop.tensors import flatten, unflatten
 from tarflow_jax.noise import Noise
 from tarflow_jax.runtime.parameters import variables_shapes
+from tiny_models import TINY
+from tiny_models import random_variables as tiny_variables
 
 CONFIG = TarFlowConfig((4, 8), 3, 2, 64, 2, (1, 2), 3, volume_preserving=True, head_dim=32)
 NOISE = Noise("gaussian", 0.1)
@@ -210,6 +213,18 @@ def test_model_card(tmp_path):
         "| shape | 2 blocks of 1 + 2 layers, patch 2, width 64 |",
     ):
         assert row in text
+
+
+@pytest.mark.parametrize("shape", [{}, {"condition_dim": 2, "condition_kind": "tokens"}, None], ids=str)
+def test_the_code_of_a_model_card_runs(shape, tmp_path):
+    sizes = {"width": 16, "head_dim": 8, "num_blocks": 2, "layers_per_block": 1}
+    config = TINY if shape is None else TarFlowConfig(sequence_shape=(4, 2), **sizes, **shape)
+    TarFlowPipeline(config, tiny_variables(config), NOISE).save_pretrained(tmp_path)
+    (code,) = re.findall("```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)
+    names = {}
+    exec(code.replace("path/of/this/folder", str(tmp_path)), names)
+    assert names["latents"].shape == (16, *config.data_shape)
+    assert names["log_det"].shape == (16,)
 
 
 def model_fields(**changes):

@@ -164,6 +164,27 @@ def test_a_command_says_in_one_line_that_the_store_refuses(store, bucket):
 
 
 @pytest.mark.slow
+def test_every_command_finds_its_files_in_the_store(store, bucket):
+    metrics = ("--metrics=bits_per_dim,kid", "--num_samples=1000", "--allow_noisy")
+    steps = ("--config.train.num_steps=4", "--config.train.checkpoint_every=2")
+    for command, *options in (
+        ("launch.train", "--config=configs/digits.py:smoke", *steps),
+        ("launch.distill", "--config=configs/student/digits.py:smoke", *steps),
+        ("launch.tune_decoder", "--num_images=4"),
+        ("launch.sample", "--num_images=4", "--decoder=student"),
+        ("launch.evaluate", *metrics),
+    ):
+        code, _, err = commands.run("-m", command, f"--workdir={bucket}", *options)
+        assert code == 0, err
+    written = {name.removeprefix("run/").split("/")[0] for name in store.objects}
+    assert written >= {"checkpoints", "decoder.json", "evaluation", "metrics.jsonl", "samples", "student"}
+    assert "run/lease.json" not in store.objects
+    pipe = TarFlowPipeline.from_pretrained(bucket)
+    assert pipe.student is not None
+    assert pipe.sample(jax.random.key(0), 2).shape == (2, 8, 8, 1)
+
+
+@pytest.mark.slow
 def test_a_server_that_never_answers_is_asked_again_or_ends_in_one_line(store, bucket, monkeypatch):
     """Two requests for arrays wait for an hour, then one for a small file; timeouts are of seconds."""
     program = (
