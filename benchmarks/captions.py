@@ -3,7 +3,7 @@
     python -m benchmarks.captions --workdir=runs/emoji64_text [--out=docs] [--guidance=2] [--vendor=google]
 
 Writes OUT/captions.png, OUT/captions_new.png, OUT/captions_reconstructed.png (what a perfect flow would draw for the
-first), and OUT/captions.txt, the training captions of one vendor for
+first), and OUT/captions.txt, captions of one vendor's training images in random order for
 `launch.evaluate --metrics=fid --data=emoji64 --prompts=OUT/captions.txt`.
 """
 
@@ -18,6 +18,7 @@ from tarflow_jax import Guidance, TextToImage
 from tarflow_jax.figures import captioned_grid, save_png, to_uint8
 from tarflow_jax.training import Recipe
 
+NUM_PROMPTS = 10_000
 NEW = (
     "a green heart with a face", "a blue apple", "a red cat", "a purple banana", "a black sun", "a yellow rocket",
     "a heart on fire", "a dog with a hat", "a pink tree", "a white pizza", "a green moon with a face", "a blue rose",
@@ -46,9 +47,9 @@ def main() -> None:
         save_png(args.out / f"{name}.png", captioned_grid(to_uint8(images), texts, 10))
     best = to_uint8(pipe.reconstruct(test, chosen))
     save_png(args.out / "captions_reconstructed.png", captioned_grid(best, captions, 10))
-    train = [texts[0] for texts in recipe.source("train").captions]
-    of_vendor = sorted({text for text in train if text.endswith(f", {args.vendor}")})
-    (args.out / "captions.txt").write_text("\n".join(of_vendor) + "\n")
+    train = [text for texts in recipe.source("train").captions for text in texts if text.endswith(f", {args.vendor}")]
+    shuffled = np.random.default_rng(0).permutation(train)[:NUM_PROMPTS]
+    (args.out / "captions.txt").write_text("\n".join(shuffled) + "\n")
 
 
 if __name__ == "__main__":

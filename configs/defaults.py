@@ -29,7 +29,7 @@ def autoencoder_config() -> ConfigDict:
     """Returns an autoencoder's recipe that lacks its shape, a data set and a number of steps."""
     config = default_config(AUTOENCODER_GROUPS)
     config.decoder_of = ""  # folder of an autoencoder, to train only its decoder
-    config.optimizer.update({"name": "adamw", "muon_learning_rate": 0.0, "ema_decay": 0.999})
+    config.optimizer.update({"name": "adamw", "muon_learning_rate": 0.0})
     return config
 
 

@@ -37,16 +37,16 @@ def get_config(variant: str = "") -> ConfigDict:
             "rotary": True,
             "triangular": True,
             "input_limit": 10.0,
-            "remat": "full",
         }
     )
     config.data.update({"source": "latents:~/.cache/tarflow_jax/latents/emoji_text_64x64_adm", "num_workers": 1})
-    config.noise.std = 0.3
-    config.optimizer.warmup_steps = 300
+    config.noise.std = 0.25  # what the decoder has learned to remove
+    config.optimizer.warmup_steps = 200
     config.train.update(
         {
-            "num_steps": 4000,
+            "num_steps": 2000,
             "batch_size": 64,
+            "accumulation": 4,  # activations of 16 images stay in a CPU's caches
             "drop_label": 0.1,
             "checkpoint_every": 500,
             "evaluate_every": 500,

@@ -135,7 +135,7 @@ class TextToImage:
           labels: int [B], of a flow with classes.
           decoder: see `TarFlowPipeline.decode`.
           denoise: apply Tweedie's formula to the latents; None does so unless the autoencoder's decoder has learned to
-            remove noise of this level.
+            remove noise (`noise_std`).
 
         Returns:
           float32 [B, H, W, K] in about [-1, 1]; the images of one caption are consecutive.

@@ -106,13 +106,13 @@ def test_accumulation_changes_no_loss(sizes, accumulation):
 
 @pytest.mark.slow
 def test_vp_prior_and_average_move():
-    _, state = runs.run_steps(VP, make_mesh(devices=jax.devices()[:1]), 3, ema_decay=0.9)
+    _, state = runs.run_steps(VP, make_mesh(devices=jax.devices()[:1]), 3, ema_decay=0.999)
     variance = state.variables["prior"]["variance"]
     assert float(jnp.abs(variance - 1).max()) > 0.01
     bias = ("block_0", "project_out", "bias")
     raw = functools.reduce(lambda tree, name: tree[name], bias, state.variables["params"])
     average = functools.reduce(lambda tree, name: tree[name], bias, state.ema_params)
-    assert 0 < float(jnp.abs(average).max()) < float(jnp.abs(raw).max())
+    assert 0.5 < float(jnp.abs(average).max() / jnp.abs(raw).max()) < 1  # the initial bias, 0, does not linger
     assert state.sampling_variables["params"] is state.ema_params
 
 

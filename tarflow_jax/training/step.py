@@ -122,7 +122,9 @@ def train_step(
     params = optax.apply_updates(params, updates)
     ema_params = state.ema_params
     if ema_params is not None:
-        ema_params = optax.incremental_update(params, ema_params, 1 - optimizer.ema_decay)
+        # Shorter at first: the initial parameters would still count for a seventh after 2 / (1 - decay) steps.
+        decay = jnp.minimum(optimizer.ema_decay, (1 + state.step) / (10 + state.step))
+        ema_params = optax.incremental_update(params, ema_params, 1 - decay)
     variables, metrics = task.finish({**state.variables, "params": params}, metrics, outputs)
     metrics = {**metrics, "grad_norm": optax.tree.norm(gradients)}
     return TrainState(state.step + 1, variables, opt_state, ema_params), metrics
