@@ -1,6 +1,9 @@
 """The autoencoder of configs/emoji64_text.py: emoji 64x64x3 -> latents 8x8x16.
 
 python -m launch.train_autoencoder --config=configs/emoji64_autoencoder.py --workdir=runs/emoji64_autoencoder
+
+Measured 2026-11-29 (commit b6f3c22, parameters not averaged), two cores of an AMD EPYC: 20 minutes, after 5 of one core
+for the network of the perceptual distance. configs/emoji64_text.py says how good it is.
 """
 
 from ml_collections import ConfigDict
