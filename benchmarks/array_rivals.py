@@ -114,7 +114,7 @@ SETTINGS_OF_FEW_ROWS: dict[str, list[dict[str, Any]]] = {
 # Replaces fields of our settings. Columns that form one token have a triangular map.
 OURS: dict[str, dict[str, Any]] = {
     "gaussian 6": {"columns_a_token": 3, "triangular": True},
-    "gaussian 64": {"columns_a_token": 8, "triangular": True},
+    "gaussian 64": {"columns_a_token": 64, "triangular": True},
     "two_moons": {"weight_decay": 0.03},
     "slcp": {"weight_decay": 0.1},
     "breast cancer": {"columns_a_token": 5, "triangular": True},

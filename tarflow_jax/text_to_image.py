@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
 from tarflow_jax import interop
 from tarflow_jax.autoencoder import Autoencoder
-from tarflow_jax.data import LatentSource
 from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.files import write_text
 from tarflow_jax.options import shown
@@ -169,10 +167,6 @@ class TextToImage:
         if self.text is None or not texts:
             raise UserError(f"{'no captions' if self.text else 'no text encoder'}; expected captions and an encoder")
         return self.text(texts)
-
-    def reconstruct(self, source: LatentSource, indices: Sequence[int]) -> jax.Array:
-        """Decodes packed latents to float32 [B, H, W, K]: the best that a flow over them can draw."""
-        return self.autoencoder.decode(jnp.asarray(source.read(indices)[0].mean))
 
 
 def _is_workdir(name: epath.PathLike) -> bool:
