@@ -11,7 +11,6 @@ emoji64's pixels.
 import argparse
 import functools
 import json
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.common import time_in_turns
 from benchmarks.sample_metrics import SampleMetrics
 from tarflow_jax import Guidance, TarFlowPipeline, TextToImage
 from tarflow_jax.figures import captioned_grid, save_png, to_uint8
@@ -39,24 +39,19 @@ NEW = (
 
 def seconds(draw: Callable[[int], Any]) -> dict[str, float]:
     """Median seconds for 1 and 16 images, compilation left out."""
-    found = {}
-    for count in TIMED:
-        draw(count)
-        times = []
-        for _ in range(REPEATS):
-            begin = time.perf_counter()
-            jax.block_until_ready(draw(count))
-            times.append(time.perf_counter() - begin)
-        found[str(count)] = round(statistics.median(times), 3)
-    return found
+    figures = time_in_turns({str(count): functools.partial(draw, count) for count in TIMED}, REPEATS)
+    return {count: round(row["median_s"], 3) for count, row in figures.items()}
 
 
-def measure(draw: Callable[..., Any], weights: Sequence[float], metrics: SampleMetrics) -> dict[str, Any]:
+def measure(draw: Callable[..., Any], guidances: Sequence[Guidance], metrics: SampleMetrics) -> dict[str, Any]:
     """Distances at each guidance, and seconds; `draw` maps a number of images and a guidance to images."""
-    guidances = {f"{weight:g}": Guidance(weight, schedule="constant") for weight in weights}
-    distances = {weight: metrics(draw(NUM_SAMPLES, guidance)) for weight, guidance in guidances.items()}
-    guidance = list(guidances.values())[len(guidances) // 2]
-    return {"guidance": distances, "seconds": seconds(functools.partial(draw, guidance=guidance))}
+    distances = {f"{guidance.weight:g}": metrics(draw(NUM_SAMPLES, guidance)) for guidance in guidances}
+    return {"guidance": distances, "seconds": seconds(functools.partial(draw, guidance=middle(guidances)))}
+
+
+def middle(guidances: Sequence[Guidance]) -> Guidance:
+    """The guidance of pictures and timings."""
+    return guidances[len(guidances) // 2]
 
 
 def reconstruction(pipe: TextToImage, metrics: SampleMetrics) -> dict[str, float]:
@@ -73,12 +68,6 @@ def reconstruction(pipe: TextToImage, metrics: SampleMetrics) -> dict[str, float
         "distance": metrics(again(train))["distance"],
         "distance_of_real": metrics(train)["distance"],
     }
-
-
-def test_loss(workdir: str) -> float:
-    """The final test loss of a run, nats per dimension without ½ log 2π."""
-    results = json.loads((Path(workdir) / "results.json").read_text())
-    return next(value for name, value in results.items() if name.startswith("test loss"))
 
 
 def draw_pictures(pipe: TextToImage, recipe: Recipe, guidance: Guidance, out: Path) -> None:
@@ -100,8 +89,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/pictures"), help="folder for the pictures")
     parser.add_argument("--rows", type=Path, default=Path("docs/results/emoji64_text.jsonl"), help="file to append to")
     args = parser.parse_args()
-    weights = [float(weight) for weight in args.guidance.split(",")]
-    shown = Guidance(weights[len(weights) // 2], schedule="constant")
+    guidances = [Guidance(float(weight), schedule="constant") for weight in args.guidance.split(",")]
+    shown = middle(guidances)
     pipe, recipe = TextToImage.from_pretrained(args.workdir, best=True), Recipe.from_workdir(args.workdir)
     draw_pictures(pipe, recipe, shown, args.out)
     train = [text for texts in recipe.source("train").captions for text in texts if text.endswith(VENDOR)]
@@ -111,8 +100,8 @@ def main() -> None:
     def draw(count: int, guidance: Guidance, decoder: Any = None) -> jax.Array:
         return pipe(captions[:count], guidance=guidance, key=key, decoder=decoder)
 
-    row: dict[str, Any] = {"seed": recipe.config.train.seed, "test_loss": test_loss(args.workdir)}
-    row |= {"autoencoder": reconstruction(pipe, metrics), "latents": measure(draw, weights, metrics)}
+    row: dict[str, Any] = {"seed": recipe.config.train.seed, "metrics": pipe.flow.card["metrics"]}
+    row |= {"autoencoder": reconstruction(pipe, metrics), "latents": measure(draw, guidances, metrics)}
     jacobi = functools.partial(draw, guidance=shown, decoder=GaussSeidelJacobi(4))
     row["seconds with Gauss-Seidel-Jacobi"] = seconds(jacobi)
     if args.pixels:
@@ -123,7 +112,7 @@ def main() -> None:
         def draw_pixels(count: int, guidance: Guidance) -> jax.Array:
             return pixels.sample(key, count, labels[:count], guidance)
 
-        row["pixels"] = measure(draw_pixels, weights, metrics)
+        row["pixels"] = measure(draw_pixels, guidances, metrics)
     with args.rows.open("a") as file:
         file.write(json.dumps(row | {"date": time.strftime("%Y-%m-%d")}) + "\n")
 

@@ -2,7 +2,8 @@
 
     python -m benchmarks.two_moons [--num_steps 6000] [--seed 0] [--out models/two_moons]
 
-The card has the log p of simulations held out, and C2ST (benchmarks/posteriors.py) at three observations.
+The card has the log p of simulations held out, and C2ST at three observations (benchmarks/posteriors.py, which needs
+`pip install flowjax zuko`).
 """
 
 import argparse
