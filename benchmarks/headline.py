@@ -1,6 +1,6 @@
 """The table of headline figures: launch.evaluate of each model in models/, beside real images.
 
-    python -m benchmarks.headline [--models=digits,digits_likelihood] [--seeds=3]
+    python -m benchmarks.headline [--seeds=3]
 
 Adds the missing rows to docs/results/headline.jsonl, one for each model and sampling seed, and writes the table between
 the lines `<!-- headline -->` and `<!-- end -->` of README.md and docs/results.md. Rows of other weights are not used.
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tarflow_jax import TarFlowPipeline
+from tarflow_jax import Guidance, TarFlowPipeline
 from tarflow_jax.fingerprint import fingerprint
 
 ROWS, PAGES = Path("docs/results/headline.jsonl"), (Path("README.md"), Path("docs/results.md"))
@@ -28,25 +28,39 @@ BLOCK = re.compile(r"(<!-- headline -->\n).*?(<!-- end -->\n)", re.DOTALL)
 
 
 class Headline(NamedTuple):
-    """What a model claims."""
+    """What a model claims: the distance of samples to the training images, or without samples bits/dim."""
 
     data_set: str
-    figure: str
-    flags: tuple[str, ...]  # of launch.evaluate
+    num_samples: int = 0
+    guidance: Guidance = Guidance(0.0)
+
+    @property
+    def figure(self) -> str:
+        """The name of the figure in the results of launch.evaluate."""
+        return DISTANCE if self.num_samples else BITS
+
+    @property
+    def flags(self) -> list[str]:
+        """Flags of launch.evaluate."""
+        if not self.num_samples:
+            return ["--metrics=bits_per_dim", "--dequantisation_draws=10"]
+        guided = [f"--guidance={self.guidance.weight:g}", f"--guidance_schedule={self.guidance.schedule}"]
+        return ["--metrics=fid,precision_recall", "--denoise=true", f"--num_samples={self.num_samples}", *guided]
 
 
-SAMPLES = ("--metrics=fid,precision_recall", "--num_samples=10000", "--denoise=true")
 MODELS = {
-    "digits": Headline("digits", DISTANCE, (*SAMPLES, "--guidance=0")),
-    "digits_likelihood": Headline("digits", BITS, ("--metrics=bits_per_dim", "--dequantisation_draws=10")),
+    "digits": Headline("digits", 10_000),
+    "digits_likelihood": Headline("digits"),
+    "emoji64": Headline("emoji64", 1_000, Guidance(2.0, schedule="constant")),
 }
 
 
 def measure(name: str, seed: int) -> dict[str, Any]:
     """A row: the results and the protocol that launch.evaluate writes."""
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-m", "launch.evaluate", f"--model={name}", f"--seed={seed}", f"--out={out}"]
-        subprocess.run([*command, *MODELS[name].flags], check=True)
+        command = ["-m", "launch.evaluate", f"--model={name}", f"--data={MODELS[name].data_set}"]
+        command += [f"--seed={seed}", f"--out={out}", *MODELS[name].flags]
+        subprocess.run([sys.executable, *command], check=True)
         found = json.loads(next(Path(out).glob("*.json")).read_text())
     return {"model": name, "seed": seed, "date": time.strftime("%Y-%m-%d"), **found}
 
@@ -58,40 +72,47 @@ def figure_of(row: dict[str, Any]) -> float:
     return next(result[name] for result in results if name in result)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: dict[str, list[dict[str, Any]]]) -> str:
     """The table, as Markdown."""
     floors = [json.loads(line) for line in FLOORS.read_text().splitlines()]
     real = {floor["data_set"]: f"{floor['distance']:.3g} ({floor['real_images']:,})" for floor in floors}
     lines = ["| model | distance | real test images | bits/dim |", "|---|---|---|---|"]
-    for name, headline in MODELS.items():
-        figures = [figure_of(row) for row in rows if row["model"] == name]
-        if not figures:
-            continue
-        spread = f" ± {np.std(figures, ddof=1):.2g}" if len(figures) > 1 else ""
-        text = f"{np.mean(figures):.3g}{spread}"
+    for name, measurements in rows.items():
+        text, headline = summary(measurements), MODELS[name]
         cells = (text, real[headline.data_set], "") if headline.figure == DISTANCE else ("", "", text)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Mean and standard deviation of a model's headline figure."""
+    figures = [figure_of(row) for row in rows]
+    spread = f" ± {np.std(figures, ddof=1):.2g}" if len(figures) > 1 else ""
+    return f"{np.mean(figures):.3g}{spread}"
+
+
+def measured(name: str, seeds: int) -> list[dict[str, Any]]:
+    """Rows of a model's present weights, by sampling seed; adds the missing ones to the file."""
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    weights = fingerprint(TarFlowPipeline.from_pretrained(name).variables)
+    ours = [row for row in rows if (row["model"], row["protocol"]["fingerprint"]) == (name, weights)]
+    found = {row["seed"]: row for row in ours}
+    for seed in range(seeds if MODELS[name].figure == DISTANCE else 1):
+        if seed not in found:
+            found[seed] = measure(name, seed)
+            with ROWS.open("a") as file:
+                file.write(json.dumps(found[seed]) + "\n")
+    return [found[seed] for seed in sorted(found)]
+
+
 def main() -> None:
     """Measures what is missing, and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(MODELS), help="names, with commas between them")
     parser.add_argument("--seeds", type=int, default=3, help="sampling seeds of each distance")
     args = parser.parse_args()
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-    weights = {name: fingerprint(TarFlowPipeline.from_pretrained(name).variables) for name in MODELS}
-    rows = [row for row in rows if row["protocol"]["fingerprint"] == weights[row["model"]]]
-    known = {(row["model"], row["seed"]) for row in rows}
-    for name in args.models.split(","):
-        for seed in range(args.seeds if MODELS[name].figure == DISTANCE else 1):
-            if (name, seed) not in known:
-                rows.append(measure(name, seed))
-                with ROWS.open("a") as file:
-                    file.write(json.dumps(rows[-1]) + "\n")
+    lines = table({name: measured(name, args.seeds) for name in MODELS})
     for page in PAGES:
-        page.write_text(BLOCK.sub(lambda found: f"{found[1]}\n{table(rows)}\n{found[2]}", page.read_text()))
+        page.write_text(BLOCK.sub(lambda found: f"{found[1]}\n{lines}\n{found[2]}", page.read_text()))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
     python -m benchmarks.pictures --model=fashion_mnist [--guidance=1.5] [--out=docs/pictures]
 
 emerging.gif: latents become noisy images, patch by patch and block by block, then clean ones. class_swap.png: test
-images, encoded with their class and decoded as each of the others.
+images, encoded with their class and decoded as each of the others. models.png: samples of all ready-made models of
+images, beside their figures (benchmarks/headline.py).
 """
 
 import argparse
@@ -12,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from benchmarks import headline
 from launch.cli import example_labels
 from tarflow_jax.data import open_source
 from tarflow_jax.figures import encode_gif, enlarge, grid, save_png, to_uint8
@@ -21,6 +23,7 @@ from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance
 
 ROWS, SIDE = 2, 84  # of the animation; pixels of an image
+MODEL_COLUMNS = 10
 FRAMES_A_BLOCK, FRAMES_HELD = 12, 15
 SOURCES = (0, 2, 19, 13, 6, 23)  # test images
 
@@ -58,6 +61,22 @@ def class_swap(pipe: TarFlowPipeline, guidance: Guidance) -> np.ndarray:
     return grid(enlarge(sheet, SIDE), classes + 1, captions=["original", *test.class_names])
 
 
+def models() -> np.ndarray:
+    """A row for each ready-made model of images."""
+    rows, titles = [], []
+    for name, claim in headline.MODELS.items():
+        pipe = TarFlowPipeline.from_pretrained(name)
+        labels = example_labels(pipe.config.num_classes, MODEL_COLUMNS)
+        drawn = enlarge(to_uint8(pipe.sample(jax.random.key(0), MODEL_COLUMNS, labels, claim.guidance)), SIDE)
+        margin = SIDE - drawn.shape[1]
+        around = (margin // 2, margin - margin // 2)
+        drawn = np.pad(drawn, ((0, 0), around, around, (0, 0)), constant_values=255)
+        rows.append(np.broadcast_to(drawn, (*drawn.shape[:3], 3)))
+        what = "distance" if claim.num_samples else "bits/dim"
+        titles.append(f"{name}\n{what} {headline.summary(headline.measured(name, seeds=3))}")
+    return grid(np.concatenate(rows), MODEL_COLUMNS, titles)
+
+
 def main() -> None:
     """Draws."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,6 +88,7 @@ def main() -> None:
     with replacing(args.out / "emerging.gif") as file:
         file.write(encode_gif(emerging(pipe, guidance), milliseconds=80))
     save_png(args.out / "class_swap.png", class_swap(pipe, guidance))
+    save_png(args.out / "models.png", models())
 
 
 if __name__ == "__main__":

@@ -26,6 +26,9 @@ PATCH_SIZE = flags.DEFINE_integer("patch_size", None, "Height and width of a pat
 NOISE_STD = flags.DEFINE_float(
     "noise_std", None, "Training noise σ, in [-1, 1] units, if it is known; denoising needs it."
 )
+NOISE_STD_MIN = flags.DEFINE_float(
+    "noise_std_min", None, "Lowest σ of an iTARFlow, if it is known; denoising ends there."
+)
 BASE_SIZE = flags.DEFINE_integer(
     "base_size", None, "STARFlow: side, in tokens, to which positions are scaled; default: that of its training."
 )
@@ -53,6 +56,7 @@ def main(argv: Sequence[str]) -> None:
         BASE_SIZE.value,
         ORDERS.value,
         place=functools.partial(jax.tree.map, functools.partial(in_a_file, near)),
+        noise_std_min=NOISE_STD_MIN.value,
     )
     pipe.save_pretrained(out, dtype=DTYPE.value)
     print(f"saved {pipe.config} in {out}")

@@ -162,11 +162,9 @@ def main(argv: Sequence[str]) -> int:
     if pipe.config.image_bits > 8:
         print("these files have 8 bits; TarFlowPipeline.sample returns floats", file=sys.stderr)
     if bad.any():
-        print(
-            f"{bad.sum()} of {len(bad)} images have pixels that are not finite or far outside [-1, 1]; "
-            "use less guidance, or train longer",
-            file=sys.stderr,
-        )
+        cure = "use less guidance, or train longer" if guidance.weight else "the flow needs more training"
+        outside = "images have pixels that are not finite or far outside [-1, 1]"
+        print(f"{bad.sum()} of {len(bad)} {outside}; {cure}", file=sys.stderr)
     return cli.EXIT_ERROR if bad.all() else 0
 
 

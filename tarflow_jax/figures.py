@@ -137,7 +137,7 @@ def class_rows(images: np.ndarray, labels: np.ndarray | None, names: Sequence[st
 
 
 def class_columns(images: np.ndarray, labels: np.ndarray | None, names: Sequence[str]) -> np.ndarray:
-    """Returns a `grid` with a named column per class, if the labels cycle through at most 20 classes.
+    """Returns a `grid` with named columns, each of one class, if the labels cycle through at most 20 classes.
 
     Otherwise returns a plain grid. Takes the arguments of `class_rows` and keeps the order of the images.
     """
@@ -146,7 +146,8 @@ def class_columns(images: np.ndarray, labels: np.ndarray | None, names: Sequence
     period = len(np.unique(labels))
     if not 1 < period <= _MAX_COLUMNS or (labels != np.resize(labels[:period], len(labels))).any():
         return grid(images)
-    return grid(images, period, captions=class_names(labels[:period], names))
+    columns = period * max(math.isqrt(len(images)) // period, 1)  # few classes take several columns each
+    return grid(images, columns, captions=class_names(np.resize(labels[:period], columns), names))
 
 
 def save_png(path: epath.PathLike, sheet: np.ndarray) -> None:

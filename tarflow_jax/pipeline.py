@@ -118,7 +118,7 @@ class TarFlowPipeline:
         config, devices = self.config, {str(device) for device in jax.tree.leaves(self.variables)[0].devices()}
         patch = "" if config.is_sequence else f"{config.patch_size}-"
         shape = f"{'x'.join(map(str, config.data_shape))}, {patch}{config.width}-{config.depths}"
-        noise = "unknown" if self.noise is None else str(self.noise)
+        noise = self.noise or ("none" if config.is_sequence else "unknown")
         number = sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
         return (
             f"{type(self).__name__}({shape}, {config.num_classes or 'no'} classes, noise {noise}, "
@@ -175,17 +175,29 @@ class TarFlowPipeline:
         base_size: int | None = None,
         orders: str | None = None,
         place: Callable[[Any], Any] | None = None,
+        noise_std_min: float | None = None,
         **options: Any,
     ) -> Self:
         """Loads a state dict of a PyTorch reference: TarFlow, iTARFlow or STARFlow.
 
-        See `interop.load_torch` for arguments and errors; `options` are `mesh` and `memory_bound` of the constructor.
+        See `interop.load_torch` for other arguments and errors.
+
+        Args:
+          noise_std: σ of the training noise, an iTARFlow's highest; None if unknown.
+          noise_std_min: an iTARFlow's lowest σ, where its steps of denoising end; None if unknown.
+          options: `mesh` and `memory_bound` of the constructor.
         """
         place = place or BatchRunner(options.get("mesh")).place
         config, variables = interop.load_torch(
             path, image_size, image_channels, patch_size, base_size, orders, place=place
         )
-        return cls(config, variables, None if noise_std is None else Noise("gaussian", noise_std), **options)
+        if noise_std_min is not None and not config.noise_conditional:
+            raise UserError("noise_std_min is given, but this model is of one noise level; leave it out")
+        if noise_std_min is not None:
+            noise: Noise | None = Noise("levels", std_min=noise_std_min, std_max=noise_std or 0.0)
+        else:
+            noise = None if noise_std is None else Noise("gaussian", noise_std)
+        return cls(config, variables, noise, **options)
 
     def to_torch(self, path: str | Path) -> None:
         """Writes a state dict that the PyTorch reference loads with strict=True; see `interop.save_torch`."""
@@ -524,6 +536,8 @@ class TarFlowPipeline:
         """Calls `sampling.decode`, `decode_trace` or `decode_log_prob`; `given` is what `_rows` takes after labels."""
         guidance = checked("guidance", guidance, Guidance | None)
         guidance = guidance and guidance.checked_for(self.config)
+        if guidance and self._condition_required and given[-1] is None:
+            raise UserError("guidance needs a flow fitted with drop_condition, or a null_condition")
         if isinstance(decoder, Student) and not decoder.polish:
             weight = check_student_guidance(self.require_student().config, guidance)
             images, path = self._by_student(latents, labels, weight)
@@ -661,6 +675,14 @@ class TarFlowPipeline:
 
     # Running
 
+    @functools.cached_property
+    def _condition_required(self) -> bool:
+        """Whether the flow has not learned to do without its condition: what replaces it is as initialised, zero."""
+        if not self.config.condition_dim or self.config.has_prefix:
+            return False
+        blocks = self.variables["params"].values()
+        return not any(bool(jnp.any(block["null_condition"])) for block in blocks if "null_condition" in block)
+
     def _require_images(self, method: str) -> None:
         if self.config.is_sequence:
             raise UserError(f"{method} is of images, and this model of sequences; use log_prob")
@@ -686,6 +708,11 @@ class TarFlowPipeline:
         rows = {name: images, "labels": check_labels(self.config, labels, len(images)), "noise_std": levels}
         if condition is not None:
             rows["condition"] = check_condition(self.config, condition, len(images))
+        elif self._condition_required:
+            raise UserError(
+                f"condition is missing; expected {(len(images), *self.config.condition_shape)}, "
+                "since this flow was fitted without drop_condition"
+            )
         if mask is not None:
             if not self.config.is_sequence:
                 raise UserError("a mask is for sequences; this model is of images")

@@ -135,6 +135,21 @@ def test_no_condition_is_the_null_condition_and_guidance_leads_away_from_it():
     np.testing.assert_allclose(away, pipe.decode(latents), atol=1e-4)
 
 
+def test_a_flow_that_has_seen_every_condition_is_not_used_without_one():
+    rng = np.random.default_rng(0)
+    x, condition = rng.normal(size=(64, 2)), rng.normal(size=(64, 1))
+    flow = tarflow_jax.fit(x, condition=condition, num_steps=2, batch_size=32, validation=0)
+    missing = r"condition is missing; expected \(4, 1\), since this flow was fitted without drop_condition"
+    with pytest.raises(ValueError, match=missing):
+        flow.sample(jax.random.key(0), 4)
+    with pytest.raises(ValueError, match=missing):
+        flow.log_prob(np.float32(x[:4]))
+    with pytest.raises(ValueError, match="guidance needs a flow fitted with drop_condition, or a null_condition"):
+        flow.sample(jax.random.key(0), 4, guidance=Guidance(1.0), condition=condition[:4])
+    flow = tarflow_jax.fit(x, condition=condition, num_steps=2, batch_size=32, validation=0, drop_condition=0.5)
+    assert flow.sample(jax.random.key(0), 4).shape == (4, 2)
+
+
 @pytest.mark.slow
 def test_denoising_in_steps_is_conditional_too():
     config = dataclasses.replace(SEQUENCES, noise_conditional=True)

@@ -117,6 +117,9 @@ def test_figures_name_the_classes():
     captions = np.split(columns[len(plain) :], [65, 131], axis=1)
     assert len(captions[0]) < 30
     assert all((caption < 128).sum() > 5 and (caption[:, 0] == caption[:, -1]).all() for caption in captions)
+    few = np.resize([0, 1], 36)
+    sheet = class_columns(np.zeros((36, 64, 64, 1), np.uint8), few, ("a", "b"))
+    assert sheet.shape[1] == grid(np.zeros((6, 64, 64, 1), np.uint8), columns=6).shape[1]  # not 18 rows of two
     unnamed = (("a", "b"), ("a", "b", "far too long a name"), ())  # one too few; no room
     assert all((class_columns(images[:5], labels[:5], names) == plain).all() for names in unnamed)
     for shuffled in ([0, 1, 2, 1, 0], [1] * 5):

@@ -6,6 +6,8 @@ import sys
 import numpy as np
 import pytest
 
+import commands
+from tarflow_jax import TarFlowPipeline
 from tarflow_jax.interop import load_model
 from tarflow_jax.interop.tensors import flatten
 from tarflow_jax.noise import Noise
@@ -27,6 +29,21 @@ def test_converts(load_golden, tmp_path):
     assert (saved.config, saved.noise) == (golden.config, Noise("gaussian", 0.1))
     for name, array in flatten(golden.variables).items():
         np.testing.assert_array_equal(flatten(saved.variables)[name], array)
+
+
+def test_a_flow_of_many_noise_levels_is_drawn_by_default_once_its_levels_are_known(load_golden, tmp_path):
+    golden = load_golden("noise_cond")
+    shape = [f"--image_size={golden.config.image_size[0]}", f"--image_channels={golden.config.image_channels}"]
+    shape += [f"--patch_size={golden.config.patch_size}", "--noise_std=0.3", "--noise_std_min=0.01"]
+    done = convert(f"--from_torch={golden.path}", f"--out={tmp_path / 'model'}", *shape)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert load_model(tmp_path / "model").noise == Noise("levels", std_min=0.01, std_max=0.3)
+    code, _, err = commands.run(
+        "-m", "launch.sample", f"--model={tmp_path / 'model'}", "--num_images=4", f"--out={tmp_path}"
+    )
+    assert code == 0, err
+    with pytest.raises(ValueError, match="noise_std_min is given, but this model is of one noise level"):
+        TarFlowPipeline.from_torch(load_golden("vp").path, 8, 3, 2, 0.1, noise_std_min=0.01)
 
 
 def test_errors_are_one_line(load_golden, tmp_path):

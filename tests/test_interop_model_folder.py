@@ -215,12 +215,22 @@ def test_model_card(tmp_path):
         assert row in text
 
 
-@pytest.mark.parametrize("shape", [{}, {"condition_dim": 2, "condition_kind": "tokens"}, None], ids=str)
-def test_the_code_of_a_model_card_runs(shape, tmp_path):
+@pytest.mark.parametrize(
+    ("shape", "conditions"),
+    [
+        ({}, "affine, unconditional"),
+        ({"condition_dim": 2, "condition_kind": "tokens"}, "affine, conditional on numbers [4, 2]"),
+        (None, "conditional on 3 classes"),
+    ],
+    ids=str,
+)
+def test_the_code_of_a_model_card_runs_and_it_names_the_conditions(shape, conditions, tmp_path):
     sizes = {"width": 16, "head_dim": 8, "num_blocks": 2, "layers_per_block": 1}
     config = TINY if shape is None else TarFlowConfig(sequence_shape=(4, 2), **sizes, **shape)
     TarFlowPipeline(config, tiny_variables(config), NOISE).save_pretrained(tmp_path)
-    (code,) = re.findall("```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)
+    card = (tmp_path / "README.md").read_text()
+    assert f"{conditions} |" in card
+    (code,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
     names = {}
     exec(code.replace("path/of/this/folder", str(tmp_path)), names)
     assert names["latents"].shape == (16, *config.data_shape)

@@ -310,4 +310,5 @@ def test_the_command_converts_what_is_not_square(load_golden, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     again = TarFlowPipeline.from_pretrained(tmp_path / "model")
     assert again.config == pipe.config
+    assert again.config.image_bits == 0  # latents
     chex.assert_trees_all_equal(again.variables, pipe.variables)

@@ -249,6 +249,7 @@ def _starflow_fields(
             raise ValueError("no mask of a square of tokens")
         prefixes = [shapes[name][1] for name in shapes if re.fullmatch(r"blocks\.\d+\.proj_txt\.weight", name)]
     fields = {**STARFLOW, "rotary_base_size": base_size or math.isqrt(trained), "orders": orders or "alternate"}
+    fields["image_bits"] = 0  # its images are latents
     if prefixes:
         fields |= {
             "condition_kind": "prefix",

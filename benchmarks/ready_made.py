@@ -1,0 +1,64 @@
+"""Makes a ready-made model, models/NAME, from a finished run, and measures it.
+
+    python -m benchmarks.ready_made emoji64 --workdir=runs/emoji64 --dtype=bfloat16 \
+        --command="python -m launch.train --config=configs/emoji64_levels.py --workdir=runs/emoji64"
+
+Its card has the headline figure (benchmarks/headline.py). tests/data/ready_made.npz gets two samples of the model and
+their log p, for the tests. Without --workdir, only these are made, of a model that exists.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import headline
+from launch import reproduction
+from tarflow_jax import TarFlowPipeline, TextToImage
+
+RECORDED = Path("tests/data/ready_made.npz")
+
+
+def save(name: str, workdir: Path, dtype: str, command: str) -> None:
+    """Writes the folder, measures it, and writes it again with the figures."""
+    flow, folder = TarFlowPipeline.from_pretrained(workdir), Path("models", name)
+    model = flow if flow.config.image_bits else TextToImage.around(flow, workdir)
+    start = json.loads((workdir / "starts.jsonl").read_text().splitlines()[-1])
+    machine = "{cores} core(s) of an {processor}, JAX {jax}, commit {commit:.7}, {time:.10}".format(**start)
+    training = {**flow.card["training"], "command": command, "machine": machine}
+    card: dict[str, Any] = {"name": name, "training": training}
+    model.save_pretrained(folder, dtype=dtype, card=card)
+    if name in headline.MODELS:
+        claim, rows = headline.MODELS[name], headline.measured(name, seeds=3)
+        figure = (
+            f"{claim.figure}, launch.evaluate {' '.join(claim.flags)}, seeds {', '.join(str(r['seed']) for r in rows)}"
+        )
+        found = {figure: ", ".join(f"{headline.figure_of(row):.4g}" for row in rows)}
+        model.save_pretrained(folder, dtype=dtype, card=card | {"metrics": {**flow.card["metrics"], **found}})
+
+
+def record(name: str) -> None:
+    """Adds what a model draws, and its log p, to those that the tests compare."""
+    drawn = reproduction.draw(TarFlowPipeline.from_pretrained(name))
+    with np.load(RECORDED) as file:
+        others = {key: value for key, value in file.items() if not key.startswith(f"{name}/")}
+    np.savez_compressed(RECORDED, **others, **{f"{name}/{key}": value for key, value in drawn.items()})
+
+
+def main() -> None:
+    """Makes one model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="of the model")
+    parser.add_argument("--workdir", type=Path, help="of the run")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the weights")
+    parser.add_argument("--command", default="", help="that trained it, for the card")
+    args = parser.parse_args()
+    if args.workdir:
+        save(args.name, args.workdir, args.dtype, args.command)
+    record(args.name)
+
+
+if __name__ == "__main__":
+    main()
