@@ -100,7 +100,7 @@ class TextToImage:
         if self.text:
             parts["text encoder"] = f"{self.text.length} embeddings of {self.text.dim} a caption"
         self.flow.save_pretrained(folder, **options | {"card": {"parts": parts, **(options.get("card") or {})}})
-        self.autoencoder.save_pretrained(folder / "autoencoder")
+        self.autoencoder.save_pretrained(folder / "autoencoder", dtype=options.get("dtype", "float32"))
         if self.text:
             self.text.save(folder / "text")
         fields = {"format": FORMAT, "guidance": (self.guidance or Guidance()).to_dict()}

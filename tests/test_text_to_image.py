@@ -174,6 +174,12 @@ def test_a_trained_flow_draws_from_captions(trained, tmp_path):
     np.testing.assert_array_equal(again(["cat 2", "dog 3"], num_images=2), images)
     assert again.guidance == pipe.guidance
     assert TarFlowPipeline.from_pretrained(tmp_path / "saved").config == pipe.flow.config
+    weights = tmp_path / "saved" / "autoencoder" / "diffusion_pytorch_model.safetensors"
+    size = weights.stat().st_size
+    pipe.save_pretrained(tmp_path / "saved", dtype="bfloat16")
+    assert weights.stat().st_size < 0.6 * size
+    rounded = TextToImage.from_pretrained(tmp_path / "saved")(["cat 2", "dog 3"], num_images=2)
+    assert 0 < np.abs(rounded - images).max() < 0.2
     pipe.flow.save_pretrained(tmp_path / "saved")
     with pytest.raises(UserError, match="is a flow alone"):
         TextToImage.from_pretrained(tmp_path / "saved")

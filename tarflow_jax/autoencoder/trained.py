@@ -48,9 +48,13 @@ class Autoencoder:
         config, params = read_folder(Path(checked("folder", folder, str | os.PathLike)))
         return cls(dataclasses.replace(config, dtype=dtype), params, **options)
 
-    def save_pretrained(self, folder: epath.PathLike) -> None:
-        """Writes a folder that diffusers' AutoencoderKL.from_pretrained can load: both files, or none."""
-        write_folder(epath.Path(checked("folder", folder, str | os.PathLike)), self.config, self.params, self.tile)
+    def save_pretrained(self, folder: epath.PathLike, *, dtype: str = "float32") -> None:
+        """Writes a folder that diffusers' AutoencoderKL.from_pretrained can load: both files, or none.
+
+        `dtype` is that of the saved weights, float32 or bfloat16.
+        """
+        folder = epath.Path(checked("folder", folder, str | os.PathLike))
+        write_folder(folder, self.config, self.params, self.tile, dtype)
 
     def encode(self, images: Any, key: jax.Array | None = None) -> jax.Array:
         """Returns latents, float32 [B, h, w, Z]: the posterior's mean, or a sample drawn with a key of `jax.random`.

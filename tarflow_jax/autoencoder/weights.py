@@ -46,7 +46,9 @@ def read_folder(folder: Path) -> tuple[AutoencoderConfig, dict[str, Any]]:
     return config, _read_params(folder / WEIGHTS, config)
 
 
-def write_folder(folder: epath.Path, config: AutoencoderConfig, params: Any, sample_size: int) -> None:
+def write_folder(
+    folder: epath.Path, config: AutoencoderConfig, params: Any, sample_size: int, dtype: str = "float32"
+) -> None:
     """Writes both files, or none; `sample_size` is the side of diffusers' tiles in pixels."""
     if (folder / CONFIG).exists():
         _read_config(folder / CONFIG)  # UserError if it is another model's
@@ -61,10 +63,11 @@ def write_folder(folder: epath.Path, config: AutoencoderConfig, params: Any, sam
         flat[f"{last}/kernel"][..., config.latent_channels :] = 0
         flat[f"{last}/bias"][config.latent_channels :] = 2 * math.log(config.latent_std)
     flat = {_torch_name(name): array.transpose(_TO_TORCH[array.ndim]) for name, array in flat.items()}
+    flat = {name: np.ascontiguousarray(array, jnp.dtype(dtype)) for name, array in flat.items()}
     with replacing(folder / CONFIG) as text, replacing(folder / WEIGHTS) as weights:
         text.write((json.dumps(fields, indent=2) + "\n").encode())
         text.flush()  # a full disk fails here, before the first file appears
-        weights.write(safetensors.numpy.save(jax.tree.map(np.ascontiguousarray, flat), {"format": "pt"}))
+        weights.write(safetensors.numpy.save(flat, {"format": "pt"}))
 
 
 def _constant(config: AutoencoderConfig) -> dict[str, Any]:
