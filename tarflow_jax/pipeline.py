@@ -678,7 +678,7 @@ class TarFlowPipeline:
     @functools.cached_property
     def _condition_required(self) -> bool:
         """Whether the flow has not learned to do without its condition: what replaces it is as initialised, zero."""
-        if not self.config.condition_dim or self.config.has_prefix:
+        if not self.config.condition_dim or self.config.has_prefix or is_traced(self.variables):
             return False
         blocks = self.variables["params"].values()
         return not any(bool(jnp.any(block["null_condition"])) for block in blocks if "null_condition" in block)
