@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from commands import ROOT
 from damage import full_disk
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.interop import load_torch, save_torch
@@ -321,6 +322,12 @@ def test_missing_torch_says_what_to_install(small_file, monkeypatch):
 def test_importing_needs_no_extra():
     code = "import sys; sys.modules.update(torch=None); import tarflow_jax; print('fine')"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "fine\n"
+
+
+def test_drawing_imports_neither_torch_nor_what_only_training_needs():
+    unwanted = {"torch", "tensorflow", "tensorboardX", "grain"}
+    code = f"import sys; from launch import sample; print({unwanted} & {{*sys.modules}})"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT) == "set()\n"
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
-import grain
 import numpy as np
 
 from tarflow_jax.data.sequences import SequenceSource
@@ -46,6 +45,8 @@ def train_batches(
       rows: the rows of each batch to read (`runtime.Rows.local`); None reads all.
       num_workers: number of threads that read ahead; 0 reads in the caller's thread.
     """
+    import grain  # takes a third of a second, and only training needs it
+
     rows = np.arange(batch_size) if rows is None else np.asarray(rows)
     order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     order = grain.MapDataset.range(len(source)).shuffle(order_seed).repeat()

@@ -1,4 +1,7 @@
-"""Writes a run's metrics as JSON lines and TensorBoard events, and measures its steps per second."""
+"""Writes a run's metrics as JSON lines and TensorBoard events, and measures its steps per second.
+
+Functions import tensorboardX as they need it: where PyTorch is installed, it takes a second to import that, too.
+"""
 
 import contextlib
 import json
@@ -12,9 +15,6 @@ from typing import IO, Any
 
 import numpy as np
 from etils import epath
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.record_writer import RecordWriter, register_writer_factory
-from tensorboardX.summary import scalar
 
 from tarflow_jax.files import is_remote, naming, replacing, write_text
 
@@ -29,6 +29,10 @@ class MetricsWriter:
 
     def __init__(self, workdir: epath.PathLike, start_step: int) -> None:
         """Opens the files and drops lines after `start_step`, because the run repeats these steps."""
+        from tensorboardX.proto.event_pb2 import SessionLog
+        from tensorboardX.record_writer import RecordWriter, register_writer_factory
+
+        register_writer_factory("gs", types.SimpleNamespace(open=_ObjectWriter))
         self._path = epath.Path(workdir) / METRICS
         self._remote = is_remote(self._path)
         kept = "".join(f"{line}\n" for line in _lines(workdir) if _step_of(line) <= start_step)
@@ -48,6 +52,8 @@ class MetricsWriter:
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Writes scalars, and vectors (one value per block, for example) as lists."""
+        from tensorboardX.summary import scalar
+
         values = {name: np.asarray(value).astype(float).tolist() for name, value in metrics.items()}
         line = json.dumps({"step": step, **values}) + "\n"
         with naming(self._path):
@@ -69,6 +75,8 @@ class MetricsWriter:
             self._lines.close()
 
     def _add_event(self, step: int, **content: Any) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+
         self._events.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
 
 
@@ -86,9 +94,6 @@ class _ObjectWriter:
             file.write(self._content)
 
     close = flush
-
-
-register_writer_factory("gs", types.SimpleNamespace(open=_ObjectWriter))
 
 
 def last_step(workdir: epath.PathLike) -> float:
