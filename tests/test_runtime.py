@@ -32,6 +32,8 @@ from tarflow_jax.runtime import (
 )
 from tarflow_jax.runtime.cores import usable_cores
 from tarflow_jax.runtime.environment import commit_of
+from tarflow_jax.runtime.parameters import variables_shapes
+from tarflow_jax.runtime.sharding import summary
 from tiny_models import LABELS, TINY, images_of, random_variables
 
 ROOT = Path(__file__).parent.parent
@@ -202,6 +204,15 @@ def test_each_core_is_a_device_and_each_device_has_its_rows():
         environment = os.environ | {"XLA_FLAGS": flags}
         out = subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, env=environment, text=True)
         assert list(map(int, out.split())) == [count, count]
+
+
+def test_the_log_has_a_table_of_shardings_only_where_parameters_are_sharded():
+    shapes, devices = variables_shapes(TINY), jax.devices()[:2]
+    tree = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    assert summary(make_mesh(devices=devices), tree) == "mesh: data 2 x fsdp 1 x tensor 1; parameters are replicated"
+    lines = summary(make_mesh(fsdp=2, devices=devices), tree).splitlines()
+    assert lines[0] == "mesh: data 1 x fsdp 2 x tensor 1"
+    assert any(line.split()[0] == "params/block_*/layers/qkv/kernel" and "fsdp" in line for line in lines[1:])
 
 
 def test_an_environment_names_release_commit_and_machine(tmp_path):

@@ -49,14 +49,16 @@ def gathered(block_params: Any) -> Any:
 
 
 def summary(mesh: Mesh, tree: Any) -> str:
-    """Returns a table with a line for each kind of leaf: number of leaves, total size and mesh axes."""
+    """Returns the mesh and, if it shards leaves, a line for each kind: number of leaves, total size and mesh axes."""
+    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    if mesh.shape["fsdp"] == mesh.shape["tensor"] == 1:
+        return f"mesh: {shape}; parameters are replicated"
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name = re.sub(r"block_\d+", "block_*", leaf_name(path))
         spec = _spec(mesh, leaf_name(path), leaf.shape)
         axes = ", ".join("·" if axis is None else str(axis) for axis in spec) or "replicated"
         groups[name, axes].append(math.prod(leaf.shape))
-    shape = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     lines = [f"mesh: {shape}"]
     lines += [f"  {name:<48} {len(n):>3} x {sum(n):>12,}  {axes}" for (name, axes), n in groups.items()]
     return "\n".join(lines)
