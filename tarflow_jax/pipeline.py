@@ -191,12 +191,11 @@ class TarFlowPipeline:
         config, variables = interop.load_torch(
             path, image_size, image_channels, patch_size, base_size, orders, place=place
         )
-        if noise_std_min is not None and not config.noise_conditional:
-            raise UserError("noise_std_min is given, but this model is of one noise level; leave it out")
+        noise = None if noise_std is None else Noise("gaussian", noise_std)
         if noise_std_min is not None:
-            noise: Noise | None = Noise("levels", std_min=noise_std_min, std_max=noise_std or 0.0)
-        else:
-            noise = None if noise_std is None else Noise("gaussian", noise_std)
+            if not config.noise_conditional:
+                raise UserError("noise_std_min is given, but this model is of one noise level; leave it out")
+            noise = Noise("levels", std_min=noise_std_min, std_max=noise_std or 0.0)
         return cls(config, variables, noise, **options)
 
     def to_torch(self, path: str | Path) -> None:

@@ -127,12 +127,11 @@ def _pages_of(navigation):
 
 
 def _words(path):
-    """Counts the words of a page, code included, or of a notebook's Markdown cells; lines of tables are none."""
-    texts = [path.read_text()]
-    if path.suffix == ".ipynb":
-        cells = json.loads(path.read_text())["cells"]
-        texts = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
-    return sum(len([word for word in text.split() if word.strip("|-")]) for text in texts)
+    """Counts the words of a page, or of a notebook's Markdown cells."""
+    if path.suffix != ".ipynb":
+        return len(path.read_text().split())
+    cells = json.loads(path.read_text())["cells"]
+    return sum(len("".join(cell["source"]).split()) for cell in cells if cell["cell_type"] == "markdown")
 
 
 def _found(pattern):

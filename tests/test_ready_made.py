@@ -79,8 +79,10 @@ def test_a_config_that_names_another_number_of_classes_is_refused(package, tmp_p
 def test_a_ready_made_model_draws_the_samples_and_has_the_log_prob_that_it_had(name):
     drawn = reproduction.draw(TarFlowPipeline.from_pretrained(name))
     recorded = np.load(DATA / "ready_made.npz")  # by benchmarks/ready_made.py
-    error = np.linalg.norm(drawn["samples"] - recorded[f"{name}/samples"])
-    assert error <= 1e-4 * np.linalg.norm(recorded[f"{name}/samples"])
+    samples = recorded[f"{name}/samples"]
+    assert np.linalg.norm(drawn["samples"] - samples) <= 1e-4 * np.linalg.norm(samples)
+    if name != "emoji64":  # single pixels of which differ by 2e-4 between compiler options
+        np.testing.assert_allclose(drawn["samples"], samples, atol=1e-4)
     np.testing.assert_allclose(drawn["log_prob"], recorded[f"{name}/log_prob"], rtol=1e-4)
 
 

@@ -248,8 +248,12 @@ def _starflow_fields(
         if slots != others or math.isqrt(trained) ** 2 != trained or not 0 < trained <= slots:
             raise ValueError("no mask of a square of tokens")
         prefixes = [shapes[name][1] for name in shapes if re.fullmatch(r"blocks\.\d+\.proj_txt\.weight", name)]
-    fields = {**STARFLOW, "rotary_base_size": base_size or math.isqrt(trained), "orders": orders or "alternate"}
-    fields["image_bits"] = 0  # its images are latents
+    fields = {
+        **STARFLOW,
+        "image_bits": 0,  # its images are latents
+        "rotary_base_size": base_size or math.isqrt(trained),
+        "orders": orders or "alternate",
+    }
     if prefixes:
         fields |= {
             "condition_kind": "prefix",
