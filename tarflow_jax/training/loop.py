@@ -168,6 +168,8 @@ class _Run:
             self.profile.enter_context(jax.profiler.trace(str(self.profile_folder)))
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             state, metrics = self.program(self.state, images, labels, self.key, self.frozen)
+        if self._running is None and not self._last:
+            self.bar.unpause()  # its estimate leaves out the compilation before the first step
         self.settle()
         self.step, self.state, self._running = number, state, metrics
         self.bar.update()
