@@ -427,7 +427,8 @@ class TarFlowPipeline:
     ) -> Any:
         """Denoises what `decode` drew: in one step or, if noise-conditional, by `method` or the default one."""
         if method is None and self.config.noise_conditional:
-            method = DEFAULT_DENOISING
+            is_image = self.config.image_bits > 0  # latents and arrays are not limited to [-1, 1]
+            method = dataclasses.replace(DEFAULT_DENOISING, clip=is_image)
         return self.denoise(
             images, labels, self.drawn_level, multiplier, method, key, return_trajectory, condition, mask
         )

@@ -132,8 +132,8 @@ class TextToImage:
           key: for the latents; None is `jax.random.key(0)`.
           labels: int [B], of a flow with classes.
           decoder: see `TarFlowPipeline.decode`.
-          denoise: apply Tweedie's formula to the latents; None does so unless the autoencoder's decoder has learned to
-            remove noise (`noise_std`).
+          denoise: apply Tweedie's formula to the latents; None does so if they have more noise than the autoencoder's
+            decoder has learned to remove (`noise_std`).
 
         Returns:
           float32 [B, H, W, K] in about [-1, 1]; the images of one caption are consecutive.
@@ -147,7 +147,7 @@ class TextToImage:
             raise UserError(f"prompts are {shown(prompts)}; this flow was trained with {expected}")
         num_images = num_images if condition is None else len(condition)
         if denoise is None:
-            denoise = self.flow.noise_std is not None and not self.autoencoder.config.noise_std
+            denoise = (self.flow.noise_std or 0) > self.autoencoder.config.noise_std
         latents = self.flow.sample(
             jax.random.key(0) if key is None else key,
             num_images,

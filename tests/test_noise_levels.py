@@ -203,6 +203,8 @@ def test_what_leaves_the_range_is_clipped_on_the_way():
     unclipped = pipe.sample(key, 3, LABELS, denoise=IterativeDenoising(4, levels="log"))
     assert float(jnp.abs(unclipped).max()) > 1.1
     assert float(jnp.abs(pipe.sample(key, 3, LABELS)).max()) <= 1
+    of_latents = TarFlowPipeline(dataclasses.replace(CONDITIONAL, image_bits=0), pipe.variables, LEVELS)
+    np.testing.assert_array_equal(of_latents.sample(key, 3, LABELS), unclipped)
 
 
 @pytest.mark.slow

@@ -70,6 +70,8 @@ def test_packed_latents_are_those_of_the_images(captioned, autoencoder, tmp_path
         captions = [text for texts in wordings for text in texts]
         assert [texts[0] for texts in found.captions[:number]] == captions
         np.testing.assert_array_equal(values.condition, TEXT(captions))
+        if split == "train":
+            assert [texts[0] for texts in found.captions[number:]] == [f"moved, {text}" for text in captions]
     assert found.image_shape == (8, 8, 4)
     train_set = data.open_source(name, "train")
     copy = train_set.read([len(train_set) // 2])[0].mean
@@ -197,12 +199,15 @@ def test_parts_that_do_not_fit_are_refused(trained, autoencoder):
         TextToImage(pipe.flow, Autoencoder(wider, params), TEXT)
 
 
-def test_a_decoder_that_removes_noise_needs_no_denoising(trained, autoencoder):
+@pytest.mark.parametrize(("removed", "denoise"), [(0.25, False), (0.2, True)])
+def test_latents_are_denoised_unless_the_decoder_removes_their_noise(trained, autoencoder, removed, denoise):
     pipe = TextToImage.from_pretrained(trained)
-    robust = Autoencoder(dataclasses.replace(SMALL, noise_std=0.3), autoencoder.params)
+    assert pipe.flow.noise_std == 0.25
+    robust = Autoencoder(dataclasses.replace(SMALL, noise_std=removed), autoencoder.params)
     images = TextToImage(pipe.flow, robust, TEXT)("cat 2", num_images=2, guidance=Guidance())
-    raw = pipe("cat 2", num_images=2, guidance=Guidance(), denoise=False)
-    np.testing.assert_allclose(images, raw, atol=1e-5)
+    expected, other = (pipe("cat 2", 2, Guidance(), denoise=value) for value in (denoise, not denoise))
+    np.testing.assert_allclose(images, expected, atol=1e-5)
+    assert np.abs(images - other).max() > 1e-3
 
 
 @pytest.mark.slow

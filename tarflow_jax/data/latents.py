@@ -34,6 +34,7 @@ from tarflow_jax.noise import to_float
 MANIFEST, FORMAT = "manifest.json", "tarflow_jax latents 1"
 IMAGES_AT_A_TIME, CAPTIONS_AT_A_TIME = 64, 256
 MAX_SCALE, MAX_SHIFT = 0.1, 0.05  # of an augmented copy, as a fraction of the image's side
+MOVED = "moved, "  # begins a copy's captions, so that a flow does not draw copies where it is asked for originals
 
 
 class Latents(NamedTuple):
@@ -128,12 +129,13 @@ def pack_latents(
       embed: captions -> float32 [B, L, E]; None leaves captions out.
       text_shape: (L, E), or () without `embed`.
       fingerprint: identifies the encoders; with the sources' fingerprints, it identifies the set.
-      copies: number of randomly shifted and scaled copies of each training image to encode too.
+      copies: number of randomly shifted and scaled copies of each training image to encode too. Their captions begin
+        with "moved".
 
     Raises UserError if the folder holds another set or captions are missing.
     """
     contents = [source.fingerprint + repr(source.captions) * bool(embed) for source in sources.values()]
-    fingerprint = hashlib.sha256(repr((fingerprint, copies, contents)).encode()).hexdigest()
+    fingerprint = hashlib.sha256(repr((fingerprint, copies, MOVED, contents)).encode()).hexdigest()
     if (folder / MANIFEST).exists():
         if read_manifest(folder)["fingerprint"] != fingerprint:
             raise UserError(f"{folder} holds other latents; remove it, or choose another folder")
@@ -149,14 +151,19 @@ def pack_latents(
         texts = list(source.captions) if embed else [("",)] * len(source)
         if split == "test":
             texts = [wordings[:1] for wordings in texts]
-        known = {text: number for number, text in enumerate(dict.fromkeys(itertools.chain(*texts)))}
+        moved_texts = [[MOVED + text for text in wordings] for wordings in texts] if count > len(source) else []
+        known = {text: number for number, text in enumerate(dict.fromkeys(itertools.chain(*texts, *moved_texts)))}
         if embed:
             captions = functools.partial(_embedded, list(known), embed)
             file, shape = folder / f"{split}-text.npy", (len(known), *text_shape)
             _fill([file], shape, fingerprint, CAPTIONS_AT_A_TIME, captions)
             write_text(folder / f"{split}-captions.json", json.dumps(list(known)) + "\n")
         labels, size = source.all_labels(), len(source)
-        rows = [(i, known[text] if embed else -1, labels[i % size]) for i in range(count) for text in texts[i % size]]
+        rows = [
+            (i, known[text] if embed else -1, labels[i % size])
+            for i in range(count)
+            for text in (texts[i] if i < size else moved_texts[i % size])
+        ]
         _save(folder / f"{split}-rows.npy", np.array(rows, np.int32))
         hashes = [sha256(folder / f"{split}-{name}.npy") for name in ("mean", "std", "rows")]
         sizes = {"images": count, "captions": len(known), "rows": len(rows)}
