@@ -66,7 +66,7 @@ CLASSIFICATION_DRAWS = flags.DEFINE_integer(
 OUTLIERS = flags.DEFINE_string("outliers", None, "Out-of-distribution data set.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 50_000, "Number of samples for each setting.", lower_bound=2)
 GUIDANCE = flags.DEFINE_list("guidance", ["0"], "Guidance weights w, one setting each.")
-DENOISE = flags.DEFINE_list("denoise", None, "True, false or both; default: true for Gaussian training noise.")
+DENOISE = flags.DEFINE_list("denoise", None, "True, false or both; default: as launch.sample does.")
 MULTIPLIER = cli.define_number("denoise_multiplier", 1.0, "Factor of the score in denoising.")
 INCEPTION = flags.DEFINE_string("inception", None, "PyTorch file of FID's weights; default: train a classifier.")
 REFERENCE = flags.DEFINE_string("reference", None, "File (npz) of reference statistics, instead of a split.")
@@ -340,7 +340,7 @@ def measure_samples(evaluation: Evaluation, metrics: list[str]) -> tuple[list[di
     counts, labels = label_counts(pipe.config.num_classes, source)
     if captions:
         counts, labels = np.ones(len(captions), np.int64), f"{len(captions)} captions in turn"
-    settings = sample_settings(pipe.noise_std is not None)
+    settings = sample_settings(evaluation.whole.denoises if evaluation.whole else pipe.noise_std is not None)
     folders = [draw(evaluation, guidance, denoise, counts) for guidance, denoise in settings]
     if jax.process_index():
         return [], {}

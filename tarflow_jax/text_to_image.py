@@ -55,6 +55,11 @@ class TextToImage:
             raise UserError(f"the text encoder makes {found}, the flow's prefix is {flow.config.condition_shape}")
         self.flow, self.autoencoder, self.text, self.guidance = flow, autoencoder, text, guidance
 
+    @property
+    def denoises(self) -> bool:
+        """Whether the flow's latents have more noise than the decoder has learned to remove."""
+        return (self.flow.noise_std or 0) > self.autoencoder.config.noise_std
+
     @classmethod
     def from_pretrained(cls, name: epath.PathLike, **options: Any) -> Self:
         """Loads what `save_pretrained` wrote, a model of the hub, or the workdir of a flow over packed latents.
@@ -132,8 +137,7 @@ class TextToImage:
           key: for the latents; None is `jax.random.key(0)`.
           labels: int [B], of a flow with classes.
           decoder: see `TarFlowPipeline.decode`.
-          denoise: apply Tweedie's formula to the latents; None does so if they have more noise than the autoencoder's
-            decoder has learned to remove (`noise_std`).
+          denoise: apply Tweedie's formula to the latents; None is `denoises`.
 
         Returns:
           float32 [B, H, W, K] in about [-1, 1]; the images of one caption are consecutive.
@@ -146,14 +150,12 @@ class TextToImage:
             expected = "captions" if self.flow.config.has_prefix else "no captions"
             raise UserError(f"prompts are {shown(prompts)}; this flow was trained with {expected}")
         num_images = num_images if condition is None else len(condition)
-        if denoise is None:
-            denoise = (self.flow.noise_std or 0) > self.autoencoder.config.noise_std
         latents = self.flow.sample(
             jax.random.key(0) if key is None else key,
             num_images,
             labels,
             guidance or self.guidance,
-            denoise,
+            self.denoises if denoise is None else denoise,
             decoder=decoder,
             condition=condition,
             null_condition=None if self.text is None else self.text([""])[0],

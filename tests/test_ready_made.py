@@ -88,7 +88,7 @@ def test_a_ready_made_model_draws_the_samples_and_has_the_log_prob_that_it_had(n
 
 def test_ready_made_models_are_in_the_clone_and_small():
     assert set(model_folder.ready_made()) == set(READY_MADE)
-    sizes = [sum(file.stat().st_size for file in folder.iterdir()) for folder in model_folder.ready_made().values()]
+    sizes = [sum(file.stat().st_size for file in folder.rglob("*")) for folder in model_folder.ready_made().values()]
     judges = [path.with_name("model.safetensors").stat().st_size for path in model_folder.shipped(JUDGES).values()]
     assert max(sizes) <= 12e6
     assert max(judges) <= 2.5e6
