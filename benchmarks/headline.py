@@ -53,6 +53,7 @@ class Headline(NamedTuple):
 MODELS = {
     "digits": Headline("digits", 10_000),
     "digits_likelihood": Headline("digits"),
+    "fashion_mnist": Headline("fashion_mnist", 10_000, Guidance(1.5)),
     "emoji64": Headline("emoji64", 1_000, Guidance(2.0, schedule="constant")),
 }
 

@@ -66,7 +66,7 @@ def class_swap(pipe: TarFlowPipeline, guidance: Guidance) -> np.ndarray:
     clean = np.asarray(pipe.denoise_drawn(drawn, every)).reshape(len(SOURCES), classes, *pipe.config.image_shape)
     originals = test.images[list(SOURCES)][:, None]
     sheet = np.concatenate([originals, to_uint8(clean)], axis=1).reshape(-1, *pipe.config.image_shape)
-    return grid(enlarge(sheet, SIDE), classes + 1, captions=["original", *test.class_names])
+    return grid(enlarge(sheet, SIDE), classes + 1, captions=["original", *test.label_names])
 
 
 def ten_samples(name: str, guidance: Guidance) -> jax.Array:

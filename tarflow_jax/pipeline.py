@@ -425,10 +425,9 @@ class TarFlowPipeline:
         condition: Any = None,
         mask: Any = None,
     ) -> Any:
-        """Denoises what `decode` drew: in one step or, if noise-conditional, by `method` or the default one."""
-        if method is None and self.config.noise_conditional:
-            is_image = self.config.image_bits > 0  # latents and arrays are not limited to [-1, 1]
-            method = dataclasses.replace(DEFAULT_DENOISING, clip=is_image)
+        """Denoises what `decode` drew by `method`; None is one step, for images at many levels several."""
+        if method is None and self.config.noise_conditional and self.config.image_bits:
+            method = DEFAULT_DENOISING
         return self.denoise(
             images, labels, self.drawn_level, multiplier, method, key, return_trajectory, condition, mask
         )

@@ -118,9 +118,9 @@ def test_a_second_sigterm_does_not_keep_a_run_from_saving(monkeypatch):
     monkeypatch.setattr(os, "_exit", exits.append)
     with PreemptionGuard() as guard:
         for _ in range(2):  # Slurm sends it twice at once when it preempts without a grace time
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         assert (guard.signal, exits) == (signal.SIGTERM, [])
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         assert exits == [130]
 
 
