@@ -28,7 +28,7 @@ from tarflow_jax.sampling import GaussSeidelJacobi
 from tarflow_jax.training import Recipe
 
 NUM_SAMPLES, TIMED, REPEATS = 1000, (1, 16), 5
-CAPTIONS = Path(__file__).with_name("emoji_captions.txt")  # of training images that emoji64 has too
+CAPTIONS = Path(__file__).with_name("emoji_captions.txt")  # of NUM_SAMPLES random drawings of Google's
 NEW = (
     "a green heart with a face", "a blue apple", "a red cat", "a purple banana", "a black sun", "a yellow rocket",
     "a heart on fire", "a dog with a hat", "a pink tree", "a white pizza", "a green moon with a face", "a blue rose",
@@ -93,7 +93,7 @@ def main() -> None:
     shown = middle(guidances)
     pipe, recipe = TextToImage.from_pretrained(args.workdir, best=True), Recipe.from_workdir(args.workdir)
     draw_pictures(pipe, recipe, shown, args.out)
-    captions = CAPTIONS.read_text().splitlines()[:NUM_SAMPLES]
+    captions = CAPTIONS.read_text().splitlines()
     metrics, key = SampleMetrics("emoji64"), jax.random.key(0)
 
     def draw(count: int, guidance: Guidance, decoder: Any = None) -> jax.Array:

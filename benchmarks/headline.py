@@ -33,7 +33,6 @@ class Headline(NamedTuple):
     data_set: str
     num_samples: int = 0
     guidance: Guidance = Guidance(0.0)
-    captions: str = ""  # file of captions, of training images; none for labels
 
     @property
     def figure(self) -> str:
@@ -45,9 +44,8 @@ class Headline(NamedTuple):
         """Flags of launch.evaluate."""
         if not self.num_samples:
             return ["--metrics=bits_per_dim", "--dequantisation_draws=10"]
-        found = ["--metrics=fid,precision_recall", "--denoise=true", f"--num_samples={self.num_samples}"]
-        found += [f"--guidance={self.guidance.weight:g}", f"--guidance_schedule={self.guidance.schedule}"]
-        return found + [f"--prompts={self.captions}"] * bool(self.captions)
+        guided = [f"--guidance={self.guidance.weight:g}", f"--guidance_schedule={self.guidance.schedule}"]
+        return ["--metrics=fid,precision_recall", "--denoise=true", f"--num_samples={self.num_samples}", *guided]
 
 
 MODELS = {

@@ -170,6 +170,11 @@ class Evaluation:
             found = [texts[0] for texts in self.images(REFERENCE_SPLIT.value).captions]
         return [found[i] for i in np.random.default_rng(0).permutation(len(found))]
 
+    @property
+    def denoises(self) -> bool:
+        """Whether samples are denoised by default."""
+        return self.whole.denoises if self.whole else self.pipe.noise_std is not None
+
     def outliers(self) -> ImageSource:
         return open_source(OUTLIERS.value, SPLIT.value, data_dir=self.data_dir)
 
@@ -223,7 +228,7 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
             inception_network(os.path.expanduser(INCEPTION.value))
         if REFERENCE.value:
             distances.read_reference(os.path.expanduser(REFERENCE.value))
-        for guidance, denoise in sample_settings(pipe.noise_std is not None):
+        for guidance, denoise in sample_settings(evaluation.denoises):
             guidance = guidance.checked_for(pipe.config)
             if cli.draws_clean_images():
                 check_student_guidance(pipe.require_student().config, guidance)
@@ -340,7 +345,7 @@ def measure_samples(evaluation: Evaluation, metrics: list[str]) -> tuple[list[di
     counts, labels = label_counts(pipe.config.num_classes, source)
     if captions:
         counts, labels = np.ones(len(captions), np.int64), f"{len(captions)} captions in turn"
-    settings = sample_settings(evaluation.whole.denoises if evaluation.whole else pipe.noise_std is not None)
+    settings = sample_settings(evaluation.denoises)
     folders = [draw(evaluation, guidance, denoise, counts) for guidance, denoise in settings]
     if jax.process_index():
         return [], {}

@@ -41,7 +41,7 @@ GUIDANCE = cli.define_number(
     "guidance", None, "Guidance weight w, 0 for none; default: 0, or with --prompt the model's own."
 )
 cli.define_guidance_flags()
-DENOISE = flags.DEFINE_bool("denoise", None, "Denoise the samples; default: if the training noise was Gaussian.")
+DENOISE = flags.DEFINE_bool("denoise", None, "Denoise; default: for Gaussian noise that no decoder removes.")
 MULTIPLIER = cli.define_number("denoise_multiplier", 1.0, "Factor of the score in denoising.")
 STEPS = flags.DEFINE_integer(
     "denoise_steps", None, "Number of denoising steps, evenly spaced in log σ; noise-conditional models.", lower_bound=1

@@ -144,26 +144,23 @@ def pack_latents(
     for split, source in sources.items():
         if embed and not source.captions:
             raise UserError(f"{source.name} has no captions in its {split} split; leave --text_encoder out")
-        count = len(source) * (1 + (copies if split == "train" else 0))
+        num_copies = copies if split == "train" else 0
+        count = len(source) * (1 + num_copies)
         images = functools.partial(_encoded, source, encode)
         files = [folder / f"{split}-{name}.npy" for name in ("mean", "std")]
         _fill(files, (count, *latent_shape), fingerprint, IMAGES_AT_A_TIME, images)
         texts = list(source.captions) if embed else [("",)] * len(source)
         if split == "test":
             texts = [wordings[:1] for wordings in texts]
-        moved_texts = [[MOVED + text for text in wordings] for wordings in texts] if count > len(source) else []
-        known = {text: number for number, text in enumerate(dict.fromkeys(itertools.chain(*texts, *moved_texts)))}
+        texts += [tuple(MOVED + text for text in wordings) for wordings in texts] * num_copies
+        known = {text: number for number, text in enumerate(dict.fromkeys(itertools.chain(*texts)))}
         if embed:
             captions = functools.partial(_embedded, list(known), embed)
             file, shape = folder / f"{split}-text.npy", (len(known), *text_shape)
             _fill([file], shape, fingerprint, CAPTIONS_AT_A_TIME, captions)
             write_text(folder / f"{split}-captions.json", json.dumps(list(known)) + "\n")
         labels, size = source.all_labels(), len(source)
-        rows = [
-            (i, known[text] if embed else -1, labels[i % size])
-            for i in range(count)
-            for text in (texts[i] if i < size else moved_texts[i % size])
-        ]
+        rows = [(i, known[text] if embed else -1, labels[i % size]) for i in range(count) for text in texts[i]]
         _save(folder / f"{split}-rows.npy", np.array(rows, np.int32))
         hashes = [sha256(folder / f"{split}-{name}.npy") for name in ("mean", "std", "rows")]
         sizes = {"images": count, "captions": len(known), "rows": len(rows)}
