@@ -63,6 +63,8 @@ def fit(
     Raises:
       ValueError: values that are not finite, constant columns, mismatched shapes, or a mask with holes.
     """
+    if not (math.isfinite(noise) and noise >= 0):
+        raise UserError(f"noise is {noise}; expected a standard deviation, 0 or more")
     data = SequenceSource(x, condition, mask, labels)
     config = TarFlowConfig(**SHAPE | data.shape | shape)
     rng_key, *keys = jax.random.split(jax.random.key(0) if key is None else key, 3)

@@ -218,6 +218,8 @@ TABLE = np.random.default_rng(0).normal(size=(40, 3))
         ({"condition": TABLE[:, :1] * np.nan}, "condition is nan in row 0, column 0"),
         ({"mask": np.ones((40, 3), bool)}, "x is a table"),
         ({"labels": np.full(40, -1)}, "expected integers"),
+        ({"noise": np.nan}, "noise is nan; expected a standard deviation"),
+        ({"noise": -0.1}, "noise is -0.1"),
     ],
 )
 def test_fit_names_what_is_wrong_with_the_data(arguments, message):

@@ -73,7 +73,10 @@ class ImageSource(abc.ABC):
     @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hexadecimal) of the images and labels, independent of where they are stored."""
-        described = (len(self), self.image_shape, self.label_names, self.preprocessing, self._content)
+        return self._fingerprint_with(self._content)
+
+    def _fingerprint_with(self, content: str) -> str:
+        described = (len(self), self.image_shape, self.label_names, self.preprocessing, content)
         return hashlib.sha256(repr(described).encode()).hexdigest()
 
     def class_counts(self) -> np.ndarray:
@@ -133,8 +136,7 @@ class ArraySource(ImageSource):
     def fingerprint(self) -> str:
         digest = hashlib.sha256(np.ascontiguousarray(self.images).data)
         digest.update(np.ascontiguousarray(self.labels).data)
-        self._content = digest.hexdigest()
-        return super().fingerprint
+        return self._fingerprint_with(digest.hexdigest())
 
 
 class Item(NamedTuple):
