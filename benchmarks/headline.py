@@ -33,6 +33,7 @@ class Headline(NamedTuple):
     data_set: str
     num_samples: int = 0
     guidance: Guidance = Guidance(0.0)
+    captions: str = ""  # file of captions, of training images; none for labels
 
     @property
     def figure(self) -> str:
@@ -44,8 +45,9 @@ class Headline(NamedTuple):
         """Flags of launch.evaluate."""
         if not self.num_samples:
             return ["--metrics=bits_per_dim", "--dequantisation_draws=10"]
-        guided = [f"--guidance={self.guidance.weight:g}", f"--guidance_schedule={self.guidance.schedule}"]
-        return ["--metrics=fid,precision_recall", "--denoise=true", f"--num_samples={self.num_samples}", *guided]
+        found = ["--metrics=fid,precision_recall", "--denoise=true", f"--num_samples={self.num_samples}"]
+        found += [f"--guidance={self.guidance.weight:g}", f"--guidance_schedule={self.guidance.schedule}"]
+        return found + [f"--prompts={self.captions}"] * bool(self.captions)
 
 
 MODELS = {
@@ -53,6 +55,7 @@ MODELS = {
     "digits_likelihood": Headline("digits"),
     "fashion_mnist": Headline("fashion_mnist", 10_000, Guidance(1.5)),
     "emoji64": Headline("emoji64", 1_000, Guidance(2.0, schedule="constant")),
+    "emoji64_text": Headline("emoji64", 1_000, Guidance(2.0, schedule="constant"), "benchmarks/emoji_captions.txt"),
 }
 
 

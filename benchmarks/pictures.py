@@ -21,10 +21,18 @@ from tarflow_jax.files import replacing
 from tarflow_jax.flow import block_orders, from_tokens, to_tokens
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance
+from tarflow_jax.text_to_image import TextToImage
 
 ROWS, SIDE = 2, 84  # of the animation; pixels of an image
 MODEL_COLUMNS = 10
 FRAMES_A_BLOCK, FRAMES_HELD = 12, 15
+CAPTIONS = [
+    f"{caption}, google"
+    for caption in (
+        "red heart", "green apple", "grinning face", "woman with red hair", "flag of Japan", "waving hand",
+        "blue book", "cat face", "orange circle", "pizza",
+    )
+]  # fmt: skip
 SOURCES = (0, 2, 19, 13, 6, 23)  # test images
 
 
@@ -61,13 +69,20 @@ def class_swap(pipe: TarFlowPipeline, guidance: Guidance) -> np.ndarray:
     return grid(enlarge(sheet, SIDE), classes + 1, captions=["original", *test.label_names])
 
 
+def ten_samples(name: str, guidance: Guidance) -> jax.Array:
+    """A sample of each class or caption."""
+    flow = TarFlowPipeline.from_pretrained(name)
+    if flow.config.image_bits == 0:
+        return TextToImage.around(flow, name)(CAPTIONS, guidance=guidance)
+    labels = example_labels(flow.config.num_classes, MODEL_COLUMNS)
+    return flow.sample(jax.random.key(0), MODEL_COLUMNS, labels, guidance)
+
+
 def models() -> np.ndarray:
     """A row for each ready-made model of images."""
     rows, titles = [], []
     for name, claim in headline.MODELS.items():
-        pipe = TarFlowPipeline.from_pretrained(name)
-        labels = example_labels(pipe.config.num_classes, MODEL_COLUMNS)
-        drawn = enlarge(to_uint8(pipe.sample(jax.random.key(0), MODEL_COLUMNS, labels, claim.guidance)), SIDE)
+        drawn = enlarge(to_uint8(ten_samples(name, claim.guidance)), SIDE)
         margin = SIDE - drawn.shape[1]
         around = (margin // 2, margin - margin // 2)
         drawn = np.pad(drawn, ((0, 0), around, around, (0, 0)), constant_values=255)

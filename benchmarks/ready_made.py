@@ -9,22 +9,28 @@ their log p, for the tests. Without --workdir, only these are made, of a model t
 
 import argparse
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from benchmarks import headline
 from launch import reproduction
 from tarflow_jax import TarFlowPipeline, TextToImage
+from tarflow_jax.text import WordVectors, words_of
+from tarflow_jax.training import Recipe
 
-RECORDED = Path("tests/data/ready_made.npz")
+RECORDED, PICTURE = Path("tests/data/ready_made.npz"), "samples.png"
 
 
 def save(name: str, workdir: Path, dtype: str, command: str) -> None:
     """Writes the folder, measures it, and writes it again with the figures."""
     flow, folder = TarFlowPipeline.from_pretrained(workdir), Path("models", name)
     model = flow if flow.config.image_bits else TextToImage.around(flow, workdir)
+    if isinstance(model, TextToImage) and isinstance(model.text, WordVectors):
+        model.text = with_words_of(model.text, Recipe.from_workdir(workdir).source("train").captions)
     start = json.loads((workdir / "starts.jsonl").read_text().splitlines()[-1])
     machine = "{cores} core(s) of an {processor}, JAX {jax}, commit {commit:.7}, {time:.10}".format(**start)
     training = {**flow.card["training"], "command": command, "machine": machine}
@@ -37,6 +43,15 @@ def save(name: str, workdir: Path, dtype: str, command: str) -> None:
         )
         found = {figure: ", ".join(f"{headline.figure_of(row):.4g}" for row in rows)}
         model.save_pretrained(folder, dtype=dtype, card=card | {"metrics": {**flow.card["metrics"], **found}})
+    with Image.open(folder / PICTURE) as picture:  # 256 colours are a third of the bytes
+        picture.quantize(256).save(folder / PICTURE, optimize=True)
+
+
+def with_words_of(text: WordVectors, captions: Iterable[Sequence[str]]) -> WordVectors:
+    """The vectors of the captions' words alone, for a small file."""
+    used = {word for wordings in captions for caption in wordings for word in words_of(caption)}
+    kept = [row for row, word in enumerate(text.words) if word in used]
+    return WordVectors(tuple(text.words[row] for row in kept), text.table[kept], text.length)
 
 
 def record(name: str) -> None:
