@@ -54,6 +54,7 @@ MODELS = {
     "digits": Headline("digits", 10_000),
     "digits_likelihood": Headline("digits"),
     "fashion_mnist": Headline("fashion_mnist", 10_000, Guidance(1.5)),
+    "fashion_mnist_likelihood": Headline("fashion_mnist"),
     "emoji64": Headline("emoji64", 1_000, Guidance(2.0, schedule="constant")),
     "emoji64_text": Headline("emoji64", 1_000, Guidance(2.0, schedule="constant"), "benchmarks/emoji_captions.txt"),
 }

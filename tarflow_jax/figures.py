@@ -82,7 +82,7 @@ def grid(
         sheet.paste(to_pil(tile), (left + column * column_width, row * row_height))
     for row, title in enumerate(titles):
         place = (left - _TITLE_GAP, row * row_height + row_height // 2)
-        draw.text(place, title, "black", title_font, anchor="rm")
+        draw.text(place, title, "black", title_font, anchor="rm", align="right")
     for column, caption in enumerate(captions if caption_font else ()):
         place = (left + column * column_width + width // 2, bottom + _CAPTION_GAP + caption_font.size)
         draw.text(place, caption, "black", caption_font, anchor="ms")

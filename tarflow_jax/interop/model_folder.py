@@ -42,7 +42,15 @@ VERSION = 1
 CONFIG, WEIGHTS, CARD, STUDENT = "config.json", "model.safetensors", "README.md", "student"
 _DTYPES = ("float32", "bfloat16")
 _MAX_BLOCKS, _MAX_CONFIG_BYTES = 1 << 12, 1 << 20
-READY_MADE = ("digits", "digits_likelihood", "fashion_mnist", "emoji64", "emoji64_text", "two_moons")
+READY_MADE = (
+    "digits",
+    "digits_likelihood",
+    "fashion_mnist",
+    "fashion_mnist_likelihood",
+    "emoji64",
+    "emoji64_text",
+    "two_moons",
+)
 HUB_OWNER = "tarflow-jax"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Everything that a model folder may hold; no other file is downloaded or uploaded.
