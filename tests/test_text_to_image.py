@@ -122,8 +122,7 @@ def small_recipe(name, **train_fields):
     config = emoji64_text.get_config("smoke")
     shape = {"image_channels": 4, "patch_size": 2, "width": 32, "head_dim": 16, "num_blocks": 2}
     config.model.update({**shape, "condition_length": 3, "condition_dim": 8, "num_classes": 2})
-    config.model.noise_conditional = False
-    config.noise.update({"kind": "gaussian", "std": 0.25, "std_min": 0.0, "std_max": 0.0})
+    config.noise.std = 0.25
     config.data.update({"source": name, "num_workers": 0})
     fields = {"num_steps": 4, "batch_size": 8, "checkpoint_every": 2, "log_every": 1, "evaluate_every": 4}
     config.train.update({**fields, "sample_every": 0, **train_fields})
