@@ -61,7 +61,7 @@ def fit(
       The flow; `card["metrics"]` has the mean log p of the held-out rows, in nats.
 
     Raises:
-      ValueError: values that are not finite, constant columns, mismatched shapes, or a mask with holes.
+      ValueError: values that are not finite, constant columns, mismatched shapes, a mask with holes, or negative noise.
     """
     if not (math.isfinite(noise) and noise >= 0):
         raise UserError(f"noise is {noise}; expected a standard deviation, 0 or more")

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 
+import chex
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -197,7 +198,7 @@ def test_it_reads_the_old_names_of_attention(tmp_path):
             tensors[old] = array
 
     edit_tensors(tmp_path / "vae", age)
-    jax.tree.map(np.testing.assert_array_equal, Autoencoder.from_pretrained(tmp_path).params, expected)
+    chex.assert_trees_all_equal(Autoencoder.from_pretrained(tmp_path).params, expected)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -206,7 +207,7 @@ def test_it_reads_half_precision(dtype, tiny, copy):
         copy, lambda tensors: tensors.update({name: x.astype(jnp.dtype(dtype)) for name, x in tensors.items()})
     )
     rounded = jax.tree.map(lambda x: x.astype(dtype).astype(jnp.float32), tiny.params)
-    jax.tree.map(np.testing.assert_array_equal, Autoencoder.from_pretrained(copy).params, rounded)
+    chex.assert_trees_all_equal(Autoencoder.from_pretrained(copy).params, rounded)
 
 
 def test_old_configs_lack_fields(tiny, copy):

@@ -92,6 +92,7 @@ def test_ready_made_models_are_in_the_clone_and_small():
     judges = [path.with_name("model.safetensors").stat().st_size for path in model_folder.shipped(JUDGES).values()]
     assert max(sizes) <= 12e6
     assert max(judges) <= 2.5e6
+    assert sum(judges) <= 4.2e6
     assert sum(sizes) <= 40e6
 
 
