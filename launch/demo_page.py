@@ -274,7 +274,7 @@ def _figures(model: DemoModel, found: Inspection) -> str:
     elif noise.kind == "uniform":
         unit = "of 8-bit data, under uniform dequantisation"
     else:
-        unit = f"of the image with {noise} noise; compares only under the same"
+        unit = "of the noisy image; comparable only at the same noise level"
     figures = [
         ("log p(x)", f"{found.log_prob:,.1f}", "nats"),
         ("bits per dimension", f"{found.bits_per_dim:.3f}", unit),
