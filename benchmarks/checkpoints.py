@@ -1,0 +1,58 @@
+"""What the minutes of a training buy: launch.evaluate of each checkpoint that a run kept, a row each.
+
+    python -m launch.train … --workdir=DIR --config.train.checkpoint_every=2000 --config.train.keep_checkpoints=100
+    python -m benchmarks.checkpoints --workdir=DIR --rows=FILE.jsonl -- --metrics=bits_per_dim
+
+What follows `--` are flags of launch.evaluate. Minutes count from the run's first start, interruptions included. Before
+the last checkpoint the learning rate has not come down: a run that ends there does better. Steps that have a row are
+skipped.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+
+def measure(workdir: Path, step: int, flags: list[str]) -> dict[str, Any]:
+    """What launch.evaluate writes of a run whose last checkpoint is of this step."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / workdir.name
+        (run / "checkpoints").mkdir(parents=True)
+        for parent in (workdir, workdir / "checkpoints"):
+            for file in filter(Path.is_file, parent.iterdir()):
+                shutil.copy2(file, run / file.relative_to(workdir))
+        shutil.copytree(workdir / "checkpoints" / str(step), run / "checkpoints" / str(step))
+        subprocess.run([sys.executable, "-m", "launch.evaluate", f"--workdir={run}", *flags], check=True)
+        return json.loads(next((run / "evaluation").glob("*.json")).read_text())
+
+
+def main() -> None:
+    """Measures the checkpoints that have no row yet."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True, help="a training run's folder")
+    parser.add_argument("--rows", type=Path, required=True, help="file to append to")
+    parser.add_argument("flags", nargs="+", help="flags of launch.evaluate, after --")
+    args = parser.parse_args()
+    began = datetime.fromisoformat(json.loads((args.workdir / "starts.jsonl").read_text().splitlines()[0])["time"])
+    rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
+    done = {row["step"] for row in rows}
+    for step in sorted(int(path.name) for path in (args.workdir / "checkpoints").glob("[0-9]*")):
+        if step in done:
+            continue
+        found = measure(args.workdir, step, args.flags)
+        saved = (args.workdir / "checkpoints" / str(step)).stat().st_mtime
+        about = {name: found["environment"][name] for name in ("processor", "cores", "commit")}
+        row = {"step": step, "minutes": round((saved - began.timestamp()) / 60), **found["results"], **about}
+        print(row, flush=True)
+        with args.rows.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
