@@ -1,6 +1,6 @@
-"""Draws docs/lab/noise_levels.md's picture: flows of one and of many noise levels, from the same latents, step by step.
+"""Draws docs/lab/noise_levels.md's picture: flows of one and of many noise levels, from the same latents.
 
-python -m benchmarks.noise_levels_picture --one=runs/fashion_mnist --many=runs/fashion_mnist_levels --out=FILE.png
+python -m benchmarks.noise_levels_picture --one=runs/fashion_mnist --many=fashion_mnist --out=FILE.png
 """
 
 import argparse
@@ -10,29 +10,35 @@ import jax
 import numpy as np
 
 from launch.cli import example_labels
-from tarflow_jax.figures import grid, save_png, to_uint8
+from tarflow_jax.figures import enlarge, grid, save_png, to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance
 
+SIDE = 84  # pixels of an image
+
 
 def main() -> None:
-    """Draws two images of each class, and a row for each state they pass."""
+    """Draws an image of each class: a row noisy, and rows denoised."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--one", required=True, help="a run with a single noise level")
-    parser.add_argument("--many", required=True, help="a run with many, of the same data")
+    parser.add_argument("--one", required=True, help="a run or model with a single noise level")
+    parser.add_argument("--many", required=True, help="one with many, of the same data")
     parser.add_argument("--guidance", type=float, nargs=2, default=[0.7, 1.5], help="their weights")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     one, many = map(TarFlowPipeline.from_pretrained, (args.one, args.many))
-    labels = example_labels(one.config.num_classes, 2 * one.config.num_classes)
+    labels = example_labels(one.config.num_classes, one.config.num_classes)
     latents = one.latents(jax.random.key(0), len(labels))
     drawn = one.decode(latents, labels, Guidance(args.guidance[0]))
-    rows = {f"one level: drawn, noise {one.noise_std:g}": drawn, "denoised": one.denoise_drawn(drawn, labels)}
     noisy = many.decode(latents, labels, Guidance(args.guidance[1]), noise_std=many.drawn_level)
     _, path = many.denoise_drawn(noisy, labels, return_trajectory=True)
-    rows |= {f"many levels: drawn, noise {many.noise_std:g}": noisy}
-    rows |= {f"after step {number} of {len(path) - 1}": path[number] for number in range(1, len(path))}
-    sheet = np.concatenate([to_uint8(np.asarray(images)) for images in rows.values()])
+    rows = {
+        f"one level: drawn, noise {one.noise_std:g}": drawn,
+        "denoised in 1 step": one.denoise_drawn(drawn, labels),
+        f"many levels: drawn, noise {many.noise_std:g}": noisy,
+        "after step 1": path[1],
+        f"after step {len(path) - 1}": path[-1],
+    }
+    sheet = np.concatenate([enlarge(to_uint8(np.asarray(images)), SIDE) for images in rows.values()])
     save_png(args.out, grid(sheet, len(labels), titles=list(rows)))
 
 
