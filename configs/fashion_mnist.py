@@ -3,11 +3,11 @@
 python -m launch.train --config=configs/fashion_mnist.py --workdir=runs/fashion_mnist
 
 Measured 2026-11-26 (commit 95cf614), float32, jax 0.10.2, 2 cores of an Intel Xeon (512-bit units, 2 MB of level-2
-cache a core): 15 minutes with its figures, 93 ms a step of 16 images. Seeds 1 and 2 (2026-11-30): test loss
--1.447; Fréchet distance (judge's features) 6.06, 5.66 (10,000 samples, guidance 0.7, denoised). The likelihood variant
+cache a core): 15 minutes with its figures, 93 ms a step of 16 images. Seeds 1 to 3 (2026-11-30): test loss -1.447;
+Fréchet distance (judge's features) 6.06, 5.66, 6.25 (10,000 samples, guidance 0.7, denoised). The likelihood variant
 (configs/fashion_mnist.py:likelihood) reaches 3.414 bits/dim on the 10,000 test images (mean of seeds 1 to 5, 3.405 to
-3.422; standard error 0.009; launch.evaluate --metrics=bits_per_dim). docs/howto/evaluate.md explains the figures.
-With patches of 2 (models/fashion_mnist_likelihood, 26,000 steps of 8 images, 97 minutes) it reaches 3.07 bits/dim.
+3.422; standard error 0.009; launch.evaluate --metrics=bits_per_dim). docs/howto/evaluate.md explains the figures. With
+patches of 2 (models/fashion_mnist_likelihood, 26,000 steps of 8 images, 97 minutes) it reaches 3.07 bits/dim.
 configs/fashion_mnist_levels.py draws better images (distance 3.6) in about the same time.
 """
 
