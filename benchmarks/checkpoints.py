@@ -11,25 +11,20 @@ skipped.
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+from benchmarks.common import evaluate
 
 
 def measure(workdir: Path, step: int, flags: list[str]) -> dict[str, Any]:
     """What launch.evaluate writes of a run whose last checkpoint is of this step."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / workdir.name
-        (run / "checkpoints").mkdir(parents=True)
-        for parent in (workdir, workdir / "checkpoints"):
-            for file in filter(Path.is_file, parent.iterdir()):
-                shutil.copy2(file, run / file.relative_to(workdir))
-        shutil.copytree(workdir / "checkpoints" / str(step), run / "checkpoints" / str(step))
-        subprocess.run([sys.executable, "-m", "launch.evaluate", f"--workdir={run}", *flags], check=True)
-        return json.loads(next((run / "evaluation").glob("*.json")).read_text())
+        shutil.copytree(workdir, run, ignore=lambda _, names: {x for x in names if x.isdigit() and x != str(step)})
+        return evaluate(f"--workdir={run}", *flags)
 
 
 def main() -> None:

@@ -5,10 +5,13 @@ import csv
 import dataclasses
 import json
 import platform
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -135,3 +138,10 @@ def add_row(path: Path, row: dict[str, object]) -> None:
         if not begun:
             writer.writeheader()
         writer.writerow(row)
+
+
+def evaluate(*flags: str) -> dict[str, Any]:
+    """What launch.evaluate writes with these flags: results, protocol and environment."""
+    with tempfile.TemporaryDirectory() as out:
+        subprocess.run([sys.executable, "-m", "launch.evaluate", f"--out={out}", *flags], check=True)
+        return json.loads(next(Path(out).glob("*.json")).read_text())

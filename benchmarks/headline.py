@@ -9,15 +9,13 @@ the lines `<!-- headline -->` and `<!-- end -->` of README.md and docs/results.m
 import argparse
 import json
 import re
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.common import evaluate
 from tarflow_jax import Guidance, TarFlowPipeline
 from tarflow_jax.fingerprint import fingerprint
 
@@ -62,11 +60,8 @@ MODELS = {
 
 def measure(name: str, seed: int) -> dict[str, Any]:
     """A row: the results and the protocol that launch.evaluate writes."""
-    with tempfile.TemporaryDirectory() as out:
-        command = ["-m", "launch.evaluate", f"--model={name}", f"--data={MODELS[name].data_set}"]
-        command += [f"--seed={seed}", f"--out={out}", *MODELS[name].flags]
-        subprocess.run([sys.executable, *command], check=True)
-        found = json.loads(next(Path(out).glob("*.json")).read_text())
+    claim = MODELS[name]
+    found = evaluate(f"--model={name}", f"--data={claim.data_set}", f"--seed={seed}", *claim.flags)
     return {"model": name, "seed": seed, "date": time.strftime("%Y-%m-%d"), **found}
 
 

@@ -9,12 +9,11 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from benchmarks.pictures import SIDE
 from launch.cli import example_labels
 from tarflow_jax.figures import enlarge, grid, save_png, to_uint8
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance
-
-SIDE = 84  # pixels of an image
 
 
 def main() -> None:
