@@ -3,9 +3,9 @@
     python -m launch.train … --workdir=DIR --config.train.checkpoint_every=2000 --config.train.keep_checkpoints=100
     python -m benchmarks.checkpoints --workdir=DIR --rows=FILE.jsonl -- --metrics=bits_per_dim
 
-What follows `--` are flags of launch.evaluate. Minutes count from the run's first start, interruptions included. Before
-the last checkpoint the learning rate has not come down: a run that ends there does better. Steps that have a row are
-skipped.
+What follows `--` are flags of launch.evaluate. Minutes are those of training, from each start of the run to the
+checkpoint from which the next one went on. Before the last checkpoint the learning rate has not come down: a run that
+ends there does better. Steps that have a row are skipped.
 """
 
 import argparse
@@ -27,6 +27,18 @@ def measure(workdir: Path, step: int, flags: list[str]) -> dict[str, Any]:
         return evaluate(f"--workdir={run}", *flags)
 
 
+def minutes(workdir: Path, step: int) -> float:
+    """How long the run trained until its checkpoint of this step, interruptions left out."""
+    starts = [json.loads(line) for line in (workdir / "starts.jsonl").read_text().splitlines()]
+    ends = [start["step"] for start in starts[1:]] + [step]
+    seconds = 0.0
+    for start, end in zip(starts, ends, strict=True):
+        if start["step"] < min(end, step):
+            saved = (workdir / "checkpoints" / str(min(end, step))).stat().st_mtime
+            seconds += saved - datetime.fromisoformat(start["time"]).timestamp()
+    return seconds / 60
+
+
 def main() -> None:
     """Measures the checkpoints that have no row yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -34,16 +46,14 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, required=True, help="file to append to")
     parser.add_argument("flags", nargs="+", help="flags of launch.evaluate, after --")
     args = parser.parse_args()
-    began = datetime.fromisoformat(json.loads((args.workdir / "starts.jsonl").read_text().splitlines()[0])["time"])
     rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
     done = {row["step"] for row in rows}
     for step in sorted(int(path.name) for path in (args.workdir / "checkpoints").glob("[0-9]*")):
         if step in done:
             continue
         found = measure(args.workdir, step, args.flags)
-        saved = (args.workdir / "checkpoints" / str(step)).stat().st_mtime
         about = {name: found["environment"][name] for name in ("processor", "cores", "commit")}
-        row = {"step": step, "minutes": round((saved - began.timestamp()) / 60), **found["results"], **about}
+        row = {"step": step, "minutes": round(minutes(args.workdir, step)), **found["results"], **about}
         print(row, flush=True)
         with args.rows.open("a") as file:
             file.write(json.dumps(row) + "\n")
