@@ -26,6 +26,7 @@ import paramax
 from flowjax.distributions import Normal
 
 import tarflow_jax
+from benchmarks.common import json_lines
 
 BATCH_SIZE = 256
 NUM_VALIDATIONS = 40
@@ -226,7 +227,7 @@ def compare(
 
     `measure` maps method, setting, seconds and seed to a row.
     """
-    known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    known = json_lines(file)
 
     def row(method: str, setting: dict[str, Any], seconds: float, seed: int) -> dict[str, Any]:
         asked = {"target": name, "method": method, "setting": setting, "budget": seconds, "seed": seed}

@@ -23,6 +23,7 @@ import numpy as np
 from scipy import stats
 
 import tarflow_jax
+from benchmarks.common import json_lines
 
 NUM_CHAINS = 1000
 NUM_SAMPLES = 10_000
@@ -171,7 +172,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="chains and fits of each system")
     parser.add_argument("--rows", type=Path, default=Path("docs/results/boltzmann.jsonl"), help="file to append to")
     args = parser.parse_args()
-    done = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
+    done = json_lines(args.rows)
     for name in args.systems.split(","):
         for seed in range(args.seeds):
             asked = {"system": name, "seed": seed, "num_steps": args.num_steps}

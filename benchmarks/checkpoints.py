@@ -16,7 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import evaluate
+from benchmarks.common import evaluate, json_lines
 
 
 def measure(workdir: Path, step: int, flags: list[str]) -> dict[str, Any]:
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, required=True, help="file to append to")
     parser.add_argument("flags", nargs="+", help="flags of launch.evaluate, after --")
     args = parser.parse_args()
-    rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
+    rows = json_lines(args.rows)
     done = {row["step"] for row in rows}
     for step in sorted(int(path.name) for path in (args.workdir / "checkpoints").glob("[0-9]*")):
         if step in done:

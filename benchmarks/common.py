@@ -1,4 +1,4 @@
-"""Shared by the speed benchmarks: shapes, FLOPs, alternating timings, the table and its JSON."""
+"""Shared by benchmarks: shapes, FLOPs, alternating timings, tables and their JSON, and calls of launch.evaluate."""
 
 import argparse
 import csv
@@ -138,6 +138,11 @@ def add_row(path: Path, row: dict[str, object]) -> None:
         if not begun:
             writer.writeheader()
         writer.writerow(row)
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSON-lines file, [] if there is none."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def evaluate(*flags: str) -> dict[str, Any]:

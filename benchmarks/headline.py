@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.common import evaluate
+from benchmarks.common import evaluate, json_lines
 from tarflow_jax import Guidance, TarFlowPipeline
 from tarflow_jax.fingerprint import fingerprint
 
@@ -93,7 +93,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 def measured(name: str, seeds: int) -> list[dict[str, Any]]:
     """Rows of a model's present weights, by sampling seed; adds the missing ones to the file."""
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    rows = json_lines(ROWS)
     weights = fingerprint(TarFlowPipeline.from_pretrained(name).variables)
     ours = [row for row in rows if (row["model"], row["protocol"]["fingerprint"]) == (name, weights)]
     found = {row["seed"]: row for row in ours}

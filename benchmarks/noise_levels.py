@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.common import json_lines
 from benchmarks.sample_metrics import SampleMetrics
 from tarflow_jax.evaluation.generation import labels_in_proportion
 from tarflow_jax.pipeline import TarFlowPipeline
@@ -80,7 +81,7 @@ def main() -> None:
     pipe = TarFlowPipeline.from_pretrained(args.workdir)
     metrics = SampleMetrics(Recipe.from_workdir(args.workdir).config.data.source)
     path = Path(args.rows)
-    done = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    done = json_lines(path)
     for line in Path(args.queue).read_text().splitlines():
         setting = json.loads(line)
         about = {"run": Path(args.workdir).name, **{k: v for k, v in setting.items() if k != "denoising"}}

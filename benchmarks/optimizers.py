@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.common import json_lines
+
 WINDOWS = 20
 WARM_UP = 5  # steps before the clock starts
 HOPELESS = 20.0  # a loss
@@ -119,15 +121,10 @@ def training(recipe: Any) -> Iterator[dict[str, Any]]:
     }
 
 
-def lines(path: Path) -> list[dict[str, Any]]:
-    """A JSON-lines file's objects."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-
-
 def next_run(queue: Path, rows: Path) -> tuple[dict[str, Any], int] | None:
     """The first trial and seed without a row."""
-    done = {(row["name"], row["seed"]) for row in lines(rows)}
-    for trial in lines(queue):
+    done = {(row["name"], row["seed"]) for row in json_lines(rows)}
+    for trial in json_lines(queue):
         for seed in trial.pop("seeds", [0]):
             if (trial["name"], seed) not in done:
                 return trial, seed

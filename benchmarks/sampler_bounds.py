@@ -19,6 +19,7 @@ from typing import Any
 import jax
 from matplotlib.figure import Figure
 
+from benchmarks.common import json_lines
 from benchmarks.hlo_traffic import RATES, compiled_text, roofline
 from tarflow_jax.planning import Topology, open_topology, prepare
 from tarflow_jax.runtime.parameters import params_shapes
@@ -35,7 +36,7 @@ def main() -> None:
     parser.add_argument("--topology", help="such as v5e:4x4 or h100:8")
     parser.add_argument("--plot", type=Path, help="plot the rows to this file")
     args = parser.parse_args()
-    rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
+    rows = json_lines(args.rows)
     if args.plot:
         draw(rows, args.plot)
         return

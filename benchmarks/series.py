@@ -16,6 +16,7 @@ import numpy as np
 from scipy.linalg import solve_discrete_lyapunov
 
 import tarflow_jax
+from benchmarks.common import json_lines
 
 MAX_LENGTH, MIN_LENGTH = 30, 5
 DECAY = np.array([[0.9, -0.3], [0.2, 0.8]])
@@ -75,7 +76,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="fits")
     parser.add_argument("--rows", type=Path, default=Path("docs/results/series.jsonl"), help="file to append to")
     args = parser.parse_args()
-    done = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
+    done = json_lines(args.rows)
     for seed in range(args.seeds):
         asked = {"seed": seed, "num_steps": args.num_steps}
         if not any(asked.items() <= row.items() for row in done):
