@@ -32,7 +32,7 @@ from configs.sweeps.small import SEEDS
 from launch.cli import example_labels
 from tarflow_jax.data import open_source
 from tarflow_jax.evaluation import classification
-from tarflow_jax.flow import TarFlow, TarFlowConfig, block
+from tarflow_jax.flow import Conditioning, TarFlow, TarFlowConfig, block
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Jacobi
 from tarflow_jax.training import Recipe
@@ -87,7 +87,7 @@ def whole_log_det(config: TarFlowConfig, variables: Any, image: jax.Array, label
     """log |det d latents / d image|, nats, of the Jacobian of all pixels; image [H, W, K], label [1]."""
 
     def forward(x: jax.Array) -> jax.Array:
-        return TarFlow(config).apply(variables, x[None], label)[0].ravel()
+        return TarFlow(config).apply(variables, x[None], Conditioning(label))[0].ravel()
 
     jacobian = np.asarray(jax.jit(jax.jacrev(forward))(image), np.float64).reshape(config.num_dims, config.num_dims)
     return float(np.linalg.slogdet(jacobian)[1])

@@ -16,7 +16,7 @@ from tarflow_jax.data import open_source
 from tarflow_jax.evaluation.classifier import classifier_network
 from tarflow_jax.evaluation.scores import FeatureStatistics, feature_statistics, frechet_distance
 from tarflow_jax.figures import to_uint8
-from tarflow_jax.flow import FlowBlock, Given, block_orders, permute, to_tokens
+from tarflow_jax.flow import Conditioning, FlowBlock, block_orders, permute, to_tokens
 from tarflow_jax.sampling import Jacobi, Sequential
 from tarflow_jax.training import Recipe
 
@@ -87,8 +87,8 @@ def _errors(
 ) -> list[float]:
     @jax.jit
     def update(x: jax.Array) -> jax.Array:
-        affine = block.apply({"params": params}, x, order, Given(labels), method="affine_of_next")
-        return affine.of_next_token().inverse(z)
+        affine = block.apply({"params": params}, x, order, Conditioning(labels), method="predict")[0]
+        return affine.shift_right().inverse(z)
 
     x, errors = z, [float(abs(z - exact).max())]
     for _ in range(z.shape[1] - 1):

@@ -32,7 +32,7 @@ def denoised(pipe: TarFlowPipeline, images: jax.Array, labels: Any, method: dict
     """Drawn images, denoised as a setting says."""
     if "num_steps" in method:
         key = jax.random.key(1) if method.get("kind") == "sde" else None
-        return pipe.denoise_drawn(images, labels, method=IterativeDenoising(**method), key=key)
+        return pipe.denoise_samples(images, labels, method=IterativeDenoising(**method), key=key)
     for _ in range(method.get("tweedie", 0)):
         images = pipe.denoise(images, labels, noise_std=pipe.noise_std)
     return images
@@ -43,7 +43,7 @@ def samples(pipe: TarFlowPipeline, metrics: SampleMetrics, setting: dict[str, An
     labels = labels_in_proportion(metrics.train.class_counts(), setting["num_images"])
     assert labels is not None
     latents = pipe.latents(jax.random.key(setting["seed"]), len(labels))
-    return pipe.decode(latents, labels, Guidance(**setting["guidance"]), noise_std=pipe.drawn_level), labels
+    return pipe.decode(latents, labels, Guidance(**setting["guidance"]), noise_std=pipe.sampling_noise_std), labels
 
 
 def noisy_test_images(
@@ -52,7 +52,7 @@ def noisy_test_images(
     """(images, labels) of the data set, with noise of the level that samples are drawn at."""
     assert pipe.noise is not None
     images, labels = metrics.test.read(np.arange(setting["num_images"]))
-    levels = None if pipe.drawn_level is None else jnp.full(len(images), pipe.drawn_level)
+    levels = None if pipe.sampling_noise_std is None else jnp.full(len(images), pipe.sampling_noise_std)
     return pipe.noise(jax.random.key(setting["seed"]), images, levels), labels
 
 

@@ -28,11 +28,11 @@ def main() -> None:
     labels = example_labels(one.config.num_classes, one.config.num_classes)
     latents = one.latents(jax.random.key(0), len(labels))
     drawn = one.decode(latents, labels, Guidance(args.guidance[0]))
-    noisy = many.decode(latents, labels, Guidance(args.guidance[1]), noise_std=many.drawn_level)
-    _, path = many.denoise_drawn(noisy, labels, return_trajectory=True)
+    noisy = many.decode(latents, labels, Guidance(args.guidance[1]), noise_std=many.sampling_noise_std)
+    _, path = many.denoise_samples(noisy, labels, return_trajectory=True)
     rows = {
         f"one level: drawn, noise {one.noise_std:g}": drawn,
-        "denoised in 1 step": one.denoise_drawn(drawn, labels),
+        "denoised in 1 step": one.denoise_samples(drawn, labels),
         f"many levels: drawn, noise {many.noise_std:g}": noisy,
         "after step 1": path[1],
         f"after step {len(path) - 1}": path[-1],

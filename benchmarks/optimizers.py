@@ -45,10 +45,10 @@ def run_trial(trial: dict[str, Any], seed: int) -> dict[str, Any]:
     import jax
 
     from benchmarks.digits_classifier import reads
-    from tarflow_jax.evaluation.bits_per_dim import loss_of, noisy_log_prob
     from tarflow_jax.likelihood import LOG_2PI
     from tarflow_jax.pipeline import TarFlowPipeline
     from tarflow_jax.runtime import BatchRunner
+    from tarflow_jax.scoring import dataset_log_prob, loss_of
     from tarflow_jax.training import Recipe
 
     config = config_of(trial["recipe"], trial["overrides"])
@@ -62,7 +62,7 @@ def run_trial(trial: dict[str, Any], seed: int) -> dict[str, Any]:
     if row["diverged"]:
         return row
     source, runner = recipe.source("test"), BatchRunner(recipe.mesh())
-    log_probs = noisy_log_prob(runner, recipe.model, variables, source, recipe.noise, jax.random.key(0))
+    log_probs = dataset_log_prob(runner, recipe.model, variables, source, recipe.noise, jax.random.key(0))
     count = trial.get("test_images", 0) or len(source)
     row["test_loss"] = loss_of(log_probs[:count], recipe.model.num_dims)
     if recipe.noise.kind == "uniform":
@@ -78,7 +78,7 @@ def training(recipe: Any) -> Iterator[dict[str, Any]]:
 
     from tarflow_jax.data import prefetch_to_device, train_batches
     from tarflow_jax.planning.flops import program_flops
-    from tarflow_jax.runtime import Rows, use_cores_as_devices
+    from tarflow_jax.runtime import LocalBatch, use_cores_as_devices
     from tarflow_jax.training.loop import run_keys
     from tarflow_jax.training.step import compiled_step, new_state
 
@@ -87,7 +87,7 @@ def training(recipe: Any) -> Iterator[dict[str, Any]]:
     mesh = recipe.mesh()
     init_key, key = run_keys(fields.seed)
     state, step = new_state(recipe.train_config, mesh, init_key), compiled_step(recipe.train_config, mesh)
-    rows = Rows(mesh, fields.batch_size)
+    rows = LocalBatch(mesh, fields.batch_size)
     batches = train_batches(
         recipe.source("train"), batch_size=fields.batch_size, seed=fields.seed, flip=recipe.config.data.flip
     )

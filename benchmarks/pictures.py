@@ -40,7 +40,7 @@ def emerging(pipe: TarFlowPipeline, guidance: Guidance) -> list[np.ndarray]:
     """Frames of sampling, uint8 [H, W, 1 or 3]."""
     labels = example_labels(pipe.config.num_classes, ROWS * pipe.config.num_classes)
     latents = pipe.latents(jax.random.key(0), len(labels))
-    drawn = pipe.decode_trace(latents, labels, guidance, noise_std=pipe.drawn_level)
+    drawn = pipe.decode_trace(latents, labels, guidance, noise_std=pipe.sampling_noise_std)
     tokens = [np.asarray(to_tokens(pipe.config, images)) for images in np.moveaxis(drawn.trajectory, 1, 0)]
     orders = np.asarray(block_orders(pipe.config, pipe.variables))[::-1]  # blocks are inverted last to first
     frames = [np.asarray(latents)]
@@ -49,7 +49,7 @@ def emerging(pipe: TarFlowPipeline, guidance: Guidance) -> list[np.ndarray]:
             done, mixed = order[: round(share * len(order))], before.copy()
             mixed[:, done] = after[:, done]
             frames.append(np.asarray(from_tokens(pipe.config, mixed)))
-    frames += [np.asarray(pipe.denoise_drawn(drawn.images, labels))] * FRAMES_HELD
+    frames += [np.asarray(pipe.denoise_samples(drawn.images, labels))] * FRAMES_HELD
     return [grid(enlarge(to_uint8(images), SIDE), pipe.config.num_classes) for images in frames]
 
 
@@ -57,13 +57,13 @@ def class_swap(pipe: TarFlowPipeline, guidance: Guidance) -> np.ndarray:
     """A row for each test image: itself, and its latents decoded as every class."""
     test, classes = open_source("fashion_mnist", "test"), pipe.config.num_classes
     labels = test.labels[list(SOURCES)]
-    level = pipe.drawn_level
+    level = pipe.sampling_noise_std
     levels = None if level is None else np.full(len(SOURCES), level, np.float32)
     noisy = pipe.noise(jax.random.key(1), test.images[list(SOURCES)], levels)
     latents, _ = pipe.encode(noisy, labels, noise_std=level)
     every = np.tile(np.arange(classes), len(SOURCES))
     drawn = pipe.decode(np.repeat(latents, classes, axis=0), every, guidance, noise_std=level)
-    clean = np.asarray(pipe.denoise_drawn(drawn, every)).reshape(len(SOURCES), classes, *pipe.config.image_shape)
+    clean = np.asarray(pipe.denoise_samples(drawn, every)).reshape(len(SOURCES), classes, *pipe.config.image_shape)
     originals = test.images[list(SOURCES)][:, None]
     sheet = np.concatenate([originals, to_uint8(clean)], axis=1).reshape(-1, *pipe.config.image_shape)
     return grid(enlarge(sheet, SIDE), classes + 1, captions=["original", *test.label_names])

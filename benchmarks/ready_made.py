@@ -13,11 +13,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
 from benchmarks import headline
-from launch import reproduction
+from launch.cli import example_labels
 from tarflow_jax import TarFlowPipeline, TextToImage
 from tarflow_jax.text import WordVectors, words_of
 from tarflow_jax.training import Recipe
@@ -54,9 +55,18 @@ def with_words_of(text: WordVectors, captions: Iterable[Sequence[str]]) -> WordV
     return WordVectors(tuple(text.words[row] for row in kept), text.table[kept], text.length)
 
 
+def draw(pipe: TarFlowPipeline) -> dict[str, np.ndarray]:
+    """Draws two images or sequences, float32 [2, …], and computes their log p, float32 [2]."""
+    config, labels = pipe.config, example_labels(pipe.config.num_classes, 2)
+    condition = np.zeros((2, *config.condition_shape), np.float32) if config.condition_dim else None
+    samples = pipe.sample(jax.random.key(0), 2, labels, denoise=False, condition=condition)
+    log_prob = pipe.log_prob(samples, labels, pipe.sampling_noise_std, condition)
+    return {"samples": np.asarray(samples), "log_prob": np.asarray(log_prob)}
+
+
 def record(name: str) -> None:
     """Adds what a model draws, and its log p, to those that the tests compare."""
-    drawn = reproduction.draw(TarFlowPipeline.from_pretrained(name))
+    drawn = draw(TarFlowPipeline.from_pretrained(name))
     with np.load(RECORDED) as file:
         others = {key: value for key, value in file.items() if not key.startswith(f"{name}/")}
     np.savez_compressed(RECORDED, **others, **{f"{name}/{key}": value for key, value in drawn.items()})

@@ -4,7 +4,7 @@
     python -m benchmarks.rehearsal topology             # other processes and another mesh at each start
     python -m benchmarks.rehearsal faults --tries=30    # each fault at random moments of a training
 
-Rows that --rows has are skipped. Some faults need root, for a network and a disk of their own. Clock faults need
+LocalBatch that --rows has are skipped. Some faults need root, for a network and a disk of their own. Clock faults need
 LD_PRELOAD=libfaketime.so.1 DONT_FAKE_MONOTONIC=1 FAKETIME_CACHE_DURATION=1 in the environment.
 """
 
@@ -77,8 +77,6 @@ def commands(workdir: Path, mesh: str) -> dict[str, list[str]]:
     return on_mesh | {
         "sample": [*sample, f"--out={workdir}/sample"],
         "sample, student": [*sample, f"--out={workdir}/student_sample", "--decoder=student"],
-        "tune_decoder": ["launch.tune_decoder", f"--workdir={workdir}", "--num_images=10", "--guidance=1"],
-        "sample, tuned": [*sample, f"--out={workdir}/tuned_sample", "--decoder=auto"],
         "evaluate": ["launch.evaluate", f"--workdir={workdir}", *metrics],
     }
 
@@ -131,8 +129,8 @@ def difference(ours: Sequence[Any], theirs: Sequence[Any]) -> float:
     return max((float(np.abs(a - b).max() / max(np.abs(b).max(), 1)) for a, b in pairs), default=0.0)
 
 
-class Rows(list[dict[str, Any]]):
-    """Rows in a file of JSON lines."""
+class LocalBatch(list[dict[str, Any]]):
+    """LocalBatch in a file of JSON lines."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -148,7 +146,7 @@ class Rows(list[dict[str, Any]]):
             file.write(json.dumps(row) + "\n")
 
 
-def matrix(rows: Rows, folder: Path, meshes: list[str], only: list[str] | None, most: int) -> None:
+def matrix(rows: LocalBatch, folder: Path, meshes: list[str], only: list[str] | None, most: int) -> None:
     """Runs commands on each mesh in one process, two and four, `most` at most, and compares."""
     for mesh, layout in itertools.product(meshes, LAYOUTS):
         one, cell = (folder / f"{mesh} {count}x{devices}".replace(" ", "_") for count, devices in (ONE, layout))
@@ -159,10 +157,9 @@ def matrix(rows: Rows, folder: Path, meshes: list[str], only: list[str] | None, 
             keep = cell / command
             for made in (keep, {"train": cell / "run", "distill": cell / "run" / "student"}.get(command, keep)):
                 shutil.rmtree(made, ignore_errors=True)
-            alone = command == "tune_decoder"  # it does not take --distributed
-            seconds = Run(cell / "log" / command, (1, 1) if alone else layout, *arguments, keep=keep).finish()
+            seconds = Run(cell / "log" / command, layout, *arguments, keep=keep).finish()
             row: dict[str, Any] = {**key, "seconds": round(seconds, 1)}
-            if layout != ONE and not alone:
+            if layout != ONE:
                 row["losses"] = difference(figures(command, cell / "run"), figures(command, one / "run"))
                 if command != "evaluate":  # in which each process draws a share
                     row["images"] = difference(images(keep), images(one / command))
@@ -191,7 +188,7 @@ def saved_step(workdir: Path) -> int:
     return max((int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()), default=0)
 
 
-def topology(rows: Rows, folder: Path) -> None:
+def topology(rows: LocalBatch, folder: Path) -> None:
     """Continues a run of one process on two, four and one, on another mesh each time."""
     whole = undisturbed(folder, ONE, "data")
     for first in range(len(MESHES)):
@@ -307,7 +304,7 @@ def disturb(kind: str, workdir: Path, log: Path, command: list[str], random: np.
     }  # fmt: skip
 
 
-def faults(rows: Rows, folder: Path, kinds: list[str], tries: int) -> None:
+def faults(rows: LocalBatch, folder: Path, kinds: list[str], tries: int) -> None:
     """Disturbs a run by each kind of fault, in random order, lets it finish, and compares; as often as `tries`."""
     if {"connections closed", "network cut"} & set(kinds):
         new_network = 0x40000000  # CLONE_NEWNET
@@ -363,7 +360,7 @@ def main() -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_compilation_cache_dir", str(args.folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    rows, folder = Rows(args.rows), args.folder.resolve() / args.part
+    rows, folder = LocalBatch(args.rows), args.folder.resolve() / args.part
     if args.part == "matrix":
         matrix(rows, folder, args.meshes, args.commands, args.processes)
     elif args.part == "topology":

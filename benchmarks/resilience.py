@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks import common
 from tarflow_jax.data import Batch, prefetch_to_device, train_batches
-from tarflow_jax.runtime import Rows, use_cores_as_devices
+from tarflow_jax.runtime import LocalBatch, use_cores_as_devices
 from tarflow_jax.training import Checkpoints, Recipe
 from tarflow_jax.training.step import compiled_step, new_state
 
@@ -35,7 +35,7 @@ class Trainer:
         self.mesh, self.key = recipe.mesh(), jax.random.key(0)
         self.step = compiled_step(recipe.train_config, self.mesh)
         self.state = new_state(recipe.train_config, self.mesh, self.key)
-        rows = Rows(self.mesh, fields.batch_size)
+        rows = LocalBatch(self.mesh, fields.batch_size)
 
         def put(batch: Batch) -> tuple[jax.Array, jax.Array]:
             return rows.put(batch.image), rows.put(batch.label)

@@ -16,9 +16,9 @@ import numpy as np
 from tarflow_jax import TarFlowConfig
 from tarflow_jax.density import DensityTask
 from tarflow_jax.fitting import SHAPE
-from tarflow_jax.runtime import Rows, make_mesh
+from tarflow_jax.runtime import LocalBatch, make_mesh, use_mesh
 from tarflow_jax.training.optimizer import Optimizer
-from tarflow_jax.training.step import TrainConfig, compiled_step, new_state
+from tarflow_jax.training.step import TrainConfig, compiled_step, jitted_step, new_state
 from tarflow_jax.training.task import Arrays, ArrayTask
 
 BATCH_SIZE = 256
@@ -34,14 +34,14 @@ def measure(num_tokens: int, num_steps: int) -> dict[str, object]:
     config = TarFlowConfig(**SHAPE | {"sequence_shape": (num_tokens, 0)})
     mesh, key = make_mesh(devices=jax.local_devices()[:1]), jax.random.key(0)
     x = np.random.default_rng(0).standard_normal((BATCH_SIZE, num_tokens), np.float32)
-    batch = jax.tree.map(Rows(mesh, BATCH_SIZE).put, (Arrays(x), None))
+    batch = jax.tree.map(LocalBatch(mesh, BATCH_SIZE).put, (Arrays(x), None))
     tasks = {"fit": ArrayTask(config), "fit_density": DensityTask(config, log_density=log_density)}
     configs = {name: TrainConfig(task, Optimizer(1000, warmup_steps=10)) for name, task in tasks.items()}
     states = {name: new_state(each, mesh, key) for name, each in configs.items()}
     row: dict[str, object] = {"tokens": num_tokens}
     for name, each in configs.items():
-        with jax.set_mesh(mesh):
-            compiled = compiled_step(each, mesh).function.lower(states[name], *batch, key).compile()
+        with use_mesh(mesh):
+            compiled = jitted_step(each, mesh).lower(states[name], *batch, key).compile()
         row[f"{name}_mib"] = round(compiled.memory_analysis().temp_size_in_bytes / 2**20)
     seconds: dict[str, list[float]] = {name: [] for name in tasks}
     for _ in range(num_steps + 1):

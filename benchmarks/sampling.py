@@ -7,7 +7,7 @@ classes), and to denoise. Weights are untrained, which does not change the arith
 
     python -m benchmarks.sampling --decoders --workdir=DIR --batches 1 16 100 --reference=../ml-tarflow --frechet
 
-Compares decoders of a trained model; `auto` is what launch.tune_decoder found for it.
+Compares decoders of a trained model.
 """
 
 import argparse

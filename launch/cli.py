@@ -25,7 +25,7 @@ from tarflow_jax.interop import READY_MADE
 from tarflow_jax.options import described
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import Preempted, start_processes, use_compilation_cache
-from tarflow_jax.sampling import Decoder, GaussSeidelJacobi, Guidance, Jacobi, Sequential, Student, Tuned
+from tarflow_jax.sampling import Decoder, GaussSeidelJacobi, Guidance, Jacobi, Sequential, Student
 from tarflow_jax.training.loop import NonFiniteError
 from tarflow_jax.training.recipe import AUTOENCODER_GROUPS, GROUPS, STUDENT_GROUPS, config_help
 
@@ -38,7 +38,6 @@ DECODERS = {
     "sequential": Sequential(),
     "jacobi": Jacobi(),
     "gs_jacobi": GaussSeidelJacobi(num_segments=8),
-    "auto": Tuned(),
     "student": Student(),
 }
 
@@ -61,10 +60,8 @@ def run(main: Callable[[Sequence[str]], int | None], *required: str) -> None:
             logging.getLogger(chatty).setLevel(logging.WARNING)
         for repeating in ("absl", "asyncio", "concurrent.futures"):  # a failed save is logged, then raised
             logging.getLogger(repeating).addFilter(lambda record: not record.exc_info)
-        sys.unraisablehook = _but_late_callbacks
+        sys.unraisablehook = _ignore_closed_loop
         logging.getLogger("tarflow_jax").setLevel(logging.INFO)
-        logging.getLogger("gcsfs").setLevel(logging.DEBUG)
-        logging.getLogger("gcsfs").addFilter(_only_retries)
         end_at_signals()
         try:
             if argv[1:]:
@@ -72,8 +69,8 @@ def run(main: Callable[[Sequence[str]], int | None], *required: str) -> None:
             for name in required:  # not absl's check, which comes before that of the arguments
                 if flags.FLAGS[name].value is None:
                     raise UserError(f"--{name} is missing; see --help for the flags")
-            cache, given = COMPILATION_CACHE.value, jax.config.jax_compilation_cache_dir  # JAX_COMPILATION_CACHE_DIR
-            if cache != "none" and (cache or not given):
+            cache = COMPILATION_CACHE.value
+            if cache != "none" and (cache or not jax.config.jax_compilation_cache_dir):
                 use_compilation_cache(Path(cache or data_folder() / "compiled"))
             code = main(argv) or 0
             on_signals(signal.SIG_IGN)  # all is done, and Python removes its handlers before it exits
@@ -104,14 +101,8 @@ def run(main: Callable[[Sequence[str]], int | None], *required: str) -> None:
     app.run(guarded, flags_parser=_parse_flags)
 
 
-def _only_retries(record: logging.LogRecord) -> bool:
-    """Of gcsfs's log, keeps that it tries again; what it raises in the end is shown as an error."""
-    record.levelno, record.levelname = logging.WARNING, "WARNING"
-    return "retrying after exception" in record.getMessage()
-
-
-def _but_late_callbacks(event: Any) -> None:
-    """Prints an exception that nobody can catch, but for those of TensorStore's callbacks after a save has failed."""
+def _ignore_closed_loop(event: Any) -> None:
+    """Prints an exception that nobody can catch, but not those of TensorStore's callbacks after a save has failed."""
     if str(event.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(event)
 
@@ -163,13 +154,13 @@ def define_guidance_flags() -> None:
 
 def define_decoder_flags() -> None:
     """Defines --decoder and --polish."""
-    text = "Block decoder; auto: tuned by launch.tune_decoder; student: trained by launch.distill."
+    text = "Block decoder; student: trained by launch.distill."
     flags.DEFINE_enum("decoder", "sequential", list(DECODERS), text)
     text = "Fixed-point updates per block that refine the images of a student."
     flags.DEFINE_integer("polish", 0, text, lower_bound=0)
 
 
-def decoder() -> Decoder | Tuned:
+def decoder() -> Decoder:
     """Returns the decoder that --decoder and --polish select."""
     name, polish = flags.FLAGS.decoder, flags.FLAGS.polish
     if name == "student":

@@ -1,6 +1,5 @@
 """What launch.demo computes, without its page: samples, arrays of uploads, facts about a model."""
 
-import logging
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,19 +8,19 @@ import numpy as np
 from etils import epath
 
 from launch.cli import DECODERS, example_labels
+from tarflow_jax.arguments import PIXEL_WARN_LIMIT
 from tarflow_jax.data.images import decode_image, preprocess, read_file
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.generation import quantise
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.inspection import Progress
-from tarflow_jax.pipeline import FAR_OUTSIDE, TarFlowPipeline
+from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance
 from tarflow_jax.training.recipe import Recipe
 
 MAX_UPLOAD_PIXELS = 25_000_000
 IN_TURN, NO_CLASS = -2, -1  # choices of a class besides the classes
 SEED_LIMIT = 2**31 - 1
-logger = logging.getLogger(__name__)
 
 
 class Drawn(NamedTuple):
@@ -57,11 +56,6 @@ class DemoModel:
             self.class_names = [f"{name} ({label})" for label, name in enumerate(self.class_names)]
         self.choices = [("no class", NO_CLASS), *((name, label) for label, name in enumerate(self.class_names))]
         self.decoders = {"Sequential": DECODERS["sequential"], "Jacobi": DECODERS["jacobi"]}
-        try:
-            if pipe.schedule is not None:
-                self.decoders["Tuned"] = DECODERS["auto"]
-        except UserError as error:
-            logger.warning("the tuned decoder is left out: %s", error)
         self.temperature = _calibration(pipe)
         in_workdir = (path / "checkpoints").is_dir()
         preprocessing = Recipe.from_workdir(path).config.data.preprocessing if in_workdir else "none"
@@ -104,15 +98,15 @@ class DemoModel:
         latents = temperature * pipe.latents(jax.random.key(seed), count)
         blocks = pipe.config.num_blocks
         progress(0.1, f"inverting {blocks} blocks for {count} images")
-        trace = pipe.decode_trace(latents, labels, guided, self.decoders[decoder], pipe.drawn_level)
+        trace = pipe.decode_trace(latents, labels, guided, self.decoders[decoder], pipe.sampling_noise_std)
         frames = list(np.moveaxis(np.asarray(trace.trajectory), 1, 0))
         titles = ["latents", *(f"{k} of {blocks} blocks inverted" for k in range(1, blocks + 1))]
         if denoise and pipe.noise_std is not None:
             progress(0.7, "denoising")
-            frames.append(np.asarray(pipe.denoise_drawn(trace.images, labels)))
+            frames.append(np.asarray(pipe.denoise_samples(trace.images, labels)))
             titles.append("denoised")
         pictures, bad = zip(*map(quantise, frames), strict=True)
-        far = (np.abs(np.nan_to_num(frames[-1])) > FAR_OUTSIDE).any((1, 2, 3))
+        far = (np.abs(np.nan_to_num(frames[-1])) > PIXEL_WARN_LIMIT).any((1, 2, 3))
         shown = np.full(count, NO_CLASS, np.int32) if labels is None else labels
         return Drawn(shown, dict(zip(titles, pictures, strict=True)), int((bad[-1] | far).sum()))
 

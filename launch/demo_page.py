@@ -191,7 +191,7 @@ def _controls(model: DemoModel) -> tuple[list[Any], gr.Number]:
     )  # fmt: skip
     denoise = gr.Checkbox(
         True, label="Denoise",
-        info="x + σ² ∇ log p(x), Tweedie's formula" + (", in steps of σ" if model.pipe.drawn_level else ""),
+        info="x + σ² ∇ log p(x), Tweedie's formula" + (", in steps of σ" if model.pipe.sampling_noise_std else ""),
         visible=model.pipe.noise_std is not None,
     )  # fmt: skip
     return [label, guidance, attention_temperature, temperature, seed, decoder, denoise], seed

@@ -27,7 +27,7 @@ from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import PreemptionGuard, use_cores_as_devices
 from tarflow_jax.sampling import Student
 from tarflow_jax.student import TrainedStudent
-from tarflow_jax.training import Recipe, Teacher, train
+from tarflow_jax.training import Frozen, Recipe, train
 from tarflow_jax.training.loop import evaluate_loss
 from tarflow_jax.training.recipe import same_data
 from tarflow_jax.training.workdir import STUDENT, write_results
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> None:
         if jax.process_index() == 0:
             save_png(folder / "figures" / f"step_{step:07d}.png", sheet)
 
-    teacher = Teacher(pipe.variables, perception)
+    teacher = Frozen(pipe.variables, perception)
     state = train(config, folder, preview, teacher)
     with PreemptionGuard():
         error = evaluate_loss(recipe, state.sampling_variables, teacher)
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> None:
 
 def compare(pipe: TarFlowPipeline) -> np.ndarray:
     """Decodes the same latents in every way, one row each with its seconds; uint8."""
-    latents, level = pipe.latents(jax.random.key(0), COLUMNS), pipe.drawn_level
+    latents, level = pipe.latents(jax.random.key(0), COLUMNS), pipe.sampling_noise_std
     labels = cli.example_labels(pipe.config.num_classes, COLUMNS)
     tweedie = "" if pipe.noise_std is None else ", denoised"
     ways = {"exact": (None, ""), f"exact{tweedie}": (None, tweedie), "student": (Student(), "")}
@@ -100,7 +100,7 @@ def compare(pipe: TarFlowPipeline) -> np.ndarray:
         for _ in range(2):  # the first time compiles
             begin = time.perf_counter()
             images = pipe.decode(latents, labels, decoder=decoder, noise_std=level)
-            images = jax.block_until_ready(pipe.denoise_drawn(images, labels) if denoise else images)
+            images = jax.block_until_ready(pipe.denoise_samples(images, labels) if denoise else images)
         rows.append((f"{name}, {time.perf_counter() - begin:.3f} s", images))
     return grid(np.concatenate([to_uint8(images) for _, images in rows]), COLUMNS, [name for name, _ in rows])
 

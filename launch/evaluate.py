@@ -26,26 +26,26 @@ from flax.traverse_util import flatten_dict
 from jax.experimental import multihost_utils
 
 from launch import cli, end_at_signals
+from tarflow_jax.arguments import check_levels, check_student_guidance
 from tarflow_jax.data import ImageSource, LatentSource, SequenceSource, data_folder, open_arrays, open_source
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation import classification, distances, generation
-from tarflow_jax.evaluation.bits_per_dim import image_bits_per_dim, noisy_log_prob, sequence_log_prob
 from tarflow_jax.evaluation.classifier import classifier_network
 from tarflow_jax.evaluation.inception import inception_network
 from tarflow_jax.files import write_text
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.noise import to_float
-from tarflow_jax.pipeline import TarFlowPipeline, check_levels, check_student_guidance
+from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import BatchRunner, environment, make_mesh
-from tarflow_jax.sampling import Guidance, Jacobi, Student
+from tarflow_jax.sampling import Guidance
+from tarflow_jax.scoring import dataset_log_prob, image_bits_per_dim, sequence_log_prob
 from tarflow_jax.text_to_image import TextToImage
 from tarflow_jax.training import Recipe
 from tarflow_jax.training.recipe import DataOptions, same_data
 
-ALL_METRICS = ("bits_per_dim", *distances.METRICS, "classification", "outliers", "student", "log_prob")
+ALL_METRICS = ("bits_per_dim", *distances.METRICS, "classification", "outliers", "log_prob")
 NUM_CANDIDATES, TUNING_IMAGES = 8, 500  # to find the noise level that classifies best
 CHUNK_SIZE = 500  # samples in a file
-STUDENT_LATENTS, JACOBI_LATENTS, POLISHES = 1000, 100, (1, 2, 4)
 
 DATA = flags.DEFINE_string("data", None, "Data set; default: the one the run was trained on.")
 PREPROCESSING = flags.DEFINE_string("preprocessing", None, "Preprocessing of --data: none, tarflow or adm.")
@@ -187,7 +187,7 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
         kind = "images; log_prob is for sequences" if of_sequences else "sequences; bits_per_dim is for images"
         raise UserError(f"{wrong[0]} is for {kind}")
     if evaluation.whole:
-        if wrong := set(metrics) & {"classification", "outliers", "student"}:
+        if wrong := set(metrics) & {"classification", "outliers"}:
             raise UserError(f"{min(wrong)} is for a flow of images; this one is of latents")
         if "bits_per_dim" in metrics and source.bits:
             raise UserError(
@@ -212,8 +212,6 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
         raise UserError("classification needs a class-conditional model, this one has no classes")
     if "classification" in metrics and not source.num_classes:
         raise UserError(f"{source.name} has no labels; classification needs them")
-    if "student" in metrics:
-        pipe.require_student()
     if "outliers" in metrics:
         if OUTLIERS.value is None:
             raise UserError("outliers needs a second data set, --outliers=NAME")
@@ -261,7 +259,7 @@ def measure_likelihood(evaluation: Evaluation) -> dict[str, Any]:
         if pipe.config.image_bits != 8:
             more["levels"] = 2**pipe.config.image_bits
     else:
-        log_probs = noisy_log_prob(runner, pipe.config, variables, source, pipe.noise, key, levels)
+        log_probs = dataset_log_prob(runner, pipe.config, variables, source, pipe.noise, key, levels)
         values = -log_probs.astype(np.float64) / pipe.config.num_dims
         unit = f"nats/dim of noisy {'latents' if evaluation.whole else 'data'}"
         more = {} if level is None else {"noise level": level}
@@ -430,61 +428,11 @@ def draw(evaluation: Evaluation, guidance: Guidance, denoise: bool, counts: np.n
     return folder
 
 
-def measure_student(evaluation: Evaluation) -> dict[str, Any]:
-    """Compares a student's images with the flow's, for the same latents and without guidance.
-
-    Returns a row for each decoder, and the updates that Jacobi decoding takes from either initial guess.
-    """
-    pipe = evaluation.pipe
-    key, latents = jax.random.key(SEED.value), pipe.latents(jax.random.key(SEED.value), STUDENT_LATENTS)
-    labels = cli.example_labels(pipe.config.num_classes, STUDENT_LATENTS)
-    decode = functools.partial(pipe.decode, latents, labels, noise_std=pipe.drawn_level)
-    noisy = {"exact": decode()}
-    for polish in POLISHES:
-        noisy[f"student, polish {polish}"] = decode(decoder=Student(polish))
-    clean = {} if pipe.noise_std is None else {"exact, denoised": pipe.denoise_drawn(noisy["exact"], labels)}
-    clean["student"] = pipe.decode(latents, labels, decoder=Student())
-    target, target_images = next(iter(clean.items()))
-    rows = []
-    for name, images in (noisy | clean).items():
-        errors = np.abs(np.asarray(pipe.encode(images, labels, pipe.drawn_level)[0]) - np.asarray(latents))
-        with_noise = images
-        if name in clean and pipe.noise_std is not None:
-            with_noise = images + pipe.noise_std * jax.random.normal(jax.random.fold_in(key, 1), images.shape)
-        row = {
-            "images": name,
-            "latents off by (root mean square)": float(np.sqrt(np.square(errors).mean())),
-            "at most": float(errors.max()),
-            "nats/dim": _nats_per_dim(pipe, images, labels),
-            "nats/dim with noise": _nats_per_dim(pipe, with_noise, labels),
-            f"correlation with {target}": _correlation(images, target_images),
-        }
-        rows.append(row)
-    few = None if labels is None else labels[:JACOBI_LATENTS]
-    updates = {}
-    for init in ("latents", "student"):
-        trace = pipe.decode_trace(latents[:JACOBI_LATENTS], few, None, Jacobi(init=init), pipe.drawn_level)
-        updates[f"Jacobi from the {init}"] = np.asarray(trace.updates).mean(0).tolist()
-    return {"rows": rows, "latents": STUDENT_LATENTS, "updates by block": updates}
-
-
-def _nats_per_dim(pipe: TarFlowPipeline, images: jax.Array, labels: Any) -> float:
-    log_prob = np.asarray(pipe.log_prob(images, labels, pipe.drawn_level), np.float64)
-    return float(-log_prob.mean() / pipe.config.num_dims)
-
-
-def _correlation(images: jax.Array, others: jax.Array) -> float:
-    """Correlation of the pixels, after subtracting the mean of `others`."""
-    first, second = (np.asarray(x, np.float64) - np.asarray(others, np.float64).mean(0) for x in (images, others))
-    return float((first * second).sum() / np.sqrt(np.square(first).sum() * np.square(second).sum()))
-
-
 MEASURES = {
     "bits_per_dim": measure_likelihood,
     "log_prob": measure_likelihood,
     "classification": measure_classification,
     "outliers": measure_outliers,
-    "student": measure_student,
 }
 
 

@@ -4,8 +4,8 @@ python -m launch.plan --config=configs/imagenet64_cond.py --topology=v5e:16x16 -
 python -m launch.plan --config=configs/imagenet64_uncond.py --topology=v5e:16x16 --num_slices=2 --mesh=256,1,2
 
 TPUs need their compiler (pip install -r requirements-plan.txt), and so do NVIDIA GPUs (requirements-plan-gpu.txt;
-h100:8x4 is 4 hosts of 8); cpu:8 needs none. If the recipe does not fit, the command compiles changes to it until one
-fits, and exits with 2. docs/launching.md explains the output.
+h100:8x4 is 4 hosts of 8); cpu:8 needs none. Exits with 2 if the recipe does not fit. docs/launching.md explains the
+output, and what to change so that a recipe fits.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from ml_collections import config_flags
 
 from launch import cli
 from tarflow_jax.errors import UserError
-from tarflow_jax.planning import changes, make_plan, open_topology, prepare
+from tarflow_jax.planning import make_plan, open_topology, prepare
 from tarflow_jax.training import Recipe
 
 EXIT_DOES_NOT_FIT = 2
@@ -33,7 +33,7 @@ JSON = flags.DEFINE_string("json", None, "File of JSON lines to append the figur
 
 
 def main(argv: Sequence[str]) -> int:
-    """Compiles and prints, changed recipes too if the given one does not fit."""
+    """Compiles and prints."""
     config = CONFIG.value
     if MESH.value:
         sizes = [cli.whole_number("mesh", size) for size in MESH.value]
@@ -41,26 +41,13 @@ def main(argv: Sequence[str]) -> int:
             raise UserError(f"--mesh has {len(sizes)} sizes; expected data,fsdp,tensor")
         config.mesh.update(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
     prepare(TOPOLOGY.value)
-    topology = open_topology(TOPOLOGY.value, NUM_SLICES.value)
-    recipe = Recipe(config)
-    plan = make_plan(recipe, topology, SAMPLER.value)
+    plan = make_plan(Recipe(config), open_topology(TOPOLOGY.value, NUM_SLICES.value), SAMPLER.value)
     print(plan.table(MFU.value))
     if JSON.value:
         figures = {"command": sys.argv[1:], **dataclasses.asdict(plan), "fits": plan.fits}
         with open(JSON.value, "a") as file:
             file.write(json.dumps(figures) + "\n")
-    if plan.fits:
-        return 0
-    for change in changes(recipe, plan):
-        print("\nwith", *(f"--config.{name}={value}" for name, value in change.items()), flush=True)
-        config.update_from_flattened_dict(change)
-        changed = make_plan(Recipe(config), topology, SAMPLER.value)
-        print(changed.table(MFU.value))
-        if changed.fits:
-            break
-    else:
-        print("\nnone of these changes fits; choose more devices or a smaller model")
-    return EXIT_DOES_NOT_FIT
+    return 0 if plan.fits else EXIT_DOES_NOT_FIT
 
 
 if __name__ == "__main__":

@@ -82,8 +82,6 @@ def main(argv: Sequence[str]) -> None:
 def encode(sources: dict[str, data.ImageSource], out: Path) -> None:
     """Packs latents and captions, with the autoencoder and the text encoder beside them."""
     autoencoder, text = Autoencoder.from_pretrained(AUTOENCODER.value), None
-    height, width, _ = sources["train"].image_shape
-    factor = autoencoder.config.factor
     if kind := TEXT_ENCODER.value:
         captions = [text for source in sources.values() for wordings in source.captions for text in wordings]
         if kind == "words":
@@ -96,9 +94,7 @@ def encode(sources: dict[str, data.ImageSource], out: Path) -> None:
         out,
         sources,
         autoencoder.posterior,
-        (height // factor, width // factor, autoencoder.config.latent_channels),
         text,
-        (text.length, text.dim) if text else (),
         " ".join([fingerprint(autoencoder.params), text.fingerprint if text else ""]),
         COPIES.value,
     )

@@ -19,13 +19,14 @@ from absl import flags
 from etils import epath
 
 from launch import cli, end_at_signals
+from tarflow_jax.arguments import PIXEL_WARN_LIMIT
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.generation import quantise, write_samples
 from tarflow_jax.figures import captioned_grid, class_columns, grid, save_gif, save_png, to_uint8
 from tarflow_jax.files import read_npz, write_npz
-from tarflow_jax.pipeline import FAR_OUTSIDE, TarFlowPipeline
+from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import make_mesh
-from tarflow_jax.sampling import DEFAULT_DENOISING, Decoder, Guidance, Tuned
+from tarflow_jax.sampling import DEFAULT_DENOISING, Decoder, Guidance
 from tarflow_jax.text_to_image import TextToImage
 
 OUT = flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR/samples or ./samples.")
@@ -65,13 +66,13 @@ def denoised(pipe: TarFlowPipeline, images: jax.Array, labels: np.ndarray | None
     """Drawn images [B, H, W, K] after each step of denoising."""
     method = dataclasses.replace(DEFAULT_DENOISING, num_steps=STEPS.value) if STEPS.value else None
     if not pipe.config.noise_conditional:
-        return [np.asarray(pipe.denoise_drawn(images, labels, MULTIPLIER.value, method))]
-    _, path = pipe.denoise_drawn(images, labels, MULTIPLIER.value, method, return_trajectory=True)
+        return [np.asarray(pipe.denoise_samples(images, labels, MULTIPLIER.value, method))]
+    _, path = pipe.denoise_samples(images, labels, MULTIPLIER.value, method, return_trajectory=True)
     return list(np.asarray(path[1:]))
 
 
 def draw_sequences(
-    pipe: TarFlowPipeline, labels: np.ndarray | None, guidance: Guidance, decoder: Decoder | Tuned, path: epath.Path
+    pipe: TarFlowPipeline, labels: np.ndarray | None, guidance: Guidance, decoder: Decoder, path: epath.Path
 ) -> None:
     """Draws sequences, and writes them with log q and what they are given."""
     key, count, file = jax.random.key(SEED.value), NUM_IMAGES.value, os.path.expanduser(CONDITION.value or "")
@@ -90,7 +91,7 @@ def draw_sequences(
         print(path)
 
 
-def draw_captions(pipe: TextToImage, decoder: Decoder | Tuned, out: epath.Path) -> None:
+def draw_captions(pipe: TextToImage, decoder: Decoder, out: epath.Path) -> None:
     """Draws images of captions, or of the classes, by a flow over latents."""
     guidance = pipe.guidance if GUIDANCE.value is None else cli.guidance(GUIDANCE.value)
     labels, names = chosen_labels(pipe.flow.config.num_classes, pipe.flow.label_names), pipe.flow.label_names
@@ -144,7 +145,7 @@ def main(argv: Sequence[str]) -> int:
         draw_captions(TextToImage.around(pipe, name), decoder, out)
         return 0
     latents = pipe.latents(jax.random.key(SEED.value), NUM_IMAGES.value)
-    trace = pipe.decode_trace(latents, labels, guidance, decoder, pipe.drawn_level)
+    trace = pipe.decode_trace(latents, labels, guidance, decoder, pipe.sampling_noise_std)
     frames = list(np.moveaxis(np.asarray(trace.trajectory), 1, 0))
     if cli.draws_clean_images():
         frames.append(np.asarray(trace.images))
@@ -153,7 +154,7 @@ def main(argv: Sequence[str]) -> int:
     if jax.process_index():
         return 0
     pixels, bad = quantise(frames[-1])
-    bad |= (np.abs(np.nan_to_num(frames[-1])) > FAR_OUTSIDE).any((1, 2, 3))
+    bad |= (np.abs(np.nan_to_num(frames[-1])) > PIXEL_WARN_LIMIT).any((1, 2, 3))
     save_png(out / "samples.png", class_columns(pixels, labels, pipe.label_names))
     save_gif(out / "trajectory.gif", [grid(to_uint8(frame)) for frame in frames])
     write_samples(out / "samples.npz", pixels, labels)

@@ -111,12 +111,12 @@ def figures(
     """Decodes the same latents raw, denoised, guided and denoised, and block by block; uint8 sheets by name."""
     latents = pipe.latents(jax.random.key(0), FIGURE_IMAGES)
     labels = cli.example_labels(pipe.config.num_classes, FIGURE_IMAGES)
-    raw = pipe.decode_trace(latents, labels, noise_std=pipe.drawn_level)
+    raw = pipe.decode_trace(latents, labels, noise_std=pipe.sampling_noise_std)
     images = {"samples_raw": raw.images}
-    guided = pipe.decode(latents, labels, guidance, noise_std=pipe.drawn_level)
+    guided = pipe.decode(latents, labels, guidance, noise_std=pipe.sampling_noise_std)
     if pipe.noise_std is not None:
-        images["samples_denoised"] = pipe.denoise_drawn(raw.images, labels, denoise_multiplier)
-        guided = pipe.denoise_drawn(guided, labels, denoise_multiplier)
+        images["samples_denoised"] = pipe.denoise_samples(raw.images, labels, denoise_multiplier)
+        guided = pipe.denoise_samples(guided, labels, denoise_multiplier)
     images["samples_guided"] = guided
     sheets = {name: class_rows(to_uint8(drawn), labels, names) for name, drawn in images.items()}
     # A column for each image, its latents at the top.

@@ -27,7 +27,7 @@ from tarflow_jax.noise import to_float
 from tarflow_jax.runtime import PreemptionGuard, use_cores_as_devices
 from tarflow_jax.training import Recipe, train
 from tarflow_jax.training.loop import evaluate_loss
-from tarflow_jax.training.task import ENCODER, Fixed
+from tarflow_jax.training.task import ENCODER, Frozen
 from tarflow_jax.training.workdir import write_results
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     if config.reconstruction.perceptual:
         folder, steps = data_folder(config.data.data_dir) / "evaluation", config.reconstruction.perceptual_steps
         perception = perceptual_network_params(recipe.source("train"), folder, steps)
-    frozen = Fixed(perception, encoder)
+    frozen = Frozen(perception=perception, encoder=encoder)
 
     def trained(variables: dict[str, Any]) -> Autoencoder:
         params = (encoder or {}) | variables["params"]["autoencoder"]

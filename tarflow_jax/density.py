@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tarflow_jax.errors import UserError
-from tarflow_jax.fitting import SHAPE, fit_optimizer, train
+from tarflow_jax.fitting import SHAPE, fit_loop, fit_optimizer
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.pipeline import TarFlowPipeline
-from tarflow_jax.runtime import BatchRunner, device_flow, exact
+from tarflow_jax.runtime import BatchRunner, device_flow, in_float32
 from tarflow_jax.runtime.batch_runner import forward_bytes
 from tarflow_jax.sampling import decode_log_prob
 from tarflow_jax.training.task import Arrays, ArrayTask, Batch, Metrics, Variables
@@ -68,7 +68,7 @@ def fit_density(
     task, fixed = DensityTask(config, log_density=log_density), latents(NUM_FIXED)
     batches = map(latents, itertools.repeat(batch_size))
     optimizer = fit_optimizer(num_steps, weight_decay=0.0)  # every batch is new
-    variables, loss, step = train(task, batches, fixed, optimizer, batch_size, keys, {})
+    variables, loss, step = fit_loop(task, batches, fixed, optimizer, batch_size, keys, {})
     return TarFlowPipeline(
         config, variables, card={"training": {"steps": step}, "metrics": {"KL - log Z (nats)": loss}}
     )
@@ -87,6 +87,6 @@ class DensityTask(ArrayTask):
 
     def test_loss(self, runner: BatchRunner, variables: Variables, source: Any, frozen: None = None) -> float:
         """Returns the mean of log q - log p̃, in nats."""
-        decode = functools.partial(decode_log_prob, device_flow(exact(self.model)))
+        decode = functools.partial(decode_log_prob, device_flow(in_float32(self.model)))
         x, log_q = runner.run(decode, variables, {"latents": source[0].x}, bytes_per_image=forward_bytes(self.model))
         return float(np.mean(log_q - np.asarray(self.log_density(x)), dtype=np.float64))

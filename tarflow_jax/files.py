@@ -25,7 +25,7 @@ from etils import epath
 from tarflow_jax.errors import UserError, one_line
 
 LEASE_S = 20  # less than the 30 s that gloo waits for the first process
-REQUEST_S, PROGRESS_S = 180, 30
+REQUEST_S = 180
 MAX_ARRAY_BYTES = 64 * 2**30  # 50,000 images of 512x512 take 37 GiB
 _MAX_DEFLATED = 1032  # bytes that one byte can unpack to, see zlib's technical details
 
@@ -110,8 +110,7 @@ def _lease(path: epath.Path, me: str) -> Iterator[None]:
 
     def done(future: tensorstore.Future[T]) -> T:
         try:
-            with logged_while_slow(f"locking {path.parent}"):
-                return future.result(REQUEST_S)
+            return future.result(REQUEST_S)
         except (ValueError, TimeoutError) as error:
             raise OSError(f"could not lock {path.parent}: {one_line(error)}") from error
 
@@ -119,22 +118,17 @@ def _lease(path: epath.Path, me: str) -> Iterator[None]:
         """Replaces this generation and returns the new one. Raises UserError if another process replaced it first."""
         if written := done(store.write("", content, if_equal=generation)).generation:
             return written
-        found = done(store.read(""))
-        if found.value != content:
-            raise _taken(path.parent, json.loads(found.value)["owner"] if found.value else None)
-        return found.stamp.generation  # a response was lost, and TensorStore retried the write
+        stored = done(store.read(""))
+        if stored.value != content:
+            raise _taken(path.parent, json.loads(stored.value)["owner"] if stored.value else None)
+        return stored.stamp.generation  # a response was lost, and TensorStore retried the write
 
     store = done(tensorstore.KvStore.open(os.fspath(path)))
-    found = first = done(store.read(""))
-    last = time.monotonic() + LEASE_S
-    if found.value:
-        logger.info("%s is locked; waiting up to %d s, in case its process was killed", path.parent, LEASE_S)
-    while found.value and time.monotonic() < last:
-        time.sleep(LEASE_S / 100)
-        found = done(store.read(""))
-        if found.value and found.stamp.generation != first.stamp.generation:
-            raise _taken(path.parent, json.loads(found.value)["owner"])
-    generation, ended = write(found.stamp.generation), threading.Event()
+    stored = done(store.read(""))
+    if stored.value:
+        logger.info("%s is locked; waiting %d s, in case its process was killed", path.parent, LEASE_S)
+        time.sleep(LEASE_S)  # a living owner writes another generation meanwhile
+    generation, ended = write(stored.stamp.generation), threading.Event()
 
     def renew() -> None:
         nonlocal generation
@@ -160,22 +154,6 @@ def _lease(path: epath.Path, me: str) -> Iterator[None]:
 
 def _taken(folder: epath.Path, owner: str | None) -> UserError:
     return UserError(f"{owner or 'another process'} works in {folder}; wait for it, or stop it")
-
-
-@contextlib.contextmanager
-def logged_while_slow(doing: str) -> Iterator[None]:
-    """Logs every `PROGRESS_S` seconds while the body runs, since TensorStore retries silently for 15 minutes."""
-    begin, ended = time.monotonic(), threading.Event()
-
-    def report() -> None:
-        while not ended.wait(PROGRESS_S):
-            logger.warning("still %s after %.0f s", doing, time.monotonic() - begin)
-
-    threading.Thread(target=report, daemon=True).start()
-    try:
-        yield
-    finally:
-        ended.set()
 
 
 def storage_failed(error: BaseException) -> bool:

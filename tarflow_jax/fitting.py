@@ -12,7 +12,7 @@ from tarflow_jax.data import Arrays, SequenceSource
 from tarflow_jax.errors import UserError
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.pipeline import TarFlowPipeline
-from tarflow_jax.runtime import BatchRunner, Rows, make_mesh
+from tarflow_jax.runtime import BatchRunner, LocalBatch, make_mesh
 from tarflow_jax.training.optimizer import Optimizer
 from tarflow_jax.training.step import TrainConfig, compiled_step, new_state
 from tarflow_jax.training.task import ArrayTask
@@ -76,7 +76,7 @@ def fit(
     batches = _batches(rng, data, rows, batch_size, std)
     split = data.take(held_out) if len(held_out) else None
     optimizer = fit_optimizer(num_steps, weight_decay)
-    variables, loss, step = train(task, batches, split, optimizer, batch_size, keys, units)
+    variables, loss, step = fit_loop(task, batches, split, optimizer, batch_size, keys, units)
     metrics = {} if split is None else {"log p of rows held out (nats)": -loss}
     return TarFlowPipeline(config, variables, card={"training": {"steps": step}, "metrics": metrics})
 
@@ -87,7 +87,7 @@ def fit_optimizer(num_steps: int, weight_decay: float) -> Optimizer:
     return Optimizer(num_steps, warmup_steps=warmup, weight_decay=weight_decay, muon_learning_rate=MUON_RATE)
 
 
-def train(
+def fit_loop(
     task: ArrayTask,
     batches: Iterator,
     held_out: Any,
@@ -106,7 +106,7 @@ def train(
     mesh = make_mesh(devices=devices[: math.gcd(batch_size, len(devices))])
     train_config, num_steps = TrainConfig(task, optimizer), optimizer.num_steps
     state, step = new_state(train_config, mesh, keys[0], {"constants": units}), compiled_step(train_config, mesh)
-    put, runner = Rows(mesh, batch_size).put, BatchRunner(mesh)
+    put, runner = LocalBatch(mesh, batch_size).put, BatchRunner(mesh)
     best: tuple[Any, float, int] = None, math.inf, 0
     check_every = max(num_steps // NUM_VALIDATIONS, 1)
     with tqdm(range(1, num_steps + 1), "fit", unit="step", disable=None) as bar:

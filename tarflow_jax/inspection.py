@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
+from tarflow_jax.arguments import check_levels
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.classification import class_log_probs
 from tarflow_jax.likelihood import bits_per_dim
 from tarflow_jax.noise import to_float
-from tarflow_jax.pipeline import TarFlowPipeline, check_levels
+from tarflow_jax.pipeline import TarFlowPipeline
 
 Progress = Callable[[float, str], Any]  # called with the share done and a description of the next step
 

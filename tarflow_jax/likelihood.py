@@ -8,46 +8,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tarflow_jax.flow import TarFlow, TarFlowConfig, to_tokens, without_padding
+from tarflow_jax.flow import UNCONDITIONAL, Conditioning, TarFlow, TarFlowConfig, to_tokens, without_padding
 from tarflow_jax.noise import Levels, Noise
 
 Array = TypeVar("Array", jax.Array, np.ndarray)
+Variables = dict[str, Any]
 LOG_2PI = 1.8378770664093453
 
 
 @functools.partial(jax.jit, static_argnames="flow")
 def encode(
-    flow: TarFlow,
-    variables: dict[str, Any],
-    images: jax.Array,
-    labels: jax.Array | None = None,
-    noise_std: jax.Array | None = None,
-    condition: jax.Array | None = None,
-    lengths: jax.Array | None = None,
+    flow: TarFlow, variables: Variables, images: jax.Array, conditioning: Conditioning = UNCONDITIONAL
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (latents, log_det) of `TarFlow`, compiled."""
-    return flow.apply(variables, images, labels, noise_std, condition, lengths)
+    return flow.apply(variables, images, conditioning)
 
 
 @functools.partial(jax.jit, static_argnames="flow")
 def log_prob(
-    flow: TarFlow,
-    variables: dict[str, Any],
-    images: jax.Array,
-    labels: jax.Array | None = None,
-    noise_std: jax.Array | None = None,
-    condition: jax.Array | None = None,
-    lengths: jax.Array | None = None,
+    flow: TarFlow, variables: Variables, images: jax.Array, conditioning: Conditioning = UNCONDITIONAL
 ) -> jax.Array:
     """Computes log p(x) = Σ log N(latents; 0, 1) + log_det (equation 3 of the paper), float32 [B] in nats.
 
     See `TarFlow` for the arguments. The sum leaves out padding.
     """
-    latents, log_det = flow.apply(variables, images, labels, noise_std, condition, lengths)
-    return log_det + prior_log_prob(flow.config, latents, lengths)
+    latents, log_det = flow.apply(variables, images, conditioning)
+    return log_det + prior_log_prob(flow.config, latents, lengths=conditioning.lengths)
 
 
-def prior_log_prob(config: TarFlowConfig, latents: jax.Array, lengths: jax.Array | None = None) -> jax.Array:
+def prior_log_prob(config: TarFlowConfig, latents: jax.Array, *, lengths: jax.Array | None) -> jax.Array:
     """Sums log N(latents; 0, 1) over all tokens except padding, float32 [B] in nats."""
     latents = without_padding(latents, lengths)
     num_dims = config.num_dims if lengths is None else config.token_dim * lengths.astype(jnp.float32)
@@ -56,11 +45,7 @@ def prior_log_prob(config: TarFlowConfig, latents: jax.Array, lengths: jax.Array
 
 @functools.partial(jax.jit, static_argnames="flow")
 def patch_log_prob(
-    flow: TarFlow,
-    variables: dict[str, Any],
-    images: jax.Array,
-    labels: jax.Array | None = None,
-    noise_std: jax.Array | None = None,
+    flow: TarFlow, variables: Variables, images: jax.Array, conditioning: Conditioning = UNCONDITIONAL
 ) -> jax.Array:
     """Splits log p(x) into one term per patch; see `log_prob` for the arguments.
 
@@ -76,7 +61,7 @@ def patch_log_prob(
       s, float32 [B, H / P, W / P], nats, whose sum over patches is log p(x).
     """
     config = flow.config
-    (latents, _), sown = flow.apply(variables, images, labels, noise_std, mutable=["intermediates"])
+    (latents, _), sown = flow.apply(variables, images, conditioning, mutable=["intermediates"])
     shares = -0.5 * (jnp.square(to_tokens(config, latents)) + LOG_2PI).sum(2)  # [B, T]
     for k in range(config.num_blocks):
         shares = shares + sown["intermediates"][f"block_{k}"]["token_log_det"][0]
@@ -88,33 +73,44 @@ def patch_log_prob(
 @functools.partial(jax.jit, static_argnames=("flow", "noise"))
 def noisy_log_prob(
     flow: TarFlow,
-    noise: Noise,
-    variables: dict[str, Any],
+    variables: Variables,
     images: jax.Array,
-    labels: jax.Array | None,
     index: jax.Array,
-    noise_std: jax.Array | None,
+    conditioning: Conditioning,
+    *,
+    noise: Noise,
     key: jax.Array,
-    condition: jax.Array | None = None,
 ) -> jax.Array:
     """Adds noise to uint8 or uint16 images or to latents [B, H, W, K]; returns their log p, float32 [B] in nats.
 
-    Image number `index` [B] of a data set gets the noise of fold_in(key, index). `noise_std` [B] is the level of
-    "levels" noise, and the level at which a noise-conditional flow is evaluated.
+    Image number `index` [B] of a data set gets the noise of fold_in(key, index). `conditioning.noise_std` is the level
+    of "levels" noise, and the level at which a noise-conditional flow is evaluated.
     """
-    noisy = noise.of_numbered(key, images, index, noise_std)
-    return log_prob(flow, variables, noisy, labels if flow.config.num_classes else None, noise_std, condition)
+    return log_prob(flow, variables, noise.of_numbered(key, images, index, conditioning.noise_std), conditioning)
+
+
+@functools.partial(jax.jit, static_argnames="flow")
+def image_bits_per_dim(
+    flow: TarFlow,
+    variables: Variables,
+    images: jax.Array,
+    index: jax.Array,
+    conditioning: Conditioning,
+    *,
+    key: jax.Array,
+) -> jax.Array:
+    """Returns bits per dimension, float32 [B], under uniform dequantisation; arguments as in `noisy_log_prob`."""
+    nats = noisy_log_prob(flow, variables, images, index, conditioning, noise=Noise("uniform"), key=key)
+    return bits_per_dim(nats, flow.config.num_dims, flow.config.image_bits)
 
 
 def training_loss(
     flow: TarFlow,
-    variables: dict[str, Any],
+    variables: Variables,
     images: jax.Array,
-    labels: jax.Array | None = None,
-    levels: Levels | None = None,
-    condition: jax.Array | None = None,
-    lengths: jax.Array | None = None,
+    conditioning: Conditioning = UNCONDITIONAL,
     *,
+    levels: Levels | None = None,
     block_penalty: float = 0.0,
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], jax.Array]]:
     """Averages ½ z² - log_det / (T D) over batch and dimensions: -log p in nats per dimension, less ½ log 2π.
@@ -123,10 +119,8 @@ def training_loss(
 
     Args:
       images: noisy float32 [B, H, W, K].
-      labels: int32 [B], -1 for no class, or None.
-      levels: for a noise-conditional flow; each image is then weighted by its σ.
-      condition: see `TarFlow`.
-      lengths: see `TarFlow`; the mean is over all T tokens, and padding contributes 0.
+      conditioning: see `TarFlow`. With `lengths` the mean is over all T tokens, and padding contributes 0.
+      levels: those of `conditioning.noise_std`; each image is then weighted by its σ.
       block_penalty: weight of an additional loss Σ_k mean x_k², where x_k is the input of block k.
 
     Returns:
@@ -134,8 +128,7 @@ def training_loss(
       levels also `quarter_losses` and `quarter_shares` [4], whose quotient is the loss in a quarter of the range.
       z [B, T, D] updates the VP prior.
     """
-    noise_std = None if levels is None else levels.std
-    (_, log_det), sown = flow.apply(variables, images, labels, noise_std, condition, lengths, mutable=["intermediates"])
+    (_, log_det), sown = flow.apply(variables, images, conditioning, mutable=["intermediates"])
     outputs = sown["intermediates"]["block_outputs"]
     half_square = 0.5 * jnp.square(outputs[-1]).mean()
     log_det_per_dim = log_det.mean() / flow.config.num_dims
@@ -158,7 +151,7 @@ def training_loss(
     return metrics["loss"], (metrics, outputs[-1])
 
 
-def unit_prior(variables: dict[str, Any]) -> dict[str, Any]:
+def unit_prior(variables: Variables) -> Variables:
     """Sets the prior variance to 1, the value that the blocks are trained with; only VP mode has one.
 
     The prior's running variance is a statistic of the blocks' output that takes no part in their gradient.

@@ -20,13 +20,15 @@ from tarflow_jax.errors import UserError
 
 
 def option(default: Any, text: str = "", *, choices: tuple[Any, ...] = (), low: float = 0) -> Any:
-    """Declares an option with a default, a one-sentence description, choices, and a lower bound.
-
-    A default below `low`, or `dataclasses.MISSING`, makes the option required.
-    """
+    """Declares an option with a default, a one-sentence description, choices, and a lower bound."""
     if choices:
         text += f" One of {', '.join(map(str, choices))}."
     return dataclasses.field(default=default, metadata={"help": text, "choices": choices, "low": low})
+
+
+def required(text: str, *, low: float) -> Any:
+    """Declares a number from `low`, above 0, that has to be set; its default, 0, is rejected."""
+    return option(0, text, low=low)
 
 
 class Options:
@@ -40,9 +42,9 @@ class Options:
     def __post_init__(self) -> None:
         kinds = typing.get_type_hints(type(self))
         for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            name, given, kind = f"{self.group}.{field.name}", getattr(self, field.name), kinds[field.name]
-            choices, low = field.metadata.get("choices", ()), field.metadata.get("low", 0)
-            value = checked(name, given, kind, choices=choices, low=low)
+            limits = {key: field.metadata[key] for key in ("choices", "low") if key in field.metadata}
+            value = getattr(self, field.name)
+            value = checked(f"{self.group}.{field.name}", value, kinds[field.name], **limits)
             object.__setattr__(self, field.name, value)
 
     def to_dict(self) -> dict[str, Any]:
@@ -73,17 +75,17 @@ def checked(name: str, value: Any, kind: Any, *, choices: tuple[Any, ...] = (), 
         return UserError(f"{name} is {shown(value)}; expected {expected}")
 
     try:
-        found = _converted(value, kind)
+        result = _converted(value, kind)
     except (TypeError, OverflowError):
         raise error(re.sub(r"(\w+[.])+", "", inspect.formatannotation(kind))) from None
-    if choices and found not in choices:
+    if choices and result not in choices:
         raise error(f"one of {', '.join(map(str, choices))}")
-    for number in found if isinstance(found, tuple) else (found,):
+    for number in result if isinstance(result, tuple) else (result,):
         if isinstance(number, int | float) and not math.isfinite(number):
             raise error("a finite number")
         if isinstance(number, int | float) and number < low:
             raise error(f"a number from {low:g}")
-    return found
+    return result
 
 
 def shown(value: Any) -> str:

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 
 from tarflow_jax import Guidance, Noise, TarFlowPipeline
-from tarflow_jax.evaluation.bits_per_dim import image_bits_per_dim
-from tarflow_jax.runtime import BatchRunner, Rows, make_mesh, start_processes
+from tarflow_jax.runtime import BatchRunner, LocalBatch, make_mesh, start_processes
+from tarflow_jax.scoring import image_bits_per_dim
 from tarflow_jax.training import FlowTask, TrainConfig
 from tarflow_jax.training.optimizer import Optimizer
-from tarflow_jax.training.step import compiled_step, new_state
+from tarflow_jax.training.step import compiled_step, jitted_step, new_state
 from tiny_models import TINY, new_variables
 
 BATCH_SIZE = 16
@@ -36,13 +36,13 @@ def run_steps(config, mesh, count, *, accumulation=1, ema_decay=0.0, **optimizer
     optimizer = Optimizer(count, 1e-4, 1e-4, 0, 0.9, 0.999, 1e-4, 0.0, ema_decay, **chosen)  # no loss comes near 0
     train_config = TrainConfig(FlowTask(config, Noise("gaussian", 0.1), drop_label=0.2), optimizer, accumulation)
     state, step = new_state(train_config, mesh, jax.random.key(0)), compiled_step(train_config, mesh)
-    rows, losses = Rows(mesh, BATCH_SIZE), []
+    rows, losses = LocalBatch(mesh, BATCH_SIZE), []
     for i in range(count):
         batch = (rows.put(values[rows.local]) for values in random_images(config, BATCH_SIZE, i))
         state, metrics = step(state, *batch, jax.random.key(1))
         losses.append(float(metrics["loss"]))
     assert int(state.step) == count
-    assert step.function._cache_size() == 1
+    assert jitted_step(train_config, mesh)._cache_size() == 1
     assert set(metrics) == {"loss", "half_mean_z2", "log_det_per_dim", "block_norms", "grad_norm"}
     return losses, state
 

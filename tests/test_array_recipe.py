@@ -184,8 +184,8 @@ def with_value(name, value, place):
         (with_value("x", np.inf, (7, 1, 1)), "x is inf in row 7, column 1; expected finite numbers"),
         (with_value("x", 1e300, (7, 1, 1)), r"x is 1e\+300 in row 7, column 1; expected .* of float32's range"),
         (with_value("condition", np.nan, (3, 0, 2)), "condition is nan in row 3, column 2"),
-        (with_value("labels", -1, 5), "label -1 in row 5; expected integers from 0"),
-        (with_value("labels", 10**9, 5), "label 1000000000 in row 5; expected integers from 0 to 1048575"),
+        (with_value("labels", -1, 5), "labels have -1 in row 5; expected integers from 0"),
+        (with_value("labels", 10**9, 5), "labels have 1000000000 in row 5; expected integers from 0 to 1048575"),
         (with_value("mask", 5, 9), "row 9 of mask has 5 tokens; expected 1 to 4"),
         ({"mask": np.tile([True, False, True, True], (80, 1))}, "mask has a hole in row 0"),
         ({"x": np.zeros((80, 4, 2), int)}, "x is int64"),
@@ -196,7 +196,7 @@ def with_value(name, value, place):
         ({"x": np.array([{}] * 80)}, "array x holds Python objects, which are never loaded"),
         (
             {"x_test": sequences()["x"]},
-            "expected x, perhaps .* and for a test split of your own all of them with _test",
+            "expected x, perhaps .* and for another test split all of them with _test",
         ),
         (as_test_set(with_value("x", np.inf, (2, 0, 0))), "expected x, perhaps"),
         (
@@ -285,7 +285,8 @@ def test_a_run_continues_on_its_own_data_alone(whole, name, tmp_path, monkeypatc
     config = small_config(written(path, **arrays, **as_test_set(sequences(20, seed=1))))
     stored = json.loads((tmp_path / "run" / "config.json").read_text())
     assert stored["data"]["source"] == name
-    monkeypatch.setattr("tarflow_jax.training.recipe._FREE_FIELDS", ("data.source", "mesh"))  # the file was overwritten
+    # As if the file had been overwritten.
+    monkeypatch.setattr("tarflow_jax.training.recipe.CHANGEABLE_ON_RESUME", ("data.source", "mesh"))
     with pytest.raises(ValueError, match=r"is not what .* was trained on"):
         train_here(config, tmp_path / "run", monkeypatch)
 
@@ -390,7 +391,6 @@ def test_evaluate_measures_the_test_split_in_nats(workdir):
     [
         (("evaluate", "--metrics=fid"), "fid is for images; log_prob is for sequences"),
         (("demo",), "is a flow of sequences; this command is for images"),
-        (("tune_decoder",), "is a flow of sequences; this command is for images"),
         (("distill", "--config=configs/student/digits.py:smoke"), "a student is for a flow of images"),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",

@@ -327,7 +327,7 @@ def test_a_ragged_batch_is_no_new_program(tiny, monkeypatch):
     before = trained._apply._cache_size()
     np.testing.assert_array_equal(tiny.encode(images[:5]), latents[:5])  # batches of 3, the last one padded
     assert trained._apply._cache_size() == before
-    monkeypatch.setattr(tiny._runner, "memory_bound", 1)  # an image at a time
+    monkeypatch.setattr(tiny, "_runner", dataclasses.replace(tiny._runner, memory_bound=1))  # an image at a time
     np.testing.assert_allclose(tiny.encode(images), latents, rtol=1e-5, atol=1e-5)
 
 

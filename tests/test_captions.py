@@ -86,7 +86,7 @@ def test_webdataset_tars(tmp_path):
         np.testing.assert_array_equal(labels, indices % 3)
         assert list(source.captions) == [(f"thing {index}",) for index in indices]
     (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:3000])
-    with pytest.raises(UserError, match=r"webdataset:.*no whole"):
+    with pytest.raises(UserError, match=r"webdataset:.*not a complete"):
         data.prepare_source(f"webdataset:{files}", **options | {"data_dir": tmp_path / "other"})
 
 

@@ -18,7 +18,7 @@ from tarflow_jax import Noise
 from tarflow_jax.errors import UserError
 from tarflow_jax.runtime import Preempted, make_mesh
 from tarflow_jax.training import Checkpoints, Recipe, train
-from tarflow_jax.training.checkpoint import _checksum, recorded_config
+from tarflow_jax.training.checkpoint import _checksum
 from tarflow_jax.training.step import TrainConfig, initial_state
 from tarflow_jax.training.task import FlowTask
 from tarflow_jax.training.workdir import read_workdir
@@ -129,19 +129,19 @@ def many_arrays(step):
 
 
 def everything(tmp_path):
-    """The steps of the newest and the best checkpoint, and of the config, as they are read."""
+    """The steps of the newest and the best checkpoint, as they are read."""
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     try:
         restored = [checkpoints.restore(jax.eval_shape(many_arrays, 1), best=best) for best in (False, True)]
         for step, state in restored:
             chex.assert_trees_all_equal(state, many_arrays(step))
-        return *(step for step, _ in restored), recorded_config(tmp_path / "checkpoints")[1]["step"]
+        return [step for step, _ in restored]
     finally:
         checkpoints.close()
 
 
 @pytest.mark.slow
-def test_no_damage_to_any_file_changes_what_is_read_or_shows_a_traceback(tmp_path, damage):
+def test_no_damage_to_any_file_changes_what_is_read(tmp_path, damage):
     checkpoints = Checkpoints(tmp_path / "checkpoints")
     for step in (1, 2):
         checkpoints.save(step, many_arrays(step), {"step": step}, 1 / step)
@@ -150,13 +150,13 @@ def test_no_damage_to_any_file_changes_what_is_read_or_shows_a_traceback(tmp_pat
     files = sorted(path for path in (tmp_path / "checkpoints" / "2").rglob("*") if path.is_file())
     for path in files:
         for _ in damage(path, 6):
-            newest, best, config = everything(tmp_path)
+            newest, best = everything(tmp_path)
             assert newest == best
-            assert {newest, config} <= {1, 2}
+            assert newest in (1, 2)
             if newest == 1:
                 passed_over.add(path.parent.name)
     assert {"record", "state", "d"} <= passed_over
-    assert everything(tmp_path) == (2, 2, 2)
+    assert everything(tmp_path) == [2, 2]
 
 
 @pytest.mark.parametrize("name", ["record/metadata", "state/manifest.ocdbt"])
@@ -240,13 +240,11 @@ def test_all_is_released_though_the_last_save_failed(tmp_path, monkeypatch, seco
             raise second
 
     monkeypatch.setattr(ocp.CheckpointManager, "close", manager_close)
-    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "close", lambda self: closed.append("states"))
     monkeypatch.setattr(Checkpoints, "wait", failing(OSError("first")))
     with pytest.raises(OSError, match="second" if second else "first") as e:
         checkpoints.close()
     assert "first" in "".join(traceback.format_exception(e.value))
-    assert closed[0] == "manager"
-    assert closed[-1] == "states"
+    assert closed == ["manager"]
 
 
 def test_stray_files_condemn_no_checkpoint(checkpoints, tmp_path, caplog):
@@ -258,7 +256,6 @@ def test_stray_files_condemn_no_checkpoint(checkpoints, tmp_path, caplog):
     again = Checkpoints(folder, keep=1)
     step, found = again.restore(SHAPES)
     assert (step, found["kernel"][0]) == (2, 2)
-    assert recorded_config(folder) == (2, {"name": "run"})
     again.set_aside_after(1)
     assert again.restore(SHAPES)[0] == 1
     again.save(2, {"kernel": jnp.zeros(8)}, {})

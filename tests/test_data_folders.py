@@ -106,7 +106,7 @@ def test_folders_that_make_no_sense(tmp_path, classes, options):
         data.open_source(f"folder:{classes}", "train", **options)
 
 
-BAD_FILES = ("empty", "truncated", "text", "tiny", "bomb", "closed", "link", "pipe")
+BAD_FILES = ("empty", "truncated", "text", "tiny", "bomb", "link", "pipe")
 
 
 def add_bad_files(root: Path) -> set[str]:
@@ -125,9 +125,6 @@ def add_bad_files(root: Path) -> set[str]:
             write_image(path, 0, 1, 1)
         else:
             path.write_bytes({"truncated": file.getvalue()[:2000], "text": b"text", "bomb": bomb()}.get(kind, b""))
-        if kind == "closed":
-            write_image(path, 0)
-            path.chmod(0)
     return set(names)
 
 
@@ -137,7 +134,7 @@ def test_bad_files_are_listed_or_skipped(classes, options, caplog):
     with pytest.raises(ValueError, match=f"20 of {good + 20} files cannot be used") as caught:
         data.open_source(f"folder:{classes}", "train", **options)
     assert all(name in str(caught.value) for name in names)
-    assert "pixels allowed" in str(caught.value)
+    assert "exceeds limit of 178956970 pixels" in str(caught.value)
     with caplog.at_level(logging.WARNING):
         source = data.open_source(f"folder:{classes}", "train", skip_bad=True, **options)
     assert f"skipping 20 of {good + 20} files as bad" in caplog.text
@@ -211,9 +208,9 @@ def test_packed_sets_hold_what_the_folder_does(classes, options):
     for source in (data.open_source(name, "train"), data.open_source(f"folder:{classes}", "train", **options)):
         assert source.class_counts().tolist() == train["class_counts"]
     path, broken = Path(name.removeprefix("packed:")) / "manifest.json", json.loads(json.dumps(manifest))
-    broken["splits"]["train"]["shards"][0]["bytes"] = -1
+    del broken["splits"]["train"]["shards"][0]["sha256"]
     path.write_text(json.dumps(broken))
-    with pytest.raises(ValueError, match="damaged or from another version"):
+    with pytest.raises(ValueError, match=r"manifest.json: damaged"):
         data.open_source(name, "train")
     path.write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="packed with preprocessing tarflow, not adm; pack it again"):
@@ -251,7 +248,7 @@ def test_packed_sets_are_read_from_an_object_store(classes, options, store):
         there.read([0])
     store.fault = lambda request: None
     del store.objects["set/train-00000.array_record"]
-    with pytest.raises(ValueError, match=r"gs://bucket/set/train-00000\.array_record: missing or truncated"):
+    with pytest.raises(ValueError, match=r"packed:gs://bucket/set: shards are missing or damaged"):
         data.open_source("packed:gs://bucket/set", "train")
 
 
@@ -287,7 +284,7 @@ def test_packing_goes_on_where_it_stopped(classes, options, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         data.prepare_source(f"folder:{classes}", **options)
     folder = next((options["data_dir"] / "packed").iterdir())
-    with pytest.raises(FileNotFoundError, match="not a packed set"):
+    with pytest.raises(FileNotFoundError, match="holds no prepared set"):
         data.open_source(f"packed:{folder}", "train")
     before = shards_of(f"packed:{folder}")
     assert len(before) == 3
@@ -304,7 +301,7 @@ def test_packing_again_checks_and_another_set_is_not_written_over(classes, optio
     assert data.prepare_source(f"folder:{classes}", **options) == name
     assert shards_of(name) == before
     write_image(classes / "cat" / "new.png", 3)
-    with pytest.raises(ValueError, match="holds another set, or this one with other files"):
+    with pytest.raises(ValueError, match="holds other files or preprocessing"):
         data.prepare_source(f"folder:{classes}", **options)
     assert shards_of(name) == before
     (classes / "cat" / "new.png").unlink()

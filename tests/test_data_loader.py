@@ -145,10 +145,10 @@ def test_an_error_in_a_worker_reaches_the_caller(source):
 
 def test_bad_arrays_and_labels_are_refused():
     images = np.zeros((3, 4, 4, 1), np.uint8)
-    message = "x: label 7 of image 1 is out of range; labels of 5 classes are 0 to 4"
+    message = "x: labels have 7 in row 1; expected integers from 0 to 4"
     with pytest.raises(ValueError, match=message):
         data.ArraySource("x", images, np.array([0, 7, 1]), 5)
-    with pytest.raises(ValueError, match="x: expected 3 integer labels"):
+    with pytest.raises(ValueError, match=r"x: labels are int64 \[2\]; expected integers \[3\]"):
         data.ArraySource("x", images, np.array([0, 1]), 5)
     with pytest.raises(ValueError, match="x: expected images as uint8"):
         data.ArraySource("x", images.astype(np.float32))

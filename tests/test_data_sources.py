@@ -130,7 +130,7 @@ def test_damaged_idx_files_are_refused(fashion, damage):
             assert broken.exists()
             assert len(source) == 3
     write_idx(fashion / "t10k-labels-idx1-ubyte.gz", np.array([0, 1, 77], np.uint8))
-    with pytest.raises(ValueError, match="label 77 of image 2 is out of range; labels of 10 classes are 0 to 9"):
+    with pytest.raises(ValueError, match="labels have 77 in row 2; expected integers from 0 to 9"):
         data.open_source(f"fashion_mnist:{fashion}", "test")
 
 
@@ -155,7 +155,7 @@ def test_a_set_that_needs_tensorflow_to_prepare_says_so(data_dir, monkeypatch):
         raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
 
     monkeypatch.setattr(ColouredSquares, "download_and_prepare", missing)
-    with pytest.raises(ValueError, match="needs the optional package tensorflow-cpu"):
+    with pytest.raises(ValueError, match=r"a package that is missing \(.*tensorflow'\), such as tensorflow-cpu"):
         data.prepare_source("tfds:coloured_squares", data_dir=data_dir)
 
 
@@ -164,7 +164,7 @@ def test_a_full_disk_leaves_no_part_of_a_tfds_set(tmp_path, monkeypatch):
         raise RuntimeError("write() failed: No space left on device; at byte 36864")
 
     monkeypatch.setattr("array_record.python.array_record_module.ArrayRecordWriter.close", close, raising=True)
-    with pytest.raises(ValueError, match=r"tfds:coloured_squares cannot be written to .*: .*No space left on device"):
+    with pytest.raises(ValueError, match=r"tfds:coloured_squares cannot be .*written to .*No space left on device"):
         data.prepare_source("tfds:coloured_squares", data_dir=tmp_path)
     assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".png"]
 
@@ -215,23 +215,22 @@ def test_bad_npz_files_are_refused(tmp_path, damage):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (np.array(list("abc") * 20), r"expected 60 integer labels, one per image, got <U1 \[60\]"),
-        (np.linspace(0, 1, 60), r"expected 60 integer labels, one per image, got float64 \[60\]"),
-        (np.full(60, np.nan), "expected 60 integer labels"),
-        (np.zeros(60, bool), "expected 60 integer labels"),
-        (np.eye(60, dtype=int), r"got int64 \[60, 60\]"),
-        (np.zeros(0, int), r"got int64 \[0\]"),
-        (np.zeros((), int), r"got int64 \[\]"),
-        (np.where(np.arange(60) == 7, 2**40, 1), f"label {2**40} of image 7 is out of range"),
-        (np.where(np.arange(60) == 7, 2**63 + 1, 1).astype(np.uint64), f"label {2**63 + 1} of image 7 is out of"),
-        (np.where(np.arange(60) == 7, -1, 1), "label -1 of image 7 is out of range; labels of 2 classes are 0 to 1"),
+        (np.array(list("abc") * 20), r"labels are <U1 \[60\]; expected integers \[60\]"),
+        (np.linspace(0, 1, 60), r"labels are float64 \[60\]"),
+        (np.full(60, np.nan), "labels are float64"),
+        (np.zeros(60, bool), "labels are bool"),
+        (np.eye(60, dtype=int), r"labels are int64 \[60, 60\]"),
+        (np.zeros(0, int), r"labels are int64 \[0\]"),
+        (np.zeros((), int), r"labels are int64 \[\]"),
+        (np.where(np.arange(60) == 7, 2**40, 1), f"labels have {2**40} in row 7"),
+        (np.where(np.arange(60) == 7, 2**63 + 1, 1).astype(np.uint64), f"labels have {2**63 + 1} in row 7"),
+        (np.where(np.arange(60) == 7, -1, 1), "labels have -1 in row 7; expected integers from 0 to 1"),
     ],
 )
 def test_labels_that_are_no_classes_are_refused_by_file_and_row(tmp_path, labels, message):
     np.savez(tmp_path / "set.npz", images=np.zeros((60, 8, 8), np.uint8), labels=labels)
-    with pytest.raises(ValueError, match=rf"npz:.*set\.npz: {message}" if "got" not in message else message) as caught:
+    with pytest.raises(ValueError, match=rf"npz:.*set\.npz: {message}"):
         data.open_source(f"npz:{tmp_path}/set.npz", "train")
-    assert "set.npz" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -261,7 +260,7 @@ def test_npz_files_in_fortran_order_and_other_byte_order(tmp_path):
 
 
 def test_unknown_names_splits_and_options():
-    message = "unknown data set 'digit'; known are digits, .*; did you mean digits?"
+    message = "unknown data set 'digit'; expected one of digits, .*packed:FOLDER"
     for arguments, options, expected in (
         (("digit", "train"), {}, message),
         (("digits", "validation"), {}, "unknown split 'validation' of digits; expected one of train, test"),
@@ -269,7 +268,7 @@ def test_unknown_names_splits_and_options():
         (("digits", "train"), {"preprocessing": "adm"}, "digits: its images are not resized"),
         (("digits", "train"), {"preprocessing": "crop"}, "'crop'; expected one of none, tarflow, adm"),
         (("digits", "train"), {"image_size": (8, 16)}, "digits: its images are 8x8, but 8x16 is asked for"),
-        (("tfds:cifar11", "train"), {}, "tfds:cifar11: unknown data set; did you mean tfds:cifar10"),
+        (("tfds:cifar11", "train"), {}, "tfds:cifar11: Dataset cifar11 not found"),
     ):
         with pytest.raises(ValueError, match=expected):
             data.open_source(*arguments, **options)
@@ -280,7 +279,7 @@ def test_missing_data_say_how_to_get_them(tmp_path):
         f"fashion_mnist:{tmp_path}": "apt-get install dataset-fashion-mnist",
         f"folder:{tmp_path}/none": "no such folder",
         f"npz:{tmp_path}/none.npz": "none.npz not found; expected an npz file",
-        f"packed:{tmp_path}": "not a packed set",
+        f"packed:{tmp_path}": "holds no prepared set",
         "emoji64": "npm pack emoji-datasource-google",
     }.items():
         with pytest.raises(FileNotFoundError, match=expected):
@@ -305,29 +304,21 @@ def emoji_package(folder):
     (folder / "package" / "emoji.json").write_text(json.dumps(entries))
 
 
-def test_emoji64_from_folder_and_tarball(tmp_path):
+def test_emoji64_from_a_package(tmp_path):
     import tarfile
 
     emoji_package(tmp_path)
     with tarfile.open(tmp_path / "emoji.tgz", "w:gz") as archive:
         archive.add(tmp_path / "package", "package")
-    content = {}
-    for kind, path in {"folder": tmp_path / "package", "tarball": tmp_path / "emoji.tgz"}.items():
-        options = {"data_dir": tmp_path / kind}
-        assert data.prepare_source(f"emoji64:{path}", **options) == "emoji64"
-        sources = [data.open_source("emoji64", split, **options) for split in ("train", "test")]
-        assert [source.label_names for source in sources] == [("Flags", "Objects")] * 2
-        assert sum(map(len, sources)) == 20 + 20 * 3
-        content[kind] = [source.read(range(len(source))) for source in sources]
-    for ours, theirs in zip(content["folder"], content["tarball"], strict=True):
-        np.testing.assert_array_equal(ours[0], theirs[0])
-        np.testing.assert_array_equal(ours[1], theirs[1])
-    reds = [set(images[:, 0, 0, 0].tolist()) for images, _ in content["folder"]]
+    assert data.prepare_source(f"emoji64:{tmp_path}/emoji.tgz", data_dir=tmp_path) == "emoji64"
+    sources = [data.open_source("emoji64", split, data_dir=tmp_path) for split in ("train", "test")]
+    assert [source.label_names for source in sources] == [("Flags", "Objects")] * 2
+    assert sum(map(len, sources)) == 20 + 20 * 3
+    content = [source.read(range(len(source))) for source in sources]
+    reds = [set(images[:, 0, 0, 0].tolist()) for images, _ in content]
     assert reds[0].isdisjoint(reds[1])  # an emoji's variants lie on one side
     assert reds[0] | reds[1] == set(range(1, 40)) | {255}  # the transparent one is white
-    assert all(
-        (labels == 1 - images[:, 0, 0, 0] % 2)[images[:, 0, 0, 1] == 0].all() for images, labels in content["folder"]
-    )
+    assert all((labels == 1 - images[:, 0, 0, 0] % 2)[images[:, 0, 0, 1] == 0].all() for images, labels in content)
 
 
 def test_damaged_emoji_tarballs_are_refused(tmp_path):

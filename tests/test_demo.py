@@ -12,11 +12,9 @@ from PIL import Image
 import commands
 from launch.demo_model import IN_TURN, MAX_UPLOAD_PIXELS, DemoModel
 from runs import SMALL
-from tarflow_jax import Guidance, Noise, TarFlowPipeline, sampling
-from tarflow_jax.errors import UserError
+from tarflow_jax import Noise, TarFlowPipeline, sampling
 from tarflow_jax.figures import COLOURS, enlarge, overlay
 from tarflow_jax.fingerprint import fingerprint
-from tarflow_jax.sampling import Jacobi, Schedule
 from tiny_models import random_variables
 
 COUNT = 4
@@ -47,22 +45,6 @@ def test_no_slider_compiles_anything(model):
     other = model.draw(label=2, guidance=2.5, attention_temperature=0.9, temperature=0.7, seed=5)
     np.testing.assert_array_equal(other.labels, [2] * COUNT)
     assert (sampling.decode_trace._cache_size(), sampling.denoise._cache_size()) == before
-
-
-def test_a_tuned_decoder_is_offered_for_these_weights_and_tells_of_its_guidance(model):
-    weights = fingerprint(model.pipe.variables)
-    pipe = lambda weights: TarFlowPipeline(  # noqa: E731
-        SMALL, model.pipe.variables, schedule=Schedule({COUNT: (Jacobi(), Jacobi())}, weights, Guidance(1.0))
-    )
-    tuned = DemoModel(pipe(weights), "models/tiny", COUNT)
-    assert list(tuned.decoders) == ["Sequential", "Jacobi", "Tuned"]
-    assert list(DemoModel(pipe("others"), "models/tiny", COUNT).decoders) == ["Sequential", "Jacobi"]
-    draws = [
-        each.draw(guidance=1.0, denoise=False, decoder=name) for each, name in ((tuned, "Tuned"), (model, "Jacobi"))
-    ]
-    np.testing.assert_array_equal(draws[0].images, draws[1].images)
-    with pytest.raises(UserError, match="was tuned for Guidance"):
-        tuned.draw(guidance=2.0, denoise=False, decoder="Tuned")
 
 
 def test_images_far_outside_the_range_are_counted(model):

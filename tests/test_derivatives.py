@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tarflow_jax import Noise, TarFlow, TarFlowPipeline
-from tarflow_jax.flow import to_tokens
+from tarflow_jax.flow import Conditioning, to_tokens
 from tarflow_jax.likelihood import log_prob
 from test_flow import affine_flow
 from tiny_models import LABELS, TINY, TRIANGULAR, images_of, random_variables
@@ -60,16 +60,16 @@ def test_a_flow_works_on_a_mesh_of_other_axes():
     mesh = Mesh(devices, ("rows", "columns"), axis_types=(AxisType.Auto,) * 2)
     variables, images = random_variables(TINY), images_of(TINY, 4)
     labels = jnp.array([0, 1, 2, -1])
-    expected = log_prob(TarFlow(TINY), variables, images, labels)
+    expected = log_prob(TarFlow(TINY), variables, images, Conditioning(labels))
     placed = jax.device_put(images, NamedSharding(mesh, PartitionSpec("rows")))
 
     def of_placed(images):
-        return jax.jit(lambda x: log_prob(TarFlow(TINY), variables, x, labels))(images)
+        return jax.jit(lambda x: log_prob(TarFlow(TINY), variables, x, Conditioning(labels)))(images)
 
     with jax.set_mesh(mesh):
         np.testing.assert_allclose(of_placed(placed), expected, rtol=1e-5)
         with nn.logical_axis_rules((("batch", "rows"), ("heads", "columns"), ("hidden", "columns"))):
-            text = jax.jit(lambda x: TarFlow(TINY).apply(variables, x, labels)).lower(placed).as_text()
+            text = jax.jit(lambda x: TarFlow(TINY).apply(variables, x, Conditioning(labels))).lower(placed).as_text()
             assert "rows" in text
             assert "columns" in text
             np.testing.assert_allclose(of_placed(placed), expected, rtol=1e-5)

@@ -26,14 +26,14 @@ MOST_WORDS = {
     "docs/results.md": 600,
     "docs/comparison.md": 700,
     "docs/mathematics.md": 1000,
-    "docs/architecture.md": 820,
+    "docs/architecture.md": 1000,
     "docs/formats.md": 500,
     "docs/robustness.md": 1000,
 }
 MOST_WORDS_TOGETHER = {
     ("CONTRIBUTING.md", "MAINTAINING.md"): 780,
     ("docs/lab/*.md",): 8000,
-    ("*.md", "docs/*.md", "docs/api/*.md", "docs/howto/*.md", "docs/tutorials/*.ipynb"): 16000,
+    ("*.md", "docs/*.md", "docs/api/*.md", "docs/howto/*.md", "docs/tutorials/*.ipynb"): 16600,
 }
 NOT_COUNTED = ("CHANGELOG.md",)
 VOID = ("br", "hr", "img", "input", "link", "meta", "source")

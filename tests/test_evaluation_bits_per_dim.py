@@ -6,10 +6,10 @@ import scipy.special
 import scipy.stats
 
 from tarflow_jax.data import ArraySource
-from tarflow_jax.evaluation.bits_per_dim import image_bits_per_dim
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.noise import dequantise
 from tarflow_jax.runtime import BatchRunner, make_mesh
+from tarflow_jax.scoring import image_bits_per_dim
 
 CONFIG = TarFlowConfig((4, 4), 1, patch_size=2, width=64, num_blocks=2, layers_per_block=1)
 

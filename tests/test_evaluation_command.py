@@ -28,8 +28,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     config = TarFlowConfig((8, 8), 1, patch_size=4, width=64, num_blocks=2, layers_per_block=1, num_classes=10)
-    images, labels = jnp.zeros((1, 8, 8, 1)), jnp.zeros((1,), jnp.int32)
-    variables = jax.jit(TarFlow(config).init)(jax.random.key(0), images, labels)
+    variables = jax.jit(TarFlow(config).init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))
     folder = tmp_path_factory.mktemp("model") / "model"
     TarFlowPipeline(config, {"params": variables["params"]}, Noise("gaussian", 0.1)).save_pretrained(folder)
     return folder
@@ -142,6 +141,7 @@ def test_a_run_is_evaluated_on_its_data_as_it_was_trained_on_them(tmp_path):
     fields = {
         "data.source": f"folder:{tmp_path / 'inside'}", "data.data_dir": tmp_path / "data", "data.skip_bad": True,
         "model.image_channels": 3, "model.num_classes": 2, "train.num_steps": 1, "train.sample_every": 0,
+        "model.width": 16, "model.head_dim": 16, "model.num_blocks": 1,
     }  # fmt: skip
     overrides = [f"--config.{name}={value}" for name, value in fields.items()]
     elsewhere, workdir = str(tmp_path / "elsewhere"), f"--workdir={tmp_path / 'run'}"
@@ -162,7 +162,7 @@ def test_a_run_is_evaluated_on_its_data_as_it_was_trained_on_them(tmp_path):
 def test_a_model_of_16_bits_is_measured_in_bits_of_16(tmp_path):
     images = np.random.default_rng(0).integers(0, 65536, (300, 8, 8, 1), np.uint16)
     np.savez(tmp_path / "deep.npz", images=images)
-    config = TarFlowConfig((8, 8), 1, patch_size=4, width=64, num_blocks=2, layers_per_block=1, image_bits=16)
+    config = TarFlowConfig((8, 8), 1, patch_size=4, width=64, num_blocks=1, layers_per_block=1, image_bits=16)
     params = jax.jit(TarFlow(config).init)(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
     TarFlowPipeline(config, {"params": params}, Noise("uniform")).save_pretrained(tmp_path / "model")
     command, deep = (tmp_path, f"--model={tmp_path}/model"), f"--data=npz:{tmp_path}/deep.npz"
@@ -191,6 +191,7 @@ def test_changed_data_are_refused_and_a_result_on_them_replaces_none(tmp_path):
     np.savez(path, images=images, labels=labels)
     config = digits.get_config("smoke")
     config.data.source = f"npz:{path}"
+    config.model.update({"num_blocks": 1, "layers_per_block": 1, "width": 16, "head_dim": 16})
     config.train.update({"num_steps": 1, "sample_every": 0})
     train(config, workdir)
 

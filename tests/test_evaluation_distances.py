@@ -154,7 +154,7 @@ def bright_or_dark():
 
 @pytest.mark.slow
 def test_classifier_learns_is_cached_and_states_its_accuracy(tmp_path, monkeypatch):
-    monkeypatch.setattr(classifier, "MIN_STEPS", 40)
+    monkeypatch.setattr(classifier, "MIN_STEPS", 20)
     images, labels = bright_or_dark()
     train = ArraySource("bright", images[:300], labels[:300], 2)
     test = ArraySource("bright", images[300:], labels[300:], 2)
@@ -178,15 +178,14 @@ def test_classifier_learns_is_cached_and_states_its_accuracy(tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_what_a_student_learns_by_is_another_network_and_cached(tmp_path, monkeypatch):
-    monkeypatch.setattr(classifier, "PERCEPTUAL_MAX_STEPS", 60)
     images, labels = bright_or_dark()
     train = ArraySource("bright", images, labels, 2)
-    params = classifier.perceptual_network_params(train, tmp_path)
+    params = classifier.perceptual_network_params(train, tmp_path, max_steps=25)
     logits = Perception(2).apply({"params": params}, images).logits
     assert (np.asarray(logits).argmax(1) == labels).mean() > 0.95
     deep = Perception(2).apply({"params": params}, images.astype(np.uint16) * 257).logits  # the same in 16 bits
     np.testing.assert_allclose(deep, logits, atol=1e-4)
     monkeypatch.setattr(classifier, "train_classifier", lambda *_, **__: pytest.fail("trained again"))
-    chex.assert_trees_all_equal(classifier.perceptual_network_params(train, tmp_path), params)
+    chex.assert_trees_all_equal(classifier.perceptual_network_params(train, tmp_path, max_steps=25), params)
     with pytest.raises(ValueError, match=r"no classes to train a perceptual network on; set student\.perceptual to 0"):
         classifier.perceptual_network_params(ArraySource("none", images), tmp_path)

@@ -14,7 +14,6 @@ from configs import digits
 from tarflow_jax import figures
 from tarflow_jax.evaluation import generation
 from tarflow_jax.files import read_npz, remove_unfinished, replacing
-from tarflow_jax.sampling import Schedule, Sequential
 from tarflow_jax.training import Recipe, metrics
 from tarflow_jax.training.workdir import write_results, write_start
 
@@ -39,18 +38,14 @@ def test_all_of_a_workdir_but_its_checkpoints_goes_to_the_object_store(store, bu
     chunks = generation.chunk_folder(bucket / "evaluation", {"seed": 0})
     generation.generate(lambda key, number, labels: jax.numpy.zeros((number, 2, 2, 1)), chunks, 4, 4, (), seed=0)
     assert len(generation.read_chunks(chunks, 4, 4, ()).images) == 4
-    Schedule({1: (Sequential(),)}, "0123").write(bucket)
-    assert Schedule.read(bucket, 1).decoders == {1: (Sequential(),)}
     assert not list(tmp_path.iterdir())
     assert {name.split("/")[1] for name in store.objects} == {
         "config.json",
         "results.json",
         "starts.jsonl",
         "metrics.jsonl",
-        "tensorboard",
         "figures",
         "evaluation",
-        "decoder.json",
     }
 
 

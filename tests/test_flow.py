@@ -10,11 +10,20 @@ import pytest
 import scipy.stats
 
 from tarflow_jax import TarFlow, TarFlowConfig
-from tarflow_jax.flow import FlowBlock, Given, block_orders, from_tokens, permute, to_tokens, unpermute, updated_prior
+from tarflow_jax.flow import (
+    BlockInverse,
+    Conditioning,
+    FlowBlock,
+    block_orders,
+    from_tokens,
+    permute,
+    to_tokens,
+    unpermute,
+    updated_prior,
+)
 from tarflow_jax.flow.block import Affine, solve_unit_lower
 from tarflow_jax.likelihood import bits_per_dim, log_prob, training_loss
 from tarflow_jax.sampling import denoise
-from tarflow_jax.sampling.block_inverse import block_inverse
 from tiny_models import LABELS, TINY, TRIANGULAR, VP, decode, encode, images_of, new_variables, random_variables
 
 CASES = pytest.mark.parametrize(
@@ -118,7 +127,7 @@ def test_a_block_is_causal_in_its_own_order(k):
     params = random_variables(config)["params"]["block_1"]
 
     def forward(x):
-        z, _ = FlowBlock(config, 1).apply({"params": params}, unpermute(x[None], order), order, Given())
+        z, _ = FlowBlock(config, 1).apply({"params": params}, unpermute(x[None], order), order, Conditioning())
         return permute(z, order)[0]
 
     jacobian = jax.jit(jax.jacrev(forward))(to_tokens(config, images_of(config))[0])
@@ -131,16 +140,20 @@ def test_a_block_is_causal_in_its_own_order(k):
 @pytest.mark.parametrize("k", [0, 1])
 def test_layers_behind_a_cache_equal_the_whole_sequence(k):
     params = random_variables(TRIANGULAR)["params"]["block_1"]
-    x, order, given = to_tokens(TINY, images_of(TINY)), jnp.asarray(block_orders(TINY, {})[k][None]), Given(LABELS)
-    expected = FlowBlock(TRIANGULAR, 1).apply({"params": params}, x, order, given, method="affine_of_next")
-    block = block_inverse(TarFlow(TRIANGULAR), 1, params, order, given)
-    actual, caches = block(x)
+    x, order, given = (
+        to_tokens(TINY, images_of(TINY)),
+        jnp.asarray(block_orders(TINY, {})[k][None]),
+        Conditioning(LABELS),
+    )
+    expected = FlowBlock(TRIANGULAR, 1).apply({"params": params}, x, order, given, method="predict")[0]
+    block = BlockInverse.of(FlowBlock(TRIANGULAR, 1), params, order, given)
+    actual, caches = block.predict(x)
     assert caches is None
     chex.assert_trees_all_close(actual, expected, atol=1e-5)
 
     caches = block.caches(len(x), 0)
     for i in range(x.shape[1]):
-        affine, caches = block(x[:, i : i + 1], tuple(cache.grow(i + 1) for cache in caches), i)
+        affine, caches = block.predict(x[:, i : i + 1], tuple(cache.grow(i + 1) for cache in caches), i)
         chex.assert_trees_all_close(affine, jax.tree.map(lambda a, i=i: a[:, i : i + 1], expected), atol=1e-5)
 
 
@@ -154,7 +167,7 @@ def test_a_limit_of_the_inputs_changes_what_the_map_is_a_function_of_alone():
         params = variables["params"][f"block_{k}"]
         tokens = to_tokens(config, images)
         order = block_orders(config, {})[0][None]
-        return FlowBlock(config, k).apply({"params": params}, tokens, order, Given(LABELS), method="affine_of_next")
+        return FlowBlock(config, k).apply({"params": params}, tokens, order, Conditioning(LABELS), method="predict")[0]
 
     chex.assert_trees_all_equal(affine(config, 0, far), affine(config, 0, jnp.clip(far, -2, 2)))
     chex.assert_trees_all_equal(affine(config, 0, images), affine(TINY, 0, images))
@@ -200,7 +213,7 @@ def test_an_affine_flow_of_a_gaussian_has_the_closed_form():
     # Tweedie: the posterior mean of a Gaussian under Gaussian noise, with p(y) of variance scale².
     sigma = 0.3
     posterior = tokens - sigma**2 * (tokens - means) / scales**2
-    denoised = jax.jit(denoise, static_argnums=0)(flow, variables, images, None, sigma)
+    denoised = jax.jit(denoise, static_argnums=0)(flow, variables, images, Conditioning(), noise_std=sigma)
     np.testing.assert_allclose(to_tokens(config, denoised), posterior, atol=1e-5)
 
 
@@ -214,7 +227,7 @@ def test_bfloat16_keeps_log_det_and_loss_in_float32():
     variables, images = random_variables(config), images_of(config)
     latents, log_det = encode(config, variables, images, LABELS)
     exact, exact_log_det = encode(TINY, variables, images, LABELS)
-    loss = jax.eval_shape(lambda: training_loss(TarFlow(config), variables, images, LABELS)[0])
+    loss = jax.eval_shape(lambda: training_loss(TarFlow(config), variables, images, Conditioning(LABELS))[0])
     assert latents.dtype == log_det.dtype == loss.dtype == jnp.float32
     assert 0 < float(jnp.abs(latents - exact).max()) < 0.3
     np.testing.assert_allclose(log_det, exact_log_det, atol=0.2)  # of 72 terms
@@ -225,7 +238,9 @@ def test_remat_changes_no_gradient():
     variables, images = random_variables(TINY), images_of(TINY)
 
     def gradient(config):
-        return jax.jit(jax.grad(lambda v: training_loss(TarFlow(config), v, images, LABELS)[0]))(variables)
+        return jax.jit(jax.grad(lambda v: training_loss(TarFlow(config), v, images, Conditioning(LABELS))[0]))(
+            variables
+        )
 
     chex.assert_trees_all_close(gradient(dataclasses.replace(TINY, remat="full")), gradient(TINY), atol=1e-5)
 

@@ -11,7 +11,7 @@ import pytest
 
 from runs import SMALL, random_images
 from tarflow_jax import Noise, TarFlowPipeline, inspection
-from tarflow_jax.flow import FlowBlock, Given, block_orders, permute, to_tokens, unpermute
+from tarflow_jax.flow import Conditioning, FlowBlock, block_orders, permute, to_tokens, unpermute
 from tarflow_jax.inspection import spherical
 from tarflow_jax.likelihood import LOG_2PI, bits_per_dim
 from tiny_models import images_of, random_variables
@@ -44,9 +44,9 @@ def test_a_patch_pays_for_its_latents_and_for_its_log_scales_in_every_block():
     def through(k, params, tokens):
         """Block k's tokens, and the log-scales of its affine map."""
         apply = functools.partial(FlowBlock(SMALL, k).apply, {"params": params})
-        order, given = block_orders(SMALL, {})[k][None], Given(labels)
-        following = apply(permute(tokens, order), order, given, method="affine_of_next")
-        return apply(tokens, order, given)[0], jnp.log(following.of_next_token().scale)
+        order, given = block_orders(SMALL, {})[k][None], Conditioning(labels)
+        following = apply(permute(tokens, order), order, given, method="predict")[0]
+        return apply(tokens, order, given)[0], jnp.log(following.shift_right().scale)
 
     tokens, expected = to_tokens(SMALL, images), 0.0
     for k in range(SMALL.num_blocks):

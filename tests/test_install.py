@@ -43,7 +43,7 @@ def test_the_wheel_serves_from_any_folder_without_the_clone(tmp_path):
         archive.extractall(site)
         (metadata,) = [archive.read(name).decode() for name in archive.namelist() if name.endswith("/METADATA")]
     extras = [line.partition(": ")[2] for line in metadata.splitlines() if line.startswith("Provides-Extra: ")]
-    assert set(extras) >= {"demo", "torch", "plot", "gcs", "plan"}
+    assert set(extras) >= {"demo", "torch", "gcs", "plan"}
     assert "Requires-Dist: jax<" in metadata
     assert sorted(path.name for path in site.iterdir() if path.suffix != ".dist-info") == ["tarflow_jax"]
     code, out, err = commands.run("-c", USE, site, cwd=elsewhere, PYTHONPATH=str(site))

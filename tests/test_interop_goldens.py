@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tarflow_jax.flow import TarFlow, from_tokens
+from tarflow_jax.flow import Conditioning, TarFlow, from_tokens
 from tarflow_jax.likelihood import bits_per_dim, log_prob
 from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Sequential
 from tarflow_jax.sampling.denoise import denoise
@@ -35,8 +35,8 @@ def assert_close(ours, reference, tolerance=2e-4):
 def test_encode_and_likelihood(load_golden, name):
     golden = load_golden(name)
     flow, arrays = TarFlow(golden.config), golden.arrays
-    images, labels = golden.images("x"), golden.labels("y")
-    latents, log_det = jax.jit(flow.apply)(golden.variables, images, labels)
+    images, given = golden.images("x"), Conditioning(golden.labels("y"))
+    latents, log_det = jax.jit(flow.apply)(golden.variables, images, given)
     reference, reference_log_det = golden.latents("z"), arrays["logdet_per_dim"] * golden.config.num_dims
     if golden.config.volume_preserving:  # the reference leaves the prior's variance to its sampler
         variance = np.asarray(golden.variables["prior"]["variance"])
@@ -44,7 +44,7 @@ def test_encode_and_likelihood(load_golden, name):
         reference_log_det = reference_log_det - 0.5 * np.log(variance).sum()
     assert_close(latents, reference)
     assert_close(log_det, reference_log_det)
-    nats = jax.jit(functools.partial(log_prob, flow))(golden.variables, images, labels)
+    nats = jax.jit(functools.partial(log_prob, flow))(golden.variables, images, given)
     assert_close(nats, arrays["log_prob"])
     assert_close(bits_per_dim(nats, golden.config.num_dims), arrays["bits_per_dim_8bit"])
 
@@ -53,7 +53,7 @@ def test_encode_and_likelihood(load_golden, name):
 def test_denoise(load_golden, name):
     golden = load_golden(name)
     denoised = jax.jit(functools.partial(denoise, TarFlow(golden.config)))(
-        golden.variables, golden.images("x"), golden.labels("y"), golden.arrays["sigma"]
+        golden.variables, golden.images("x"), Conditioning(golden.labels("y")), noise_std=golden.arrays["sigma"]
     )
     assert_close(denoised, golden.images("denoised"))
 

@@ -117,26 +117,6 @@ def test_sample_writes_grid_images_and_animation(workdir, tmp_path):
 
 
 @pytest.mark.slow
-def test_tune_decoder_prints_its_choices_and_auto_uses_them(workdir, tmp_path):
-    code, out, err = run("launch.tune_decoder", f"--workdir={workdir}", "--num_images=2")
-    assert code == 0, err
-    assert "2 images" in out
-    assert "sequential" in out
-    schedule = json.loads((workdir / "decoder.json").read_text())
-    assert [len(row) for row in schedule["decoders"].values()] == [2]  # a decoder for each block
-    assert schedule["guidance"] is None
-    code, _, err = run(
-        "launch.sample",
-        f"--workdir={workdir}",
-        f"--out={tmp_path}",
-        "--num_images=2",
-        "--decoder=auto",
-    )
-    assert code == 0, err
-    assert (tmp_path / "samples.png").is_file()
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -163,7 +143,7 @@ def test_bad_input_is_one_line_and_exit_code_1(workdir, arguments, message):
     ("arguments", "message"),
     [
         (["--num_processes=2"], "mean nothing without --distributed"),
-        (["--distributed", "--num_processes=2"], "go together"),
+        (["--distributed", "--num_processes=2"], "give coordinator_address, num_processes and process_id"),
         (["--distributed"], "the cluster does not say which processes take part"),
     ],
     ids=["alone", "partial", "no cluster"],

@@ -7,24 +7,11 @@ import random
 import time
 
 import pytest
-from PIL import Image
 
 import commands
 from configs import digits
 from configs.sweeping import grid, log_uniform, sampled, zipped
-from launch.sweep import (
-    Row,
-    choose_metric,
-    over_seeds,
-    plan,
-    plot_lines,
-    read_rows,
-    require_matplotlib,
-    run_name,
-    write_plot,
-    write_table,
-)
-from tarflow_jax import files
+from launch.sweep import Row, Run, plan, read_rows, run_name, write_table
 
 LOSS = "test loss (nats/dim, less ½ log 2π)"
 
@@ -90,22 +77,23 @@ def test_a_plan_holds_each_run_s_commands_and_settings(tmp_path):
     # Fields that a point does not set have the recipe's value.
     assert first.settings == {"noise.std": 1.0, "train.seed": 0}
     assert second.settings == {"noise.std": 0.1, "train.seed": 2}
-    train, evaluate = first.steps
+    train, evaluate = first.commands.values()
     folder = tmp_path / "noise.std=1"
-    assert train.arguments == (
+    assert train[1:] == (
+        "-m",
         "launch.train",
         f"--config={source}:smoke",
         f"--workdir={folder}",
         "--config.train.num_steps=3",
         "--config.noise.std=1",
     )
-    module, workdir, out, *evaluation_flags = evaluate.arguments
+    module, workdir, out, *evaluation_flags = evaluate[2:]
     assert (module, workdir) == ("launch.evaluate", f"--workdir={folder}")
     assert evaluation_flags == ["--metrics=fid", "--guidance=0,1"]
-    assert evaluate.result == f"{out.removeprefix(f'--out={folder}/')}/*.json"
+    assert list(first.commands) == ["results.json", f"{out.removeprefix(f'--out={folder}/')}/*.json"]
     several = recipe_file(tmp_path, "[{'noise.std': 1}]", "EVALUATE = [['--guidance=0'], ['--guidance=1']]")
     (run,) = plan(config(), several, {}, tmp_path)
-    assert [step.arguments[3:] for step in run.steps[1:]] == [("--guidance=0",), ("--guidance=1",)]
+    assert [command[5:] for command in list(run.commands.values())[1:]] == [("--guidance=0",), ("--guidance=1",)]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +104,6 @@ def test_a_plan_holds_each_run_s_commands_and_settings(tmp_path):
         ("[{'noise.stdd': 1}]", 'noise.stdd=1: .*Did you mean "std"'),
         ("[{'train.num_steps': 1.5}]", "train.num_steps=1.5: .*cannot be casted"),
         ("[{'train.seed': 1}, {'model.patch_size': 3}]", "model.patch_size=3: .*not divisible by patch_size"),
-        ("[{'noise.std': 1}, {'noise.std': 1.0}]", "has the run noise.std=1 twice"),
         ("[{'train.log_every': 1}]", r"--config\.train\.log_every was given, but the sweep sets it"),
     ],
 )
@@ -126,57 +113,37 @@ def test_a_sweep_that_cannot_be_is_refused_before_anything_runs(tmp_path, sweep,
 
 
 @pytest.mark.parametrize(
-    ("name", "runs", "steps"),
+    ("name", "runs", "commands"),
     [("depth", 12, 2), ("deep_last", 3, 2), ("noise", 15, 5), ("guidance", 3, 5), ("patches", 9, 2)],
 )
-def test_the_sweeps_of_the_paper_s_claims_can_be_planned(tmp_path, name, runs, steps):
+def test_the_sweeps_of_the_paper_s_claims_can_be_planned(tmp_path, name, runs, commands):
     module = importlib.import_module(f"configs.sweeps.{name}")
     found = plan(module.get_config(), module.__file__, {}, tmp_path)
-    assert [len(run.steps) for run in found] == [steps] * runs
+    assert [len(run.commands) for run in found] == [commands] * runs
     if name == "depth":
         assert {run.recipe.model.num_blocks * run.recipe.model.layers_per_block for run in found} == {8}
 
 
+def run_of(folder, settings, *results):
+    """A run that has these files."""
+    return Run(folder, dict.fromkeys(results, ()), None, settings)
+
+
 def test_rows_of_a_training_and_of_its_samples(tmp_path):
-    results, evaluation = tmp_path / "results.json", tmp_path / "evaluation.json"
-    results.write_text(json.dumps({LOSS: -1.5}))
-    assert read_rows({"noise.std": 0.1}, results) == [Row({"noise.std": 0.1}, {LOSS: -1.5})]
+    (tmp_path / "results.json").write_text(json.dumps({LOSS: -1.5}))
+    assert read_rows(run_of(tmp_path, {"noise.std": 0.1}, "results.json")) == [Row({"noise.std": 0.1}, {LOSS: -1.5})]
     # As launch.evaluate writes it.
     samples = [
         {"guidance": weight, "denoised": True, "not finite": 0, "Fréchet distance": 9.0 - weight}
         for weight in (0.0, 1.0)
     ]
     found = {"classification": {"accuracy": 0.5, "histogram": [1, 2]}, "samples": samples}
-    evaluation.write_text(json.dumps({"protocol": {}, "results": found}))
-    rows = read_rows({"noise.std": 0.1}, results, [evaluation])
+    (tmp_path / "evaluation.json").write_text(json.dumps({"protocol": {}, "results": found}))
+    rows = read_rows(run_of(tmp_path, {"noise.std": 0.1}, "results.json", "evaluation.json"))
     assert rows[1] == Row(
         {"noise.std": 0.1, "guidance": 1.0, "denoised": True},
         {LOSS: -1.5, "accuracy": 0.5, "not finite": 0, "Fréchet distance": 8.0},
     )
-    assert [choose_metric(rows, wanted) for wanted in (None, "loss", "Fréchet")] == [
-        "Fréchet distance",
-        LOSS,
-        "Fréchet distance",
-    ]
-    with pytest.raises(ValueError, match="--metric=fid fits 0 metrics; expected a part of one of"):
-        choose_metric(rows, "fid")
-
-
-def rows_of(points, field="loss"):
-    return [Row(point, {field: float(i)}) for i, point in enumerate(points)]
-
-
-def test_a_plot_has_a_line_for_each_of_the_other_settings():
-    assert plot_lines(rows_of(grid({"a": [2, 1], "b": ["x", "y"], "c": [5]})), "loss") == (
-        "a",
-        {"b x": [(1, 2.0, 0), (2, 0.0, 0)], "b y": [(1, 3.0, 0), (2, 1.0, 0)]},
-    )
-    assert plot_lines(rows_of(zipped({"a": [1, 2], "b": [2, 1]})), "loss") == (
-        "a",
-        {"": [(1, 0.0, 0), (2, 1.0, 0)]},
-    )
-    assert plot_lines(rows_of([{"a": True}, {"a": "x"}]), "loss") == ("a", {"": [("True", 0.0, 0), ("x", 1.0, 0)]})
-    assert plot_lines(rows_of([{"a": 1}]), "loss") == ("a", {"": [(1, 0.0, 0)]})
 
 
 def test_rows_of_several_evaluations_have_the_flags_in_which_these_differ(tmp_path):
@@ -186,46 +153,25 @@ def test_rows_of_several_evaluations_have_the_flags_in_which_these_differ(tmp_pa
         protocol = {"decoder": "sequential", "denoise_multiplier": float(path.stem), "seed": 0}
         samples = [{"guidance": 1.0, "distance": float(path.stem) + 3}]
         path.write_text(json.dumps({"protocol": protocol, "results": {"samples": samples}}))
-    assert read_rows({}, tmp_path / "results.json", evaluations) == [
+    assert read_rows(run_of(tmp_path, {}, "results.json", "0.5.json", "1.0.json")) == [
         Row({"guidance": 1.0, "denoise_multiplier": 0.5}, {LOSS: -1.5, "distance": 3.5}),
         Row({"guidance": 1.0, "denoise_multiplier": 1.0}, {LOSS: -1.5, "distance": 4.0}),
     ]
 
 
 def test_seeds_become_means_and_spreads(tmp_path):
-    rows = rows_of(grid({"train.seed": [0, 1, 2], "a": [1, 2]}))  # losses 0, 2, 4 of a = 1, and 1, 3, 5
-    assert plot_lines(rows, "loss") == ("a", {"": [(1, 2.0, 2.0), (2, 3.0, 2.0)]})
-    assert [[row.metrics["loss"] for row in group] for group in over_seeds(rows)] == [[0, 2, 4], [1, 3, 5]]
-    assert [line.split() for line in write_table(rows, tmp_path).splitlines()[2:]] == [
+    points = grid({"train.seed": [0, 1, 2], "a": [1, 2]})
+    rows = [Row(point, {LOSS: float(i)}) for i, point in enumerate(points)]  # 0, 2, 4 of a = 1, and 1, 3, 5
+    table = write_table(rows, tmp_path)
+    assert [line.split() for line in table.splitlines()[2:]] == [
         ["|", "1", "|", "2", "±", "2", "|"],
         ["|", "2", "|", "3", "±", "2", "|"],
     ]
-    with (tmp_path / "sweep.csv").open(encoding="utf-8") as file:
-        assert len(list(csv.DictReader(file))) == 6
-    write_plot(rows, "loss", tmp_path / "sweep.png")
-    only_seeds = rows_of(grid({"train.seed": [0, 1]}))
-    assert plot_lines(only_seeds, "loss") == ("train.seed", {"": [(0, 0.0, 0.0), (1, 1.0, 0.0)]})
-    assert [len(group) for group in over_seeds(only_seeds)] == [1, 1]
-
-
-def test_table_and_plot_are_files(tmp_path):
-    rows = rows_of(grid({"a": [1e-4, 1.0], "b": [1, 2]}), LOSS)
-    table = write_table(rows, tmp_path)
     assert (tmp_path / "sweep.md").read_text().rstrip("\n") == table
     with (tmp_path / "sweep.csv").open(encoding="utf-8") as file:
-        found = list(csv.DictReader(file))
-    assert found[1] == {"a": "0.0001", "b": "2", LOSS: "1.0"}
-    write_plot(rows, LOSS, tmp_path / "sweep.png")
-    with Image.open(tmp_path / "sweep.png") as picture:
-        assert len(picture.convert("L").getcolors()) > 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.csv", "sweep.md", "sweep.png"]
-
-
-def test_a_missing_plot_library_is_an_error_before_the_first_run(monkeypatch):
-    require_matplotlib()
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ImportError, match="needs matplotlib; pip install"):
-        require_matplotlib()
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 6
+    assert lines[1] == {"train.seed": "0", "a": "2", LOSS: "1.0"}
 
 
 TINY = """
@@ -255,7 +201,7 @@ def command(tmp_path):
 
 
 @pytest.mark.slow
-def test_three_runs_killed_in_the_middle_and_started_again(command, tmp_path):
+def test_three_runs_stopped_in_the_middle_and_started_again(command, tmp_path):
     recipe_file(tmp_path, "grid({'train.seed': range(3)})", TINY)
     runs = tmp_path / "runs"
     first = command()
@@ -264,31 +210,29 @@ def test_three_runs_killed_in_the_middle_and_started_again(command, tmp_path):
         assert first.poll() is None, first.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    first.kill()
-    first.wait()
-    second = command("--metric=loss")
+    first.terminate()
+    _, err = first.communicate(timeout=60)
+    assert (first.returncode, err.splitlines()[-1]) == (75, "stopped: asked to stop; run the same command to continue")
+    second = command()
     out, err = second.communicate(timeout=600)
     assert second.returncode == 0, err
     with (runs / "sweep.csv").open(encoding="utf-8") as file:
         found = {int(row["train.seed"]): row[LOSS] for row in csv.DictReader(file)}
     assert list(found) == [0, 1, 2]
     assert len(set(found.values())) == 3
-    # Each training ends its log with one table, so none ran twice.
-    logs = [path.read_text() for path in runs.glob("*/log.txt")]
-    assert [log.count("\nsteps ") for log in logs] == [1] * 3
     assert (runs / "sweep.md").read_text() in out
-    assert (runs / "sweep.png").is_file()
+    assert f"--workdir={runs}/train.seed=2" in out
+    assert f"--workdir={runs}/train.seed=0" not in out  # it was finished
 
 
 @pytest.mark.slow
-def test_a_folder_has_one_sweep_at_a_time(command, tmp_path):
-    recipe_file(tmp_path, "grid({'train.seed': range(2)})", TINY)
-    with files.sole_user(tmp_path / "runs"):
-        process = command()
-        out, err = process.communicate(timeout=600)
-    assert (process.returncode, out) == (1, "")
-    assert f"works in {tmp_path / 'runs'}; wait for it, or stop it" in err
-    assert not list(tmp_path.glob("runs/*/"))
+def test_a_run_that_fails_is_named_and_the_others_go_on(command, tmp_path):
+    recipe_file(tmp_path, "grid({'data.source': ['npz:none.npz', 'digits']})", TINY)
+    process = command()
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 1
+    assert "error: failed: data.source=npz_none.npz-" in err.splitlines()[-1]
+    assert out.splitlines()[-1].startswith("| digits ")
 
 
 @pytest.mark.slow

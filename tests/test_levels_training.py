@@ -1,5 +1,6 @@
 """Training at many noise levels: the reference's losses, what is drawn, and what a trained flow does."""
 
+import functools
 import json
 
 import jax
@@ -11,8 +12,10 @@ from PIL import Image
 import commands
 from configs import digits
 from tarflow_jax import Noise, TarFlow, TarFlowPipeline
+from tarflow_jax.flow import Conditioning
 from tarflow_jax.likelihood import training_loss
 from tarflow_jax.noise import Levels
+from tarflow_jax.runtime import make_mesh
 from tarflow_jax.training import Recipe, train
 from tarflow_jax.training.optimizer import Optimizer
 
@@ -27,9 +30,9 @@ def test_the_reference_s_training_run(load_golden):
 
     @jax.jit
     def step(params, state, images, labels, std):
-        levels = Levels(std, jnp.zeros((len(std), 4)))
-        loss = lambda params: training_loss(flow, {"params": params}, images, labels, levels)[0]  # noqa: E731
-        value, gradients = jax.value_and_grad(loss)(params)
+        given, levels = Conditioning(labels, std), Levels(std, jnp.zeros((len(std), 4)))
+        loss = functools.partial(training_loss, flow, images=images, conditioning=given, levels=levels)
+        value, gradients = jax.value_and_grad(lambda params: loss({"params": params})[0])(params)
         with jax.numpy_dtype_promotion("standard"):
             updates, state = optimizer.update(gradients, state, params)
         return jax.tree.map(jnp.add, params, updates), state, value
@@ -57,7 +60,8 @@ def test_levels_are_drawn_from_their_range(draw):
 
 
 @pytest.mark.slow
-def test_a_trained_flow_is_surer_of_cleaner_images_and_shows_every_step(tmp_path):
+def test_a_trained_flow_is_surer_of_cleaner_images_and_shows_every_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(Recipe, "mesh", lambda self: make_mesh(devices=jax.devices()[:1]))
     config = digits.get_config()
     config.model.update({"noise_conditional": True, "width": 64, "num_blocks": 2, "layers_per_block": 1})
     config.noise.update({"kind": "levels", "std": 0.0, "std_min": 0.05, "std_max": 0.5})

@@ -73,16 +73,14 @@ def test_a_lease_whose_answers_are_lost_is_ours(store, bucket, short_lease):
     assert len(store.injected) >= 3
 
 
-def test_a_lock_that_the_store_refuses_or_delays_is_one_line(store, bucket, monkeypatch, caplog):
+def test_a_lock_that_the_store_refuses_or_delays_is_one_line(store, bucket, monkeypatch):
     store.fault = lambda request: 403
     with pytest.raises(OSError, match=r"could not lock gs://bucket/run: PERMISSION_DENIED: injected"):
         files._lease(bucket / "lease.json", "a process").__enter__()
     store.fault = lambda request: 503
     monkeypatch.setattr(files, "REQUEST_S", 1)
-    monkeypatch.setattr(files, "PROGRESS_S", 0.2)
     with pytest.raises(OSError, match=r"could not lock gs://bucket/run: TimeoutError"):
         files._lease(bucket / "lease.json", "a process").__enter__()
-    assert "still locking gs://bucket/run after" in caplog.text
 
 
 def test_what_another_process_wrote_is_seen(store, bucket):
@@ -101,7 +99,7 @@ def test_a_model_is_saved_to_the_store_and_opened_from_it(store, bucket):
     assert set(store.objects) == {f"run/model/{name}" for name in ("config.json", "model.safetensors", "README.md")}
     found = TarFlowPipeline.from_pretrained(bucket / "model")
     chex.assert_trees_all_equal(found.variables, pipe.variables)
-    assert (found.config, found.student, found.schedule) == (TINY, None, None)
+    assert (found.config, found.student) == (TINY, None)
     files.write_text(bucket / "config.json", "{}")
     with pytest.raises(ValueError, match=r"gs://bucket/run holds config.json, which is not a saved model's"):
         pipe.save_pretrained(bucket)
@@ -170,14 +168,13 @@ def test_every_command_finds_its_files_in_the_store(store, bucket):
     for command, *options in (
         ("launch.train", "--config=configs/digits.py:smoke", *steps),
         ("launch.distill", "--config=configs/student/digits.py:smoke", *steps),
-        ("launch.tune_decoder", "--num_images=4"),
         ("launch.sample", "--num_images=4", "--decoder=student"),
         ("launch.evaluate", *metrics),
     ):
         code, _, err = commands.run("-m", command, f"--workdir={bucket}", *options)
         assert code == 0, err
     written = {name.removeprefix("run/").split("/")[0] for name in store.objects}
-    assert written >= {"checkpoints", "decoder.json", "evaluation", "metrics.jsonl", "samples", "student"}
+    assert written >= {"checkpoints", "evaluation", "metrics.jsonl", "samples", "student", "tensorboard"}
     assert "run/lease.json" not in store.objects
     pipe = TarFlowPipeline.from_pretrained(bucket)
     assert pipe.student is not None

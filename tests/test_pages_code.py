@@ -26,7 +26,14 @@ for split in ("train", "test"):
         Image.new("RGB", (64, 64)).save(f"photos/{split}/one/{number}.png")
 """
 # What each page's Python needs before its first block.
-BEFORE = {"README.md": "", "concepts.md": "", "howto/sample.md": "", "howto/arrays.md": ARRAYS, "howto/data.md": PHOTOS}
+BEFORE = {
+    "README.md": "",
+    "concepts.md": "",
+    "howto/sample.md": "",
+    "howto/python.md": "",
+    "howto/arrays.md": ARRAYS,
+    "howto/data.md": PHOTOS,
+}
 SHORTER = {
     "howto/arrays.md": {
         "10_000": "100",

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from runs import SMALL
-from tarflow_jax import Guidance, IterativeDenoising, Noise, TarFlowPipeline, pipeline
+from tarflow_jax import Guidance, IterativeDenoising, Noise, TarFlowPipeline, arguments
 from tarflow_jax.errors import UserError
 from tarflow_jax.runtime import make_mesh
-from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Student, Tuned
+from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Student
 from tiny_models import LABELS, TINY, VP, images_of, random_variables
 
 
@@ -90,8 +90,6 @@ def test_a_guidance_weight_may_be_traced(pipe):
     np.testing.assert_allclose(jax.vmap(draw)(weights), expected, atol=1e-5)
     temperature = lambda t: pipe.decode(latents, None, Guidance(1.0, attention_temperature=t))  # noqa: E731
     np.testing.assert_allclose(jax.jit(temperature)(0.7), temperature(0.7), atol=1e-5)
-    with pytest.raises(ValueError, match=r"Tuned\(\) holds for one guidance, and this one is traced"):
-        jax.jit(lambda weight: pipe.decode(latents, LABELS, Guidance(weight), Tuned()))(1.0)
 
 
 @pytest.mark.slow
@@ -178,7 +176,7 @@ def warnings_of(caplog):
 
 @pytest.mark.parametrize("method", ["log_prob", "encode"])
 def test_images_of_another_range_are_told_of_once(pipe, caplog, method):
-    pipeline._warn_once.cache_clear()
+    arguments.warn_once.cache_clear()
     for _ in range(2):
         getattr(pipe, method)(8 * np.abs(images_of(TINY)), LABELS)
     assert warnings_of(caplog) == ["images reach far outside [-1, 1]"]
@@ -196,5 +194,5 @@ def test_results_that_are_not_finite_are_told_of(pipe, caplog):
     broken = TarFlowPipeline(TINY, jax.tree.map(lambda x: x * jnp.nan, pipe.variables), pipe.noise)
     broken.sample(jax.random.key(0), 3, LABELS)
     broken.bits_per_dim(jax.random.key(0), np.zeros(images.shape, np.uint8))
-    functions = ("decode", "denoise", "bits_per_dim")
+    functions = ("decode", "denoise", "image_bits_per_dim")
     assert warnings_of(caplog) == [f"{function}: 3 of 3 results are not finite" for function in functions]

@@ -1,4 +1,4 @@
-"""Plans of recipes for CPU devices and for TPUs that are not here, and changes to recipes that do not fit."""
+"""Plans of recipes for CPU devices and for TPUs that are not here."""
 
 import dataclasses
 import functools
@@ -10,10 +10,8 @@ import pytest
 
 import commands
 from configs import digits
-from tarflow_jax.flow import TarFlow
-from tarflow_jax.planning import Plan, changes, forward_flops, make_plan, open_topology
+from tarflow_jax.planning import Plan, forward_flops, make_plan, open_topology
 from tarflow_jax.planning.collectives import Collective
-from tarflow_jax.planning.flops import program_flops
 from tarflow_jax.planning.plan import trace
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.runtime.kernels import choose_kernel
@@ -55,11 +53,11 @@ def test_the_plan_of_a_training_step_on_eight_cpu_devices():
     assert json.loads(json.dumps(dataclasses.asdict(plan)))["topology"] == "cpu:8"
 
 
-def test_flops_of_a_triangular_model_are_those_of_its_program():
-    model = dataclasses.replace(tiny_recipe().model, triangular=True)
-    flow, images = TarFlow(model), jnp.zeros((1, *model.image_shape))
-    program = jax.make_jaxpr(flow.apply)(jax.eval_shape(flow.init, jax.random.key(0), images), images)
-    assert program_flops(program) == forward_flops(model)
+def test_flops_of_a_triangular_model():
+    plain = tiny_recipe().model
+    triangular = dataclasses.replace(plain, triangular=True)
+    numbers = triangular.triangle_size  # predicted for each of 16 tokens of 4 numbers, and applied by two matmuls
+    assert forward_flops(triangular) - forward_flops(plain) == 2 * 16 * (64 * numbers + 2 * 4 * numbers)
 
 
 @pytest.mark.slow
@@ -110,26 +108,6 @@ def test_hours_at_a_utilization():
     assert "hours" not in dataclasses.replace(PLAN, num_steps=0).table(mfu=0.5)
 
 
-def test_changes_are_tried_one_after_another():
-    recipe = tiny_recipe(**{"train.batch_size": 64, "train.accumulation": 2})
-    remat, fsdp = {"model.remat": "full"}, {"mesh.data": 1, "mesh.fsdp": 8}
-    half = {"model.dtype": "bfloat16"}
-    found = changes(recipe, PLAN)
-    both = remat | fsdp
-    assert found == [
-        remat,
-        both,
-        both | {"train.accumulation": 4},
-        both | {"train.accumulation": 8},
-        both | {"train.accumulation": 8} | half,
-    ]
-    sampler = dataclasses.replace(PLAN, num_steps=0)
-    sizes = [change.get("train.batch_size") for change in changes(recipe, sampler)]
-    assert sizes == [None, 32, 16, 8, 8]
-    slices = dataclasses.replace(PLAN, num_slices=2)
-    assert changes(recipe, slices)[1] == remat | {"mesh.data": 2, "mesh.fsdp": 4}
-
-
 @pytest.mark.parametrize("name", ["cpu:9", "cpu:0", "cpu:many"])
 def test_cpu_devices_that_are_not_here(name):
     with pytest.raises(ValueError, match="there are 8 cpu devices"):
@@ -137,26 +115,17 @@ def test_cpu_devices_that_are_not_here(name):
 
 
 @pytest.mark.slow
-def test_the_command_exits_with_2_and_names_a_change(tmp_path):
-    # The activations of 4,096 images take more than this memory, those of a half or a quarter of them less.
+def test_the_command_exits_with_2_if_the_recipe_does_not_fit(tmp_path):
     program = (
         "import os, runpy; real = os.sysconf; "
-        "os.sysconf = lambda name: 400 * 2**20 // real('SC_PAGE_SIZE') if name == 'SC_PHYS_PAGES' else real(name); "
+        "os.sysconf = lambda name: 2**20 // real('SC_PAGE_SIZE') if name == 'SC_PHYS_PAGES' else real(name); "
         "runpy.run_module('launch.plan', run_name='__main__', alter_sys=True)"
     )
-    flags = [
-        "--config=configs/digits.py:smoke",
-        "--config.train.batch_size=4096",
-        "--config.model.num_blocks=1",
-        "--config.model.remat=full",
-    ]
+    flags = ("--config=configs/digits.py:smoke", "--config.model.num_blocks=1", "--mesh=1,1,1", "--topology=cpu:1")
     written = tmp_path / "plans.jsonl"
-    code, out, err = commands.run("-c", program, *flags, "--topology=cpu:1", f"--json={written}")
+    code, out, err = commands.run("-c", program, *flags, f"--json={written}")
     assert code == 2, err
-    first, *others = out.split("\nwith ")
-    assert "does not fit" in first
-    assert others[-1].startswith("--config.train.accumulation=")
-    assert ": fits" in others[-1]
+    assert "of 1 MiB: does not fit" in out
     assert not json.loads(written.read_text())["fits"]
 
 

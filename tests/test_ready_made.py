@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import commands
-from launch import reproduction
+from benchmarks import ready_made
 from tarflow_jax import Noise, TarFlowPipeline
 from tarflow_jax.data import ArraySource, open_source
 from tarflow_jax.evaluation import classifier
@@ -77,7 +77,7 @@ def test_a_config_that_names_another_number_of_classes_is_refused(package, tmp_p
 
 @pytest.mark.parametrize("name", READY_MADE)
 def test_a_ready_made_model_draws_the_samples_and_has_the_log_prob_that_it_had(name):
-    drawn = reproduction.draw(TarFlowPipeline.from_pretrained(name))
+    drawn = ready_made.draw(TarFlowPipeline.from_pretrained(name))
     recorded = np.load(DATA / "ready_made.npz")  # by benchmarks/ready_made.py
     samples = recorded[f"{name}/samples"]
     assert np.linalg.norm(drawn["samples"] - samples) <= 1e-4 * np.linalg.norm(samples)

@@ -24,7 +24,6 @@ from tarflow_jax import TarFlowPipeline, files
 from tarflow_jax.data import ArraySource, train_batches
 from tarflow_jax.runtime import Preempted, make_mesh
 from tarflow_jax.training import Checkpoints, Recipe, train
-from tarflow_jax.training.checkpoint import recorded_config
 from tarflow_jax.training.loop import NonFiniteError
 from tarflow_jax.training.metrics import MetricsWriter
 from tarflow_jax.training.workdir import read_workdir
@@ -247,7 +246,7 @@ def test_a_workdir_deleted_or_moved_while_it_trains_ends_the_run(tmp_path):
                 time.sleep(0.01)
             (tmp_path / "run").rename(tmp_path / "elsewhere")
 
-    with pytest.raises(OSError, match=r"run/checkpoints is gone: the workdir was moved or deleted while"):
+    with pytest.raises(OSError, match=r"run/checkpoints is gone: the workdir was moved or deleted;"):
         train(small_config(sample_every=1), tmp_path / "run", move)
     assert not (tmp_path / "run").exists()
     assert read_workdir(tmp_path / "elsewhere").card["training"]["steps"] == 2
@@ -267,7 +266,6 @@ def test_the_best_checkpoint_stays_beside_the_last_ones(tmp_path):
     assert checkpoints.restore(shapes)[0] == 6
     step, found = checkpoints.restore(shapes, best=True)
     assert (step, int(found["step"])) == (2, 2)
-    assert recorded_config(tmp_path / "checkpoints") == (6, {"name": "run"})
     checkpoints.close()
     other = Checkpoints(tmp_path / "other" / "checkpoints")
     other.save(1, state, {})
@@ -277,7 +275,7 @@ def test_the_best_checkpoint_stays_beside_the_last_ones(tmp_path):
     other.close()
 
 
-def test_a_workdir_is_read_by_its_best_checkpoint_and_without_its_config_file(tmp_path, compiled_once, caplog):
+def test_a_workdir_is_read_by_its_best_checkpoint(tmp_path, compiled_once):
     config = small_config(num_steps=4, checkpoint_every=1, evaluate_every=1)
     train(config, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -285,13 +283,10 @@ def test_a_workdir_is_read_by_its_best_checkpoint_and_without_its_config_file(tm
     assert losses.keys() == {1, 2, 3, 4}
     (start,) = [json.loads(line) for line in (tmp_path / "starts.jsonl").read_text().splitlines()]
     assert (start["step"], start["jax"], start["devices"]) == (0, jax.__version__, "8 x cpu")
-    (tmp_path / "config.json").unlink()
     assert read_workdir(tmp_path, best=True).card["training"]["steps"] == min(losses, key=losses.get)
     assert read_workdir(tmp_path).card["training"]["steps"] == 4
-    assert "missing" not in caplog.text
     shutil.rmtree(tmp_path / "checkpoints" / "4")
     assert read_workdir(tmp_path).card["training"]["steps"] == 3
-    assert "opened checkpoint 3; that of step 4, which the run reached, is missing" in caplog.text
 
 
 @pytest.mark.slow

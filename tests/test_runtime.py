@@ -22,7 +22,7 @@ import tarflow_jax
 from tarflow_jax import Guidance, Noise, TarFlowPipeline
 from tarflow_jax.runtime import (
     BatchRunner,
-    LazyRows,
+    LazyBatch,
     Preempted,
     PreemptionGuard,
     batch_runner,
@@ -32,8 +32,6 @@ from tarflow_jax.runtime import (
 )
 from tarflow_jax.runtime.cores import usable_cores
 from tarflow_jax.runtime.environment import commit_of
-from tarflow_jax.runtime.parameters import variables_shapes
-from tarflow_jax.runtime.sharding import summary
 from tiny_models import LABELS, TINY, images_of, random_variables
 
 ROOT = Path(__file__).parent.parent
@@ -64,7 +62,7 @@ def test_any_number_of_rows_gives_each_its_own_result(devices, affordable):
     for rows, added in (
         (in_memory, labels),
         (in_memory | {"labels": None}, 0 * labels),
-        (LazyRows(rows_of, 11), labels),
+        (LazyBatch(rows_of, 11), labels),
     ):
         found, total = runner.run(program, variables, rows, bytes_per_image=10, shift=np.float32(1))
         np.testing.assert_array_equal(found, 6 * x + 1 + added[:, None])
@@ -88,7 +86,9 @@ def test_the_memory_bound_holds_for_all_that_runs_at_once(monkeypatch, bound):
             most = max(most, sum(sizes))
             changed.notify_all()
             if started > 1:
-                assert changed.wait_for(lambda: len(sizes) == pools[0] or started * len(x) >= 200, timeout=60)
+                assert changed.wait_for(
+                    lambda: not pools or len(sizes) == pools[0] or started * len(x) >= 200, timeout=60
+                )
             sizes.pop()
         return x
 
@@ -204,15 +204,6 @@ def test_each_core_is_a_device_and_each_device_has_its_rows():
         environment = os.environ | {"XLA_FLAGS": flags}
         out = subprocess.check_output([sys.executable, "-c", program], cwd=ROOT, env=environment, text=True)
         assert list(map(int, out.split())) == [count, count]
-
-
-def test_the_log_has_a_table_of_shardings_only_where_parameters_are_sharded():
-    shapes, devices = variables_shapes(TINY), jax.devices()[:2]
-    tree = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
-    assert summary(make_mesh(devices=devices), tree) == "mesh: data 2 x fsdp 1 x tensor 1; parameters are replicated"
-    lines = summary(make_mesh(fsdp=2, devices=devices), tree).splitlines()
-    assert lines[0] == "mesh: data 1 x fsdp 2 x tensor 1"
-    assert any(line.split()[0] == "params/block_*/layers/qkv/kernel" and "fsdp" in line for line in lines[1:])
 
 
 def test_an_environment_names_release_commit_and_machine(tmp_path):

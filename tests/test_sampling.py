@@ -9,10 +9,20 @@ import numpy as np
 import pytest
 
 from tarflow_jax import Guidance, Noise, TarFlow
-from tarflow_jax.flow import FlowBlock, Given, TarFlowConfig, block_orders, from_tokens, permute, to_tokens, unpermute
+from tarflow_jax.flow import (
+    BlockInverse,
+    Conditioning,
+    FlowBlock,
+    TarFlowConfig,
+    block_orders,
+    from_tokens,
+    permute,
+    to_tokens,
+    unpermute,
+)
+from tarflow_jax.flow.tarflow import equal_blocks
 from tarflow_jax.noise import to_float
 from tarflow_jax.sampling import GaussSeidelJacobi, Sequential, guided_trajectory
-from tarflow_jax.sampling.block_inverse import block_inverse, equal_blocks
 from tiny_models import LABELS, TINY, TRIANGULAR, VP, decode, encode, images_of, new_variables, random_variables
 
 UNCONDITIONAL = dataclasses.replace(TINY, num_classes=0)
@@ -30,7 +40,7 @@ def decode_by_recomputing(config, variables, latents, labels, guidance):
             params = {"params": variables["params"][f"block_{k}"]}
             scale = None if temperature is None else jnp.full(batch_size, temperature)
             block = FlowBlock(config, k)
-            return block.apply(params, x, order, Given(labels), scale, method="affine_of_next").of_next_token()
+            return block.apply(params, x, order, Conditioning(labels), scale, method="predict")[0].shift_right()
 
         def guide(guided, unguided, w):
             logs = (affine._replace(scale=jnp.log(affine.scale)) for affine in (guided, unguided))
@@ -63,19 +73,20 @@ def test_the_cached_inverse_equals_the_one_that_recomputes(schedule, temperature
 def test_which_blocks_are_equal_blocks():
     config = dataclasses.replace(TINY, num_blocks=6, layers_per_block=(2, 2, 2, 2, 1, 1))
     sequential = (Sequential(),) * 6
-    assert equal_blocks(config, sequential, Guidance(1.0)) == [range(4), range(4, 6)]
-    assert equal_blocks(config, sequential, Guidance(1.0, blocks=4)) == [range(2), range(2, 4), range(4, 6)]
+    assert equal_blocks(config, sequential) == [range(4), range(4, 6)]
+    partly_guided = tuple((one, k >= 2) for k, one in enumerate(sequential))
+    assert equal_blocks(config, partly_guided) == [range(2), range(2, 4), range(4, 6)]
     limited = dataclasses.replace(config, image_limit=1.0)
-    assert equal_blocks(limited, sequential, None) == [range(1), range(1, 4), range(4, 6)]
+    assert equal_blocks(limited, sequential) == [range(1), range(1, 4), range(4, 6)]
     mixed = (*sequential[:3], GaussSeidelJacobi(2), GaussSeidelJacobi(2), GaussSeidelJacobi(3))
-    assert equal_blocks(config, mixed, None) == [range(3), range(3, 4), range(4, 5), range(5, 6)]
+    assert equal_blocks(config, mixed) == [range(3), range(3, 4), range(4, 5), range(5, 6)]
 
 
 @pytest.mark.slow
 def test_blocks_in_one_loop_give_what_each_gives_by_itself():
     config = dataclasses.replace(TRIANGULAR, layers_per_block=1)
     variables, latents = random_variables(config, scale=0.05), images_of(config)
-    assert equal_blocks(config, (Sequential(),) * 3, None) == [range(3)]
+    assert equal_blocks(config, (Sequential(),) * 3) == [range(3)]
     actual = decode(config, variables, latents, LABELS)
 
     @jax.jit
@@ -83,7 +94,7 @@ def test_blocks_in_one_loop_give_what_each_gives_by_itself():
         tokens, images = to_tokens(config, latents), [latents]
         for k in reversed(range(3)):
             order, params = jnp.asarray(block_orders(config, {})[k])[None], variables["params"][f"block_{k}"]
-            block = block_inverse(TarFlow(config), k, params, order, Given(LABELS))
+            block = BlockInverse.of(FlowBlock(config, k), params, order, Conditioning(LABELS))
             tokens = unpermute(Sequential().invert(block, permute(tokens, order)).x, order)
             images.append(from_tokens(config, tokens))
         return jnp.stack(images, 1)
@@ -141,7 +152,9 @@ def test_guidance_that_changes_nothing(config, weight, temperature):
 def test_guided_decoding_undoes_guided_encoding(config):
     variables, images, labels = random_variables(config), images_of(config), jnp.asarray(LABELS)
     weights = jnp.array([1.5, 1.5, 0.7])
-    latents, read = jax.jit(guided_trajectory, static_argnums=0)(TarFlow(config), variables, images, labels, weights)
+    latents, read = jax.jit(guided_trajectory, static_argnums=0)(
+        TarFlow(config), variables, images, Conditioning(labels), weights
+    )
     for i, weight in enumerate((1.5, 0.0, 0.7)):  # the second image has no label
         row = slice(i, i + 1)
         drawn = decode(config, variables, latents[row], labels[row], Guidance(weight))

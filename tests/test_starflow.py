@@ -19,7 +19,7 @@ from tarflow_jax.errors import UserError
 from tarflow_jax.flow import block_orders
 from tarflow_jax.interop import load_torch, save_torch
 from tarflow_jax.interop.torch_weights import STARFLOW
-from tarflow_jax.runtime import Rows, make_mesh
+from tarflow_jax.runtime import LocalBatch, make_mesh
 from tarflow_jax.runtime.parameters import params_shapes
 from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi
 from tarflow_jax.student import Student, StudentConfig
@@ -84,7 +84,7 @@ def test_the_reference_s_training_run_on_a_mesh(load_golden):
     optimizer = Optimizer(20, 1e-3, 1e-3, 0, 0.9, 0.95, 1e-4, 0.0, 0.0, "adamw", 0.0)
     train_config = TrainConfig(ArrayTask(golden.config, block_penalty=1e-4), optimizer)
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    state, put = new_state(train_config, mesh, jax.random.key(0)), Rows(mesh, 8).put
+    state, put = new_state(train_config, mesh, jax.random.key(0)), LocalBatch(mesh, 8).put
     # Copies, because the step reuses the memory of what it is given.
     given = jax.tree.map(
         lambda new, old: jax.device_put(np.array(new), old.sharding), golden.variables, state.variables
@@ -193,10 +193,8 @@ def test_blocks_read_backwards_first():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rotary_base_size": 4}, "rotary_base_size is 4 without rotary"),
         ({**PREFIX, "condition_length": 0}, "a 'prefix' has both"),
         ({"condition_length": 2}, "a 'prefix' has both"),
-        ({"condition_dim": 1, "condition_blocks": 3}, "condition_blocks is 3; expected at most 2"),
     ],
 )
 def test_options_that_contradict_each_other_are_named(fields, message):

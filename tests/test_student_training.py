@@ -20,12 +20,12 @@ from configs.defaults import with_flow
 from configs.student import digits as student_digits
 from tarflow_jax import Guidance, Noise
 from tarflow_jax.noise import to_float
-from tarflow_jax.runtime import Preempted, Rows, make_mesh
+from tarflow_jax.runtime import LocalBatch, Preempted, make_mesh
 from tarflow_jax.runtime.parameters import params_shapes, student_shapes
 from tarflow_jax.student import Perception, StudentConfig
-from tarflow_jax.training import Recipe, StudentTask, Teacher, TrainConfig, train
+from tarflow_jax.training import Frozen, Recipe, StudentTask, TrainConfig, train
 from tarflow_jax.training.optimizer import Optimizer
-from tarflow_jax.training.step import compiled_step, new_state
+from tarflow_jax.training.step import compiled_step, jitted_step, new_state
 from tiny_models import TINY, decode, random_variables
 
 GAUSSIAN = Noise("gaussian", 0.1)
@@ -61,7 +61,7 @@ def test_guided_or_not_it_learns_what_the_flow_makes_of_the_latents_and_clean_im
     images, labels = runs.random_images(TINY, 8, 0)
     frozen, labels = random_variables(TINY), np.where(np.arange(8) < 2, -1, labels)
     batch = task.prepare(jax.random.key(1), jnp.asarray(images), jnp.asarray(labels))
-    task.loss({}, batch, Teacher(frozen))
+    task.loss({}, batch, Frozen(frozen))
     assert len(np.unique(seen["weights"])) > 3 or not max_guidance
     assert float(seen["weights"].max()) <= max_guidance
     assert not seen["weights"][:2].any()  # without a label there is nothing to guide by
@@ -81,13 +81,13 @@ def run_steps(mesh, accumulation=1, count=3):
     optimizer = Optimizer(count, 1e-3, 1e-3, 0, 0.9, 0.999, 1e-4, 0.0, 0.0, "adamw", 0.0)
     config = TrainConfig(StudentTask(student, GAUSSIAN, drop_label=0.2), optimizer, accumulation)
     state, step = new_state(config, mesh, jax.random.key(0)), compiled_step(config, mesh)
-    rows, losses = Rows(mesh, runs.BATCH_SIZE), []
+    rows, losses = LocalBatch(mesh, runs.BATCH_SIZE), []
     frozen = random_variables(flow)
     for i in range(count):
         batch = (rows.put(values[rows.local]) for values in runs.random_images(flow, runs.BATCH_SIZE, i))
-        state, metrics = step(state, *batch, jax.random.key(1), Teacher(frozen, perception))
+        state, metrics = step(state, *batch, jax.random.key(1), Frozen(frozen, perception))
         losses.append(float(metrics["loss"]))
-    assert step.function._cache_size() <= 2  # the state's first placement, and a step's
+    assert jitted_step(config, mesh)._cache_size() <= 2  # the state's first placement, and a step's
     assert set(metrics) == {"loss", "image_error", "block_errors", "perceptual", "grad_norm"}
     return losses
 
@@ -112,7 +112,7 @@ def test_stopped_and_resumed_it_ends_bit_for_bit_the_same(tmp_path, monkeypatch,
     config = with_flow(student_digits.get_config("smoke"), flow)
     config.student.flow = "0" * 16
     config.train.update({"num_steps": 4, "checkpoint_every": 2, "evaluate_every": 2, "log_every": 1, "sample_every": 3})
-    teacher = Teacher(random_variables(Recipe(flow).model))
+    teacher = Frozen(random_variables(Recipe(flow).model))
     whole = train(config, tmp_path / "whole", frozen=teacher)
 
     def stop(step, variables):

@@ -14,7 +14,6 @@ import chex
 import numpy as np
 import pytest
 import requests
-from etils import epath
 from PIL import Image
 
 import commands
@@ -25,7 +24,7 @@ from tarflow_jax.data.tfds import download_timeouts
 from tarflow_jax.interop import load_torch
 from tarflow_jax.runtime import kernels
 from tarflow_jax.runtime.kernels import attend_on_device
-from tarflow_jax.training import Recipe, train, workdir
+from tarflow_jax.training import Recipe, train
 from tarflow_jax.training.metrics import MetricsWriter
 from test_resume import limited_files
 from tiny_models import LABELS, TINY, images_of, random_variables
@@ -110,17 +109,12 @@ def test_broken_images_are_counted_and_only_broken_ones_are_an_error(tmp_path, m
     assert "--workdir is empty; expected a folder" in refused("-m", "launch.sample", "--workdir=")
 
 
-@pytest.mark.slow
-def test_a_decoder_is_tuned_in_a_folder_only(tmp_path):
-    assert "--workdir=owner/name is no folder" in refused("-m", "launch.tune_decoder", "--workdir=owner/name")
-
-
 def test_a_set_without_labels_trains_no_classes(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), np.uint8)
     np.savez(tmp_path / "plain.npz", images=images)
     config = digits.get_config()
     config.data.source = f"npz:{tmp_path / 'plain.npz'}"
-    with pytest.raises(ValueError, match=r"has no classes, the model 10; set model\.num_classes to 0"):
+    with pytest.raises(ValueError, match=r"has 0 classes, the model 10; set model\.num_classes to 0"):
         Recipe(config).source("train")
     config.model.num_classes = 0
     assert Recipe(config).source("train").num_classes == 0
@@ -226,15 +220,10 @@ def test_folders_that_may_be_splits_or_classes_are_refused(tmp_path, folders):
         list_folder(tmp_path, "train")
 
 
-def test_damaged_side_files_are_named_and_passed_over(tmp_path, caplog):
+def test_a_line_of_metrics_that_was_cut_short_is_dropped(tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.0}\n\xff\xfe\n{"step": 2')
     MetricsWriter(tmp_path, 5).close()
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1, "loss": 2.0}\n'
-    for content in (b'{"loss": 1', b"[1]", b'{"loss": "x"}', b"\xff"):
-        (tmp_path / "results.json").write_bytes(content)
-        caplog.clear()
-        assert workdir._read_whole(epath.Path(tmp_path / "results.json"), workdir._rounded) == {}
-        assert f"{tmp_path / 'results.json'} is damaged, and its figures are left out" in caplog.text
 
 
 def test_a_full_disk_leaves_no_part_of_a_shard(tmp_path):

@@ -24,7 +24,7 @@ from tarflow_jax.text import WordVectors
 from tarflow_jax.text_to_image import TextToImage
 from tarflow_jax.training import Recipe, train, train_step
 from tarflow_jax.training.step import initial_state
-from tarflow_jax.training.task import Fixed, FlowTask
+from tarflow_jax.training.task import FlowTask, Frozen
 from test_captions import captioned, write_captioned  # noqa: F401 (a fixture)
 
 SMALL = AutoencoderConfig(
@@ -44,9 +44,8 @@ def autoencoder():
 def packed(folder, captioned, autoencoder, **options):  # noqa: F811
     """Packs the latents of the captioned folder, 8 x 8 x 4, as launch.prepare_data does."""
     sources = {split: data.open_source(f"folder:{captioned}", split, data_dir=folder) for split in ("train", "test")}
-    shape, text = (8, 8, 4), options.pop("text", TEXT)
-    arguments = (autoencoder.posterior, shape, text, (3, 8) if text else (), "encoders")
-    latents.pack_latents(folder / "latents", sources, *arguments, **options)
+    text = options.pop("text", TEXT)
+    latents.pack_latents(folder / "latents", sources, autoencoder.posterior, text, "encoders", **options)
     autoencoder.save_pretrained(folder / "latents" / "autoencoder")
     if text:
         text.save(folder / "latents" / "text")
@@ -95,7 +94,7 @@ def test_packing_continues_where_it_stopped(captioned, autoencoder, tmp_path, mo
     failing = Interrupted(SMALL, autoencoder.params)
     with pytest.raises(KeyboardInterrupt):
         packed(tmp_path / "stopped", captioned, failing)
-    with pytest.raises(FileNotFoundError, match="holds no latents"):
+    with pytest.raises(FileNotFoundError, match="holds no prepared set"):
         data.open_source(f"latents:{tmp_path / 'stopped' / 'latents'}", "train")
     _, again = packed(tmp_path / "stopped", captioned, failing)
     whole, continued = (data.open_source(each, "train") for each in (name, again))
@@ -146,11 +145,12 @@ def test_dropped_captions_are_the_empty_one_and_latents_get_both_noises():
     task = FlowTask(model, Noise("gaussian", 0.3), drop_label=0.5)
     zeros = jnp.zeros((4000, 8, 8, 4))
     batch = data.Latents(zeros + 1, zeros + 0.4, jnp.ones((4000, 3, 8)))
-    noisy, labels, levels, condition = task.prepare(jax.random.key(0), batch, jnp.ones(4000, jnp.int32))
+    noisy, conditioning, levels = task.prepare(jax.random.key(0), batch, jnp.ones(4000, jnp.int32))
     assert levels is None
     np.testing.assert_allclose([noisy.mean(), noisy.std()], [1, 0.5], atol=0.005)
+    condition = conditioning.condition
     dropped = np.isnan(condition).all((1, 2))
-    np.testing.assert_array_equal(dropped, labels == -1)
+    np.testing.assert_array_equal(dropped, conditioning.labels == -1)
     assert 0.45 < dropped.mean() < 0.55
     assert (condition[~dropped] == 1).all()
 
@@ -267,7 +267,7 @@ def test_the_decoder_alone_is_trained(captioned, autoencoder, tmp_path):  # noqa
     params = jax.device_get(autoencoder.params)
     encoder = {"encoder": params["encoder"], "quant_conv": params["quant_conv"]}
     decoder = {name: leaves for name, leaves in params.items() if name not in encoder}
-    state = train(config, tmp_path / "run", None, Fixed(None, encoder), {"params": {"autoencoder": decoder}})
+    state = train(config, tmp_path / "run", None, Frozen(encoder=encoder), {"params": {"autoencoder": decoder}})
     trained_params = state.variables["params"]["autoencoder"]
     assert trained_params.keys() == decoder.keys()
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), jax.device_get(trained_params), decoder)

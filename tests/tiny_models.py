@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tarflow_jax import TarFlow, TarFlowConfig, sampling
+from tarflow_jax.flow import Conditioning
 
 TINY = TarFlowConfig(
     image_size=(4, 6), image_channels=3, patch_size=2, width=16, num_blocks=3, layers_per_block=(1, 2, 1),
@@ -19,7 +20,8 @@ VP = dataclasses.replace(TINY, volume_preserving=True, num_classes=0, image_chan
 
 @functools.partial(jax.jit, static_argnums=0)
 def _initialised(config, seed):
-    variables = TarFlow(config).init(jax.random.key(seed), jnp.zeros((1, *config.data_shape)), noise_std=jnp.ones(1))
+    conditioning = Conditioning(noise_std=jnp.ones(1))
+    variables = TarFlow(config).init(jax.random.key(seed), jnp.zeros((1, *config.data_shape)), conditioning)
     return {name: variables[name] for name in ("params", "prior", "constants") if name in variables}
 
 
@@ -62,12 +64,14 @@ def random_variables(config, seed=0, scale=0.1):
 @functools.partial(jax.jit, static_argnums=0)
 def encode(config, variables, images, labels=None):
     """(latents, log_det)."""
-    return TarFlow(config).apply(variables, images, labels)
+    return TarFlow(config).apply(variables, images, Conditioning(labels))
 
 
 def decode(config, variables, latents, labels=None, guidance=None, **options):
     """`sampling.decode_trace`."""
-    return sampling.decode_trace(TarFlow(config), variables, latents, labels, guidance=guidance, **options)
+    return sampling.decode_trace(
+        TarFlow(config), variables, latents, Conditioning(labels), guidance=guidance, **options
+    )
 
 
 def images_of(config, batch_size=3, seed=7):

@@ -1,6 +1,6 @@
 """Claim: layers help most near the noise: three blocks of one layer, then one of five nearest the noise.
 
-python -m launch.sweep --config=configs/sweeps/deep_last.py --workdir=runs/deep_last --metric=Fréchet
+python -m launch.sweep --config=configs/sweeps/deep_last.py --workdir=runs/deep_last
 
 Compare with configs/sweeps/depth.py. Measured: docs/results.md.
 """

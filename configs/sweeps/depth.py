@@ -1,6 +1,6 @@
 """Claim: eight layers are best divided evenly between blocks and layers per block; a single block fails.
 
-python -m launch.sweep --config=configs/sweeps/depth.py --workdir=runs/depth --parallel=2 --metric=Fréchet
+python -m launch.sweep --config=configs/sweeps/depth.py --workdir=runs/depth
 
 configs/sweeps/deep_last.py has the same eight layers as 1, 1, 1, 5. Measured: docs/results.md.
 """

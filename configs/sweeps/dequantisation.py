@@ -1,6 +1,6 @@
 """Claim: uniform dequantisation gives good likelihoods, not good samples.
 
-python -m launch.sweep --config=configs/sweeps/dequantisation.py --workdir=runs/dequantisation --metric=Fréchet
+python -m launch.sweep --config=configs/sweeps/dequantisation.py --workdir=runs/dequantisation
 
 The same network, labels and steps as configs/sweeps/noise.py, trained on images with uniform noise of one 8-bit step.
 Measured: docs/results.md.

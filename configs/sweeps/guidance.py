@@ -1,6 +1,6 @@
 """Claim: guidance has an optimum away from 0, and a weight that grows over the tokens beats a constant one.
 
-python -m launch.sweep --config=configs/sweeps/guidance.py --workdir=runs/guidance --metric=Fréchet
+python -m launch.sweep --config=configs/sweeps/guidance.py --workdir=runs/guidance
 
 Guidance is chosen when sampling: one training run per seed, sampled at every setting. Measured: docs/results.md.
 """

@@ -1,6 +1,6 @@
 """Claim: training with Gaussian noise gives good samples, once they are denoised with the score.
 
-python -m launch.sweep --config=configs/sweeps/noise.py --workdir=runs/noise --metric=Fréchet
+python -m launch.sweep --config=configs/sweeps/noise.py --workdir=runs/noise
 
 Samples at each σ, raw and denoised with several multiples of the score. Measured: docs/results.md.
 """

@@ -1,6 +1,6 @@
 """Claim: smaller patches give better likelihoods, at the cost of more sampling steps.
 
-python -m launch.sweep --config=configs/sweeps/patches.py --workdir=runs/patches --metric=bits/dim
+python -m launch.sweep --config=configs/sweeps/patches.py --workdir=runs/patches
 
 The likelihood variant, with the paper's diagonal affine maps: triangular ones weaken just this effect. Measured:
 docs/results.md.

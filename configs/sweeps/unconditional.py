@@ -1,6 +1,6 @@
 """Claim: an unconditional model can be guided too, away from itself at another attention temperature.
 
-python -m launch.sweep --config=configs/sweeps/unconditional.py --workdir=runs/unconditional --metric=Fréchet
+python -m launch.sweep --config=configs/sweeps/unconditional.py --workdir=runs/unconditional
 
 Measured: docs/results.md.
 """

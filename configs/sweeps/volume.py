@@ -1,6 +1,6 @@
 """Claim: affine flows (NVP) are far better than volume-preserving ones (VP).
 
-python -m launch.sweep --config=configs/sweeps/volume.py --workdir=runs/volume --metric=Fréchet
+python -m launch.sweep --config=configs/sweeps/volume.py --workdir=runs/volume
 
 Measured: docs/results.md.
 """

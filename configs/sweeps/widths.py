@@ -1,6 +1,6 @@
 """Claim: likelihood improves with scale.
 
-python -m launch.sweep --config=configs/sweeps/widths.py --workdir=runs/widths --metric=bits/dim
+python -m launch.sweep --config=configs/sweeps/widths.py --workdir=runs/widths
 
 The likelihood variant, 400 steps, Muon's learning rate by docs/lab/optimizers.md. Measured: docs/results.md.
 """

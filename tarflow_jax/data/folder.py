@@ -29,8 +29,7 @@ def list_folder(root: Path, split: str) -> tuple[list[Item], tuple[str, ...]]:
 
     `root` holds one subfolder per class, or images without classes, or folders named `train` and `test` (see
     `SPLIT_FOLDERS`) with either. Without split folders, a hash of its path assigns each image to a split. Ignores
-    hidden files, other extensions and links to folders. Raises UserError if there are no images or the layout is
-    ambiguous.
+    hidden files and links to folders. Raises UserError if there are no images or the layout is ambiguous.
     """
     if not root.is_dir():
         raise FileNotFoundError(f"folder:{root}: no such folder")
@@ -39,9 +38,7 @@ def list_folder(root: Path, split: str) -> tuple[list[Item], tuple[str, ...]]:
     paths = sorted(_walk(base))
     names = {path.split("/")[0] if "/" in path else "" for path in (paths if base == train else _walk(train))}
     if "" in names and len(names) > 1:
-        raise UserError(
-            f"folder:{train}: images are both beside and inside class folders; move the former into a class"
-        )
+        raise UserError(f"folder:{train}: images are both beside and inside class folders; move all into classes")
     label_names = tuple(sorted(names - {""}))
     if not split_folders:
         paths = [path for path in paths if split_of(path) == split]
@@ -77,8 +74,7 @@ def _split_folders(root: Path) -> dict[str, Path]:
     if not train and not test:
         return {}
     others = [name for name in names if name not in train + test and any(_walk(root / name))]
-    twice = len({name.lower() for name in test}) < len(test)
-    if len(train) != 1 or not test or twice or others:
+    if len(train) != 1 or not test or others:
         raise UserError(
             f"folder:{root}: {', '.join(train + test + others)} may be splits or classes; expected train and test (or "
             "val), each with a folder per class, and nothing beside them, or a folder per class, none with such a name"
@@ -124,15 +120,16 @@ def open_folder(argument: str, split: str, options: Options) -> EncodedSource:
     items, label_names = list_folder(root, split)
     if options.image_size is None and preprocessing != "none":
         raise UserError(f"{name}: preprocessing {preprocessing} needs an image size")
-    shape, bits = first_image(name, items)
-    size = options.image_size or shape[:2]
+    first_shape, bits = first_image(name, items)
+    size = options.image_size or first_shape[:2]
+    shape = (*size, first_shape[2])
     key = hash_items(items, str(root.resolve()), size if preprocessing == "none" else None)
     report = options.data_dir / "checked" / f"{key[:32]}.json"
     try:
-        found = json.loads(report.read_text())
-        bad, content = dict(found["bad"]), str(found["content"])
+        checked = json.loads(report.read_text())
+        bad, content = checked["bad"], checked["content"]
     except (OSError, ValueError, TypeError, KeyError):
-        bad, content = check_items(items, preprocessing, (*size, shape[2]), bits)
+        bad, content = check_items(items, preprocessing, shape, bits)
         write_text(report, json.dumps({"content": content, "bad": bad}, indent=1) + "\n")
     refuse_bad(name, bad, len(items), options.skip_bad)
     items = [item for item in items if item.name not in bad]
@@ -142,7 +139,7 @@ def open_folder(argument: str, split: str, options: Options) -> EncodedSource:
         items.__getitem__,
         options,
         content=content,
-        image_shape=(*size, shape[2]),
+        image_shape=shape,
         bits=bits,
         label_names=label_names,
     )
@@ -203,11 +200,9 @@ def refuse_bad(name: str, bad: dict[str, str], num_images: int, skip_bad: bool) 
     """Raises UserError with a list of the bad files, or logs their number if they may be skipped."""
     if not bad:
         return
-    if not skip_bad or len(bad) == num_images:
+    if not skip_bad:
         listed = "; ".join(f"{path} ({reason})" for path, reason in list(bad.items())[:MAX_LISTED])
         more = f"; and {len(bad) - MAX_LISTED} more" if len(bad) > MAX_LISTED else ""
-        raise UserError(
-            f"{name}: {len(bad)} of {num_images} files cannot be used; fix or remove them, or set skip_bad: "
-            f"{listed}{more}"
-        )
+        advice = "fix or remove them, or set skip_bad"
+        raise UserError(f"{name}: {len(bad)} of {num_images} files cannot be used; {advice}: {listed}{more}")
     logging.getLogger(__name__).warning("%s: skipping %d of %d files as bad", name, len(bad), num_images)

@@ -25,13 +25,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from tarflow_jax.data.images import BACKGROUND
-from tarflow_jax.data.source import MAX_CLASSES, ImageSource, Options
+from tarflow_jax.data.source import MANIFEST, ImageSource, Options, read_manifest
 from tarflow_jax.errors import UserError
 from tarflow_jax.figures import to_pil
 from tarflow_jax.files import replacing, sha256, write_text
 from tarflow_jax.noise import to_float
 
-MANIFEST, FORMAT = "manifest.json", "tarflow_jax latents 1"
+FORMAT = "tarflow_jax latents 1"
 IMAGES_AT_A_TIME, CAPTIONS_AT_A_TIME = 64, 256
 MAX_SCALE, MAX_SHIFT = 0.1, 0.05  # of an augmented copy, as a fraction of the image's side
 MOVED = "moved, "  # begins a copy's captions, so that a flow does not draw copies where it is asked for originals
@@ -55,16 +55,14 @@ class LatentSource(ImageSource):
         super().__init__(name, latent_shape, len(manifest["label_names"]), manifest["label_names"])
         self.folder, self.images_name, self.condition_shape = folder, str(manifest["source"]), text_shape
         self._content = str(manifest["splits"][split]["sha256"])
-        count, num_captions, num_rows = (manifest["splits"][split][key] for key in ("images", "captions", "rows"))
-        self._mean = _mapped(folder / f"{split}-mean.npy", np.float16, (count, *latent_shape))
-        self._std = _mapped(folder / f"{split}-std.npy", np.float16, (count, *latent_shape))
-        self._rows = _mapped(folder / f"{split}-rows.npy", np.int32, (num_rows, 3))
-        low, high = self._rows.min(0), self._rows.max(0)
-        if (low < (0, -1, -1)).any() or (high >= (count, max(num_captions, 1), MAX_CLASSES)).any():
+        self._mean = np.load(folder / f"{split}-mean.npy", mmap_mode="r")
+        self._std = np.load(folder / f"{split}-std.npy", mmap_mode="r")
+        self._rows = np.load(folder / f"{split}-rows.npy", mmap_mode="r")
+        if self._rows[:, 0].max() >= len(self._mean):
             raise UserError(f"{name}: {split}-rows.npy is damaged; pack the set again")
         if text_shape:
-            self._null = _mapped(folder / "null.npy", np.float32, text_shape)
-            self._text = _mapped(folder / f"{split}-text.npy", np.float16, (num_captions, *text_shape))
+            self._null = np.load(folder / "null.npy", mmap_mode="r")
+            self._text = np.load(folder / f"{split}-text.npy", mmap_mode="r")
             texts = json.loads((folder / f"{split}-captions.json").read_text())
             self.captions = [(texts[caption],) for caption in self._rows[:, 1]]
 
@@ -94,30 +92,16 @@ def open_latents(argument: str, split: str, options: Options) -> LatentSource:
     """Opens one split of a folder; raises UserError if it is damaged, FileNotFoundError if it is incomplete."""
     folder, name = Path(argument).expanduser(), f"latents:{argument}"
     try:
-        return LatentSource(name, folder, split, read_manifest(folder))
+        return LatentSource(name, folder, split, read_manifest(folder, FORMAT))
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise UserError(f"{name}: damaged ({error!r}); pack the set again") from None
-
-
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads the manifest of a folder of latents; raises FileNotFoundError if there is none."""
-    if not (folder / MANIFEST).is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no latents; pack them with launch.prepare_data --data=… --autoencoder=FOLDER"
-        )
-    manifest = json.loads((folder / MANIFEST).read_text())
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{folder} is not a folder of latents, or of another version; pack the set again")
-    return manifest
 
 
 def pack_latents(
     folder: Path,
     sources: Mapping[str, ImageSource],
     encode: Callable[[Any], tuple[Any, Any]],
-    latent_shape: tuple[int, ...],
     embed: Callable[[Sequence[str]], np.ndarray] | None,
-    text_shape: tuple[int, ...],
     fingerprint: str,
     copies: int = 0,
 ) -> None:
@@ -125,9 +109,7 @@ def pack_latents(
 
     Args:
       encode: images float32 [B, H, W, K] in [-1, 1] -> mean and std [B, h, w, Z] in the flow's units.
-      latent_shape: (h, w, Z).
       embed: captions -> float32 [B, L, E]; None leaves captions out.
-      text_shape: (L, E), or () without `embed`.
       fingerprint: identifies the encoders; with the sources' fingerprints, it identifies the set.
       copies: number of randomly shifted and scaled copies of each training image to encode too. Their captions begin
         with "moved".
@@ -137,7 +119,7 @@ def pack_latents(
     contents = [source.fingerprint + repr(source.captions) * bool(embed) for source in sources.values()]
     fingerprint = hashlib.sha256(repr((fingerprint, copies, MOVED, contents)).encode()).hexdigest()
     if (folder / MANIFEST).exists():
-        if read_manifest(folder)["fingerprint"] != fingerprint:
+        if read_manifest(folder, FORMAT)["fingerprint"] != fingerprint:
             raise UserError(f"{folder} holds other latents; remove it, or choose another folder")
         return
     splits = {}
@@ -146,9 +128,8 @@ def pack_latents(
             raise UserError(f"{source.name} has no captions in its {split} split; leave --text_encoder out")
         num_copies = copies if split == "train" else 0
         count = len(source) * (1 + num_copies)
-        images = functools.partial(_encoded, source, encode)
         files = [folder / f"{split}-{name}.npy" for name in ("mean", "std")]
-        _fill(files, (count, *latent_shape), fingerprint, IMAGES_AT_A_TIME, images)
+        _fill(files, count, fingerprint, IMAGES_AT_A_TIME, functools.partial(_encoded, source, encode))
         texts = list(source.captions) if embed else [("",)] * len(source)
         if split == "test":
             texts = [wordings[:1] for wordings in texts]
@@ -156,8 +137,7 @@ def pack_latents(
         known = {text: number for number, text in enumerate(dict.fromkeys(itertools.chain(*texts)))}
         if embed:
             captions = functools.partial(_embedded, list(known), embed)
-            file, shape = folder / f"{split}-text.npy", (len(known), *text_shape)
-            _fill([file], shape, fingerprint, CAPTIONS_AT_A_TIME, captions)
+            _fill([folder / f"{split}-text.npy"], len(known), fingerprint, CAPTIONS_AT_A_TIME, captions)
             write_text(folder / f"{split}-captions.json", json.dumps(list(known)) + "\n")
         labels, size = source.all_labels(), len(source)
         rows = [(i, known[text] if embed else -1, labels[i % size]) for i in range(count) for text in texts[i]]
@@ -165,15 +145,18 @@ def pack_latents(
         hashes = [sha256(folder / f"{split}-{name}.npy") for name in ("mean", "std", "rows")]
         sizes = {"images": count, "captions": len(known), "rows": len(rows)}
         splits[split] = {**sizes, "sha256": " ".join(hashes)}
+    text_shape: tuple[int, ...] = ()
     if embed:
-        _save(folder / "null.npy", embed([""])[0])
+        null = embed([""])[0]
+        text_shape = null.shape
+        _save(folder / "null.npy", null)
     manifest = {
         "format": FORMAT,
         "source": sources["train"].name,
         "fingerprint": fingerprint,
-        "latent_shape": latent_shape,
+        "latent_shape": np.load(folder / "train-mean.npy", mmap_mode="r").shape[1:],
         "text_shape": text_shape,
-        "label_names": list(sources["train"].label_names),
+        "label_names": sources["train"].label_names,
         "splits": splits,
     }
     write_text(folder / MANIFEST, json.dumps(manifest, indent=1) + "\n")
@@ -205,28 +188,25 @@ def moved(image: np.ndarray, seed: int) -> np.ndarray:
 
 
 def _fill(
-    files: list[Path],
-    shape: tuple[int, ...],
-    fingerprint: str,
-    size: int,
-    rows: Callable[[np.ndarray], tuple[Any, ...]],
+    files: list[Path], count: int, fingerprint: str, size: int, rows: Callable[[np.ndarray], tuple[Any, ...]]
 ) -> None:
-    """Writes float16 arrays of `shape`, `size` rows at a time, resuming where an interrupted call stopped."""
-    progress, done = files[0].with_suffix(".json"), 0
+    """Writes `count` rows of float16 arrays, `size` at a time, resuming where an interrupted call stopped."""
+    progress, done, arrays = files[0].with_suffix(".json"), 0, []
     progress.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        found = json.loads(progress.read_text())
-        arrays = [np.lib.format.open_memmap(file, mode="r+") for file in files]
-        whole = all(array.shape == shape and array.dtype == np.float16 for array in arrays)
-        done = int(found["done"]) if whole and found["fingerprint"] == fingerprint else 0
-    if not done:
-        arrays = [np.lib.format.open_memmap(file, mode="w+", dtype=np.float16, shape=shape) for file in files]
-    with tqdm(total=shape[0], initial=done, desc=files[0].stem, disable=None) as bar:
-        while done < shape[0]:
-            index = np.arange(done, min(done + size, shape[0]))
-            for array, values in zip(arrays, rows(index), strict=True):
-                array[index] = np.asarray(values)
-                array.flush()
+        stored = json.loads(progress.read_text())
+        if stored["fingerprint"] == fingerprint:
+            arrays = [np.lib.format.open_memmap(file, mode="r+") for file in files]
+            done = stored["done"]
+    with tqdm(total=count, initial=done, desc=files[0].stem, disable=None) as bar:
+        while done < count:
+            index = np.arange(done, min(done + size, count))
+            for k, values in enumerate(map(np.asarray, rows(index))):
+                if not done:
+                    shape = (count, *values.shape[1:])
+                    arrays.append(np.lib.format.open_memmap(files[k], mode="w+", dtype=np.float16, shape=shape))
+                arrays[k][index] = values
+                arrays[k].flush()
             done += len(index)
             write_text(progress, json.dumps({"fingerprint": fingerprint, "done": done}) + "\n")
             bar.update(len(index))
@@ -235,11 +215,3 @@ def _fill(
 def _save(path: Path, array: np.ndarray) -> None:
     with replacing(path) as file:
         np.save(file, array)
-
-
-def _mapped(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
-    """Memory-maps an array; raises UserError unless it has this dtype and shape."""
-    found = np.load(path, mmap_mode="r", allow_pickle=False)
-    if found.shape != shape or found.dtype != dtype:
-        raise UserError(f"{path} is {found.dtype} {list(found.shape)}; expected {np.dtype(dtype)} {list(shape)}")
-    return found

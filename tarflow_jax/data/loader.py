@@ -42,7 +42,7 @@ def train_batches(
       batch_size: global batch size.
       seed: determines the order and the flips.
       flip: mirror each image left to right with probability 1/2, drawn from (seed, step, row).
-      rows: the rows of each batch to read (`runtime.Rows.local`); None reads all.
+      rows: the rows of each batch to read (`runtime.LocalBatch.local`); None reads all.
       num_workers: number of threads that read ahead; 0 reads in the caller's thread.
     """
     import grain  # takes a third of a second, and only training needs it

@@ -21,12 +21,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from tarflow_jax.data.folder import hash_items, list_folder, refuse_bad
-from tarflow_jax.data.images import BACKGROUND, PREPROCESSINGS, decode_image, preprocess
-from tarflow_jax.data.source import NO_LABEL, SPLITS, EncodedSource, Item, Options
+from tarflow_jax.data.images import BACKGROUND, decode_image, preprocess
+from tarflow_jax.data.source import MANIFEST, NO_LABEL, SPLITS, EncodedSource, Item, Options, read_manifest
 from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.files import replacing, sha256, write_text
 
-MANIFEST, CAPTIONS = "manifest.json", "captions-{}.jsonl"
+CAPTIONS = "captions-{}.jsonl"
 FORMAT = 1
 IMAGES_PER_SHARD = 1024
 LABEL = struct.Struct("<i")
@@ -55,9 +55,7 @@ def pack(
 ) -> None:
     """Packs the images of every split into `folder`, as RGB of `options.image_size`, or resumes an interrupted packing.
 
-    The manifest records the preprocessing, the image size and the label names. For each split it records the number of
-    images, of skipped files and of images per class, and the shards with their SHA-256. Raises UserError if files are
-    bad, the folder holds another set, or a packed shard has changed.
+    Raises UserError if files are bad, the folder holds another set, or a packed shard has changed.
     """
     image_size = options.image_size
     if image_size is None:
@@ -98,9 +96,9 @@ def pack(
             }
             captions = [texts for report in reports for texts in report["captions"]]
             if any(captions):
-                lines = "".join(json.dumps(texts) + "\n" for texts in captions)
-                write_text(folder / CAPTIONS.format(split), lines)
-                summaries[split]["captions"] = sha256(folder / CAPTIONS.format(split))
+                file = folder / CAPTIONS.format(split)
+                write_text(file, "".join(json.dumps(texts) + "\n" for texts in captions))
+                summaries[split]["captions"] = sha256(file)
             for report in reports:
                 bad |= report["bad"]
     refuse_bad(name, bad, sum(map(len, splits.values())), options.skip_bad)
@@ -123,8 +121,7 @@ def _finished(path: Path, key: str) -> dict[str, Any] | None:
     """Returns the report of a shard if an interrupted packing of the same set finished it, else None."""
     try:
         report = json.loads(path.with_suffix(".json").read_text())
-        whole = report["fingerprint"] == key and len(report["captions"]) == len(report["labels"])
-        return report if whole and report["shard"]["sha256"] == sha256(path) else None
+        return report if (report["fingerprint"], report["shard"]["sha256"]) == (key, sha256(path)) else None
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -158,97 +155,55 @@ def write_shard(path: Path, key: str, items: list[Item], encoded: Iterable[bytes
 
 def _check_packed(name: str, folder: Path, key: str) -> None:
     """Raises UserError unless the folder holds exactly this set, with unchanged shards."""
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, FORMAT)
     if manifest["fingerprint"] != key:
-        raise UserError(
-            f"{name}: {folder} holds another set, or this one with other files or preprocessing; "
-            "remove it or choose another data_dir"
-        )
+        raise UserError(f"{name}: {folder} holds other files or preprocessing; remove it or choose another data_dir")
     for split in manifest["splits"].values():
         for shard in split["shards"]:
             if sha256(folder / shard["file"]) != shard["sha256"]:
                 raise UserError(f"{folder / shard['file']}: changed since it was packed; remove {folder}")
 
 
-def read_manifest(folder: epath.Path) -> dict[str, Any]:
-    """Reads the manifest of a packed set; raises FileNotFoundError if there is none, UserError if it is damaged."""
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} is not a packed set, it has no {MANIFEST}; pack one with "
-            "python -m launch.prepare_data --data=folder:PATH"
-        )
-    try:
-        manifest = json.loads(path.read_text())
-        height, width, channels = manifest["image_shape"]
-        names, splits = manifest["label_names"], manifest["splits"].values()
-        shards = [shard for split in splits for shard in split["shards"]]
-        valid = (
-            manifest["format"] == FORMAT
-            and manifest["preprocessing"] in PREPROCESSINGS
-            and channels == 3
-            and all(type(size) is int and size > 0 for size in (height, width, *(shard["bytes"] for shard in shards)))
-            and all(type(text) is str for text in (*names, *(shard["sha256"] for shard in shards)))
-            and all(Path(shard["file"]).name == shard["file"] for shard in shards)
-            and all(len(split["class_counts"]) == len(names) for split in splits)
-            and all(type(count) is int and count >= 0 for split in splits for count in split["class_counts"])
-        )
-        if not valid:
-            raise UserError("unexpected values")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path}: damaged or from another version ({error}); pack the set again") from None
-    return manifest
-
-
 def open_packed(argument: str, split: str, options: Options, name: str | None = None) -> EncodedSource:
     """Opens one split of the packed set in the folder `argument`. On gs://, every image is a request.
 
     `name` appears in messages; None stands for "packed:FOLDER". Preprocessing "none" accepts the set as it was packed.
-    Raises FileNotFoundError if there is no packed set, and UserError if it was packed with another preprocessing or
-    shards are missing or truncated.
+    Raises FileNotFoundError if there is no packed set, UserError if it is damaged or has another preprocessing.
     """
     folder, name = epath.Path(argument).expanduser(), name or f"packed:{argument}"
-    manifest = read_manifest(folder)
-    packed_with = manifest["preprocessing"]
+    manifest = read_manifest(folder, FORMAT)
+    try:
+        packed_with, (height, width, _) = manifest["preprocessing"], manifest["image_shape"]
+        label_names, class_counts = manifest["label_names"], manifest["splits"][split]["class_counts"]
+        shards = manifest["splits"][split]["shards"]
+        files = [str(folder / shard["file"]) for shard in shards]
+        content = " ".join(shard["sha256"] for shard in shards)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{folder / MANIFEST}: damaged ({error!r}); pack the set again") from None
     if options.preprocessing not in ("none", packed_with):
         raise UserError(f"{name}: packed with preprocessing {packed_with}, not {options.preprocessing}; pack it again")
-    if split not in manifest["splits"]:
-        raise UserError(f"{name}: has no {split} split")
-    shards = manifest["splits"][split]["shards"]
-
-    def is_whole(shard: dict[str, Any]) -> bool:
-        try:
-            return (folder / shard["file"]).stat().length == shard["bytes"]
-        except FileNotFoundError:
-            return False
-
-    with ThreadPool(32) as pool:  # object stores have high latency
-        for shard, whole in zip(shards, pool.map(is_whole, shards), strict=True):
-            if not whole:
-                raise UserError(f"{folder / shard['file']}: missing or truncated; copy or pack the set again")
     try:
-        records = ArrayRecordDataSource([str(folder / shard["file"]) for shard in shards])
+        records = ArrayRecordDataSource(files)
     except RuntimeError as error:
-        raise UserError(f"{name}: shards cannot be read ({error}); if they are damaged, pack the set again") from None
+        raise UserError(f"{name}: shards are missing or damaged ({error}); copy or pack the set again") from None
 
     def item_at(index: int) -> Item:
-        item = f"{split} image {index}"
         try:
             record = records[index]
         except RuntimeError as error:
             reason = f"cannot be read ({error}); if its shard is damaged, pack the set again"
-            raise UserError(f"{name}: {item} {reason}") from None
-        return Item(item, LABEL.unpack_from(record)[0], lambda: record[LABEL.size :])
+            raise UserError(f"{name}: {split} image {index} {reason}") from None
+        return Item(f"{split} image {index}", LABEL.unpack_from(record)[0], lambda: record[LABEL.size :])
 
     source = EncodedSource(
         name,
         len(records),
         item_at,
         dataclasses.replace(options, preprocessing="none"),
-        content=" ".join(shard["sha256"] for shard in shards),
-        image_shape=tuple(manifest["image_shape"]),
-        label_names=manifest["label_names"],
-        class_counts=manifest["splits"][split]["class_counts"],
+        content=content,
+        image_shape=(height, width, 3),
+        label_names=label_names,
+        class_counts=class_counts,
     )
     source.preprocessing = packed_with
     if expected := manifest["splits"][split].get("captions"):

@@ -1,18 +1,16 @@
 """Opens and prepares data sets by name: `KIND` or `KIND:ARGUMENT`."""
 
 import contextlib
-import difflib
 import os
 import resource
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 
 from tarflow_jax.data.arrays import open_digits, open_fashion_mnist, open_npz
-from tarflow_jax.data.captioned import prepare_emoji_text, prepare_openclipart, prepare_webdataset
-from tarflow_jax.data.emoji import open_emoji, prepare_emoji
+from tarflow_jax.data.emoji import open_emoji, prepare_emoji, prepare_emoji_text
 from tarflow_jax.data.folder import open_folder
 from tarflow_jax.data.images import PREPROCESSINGS
 from tarflow_jax.data.latents import open_latents
@@ -20,6 +18,7 @@ from tarflow_jax.data.packed import open_packed, prepare_folder
 from tarflow_jax.data.sequences import KIND
 from tarflow_jax.data.source import SPLITS, ImageSource, Options
 from tarflow_jax.data.tfds import open_tfds, prepare_tfds
+from tarflow_jax.data.webdataset import prepare_webdataset
 from tarflow_jax.errors import UserError
 
 
@@ -40,7 +39,6 @@ KINDS = {
     "folder": Kind("folder:PATH", open_folder, prepare_folder),
     "latents": Kind("latents:FOLDER", open_latents),
     "npz": Kind("npz:FILE", open_npz),
-    "openclipart": Kind("openclipart", None, prepare_openclipart),
     "packed": Kind("packed:FOLDER", open_packed),
     "tfds": Kind("tfds:NAME[/CONFIG][:VERSION]", open_tfds, prepare_tfds),
     "webdataset": Kind("webdataset:FILE,FILE", None, prepare_webdataset),
@@ -86,30 +84,22 @@ def open_source(
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r} of {name}; expected one of {', '.join(SPLITS)}")
     if kind.open is None:
-        how = "prepare this set with launch.prepare_data, and open it by the name that it prints, packed:FOLDER"
-        raise UserError(how)
+        raise UserError(f"{name}: prepare it with launch.prepare_data, and open it by the name packed:… that it prints")
     source = kind.open(argument, split, options)
     if preprocessing not in ("none", source.preprocessing):
         raise UserError(f"{name}: its images are not resized; set preprocessing to none")
     if image_size not in (None, source.image_shape[:2]):
-        found, wanted = ("x".join(map(str, size)) for size in (source.image_shape[:2], image_size))
-        raise UserError(f"{name}: its images are {found}, but {wanted} is asked for")
+        stored, wanted = ("x".join(map(str, size)) for size in (source.image_shape[:2], image_size))
+        raise UserError(f"{name}: its images are {stored}, but {wanted} is asked for")
     return source
 
 
-def prepare_source(
-    name: str,
-    *,
-    image_size: tuple[int, int] | None = None,
-    preprocessing: str = "none",
-    data_dir: epath.PathLike | None = None,
-    skip_bad: bool = False,
-) -> str:
+def prepare_source(name: str, *, data_dir: epath.PathLike | None = None, **how: Any) -> str:
     """Prepares a data set unless that has been done: downloads a TFDS set, or packs images.
 
-    Takes the arguments of `open_source` and raises the same errors. Returns the name to open the set by.
+    Takes the keywords of `open_source` and raises the same errors. Returns the name to open the set by.
     """
-    options = Options(data_folder(data_dir), image_size, preprocessing, skip_bad)
+    options = Options(data_folder(data_dir), **how)
     kind, argument = _find(name, options)
     return kind.prepare(argument, options) if kind.prepare else name
 
@@ -121,9 +111,7 @@ def _find(name: str, options: Options) -> tuple[Kind, str]:
     key, _, argument = name.partition(":")
     if key not in KINDS:
         known = ", ".join(kind.pattern for kind in KINDS.values())
-        close = difflib.get_close_matches(key, KINDS, n=1)
-        hint = f"; did you mean {KINDS[close[0]].pattern}?" if close else ""
-        raise UserError(f"unknown data set {name!r}; known are {known}{hint}")
+        raise UserError(f"unknown data set {name!r}; expected one of {known}")
     kind = KINDS[key]
     if not argument and kind.pattern.startswith(f"{key}:"):
         raise UserError(f"data set {name!r} is incomplete; expected {kind.pattern}")

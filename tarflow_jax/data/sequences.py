@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Self
 import jax
 import numpy as np
 
-from tarflow_jax.data.source import MAX_CLASSES, SPLITS, split_of
+from tarflow_jax.data.source import MAX_CLASSES, SPLITS, checked_labels, split_of
 from tarflow_jax.errors import UserError
 from tarflow_jax.files import read_npz
 from tarflow_jax.fingerprint import fingerprint
@@ -67,16 +67,10 @@ class SequenceSource:
                 raise UserError(f"condition is {condition.dtype} {list(condition.shape)}; expected {expected}")
             self.shape |= {"condition_dim": condition.shape[-1], "condition_kind": "tokens" if by_token else "vector"}
             condition = _floats("condition", condition, exists if by_token else None)
+        self.arrays, self.labels = Arrays(_floats("x", x, exists), condition, lengths), None
         if labels is not None:
-            labels = np.asarray(labels)
-            if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
-                raise UserError(f"labels are {labels.dtype} {list(labels.shape)}; expected integers [{count}]")
-            if (outside := np.flatnonzero((labels < 0) | (labels >= MAX_CLASSES))).size:
-                row = outside[0]
-                raise UserError(f"label {labels[row]} in row {row}; expected integers from 0 to {MAX_CLASSES - 1}")
-            self.shape["num_classes"] = int(labels.max()) + 1
-        self.arrays = Arrays(_floats("x", x, exists), condition, lengths)
-        self.labels = None if labels is None else labels.astype(np.int32)
+            self.labels = checked_labels("labels", np.asarray(labels), count, MAX_CLASSES)
+            self.shape["num_classes"] = int(self.labels.max()) + 1
 
     def __len__(self) -> int:
         return len(self.arrays.x)
@@ -126,20 +120,20 @@ def open_arrays(name: str, split: str, config: TarFlowConfig | None = None) -> S
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r} of {name}; expected one of {', '.join(SPLITS)}")
     arrays = read_npz(path, tuple(key + suffix for key in NAMES for suffix in ("", "_test")))
-    given, tested = ([key for key in NAMES if key + suffix in arrays] for suffix in ("", "_test"))
-    if "x" not in given or tested not in ([], given):
+    names, tested = ([key for key in NAMES if key + suffix in arrays] for suffix in ("", "_test"))
+    if "x" not in names or tested not in ([], names):
         raise UserError(
             f"{name} has {', '.join(arrays) or 'none of its arrays'}; expected x, perhaps {', '.join(NAMES[1:])}, and "
-            "for a test split of your own all of them with _test"
+            "for another test split all of them with _test"
         )
     suffix = "_test" if tested and split == "test" else ""
     try:
-        source = SequenceSource(**{key: arrays[key + suffix] for key in given})
-        for field, found in source.shape.items() if config else ():
+        source = SequenceSource(**{key: arrays[key + suffix] for key in names})
+        for field, actual in source.shape.items() if config else ():
             expected = getattr(config, field)
-            if found != expected and not (field == "num_classes" and found < expected):  # a split may lack classes
+            if actual != expected and not (field == "num_classes" and actual < expected):  # a split may lack classes
                 hint = "leave model.sequence_shape out, and the shape follows from the data"
-                raise UserError(f"model.{field} is {expected}, the data's is {found}; {hint}")
+                raise UserError(f"model.{field} is {expected}, the data's is {actual}; {hint}")
     except UserError as error:
         raise UserError(f"{name}{', its test arrays' if suffix else ''}: {error}") from None
     if tested:
@@ -176,8 +170,8 @@ def _floats(name: str, values: np.ndarray, exists: np.ndarray | None) -> np.ndar
         floats = np.where(exists[..., None], floats, np.float32(0))
     if (wrong := np.argwhere(~np.isfinite(floats))).size:
         row, *_, column = wrong[0]
-        found = values[tuple(wrong[0])]
-        raise UserError(f"{name} is {found} in row {row}, column {column}; expected finite numbers of float32's range")
+        value = values[tuple(wrong[0])]
+        raise UserError(f"{name} is {value} in row {row}, column {column}; expected finite numbers of float32's range")
     return floats
 
 

@@ -4,16 +4,19 @@ import abc
 import dataclasses
 import functools
 import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from tarflow_jax.data.images import decode_image, preprocess
 from tarflow_jax.errors import UserError
 
+MANIFEST = "manifest.json"
 NO_LABEL = -1
 SPLITS = ("train", "test")
 TEST_SHARE = 0.1
@@ -24,6 +27,30 @@ def split_of(name: str) -> str:
     """Assigns an image to "train" or "test" by a hash of its name, so that other images do not matter."""
     digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
     return "test" if int.from_bytes(digest[:8], "big") < TEST_SHARE * 2**64 else "train"
+
+
+def checked_labels(name: str, labels: np.ndarray, count: int, num_classes: int) -> np.ndarray:
+    """Returns labels as int32 [count]; raises UserError unless they are integers in [0, num_classes)."""
+    if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
+        raise UserError(f"{name} are {labels.dtype} {list(labels.shape)}; expected integers [{count}]")
+    if (outside := np.flatnonzero((labels < 0) | (labels >= num_classes))).size:
+        row = outside[0]
+        raise UserError(f"{name} have {labels[row]} in row {row}; expected integers from 0 to {num_classes - 1}")
+    return labels.astype(np.int32)
+
+
+def read_manifest(folder: epath.Path, expected_format: int | str) -> dict[str, Any]:
+    """Reads the manifest of a prepared set; raises FileNotFoundError if there is none, UserError if it is damaged."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no prepared set; prepare one with launch.prepare_data")
+    try:
+        manifest = json.loads(path.read_text())
+        if manifest["format"] == expected_format:
+            return manifest
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise UserError(f"{path}: damaged or from another version; pack the set again")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,17 +138,9 @@ class ArraySource(ImageSource):
             raise UserError(f"{name}: expected images as uint8 or uint16 [N, H, W, K] with N > 0, got {got}")
         super().__init__(name, images.shape[1:], num_classes, label_names)
         self.images, self.bits = images, 8 * images.itemsize
-        if labels is None or num_classes == 0:
-            labels = np.full(len(images), NO_LABEL)
-        elif labels.shape != (len(images),) or not np.issubdtype(labels.dtype, np.integer):
-            got = f"{labels.dtype} {list(labels.shape)}"
-            raise UserError(f"{name}: expected {len(images)} integer labels, one per image, got {got}")
-        elif (outside := np.flatnonzero((labels < 0) | (labels >= num_classes))).size:
-            raise UserError(
-                f"{name}: label {labels[outside[0]]} of image {outside[0]} is out of range; "
-                f"labels of {num_classes} classes are 0 to {num_classes - 1}"
-            )
-        self.labels = labels.astype(np.int32)
+        self.labels = np.full(len(images), NO_LABEL, np.int32)
+        if labels is not None and num_classes:
+            self.labels = checked_labels(f"{name}: labels", labels, len(images), num_classes)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -194,10 +213,10 @@ class EncodedSource(ImageSource):
             array = preprocess(image, self._resize_by, self.image_shape[:2])
         except ValueError as error:
             raise UserError(f"{self.name}: {item.name}: {error}") from None
-        found = {"image": array, "label": np.int32(item.label)}
+        example = {"image": array, "label": np.int32(item.label)}
         if index < self._num_cached:
-            self._cache[index] = found
-        return found
+            self._cache[index] = example
+        return example
 
     def class_counts(self) -> np.ndarray:
         counts = self._class_counts

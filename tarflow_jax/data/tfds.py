@@ -1,7 +1,6 @@
 """Reads image sets of TensorFlow Datasets from array_record, without TensorFlow."""
 
 import contextlib
-import difflib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,18 +21,10 @@ TFDS_SPLITS = {"train": ("train",), "test": ("test", "validation")}
 
 def load_builder(argument: str, data_dir: Path) -> "tfds.core.DatasetBuilder":
     """Returns the builder of NAME[/CONFIG][:VERSION]; raises UserError if there is none or its package is missing."""
-    name = argument.split("/")[0].split(":")[0]
-    known = tfds.list_builders(with_community_datasets=False)  # community sets need TensorFlow to look up
-    if name not in known:
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean tfds:{close[0]}?" if close else "; see tfds.list_builders()"
-        raise UserError(f"tfds:{argument}: unknown data set{hint}")
     try:
         return tfds.builder(argument, data_dir=str(data_dir), try_gcs=False, file_format="array_record")
-    except ImportError as error:
-        raise UserError(f"tfds:{argument}: needs a package that is missing ({error}); install it") from None
-    except (AssertionError, ValueError) as error:
-        raise UserError(f"tfds:{argument}: {' '.join(str(error).split())}") from None
+    except (ImportError, AssertionError, ValueError) as error:
+        raise UserError(f"tfds:{argument}: {' '.join(str(error).split())[:300]}") from None
 
 
 def prepare_tfds(argument: str, options: Options) -> str:
@@ -46,20 +37,14 @@ def prepare_tfds(argument: str, options: Options) -> str:
         with download_timeouts(seconds=25):
             load_builder(argument, folder).download_and_prepare()
     except ImportError as error:
-        package = {"tensorflow": "tensorflow-cpu"}.get((error.name or "").split(".")[0], error.name)
         raise UserError(
-            f"tfds:{argument}: preparing it needs the optional package {package}; pip install {package}, "
-            "prepare once, and training will not need it"
+            f"tfds:{argument}: preparing it needs a package that is missing ({one_line(error)}), such as "
+            "tensorflow-cpu; install it, prepare once, and training will not need it"
         ) from None
     except AssertionError as error:  # how TFDS asks for files that must be downloaded by hand
         raise UserError(f"tfds:{argument}: {' '.join(str(error).split())}") from None
-    except requests.RequestException as error:
-        raise UserError(
-            f"tfds:{argument}: the download failed ({one_line(error)}); prepare it where there is a network, and copy "
-            f"{folder} here"
-        ) from None
-    except RuntimeError as error:  # array_record's, when the disk is full or fails
-        raise UserError(f"tfds:{argument} cannot be written to {folder}: {one_line(error)}") from error
+    except (requests.RequestException, RuntimeError) as error:  # the latter from array_record, if the disk is full
+        raise UserError(f"tfds:{argument} cannot be downloaded or written to {folder}: {one_line(error)}") from error
     return f"tfds:{argument}"
 
 

@@ -1,8 +1,10 @@
-"""The flow, in pure Flax linen: images or sequences to latents. Independent of data, training, files and devices."""
+"""The flow, in pure Flax linen: data to latents and back. Independent of training, files and devices."""
 
-from tarflow_jax.flow.block import Affine, FlowBlock, Given
+from tarflow_jax.flow.block import Affine, FlowBlock
+from tarflow_jax.flow.conditioning import UNCONDITIONAL, Conditioning
 from tarflow_jax.flow.config import TarFlowConfig
-from tarflow_jax.flow.tarflow import TarFlow, conditions, units, updated_prior
+from tarflow_jax.flow.inverse import BlockInverse, Inversion
+from tarflow_jax.flow.tarflow import TarFlow, inverse, updated_prior
 from tarflow_jax.flow.tokens import (
     block_orders,
     from_tokens,
@@ -15,9 +17,12 @@ from tarflow_jax.flow.tokens import (
 from tarflow_jax.flow.transformer import Kernels, KVCache, TransformerLayer, cast_kernels
 
 __all__ = [
+    "UNCONDITIONAL",
     "Affine",
+    "BlockInverse",
+    "Conditioning",
     "FlowBlock",
-    "Given",
+    "Inversion",
     "KVCache",
     "Kernels",
     "TarFlow",
@@ -25,12 +30,11 @@ __all__ = [
     "TransformerLayer",
     "block_orders",
     "cast_kernels",
-    "conditions",
     "from_tokens",
+    "inverse",
     "order_within",
     "permute",
     "to_tokens",
-    "units",
     "unpermute",
     "updated_prior",
     "without_padding",

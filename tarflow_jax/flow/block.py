@@ -1,7 +1,7 @@
 """One autoregressive flow block: permute -> causal transformer -> affine map (section 3.1 of the paper)."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -9,11 +9,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from tarflow_jax.errors import UserError
+from tarflow_jax.flow.conditioning import Conditioning
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.flow.tokens import permute, unpermute
-from tarflow_jax.flow.transformer import MLP_EXPANSION, Kernels, gelu, kernel_init, stacked_layers
+from tarflow_jax.flow.transformer import (
+    MLP_EXPANSION,
+    Kernels,
+    KVCache,
+    TransformerLayer,
+    gelu,
+    kernel_init,
+    stacked_layers,
+)
 
 Order = jax.Array | np.ndarray
+Layers = list[Any]  # the parameters of each layer of a block
+Caches = tuple[KVCache, ...]  # one per layer
 embedding_init = nn.initializers.normal(0.01)
 _WAVE_AMPLITUDE = 0.5  # about that of the projected patches
 _LONGEST_WAVE = 100.0  # times 2 π, in patches
@@ -53,14 +64,14 @@ class Affine(NamedTuple):
         """log |det dz / dx| of each token, [B, S] in nats."""
         return -jnp.log(jnp.abs(self.scale)).sum(2)
 
-    def where(self, exists: jax.Array | None) -> "Affine":
+    def masked(self, exists: jax.Array | None) -> "Affine":
         """Replaces the maps of padding by the identity; `exists` is bool [B, S], or None without padding."""
         if exists is None:
             return self
         scale, shift = jnp.where(exists[..., None], self.scale, 1.0), jnp.where(exists[..., None], self.shift, 0.0)
         return Affine(scale, shift, None if self.lower is None else jnp.where(exists[..., None], self.lower, 0.0))
 
-    def of_next_token(self) -> "Affine":
+    def shift_right(self) -> "Affine":
         """Shifts each map to the next token. The first token gets the identity, and the last map is dropped."""
 
         def move(a: jax.Array, first: float) -> jax.Array:
@@ -91,28 +102,6 @@ def _substitute(matrix: jax.Array, z: jax.Array) -> jax.Array:
         return u - matrix[..., i] * u[..., i, None]  # [B, S, D]; column i of L is 0 in rows 0 … i
 
     return jax.lax.fori_loop(0, z.shape[2] - 1, step, z)
-
-
-class Given(NamedTuple):
-    """What a density is conditioned on. B is the batch size."""
-
-    labels: jax.Array | None = None  # int32 [B], -1 for no class; None is all -1
-    noise_std: jax.Array | None = None  # σ of a noise-conditional flow, float32 [B]
-    condition: jax.Array | None = None  # from `conditions`: float32 [B, *condition_shape], NaN if missing, or None
-    lengths: jax.Array | None = None  # sequence lengths, int32 [B]; None without padding
-    null_condition: jax.Array | None = None  # what guidance pushes away from, shaped as `condition`; None is all NaN
-
-    def without_classes(self) -> "Given":
-        """Drops class and condition, for the unguided pass."""
-        condition = self.null_condition
-        if condition is None and self.condition is not None:
-            condition = jnp.full_like(self.condition, jnp.nan)
-        labels = None if self.labels is None else jnp.full_like(self.labels, -1)
-        return self._replace(labels=labels, condition=condition)
-
-    def exists(self, positions: jax.Array) -> jax.Array | None:
-        """Whether positions [S] in block order hold tokens, not padding: bool [B, S], or None without padding."""
-        return None if self.lengths is None else positions[None] < self.lengths[:, None]
 
 
 class FlowBlock(nn.Module):
@@ -146,7 +135,7 @@ class FlowBlock(nn.Module):
             self.noise_in = dense(MLP_EXPANSION * config.width, kernel_init=kernel_init)
             self.noise_out = dense(config.width, kernel_init=kernel_init)
         if config.is_conditioned(self.index):
-            if config.condition_in_units:
+            if config.standardizes_condition:
                 self.null_condition = self.param("null_condition", nn.initializers.zeros, (config.condition_dim,))
             self.condition_in = dense(config.width, kernel_init=kernel_init)
             if config.condition_by_token:
@@ -158,43 +147,84 @@ class FlowBlock(nn.Module):
         if config.triangular:
             self.project_lower = dense(config.triangle_size, kernel_init=nn.initializers.zeros)
 
-    def __call__(self, tokens: jax.Array, order: Order, given: Given) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, tokens: jax.Array, order: Order, conditioning: Conditioning) -> tuple[jax.Array, jax.Array]:
         """Encodes tokens [B, T, D]; returns (z [B, T, D], log_det [B] in nats). Tokens and z are in data order."""
         x = permute(tokens, order)
-        affine = self.affine_of_next(self.behind_start(x)[:, : x.shape[1]], order, given)
-        affine = affine if self.config.start_token else affine.of_next_token()
-        affine = affine.where(given.exists(jnp.arange(x.shape[1])))
+        affine, _ = self.predict(self.prepend_start_token(x)[:, : x.shape[1]], order, conditioning)
+        affine = affine if self.config.start_token else affine.shift_right()
+        affine = affine.masked(conditioning.exists(jnp.arange(x.shape[1])))
         self.sow("intermediates", "token_log_det", unpermute(affine.token_log_det, order))
         return unpermute(affine.forward(x), order), affine.token_log_det.sum(1)
 
-    def behind_start(self, x: jax.Array) -> jax.Array:
+    def prepend_start_token(self, x: jax.Array) -> jax.Array:
         """Prepends the start token, if there is one, to tokens [B, T, D]."""
         if not self.config.start_token:
             return x
         start = jnp.broadcast_to(self.start_token[None, None], (len(x), 1, x.shape[2]))
         return jnp.concatenate([start, x], axis=1)
 
-    def affine_of_next(self, x: jax.Array, order: Order, given: Given, temperature: jax.Array | None = None) -> Affine:
-        """Predicts the affine map of tokens 1 … S from tokens 0 … S - 1.
+    def predict(
+        self,
+        x: jax.Array,
+        order: Order,
+        conditioning: Conditioning,
+        temperature: jax.Array | None = None,
+        layers: Layers | None = None,
+        caches: Caches | None = None,
+        start: jax.Array | int = 0,
+    ) -> tuple[Affine, Caches | None]:
+        """Predicts the affine maps of tokens start + 1 … start + S from tokens start … start + S - 1.
 
         Args:
           x: tokens [B, S, D] in block order, start token included.
           order: block order, int32 [1 or B, T].
-          given: what the density is conditioned on.
+          conditioning: standardized.
           temperature: [B], divides the attention logits, or None for 1.
+          layers: the parameters of each layer, for a call with caches.
+          caches: of the prefix and the tokens before `start`; None for a whole sequence, from token 0.
+          start: position of the first token.
+
+        Returns (affine, caches), the caches with these tokens written.
         """
-        h, angles = self.embed(x, order, given)
+        prefix_length = self.config.prefix_length(self.index)
+        h, angles = self._embed(x, order, conditioning, start)
+        if caches is not None and layers is not None:
+            h, caches = self._through_layers(h, temperature, angles, layers, caches, prefix_length + start)
+            return self._project(h), caches
 
         def prepend(before: jax.Array, x: jax.Array) -> jax.Array:
             return jnp.concatenate([jnp.broadcast_to(before, (len(x), *before.shape[1:])), x], axis=1)
 
-        if prefix_length := self.config.prefix_length(self.index):
-            h, angles = jax.tree.map(prepend, self.embed_prefix(given), (h, angles))
+        if prefix_length:
+            h, angles = jax.tree.map(prepend, self._embed_prefix(conditioning), (h, angles))
         h, _ = self.layers(h, temperature, angles)
-        return self.project(h[:, prefix_length:])
+        return self._project(h[:, prefix_length:]), None
 
-    def embed(
-        self, x: jax.Array, order: Order, given: Given, start: jax.Array | int = 0
+    def write_prefix(
+        self, conditioning: Conditioning, temperature: jax.Array | None, layers: Layers, caches: Caches
+    ) -> Caches:
+        """Writes the keys and values of the prefix; arguments as in `predict`."""
+        h, angles = self._embed_prefix(conditioning)
+        return self._through_layers(h, temperature, angles, layers, caches, 0)[1]
+
+    def _through_layers(
+        self,
+        h: jax.Array,
+        temperature: jax.Array | None,
+        angles: jax.Array | None,
+        layers: Layers,
+        caches: Caches,
+        start: jax.Array | int,
+    ) -> tuple[jax.Array, Caches]:
+        """Applies layers whose parameters are no stack, because slicing one inside a loop would copy every slice."""
+        layer, written = TransformerLayer(self.config, self.kernels, parent=None), []
+        for params, cache in zip(layers, caches, strict=True):
+            h, cache = layer.apply({"params": params}, h, temperature, angles, cache, start)
+            written.append(cache)
+        return h, tuple(written)
+
+    def _embed(
+        self, x: jax.Array, order: Order, conditioning: Conditioning, start: jax.Array | int
     ) -> tuple[jax.Array, jax.Array | None]:
         """Embeds tokens [B, S, D] at positions start … start + S - 1 in block order.
 
@@ -211,26 +241,26 @@ class FlowBlock(nn.Module):
         if config.position_embeddings:
             h = h + self.position_embedding[here]
         if config.num_classes:
-            h = h + class_vectors(self.class_embedding, given.labels, x.shape[0])[:, None]
+            h = h + class_vectors(self.class_embedding, conditioning.labels, x.shape[0])[:, None]
         if config.noise_conditional:
-            h = h + self._noise_vectors(given.noise_std)[:, None]
-        if config.condition_in_units and config.is_conditioned(self.index):
-            h = h + self._condition_vectors(given.condition, order, start, x.shape[1])
+            h = h + self._noise_vectors(conditioning.noise_std)[:, None]
+        if config.standardizes_condition and config.is_conditioned(self.index):
+            h = h + self._condition_vectors(conditioning.condition, order, start, x.shape[1])
         if config.rotary:
             angles = jnp.asarray(rotary_angles(config)[config.condition_length :])
             slots = start + jnp.arange(x.shape[1])[None]
             angles = angles[slots if config.rotary_base_size else here]
         return h, angles
 
-    def embed_prefix(self, given: Given) -> tuple[jax.Array, jax.Array | None]:
+    def _embed_prefix(self, conditioning: Conditioning) -> tuple[jax.Array, jax.Array | None]:
         """Embeds a prefix as the residual stream [B, L, C] and rotary angles [1, L, H / 2], None without `rotary`."""
         config = self.config
-        assert given.condition is not None
-        h = self.condition_in(given.condition.astype(config.compute_dtype)).astype(jnp.float32)
+        assert conditioning.condition is not None
+        h = self.condition_in(conditioning.condition.astype(config.compute_dtype)).astype(jnp.float32)
         angles = jnp.asarray(rotary_angles(config)[None, : config.condition_length]) if config.rotary else None
         return h, angles
 
-    def project(self, h: jax.Array) -> Affine:
+    def _project(self, h: jax.Array) -> Affine:
         """Projects the layers' output [B, S, C] to the affine maps of the next tokens."""
         config = self.config
         if config.final_norm:

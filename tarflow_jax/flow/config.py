@@ -6,13 +6,9 @@ from typing import ClassVar
 import jax.numpy as jnp
 
 from tarflow_jax.errors import UserError
-from tarflow_jax.options import Options, option
+from tarflow_jax.options import Options, option, required
 
 REMAT_POLICIES = ("none", "full")
-POSITIONS = ("normal", "grid", "none")
-CONDITIONS = ("vector", "tokens", "prefix")
-KERNELS = ("auto", "plain", "cudnn", "splash")
-ORDERS = ("alternate", "backwards_first", "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,35 +28,33 @@ class TarFlowConfig(Options):
     image_size: tuple[int, int] = option((0, 0), "Height and width; one number for a square.")
     image_channels: int = option(0, "Channels of an image, such as 1 or 3.")
     patch_size: int = option(0, "Side of the square patches that become tokens.")
-    width: int = option(0, "Width of the residual stream.", low=1)
-    num_blocks: int = option(0, "Number of autoregressive flow blocks.", low=1)
-    layers_per_block: int | tuple[int, ...] = option(0, "Transformer layers per block; one number for all.", low=1)
+    width: int = required("Width of the residual stream.", low=1)
+    num_blocks: int = required("Number of autoregressive flow blocks.", low=1)
+    layers_per_block: int | tuple[int, ...] = required("Transformer layers per block; one number for all.", low=1)
     num_classes: int = option(0, "Number of classes; 0 for an unconditional model.")
     volume_preserving: bool = option(False, "Volume-preserving flow (VP) with a learned prior variance, not NVP.")
     head_dim: int = option(64, "Width of an attention head; must divide the model's width.", low=1)
     dtype: str = option("float32", "Dtype of the matmuls.", choices=("float32", "bfloat16"))
     remat: str = option("none", "Layers that the backward pass recomputes.", choices=REMAT_POLICIES)
-    attention: str = option("auto", "Attention kernel for whole sequences.", choices=KERNELS)
+    attention: str = option("auto", "Attention kernel.", choices=("auto", "plain", "cudnn", "splash"))
     position_init: str = option(
-        "normal", "Position embeddings start as random numbers, as 2-D sines, or are left out.", choices=POSITIONS
+        "normal", "Position embeddings: random, sines, or none.", choices=("normal", "grid", "none")
     )
     rotary: bool = option(False, "Rotary position embeddings (RoPE) by row and column of a patch.")
     input_limit: float = option(0.0, "Clips the inputs of all blocks but the first to ± this; 0 for no limit.")
     image_limit: float = option(0.0, "Clips the inputs of the first block to ± this; 0 for no limit.")
     triangular: bool = option(False, "Affine maps with triangular matrices instead of diagonal ones.")
     noise_conditional: bool = option(False, "One flow for all noise levels, conditioned on the level.")
-    image_bits: int = option(
-        8, "Bits per channel of a pixel, for bits per dimension; 0 for an autoencoder's latents.", choices=(0, 8, 16)
-    )
+    image_bits: int = option(8, "Bits per channel of a pixel; 0 for an autoencoder's latents.", choices=(0, 8, 16))
     sequence_shape: tuple[int, int] = option(
         (0, 0), "Tokens per sequence and dimensions per token; 0 dimensions for scalar tokens."
     )
     condition_dim: int = option(0, "Dimension of the condition; 0 for none.")
     condition_kind: str = option(
-        "vector", "One condition per example, one per token, or a prefix of embeddings.", choices=CONDITIONS
+        "vector", "One condition per example, one per token, or a prefix.", choices=("vector", "tokens", "prefix")
     )
     orders: str = option(
-        "alternate", "Order in which blocks read the tokens: forwards and backwards in turn, or random.", choices=ORDERS
+        "alternate", "Order in which blocks read the tokens.", choices=("alternate", "backwards_first", "random")
     )
     condition_length: int = option(0, "Length of the prefix; 0 for other conditions.")
     condition_blocks: int = option(0, "Blocks that see the condition, counted from the latents; 0 for all.")
@@ -74,39 +68,28 @@ class TarFlowConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        of_images = (*self.image_size, self.image_channels, self.patch_size)
-        if any(of_images) if self.is_sequence else not all(of_images):
+        sizes = (*self.image_size, self.image_channels, self.patch_size)
+        if any(sizes) if self.is_sequence else not all(sizes):
             raise UserError(
                 "a flow needs image_size, image_channels and patch_size, for images, or sequence_shape, for sequences; "
                 f"these are {self.image_size}, {self.image_channels}, {self.patch_size} and {self.sequence_shape}"
             )
-        height, width = self.image_size
-        if not self.is_sequence and (height % self.patch_size or width % self.patch_size):
-            raise UserError(
-                f"image_size {height}x{width} is not divisible by patch_size {self.patch_size}; "
-                "choose a patch that divides both sides"
-            )
+        if not self.is_sequence and any(side % self.patch_size for side in self.image_size):
+            size = "x".join(map(str, self.image_size))
+            raise UserError(f"image_size {size} is not divisible by patch_size {self.patch_size}")
         if self.is_sequence and self.volume_preserving:
             raise UserError("volume_preserving is for images; leave it False with sequence_shape")
         if self.width % self.head_dim:
             raise UserError(f"width {self.width} is not a multiple of head_dim {self.head_dim}")
         if len(self.depths) != self.num_blocks:
             raise UserError(f"layers_per_block lists {len(self.depths)} blocks, but num_blocks is {self.num_blocks}")
-        if self.position_init == "grid" and self.width % 4:
-            raise UserError(f"width {self.width} is not a multiple of 4, as position_init 'grid' needs")
-        if self.noise_conditional and self.width % 2:
-            raise UserError(f"width {self.width} is odd; noise_conditional needs an even one")
-        if self.rotary and self.head_dim % 4:
-            raise UserError(f"head_dim {self.head_dim} is not a multiple of 4, as rotary needs")
-        if self.rotary_base_size and not self.rotary:
-            raise UserError(f"rotary_base_size is {self.rotary_base_size} without rotary; set rotary, or leave it 0")
+        if (self.rotary and self.head_dim % 4) or (self.position_init == "grid" and self.width % 4):
+            raise UserError("rotary needs a head_dim, and position_init 'grid' a width, that is a multiple of 4")
         if bool(self.condition_length) != self.has_prefix:
             raise UserError(
                 f"condition_length is {self.condition_length} with condition_dim {self.condition_dim} of kind "
                 f"{self.condition_kind!r}; a 'prefix' has both, other kinds have no length"
             )
-        if self.condition_blocks > self.num_blocks:
-            raise UserError(f"condition_blocks is {self.condition_blocks}; expected at most {self.num_blocks}")
 
     @property
     def depths(self) -> tuple[int, ...]:
@@ -149,7 +132,7 @@ class TarFlowConfig(Options):
         return self.condition_kind == "prefix" and self.condition_dim > 0
 
     @property
-    def condition_in_units(self) -> bool:
+    def standardizes_condition(self) -> bool:
         """Whether the flow has a condition that it standardises; a prefix is not standardised."""
         return self.condition_dim > 0 and not self.has_prefix
 

@@ -1,17 +1,33 @@
-"""The stack of blocks, the units of the data, and the learned prior variance of volume-preserving (VP) mode."""
+"""The stack of blocks in both directions: `TarFlow`, data to latents, and `inverse`, latents to data.
 
-from collections.abc import Mapping
+Around the blocks are the standardization of sequences and the learned prior variance of volume-preserving (VP) mode.
+"""
+
+import itertools
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tarflow_jax.flow.block import Affine, FlowBlock, Given
+from tarflow_jax.flow.block import Affine, FlowBlock
+from tarflow_jax.flow.conditioning import UNCONDITIONAL, Conditioning
 from tarflow_jax.flow.config import TarFlowConfig
-from tarflow_jax.flow.tokens import block_orders, from_tokens, order_within, random_orders, to_tokens, without_padding
-from tarflow_jax.flow.transformer import Kernels
+from tarflow_jax.flow.inverse import BlockInverse, Inversion, invert
+from tarflow_jax.flow.tokens import (
+    block_orders,
+    from_tokens,
+    order_within,
+    permute,
+    random_orders,
+    to_tokens,
+    unpermute,
+    without_padding,
+)
+from tarflow_jax.flow.transformer import Kernels, cast_kernels
 
+InvertBlock = Callable[[Any, BlockInverse, jax.Array, jax.Array | None], Inversion]
 PRIOR_RATE = 0.1
 
 
@@ -29,23 +45,13 @@ class TarFlow(nn.Module):
     kernels: Kernels = Kernels()
 
     @nn.compact
-    def __call__(
-        self,
-        data: jax.Array,
-        labels: jax.Array | None = None,
-        noise_std: jax.Array | None = None,
-        condition: jax.Array | None = None,
-        lengths: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, data: jax.Array, conditioning: Conditioning = UNCONDITIONAL) -> tuple[jax.Array, jax.Array]:
         """Encodes images or sequences.
 
         Args:
           data: float32, images [B, H, W, K] in [-1, 1] plus noise, or sequences [B, T, D] or [B, T] in their own units.
-          labels: int32 [B], -1 for no class; None is all -1.
-          noise_std: σ of each image's noise, float32 [B], for a noise-conditional flow.
-          condition: float32 [B, C], [B, T, C] of kind "tokens", or [B, L, C] of kind "prefix". NaN marks a missing
-            one; None is all NaN.
-          lengths: sequence lengths, int32 [B]; what follows a sequence is ignored. None without padding.
+          conditioning: what the density is conditioned on; a noise-conditional flow needs its `noise_std`. What follows
+            a sequence of `lengths` is ignored.
 
         Returns (latents, log_det): float32, shaped as `data`, standard normal under the model, 0 in padding; and
         float32 [B] in nats, the log absolute determinant of the Jacobian d latents / d data.
@@ -58,20 +64,19 @@ class TarFlow(nn.Module):
                 self.variable("constants", name, init, (config.num_tokens, config.token_dim), jnp.float32)
         if config.has_prefix:
             self.variable("constants", "null_prefix", jnp.zeros, config.condition_shape, jnp.float32)
-        if config.condition_in_units:
+        if config.standardizes_condition:
             for name, init in (("condition_mean", jnp.zeros), ("condition_std", jnp.ones)):
                 self.variable("constants", name, init, config.condition_dim, jnp.float32)
-        condition, _ = conditions(self.variables, condition, None, len(data))
-        given = Given(labels, noise_std, condition, lengths)
+        conditioning, lengths = conditioning.standardized(self.variables, len(data)), conditioning.lengths
         tokens = without_padding(to_tokens(config, data.astype(jnp.float32)), lengths)
         log_det = jnp.zeros(len(tokens), jnp.float32)
         if config.is_sequence:
-            standardise = units(self.variables, given)
-            tokens, log_det = standardise.forward(tokens), log_det + standardise.token_log_det.sum(1)
+            standardize = standardizer(self.variables, conditioning)
+            tokens, log_det = standardize.forward(tokens), log_det + standardize.token_log_det.sum(1)
         self.sow("intermediates", "input", tokens)
         for k, order in enumerate(block_orders(config, self.variables)):
             block = FlowBlock(config, k, self.kernels, name=f"block_{k}")
-            tokens, block_log_det = block(tokens, order_within(order, lengths), given)
+            tokens, block_log_det = block(tokens, order_within(order, lengths), conditioning)
             log_det = log_det + block_log_det
             self.sow("intermediates", "block_outputs", tokens)
         if config.volume_preserving:
@@ -82,36 +87,90 @@ class TarFlow(nn.Module):
         return from_tokens(config, tokens), log_det
 
 
+def inverse(
+    flow: TarFlow,
+    variables: Mapping[str, Any],
+    latents: jax.Array,
+    conditioning: Conditioning = UNCONDITIONAL,
+    guesses: jax.Array | None = None,
+    *,
+    strategies: Sequence[Hashable] | None = None,
+    invert_block: InvertBlock = lambda strategy, block, z, guess: invert(block, z),
+) -> tuple[jax.Array, jax.Array, Inversion]:
+    """Inverts `TarFlow`, last block to first, token by token unless another strategy is given.
+
+    Consecutive blocks that differ only in parameters and order share one compiled loop, so that compile time does not
+    grow with their number.
+
+    Args:
+      flow: static.
+      variables: its variables.
+      latents: float32, shaped as the data, 0 in padding.
+      conditioning: as in encoding.
+      guesses: initial guess of each block's input in encoding, as data [B, F, …] by block number, or None.
+      strategies: what tells `invert_block` how to invert a block, by block number; equal blocks have equal ones.
+      invert_block: (strategy, block, z, guess) -> the block's inversion for z [B, T, D] in block order.
+
+    Returns (data, log_det, inversions): float32; log |det d latents / d data| [B] in nats; and what each block's
+    inversion returned, stacked by block number, with x in data order [F, B, T, D].
+    """
+    config, lengths = flow.config, conditioning.lengths
+    conditioning = conditioning.standardized(variables, len(latents))
+    tokens = to_tokens(config, without_padding(latents, lengths))
+    log_det = jnp.zeros(len(latents), jnp.float32)
+    inversions: list[Inversion] = []
+    if config.volume_preserving:
+        variance = variables["prior"]["variance"]
+        tokens, log_det = tokens * jnp.sqrt(variance)[None], log_det - 0.5 * jnp.log(variance).sum()
+    orders = jnp.asarray(block_orders(config, variables))
+    strategies = strategies or (None,) * config.num_blocks
+    for numbers in reversed(equal_blocks(config, strategies)):
+
+        def invert_one(tokens: jax.Array, this: Any, k: int = numbers[-1]) -> tuple[jax.Array, Inversion]:
+            params, order, guess = this
+            order = jnp.asarray(order_within(order, lengths))
+            block = BlockInverse.of(FlowBlock(config, k, flow.kernels, parent=None), params, order, conditioning)
+
+            def in_block_order(tokens: jax.Array) -> jax.Array:
+                return block.prepend_start_token(permute(tokens, order))
+
+            guess = None if guess is None else in_block_order(to_tokens(config, guess))
+            inversion = invert_block(strategies[k], block, in_block_order(tokens), guess)
+            tokens = unpermute(inversion.x[:, config.start_token :], order)
+            return tokens, inversion.replace(x=tokens)
+
+        # Cast first, since stacking copies.
+        params = [cast_kernels(variables["params"][f"block_{k}"], config.compute_dtype) for k in numbers]
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
+        guessed = None if guesses is None else jnp.moveaxis(guesses[:, numbers.start : numbers.stop], 1, 0)
+        blocks = stacked, orders[numbers.start : numbers.stop], guessed
+        tokens, inversion = jax.lax.scan(invert_one, tokens, blocks, reverse=True)
+        log_det = log_det + inversion.log_det.sum(0)
+        inversions.insert(0, inversion)
+    if config.is_sequence:
+        standardize = standardizer(variables, conditioning)
+        tokens, log_det = standardize.inverse(tokens), log_det + standardize.token_log_det.sum(1)
+    return from_tokens(config, tokens), log_det, jax.tree.map(lambda *parts: jnp.concatenate(parts), *inversions)
+
+
+def equal_blocks(config: TarFlowConfig, strategies: Sequence[Hashable]) -> list[range]:
+    """Groups consecutive block numbers whose inverses differ only in parameters and order."""
+
+    def kind(k: int) -> tuple[Any, ...]:
+        limit = config.input_limit if k else config.image_limit
+        return config.depths[k], limit, strategies[k], config.is_conditioned(k)
+
+    groups = [list(numbers) for _, numbers in itertools.groupby(range(config.num_blocks), kind)]
+    return [range(group[0], group[-1] + 1) for group in groups]
+
+
+def standardizer(variables: Mapping[str, Any], conditioning: Conditioning) -> Affine:
+    """Returns the map between sequences in their own units, x, and standardized ones, z; the identity in padding."""
+    constants = variables["constants"]
+    exists = conditioning.exists(jnp.arange(len(constants["mean"])))
+    return Affine(constants["std"][None], constants["mean"][None]).masked(exists)
+
+
 def updated_prior(variance: jax.Array, block_output: jax.Array) -> jax.Array:
     """Updates the running mean of z² [T, D] with the last block's output [B, T, D] (VP mode)."""
     return variance + PRIOR_RATE * (jnp.square(block_output).mean(0) - variance)
-
-
-def conditions(
-    variables: Mapping[str, Any], condition: jax.Array | None, null_condition: jax.Array | None, batch_size: int
-) -> tuple[jax.Array | None, jax.Array | None]:
-    """Returns `Given.condition` and `Given.null_condition`: standardises vectors, fills in a missing prefix."""
-    stored = variables.get("constants", {}).get("null_prefix")
-    if stored is not None:
-        stored = jnp.broadcast_to(stored[None], (batch_size, *stored.shape))
-        condition = stored if condition is None else jnp.where(jnp.isnan(condition), stored, condition)
-        return condition, stored if null_condition is None else null_condition
-    if condition is None and null_condition is not None:
-        condition = jnp.full_like(null_condition, jnp.nan)
-    return standardised(variables, condition), standardised(variables, null_condition)
-
-
-def standardised(variables: Mapping[str, Any], condition: jax.Array | None) -> jax.Array | None:
-    """Subtracts a condition's mean and divides by its standard deviation."""
-    if condition is None:
-        return None
-    shape = (1,) * (condition.ndim - 1) + (-1,)
-    mean, std = (variables["constants"][f"condition_{name}"].reshape(shape) for name in ("mean", "std"))
-    return (condition - mean) / std
-
-
-def units(variables: Mapping[str, Any], given: Given) -> Affine:
-    """Returns the map between sequences in their own units, x, and standardised ones, z; the identity in padding."""
-    constants = variables["constants"]
-    exists = given.exists(jnp.arange(len(constants["mean"])))
-    return Affine(constants["std"][None], constants["mean"][None]).where(exists)

@@ -22,15 +22,17 @@ kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 @dataclasses.dataclass(frozen=True)
 class Kernels:
-    """Implementations of attention over whole sequences and of dense matmuls; plain JAX by default.
+    """What depends on the device: attention over whole sequences, dense matmuls, all-gathers; plain JAX by default.
 
     Attributes:
       attend: (query, key, value, causal) -> out, as `attend_whole`.
       dot_general: as `jax.lax.dot_general`.
+      gather: all-gathers a block's parameters before a loop that uses them.
     """
 
     attend: Callable[..., jax.Array] = attend_whole
     dot_general: Callable[..., jax.Array] = jax.lax.dot_general
+    gather: Callable[[Any], Any] = lambda params: params
 
 
 class KVCache(NamedTuple):

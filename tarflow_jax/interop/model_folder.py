@@ -16,9 +16,9 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +28,7 @@ from etils import epath
 from tarflow_jax.data.images import decode_image
 from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.figures import to_pil
-from tarflow_jax.files import is_remote, replacing, sha256
+from tarflow_jax.files import is_remote, naming, replacing, sha256
 from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.interop.model_card import PICTURE, model_card
@@ -41,7 +41,7 @@ FORMATS = {"model": "tarflow_jax", "student": "tarflow_jax student"}
 VERSION = 1
 CONFIG, WEIGHTS, CARD, STUDENT = "config.json", "model.safetensors", "README.md", "student"
 _DTYPES = ("float32", "bfloat16")
-_MAX_BLOCKS, _MAX_CONFIG_BYTES = 1 << 12, 1 << 20
+_MAX_BLOCKS = 1 << 12
 READY_MADE = (
     "digits",
     "digits_likelihood",
@@ -54,7 +54,7 @@ READY_MADE = (
 HUB_OWNER = "tarflow-jax"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 # Everything that a model folder may hold; no other file is downloaded or uploaded.
-FILES = [CONFIG, WEIGHTS, CARD, PICTURE, "decoder.json", f"{STUDENT}/{CONFIG}", f"{STUDENT}/{WEIGHTS}"]
+FILES = [CONFIG, WEIGHTS, CARD, PICTURE, f"{STUDENT}/{CONFIG}", f"{STUDENT}/{WEIGHTS}"]
 TEXT_TO_IMAGE = "text_to_image.json"  # of folders that also hold the encoders and decoder around a flow of latents
 FILES += [TEXT_TO_IMAGE, f"autoencoder/{CONFIG}", "autoencoder/diffusion_pytorch_model.safetensors"]
 FILES += ["text/encoder.json", "text/words.safetensors"]
@@ -77,46 +77,44 @@ def save_model(
 ) -> None:
     """Writes a model folder: all of its files, or none if one cannot be written.
 
-    Replaces a saved model in the folder, with its student and decoder schedule, but no other files. Parameters are
+    Replaces a saved model in the folder, with its student, but no other files. Parameters are
     saved as float32 (exact) or bfloat16 (half the size), a prior as float32. Evaluations and the student belong to the
     exact weights, so bfloat16 leaves them out.
 
     Raises ValueError: variables that do not fit the config, an unknown dtype or card field, an unreadable picture, a
     path that is not a local folder, or a folder with other files that have a model file's name.
     """
-    exact = dtype == "float32"
+    is_exact = dtype == "float32"
     if dtype not in _DTYPES:
         raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
     if is_remote(check_path(folder)):
         raise UserError(f"{folder} is not on a local disk; choose another folder, and copy it")
     folder = Path(folder)
-    card = {**model.card, "evaluations": _evaluations_of(model) if exact else []}
+    card = {**model.card, "evaluations": _evaluations_of(model) if is_exact else []}
     text, picture = model_card(model.config, model.noise, card), _read_picture(card.get("samples"))
-    old = _replaceable(folder, picture is not None)
+    replaceable = _replaceable(folder, picture is not None)
     description = {
         "model": model.config.to_dict(),
         "noise": model.noise.to_dict() if model.noise else None,
         "label_names": list(model.label_names),
     }
     variables = {**model.variables, **({"ema": model.ema_params} if model.ema_params else {})}
-    new: dict[str, IO[bytes]] = {}
-    with contextlib.ExitStack() as stack:  # all files appear when it exits
-
-        def create(name: str) -> IO[bytes]:
-            new[name] = stack.enter_context(replacing(folder / name))
-            return new[name]
-
-        _write(create, "model", description, variables, _model_shapes(model.config, ema="ema" in variables), dtype)
-        create(CARD).write(text.encode())
+    folder.mkdir(parents=True, exist_ok=True)
+    with naming(folder), tempfile.TemporaryDirectory(prefix=".saving_", dir=folder) as temporary:
+        new = Path(temporary)
+        _write(new, "model", description, variables, _model_shapes(model.config, ema="ema" in variables), dtype)
+        (new / CARD).write_text(text)
         if picture is not None:
-            to_pil(picture).save(create(PICTURE), "PNG")
-        if student is not None and exact:
+            to_pil(picture).save(new / PICTURE)
+        if student is not None and is_exact:
             fields = {"student": student.config.to_dict(), "flow": student.flow}
-            _write(create, STUDENT, fields, student.variables, student_shapes(student.config), "float32")
-        for file in new.values():
-            file.flush()  # may still fail, before the first file appears
-    for name in old - new.keys():
-        (folder / name).unlink()
+            _write(new / STUDENT, STUDENT, fields, student.variables, student_shapes(student.config), "float32")
+        for name in FILES:  # nothing can fail any more for lack of space
+            if (new / name).exists():
+                (folder / name).parent.mkdir(exist_ok=True)
+                (new / name).replace(folder / name)
+            elif name in replaceable:
+                (folder / name).unlink()
     with contextlib.suppress(OSError):  # there is none, or it is not empty
         (folder / STUDENT).rmdir()
 
@@ -132,22 +130,17 @@ def _replaceable(folder: Path, picture: bool) -> set[str]:
     """Returns the file names of the saved model in a folder; raises UserError if other files would be replaced."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file; choose another name for the folder")
-    found = {name for name in (*FILES, STUDENT) if os.path.lexists(folder / name)}
-    others, ours = found, _is_model(folder)
-    if ours:  # all are ours, except a picture that the card does not show
-        card = folder / CARD
-        shown = card.exists() and f"({PICTURE})" in card.read_text(errors="replace")
-        others = set() if shown else found & {PICTURE}
-    if others and (picture or not ours):
+    others = {name for name in (*FILES, STUDENT) if os.path.lexists(folder / name)}
+    replaceable: set[str] = set()
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        if json.loads((folder / CONFIG).read_bytes())["format"] == FORMATS["model"]:
+            replaceable = others - {PICTURE}
+            if f"({PICTURE})" in (folder / CARD).read_text(errors="replace"):
+                replaceable |= {PICTURE} & others
+    others -= replaceable
+    if others and (picture or not replaceable):
         raise UserError(f"{folder} holds {min(others)}, which is not a saved model's; choose another folder")
-    return found - others - {STUDENT}
-
-
-def _is_model(folder: Path) -> bool:
-    try:
-        return json.loads((folder / CONFIG).read_bytes())["format"] == FORMATS["model"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+    return replaceable
 
 
 def load_model(name: str | os.PathLike[str]) -> SavedModel:
@@ -206,35 +199,35 @@ def _read_picture(path: epath.PathLike | None) -> np.ndarray | None:
 
 
 def _write(
-    create: Callable[[str], IO[bytes]],
+    folder: Path,
     what: str,
     description: Mapping[str, Any],
     variables: Mapping[str, Any],
     shapes: Mapping[str, Shape],
     dtype: str,
 ) -> None:
-    """Writes config.json and model.safetensors, a student's into its own folder; `create` opens a new file by name."""
+    """Writes config.json and model.safetensors into a new folder."""
     tensors = flatten(variables)
     check_tensors(f"the {what}", {name: array.shape for name, array in tensors.items()}, shapes)
     arrays = {}
     for name, value in tensors.items():
-        exact = name.startswith(("prior/", "constants/"))
-        arrays[name] = np.asarray(value, jnp.dtype("float32" if exact else dtype), order="C")
-    folder = f"{STUDENT}/" if what == STUDENT else ""
-    weights = create(folder + WEIGHTS)
+        is_exact = name.startswith(("prior/", "constants/"))
+        arrays[name] = np.asarray(value, jnp.dtype("float32" if is_exact else dtype), order="C")
+    folder.mkdir(exist_ok=True)
+    weights, config = folder / WEIGHTS, folder / CONFIG
     try:
-        safetensors.numpy.save_file(arrays, weights.name)
+        safetensors.numpy.save_file(arrays, weights)
     except safetensors.SafetensorError as error:
-        raise UserError(f"{weights.name} cannot be written: {one_line(error)}") from error
-    os.chmod(weights.name, os.fstat(weights.fileno()).st_mode)  # safetensors makes it private to its owner
+        raise UserError(f"{weights} cannot be written: {one_line(error)}") from error
     fields = {
         "format": FORMATS[what],
         "format_version": VERSION,
         **description,
-        "weights": {"dtype": dtype, "ema": "ema" in variables, "sha256": sha256(weights.name)},
+        "weights": {"dtype": dtype, "ema": "ema" in variables, "sha256": sha256(weights)},
     }
     fields["sha256"] = checksum(fields)
-    create(folder + CONFIG).write((json.dumps(fields, indent=2) + "\n").encode())
+    config.write_text(json.dumps(fields, indent=2) + "\n")
+    weights.chmod(config.stat().st_mode)  # safetensors makes it private to its owner
 
 
 def _read_config(folder: Path, what: str) -> dict[str, Any]:
@@ -243,8 +236,6 @@ def _read_config(folder: Path, what: str) -> dict[str, Any]:
     for file in (path, weights):
         if not file.is_file():
             raise FileNotFoundError(f"no {file.name} in {folder}; expected a folder that save_pretrained wrote")
-    if path.stat().st_size > _MAX_CONFIG_BYTES:
-        raise UserError(f"it has more than {_MAX_CONFIG_BYTES} bytes; expected what save_pretrained wrote")
     fields = json.loads(path.read_bytes())
     if (fields.get("format"), fields.get("format_version")) != (FORMATS[what], VERSION):
         raise UserError(f"it is not a {what}'s of layout version {VERSION}; expected what save_pretrained wrote")
@@ -304,30 +295,29 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
         atexit.register(shutil.rmtree, copy, ignore_errors=True)
         copy_model(name, copy)
         return copy
-    folder = Path(name)
-    hub_name = _HUB_NAME.fullmatch(str(name))
+    folder, name, models = Path(name), str(name), ready_made()
     if (folder / CONFIG).exists():
         return folder
-    if found := ready_made().get(str(name)):
-        return found
-    if str(name) in READY_MADE:
+    if name in models:
+        return models[name]
+    if name in READY_MADE:
         return local_folder(f"{HUB_OWNER}/{name}")
-    if folder.is_dir() and not hub_name:
+    is_hub_name = _HUB_NAME.fullmatch(name)
+    if folder.is_dir() and not is_hub_name:
         return folder
-    if folder.is_file() or not hub_name:
+    if not is_hub_name:
         raise FileNotFoundError(
             f"no folder {name}; give a saved model's folder, owner/name on the hub, or one of {', '.join(READY_MADE)}"
         )
     import huggingface_hub
 
     try:
-        copy = Path(huggingface_hub.snapshot_download(str(name), allow_patterns=FILES))
+        copy = Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES))
     except Exception as error:  # the hub's errors share no base class with those of its HTTP library
         if folder.is_dir():
             return folder
         raise FileNotFoundError(
-            f"no folder {name}, and the hub did not return a model of that name (is there a network?): "
-            f"{one_line(error)}"
+            f"no folder {name}, and the hub returned no model of that name (is there a network?): {one_line(error)}"
         ) from error
     if not (copy / CONFIG).exists():
         raise FileNotFoundError(f"{name} on the hub has no {CONFIG}; expected a model that push_to_hub uploaded")
@@ -345,41 +335,18 @@ def copy_model(source: epath.PathLike, target: epath.PathLike) -> None:
             (target / name).unlink(missing_ok=True)
 
 
-def check_hub(name: str, *, replace: bool = False) -> None:
-    """Checks that a model can be pushed as "owner/name": the name is free, unless `replace`, and there is a token.
-
-    Raises ValueError: not a hub name, the hub did not answer or rejected the token, or the name is taken.
-    """
-    with _hub(name) as api:
-        api.whoami()
-        taken = not replace and api.repo_exists(name)
-    if taken:
-        raise UserError(f"{name} is on the hub already; choose another name, or replace what is there, --replace")
-
-
-@contextlib.contextmanager
-def _hub(name: str, token: str | None = None) -> Iterator[Any]:
-    """Yields a client of the hub, for the model "owner/name"; turns the hub's errors into UserErrors."""
-    if not _HUB_NAME.fullmatch(name):
-        raise UserError(f"{name!r} is not the name of a model on the hub; expected owner/name")
-    import huggingface_hub
-
-    try:
-        yield huggingface_hub.HfApi(token=token)
-    except Exception as error:  # the hub's errors share no base class with those of its HTTP library
-        raise UserError(
-            f"the hub did not accept {name} ({one_line(error)}); check the network, and that `hf auth login` was given "
-            "a token with write access"
-        ) from error
-
-
 def push_model(folder: str | os.PathLike[str], name: str, *, private: bool = False, token: str | None = None) -> str:
     """Uploads a model folder to the hub as "owner/name", in one commit, and returns the commit's URL.
 
     Creates the repository if it is missing, as private if asked. Without a token, that of `hf auth login` or of
     HF_TOKEN is used. Raises ValueError: not a hub name, or the hub refused.
     """
-    with _hub(name, token) as api:
+    if not _HUB_NAME.fullmatch(name):
+        raise UserError(f"{name!r} is not the name of a model on the hub; expected owner/name")
+    import huggingface_hub
+
+    try:
+        api = huggingface_hub.HfApi(token=token)
         api.create_repo(name, private=private, exist_ok=True)
         commit = api.upload_folder(
             repo_id=name,
@@ -388,4 +355,9 @@ def push_model(folder: str | os.PathLike[str], name: str, *, private: bool = Fal
             delete_patterns=FILES,  # of an older model
             commit_message="Upload by tarflow_jax",
         )
+    except Exception as error:  # the hub's errors share no base class with those of its HTTP library
+        raise UserError(
+            f"the hub did not accept {name} ({one_line(error)}); check the network, and that `hf auth login` was given "
+            "a token with write access"
+        ) from error
     return str(commit.commit_url)

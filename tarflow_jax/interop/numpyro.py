@@ -54,7 +54,7 @@ class FlowDistribution(Distribution):
         """Returns log p in nats, float32 sample_shape + batch_shape, of values that have event_shape in addition."""
         shape = jnp.broadcast_shapes(value.shape[: value.ndim - self.event_dim], self.batch_shape)
         x = jnp.broadcast_to(value, (*shape, *self.event_shape)).reshape(-1, *self.event_shape)
-        return self.flow.log_prob(x, noise_std=self.flow.drawn_level, **self._rows(shape)).reshape(shape)
+        return self.flow.log_prob(x, noise_std=self.flow.sampling_noise_std, **self._rows(shape)).reshape(shape)
 
     def _given(self) -> list[tuple[str, jax.Array, int]]:
         """Returns name, values and number of non-batch dimensions of everything the density is conditional on."""

@@ -25,7 +25,7 @@ from tarflow_jax.files import replacing
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.interop.tensors import check_tensors, flatten, import_torch, load_tensors, unflatten
 from tarflow_jax.runtime import progress
-from tarflow_jax.runtime.parameters import Parameter, Shape, rows_of, variables_shapes
+from tarflow_jax.runtime.parameters import Parameter, Shape, row_of, variables_shapes
 
 HEAD_DIM = 64  # fixed in the reference; no tensor's shape depends on it
 # Fields shared by all models of the STARFlow release. A file does not show scale_function and output_limit.
@@ -48,7 +48,7 @@ _TARFLOW = {
     "condition_dim": 0,
 }
 _NEITHER = ("input_limit", "image_limit", "triangular", "is_sequence")
-_NOT_STARFLOW = ("num_classes", "volume_preserving", "noise_conditional", "random_orders", "condition_in_units")
+_NOT_STARFLOW = ("num_classes", "volume_preserving", "noise_conditional", "random_orders", "standardizes_condition")
 _DIRECTORY = 0x10  # a zip entry's attribute; PyTorch's reader treats such an entry as a directory and reads nothing
 # The functions that a state dict's pickle calls, and the dtypes of its tensors.
 _ALLOWED = re.compile(
@@ -332,7 +332,7 @@ def _tensors(config: TarFlowConfig) -> Iterator[tuple[str, Parameter, list[str]]
     """Yields each variable's name, its row in the table, and its names in the reference (one per stacked layer)."""
     layers = "head_blocks" if config.noise_conditional else "attn_blocks"
     for name in variables_shapes(config):
-        (row,) = rows_of(name)
+        row = row_of(name)
         if not row.torch:  # the null condition of a prefix
             continue
         if not row.in_block:

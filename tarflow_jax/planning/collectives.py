@@ -27,8 +27,8 @@ def collectives(text: str, num_devices: int, num_slices: int = 1) -> dict[str, C
     Loops count by their trip counts. Collectives between TPU slices are separate kinds, "all-reduce between slices".
     Raises ValueError if the text does not give a loop's trip count.
     """
-    found = _COMPUTATION.findall(text)
-    computations = {name: body for _, name, body in found}
+    parsed = _COMPUTATION.findall(text)
+    computations = {name: body for _, name, body in parsed}
     sizes = {name: _num_bytes(type_) for name, type_, *_ in _INSTRUCTION.findall(text)}
     totals: dict[str, Collective] = defaultdict(Collective)
 
@@ -51,7 +51,7 @@ def collectives(text: str, num_devices: int, num_slices: int = 1) -> dict[str, C
                 totals[kind + suffix].count += times
                 totals[kind + suffix].bytes += times * size * share.get(kind, (group - 1) / group)
 
-    visit(next(name for entry, name, _ in found if entry), 1)
+    visit(next(name for entry, name, _ in parsed if entry), 1)
     return dict(totals)
 
 

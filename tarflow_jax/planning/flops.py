@@ -1,4 +1,4 @@
-"""Counts the FLOPs of matmuls: of a model from its config, of a program from its jaxpr.
+"""Counts the FLOPs of matmuls from jaxprs.
 
 XLA's `cost_analysis` counts the body of a loop only once, and the layers run in a loop.
 """
@@ -7,22 +7,18 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.interpreters.partial_eval import dce_jaxpr
 
-from tarflow_jax.flow import TarFlowConfig
+from tarflow_jax.flow import Conditioning, TarFlow, TarFlowConfig
 
 
 def forward_flops(config: TarFlowConfig) -> float:
     """Returns the FLOPs of encoding one image, with full (unmasked) attention."""
-    tokens, width, dim = config.num_tokens, config.width, config.token_dim
-    triangle = config.triangle_size if config.triangular else 0
-    ends = config.num_blocks * (width * (dim + config.output_dim + triangle) + 2 * dim * triangle)
-    layers = 0
-    for k, depth in enumerate(config.depths):
-        before = config.prefix_length(k)
-        slots = before + tokens
-        layers += depth * slots * (12 * width**2 + 2 * slots * width) + before * config.condition_dim * width
-    return 2.0 * (tokens * ends + layers)
+    flow, image = TarFlow(config), jax.ShapeDtypeStruct((1, *config.data_shape), jnp.float32)
+    levels = jax.ShapeDtypeStruct((1,), jnp.float32) if config.noise_conditional else None
+    variables = jax.eval_shape(flow.init, jax.random.key(0), image, Conditioning(noise_std=levels))
+    return program_flops(jax.make_jaxpr(flow.apply)(variables, image, Conditioning(noise_std=levels)))
 
 
 def program_flops(jaxpr: Any) -> float:

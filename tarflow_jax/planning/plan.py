@@ -1,10 +1,7 @@
 """Compiles a recipe's training step or sampler for a topology, and reports what it needs per device."""
 
 import dataclasses
-import functools
-import itertools
 import math
-import operator
 from typing import Any
 
 import jax
@@ -13,13 +10,14 @@ from jax.sharding import Mesh
 
 from tarflow_jax.data import Latents
 from tarflow_jax.errors import UserError, one_line
+from tarflow_jax.flow import Conditioning
 from tarflow_jax.planning.collectives import Collective, collectives
 from tarflow_jax.planning.flops import forward_flops, program_flops
 from tarflow_jax.planning.topology import Topology
-from tarflow_jax.runtime import Program, batch_sharding, device_flow, replicated
+from tarflow_jax.runtime import batch_sharding, device_flow, replicated, use_mesh
 from tarflow_jax.sampling import Guidance, decode
 from tarflow_jax.training import Recipe
-from tarflow_jax.training.step import abstract_state, compiled_step
+from tarflow_jax.training.step import abstract_state, jitted_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,53 +106,28 @@ def trace(recipe: Recipe, mesh: Mesh, sampler: bool) -> tuple[Any, dict[str, Any
     """Traces the program that `make_plan` compiles on abstract arrays; returns the trace and the arguments by name."""
     state, rows = abstract_state(recipe.train_config, mesh), batch_sharding(mesh)
     model, count = recipe.model, recipe.config.train.batch_size
-    of_latents = model.image_bits == 0
-    dtype = jnp.float32 if sampler or of_latents else f"uint{model.image_bits}"
-    images: Any = jax.ShapeDtypeStruct((count, *model.image_shape), dtype, sharding=rows)
-    labels = jax.ShapeDtypeStruct((count,), jnp.int32, sharding=rows)
-    condition = None
-    if model.has_prefix:
-        condition = jax.ShapeDtypeStruct((count, *model.condition_shape), jnp.float32, sharding=rows)
-    if of_latents and not sampler:
-        images = Latents(images, images, condition)
-    arguments = {"parameters": state.variables, "batch": (images, labels)}
+
+    def abstract(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((count, *shape), dtype, sharding=rows)
+
+    latents, labels = abstract(jnp.float32, *model.image_shape), abstract(jnp.int32)
+    condition = abstract(jnp.float32, *model.condition_shape) if model.has_prefix else None
     if sampler:
-        sample = jax.jit(functools.partial(_sample, recipe), out_shardings=rows)
-        return Program(sample, mesh).trace(state.variables, images, labels, condition), arguments
+        levels = abstract(jnp.float32) if model.noise_conditional else None
+        conditioning = Conditioning(labels if model.num_classes else None, levels, condition)
+        guidance = Guidance(**recipe.config.sample.guidance).checked_for(model)
+        with use_mesh(mesh), jax.default_matmul_precision("highest"):
+            traced = decode.trace(device_flow(model), state.variables, latents, conditioning, guidance=guidance)
+        return traced, {"parameters": state.variables, "batch": (latents, labels)}
+    images = Latents(latents, latents, condition)
+    if model.image_bits:
+        images = abstract(f"uint{model.image_bits}", *model.image_shape)
+    batch = images, labels
     key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=replicated(mesh))
-    traced = compiled_step(recipe.train_config, mesh).trace(state, images, labels, key)
-    return traced, arguments | {"optimizer": state.opt_state, "EMA": state.ema_params}
-
-
-def _sample(
-    recipe: Recipe, variables: Any, latents: jax.Array, labels: jax.Array, condition: jax.Array | None
-) -> jax.Array:
-    model = recipe.model
-    guidance = Guidance(**recipe.config.sample.guidance).checked_for(model)
-    given = labels if model.num_classes else None
-    levels = jnp.ones(len(labels)) if model.noise_conditional else None
-    with jax.default_matmul_precision("highest"):
-        return decode(device_flow(model), variables, latents, given, levels, guidance=guidance, condition=condition)
-
-
-def changes(recipe: Recipe, plan: Plan) -> list[dict[str, Any]]:
-    """Returns config changes to try for a recipe that does not fit; each entry adds a change to the one before."""
-    fields, model = recipe.config.train, recipe.config.model
-    shards = plan.mesh["data"] * plan.mesh["fsdp"]
-    fsdp = shards // plan.num_slices
-    halvings = [n for n in (2, 4, 8, 16, 32, 64) if fields.batch_size % (n * shards) == 0]
-    candidates: list[dict[str, Any]] = []
-    if plan.num_steps and model.remat != "full":
-        candidates.append({"model.remat": "full"})
-    if fsdp > plan.mesh["fsdp"] and model.width % fsdp == 0:
-        candidates.append({"mesh.data": plan.num_slices, "mesh.fsdp": fsdp})
-    if plan.num_steps:
-        candidates += [{"train.accumulation": n} for n in halvings if n > fields.accumulation]
-    else:
-        candidates += [{"train.batch_size": fields.batch_size // n} for n in halvings]
-    if model.dtype != "bfloat16":
-        candidates.append({"model.dtype": "bfloat16"})
-    return list(itertools.accumulate(candidates, operator.or_))
+    with use_mesh(mesh):
+        traced = jitted_step(recipe.train_config, mesh).trace(state, *batch, key)
+    arguments = {"parameters": state.variables, "batch": batch, "optimizer": state.opt_state, "EMA": state.ema_params}
+    return traced, arguments
 
 
 def _device_bytes(tree: Any) -> int:

@@ -1,15 +1,13 @@
 """Devices to compile for, present or not: TPU topologies, NVIDIA GPUs on any number of hosts, this machine's CPU."""
 
-import importlib.util
 import os
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
 
-from tarflow_jax.errors import MissingPackageError, UserError, one_line
+from tarflow_jax.errors import UserError, one_line
 
 
 class Chip(NamedTuple):
@@ -92,41 +90,34 @@ def open_topology(name: str, num_slices: int = 1) -> Topology:
     """Returns the devices of "v5e:16x16", "h100:8", "h100:8x4" (4 hosts of 8 GPUs) or "cpu:8".
 
     TPUs, in one slice or several, and GPUs need their compiler (libtpu, JAX's CUDA plugin) but no device.
-    Raises UserError if there is no such topology, MissingPackageError if its compiler is not installed.
+    Raises UserError if there is no such topology or its compiler is not installed.
     """
     platform, _, size = name.partition(":")
     if num_slices != 1 and platform in ("cpu", *GPUS):
         raise UserError(f"num_slices is {num_slices}; only TPU topologies have slices")
     if platform == "cpu":
-        devices, count = jax.devices("cpu"), int(size) if size.isdigit() else 0
-        if not 1 <= count <= len(devices):
-            raise UserError(f"topology is {name!r}, but there are {len(devices)} cpu devices here")
+        here, count = jax.devices("cpu"), int(size) if size.isdigit() else 0
+        if not 1 <= count <= len(here):
+            raise UserError(f"topology is {name!r}, but there are {len(here)} cpu devices here")
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // count
-        return Topology(name, devices[:count], Chip(memory, 0.0))
+        return Topology(name, here[:count], Chip(memory, 0.0))
     if platform in GPUS:
-        shape = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", size)
-        if shape is None:
-            raise UserError(f"no GPU topology {name!r}; expected one such as {platform}:8 or {platform}:8x4 (4 hosts)")
-        if not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
-            raise MissingPackageError(f"compiling for {name} needs: pip install -r requirements-plan-gpu.txt")
+        per_host, separator, hosts = size.partition("x")
         config = _GPU_CONFIG.format(*GPUS[platform], name=platform.upper())
-        return _absent("cuda", name, target_config=config, topology=f"1x{shape[2] or 1}x{shape[1]}")
-    if importlib.util.find_spec("libtpu") is None:
-        raise MissingPackageError(f"compiling for {name} needs: pip install -r requirements-plan.txt")
-    for variable, value in _WITHOUT_TPU.items():
-        os.environ.setdefault(variable, value)
-    slices = {"num_slices": num_slices} if num_slices > 1 else {}
-    return _absent("tpu", name, topology_name=name, **slices)._replace(num_slices=num_slices)
-
-
-def _absent(platform: str, name: str, **options: Any) -> Topology:
+        topology = f"1x{hosts if separator else 1}x{per_host}"
+        options: dict[str, Any] = {"platform": "cuda", "target_config": config, "topology": topology}
+    else:
+        options = {"platform": "tpu", "topology_name": name, "num_slices": num_slices}
+        for variable, value in _WITHOUT_TPU.items():
+            os.environ.setdefault(variable, value)
     try:
-        devices: Any = topologies.get_topology_desc(platform=platform, **options).devices
-    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        devices: Any = topologies.get_topology_desc(**options).devices
+    except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"no topology {name!r} ({one_line(error)}); expected one such as v5e:16x16 or h100:8"
+            f"no topology {name!r} ({one_line(error)}); expected one such as v5e:16x16, h100:8 or h100:8x4, and "
+            "requirements-plan.txt (TPUs) or requirements-plan-gpu.txt (GPUs) installed"
         ) from error
     chip = known_chip(devices[0].device_kind)
     if chip is None:
         raise UserError(f"{devices[0].device_kind} is not a known chip; expected one of {', '.join(CHIPS)}")
-    return Topology(name, devices, chip)
+    return Topology(name, devices, chip, num_slices)

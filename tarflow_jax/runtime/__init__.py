@@ -1,27 +1,26 @@
 """Where and how programs run: processes, devices, meshes, kernels, compilation and batching."""
 
-from tarflow_jax.runtime.batch_runner import BatchRunner, LazyRows, progress
-from tarflow_jax.runtime.compilation import Program, use_compilation_cache, use_mesh
+from tarflow_jax.runtime.batch_runner import BatchRunner, LazyBatch, progress
+from tarflow_jax.runtime.compilation import use_compilation_cache, use_mesh
 from tarflow_jax.runtime.cores import use_cores_as_devices
 from tarflow_jax.runtime.environment import environment, release
-from tarflow_jax.runtime.kernels import device_flow, exact, training_kernels
-from tarflow_jax.runtime.mesh import Rows, batch_sharding, make_mesh, many_devices, replicated
+from tarflow_jax.runtime.kernels import device_flow, in_float32, training_kernels
+from tarflow_jax.runtime.mesh import LocalBatch, batch_sharding, make_mesh, many_devices, replicated
 from tarflow_jax.runtime.preemption import Preempted, PreemptionGuard, stop_if_requested
 from tarflow_jax.runtime.processes import start_processes
-from tarflow_jax.runtime.sharding import gathered, leaf_name, shardings, summary
+from tarflow_jax.runtime.sharding import gathered, leaf_name, shardings
 
 __all__ = [
     "BatchRunner",
-    "LazyRows",
+    "LazyBatch",
+    "LocalBatch",
     "Preempted",
     "PreemptionGuard",
-    "Program",
-    "Rows",
     "batch_sharding",
     "device_flow",
     "environment",
-    "exact",
     "gathered",
+    "in_float32",
     "leaf_name",
     "make_mesh",
     "many_devices",
@@ -31,7 +30,6 @@ __all__ = [
     "shardings",
     "start_processes",
     "stop_if_requested",
-    "summary",
     "training_kernels",
     "use_compilation_cache",
     "use_cores_as_devices",

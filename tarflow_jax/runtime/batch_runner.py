@@ -1,5 +1,6 @@
 """Runs a compiled function on any number of images: batch by batch, on every device, on every core."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,18 +17,18 @@ from tqdm import tqdm
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.runtime.compilation import use_mesh
 from tarflow_jax.runtime.cores import CPU_BATCH, usable_cores
-from tarflow_jax.runtime.mesh import Rows, batch_sharding
+from tarflow_jax.runtime.mesh import LocalBatch, batch_sharding, default_device
 from tarflow_jax.runtime.preemption import stop_if_requested
 from tarflow_jax.runtime.sharding import shardings
 
-DEFAULT_MEMORY_BOUND = 2 * 2**30
+CPU_MEMORY_BOUND = 2 * 2**30
 _PROGRESS_DELAY_S = 3  # shorter work shows no bar
 
 _compiled: set[Any] = set()  # programs that this process has compiled
 
 
 @dataclasses.dataclass(frozen=True)
-class LazyRows:
+class LazyBatch:
     """Rows that are read when their batch is run.
 
     Attributes:
@@ -39,29 +40,25 @@ class LazyRows:
     total: int
 
 
+@dataclasses.dataclass(frozen=True)
 class BatchRunner:
     """Runs compiled functions on images, in equal batches that fit into memory; the last one is padded.
 
     Attributes:
-      on_cores: whether the device is a single CPU; each of its cores then runs batches of its own.
+      mesh: the devices; None for the one that the variables are on.
+      memory_bound: bytes of activations alive at one time, on all devices together. None is half of what an
+        accelerator has beside the variables, and 2 GiB for the CPUs of a machine.
     """
 
-    def __init__(self, mesh: Mesh | None, memory_bound: int = DEFAULT_MEMORY_BOUND) -> None:
-        """Takes a mesh, or None for the default device, and a limit on the bytes of activations alive at one time."""
-        self.mesh, self.memory_bound = mesh, memory_bound
-        device = jax.local_devices()[0] if mesh is None else mesh.devices.flat[0]
-        self._on_cpu = device.platform == "cpu"
-        self.on_cores = self._on_cpu and (mesh is None or mesh.size == 1)
-        self._sharding = SingleDeviceSharding(device) if mesh is None else batch_sharding(mesh)
-        self._many_processes = mesh is not None and mesh.is_multi_process
-        self._shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    mesh: Mesh | None = None
+    memory_bound: int | None = None
 
     def place(self, variables: Any) -> Any:
-        """Places variables on the devices, sharded over the mesh; does not move arrays that are already there."""
+        """Places variables on the mesh, sharded, or on JAX's default device; leaves arrays that are already there."""
         if self.mesh is None:
-            return jax.device_put(variables, self._sharding)
+            return jax.device_put(variables, default_device())
         layout = shardings(self.mesh, variables)
-        if not self._many_processes:
+        if not self.mesh.is_multi_process:
             return jax.device_put(variables, layout)
 
         def put(x: Any, sharding: jax.sharding.Sharding) -> jax.Array:
@@ -72,11 +69,26 @@ class BatchRunner:
 
         return jax.tree.map(put, variables, layout)
 
+    def bound(self, variables: Any) -> int:
+        """Returns the bytes that activations may take beside these variables, on all devices together."""
+        if self.memory_bound:
+            return self.memory_bound
+        device = self.device(variables)
+        limit = (device.memory_stats() or {}).get("bytes_limit")
+        if device.platform == "cpu" or limit is None:
+            return CPU_MEMORY_BOUND
+        used = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(variables))
+        return self._shards * max((limit - used) // 2, 1)
+
+    def on_cores(self, variables: Any) -> bool:
+        """Whether the device is a single CPU; each of its cores then runs batches of its own."""
+        return self.device(variables).platform == "cpu" and (self.mesh is None or self.mesh.size == 1)
+
     def run(
         self,
         function: "functools.partial[Any]",
         variables: Any,
-        rows: Mapping[str, Any] | LazyRows,
+        rows: Mapping[str, Any] | LazyBatch,
         *,
         bytes_per_image: int,
         smallest: int = 1,
@@ -90,9 +102,9 @@ class BatchRunner:
         Args:
           function: a jitted function with its static arguments; every output has a leading batch axis.
           variables: as in `place`.
-          rows: arrays [B, …] by argument name; None stays None.
+          rows: trees of arrays [B, …] by argument name; None stays None.
           bytes_per_image: bytes of activations per image.
-          smallest: the smallest batch size; fewer images are padded.
+          smallest: the smallest batch of a CPU's core; fewer images are padded.
           description: shown by the progress bar; None for no bar.
           shared: arguments that are the same for every batch.
 
@@ -102,54 +114,77 @@ class BatchRunner:
         Raises:
           Preempted: see `PreemptionGuard`.
         """
-        lazy = rows if isinstance(rows, LazyRows) else self._in_memory(rows)
-        total = lazy.total
-        size, workers = self._batch_size(total, bytes_per_image, smallest)
+        lazy = rows if isinstance(rows, LazyBatch) else self._in_memory(rows)
+        total, device = lazy.total, self.device(variables)
+        size, workers = self._batch_size(variables, total, bytes_per_image, smallest)
+        sharding = SingleDeviceSharding(device) if self.mesh is None else batch_sharding(self.mesh)
 
         def run_batch(start: int) -> Any:
             stop_if_requested()
-            batch = self._place_rows(lazy, start, size)
+            on_device = jax.default_device(device) if self.mesh is None else contextlib.nullcontext()
+            batch = self._place_rows(lazy, start, size, sharding)
             # By default, TPUs and recent GPUs multiply float32 with fewer bits.
-            with use_mesh(self.mesh), jax.default_matmul_precision("highest"):
+            with use_mesh(self.mesh), on_device, jax.default_matmul_precision("highest"):
                 result = function(variables, **batch, **shared)
             if self._many_processes:
                 return multihost_utils.process_allgather(result, tiled=True)
             return jax.tree.map(np.asarray, result)  # blocks until it is computed
 
+        starts, results = range(0, total, size), []
         static = (function.func, function.args, *function.keywords.items())
-        key = (static, self.mesh, size, jax.tree.structure(shared))
-        results = []
+        key = (static, self.mesh, device, size, jax.tree.structure(shared))
         bar = progress(None, description, total=total, unit=" images")
-        with ThreadPoolExecutor(workers) as threads, bar:
-            for result in _first_alone(run_batch, range(0, total, size), threads, key):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(bar)
+            # In this thread if there is nothing to do at the same time: JAX's context managers hold in one thread.
+            if workers == 1 or len(starts) == 1 or jax.config.jax_disable_jit:  # type: ignore[attr-defined]
+                batches: Iterable[Any] = map(run_batch, starts)
+            else:
+                batches = _first_alone(run_batch, starts, stack.enter_context(ThreadPoolExecutor(workers)), key)
+            for result in batches:
                 results.append(result)
                 bar.update(min(size, total - bar.n))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:total], *results)
 
-    def _batch_size(self, total: int, bytes_per_image: int, smallest: int) -> tuple[int, int]:
+    @property
+    def _many_processes(self) -> bool:
+        return self.mesh is not None and self.mesh.is_multi_process
+
+    @property
+    def _shards(self) -> int:
+        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def device(self, variables: Any) -> jax.Device:
+        """Returns one of the devices that programs with these variables run on."""
+        if self.mesh is not None:
+            return self.mesh.local_devices[0]
+        placed = (leaf for leaf in jax.tree.leaves(variables) if isinstance(leaf, jax.Array))
+        return next((min(leaf.devices(), key=lambda device: device.id) for leaf in placed), default_device())
+
+    def _batch_size(self, variables: Any, total: int, bytes_per_image: int, smallest: int) -> tuple[int, int]:
         """Returns (batch size, concurrent batches) that respect the memory bound, down to one image."""
-        affordable = max(self.memory_bound // bytes_per_image, 1)
-        if not self.on_cores:
+        affordable = max(self.bound(variables) // bytes_per_image, 1)
+        if not self.on_cores(variables):
             share = min(affordable // self._shards, -(-total // self._shards))
-            share = min(share, CPU_BATCH) if self._on_cpu else share
-            return max(share, smallest) * self._shards, 1
+            share = min(share, CPU_BATCH) if self.device(variables).platform == "cpu" else share
+            return max(share, 1) * self._shards, 1
         cores = usable_cores()
         size = max(min(affordable // cores, CPU_BATCH, -(-total // cores)), smallest)
         return size, max(min(cores, affordable // size), 1)
 
-    def _in_memory(self, rows: Mapping[str, Any]) -> LazyRows:
+    def _in_memory(self, rows: Mapping[str, Any]) -> LazyBatch:
         rows = dict(rows)
         total = len(jax.tree.leaves(rows)[0])
         if self._many_processes:
             host = jax.tree.map(np.asarray, rows)
-            return LazyRows(lambda index: jax.tree.map(lambda x: x[index], host), total)
-        return LazyRows(lambda index: jax.tree.map(lambda x: x[index[0] : index[-1] + 1], rows), total)
+            return LazyBatch(lambda index: jax.tree.map(lambda x: x[index], host), total)
+        return LazyBatch(lambda index: jax.tree.map(lambda x: x[index[0] : index[-1] + 1], rows), total)
 
-    def _place_rows(self, rows: LazyRows, start: int, size: int) -> Any:
+    def _place_rows(self, rows: LazyBatch, start: int, size: int, sharding: Any) -> Any:
         """Places rows start … start + size - 1 on the devices, with zeros beyond the last one."""
-        local, put = np.arange(size), lambda x: jax.device_put(x, self._sharding)
+        local, put = np.arange(size), lambda x: jax.device_put(x, sharding)
         if self._many_processes and self.mesh is not None:
-            mine = Rows(self.mesh, size)
+            mine = LocalBatch(self.mesh, size)
             local, put = mine.local, mine.put
         index = start + local
         values = rows.read(index[index < rows.total])
@@ -187,6 +222,21 @@ def backward_bytes(config: TarFlowConfig) -> int:
         slots = config.condition_length + config.num_tokens
         return forward_bytes(config) + 4 * sum(config.depths) * slots * config.width
     return sum(config.depths) * forward_bytes(config)
+
+
+def decoding_bytes(config: TarFlowConfig, at_once: bool) -> int:
+    """Estimates the activation bytes per image of decoding; `at_once` if decoders update many tokens together."""
+    slots = config.condition_length + config.num_tokens
+    caches = max(config.depths) * 4 * 4 * slots * config.width  # float32 keys, values and their copies
+    return caches + (forward_bytes(config) if at_once else 0)
+
+
+def gradient_config(config: TarFlowConfig, runner: BatchRunner, variables: Any) -> TarFlowConfig:
+    """Returns the config with the remat that suits gradients of log p in the data."""
+    # On a CPU, recomputing activations is faster than keeping them.
+    keep_all = dataclasses.replace(config, remat="none")
+    recompute = runner.on_cores(variables) or backward_bytes(keep_all) > runner.bound(variables) // 8
+    return dataclasses.replace(keep_all, remat="full" if recompute else "none")
 
 
 def progress(items: Iterable[Any] | None, description: str | None, **options: Any) -> tqdm:

@@ -1,12 +1,10 @@
-"""Compiled programs, the mesh they run on, and the compilation cache."""
+"""The mesh that programs run on, and the compilation cache."""
 
 import contextlib
-import dataclasses
 import hashlib
 import platform
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -23,29 +21,6 @@ def use_mesh(mesh: Mesh | None) -> Iterator[None]:
     else:
         with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
             yield
-
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """A jitted function on a mesh.
-
-    Attributes:
-      function: the result of `jax.jit`. It must be at module level or cached by its configuration, so that equal
-        programs compile once.
-      mesh: None for the default device.
-    """
-
-    function: Any
-    mesh: Mesh | None
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        with use_mesh(self.mesh):
-            return self.function(*args, **options)
-
-    def trace(self, *args: Any, **options: Any) -> Any:
-        """Traces the function, as `jax.jit` does; arguments may be shapes."""
-        with use_mesh(self.mesh):
-            return self.function.trace(*args, **options)
 
 
 def use_compilation_cache(folder: Path) -> None:

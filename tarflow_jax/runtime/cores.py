@@ -5,6 +5,7 @@ therefore a device of the mesh. Elsewhere (`BatchRunner`), each core runs the pr
 Measured in docs/lab/performance.md.
 """
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -30,19 +31,14 @@ def usable_cores(cgroup: Path = _CGROUP) -> int:
 
 
 def use_cores_as_devices(batch_size: int) -> None:
-    """Makes cores CPU devices: as many as divide the batch and leave each at least `CPU_ROWS` images.
+    """Makes cores CPU devices: as many as divide the (micro)batch and leave each at least `CPU_ROWS` images.
 
     Does nothing if XLA_FLAGS or jax_num_cpu_devices sets the number of devices, if several processes share the work, or
     if JAX has initialised its devices; does not affect accelerators.
-
-    Args:
-      batch_size: of a step or microbatch.
     """
-    given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-    if given or jax.config.jax_num_cpu_devices != -1 or jax.distributed.is_initialized():  # type: ignore[attr-defined]
+    is_set = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+    if is_set or jax.config.jax_num_cpu_devices != -1 or jax.distributed.is_initialized():  # type: ignore[attr-defined]
         return
     most = max(min(usable_cores(), batch_size // CPU_ROWS), 1)
-    try:
+    with contextlib.suppress(RuntimeError):  # the devices are initialised already
         jax.config.update("jax_num_cpu_devices", max(n for n in range(1, most + 1) if batch_size % n == 0))
-    except RuntimeError:
-        return  # the devices are initialised already

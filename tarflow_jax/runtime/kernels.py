@@ -11,7 +11,8 @@ from jax.sharding import PartitionSpec
 from tarflow_jax.errors import UserError
 from tarflow_jax.flow import Kernels, TarFlow, TarFlowConfig
 from tarflow_jax.flow.attention import attend_whole
-from tarflow_jax.runtime.mesh import BATCH_AXES, many_devices
+from tarflow_jax.runtime.mesh import BATCH_AXES, default_device, many_devices
+from tarflow_jax.runtime.sharding import gathered
 
 _SPLASH_BLOCK = 128
 _SPLASH_MIN_TOKENS = 2 * _SPLASH_BLOCK
@@ -21,10 +22,11 @@ _Axes = tuple[tuple[int, ...], tuple[int, ...]]  # of both operands
 @functools.cache  # partials of equal arguments are not equal, and flows are cache keys
 def device_flow(config: TarFlowConfig) -> TarFlow:
     """Returns a flow with the attention kernel of the device it is traced for."""
-    return TarFlow(config, Kernels(attend=functools.partial(attend_on_device, kernel=config.attention)))
+    attend = functools.partial(attend_on_device, kernel=config.attention)
+    return TarFlow(config, Kernels(attend, gather=gathered))
 
 
-def exact(config: TarFlowConfig) -> TarFlowConfig:
+def in_float32(config: TarFlowConfig) -> TarFlowConfig:
     """Returns the config in float32; in lower precision, bits per dimension are wrong in the second decimal."""
     attention = "auto" if config.attention == "cudnn" else config.attention  # cuDNN's kernel lacks float32
     return dataclasses.replace(config, dtype="float32", attention=attention)
@@ -37,7 +39,7 @@ def training_kernels(config: TarFlowConfig) -> Kernels:
 
 
 def attend_on_device(query: jax.Array, key: jax.Array, value: jax.Array, causal: bool, kernel: str) -> jax.Array:
-    """Computes `attend_whole` with one of `KERNELS`; raises UserError if the device lacks that kernel."""
+    """Computes `attend_whole` by the kernel `TarFlowConfig.attention`; raises UserError if the device lacks it."""
     chosen = choose_kernel(kernel, query.shape[2], query.dtype)
     maker = {"cudnn": "NVIDIA", "splash": "TPU"}.get(chosen, "")
     if not device_kind().startswith(maker):
@@ -68,7 +70,7 @@ def choose_kernel(kernel: str, num_tokens: int, dtype: jnp.dtype) -> str:
 def device_kind() -> str:
     """Returns the device kind of the current mesh (with launch.plan, another machine's), or of the default device."""
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.devices()[0].device_kind if mesh.empty else mesh.abstract_device.device_kind
+    return default_device().device_kind if mesh.empty else mesh.abstract_device.device_kind
 
 
 def splash(
@@ -79,29 +81,26 @@ def splash(
     XLA cannot partition a Pallas call, so under a mesh each device runs its own examples and heads. `interpret` runs it
     on a CPU, for tests.
     """
-    run = functools.partial(_splash, causal=causal, interpret=interpret)
+    from jax.experimental.pallas.ops.tpu import splash_attention
+
+    num_tokens = query.shape[2]
+    mask = (splash_attention.CausalMask if causal else splash_attention.FullMask)((num_tokens, num_tokens))
+    block = next(size for size in (512, 256, _SPLASH_BLOCK) if num_tokens % size == 0)
+    sizes = splash_attention.BlockSizes(
+        block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
+    )
+
+    def run(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        masks = splash_attention.MultiHeadMask([mask] * query.shape[1])  # a device may have some of the heads
+        kernel = splash_attention.make_splash_mha(
+            masks, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret
+        )
+        return jax.vmap(kernel)(query, key, value)
+
     if many_devices():
         spec = PartitionSpec(BATCH_AXES, "tensor")
         run = jax.shard_map(run, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
     return run(query * query.shape[-1] ** -0.5, key, value)
-
-
-def _splash(query: jax.Array, key: jax.Array, value: jax.Array, *, causal: bool, interpret: bool) -> jax.Array:
-    from jax.experimental.pallas.ops.tpu import splash_attention
-
-    _, num_heads, num_tokens, _ = query.shape
-    mask = (splash_attention.CausalMask if causal else splash_attention.FullMask)((num_tokens, num_tokens))
-    block = next(size for size in (512, 256, _SPLASH_BLOCK) if num_tokens % size == 0)
-    kernel = splash_attention.make_splash_mha(
-        splash_attention.MultiHeadMask([mask] * num_heads),
-        block_sizes=splash_attention.BlockSizes(
-            block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
-        ),
-        head_shards=1,
-        q_seq_shards=1,
-        interpret=interpret,
-    )
-    return jax.vmap(kernel)(query, key, value)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

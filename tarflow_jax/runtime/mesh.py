@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -19,26 +18,21 @@ RULES = (("batch", BATCH_AXES), ("heads", "tensor"), ("hidden", "tensor"))  # th
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a mesh over all devices; at most one size may be -1, which takes the remaining devices.
 
-    Only `data` spans several TPU slices, because the network between them is slow.
-
-    Raises:
-      ValueError: the sizes do not multiply to the number of devices, or `data` is no multiple of the slices.
+    Only `data` spans several TPU slices, because the network between them is slow. Raises UserError if the sizes do not
+    multiply to the number of devices, or `data` is no multiple of the slices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
-    given = math.prod(size for size in sizes.values() if size != -1)
-    free = [axis for axis, size in sizes.items() if size == -1]
-    if len(free) > 1 or given < 1 or len(devices) % given or (not free and given != len(devices)):
+    fixed = math.prod(size for size in (data, fsdp, tensor) if size > 0)
+    sizes = [len(devices) // fixed if size == -1 else size for size in (data, fsdp, tensor)]
+    if min(sizes) < 1 or math.prod(sizes) != len(devices):
         raise UserError(
-            f"mesh {', '.join(f'{axis}={size}' for axis, size in sizes.items())} does not cover {len(devices)} "
-            "devices; the sizes must multiply to their number, and one may be -1"
+            f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not cover {len(devices)} devices; "
+            "the sizes must multiply to their number, and one may be -1"
         )
-    for axis in free:
-        sizes[axis] = len(devices) // given
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if devices[0].platform == "tpu" else 1
-    if sizes["data"] % slices:
-        raise UserError(f"mesh data={sizes['data']} does not divide by the {slices} slices; choose a multiple")
-    inside = (sizes["data"] // slices, sizes["fsdp"], sizes["tensor"])
+    if sizes[0] % slices:
+        raise UserError(f"mesh data={sizes[0]} does not divide by the {slices} slices; choose a multiple")
+    inside = (sizes[0] // slices, *sizes[1:])
     # Physical axes may be split, because an axis of 8 takes one and a half of a 4 x 4 x 4 torus's.
     if slices > 1:
         grid = mesh_utils.create_hybrid_device_mesh(inside, (slices, 1, 1), devices, allow_split_physical_axes=True)
@@ -46,6 +40,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
         grid = mesh_utils.create_device_mesh(inside, devices, allow_split_physical_axes=True)
     # Flax linen relies on automatic sharding propagation, which is not the default of jax.make_mesh.
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def default_device() -> jax.Device:
+    """Returns the device of `jax.default_device`, or the first one."""
+    device = jax.config.jax_default_device  # type: ignore[attr-defined]
+    return device if isinstance(device, jax.Device) else jax.local_devices(backend=device)[0]
 
 
 def many_devices() -> bool:
@@ -64,7 +64,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-class Rows:
+class LocalBatch:
     """The rows of a global batch that this process reads, because its devices hold them.
 
     Attributes:
@@ -80,10 +80,5 @@ class Rows:
 
     def put(self, values: np.ndarray) -> jax.Array:
         """Starts copying local rows [n, …] to the devices; returns the global array [B, …]."""
-
-        def part(index: Any) -> np.ndarray:
-            start, stop, _ = index[0].indices(self._batch_size)
-            first = np.searchsorted(self.local, start)
-            return values[first : first + stop - start]
-
-        return jax.make_array_from_callback((self._batch_size, *values.shape[1:]), self._sharding, part)
+        shape = (self._batch_size, *values.shape[1:])
+        return jax.make_array_from_process_local_data(self._sharding, values, shape)

@@ -13,6 +13,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec
 
+from tarflow_jax.errors import UserError
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.flow.transformer import MLP_EXPANSION
 
@@ -107,7 +108,7 @@ PARAMETERS = (
     Parameter("noise_in/bias", "-> 4C:tensor", "time_embed.mlp.0.bias", when="noise_conditional"),
     Parameter("noise_out/kernel", "4C:tensor -> C:fsdp", "time_embed.mlp.2.weight", when="noise_conditional"),
     Parameter("noise_out/bias", "-> C", "time_embed.mlp.2.bias", when="noise_conditional"),
-    Parameter("null_condition", "condition", "", when="condition_in_units"),
+    Parameter("null_condition", "condition", "", when="standardizes_condition"),
     Parameter("condition_in/kernel", "condition -> C:fsdp", "proj_txt.weight", when="condition_dim"),
     Parameter("condition_in/bias", "-> C", "proj_txt.bias", when="condition_dim"),
     Parameter("next_condition_in/kernel", "condition -> C:fsdp", "", when="condition_by_token"),
@@ -128,8 +129,8 @@ PARAMETERS = (
     Parameter("constants/orders", "blocks T", "", when="random_orders"),
     Parameter("constants/mean", "T D", "", when="is_sequence"),
     Parameter("constants/std", "T D", "", when="is_sequence"),
-    Parameter("constants/condition_mean", "condition", "", when="condition_in_units"),
-    Parameter("constants/condition_std", "condition", "", when="condition_in_units"),
+    Parameter("constants/condition_mean", "condition", "", when="standardizes_condition"),
+    Parameter("constants/condition_std", "condition", "", when="standardizes_condition"),
     Parameter("constants/null_prefix", "prefix condition", "", when="has_prefix"),
 )
 # The one parameter that a student's blocks have and a flow's do not.
@@ -156,11 +157,14 @@ def student_shapes(config: Any) -> dict[str, Shape]:
     return {f"params/block_{j}/{row.name}": row.shape(config.shape, depth) for j, depth in depths for row in rows}
 
 
-def rows_of(path: str) -> list[Parameter]:
-    """Returns the rows whose name ends `path`, the path of a variable or of its optimizer moment; normally one."""
+def row_of(path: str) -> Parameter:
+    """Returns the row of a variable, or of its optimizer moment, by its path; raises UserError if there is none."""
     if "/autoencoder/" in f"/{path}":
-        return [AUTOENCODER]
-    return [row for row in (*PARAMETERS, GUIDANCE) if f"/{path}".endswith(f"/{row.name}")]
+        return AUTOENCODER
+    for row in (*PARAMETERS, GUIDANCE):
+        if f"/{path}".endswith(f"/{row.name}"):
+            return row
+    raise UserError(f"{path} matches no row of tarflow_jax/runtime/parameters.py; add one for a new parameter")
 
 
 def _rows(config: TarFlowConfig, block: int | None) -> list[Parameter]:

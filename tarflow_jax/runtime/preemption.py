@@ -39,12 +39,11 @@ class PreemptionGuard:
 
     def __init__(self) -> None:
         self.signal = 0
-        self._outer: PreemptionGuard | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "PreemptionGuard":
         global _active
-        self._outer, _active = _active, self
+        _active = self
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
@@ -53,7 +52,7 @@ class PreemptionGuard:
 
     def __exit__(self, *_: object) -> None:
         global _active
-        _active = self._outer
+        _active = None
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

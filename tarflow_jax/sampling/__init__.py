@@ -1,10 +1,18 @@
 """Sampling: decoders that invert the flow, guidance, and denoising."""
 
-from tarflow_jax.sampling.decode import Decoded, decode, decode_log_prob, decode_trace, guided_trajectory
-from tarflow_jax.sampling.decoders import Decoder, GaussSeidelJacobi, Jacobi, Sequential, Student, Tuned
+from tarflow_jax.sampling.decode import (
+    Decoded,
+    decode,
+    decode_by_student,
+    decode_log_prob,
+    decode_trace,
+    guided_trajectory,
+)
+from tarflow_jax.sampling.decoders import Decoder, GaussSeidelJacobi, Jacobi, Sequential, StudentDecoder
 from tarflow_jax.sampling.denoise import DEFAULT_DENOISING, IterativeDenoising, denoise, iterate
 from tarflow_jax.sampling.guidance import Guidance
-from tarflow_jax.sampling.schedule import Schedule
+
+Student = StudentDecoder  # its name in calls, `decoder=Student()`
 
 __all__ = [
     "DEFAULT_DENOISING",
@@ -14,11 +22,11 @@ __all__ = [
     "Guidance",
     "IterativeDenoising",
     "Jacobi",
-    "Schedule",
     "Sequential",
     "Student",
-    "Tuned",
+    "StudentDecoder",
     "decode",
+    "decode_by_student",
     "decode_log_prob",
     "decode_trace",
     "denoise",

@@ -1,4 +1,4 @@
-"""Decodes latents to images by inverting the blocks, last to first; and encodes images under guidance."""
+"""Decodes latents to images by inverting the flow with decoders; and encodes images under guidance."""
 
 import functools
 from typing import Any, NamedTuple
@@ -7,27 +7,29 @@ import jax
 import jax.numpy as jnp
 
 from tarflow_jax.flow import (
-    Given,
+    UNCONDITIONAL,
+    BlockInverse,
+    Conditioning,
+    FlowBlock,
+    Inversion,
     TarFlow,
     block_orders,
-    cast_kernels,
-    conditions,
     from_tokens,
-    order_within,
+    inverse,
     permute,
     to_tokens,
-    units,
     unpermute,
     without_padding,
 )
-from tarflow_jax.likelihood import prior_log_prob
-from tarflow_jax.sampling.block_inverse import block_inverse, equal_blocks
-from tarflow_jax.sampling.decoders import Decoder, GaussSeidelJacobi, Inverted, Jacobi, Sequential, with_derivatives
-from tarflow_jax.sampling.guidance import Guidance
+from tarflow_jax.likelihood import Variables, prior_log_prob
+from tarflow_jax.runtime import device_flow
+from tarflow_jax.sampling.decoders import Block, Decoder, GaussSeidelJacobi, Jacobi, Sequential, with_derivatives
+from tarflow_jax.sampling.guidance import Guidance, GuidedBlock
+from tarflow_jax.student import Student, StudentConfig
 
 
 class Decoded(NamedTuple):
-    """Result of `decode_trace`. F is the number of blocks; the trajectory of sequences is standardised."""
+    """Result of `decode_trace`. F is the number of blocks; the trajectory of sequences is standardized."""
 
     images: jax.Array  # float32 [B, H, W, K]
     log_det: jax.Array | None  # log |det d latents / d images| of the map that was inverted, float32 [B] in nats
@@ -39,103 +41,76 @@ class Decoded(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("flow", "decoders"))
 def decode_trace(
     flow: TarFlow,
-    variables: dict[str, Any],
+    variables: Variables,
     latents: jax.Array,
-    labels: jax.Array | None = None,
-    noise_std: jax.Array | None = None,
+    conditioning: Conditioning = UNCONDITIONAL,
     guess: jax.Array | None = None,
     guidance: Guidance | None = None,
-    condition: jax.Array | None = None,
-    lengths: jax.Array | None = None,
-    null_condition: jax.Array | None = None,
     *,
     decoders: tuple[Decoder, ...] | None = None,
 ) -> Decoded:
-    """Inverts the flow. Equal blocks share one compiled loop, so that compile time does not grow with their number.
+    """Inverts the flow.
 
     Args:
+      flow: static, as in `likelihood`.
+      variables: its variables.
       latents: float32 [B, H, W, K] or [B, T, D], standard normal for samples, 0 in padding.
-      labels: see `TarFlow`.
-      noise_std: see `TarFlow`.
+      conditioning: see `TarFlow`; `null_condition` is what guidance pushes away from.
       guess: initial guess of each block's input in encoding, as images [B, F, H, W, K] by block number, for
         `decoders` that start from a student's trajectory.
       guidance: None for one pass per block; otherwise there are two, even if its weight is 0.
-      condition: see `TarFlow`.
-      lengths: see `TarFlow`.
-      null_condition: what guidance pushes away from, shaped as `condition`; None is no condition.
       decoders: one per block, by block number; None is `Sequential` for all.
     """
     config = flow.config
     decoders = decoders or (Sequential(),) * config.num_blocks
-    condition, null_condition = conditions(variables, condition, null_condition, len(latents))
-    given = Given(labels, noise_std, condition, lengths, null_condition)
-    latents = without_padding(latents, lengths)
-    tokens, log_det = to_tokens(config, latents), jnp.zeros(len(latents), jnp.float32)
-    orders = jnp.asarray(block_orders(config, variables))
-    if config.volume_preserving:
-        variance = variables["prior"]["variance"]
-        tokens, log_det = tokens * jnp.sqrt(variance)[None], log_det - 0.5 * jnp.log(variance).sum()
-    path: list[jax.Array] = [latents]
-    found: list[Inverted] = []
-    for numbers in reversed(equal_blocks(config, decoders, guidance)):
+    covered = [guidance is not None and guidance.covers(k, config.num_blocks) for k in range(config.num_blocks)]
 
-        def invert(tokens: jax.Array, own: Any, k: int = numbers[-1]) -> tuple[jax.Array, Inverted]:
-            params, order, guessed = own
-            order = jnp.asarray(order_within(order, lengths))
-            block, decoder = block_inverse(flow, k, params, order, given, guidance), decoders[k]
-            z, begin = block.behind_start(permute(tokens, order)), None
-            if guessed is not None:
-                begin = block.behind_start(permute(to_tokens(config, guessed), order))
-            if isinstance(decoder, Jacobi | GaussSeidelJacobi):
-                inverted = with_derivatives(decoder, block, z, begin)
-            else:
-                inverted = decoder.invert(block, z, begin)
-            tokens = unpermute(inverted.x[:, config.start_token :], order)
-            return tokens, inverted._replace(x=tokens)
+    def invert_block(strategy: tuple[Decoder, bool], block: Block, z: jax.Array, guess: jax.Array | None) -> Inversion:
+        decoder, is_guided = strategy
+        if guidance is not None and is_guided:
+            block = GuidedBlock.of(block, guidance, len(z))
+        if isinstance(decoder, Jacobi | GaussSeidelJacobi):
+            return with_derivatives(decoder, block, z, guess)
+        return decoder.invert(block, z, guess)
 
-        # Cast first, since stacking copies.
-        params = [cast_kernels(variables["params"][f"block_{k}"], config.compute_dtype) for k in numbers]
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
-        guesses = None if guess is None else jnp.moveaxis(guess[:, numbers.start : numbers.stop], 1, 0)
-        blocks = stacked, orders[numbers.start : numbers.stop], guesses
-        tokens, inverted = jax.lax.scan(invert, tokens, blocks, reverse=True)
-        log_det = log_det + inverted.log_det.sum(0)
-        path += [from_tokens(config, x) for x in inverted.x][::-1]
-        found.insert(0, inverted)
-    if config.is_sequence:
-        standardise = units(variables, given)
-        tokens, log_det = standardise.inverse(tokens), log_det + standardise.token_log_det.sum(1)
-    return Decoded(
-        from_tokens(config, tokens),
-        log_det,
-        jnp.stack(path, axis=1),
-        jnp.concatenate([inverted.updates for inverted in found]).T,
-        jnp.concatenate([inverted.residual for inverted in found]).T,
+    strategies = tuple(zip(decoders, covered, strict=True))
+    images, log_det, inversions = inverse(
+        flow, variables, latents, conditioning, guess, strategies=strategies, invert_block=invert_block
     )
+    path = [without_padding(latents, conditioning.lengths), *(from_tokens(config, x) for x in inversions.x[::-1])]
+    return Decoded(images, log_det, jnp.stack(path, axis=1), inversions.updates.T, inversions.residual.T)
 
 
 @functools.partial(jax.jit, static_argnames=("flow", "decoders"))
-def decode(flow: TarFlow, variables: dict[str, Any], latents: jax.Array, *args: Any, **options: Any) -> jax.Array:
+def decode(flow: TarFlow, variables: Variables, latents: jax.Array, *args: Any, **options: Any) -> jax.Array:
     """Returns only the images [B, H, W, K] of `decode_trace`; takes the same arguments."""
     return decode_trace(flow, variables, latents, *args, **options).images
 
 
 @functools.partial(jax.jit, static_argnames=("flow", "decoders"))
 def decode_log_prob(
-    flow: TarFlow, variables: dict[str, Any], latents: jax.Array, *args: Any, **options: Any
+    flow: TarFlow,
+    variables: Variables,
+    latents: jax.Array,
+    conditioning: Conditioning = UNCONDITIONAL,
+    *args: Any,
+    **options: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the images of `decode_trace` and their log q for latents drawn from N(0, I), float32 [B] in nats."""
-    decoded = decode_trace(flow, variables, latents, *args, **options)
-    return decoded.images, decoded.log_det + prior_log_prob(flow.config, latents, options.get("lengths"))
+    decoded = decode_trace(flow, variables, latents, conditioning, *args, **options)
+    return decoded.images, decoded.log_det + prior_log_prob(flow.config, latents, lengths=conditioning.lengths)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def decode_by_student(
+    config: StudentConfig, variables: Variables, latents: jax.Array, labels: jax.Array | None, weights: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the clean images and the trajectory of a student's network, see `student.Student`."""
+    return Student(config, device_flow(config.shape).kernels).apply(variables, latents, labels, weights)
 
 
 def guided_trajectory(
-    flow: TarFlow,
-    variables: dict[str, Any],
-    images: jax.Array,
-    labels: jax.Array,
-    weights: jax.Array,
-    noise_std: jax.Array | None = None,
+    flow: TarFlow, variables: Variables, images: jax.Array, conditioning: Conditioning, weights: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Encodes images to the latents that `decode` maps back to them with `Guidance(weight)`.
 
@@ -143,22 +118,24 @@ def guided_trajectory(
     over an image computes all of them.
 
     Args:
+      flow: static, as in `likelihood`.
+      variables: its variables.
       images: float32 [B, H, W, K].
-      labels: int32 [B], -1 for no class.
+      conditioning: see `TarFlow`.
       weights: guidance weights of the images, float32 [B].
-      noise_std: see `TarFlow`.
 
     Returns (latents [B, H, W, K], trajectory [B, F, H, W, K]); the trajectory holds each block's input as an image.
     """
-    config, guidance = flow.config, Guidance(weights)
-    given = Given(labels, noise_std, conditions(variables, None, None, len(images))[0])
+    config, conditioning = flow.config, conditioning.standardized(variables, len(images))
     tokens, read = to_tokens(config, images.astype(jnp.float32)), []
     for k, order in enumerate(jnp.asarray(block_orders(config, variables))[:, None]):
         read.append(from_tokens(config, tokens))
         x = permute(tokens, order)
-        block = block_inverse(flow, k, variables["params"][f"block_{k}"], order, given, guidance)
-        affine, _ = block(block.behind_start(x)[:, : x.shape[1]])
-        affine = affine if config.start_token else affine.of_next_token()
+        block_module = FlowBlock(config, k, flow.kernels, parent=None)
+        block = BlockInverse.of(block_module, variables["params"][f"block_{k}"], order, conditioning)
+        guided = GuidedBlock.of(block, Guidance(weights), len(x))
+        affine, _ = guided.predict(block.prepend_start_token(x)[:, : x.shape[1]])
+        affine = affine if config.start_token else affine.shift_right()
         tokens = unpermute(affine.forward(x), order)
     if config.volume_preserving:
         tokens = tokens * jax.lax.rsqrt(variables["prior"]["variance"])[None]

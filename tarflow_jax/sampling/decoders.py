@@ -1,73 +1,41 @@
 """Decoders, which invert a block token by token or by fixed-point updates of many tokens at once.
 
-The inverse is the fixed point of x <- z scale(x) + shift(x). This map is causal: its token i + 1 depends only on tokens
-0 .. i, and token 0 is known. So each update makes at least one more token exact, whatever the others are, and T - 1
-updates give the sequential result. A trained model's tokens converge much sooner (arXiv 2505.12849, 2505.24791).
+A fixed-point update, x <- z scale(x) + shift(x), makes at least one more token exact, whatever the others are
+(`flow.inverse`), and T - 1 updates give the sequential result. A trained model's tokens converge much sooner (arXiv
+2505.12849, 2505.24791).
 
 Two cases need care. Far from the fixed point the scale can overflow. One NaN token would then spoil all others, because
 attention gives it weight 0, and 0 times NaN is NaN. So updates are clipped to a range far beyond any image, which
 leaves fixed points inside it unchanged. And images that have not converged after `max_iterations`, or that are still
-clipped, are inverted again by `Sequential`.
+clipped, are inverted again token by token.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from tarflow_jax.flow import BlockInverse, Inversion
+from tarflow_jax.flow.block import Caches
+from tarflow_jax.flow.inverse import cache_growth, invert
 from tarflow_jax.options import Options, option
-from tarflow_jax.sampling.block_inverse import BlockInverse, Caches
+from tarflow_jax.sampling.guidance import GuidedBlock
 
 INITS = ("latents", "zeros")
 DEFAULT_TOLERANCE = 1e-4
 _LARGEST = 1e4  # absolute value to which tokens are clipped between updates
-
-# (tokens, state) -> (tokens, their log_det [B], state)
-_Update = Callable[[jax.Array, Any], tuple[jax.Array, jax.Array, Any]]
-
-
-class Inverted(NamedTuple):
-    """The inverse of a block for z, in block order."""
-
-    x: jax.Array  # float32 [B, T, D]
-    log_det: jax.Array  # log |det dz / dx|, float32 [B] in nats
-    updates: jax.Array  # number of updates, int32 [B]
-    residual: jax.Array  # largest change in the last update, float32 [B]; 0 if sequential
-
-
-def _without_updates(x: jax.Array) -> Inverted:
-    zeros = jnp.zeros(len(x), jnp.float32)
-    return Inverted(x, zeros, jnp.zeros(len(x), jnp.int32), zeros)
+Block = BlockInverse | GuidedBlock
 
 
 @dataclasses.dataclass(frozen=True)
 class Sequential:
     """Computes x_i = z_i scale_i + shift_i token by token: exact, in T - 1 steps."""
 
-    def invert(self, block: BlockInverse, z: jax.Array, guess: jax.Array | None = None) -> Inverted:
-        """Inverts a block for z [B, T, D] in block order.
-
-        The first token is its own inverse; step i computes token i + 1. Each cache length has its own compiled loop.
-        """
-        batch_size, num_tokens, _ = z.shape
-
-        def step(i: jax.Array, carry: tuple) -> tuple:
-            x, log_det, caches = carry
-            affine, caches = block(jax.lax.dynamic_slice_in_dim(x, i, 1, axis=1), caches, i)
-            x_next = affine.inverse(jax.lax.dynamic_slice_in_dim(z, i + 1, 1, axis=1))
-            x = jax.lax.dynamic_update_slice_in_dim(x, x_next, i + 1, axis=1)
-            return x, log_det + affine.token_log_det[:, 0], caches
-
-        carry = z, jnp.zeros(batch_size, jnp.float32), block.caches(batch_size, 0)
-        growth = _cache_growth(num_tokens)
-        for start in range(0, num_tokens - 1, growth):
-            stop = min(start + growth, num_tokens - 1)
-            x, log_det, caches = carry
-            carry = jax.lax.fori_loop(start, stop, step, (x, log_det, block.grow(caches, stop)))
-        updates = jnp.full((batch_size,), num_tokens - 1, jnp.int32)
-        return Inverted(*carry[:2], updates, jnp.zeros(batch_size, jnp.float32))
+    def invert(self, block: Block, z: jax.Array, guess: jax.Array | None = None) -> Inversion:
+        """Inverts a block for z [B, T, D] in block order; see `flow.inverse.invert`."""
+        return invert(block, z)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,15 +57,14 @@ class Jacobi(Options):
     max_iterations: int | None = option(None, low=1)
     init: str = option("latents", choices=(*INITS, "student"))
 
-    def invert(self, block: BlockInverse, z: jax.Array, guess: jax.Array | None = None) -> Inverted:
+    def invert(self, block: Block, z: jax.Array, guess: jax.Array | None = None) -> Inversion:
         """Inverts a block for z [B, T, D] in block order; init "student" starts from `guess` [B, T, D]."""
         if z.shape[1] == 1:
-            return _without_updates(z)
+            return Inversion.begin(z)
         first, rest = z[:, :1], z[:, 1:]
         begin = guess[:, 1:] if self.init == "student" and guess is not None else initial_guess(self.init, rest)
-        settled, done, _ = _settle(self, begin, lambda x, _: update(block, first, rest, x), None)
-        settled = settled._replace(x=jnp.concatenate([first, settled.x], axis=1))
-        return _finish(settled, done, block, z)
+        result = _converge(self, block, first, rest, begin)
+        return _or_sequential(result.replace(x=jnp.concatenate([first, result.x], axis=1)), block, z)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,46 +85,46 @@ class GaussSeidelJacobi(Options):
     max_iterations: int | None = option(None, low=1)
     init: str = option("latents", choices=INITS)
 
-    def invert(self, block: BlockInverse, z: jax.Array, guess: jax.Array | None = None) -> Inverted:
+    def invert(self, block: Block, z: jax.Array, guess: jax.Array | None = None) -> Inversion:
         """Inverts a block for z [B, T, D] in block order; updates are summed over the segments."""
-        batch_size, rest = z.shape[0], z.shape[1] - 1
+        rest = z.shape[1] - 1
         if rest == 0:
-            return _without_updates(z)
+            return Inversion.begin(z)
         length = -(-rest // self.num_segments)
 
-        def invert_segment(start: jax.Array | int, size: int, carry: tuple) -> tuple:
-            """Finds tokens start + 1 .. start + size."""
-            found, done, caches = carry
-            before = jax.lax.dynamic_slice_in_dim(found.x, start, 1, axis=1)
-            own = jax.lax.dynamic_slice_in_dim(z, start + 1, size, axis=1)
-            begin = initial_guess(self.init, own)
-            segment, settled, caches = _settle(
-                self, begin, lambda x, caches: update(block, before, own, x, caches, start), caches
+        def invert_segment(start: jax.Array | int, size: int, state: Inversion) -> Inversion:
+            """Computes tokens start + 1 … start + size."""
+            before = jax.lax.dynamic_slice_in_dim(state.x, start, 1, axis=1)
+            z_segment = jax.lax.dynamic_slice_in_dim(z, start + 1, size, axis=1)
+            begin = initial_guess(self.init, z_segment)
+            segment = _converge(self, block, before, z_segment, begin, state.caches, start)
+            return Inversion(
+                jax.lax.dynamic_update_slice_in_dim(state.x, segment.x, start + 1, axis=1),
+                state.log_det + segment.log_det,
+                state.updates + segment.updates,
+                jnp.maximum(state.residual, segment.residual),
+                state.converged & segment.converged,
+                segment.caches,
             )
-            found = Inverted(
-                jax.lax.dynamic_update_slice_in_dim(found.x, segment.x, start + 1, axis=1),
-                found.log_det + segment.log_det,
-                found.updates + segment.updates,
-                jnp.maximum(found.residual, segment.residual),
-            )
-            return found, done & settled, caches
 
         # The first segment takes the remainder. The others share one compiled loop per cache length.
         start = (rest - 1) % length + 1
-        carry = _without_updates(z), jnp.ones((batch_size,), bool), block.caches(batch_size, start)
-        carry = invert_segment(0, start, carry)
+        state = invert_segment(0, start, Inversion.begin(z, block.caches(len(z), start)))
         while start < rest:
-            count = min(max(_cache_growth(z.shape[1]) // length, 1), (rest - start) // length)
-            found, done, caches = carry
-            caches = block.grow(caches, start + count * length)
-            segment = lambda i, carry, start=start: invert_segment(start + i * length, length, carry)  # noqa: E731
-            carry = jax.lax.fori_loop(0, count, segment, (found, done, caches))
+            count = min(max(cache_growth(z.shape[1]) // length, 1), (rest - start) // length)
+
+            def invert_next(i: jax.Array, state: Inversion, start: int = start) -> Inversion:
+                return invert_segment(start + i * length, length, state)
+
+            assert state.caches is not None
+            state = state.replace(caches=block.grow(state.caches, start + count * length))
+            state = jax.lax.fori_loop(0, count, invert_next, state)
             start += count * length
-        return _finish(carry[0], carry[1], block, z)
+        return _or_sequential(state, block, z)
 
 
 @dataclasses.dataclass(frozen=True)
-class Student(Options):
+class StudentDecoder(Options):
     """Decodes with the network of launch.distill, which makes clean images in one pass.
 
     Attributes:
@@ -171,28 +138,24 @@ class Student(Options):
 
     polish: int = 0
 
-    def invert(self, block: BlockInverse, z: jax.Array, guess: jax.Array | None = None) -> Inverted:
+    def invert(self, block: Block, z: jax.Array, guess: jax.Array | None = None) -> Inversion:
         """Applies `polish` updates to `guess`; z and guess are [B, T, D] in block order."""
         assert guess is not None
         if z.shape[1] == 1:
-            return _without_updates(z)
+            return Inversion.begin(z)
         first, rest = z[:, :1], z[:, 1:]
 
-        def step(_: Any, found: Inverted) -> Inverted:
-            x, log_det, _ = update(block, first, rest, found.x)
+        def step(_: Any, state: Inversion) -> Inversion:
+            x, log_det, _ = update(block, first, rest, state.x)
             x = _bounded(x)
-            return Inverted(x, log_det, found.updates + 1, jnp.abs(x - found.x).max((1, 2)))
+            residual = jnp.abs(x - state.x).max((1, 2))
+            return state.replace(x=x, log_det=log_det, updates=state.updates + 1, residual=residual)
 
-        found = jax.lax.fori_loop(0, self.polish, step, _without_updates(_bounded(guess[:, 1:])))
-        return found._replace(x=jnp.concatenate([first, found.x], axis=1))
-
-
-@dataclasses.dataclass(frozen=True)
-class Tuned:
-    """Decodes with the decoders that launch.tune_decoder found fastest, or `Sequential` without a schedule."""
+        result = jax.lax.fori_loop(0, self.polish, step, Inversion.begin(_bounded(guess[:, 1:])))
+        return result.replace(x=jnp.concatenate([first, result.x], axis=1))
 
 
-Decoder = Sequential | Jacobi | GaussSeidelJacobi | Student
+Decoder = Sequential | Jacobi | GaussSeidelJacobi | StudentDecoder
 
 
 def initial_guess(init: str, z: jax.Array) -> jax.Array:
@@ -201,7 +164,7 @@ def initial_guess(init: str, z: jax.Array) -> jax.Array:
 
 
 def update(
-    block: BlockInverse,
+    block: Block,
     before: jax.Array,
     z: jax.Array,
     x: jax.Array,
@@ -217,59 +180,62 @@ def update(
 
     Returns the new x, its log_det [B], and the caches with tokens start .. start + S - 1 written.
     """
-    affine, caches = block(jnp.concatenate([before, x[:, :-1]], axis=1), caches, start)
+    affine, caches = block.predict(jnp.concatenate([before, x[:, :-1]], axis=1), caches, start)
     return affine.inverse(z), affine.token_log_det.sum(1), caches
 
 
-def _settle(
-    decoder: Jacobi | GaussSeidelJacobi, begin: jax.Array, step: _Update, state: Any
-) -> tuple[Inverted, jax.Array, Any]:
-    """Updates tokens [B, S, D] until every image changes by at most the tolerance; converged images stay fixed.
+def _converge(
+    decoder: Jacobi | GaussSeidelJacobi,
+    block: Block,
+    before: jax.Array,
+    z: jax.Array,
+    x: jax.Array,
+    caches: Caches | None = None,
+    start: jax.Array | int = 0,
+) -> Inversion:
+    """Updates tokens x until every image changes by at most the tolerance; converged images stay fixed.
 
-    Returns the result, whether it is the inverse (bool [B]), and the state.
+    Arguments are those of `update`.
     """
-    batch_size, length, _ = begin.shape
-    tolerance, limit = decoder.tolerance, min(decoder.max_iterations or length, length)
+    tolerance, length = decoder.tolerance, x.shape[1]
+    limit = min(decoder.max_iterations or length, length)
 
-    def unsettled(carry: tuple) -> jax.Array:
-        found, _ = carry
-        return (found.updates.max() < limit) & (found.residual > tolerance).any()
+    def changes(state: Inversion) -> jax.Array:
+        return (state.updates.max() < limit) & (state.residual > tolerance).any()
 
-    def body(carry: tuple) -> tuple:
-        found, state = carry
-        x, log_det, state = step(found.x, state)
+    def body(state: Inversion) -> Inversion:
+        x, log_det, caches = update(block, before, z, state.x, state.caches, start)
         # A clipped value counts as an infinite change, so that its image does not pass for converged.
-        change = jnp.where(jnp.abs(x) <= _LARGEST, jnp.abs(x - found.x), jnp.inf).max((1, 2))
-        active = found.residual > tolerance
-        found = Inverted(
-            jnp.where(active[:, None, None], _bounded(x), found.x),
-            jnp.where(active, log_det, found.log_det),
-            found.updates + active.astype(jnp.int32),
-            jnp.where(active, change, found.residual),
+        change = jnp.where(jnp.abs(x) <= _LARGEST, jnp.abs(x - state.x), jnp.inf).max((1, 2))
+        active = state.residual > tolerance
+        return state.replace(
+            x=jnp.where(active[:, None, None], _bounded(x), state.x),
+            log_det=jnp.where(active, log_det, state.log_det),
+            updates=state.updates + active.astype(jnp.int32),
+            residual=jnp.where(active, change, state.residual),
+            caches=caches,
         )
-        return found, state
 
-    unsettled_yet = jnp.full((batch_size,), jnp.inf, jnp.float32)
-    begin_with = _without_updates(begin)._replace(residual=unsettled_yet)
-    found, state = jax.lax.while_loop(unsettled, body, (begin_with, state))
-    done = (found.residual <= tolerance) | ((found.updates == length) & jnp.isfinite(found.residual))
-    return found, done, state
+    state = Inversion.begin(x, caches).replace(residual=jnp.full(len(x), jnp.inf, jnp.float32))
+    state = jax.lax.while_loop(changes, body, state)
+    exact = (state.updates == length) & jnp.isfinite(state.residual)
+    return state.replace(converged=(state.residual <= tolerance) | exact)
 
 
-def _finish(found: Inverted, done: jax.Array, block: BlockInverse, z: jax.Array) -> Inverted:
-    """Inverts images that are not done by `Sequential`; keeps the count and residual of their updates."""
+def _or_sequential(state: Inversion, block: Block, z: jax.Array) -> Inversion:
+    """Inverts images that did not converge token by token; keeps the count and residual of their updates."""
 
     def inverted_again() -> tuple[jax.Array, jax.Array]:
-        again = Sequential().invert(block, z)
-        return jnp.where(done[:, None, None], found.x, again.x), jnp.where(done, found.log_det, again.log_det)
+        again, converged = invert(block, z), state.converged
+        return jnp.where(converged[:, None, None], state.x, again.x), jnp.where(converged, state.log_det, again.log_det)
 
-    x, log_det = jax.lax.cond(done.all(), lambda: (found.x, found.log_det), inverted_again)
-    return found._replace(x=x, log_det=log_det)
+    x, log_det = jax.lax.cond(state.converged.all(), lambda: (state.x, state.log_det), inverted_again)
+    return state.replace(x=x, log_det=log_det, caches=None)
 
 
 def with_derivatives(
-    decoder: Jacobi | GaussSeidelJacobi, block: BlockInverse, z: jax.Array, guess: jax.Array | None
-) -> Inverted:
+    decoder: Jacobi | GaussSeidelJacobi, block: Block, z: jax.Array, guess: jax.Array | None
+) -> Inversion:
     """Inverts a block, with implicit derivatives, since reverse mode cannot differentiate a `while_loop`.
 
     (x, log_det) is the fixed point of a map whose Jacobian is strictly triangular in the tokens. So T fixed-point steps
@@ -286,19 +252,11 @@ def with_derivatives(
 
         return jax.lax.fori_loop(0, z.shape[1], step, jax.tree.map(jnp.zeros_like, right))
 
-    found = decoder.invert(*jax.lax.stop_gradient((block, z, guess)))
-    point = found.x[:, 1:], found.log_det
+    result = decoder.invert(*jax.lax.stop_gradient((block, z, guess)))
+    point = result.x[:, 1:], result.log_det
     x, log_det = jax.lax.custom_root(residual, point, lambda _, point: point, solve)
-    return found._replace(x=jnp.concatenate([z[:, :1], x], axis=1), log_det=log_det)
+    return result.replace(x=jnp.concatenate([z[:, :1], x], axis=1), log_det=log_det)
 
 
 def _bounded(x: jax.Array) -> jax.Array:
     return jnp.clip(jnp.nan_to_num(x), -_LARGEST, _LARGEST)
-
-
-def _cache_growth(num_tokens: int) -> int:
-    """Returns by how many tokens the cache grows at a time, so that early tokens do not attend to empty slots.
-
-    Each cache length compiles separately, so there are at most eight; the mean token then reads 1/8 more than it needs.
-    """
-    return max(64, -(-num_tokens // 8))

@@ -3,14 +3,14 @@ to noise level along the probability flow (arXiv 2604.20041)."""
 
 import dataclasses
 import functools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from tarflow_jax.errors import UserError
-from tarflow_jax.flow import TarFlow
-from tarflow_jax.likelihood import log_prob, unit_prior
+from tarflow_jax.flow import Conditioning, TarFlow
+from tarflow_jax.likelihood import Variables, log_prob, unit_prior
 from tarflow_jax.options import Options, option
 
 
@@ -51,19 +51,20 @@ DEFAULT_DENOISING = IterativeDenoising(4, levels="log", clip=True)
 @functools.partial(jax.jit, static_argnames="flow")
 def denoise(
     flow: TarFlow,
-    variables: dict[str, Any],
+    variables: Variables,
     images: jax.Array,
-    labels: jax.Array | None,
+    conditioning: Conditioning,
+    *,
     noise_std: jax.Array | float,
     multiplier: jax.Array | float = 1.0,
-    condition: jax.Array | None = None,
-    lengths: jax.Array | None = None,
 ) -> jax.Array:
     """Computes x̂ = y + s σ² ∇_y log p(y), the posterior mean of a clean image (equation 8 of the paper).
 
     Args:
+      flow: static, as in `likelihood`.
+      variables: its variables.
       images: noisy images y, float32 [B, H, W, K].
-      labels: int32 [B], -1 for no class, or None.
+      conditioning: see `TarFlow`.
       noise_std: σ, in [-1, 1] units, a scalar or [B].
       multiplier: s; 1 gives the posterior mean.
 
@@ -72,68 +73,65 @@ def denoise(
     """
     variables = unit_prior(variables)
     # Examples are independent, so the gradient of the summed log-likelihood holds each one's score.
+    score = jax.grad(lambda y: log_prob(flow, variables, y, conditioning).sum())(images)
     levels = jnp.broadcast_to(jnp.asarray(noise_std, jnp.float32), images.shape[:1])
-    score = jax.grad(lambda y: log_prob(flow, variables, y, labels, levels, condition, lengths).sum())(images)
     return images + multiplier * jnp.square(levels).reshape(-1, *(1,) * (images.ndim - 1)) * score
 
 
 @functools.partial(jax.jit, static_argnames=("flow", "method", "trajectory"))
 def iterate(
     flow: TarFlow,
-    variables: dict[str, Any],
+    variables: Variables,
     images: jax.Array,
-    labels: jax.Array | None,
-    noise_std: jax.Array,
+    conditioning: Conditioning,
     key_data: jax.Array | None = None,
-    condition: jax.Array | None = None,
-    lengths: jax.Array | None = None,
     *,
-    num_steps: jax.Array,
-    std_min: jax.Array,
+    std_min: jax.Array | float,
     method: IterativeDenoising,
     trajectory: bool = False,
 ) -> jax.Array:
-    """Denoises images of noise level σ_0 in N steps.
+    """Denoises images of noise level σ_0 in N steps; differentiable in every mode.
 
     Step i is y <- y - (σ_i - σ_{i+1}) v, with v = (y - x̂) / σ_i and x̂ = y + σ_i² ∇ log p(y | label; σ_i). The last
-    step gives x̂, since σ_N = 0. N is traced: changing it does not recompile.
+    step gives x̂, since σ_N = 0.
 
     Args:
+      flow: static, as in `likelihood`.
+      variables: its variables.
       images: float32 [B, H, W, K].
-      labels: see `TarFlow`.
-      noise_std: σ_0 of each image, [B].
+      conditioning: see `TarFlow`; its `noise_std` [B] is σ_0 of each image.
       key_data: of one key per image for the noise of "sde", uint32 [B, …] (`jax.random.key_data`).
-      condition: see `TarFlow`.
-      lengths: see `TarFlow`.
-      num_steps: N, int32.
-      std_min: σ_{N-1}, scalar.
-      method: gives clip, kind, levels and order; `num_steps` and `std_min` replace its numbers.
-      trajectory: return the image after every step, [B, N, H, W, K]; N is then method.num_steps.
+      std_min: σ_{N-1}, which replaces the method's.
+      method: the steps.
+      trajectory: return the image after every step, [B, N, H, W, K].
 
     Returns float32 [B, H, W, K].
     """
-    keys = None if key_data is None else jax.random.wrap_key_data(key_data)
+    keys, num_steps = None if key_data is None else jax.random.wrap_key_data(key_data), method.num_steps
+    assert conditioning.noise_std is not None
+    first = conditioning.noise_std.reshape(-1, *(1,) * (images.ndim - 1))
 
     def level(i: jax.Array) -> jax.Array:
         """σ_i [B, 1, …]; with one step, σ_0 alone."""
-        first = noise_std.reshape(-1, *(1,) * (images.ndim - 1))
-        share = (i / jnp.maximum(num_steps - 1, 1)).astype(jnp.float32)
+        share = (i / max(num_steps - 1, 1)).astype(jnp.float32)
         linear = first + share * (std_min - first)
         between = linear if method.levels == "linear" else first * (std_min / first) ** share
         return jnp.where(i >= num_steps, 0.0, between)
 
     def clean(y: jax.Array, std: jax.Array) -> jax.Array:
-        found = denoise(flow, variables, y, labels, std.reshape(-1), condition=condition, lengths=lengths)
-        return jnp.clip(found, -1.0, 1.0) if method.clip else found
+        levels = std.reshape(-1)
+        images = denoise(flow, variables, y, conditioning.replace(noise_std=levels), noise_std=levels)
+        return jnp.clip(images, -1.0, 1.0) if method.clip else images
 
-    def step(i: jax.Array, y: jax.Array) -> jax.Array:
+    def step(y: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         here, there = level(i), level(i + 1)
         direction = (y - clean(y, here)) / here
         if method.kind == "sde" and keys is not None:
-            kept = jnp.square(there / here)
+            kept = there / here
             noise = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, i), y.shape[1:]))(keys)
-            fresh = jnp.sqrt(kept) * direction + jnp.sqrt(1 - kept) * noise
-            return y - here * direction + there * fresh
+            fresh = kept * direction + jnp.sqrt(1 - jnp.square(kept)) * noise
+            y = y - here * direction + there * fresh
+            return y, y if trajectory else None
         if method.order == 2:
             guess = y - (here - there) * direction
 
@@ -141,14 +139,8 @@ def iterate(
                 return 0.5 * (direction + (guess - clean(guess, there)) / there)
 
             direction = jax.lax.cond(i + 1 < num_steps, averaged, lambda: direction)
-        return y - (here - there) * direction
+        y = y - (here - there) * direction
+        return y, y if trajectory else None
 
-    if not trajectory:
-        return jax.lax.fori_loop(0, num_steps, step, images)
-
-    def recorded(y: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        y = step(i, y)
-        return y, y
-
-    _, path = jax.lax.scan(recorded, images, jnp.arange(method.num_steps))
-    return jnp.moveaxis(path, 0, 1)
+    images, path = jax.lax.scan(step, images, jnp.arange(num_steps))
+    return images if path is None else jnp.moveaxis(path, 0, 1)

@@ -4,11 +4,13 @@ import dataclasses
 import math
 from typing import Any, ClassVar
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 
 from tarflow_jax.errors import UserError
-from tarflow_jax.flow import Affine, TarFlowConfig
+from tarflow_jax.flow import Affine, BlockInverse, TarFlowConfig
+from tarflow_jax.flow.block import Caches
 from tarflow_jax.options import Options, option
 
 
@@ -104,6 +106,50 @@ def _unflatten(static: tuple[Any, ...], leaves: tuple[Any, ...]) -> Guidance:
 
 
 jax.tree_util.register_pytree_node(Guidance, _flatten, _unflatten)
+
+
+class GuidedBlock(flax.struct.PyTreeNode):
+    """A block under guidance, with the `predict`, `caches` and `grow` of a `BlockInverse`.
+
+    The guided and unguided passes run as one batch of 2B, whatever the weight. The two rows of an image are adjacent,
+    so that a sharded batch stays where it is.
+    """
+
+    passes: BlockInverse  # of 2B rows
+    guidance: Guidance
+
+    @classmethod
+    def of(cls, block: BlockInverse, guidance: Guidance, batch_size: int) -> "GuidedBlock":
+        """Doubles the rows of a block for a batch of B."""
+        unguided = jnp.full(batch_size, guidance.attention_temperature, jnp.float32)
+        conditional = block.conditioning.replace(null_condition=None)
+        unconditional = block.conditioning.unconditional().replace(null_condition=None)
+        passes = block.replace(
+            order=block.order if len(block.order) == 1 else _interleave(block.order, block.order),
+            conditioning=jax.tree.map(_interleave, conditional, unconditional),
+            temperature=_interleave(jnp.ones_like(unguided), unguided),
+        )
+        return cls(passes, guidance)
+
+    def caches(self, batch_size: int, length: int) -> Caches:
+        return self.passes.caches(2 * batch_size, length)
+
+    def grow(self, caches: Caches, length: int) -> Caches:
+        return self.passes.grow(caches, length)
+
+    def predict(
+        self, x: jax.Array, caches: Caches | None = None, start: jax.Array | int = 0
+    ) -> tuple[Affine, Caches | None]:
+        """Predicts guided maps from tokens [B, S, D], see `BlockInverse.predict`."""
+        affine, caches = self.passes.predict(_interleave(x, x), caches, start)
+        pairs = jax.tree.map(lambda both: both.reshape(-1, 2, *both.shape[1:]), affine)
+        with_label, without = (jax.tree.map(lambda pair, i=i: pair[:, i], pairs) for i in range(2))
+        return guided(self.guidance, with_label, without, start, self.passes.block.config.sequence_length), caches
+
+
+def _interleave(guided: jax.Array, unguided: jax.Array) -> jax.Array:
+    """Interleaves two arrays [B, …] as [2B, …]: each image's guided row, then its unguided row."""
+    return jnp.stack([guided, unguided], axis=1).reshape(-1, *guided.shape[1:])
 
 
 def guided(guidance: Guidance, with_label: Affine, without: Affine, start: jax.Array | int, num_tokens: int) -> Affine:

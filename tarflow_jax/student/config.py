@@ -79,8 +79,9 @@ class TrainedStudent:
 
     def check_flow(self, variables: Any) -> None:
         """Raises UserError unless it was trained for this flow; hashes every parameter."""
-        if self.flow != (found := fingerprint(variables)):
+        flow = fingerprint(variables)
+        if self.flow != flow:
             raise UserError(
-                f"the student here was trained for the flow {self.flow}, not for this one, {found}; "
+                f"the student here was trained for the flow {self.flow}, not for this one, {flow}; "
                 "run launch.distill again, in a folder without it"
             )

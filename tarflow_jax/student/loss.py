@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tarflow_jax.flow import TarFlow, from_tokens
+from tarflow_jax.flow import Conditioning, TarFlow, from_tokens
 from tarflow_jax.noise import to_float
 from tarflow_jax.student.network import Student
 
@@ -14,10 +14,10 @@ _SOFTENING = 0.01  # c
 
 
 def flow_trajectory(
-    flow: TarFlow, variables: Any, noisy: jax.Array, labels: jax.Array | None, noise_std: jax.Array | None
+    flow: TarFlow, variables: Any, noisy: jax.Array, conditioning: Conditioning
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the latents [B, H, W, K] and each block's input as images [B, F, H, W, K], without gradients."""
-    (latents, _), sown = flow.apply(variables, noisy, labels, noise_std, mutable=["intermediates"])
+    (latents, _), sown = flow.apply(variables, noisy, conditioning, mutable=["intermediates"])
     outputs = sown["intermediates"]["block_outputs"][:-1]
     trajectory = jnp.stack([noisy, *(from_tokens(flow.config, tokens) for tokens in outputs)], axis=1)
     return jax.lax.stop_gradient((latents, trajectory))
@@ -49,7 +49,7 @@ def distillation_loss(
 
     Returns (loss, metrics): metrics are scalars, and `block_errors` [F], the relative errors.
     """
-    images, found = student.apply(variables, latents, labels, weights)
+    images, predicted = student.apply(variables, latents, labels, weights)
     image_error = jnp.square(images - clean).mean((1, 2, 3))  # [B]
     metrics = {"image_error": image_error.mean()}
     loss = _adapted(image_error).mean()
@@ -57,7 +57,7 @@ def distillation_loss(
         distance = perceptual_distance(student.config.shape.num_classes, perception, images, clean)
         metrics["perceptual"] = distance.mean()
         loss = loss + student.config.perceptual * _adapted(distance).mean()
-    errors = jnp.square(found - trajectory).mean((2, 3, 4)) / jnp.square(trajectory).mean((2, 3, 4))  # [B, F]
+    errors = jnp.square(predicted - trajectory).mean((2, 3, 4)) / jnp.square(trajectory).mean((2, 3, 4))  # [B, F]
     loss = loss + _adapted(errors).mean(0).sum()
     return loss, metrics | {"block_errors": errors.mean(0), "loss": loss}
 
@@ -66,7 +66,7 @@ def _adapted(errors: jax.Array) -> jax.Array:
     return errors / (jax.lax.stop_gradient(errors) + _SOFTENING)
 
 
-class Seen(NamedTuple):
+class PerceptionOutput(NamedTuple):
     """A `Perception` network's features and logits."""
 
     scales: list[jax.Array]  # float32 [B, H, W, C], from the finest to the coarsest
@@ -82,14 +82,14 @@ class Perception(nn.Module):
     num_classes: int
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> Seen:
+    def __call__(self, images: jax.Array) -> PerceptionOutput:
         x, scales = to_float(images), []
         for width in (24, 48, 96):
             for _ in range(2):
                 x = nn.gelu(nn.Conv(width, (3, 3))(x))
             scales.append(x)
             x = nn.pool(x, 0.0, jax.lax.add, (2, 2), (2, 2), "VALID") / 4.0
-        return Seen(scales, nn.Dense(self.num_classes)(x.mean((1, 2))))
+        return PerceptionOutput(scales, nn.Dense(self.num_classes)(x.mean((1, 2))))
 
 
 def perceptual_distance(num_classes: int, params: Any, images: jax.Array, others: jax.Array) -> jax.Array:

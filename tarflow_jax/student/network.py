@@ -72,8 +72,8 @@ class StudentBlock(nn.Module):
             h = h + class_vectors(embedding, labels, len(x))[:, None]
         if self.config.max_guidance:
             guide = dense(shape.width, use_bias=False, kernel_init=nn.initializers.zeros, name="guidance")
-            given = jnp.zeros(len(x), jnp.float32) if weights is None else weights
-            h = h + guide(waves(given / self.config.max_guidance).astype(dtype)).astype(jnp.float32)[:, None]
+            weights = jnp.zeros(len(x), jnp.float32) if weights is None else weights
+            h = h + guide(waves(weights / self.config.max_guidance).astype(dtype)).astype(jnp.float32)[:, None]
         angles = jnp.asarray(rotary_angles(shape))[None] if shape.rotary else None
         layers = stacked_layers(shape, self.depth, self.kernels, causal=False, name="layers")
         h, _ = layers(h, None, angles)

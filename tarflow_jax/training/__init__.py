@@ -4,14 +4,14 @@ from tarflow_jax.training.checkpoint import Checkpoints
 from tarflow_jax.training.loop import train
 from tarflow_jax.training.recipe import Recipe
 from tarflow_jax.training.step import TrainConfig, TrainState, train_step
-from tarflow_jax.training.task import FlowTask, StudentTask, Teacher
+from tarflow_jax.training.task import FlowTask, Frozen, StudentTask
 
 __all__ = [
     "Checkpoints",
     "FlowTask",
+    "Frozen",
     "Recipe",
     "StudentTask",
-    "Teacher",
     "TrainConfig",
     "TrainState",
     "train",

@@ -1,6 +1,5 @@
 """Writes checkpoints asynchronously and atomically, and verifies them when read. Only this file imports Orbax."""
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -9,7 +8,6 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +17,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from tarflow_jax.errors import UserError, one_line
-from tarflow_jax.files import is_remote, logged_while_slow, storage_failed
+from tarflow_jax.files import is_remote, storage_failed
 from tarflow_jax.runtime import leaf_name
 
 logger = logging.getLogger(__name__)
@@ -48,8 +46,6 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier),
         )
         self._manager = ocp.CheckpointManager(self._folder, options=options)
-        # Not the manager's `restore`: if it fails on one process, the others wait for that one.
-        self._states = ocp.PyTreeCheckpointHandler()
         steps = self._steps()
         losses = multihost_utils.broadcast_one_to_all(np.array([self._read_loss(step) for step in steps]))
         self._losses = dict(zip(steps, losses.tolist(), strict=True))  # inf where none was measured
@@ -61,16 +57,13 @@ class Checkpoints:
         OSError if this checkpoint or the previous one could not be written, or the folder is gone.
         """
         if not is_remote(self._folder) and not self._folder.exists():  # Orbax would recreate it
-            raise OSError(
-                f"{self._folder} is gone: the workdir was moved or deleted while it was trained in; run the same "
-                "command again, with the workdir's new name if it has one"
-            )
+            raise OSError(f"{self._folder} is gone: the workdir was moved or deleted; run again, with its new name")
         self._losses[step] = math.inf if test_loss is None or math.isnan(test_loss) else test_loss
         record: dict[str, Any] = {
             "config": dict(config),
             "test_loss": self._losses[step],
             "arrays": _arrays(state),
-            "checksums": _checksums(state),
+            "checksums": jax.tree.map(int, _checksums(state)),
         }
         record["crc32"] = _crc32(record)
         items = ocp.args.Composite(**{STATE: ocp.args.StandardSave(state), RECORD: ocp.args.JsonSave(record)})
@@ -96,67 +89,51 @@ class Checkpoints:
           OSError: the disk or network failed, or reading failed on another process.
         """
         steps = self._steps()
-        if best and steps:
-            steps = self._ranked(steps)
-            if not steps:
-                raise UserError(
-                    f"no checkpoint in {self._folder} has a test loss; set train.evaluate_every or use the last"
-                )
+        candidates = self._ranked(steps) if best else steps
+        if steps and not candidates:
+            raise UserError(
+                f"no checkpoint in {self._folder} has a test loss; set train.evaluate_every or use the last"
+            )
         reasons = []
-        for step in steps:
+        for step in candidates:
             path = self._folder / str(step)
             try:
-                return step, self._read_state(path, abstract_state, partial=partial)
+                return step, _read_state(path, abstract_state, partial=partial)
             except _DamagedError as reason:
                 logger.warning("skipping checkpoint %s: %s", path, reason)
                 reasons.append(reason)
         if reasons:
             raise UserError(
-                f"no checkpoint in {self._folder} is intact ({steps[0]}: {reasons[0]}); restore one from a backup, or "
-                "start in another workdir"
+                f"no checkpoint in {self._folder} is intact ({candidates[0]}: {reasons[0]}); restore one from a "
+                "backup, or start in another workdir"
             ) from reasons[0]
         return None
-
-    def _read_state(self, path: epath.Path, abstract_state: Any, *, partial: bool) -> Any:
-        """Reads one checkpoint; raises as `restore`, and _DamagedError if it is not intact."""
-        layout = ocp.checkpoint_utils.construct_restore_args(abstract_state)
-        wanted = ocp.args.PyTreeRestore(abstract_state, restore_args=layout, partial_restore=partial)
-        record = _read(path, lambda: _load_record(path))
-        _check_arrays(path, record["arrays"], _arrays(abstract_state), partial=partial)
-        with mock.patch.object(asyncio, "new_event_loop", _DrainedLoop):
-            state = _read(path, lambda: self._states.restore(path / STATE, args=wanted))
-        _read(path, lambda: _check_values(state, record["checksums"]))
-        return state
 
     def set_aside_after(self, step: int) -> None:
         """Moves the checkpoints after `step` to damaged/, so that the run can save these steps again.
 
         They are not deleted, because a disk or network that failed for a moment can look like damage.
         """
-        later = [other for other in self._steps() if other > step]
-        aside = self._folder.parent / "damaged"
-
-        def move() -> None:
-            if jax.process_index() == 0:
-                aside.mkdir(exist_ok=True)
-                for name in map(str, later):
-                    if (aside / name).exists():
-                        (aside / name).rmtree()
-                    (self._folder / name).rename(aside / name)
-                    logger.warning("checkpoint %s is now in %s", name, aside)
-
+        later = [str(other) for other in self._steps() if other > step]
+        if later and jax.process_index() == 0:
+            aside = self._folder.parent / "damaged"
+            aside.mkdir(exist_ok=True)
+            for name in later:
+                if (aside / name).exists():
+                    (aside / name).rmtree()
+                (self._folder / name).rename(aside / name)
+                logger.warning("checkpoint %s is now in %s", name, aside)
         if later:
-            _on_all_processes(move)
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
             self._manager.reload()
 
     def close(self) -> None:
         """Waits for the last checkpoint and releases everything, even if that checkpoint could not be written."""
-        with contextlib.closing(self._states):
-            try:
-                self.wait()
-            finally:
-                with _write_errors(self._folder):
-                    self._manager.close()
+        try:
+            self.wait()
+        finally:
+            with _write_errors(self._folder):
+                self._manager.close()
 
     def should_preserve(self, checkpoints: Sequence[Any], **_: Any) -> list[bool]:
         """Tells Orbax which of these checkpoints, oldest first, to keep."""
@@ -181,27 +158,29 @@ class Checkpoints:
             return -math.inf
 
 
-def recorded_config(folder: epath.Path) -> tuple[int, dict[str, Any] | None]:
-    """Returns the step and config of the newest checkpoint with an intact record; involves no other process.
-
-    Returns (0, None) if there is none. Raises OSError if the disk or network failed.
-    """
-    names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    for step in sorted((int(name) for name in names if name.isdigit()), reverse=True):
-        path = folder / str(step)
-        with contextlib.suppress(_DamagedError), _read_errors(path):  # `restore` reports the damage
-            return step, _load_record(path)["config"]
-    return 0, None
-
-
 def _barrier(*, key: str, timeout_ms: int) -> None:
-    """Waits for the other processes, except in one whose save failed.
-
-    Orbax would make that one wait here before it raises, while the others wait at another barrier: for 20 minutes.
-    """
+    """Waits for the other processes, but not in one whose save failed: Orbax would wait there for 20 minutes."""
     if error := sys.exception():
         raise error
     ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
+
+
+def _read_state(path: epath.Path, abstract_state: Any, *, partial: bool) -> Any:
+    """Reads one checkpoint; raises as `Checkpoints.restore`, and _DamagedError if it is not intact."""
+    record = _on_all_processes(path, lambda: _load_record(path))
+    stored, expected = record["arrays"], _arrays(abstract_state)
+    for name in sorted(expected if partial else stored | expected):
+        there, here = stored.get(name, "missing"), expected.get(name, "missing")
+        if there != here:
+            raise UserError(f"{path} holds another state than this config's: {name} is {there} there, {here} here")
+    layout = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+    args = ocp.args.PyTreeRestore(abstract_state, restore_args=layout, partial_restore=partial)
+    # Not the manager's `restore`: if it fails on one process, the others wait for that one.
+    state = _on_all_processes(path, lambda: ocp.PyTreeCheckpointHandler().restore(path / STATE, args=args))
+    for name, checksum in _checksums(state).items():
+        if int(checksum) != record["checksums"][name]:
+            raise _DamagedError(f"{name} is damaged")
+    return state
 
 
 def _load_record(path: epath.Path) -> dict[str, Any]:
@@ -220,13 +199,6 @@ def _arrays(tree: Any) -> dict[str, str]:
     return {leaf_name(p): f"{x.dtype}{list(x.shape)}" for p, x in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def _check_arrays(path: epath.Path, stored: Mapping[str, str], expected: Mapping[str, str], *, partial: bool) -> None:
-    for name in sorted(expected if partial else stored.keys() | expected.keys()):
-        there, here = stored.get(name, "missing"), expected.get(name, "missing")
-        if there != here:
-            raise UserError(f"{path} holds another state than this config's: {name} is {there} there, {here} here")
-
-
 def _checksum(array: jax.Array) -> jax.Array:
     """Returns a uint32 hash of elements and positions: the same for any sharding, changed by any one element."""
     word = array.view(f"uint{8 * array.dtype.itemsize}").astype(jnp.uint32)
@@ -240,89 +212,54 @@ def _checksum(array: jax.Array) -> jax.Array:
 
 
 @jax.jit  # One program: CPU processes deadlock when several programs with collectives are in flight.
-def _device_checksums(tree: Any) -> dict[str, jax.Array]:
+def _checksums(tree: Any) -> dict[str, jax.Array]:
     return {leaf_name(path): _checksum(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def _checksums(tree: Any) -> dict[str, int]:
-    return {name: int(checksum) for name, checksum in jax.device_get(_device_checksums(tree)).items()}
-
-
-def _check_values(state: Any, expected: Mapping[str, int]) -> None:
-    for name, checksum in _checksums(state).items():
-        if checksum != expected[name]:
-            raise _DamagedError(f"{name} is damaged")
-
-
-class _DrainedLoop(asyncio.SelectorEventLoop):
-    """An event loop that finishes all reads before it closes.
-
-    After a failed read, Orbax closes the loop under the others, and Python would print a traceback for each.
-    """
-
-    def close(self) -> None:
-        if not self.is_closed() and (tasks := asyncio.all_tasks(self)):
-            self.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-        super().close()
 
 
 class _DamagedError(Exception):
     """A checkpoint's files are damaged or missing."""
 
 
-def _read(path: epath.Path, action: Callable[[], T]) -> T:
-    return _on_all_processes(_read_errors(path)(action))
+def _on_all_processes(path: epath.Path, read: Callable[[], T]) -> T:
+    """Returns `read()` once it has succeeded on every process. All processes must call this together.
 
-
-def _on_all_processes(action: Callable[[], T]) -> T:
-    """Returns `action()` once it has succeeded on every process. All processes must call this together.
-
-    Raises this process's error, or if another one's is worse, _DamagedError for damage and OSError for all else.
+    Raises this process's `_read_error`, or if another one's is worse, _DamagedError for damage and OSError otherwise.
     """
     failure: Exception | None = None
     try:
-        result = action()
+        result = read()
     except Exception as error:
-        failure = error
+        failure, cause = _read_error(path, error), error
     severity = 0 if failure is None else 1 if isinstance(failure, _DamagedError) else 2
     severities = multihost_utils.process_allgather(np.int32(severity))
     if failure and severity == severities.max():
-        raise failure
+        raise failure from cause
     if severities.any():
         kind = _DamagedError if severities.max() == 1 else OSError
         raise kind(f"process {severities.argmax()} failed; its log says why")
     return result
 
 
-@contextlib.contextmanager
-def _read_errors(path: epath.Path) -> Iterator[None]:
-    """Raises UserError if memory ran out, OSError if the disk or network failed, _DamagedError in all other cases."""
-    try:
-        with logged_while_slow(f"reading {path}"):
-            yield
-    except Exception as error:
-        cause: BaseException = error
-        while type(cause) is Exception and cause.__cause__:  # Orbax wraps errors from reading arrays
-            cause = cause.__cause__
-        out_of_memory = isinstance(cause, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(cause)
-        if out_of_memory or isinstance(cause, MemoryError):
-            raise UserError(
-                f"not enough memory to restore {path}: {one_line(cause)}; use more devices (mesh.fsdp), or free some"
-            ) from error
-        missing = isinstance(cause, FileNotFoundError | IsADirectoryError | NotADirectoryError)
-        if storage_failed(cause) and not missing:
-            raise OSError(
-                f"could not read {path}: {one_line(cause)}; fix that and run the same command again, or move the "
-                "checkpoint elsewhere to use the previous one"
-            ) from error
-        raise _DamagedError(one_line(cause)) from error
+def _read_error(path: epath.Path, error: BaseException) -> Exception:
+    """Returns a UserError if memory ran out, an OSError if the disk or network failed, else a _DamagedError."""
+    while type(error) is Exception and error.__cause__:  # Orbax wraps errors from reading arrays
+        error = error.__cause__
+    reason = one_line(error)
+    device_memory_ran_out = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in reason
+    if isinstance(error, MemoryError) or device_memory_ran_out:
+        return UserError(f"not enough memory to restore {path}: {reason}; use more devices (mesh.fsdp), or free some")
+    if storage_failed(error) and not isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+        return OSError(
+            f"could not read {path}: {reason}; fix that and run the same command again, or move the checkpoint "
+            "elsewhere to use the previous one"
+        )
+    return _DamagedError(reason)
 
 
 @contextlib.contextmanager
 def _write_errors(folder: epath.Path) -> Iterator[None]:
     try:
-        with logged_while_slow(f"writing a checkpoint to {folder}"):
-            yield
+        yield
     except Exception as error:
         if not (isinstance(error, ValueError) or storage_failed(error)):  # TensorStore's, when a disk is full
             raise

@@ -18,11 +18,10 @@ from tarflow_jax.data import Batch, ImageSource, SequenceSource, prefetch_to_dev
 from tarflow_jax.files import sole_user
 from tarflow_jax.runtime import (
     BatchRunner,
+    LocalBatch,
     Preempted,
     PreemptionGuard,
-    Rows,
     replicated,
-    summary,
     use_cores_as_devices,
 )
 from tarflow_jax.training.checkpoint import Checkpoints
@@ -50,11 +49,10 @@ def train(
 
     Args:
       config: a recipe, see configs/defaults.py.
-      workdir: holds one run: config.json, starts.jsonl, checkpoints/, metrics.jsonl, tensorboard/. A local folder
-        that all processes see, or gs://.
+      workdir: a local folder that all processes see, or gs://; its files are listed in docs/formats.md.
       preview: called as preview(step, variables) every `train.sample_every` steps, on every process.
-      frozen: arrays that the recipe's task reads but training does not change, such as a student's `Teacher`. Those
-        that are not on the config's mesh are replicated.
+      frozen: arrays that the recipe's task reads but training does not change, a `Frozen`; replicated over the mesh
+        unless they are on it.
       initial: variables to start from instead of random ones; ignored when a run continues.
 
     Raises:
@@ -100,11 +98,10 @@ def train(
     return run.state
 
 
-def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
-    """Returns the key of the initial weights, and the key of the steps' noise and dropped labels."""
+def run_keys(seed: int) -> jax.Array:
+    """Returns two keys: of the initial weights, and of the steps' noise and dropped labels."""
     # The constant is folded in so that sampling and evaluation never derive the same keys from the same seed.
-    init_key, step_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0x747261696E % 2**31))
-    return init_key, step_key
+    return jax.random.split(jax.random.fold_in(jax.random.key(seed), 0x747261696E % 2**31))
 
 
 def evaluate_loss(recipe: Recipe, variables: dict[str, Any], frozen: Any = None) -> float:
@@ -122,33 +119,31 @@ class _Run:
         self.checkpoints = Checkpoints(workdir / "checkpoints", keep=fields.keep_checkpoints)
         resources.callback(self.checkpoints.close)
         shapes = abstract_state(config, self.mesh)
-        found = self.checkpoints.restore(shapes)
-        if found is None:
-            self.step, self.state = 0, new_state(config, self.mesh, init_key, initial)
-        else:
-            self.step, self.state = found
+        if checkpoint := self.checkpoints.restore(shapes):
+            self.step, self.state = checkpoint
             self.checkpoints.set_aside_after(self.step)
+        else:
+            self.step, self.state = 0, new_state(config, self.mesh, init_key, initial)
         self.frozen, self.program = _on_mesh(self.mesh, frozen), compiled_step(config, self.mesh)
         self.learning_rate = config.optimizer.schedule()
         self.metrics: MetricsWriter | None = None
         if jax.process_index() == 0:
-            logger.info("%s", summary(self.mesh, shapes.variables))
+            logger.info("mesh: %s", ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items()))
             if self.step:
                 logger.info("continuing from step %d", self.step)
             write_start(workdir, self.step)
             self.metrics = MetricsWriter(workdir, self.step)
             resources.callback(self.metrics.close)
-        self.profile_folder, self.profile_from = workdir / "profile", max(fields.profile_steps[0], self.step + 1)
-        self.profile = resources.enter_context(ExitStack())
+        self.profile_folder, self.profile = workdir / "profile", resources.enter_context(ExitStack())
         bar = tqdm(total=fields.num_steps, initial=self.step, unit="step", disable=self.metrics is None, smoothing=0.05)
         self.bar = resources.enter_context(bar)
         self.clock = StepClock()
-        self._running: Metrics | None = None  # metrics of the step in flight
-        self._last: dict[str, np.ndarray] = {}  # those of the step before
+        self.in_flight: Metrics | None = None  # metrics of the running step
+        self.last_metrics: dict[str, np.ndarray] = {}  # of the last completed step
 
     def batches(self, source: ImageSource | SequenceSource) -> Iterator[Batch]:
         """Yields on-device batches for the remaining steps."""
-        fields, data, rows = self.fields, self.recipe.config.data, Rows(self.mesh, self.fields.batch_size)
+        fields, data, rows = self.fields, self.recipe.config.data, LocalBatch(self.mesh, self.fields.batch_size)
         batches = train_batches(
             source,
             batch_size=fields.batch_size,
@@ -164,35 +159,35 @@ class _Run:
     def take_step(self, images: Any, labels: Any) -> None:
         """Starts a step, then checks the previous one, so that the devices never wait for the host."""
         number = self.step + 1
-        if number == self.profile_from <= self.fields.profile_steps[1]:
+        if number == self.fields.profile_steps[0]:
             self.profile.enter_context(jax.profiler.trace(str(self.profile_folder)))
         with jax.profiler.StepTraceAnnotation("train", step_num=number):
             state, metrics = self.program(self.state, images, labels, self.key, self.frozen)
-        if self._running is None and not self._last:
+        if self.in_flight is None and not self.last_metrics:
             self.bar.unpause()  # its estimate leaves out the compilation before the first step
-        self.settle()
-        self.step, self.state, self._running = number, state, metrics
+        self.complete_step()
+        self.step, self.state, self.in_flight = number, state, metrics
         self.bar.update()
 
-    def settle(self) -> dict[str, np.ndarray]:
-        """Waits for the running step, checks it, and returns its metrics."""
-        if self._running is not None:
-            self._last, self._running = jax.device_get(self._running), None
-            self.clock.step_done()
-            if self.step >= self.fields.profile_steps[1]:
-                self.profile.close()
-            for name in ("loss", "grad_norm"):
-                if not np.isfinite(self._last[name]):
-                    raise NonFiniteError(
-                        f"{name} is {self._last[name]} at step {self.step}; the run has stopped and its last "
-                        "checkpoint stays. Lower optimizer.learning_rate or set optimizer.clip_norm"
-                    )
-        return self._last
+    def complete_step(self) -> None:
+        """Waits for the running step and checks its metrics."""
+        if self.in_flight is None:
+            return
+        self.last_metrics, self.in_flight = jax.device_get(self.in_flight), None
+        self.clock.step_done()
+        if self.step >= self.fields.profile_steps[1]:
+            self.profile.close()
+        for name in ("loss", "grad_norm"):
+            if not np.isfinite(value := self.last_metrics[name]):
+                raise NonFiniteError(
+                    f"{name} is {value} at step {self.step}; the run has stopped and its last checkpoint stays. "
+                    "Lower optimizer.learning_rate or set optimizer.clip_norm"
+                )
 
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Excludes the time of other work from the step rate."""
-        self.settle()
+        self.complete_step()
         yield
         self.clock.pause()
 
@@ -201,12 +196,12 @@ class _Run:
         return every > 0 and self.step % every == 0
 
     def log(self) -> None:
-        metrics = self.settle()
+        self.complete_step()
         images_per_second = self.clock.rate() * self.fields.batch_size
-        self.bar.set_postfix_str(f"loss {metrics['loss']:.4f}, {images_per_second:.0f} images/s")
+        self.bar.set_postfix_str(f"loss {self.last_metrics['loss']:.4f}, {images_per_second:.0f} images/s")
         if self.metrics:
             rates = {"learning_rate": self.learning_rate(self.step - 1), "images_per_second": images_per_second}
-            self.metrics.write(self.step, {**metrics, **rates})
+            self.metrics.write(self.step, {**self.last_metrics, **rates})
 
     def evaluate(self) -> float:
         with self.paused():

@@ -1,22 +1,18 @@
-"""Writes a run's metrics as JSON lines and TensorBoard events, and measures its steps per second.
-
-Functions import tensorboardX as they need it: where PyTorch is installed, it takes a second to import that, too.
-"""
+"""Writes a run's metrics as JSON lines and TensorBoard events, and measures its steps per second."""
 
 import contextlib
 import json
 import math
-import os
 import socket
+import tempfile
 import time
-import types
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from etils import epath
 
-from tarflow_jax.files import is_remote, naming, replacing, write_text
+from tarflow_jax.files import is_remote, naming, write_text
 
 METRICS = "metrics.jsonl"
 
@@ -29,81 +25,72 @@ class MetricsWriter:
 
     def __init__(self, workdir: epath.PathLike, start_step: int) -> None:
         """Opens the files and drops lines after `start_step`, because the run repeats these steps."""
-        from tensorboardX.proto.event_pb2 import SessionLog
-        from tensorboardX.record_writer import RecordWriter, register_writer_factory
-
-        register_writer_factory("gs", types.SimpleNamespace(open=_ObjectWriter))
         self._path = epath.Path(workdir) / METRICS
+        lines = self._path.read_bytes().decode(errors="replace").splitlines() if self._path.exists() else []
+        write_text(self._path, "".join(f"{line}\n" for line in lines if _step_of(line) <= start_step))
+        self._unwritten, self._files = "", contextlib.ExitStack()
         self._remote = is_remote(self._path)
-        kept = "".join(f"{line}\n" for line in _lines(workdir) if _step_of(line) <= start_step)
-        write_text(self._path, kept)
-        self._lines: IO[bytes] | _ObjectWriter
+        self._folder = epath.Path(self._path.parent / "tensorboard")  # of the events
         if self._remote:
-            self._lines = _ObjectWriter(os.fspath(self._path), kept.encode())
+            self._folder = epath.Path(self._files.enter_context(tempfile.TemporaryDirectory()))
         else:
-            self._lines = Path(self._path).open("ab")  # noqa: SIM115
-        folder = epath.Path(workdir) / "tensorboard"
-        folder.mkdir(parents=True, exist_ok=True)
-        # Not a SummaryWriter: a full disk kills its thread, and its methods then block forever.
-        self._events = RecordWriter(os.fspath(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"))
-        self._add_event(start_step + 1, file_version="brain.Event:2")
-        # TensorBoard drops earlier events from this step on.
-        self._add_event(start_step + 1, session_log=SessionLog(status=SessionLog.START))
+            self._file = self._files.enter_context(Path(self._path).open("a"))  # noqa: SIM115
+        self._events = _open_events(self._folder, start_step)
+        self._files.callback(self._events.close)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Writes scalars, and vectors (one value per block, for example) as lists."""
+        values = {name: np.asarray(value).astype(float).tolist() for name, value in metrics.items()}
+        self._unwritten += json.dumps({"step": step, **values}) + "\n"
         from tensorboardX.summary import scalar
 
-        values = {name: np.asarray(value).astype(float).tolist() for name, value in metrics.items()}
-        line = json.dumps({"step": step, **values}) + "\n"
         with naming(self._path):
-            self._lines.write(line.encode())
             for name, value in values.items():
                 scalars = {f"{name}/{i}": x for i, x in enumerate(value)} if isinstance(value, list) else {name: value}
                 for tag, number in scalars.items():
-                    self._add_event(step, summary=scalar(tag, number))
-            if not self._remote:
-                self.flush()
+                    self._events.write(_event(step, summary=scalar(tag, number)))
+            self._events.flush()
+        if not self._remote:
+            self.flush()
 
     def flush(self) -> None:
-        """Uploads both if they are on an object store. Call with every checkpoint."""
-        self._lines.flush()
-        self._events.flush()
+        """Writes the lines that are only in memory. Call with every checkpoint."""
+        with naming(self._path):
+            if self._remote:
+                self._path.write_text(self._path.read_text() + self._unwritten)
+                for events in self._folder.iterdir():
+                    copy = self._path.parent / "tensorboard" / events.name
+                    copy.parent.mkdir(exist_ok=True)
+                    copy.write_bytes(events.read_bytes())
+            else:
+                self._file.write(self._unwritten)
+                self._file.flush()
+        self._unwritten = ""
 
     def close(self) -> None:
-        with naming(self._path), contextlib.closing(self._events):
-            self._lines.close()
-
-    def _add_event(self, step: int, **content: Any) -> None:
-        from tensorboardX.proto.event_pb2 import Event
-
-        self._events.write(Event(wall_time=time.time(), step=step, **content).SerializeToString())
+        """Writes all lines and closes the files, even if writing fails."""
+        with self._files:
+            self.flush()
 
 
-class _ObjectWriter:
-    """Buffers an object and uploads it whole. tensorboardX's own writer raises if an upload's response is lost."""
+# tensorboardX is imported where it is needed: if PyTorch is installed, it takes a second to import that, too.
+def _open_events(folder: epath.Path, start_step: int) -> Any:
+    """Opens a new file of TensorBoard events, which replace earlier ones after `start_step`."""
+    from tensorboardX.proto.event_pb2 import SessionLog
+    from tensorboardX.record_writer import RecordWriter
 
-    def __init__(self, path: str, content: bytes = b"") -> None:
-        self._path, self._content = path, bytearray(content)
-
-    def write(self, data: bytes) -> None:
-        self._content += data
-
-    def flush(self) -> None:
-        with replacing(self._path) as file:
-            file.write(self._content)
-
-    close = flush
+    folder.mkdir(exist_ok=True)
+    # Not a SummaryWriter: a full disk kills its thread, and its methods then block forever.
+    events = RecordWriter(f"{folder}/events.out.tfevents.{time.time():.6f}.{socket.gethostname()}")
+    events.write(_event(start_step + 1, file_version="brain.Event:2"))
+    events.write(_event(start_step + 1, session_log=SessionLog(status=SessionLog.START)))
+    return events
 
 
-def last_step(workdir: epath.PathLike) -> float:
-    """Returns the last step in metrics.jsonl; 0 if there is none."""
-    return max((step for line in _lines(workdir) if (step := _step_of(line)) < math.inf), default=0)
+def _event(step: int, **content: Any) -> bytes:
+    from tensorboardX.proto.event_pb2 import Event
 
-
-def _lines(workdir: epath.PathLike) -> list[str]:
-    path = epath.Path(workdir) / METRICS
-    return path.read_bytes().decode(errors="replace").splitlines() if path.exists() else []
+    return Event(wall_time=time.time(), step=step, **content).SerializeToString()
 
 
 def _step_of(line: str) -> float:

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from tarflow_jax.errors import UserError
 from tarflow_jax.options import Options, option
 from tarflow_jax.runtime import leaf_name
-from tarflow_jax.runtime.parameters import Parameter, rows_of
+from tarflow_jax.runtime.parameters import row_of
 
 MOMENTUM = 0.95
 RMS = 0.2  # of an update, close to AdamW's, so that learning rates and weight decay carry over (Liu et al. 2025)
@@ -92,7 +92,7 @@ def orthogonalized(blocks: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
     """
 
     def of_all_blocks(path: tuple[Any, ...], *kernels: jax.Array) -> list[jax.Array]:
-        row, ends = _row(path), list(itertools.accumulate(map(len, kernels)))
+        row, ends = row_of(leaf_name(path)), list(itertools.accumulate(map(len, kernels)))
         sides = optax.contrib.MuonDimensionNumbers(row.input_axes, row.output_axes)
         function = functools.partial(_newton_schulz, sides, dtype)
         axes = jax.sharding.get_abstract_mesh().axis_names
@@ -101,8 +101,8 @@ def orthogonalized(blocks: dict[str, Any], dtype: DTypeLike) -> dict[str, Any]:
     first, *others = ({"layers": block["layers"]} for block in blocks.values())  # common to all blocks
     directions = jax.tree_util.tree_map_with_path(of_all_blocks, first, *others)
     directions = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), directions)
-    found = jax.tree.transpose(jax.tree.structure(first), None, directions)
-    return {name: blocks[name] | layers for name, layers in zip(blocks, found, strict=True)}
+    by_block = jax.tree.transpose(jax.tree.structure(first), None, directions)
+    return {name: blocks[name] | layers for name, layers in zip(blocks, by_block, strict=True)}
 
 
 def _newton_schulz(sides: optax.contrib.MuonDimensionNumbers, dtype: DTypeLike, stack: jax.Array) -> jax.Array:
@@ -129,8 +129,8 @@ def _over_devices(
     without = [None if name == axis else name for name in spec]
     divided, constrain = PartitionSpec(axis, None, *without), jax.lax.with_sharding_constraint
 
-    whole = constrain(stack, PartitionSpec(None, *spec))
-    padded = jnp.pad(whole, [(0, -len(stack) % size), *[(0, 0)] * (stack.ndim - 1)])
+    undivided = constrain(stack, PartitionSpec(None, *spec))
+    padded = jnp.pad(undivided, [(0, -len(stack) % size), *[(0, 0)] * (stack.ndim - 1)])
     shares = constrain(padded.reshape(size, -1, *stack.shape[1:]), divided)
     results = jax.vmap(lambda share: _over_devices(others, function, share, without), spmd_axis_name=axis)(shares)
     gathered = constrain(constrain(results, divided), PartitionSpec(None, None, *spec))
@@ -141,12 +141,7 @@ def _labels(params: Any) -> Any:
     """Labels kernels of dense layers inside the transformer layers "muon", all other parameters "adamw"."""
 
     def label(path: tuple[Any, ...], _: Any) -> str:
-        row = _row(path)
+        row = row_of(leaf_name(path))
         return "muon" if row.stacked and row.input_axes else "adamw"
 
     return jax.tree_util.tree_map_with_path(label, params)
-
-
-def _row(path: tuple[Any, ...]) -> Parameter:
-    (row,) = rows_of(leaf_name(path))
-    return row

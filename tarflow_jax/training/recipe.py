@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import textwrap
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
@@ -21,22 +20,18 @@ from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.files import write_text
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.noise import Noise
-from tarflow_jax.options import Options, described, option
+from tarflow_jax.options import Options, described, option, required
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling import Guidance
 from tarflow_jax.student import StudentConfig
-from tarflow_jax.training.checkpoint import recorded_config
 from tarflow_jax.training.optimizer import Optimizer
 from tarflow_jax.training.step import TrainConfig
 from tarflow_jax.training.task import ArrayTask, AutoencoderTask, FlowTask, Reconstruction, StudentTask, Task
 
-logger = logging.getLogger(__name__)
+CONFIG, DATA = "config.json", "data.json"
 
-CONFIG, DATA, _NUM_STEPS = "config.json", "data.json", "train.num_steps"
-
-# Fields that may change when a run continues: where it runs, where the data is (its fingerprint identifies it), what is
-# saved, drawn and printed.
-_FREE_FIELDS = (
+# Fields that do not affect results: where a run trains, where its data is, and what it saves, draws and prints.
+CHANGEABLE_ON_RESUME = (
     "data.cache_bytes",
     "data.data_dir",
     "data.num_workers",
@@ -75,8 +70,8 @@ class TrainOptions(Options):
 
     group: ClassVar[str] = "train"
 
-    num_steps: int = option(0, "Optimizer steps.", low=1)
-    batch_size: int = option(0, "Images per step, over all devices.", low=1)
+    num_steps: int = required("Optimizer steps.", low=1)
+    batch_size: int = required("Images per step, over all devices.", low=1)
     accumulation: int = option(1, "Microbatches per step.", low=1)
     drop_label: float = option(0.0, "Probability of dropping an image's label and condition.")
     block_penalty: float = option(0.0, "Weight in the loss of the mean square of every block's input.")
@@ -220,26 +215,18 @@ class Recipe:
         if model is None:
             self._check_autoencoded(source)
             return source
-        if tuple(source.image_shape) != model.image_shape:
-            raise UserError(
-                f"{source.name} has images {tuple(source.image_shape)}, the model {model.image_shape}; "
-                "set model.image_size and model.image_channels to match"
-            )
-        condition_shape = model.condition_shape if model.condition_dim else ()
-        if source.condition_shape != condition_shape:
-            raise UserError(
-                f"{source.name} has conditions {source.condition_shape}, the model {condition_shape}; set "
-                "model.condition_kind, condition_length and condition_dim to match"
-            )
         if source.bits == 0 and fields.flip:
             raise UserError("data.flip is for images; leave it False with latents")
-        if source.bits != model.image_bits:
-            raise UserError(f"{source.name} has images of {source.bits} bits; set model.image_bits to {source.bits}")
-        if model.num_classes not in (0, source.num_classes):
-            raise UserError(
-                f"{source.name} has {source.num_classes or 'no'} classes, the model {model.num_classes}; "
-                f"set model.num_classes to {source.num_classes}"
-            )
+        condition_shape = model.condition_shape if model.condition_dim else ()
+        for text, there, here, options in (
+            ("images {}", tuple(source.image_shape), model.image_shape, "image_size and image_channels"),
+            ("conditions {}", source.condition_shape, condition_shape, "condition_length and condition_dim"),
+            ("images of {} bits", source.bits, model.image_bits, "image_bits"),
+            ("{} classes", source.num_classes, model.num_classes or source.num_classes, "num_classes"),
+        ):
+            if there != here:
+                has = text.format(there)
+                raise UserError(f"{source.name} has {has}, the model {here}; set model.{options} to {there}")
         return source
 
     def _check_autoencoded(self, source: ImageSource) -> None:
@@ -254,13 +241,13 @@ class Recipe:
     def write_to(self, workdir: epath.PathLike, source: ImageSource | SequenceSource | None = None) -> None:
         """Writes workdir/config.json and, for a training split, data.json.
 
-        `train.num_steps` may grow before the end of a run if the steps taken keep their learning rates. Raises
-        UserError if the workdir holds another configuration, or a run on other data.
+        Raises UserError if the workdir holds another configuration, or a run on other data.
         """
         workdir = epath.Path(workdir)
-        step, _, trained = _stored_configs(workdir)
-        if trained is not None:
-            self._check_continues(workdir, trained, step)
+        stored = _stored_config(workdir)
+        if stored and (differing := _differing(stored, json.loads(self.to_json()))):
+            fields = ", ".join(f"{name} ({there!r} there, {here!r} here)" for name, (there, here) in differing.items())
+            raise UserError(f"{workdir} holds another configuration: {fields}; choose another workdir")
         if source and not same_data(workdir, source):
             raise UserError(
                 f"{self.config.data.source} is not what {workdir} was trained on: images, labels or their order have "
@@ -272,43 +259,15 @@ class Recipe:
                 data = {"fingerprint": source.fingerprint, "label_names": source.label_names}
                 write_text(workdir / DATA, json.dumps(data) + "\n")
 
-    def _check_continues(self, workdir: epath.Path, stored: dict[str, Any], step: int) -> None:
-        differing = _differing(stored, json.loads(self.to_json()))
-        if differing.keys() == {_NUM_STEPS}:
-            self._check_growth(workdir, differing[_NUM_STEPS][0], step)
-        elif differing:
-            fields = ", ".join(f"{name} ({there!r} there, {here!r} here)" for name, (there, here) in differing.items())
-            raise UserError(f"{workdir} holds another configuration: {fields}; choose another workdir")
-
-    def _check_growth(self, workdir: epath.Path, planned: int, step: int) -> None:
-        """Raises UserError unless a run of `planned` steps can be extended to this one after `step` steps."""
-        longer = self.train_config.optimizer
-
-        def rates(optimizer: Optimizer) -> list[Any]:
-            peaks = optimizer.learning_rate, optimizer.muon_learning_rate
-            return [optimizer.schedule(peak)(np.arange(step, dtype=np.float32)) for peak in peaks]
-
-        same = np.array_equal(rates(longer), rates(dataclasses.replace(longer, num_steps=planned)))
-        if not (same and step < planned < longer.num_steps):
-            raise UserError(
-                f"{workdir} holds a run of {planned} steps, {step} taken, and cannot become one of {longer.num_steps}: "
-                "the learning rate follows from train.num_steps; choose another workdir"
-            )
-        message = "train.num_steps grows from %d to %d; the %d steps taken are its first"
-        logger.info(message, planned, longer.num_steps, step)
-
     def to_json(self) -> str:
         return self.config.to_json(indent=2) + "\n"
 
     @classmethod
     def from_workdir(cls, workdir: epath.PathLike) -> Self:
-        """Reads the recipe of a run: the workdir's config.json or, if that is lost, the last checkpoint's.
-
-        Raises FileNotFoundError if neither exists, UserError if they differ in what affects results.
-        """
+        """Reads the recipe of a run; raises FileNotFoundError if there is none, UserError if it is invalid."""
         path = epath.Path(workdir) / CONFIG
-        _, stored, _ = _stored_configs(epath.Path(workdir))
-        if stored is None:
+        stored = _stored_config(path.parent)
+        if not stored:
             raise FileNotFoundError(f"{path} not found; expected the workdir of a training run")
         try:
             return cls(ml_collections.ConfigDict(stored))
@@ -339,34 +298,23 @@ def _check_of_sequences(config: ml_collections.ConfigDict) -> None:
 
 def same_data(workdir: epath.PathLike, source: ImageSource | SequenceSource) -> bool:
     """Returns whether `source` holds the data that a run was trained on; True if the run has no record of it."""
-    path = epath.Path(workdir) / DATA
-    return not path.exists() or _read_json(path).get("fingerprint") == source.fingerprint
+    stored = read_json(epath.Path(workdir) / DATA)
+    return stored.get("fingerprint", source.fingerprint) == source.fingerprint
 
 
 def label_names(workdir: epath.PathLike) -> list[str]:
     """Returns the class names of a run's data; [] if unknown."""
-    path = epath.Path(workdir) / DATA
-    names = _read_json(path).get("label_names") if path.exists() else None
-    return [str(name) for name in names] if isinstance(names, list) else []
+    return read_json(epath.Path(workdir) / DATA).get("label_names", [])
 
 
-def _stored_configs(workdir: epath.Path) -> tuple[int, dict[str, Any] | None, dict[str, Any] | None]:
-    """Returns the last checkpoint's step, config.json, and the checkpoint's config; one replaces the other if missing.
-
-    Raises UserError if they differ in what affects results, because config.json was edited.
-    """
-    path = workdir / CONFIG
-    step, trained = recorded_config(workdir / "checkpoints")
-    stored = _read_json(path) if path.exists() else trained
-    differing = _differing(trained, stored) if trained and stored else {}
-    differing.pop(_NUM_STEPS, None)  # a run may have grown since
-    if differing:
-        fields = ", ".join(f"{name} is {here!r}, was {there!r}" for name, (there, here) in differing.items())
+def _stored_config(workdir: epath.Path) -> dict[str, Any]:
+    """Returns the content of config.json; {} if there is none."""
+    stored = read_json(workdir / CONFIG)
+    if "format" in stored:
         raise UserError(
-            f"{path} is not what checkpoint {step} was trained with: {fields}; undo that, or delete the file to use "
-            "the checkpoint's copy"
+            f"{workdir} is a saved model; expected the workdir of a training run, or --model where a command has it"
         )
-    return step, stored, trained or stored
+    return stored
 
 
 def _differing(there: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -379,19 +327,18 @@ def _differing(there: dict[str, Any], here: dict[str, Any]) -> dict[str, tuple[A
     return {
         name: values
         for name in sorted(there.keys() | here.keys())
-        if (values := (there.get(name), here.get(name)))[0] != values[1] and not name.startswith(_FREE_FIELDS)
+        if (values := (there.get(name), here.get(name)))[0] != values[1] and not name.startswith(CHANGEABLE_ON_RESUME)
     }
 
 
-def _read_json(path: epath.Path) -> dict[str, Any]:
+def read_json(path: epath.Path) -> dict[str, Any]:
+    """Reads a JSON object, {} if there is no such file; raises UserError if the file holds anything else."""
+    if not path.exists():
+        return {}
     try:
-        fields = json.loads(path.read_text())
-    except ValueError as error:
+        fields = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {one_line(error)}") from error
     if not isinstance(fields, dict):
-        raise UserError(f"{path} is not a JSON object; expected the config of a training run")
-    if "format" in fields:
-        raise UserError(
-            f"{path.parent} is a saved model; expected the workdir of a training run, or --model where a command has it"
-        )
+        raise UserError(f"{path} is not a JSON object")
     return fields

@@ -14,11 +14,9 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 
 from tarflow_jax.flow import cast_kernels
-from tarflow_jax.runtime import Program, shardings
+from tarflow_jax.runtime import shardings, use_mesh
 from tarflow_jax.training.optimizer import Optimizer
 from tarflow_jax.training.task import Batch, Metrics, Task
-
-Loss = Callable[[Any, Batch], tuple[jax.Array, tuple[Metrics, Any]]]  # of parameters and a batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +64,15 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
     return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), shapes, shardings(mesh, shapes))
 
 
-def new_state(config: TrainConfig, mesh: Mesh, key: jax.Array, given: Mapping[str, Any] | None = None) -> TrainState:
+def new_state(config: TrainConfig, mesh: Mesh, key: jax.Array, initial: Mapping[str, Any] | None = None) -> TrainState:
     """Returns `initial_state` with every array created in its sharding, never whole on one device.
 
-    The variables in `given` are broadcast and replace those of the same name; parameters also replace their moving
+    The variables in `initial` are broadcast and replace those of the same name; parameters also replace their moving
     average.
     """
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
     state = jax.jit(functools.partial(initial_state, config), out_shardings=layout)(key)
-    if not given:
+    if not initial:
         return state
 
     def replaced(old: Any, new: Any) -> Any:
@@ -82,41 +80,49 @@ def new_state(config: TrainConfig, mesh: Mesh, key: jax.Array, given: Mapping[st
             return old | {name: replaced(old[name], values) for name, values in new.items()}
         return jax.device_put(np.broadcast_to(new, old.shape).astype(np.float32), old.sharding)
 
-    average = state.ema_params and replaced(state.ema_params, given.get("params", {}))
-    return state.replace(variables=replaced(state.variables, given), ema_params=average)
+    average = state.ema_params and replaced(state.ema_params, initial.get("params", {}))
+    return state.replace(variables=replaced(state.variables, initial), ema_params=average)
 
 
 @functools.cache
-def compiled_step(config: TrainConfig, mesh: Mesh) -> Program:
-    """Returns `train_step` of a config as a program that donates the state."""
+def jitted_step(config: TrainConfig, mesh: Mesh) -> Any:
+    """Returns `train_step` of a config as a jitted function that donates the state; use it under `use_mesh`."""
     layout = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    step = jax.jit(functools.partial(train_step, config), donate_argnums=0, out_shardings=(layout, None))
-    return Program(step, mesh)
+    return jax.jit(functools.partial(train_step, config), donate_argnums=0, out_shardings=(layout, None))
+
+
+def compiled_step(config: TrainConfig, mesh: Mesh) -> Callable[..., tuple[TrainState, Metrics]]:
+    """Returns `jitted_step`, each call of which is under the mesh."""
+    return use_mesh(mesh)(jitted_step(config, mesh))
 
 
 def train_step(
     config: TrainConfig, state: TrainState, images: jax.Array, labels: jax.Array, key: jax.Array, frozen: Any = None
 ) -> tuple[TrainState, Metrics]:
-    """Takes one step (noise, loss, gradients, update); returns the new state and the metrics.
+    """Takes one step; returns the new state and the metrics.
 
     Args:
       images: uint8 [B, H, W, K], or what else the task takes, such as `Arrays`.
       labels: int32 [B].
       key: together with the step and an image's row in the global batch, it determines all randomness, on any
         devices.
-      frozen: arrays that the task reads but training does not change, such as a student's `Teacher`.
+      frozen: arrays that the task reads but training does not change, a `Frozen`.
     """
     task, optimizer, params = config.task, config.optimizer, state.variables["params"]
+
+    # Noise, of the whole batch.
     batch = task.prepare(jax.random.fold_in(key, state.step), images, labels)
 
-    def loss(params: Any, batch: Batch) -> tuple[jax.Array, tuple[Metrics, Any]]:
-        return task.loss({**state.variables, "params": params}, batch, frozen)
+    # Loss, of a microbatch.
+    def loss(params: Any, microbatch: Batch) -> tuple[jax.Array, tuple[Metrics, Any]]:
+        return task.loss({**state.variables, "params": params}, microbatch, frozen)
 
-    # Cast outside the gradient: once per step, not per microbatch, and gradients have the narrow dtype too.
-    gradients, metrics, outputs = accumulated_gradients(
-        loss, cast_kernels(params, task.dtype), batch, config.accumulation
-    )
+    # Gradients. Casting once per step, outside of them, also gives them the narrow dtype.
+    narrow = cast_kernels(params, task.dtype)
+    gradients, metrics, outputs = accumulated_gradients(loss, narrow, batch, config.accumulation)
     gradients = jax.tree.map(lambda gradient, param: gradient.astype(param.dtype), gradients, params)
+
+    # Update, of parameters, their average, and what the task updates without gradients.
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
         updates, opt_state = optimizer.transformation(task.dtype).update(gradients, state.opt_state, params)
     params = optax.apply_updates(params, updates)
@@ -130,10 +136,10 @@ def train_step(
     return TrainState(state.step + 1, variables, opt_state, ema_params), metrics
 
 
-def accumulated_gradients(loss: Loss, params: Any, batch: Batch, count: int) -> tuple[Any, Metrics, Any]:
+def accumulated_gradients(loss: Callable[..., Any], params: Any, batch: Batch, count: int) -> tuple[Any, Metrics, Any]:
     """Returns the mean gradients and metrics of `count` microbatches, and the outputs of all of them.
 
-    If the mesh shards only the batch, each device sums the gradients of its own microbatches, and one all-reduce per
+    If the mesh shards only the batch, each device sums the gradients of its microbatches, and one all-reduce per
     step sums those of the devices. If parameters are sharded too, there is one per microbatch, because XLA's
     partitioner fails on a sum over one axis inside a program that it partitions along the others.
     """
@@ -143,7 +149,7 @@ def accumulated_gradients(loss: Loss, params: Any, batch: Batch, count: int) -> 
         return gradients, metrics, outputs
 
     def split(x: jax.Array) -> jax.Array:
-        # Strided, so that each device keeps its own rows in every microbatch.
+        # Strided, so that no row moves to another device.
         return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
 
     def means(params: Any, batch: Batch) -> tuple[Any, Metrics, Any]:
@@ -163,13 +169,13 @@ def accumulated_gradients(loss: Loss, params: Any, batch: Batch, count: int) -> 
     if mesh.empty or mesh.size == 1 or mesh.shape["data"] < mesh.size:
         return means(params, batch)
 
-    def of_own_rows(params: Any, batch: Batch) -> tuple[Any, Metrics, Any]:
+    def local_means(params: Any, batch: Batch) -> tuple[Any, Metrics, Any]:
         with nn.logical_axis_rules(()):  # each device works alone
             gradients, metrics, outputs = means(params, batch)
         return *jax.lax.pmean((gradients, metrics), mesh.axis_names), outputs
 
     rows, everywhere = PartitionSpec("data"), PartitionSpec()
     run = jax.shard_map(
-        of_own_rows, in_specs=(everywhere, rows), out_specs=(everywhere, everywhere, rows), check_vma=False
+        local_means, in_specs=(everywhere, rows), out_specs=(everywhere, everywhere, rows), check_vma=False
     )
     return run(params, batch)

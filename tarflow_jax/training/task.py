@@ -16,22 +16,30 @@ import numpy as np
 from tarflow_jax.autoencoder import AutoencoderConfig, AutoencoderKL
 from tarflow_jax.data import Arrays, ImageSource, Latents, SequenceSource
 from tarflow_jax.errors import UserError
-from tarflow_jax.evaluation.bits_per_dim import loss_of, noisy_log_prob, sequence_log_prob
-from tarflow_jax.flow import TarFlow, TarFlowConfig, updated_prior
+from tarflow_jax.flow import Conditioning, TarFlow, TarFlowConfig, updated_prior
 from tarflow_jax.likelihood import training_loss, unit_prior
 from tarflow_jax.noise import Noise, to_float
 from tarflow_jax.options import Options, option
-from tarflow_jax.runtime import BatchRunner, LazyRows, device_flow, training_kernels
+from tarflow_jax.runtime import BatchRunner, LazyBatch, device_flow, training_kernels
 from tarflow_jax.runtime.batch_runner import forward_bytes
 from tarflow_jax.sampling import guided_trajectory
+from tarflow_jax.scoring import dataset_log_prob, loss_of, sequence_log_prob
 from tarflow_jax.student import Student, StudentConfig, distillation_loss
 from tarflow_jax.student.loss import flow_trajectory, perceptual_distance
 
 Variables = dict[str, Any]
 Metrics = dict[str, jax.Array]
-Batch = tuple[Any, ...]  # arrays [B, …]
+Batch = tuple[Any, ...]  # trees of arrays [B, …]
 ENCODER = ("encoder", "quant_conv")  # parameters of an autoencoder that its decoder does not use
 _TEST_LEVELS = 8  # noise levels in a test loss
+
+
+class Frozen(NamedTuple):
+    """Parameters that a task reads and training does not change; None for those that its loss does not need."""
+
+    flow: Any = None  # variables of a student's flow
+    perception: Any = None  # parameters of the `Perception`
+    encoder: Any = None  # parameters of an autoencoder's encoder, if only its decoder is trained
 
 
 class Task(Protocol):
@@ -71,12 +79,14 @@ class _LikelihoodTask(Task):
         return self.model.compute_dtype
 
     def init(self, key: jax.Array) -> Variables:
-        variables = TarFlow(self.model).init(key, jnp.zeros((1, *self.model.data_shape)), noise_std=jnp.ones(1))
+        conditioning = Conditioning(noise_std=jnp.ones(1))
+        variables = TarFlow(self.model).init(key, jnp.zeros((1, *self.model.data_shape)), conditioning)
         return {name: variables[name] for name in ("params", "prior", "constants") if name in variables}
 
     def loss(self, variables: Variables, batch: Batch, frozen: None) -> tuple[jax.Array, tuple[Metrics, Any]]:
         flow = TarFlow(self.model, training_kernels(self.model))
-        return training_loss(flow, variables, *batch, block_penalty=self.block_penalty)
+        data, conditioning, levels = batch
+        return training_loss(flow, variables, data, conditioning, levels=levels, block_penalty=self.block_penalty)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,10 +109,10 @@ class FlowTask(_LikelihoodTask):
         if isinstance(images, Latents):
             mean, std, condition = images
             images = mean + std * jax.random.normal(jax.random.fold_in(noise_key, 2), mean.shape, jnp.float32)
-        labels, condition = _dropped(drop_key, self.drop_label, len(images), labels, condition)
         levels = self.noise.levels(jax.random.fold_in(noise_key, 1), len(images))
-        noisy = self.noise(noise_key, images, None if levels is None else levels.std)
-        return noisy, labels, levels, condition
+        noise_std = None if levels is None else levels.std
+        conditioning = _dropped(drop_key, self.drop_label, len(images), Conditioning(labels, noise_std, condition))
+        return self.noise(noise_key, images, noise_std), conditioning, levels
 
     def finish(self, variables: Variables, metrics: Metrics, outputs: Any) -> tuple[Variables, Metrics]:
         if self.model.volume_preserving:
@@ -117,7 +127,7 @@ class FlowTask(_LikelihoodTask):
         """Returns the training loss, labels kept: nats per dimension less ½ log 2π. Image i has noise level i mod 8."""
         levels = self.noise.quantiles(_TEST_LEVELS) if self.noise.kind == "levels" else None
         key, num_dims = jax.random.key(0), self.model.num_dims
-        log_probs = noisy_log_prob(runner, self.model, unit_prior(variables), source, self.noise, key, levels)
+        log_probs = dataset_log_prob(runner, self.model, unit_prior(variables), source, self.noise, key, levels)
         if levels is None:
             return loss_of(log_probs, num_dims)
         return float(np.mean(levels * [loss_of(log_probs[i::_TEST_LEVELS], num_dims) for i in range(_TEST_LEVELS)]))
@@ -131,8 +141,8 @@ class ArrayTask(_LikelihoodTask):
 
     def prepare(self, key: jax.Array, images: Arrays, labels: jax.Array | None) -> Batch:
         x, condition, lengths = images
-        labels, condition = _dropped(key, self.drop_condition, len(x), labels, condition)
-        return x, labels, None, condition, lengths
+        conditioning = Conditioning(labels, condition=condition, lengths=lengths)
+        return x, _dropped(key, self.drop_condition, len(x), conditioning), None
 
     def test_loss(
         self, runner: BatchRunner, variables: Variables, source: SequenceSource, frozen: None = None
@@ -141,16 +151,9 @@ class ArrayTask(_LikelihoodTask):
         return -float(sequence_log_prob(runner, self.model, variables, source).mean(dtype=np.float64))
 
 
-class Teacher(NamedTuple):
-    """The frozen networks that a student learns from."""
-
-    flow: Variables
-    perception: Any = None  # parameters of the `Perception`, if the student's loss has one
-
-
 @dataclasses.dataclass(frozen=True)
 class StudentTask(Task):
-    """Distillation of a flow's inverse from trajectories of real images; `frozen` is a `Teacher`.
+    """Distillation of a flow's inverse from trajectories of real images; `frozen` has the flow.
 
     Noise has the level at which samples are drawn. Half of the labelled images get a guidance weight, uniform up to
     `max_guidance`, and the latents that guided sampling maps to them.
@@ -169,26 +172,28 @@ class StudentTask(Task):
 
     def prepare(self, key: jax.Array, images: jax.Array, labels: jax.Array) -> Batch:
         noise_key, drop_key = jax.random.split(key)
-        labels, _ = _dropped(drop_key, self.drop_label, len(images), labels)
         levels = self._levels(len(images))
+        conditioning = _dropped(drop_key, self.drop_label, len(images), Conditioning(labels, levels))
         weight_key, guide_key = jax.random.split(jax.random.fold_in(noise_key, 1))
         weights = self.student.max_guidance * jax.random.uniform(weight_key, labels.shape)
-        guided = (labels >= 0) & jax.random.bernoulli(guide_key, 0.5, labels.shape)
+        assert conditioning.labels is not None
+        guided = (conditioning.labels >= 0) & jax.random.bernoulli(guide_key, 0.5, labels.shape)
         noisy = self.noise(noise_key, images, levels)
-        return to_float(images), noisy, labels, levels, jnp.where(guided, weights, 0.0)
+        return to_float(images), noisy, conditioning, jnp.where(guided, weights, 0.0)
 
-    def loss(self, variables: Variables, batch: Batch, frozen: Teacher) -> tuple[jax.Array, tuple[Metrics, Any]]:
+    def loss(self, variables: Variables, batch: Batch, frozen: Frozen) -> tuple[jax.Array, tuple[Metrics, Any]]:
         flow = device_flow(self.student.flow)
         student = Student(self.student, training_kernels(self.student.flow))
-        clean, noisy, labels, levels, weights = batch
+        clean, noisy, conditioning, weights = batch
         if self.student.max_guidance:
-            path = guided_trajectory(flow, frozen.flow, noisy, labels, weights, levels)
+            path = guided_trajectory(flow, frozen.flow, noisy, conditioning, weights)
         else:
-            path = flow_trajectory(flow, frozen.flow, noisy, labels, levels)
-        loss, metrics = distillation_loss(student, variables, clean, *path, labels, weights, frozen.perception)
+            path = flow_trajectory(flow, frozen.flow, noisy, conditioning)
+        labels, perception = conditioning.labels, frozen.perception
+        loss, metrics = distillation_loss(student, variables, clean, *path, labels, weights, perception)
         return loss, (metrics, None)
 
-    def test_loss(self, runner: BatchRunner, variables: Variables, source: ImageSource, frozen: Teacher) -> float:
+    def test_loss(self, runner: BatchRunner, variables: Variables, source: ImageSource, frozen: Frozen) -> float:
         """Returns the mean squared error of the student's clean images, without guidance."""
 
         def read(index: np.ndarray) -> dict[str, Any]:
@@ -198,7 +203,7 @@ class StudentTask(Task):
         errors = runner.run(
             functools.partial(_image_errors, self),
             (frozen.flow, variables),
-            LazyRows(read, len(source)),
+            LazyBatch(read, len(source)),
             bytes_per_image=2 * forward_bytes(self.student.flow),
             description="student's errors",
             key=jax.random.key(0),
@@ -216,10 +221,10 @@ def _image_errors(
     """Returns the mean squared error of each image, [B]; noise as in `Noise.of_numbered`."""
     levels = task._levels(len(images))
     noisy = task.noise.of_numbered(key, images, index, levels)
-    latents, _ = flow_trajectory(device_flow(task.student.flow), variables[0], noisy, labels, levels)
+    latents, _ = flow_trajectory(device_flow(task.student.flow), variables[0], noisy, Conditioning(labels, levels))
     student = Student(task.student, device_flow(task.student.shape).kernels)
-    found, _ = student.apply(variables[1], latents, labels, None)
-    return jnp.square(found - to_float(images)).mean((1, 2, 3))
+    clean, _ = student.apply(variables[1], latents, labels, None)
+    return jnp.square(clean - to_float(images)).mean((1, 2, 3))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,16 +238,9 @@ class Reconstruction(Options):
     kl_weight: float = option(1e-6, "Weight of the latents' mean KL divergence per dimension from N(0, 1).")
 
 
-class Fixed(NamedTuple):
-    """The frozen parameters that an autoencoder's training reads."""
-
-    perception: Any = None  # parameters of the `Perception`, if the loss has one
-    encoder: Any = None  # parameters of the encoder, if only the decoder is trained
-
-
 @dataclasses.dataclass(frozen=True)
 class AutoencoderTask(Task):
-    """Reconstruction of images; `frozen` is a `Fixed`. Variables: `params/autoencoder/…`."""
+    """Reconstruction of images. Variables: `params/autoencoder/…`."""
 
     config: AutoencoderConfig
     reconstruction: Reconstruction
@@ -264,7 +262,7 @@ class AutoencoderTask(Task):
         noises = (jax.random.normal(one, shape, jnp.float32) for one in jax.random.split(key))
         return to_float(images), *noises
 
-    def loss(self, variables: Variables, batch: Batch, frozen: Fixed) -> tuple[jax.Array, tuple[Metrics, Any]]:
+    def loss(self, variables: Variables, batch: Batch, frozen: Frozen) -> tuple[jax.Array, tuple[Metrics, Any]]:
         images, sampling_noise, flow_noise = batch
         params = (frozen.encoder or {}) | variables["params"]["autoencoder"]
         model, options = AutoencoderKL(self.config), self.reconstruction
@@ -273,20 +271,20 @@ class AutoencoderTask(Task):
             mean, log_variance = jax.lax.stop_gradient((mean, log_variance))
         latents = mean + jnp.exp(log_variance / 2) * sampling_noise
         latents = latents + self.config.noise_std / self.config.scaling_factor * flow_noise
-        found = model.apply({"params": params}, latents, method="decode")
+        decoded = model.apply({"params": params}, latents, method="decode")
         kl = 0.5 * (jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance).mean()
-        metrics = {"absolute_error": jnp.abs(found - images).mean(), "kl": kl, "latents_std": mean.std()}
+        metrics = {"absolute_error": jnp.abs(decoded - images).mean(), "kl": kl, "latents_std": mean.std()}
         loss = metrics["absolute_error"] + options.kl_weight * kl
         if options.perceptual:
             num_classes = len(frozen.perception["Dense_0"]["bias"])
-            metrics["perceptual"] = perceptual_distance(num_classes, frozen.perception, found, images).mean()
+            metrics["perceptual"] = perceptual_distance(num_classes, frozen.perception, decoded, images).mean()
             loss = loss + options.perceptual * metrics["perceptual"]
         return loss, (metrics | {"loss": loss}, None)
 
-    def test_loss(self, runner: BatchRunner, variables: Variables, source: ImageSource, frozen: Fixed) -> float:
+    def test_loss(self, runner: BatchRunner, variables: Variables, source: ImageSource, frozen: Frozen) -> float:
         """Returns the mean squared error of images decoded from the means of their latents."""
         params = (frozen.encoder or {}) | variables["params"]["autoencoder"]
-        rows = LazyRows(lambda index: {"images": source.read(index)[0]}, len(source))
+        rows = LazyBatch(lambda index: {"images": source.read(index)[0]}, len(source))
         size = 32 * math.prod(source.image_shape[:2]) * self.config.block_out_channels[0]
         errors = runner.run(functools.partial(_reconstruction_errors, self.config), params, rows, bytes_per_image=size)
         return float(errors.mean(dtype=np.float64))
@@ -299,13 +297,12 @@ def _reconstruction_errors(config: AutoencoderConfig, params: Any, images: jax.A
     return jnp.square(AutoencoderKL(config).apply({"params": params}, clean) - clean).mean((1, 2, 3))
 
 
-def _dropped(
-    key: jax.Array, probability: float, count: int, labels: jax.Array | None, condition: jax.Array | None = None
-) -> tuple[Any, Any]:
+def _dropped(key: jax.Array, probability: float, count: int, conditioning: Conditioning) -> Conditioning:
     """Replaces the label by -1 and the condition by NaN in some of `count` examples, drawn with this probability."""
     dropped = jax.random.bernoulli(key, probability, (count,))
+    labels, condition = conditioning.labels, conditioning.condition
     if labels is not None:
         labels = jnp.where(dropped, -1, labels)
     if condition is not None:
         condition = jnp.where(dropped.reshape(-1, *(1,) * (condition.ndim - 1)), jnp.nan, condition)
-    return labels, condition
+    return conditioning.replace(labels=labels, condition=condition)

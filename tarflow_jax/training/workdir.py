@@ -3,28 +3,23 @@
 import contextlib
 import datetime
 import json
-import logging
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from tarflow_jax.errors import UserError, one_line
+from tarflow_jax.errors import UserError
 from tarflow_jax.files import write_text
 from tarflow_jax.interop import SavedModel
 from tarflow_jax.runtime import environment, make_mesh
 from tarflow_jax.student import TrainedStudent
 from tarflow_jax.training.checkpoint import Checkpoints
-from tarflow_jax.training.metrics import last_step
-from tarflow_jax.training.recipe import Recipe, label_names
+from tarflow_jax.training.recipe import Recipe, label_names, read_json
 from tarflow_jax.training.step import abstract_state
 
 RESULTS, STUDENT, STARTS = "results.json", "student", "starts.jsonl"
 _SAMPLES = ("samples_guided.png", "samples_denoised.png", "samples_raw.png")  # the card shows the first that exists
-logger = logging.getLogger(__name__)
 
 
 def read_workdir(workdir: epath.PathLike, mesh: Mesh | None = None, *, best: bool = False) -> SavedModel:
@@ -63,15 +58,10 @@ def _restored(recipe: Recipe, workdir: epath.Path, mesh: Mesh | None, *, best: b
     state = abstract_state(recipe.train_config, mesh or make_mesh(devices=jax.local_devices()[:1]))
     wanted = {"variables": state.variables, "ema_params": state.ema_params}
     with contextlib.closing(Checkpoints(workdir / "checkpoints")) as checkpoints:
-        found = checkpoints.restore(wanted, best=best, partial=True)
-    if found is None:
+        checkpoint = checkpoints.restore(wanted, best=best, partial=True)
+    if checkpoint is None:
         raise FileNotFoundError(f"{workdir} holds no checkpoint yet; train until train.checkpoint_every first")
-    fields, reached = recipe.config.train, last_step(workdir)
-    due = reached if reached == fields.num_steps else reached - reached % fields.checkpoint_every
-    if found[0] < due and not best:
-        message = "%s: opened checkpoint %d; that of step %d, which the run reached, is missing, damaged or unfinished"
-        logger.warning(message, workdir, found[0], due)
-    return found
+    return checkpoint
 
 
 def write_start(workdir: epath.PathLike, step: int) -> None:
@@ -88,36 +78,14 @@ def write_results(workdir: epath.PathLike, results: dict[str, float]) -> None:
 
 
 def _card(recipe: Recipe, workdir: epath.Path, step: int) -> dict[str, Any]:
-    fields, names = recipe.config.train, label_names(workdir)
+    options, names = recipe.config.train, label_names(workdir)
     training = {"classes": ", ".join(names)} if names else {}
-    evaluations = [_read_whole(path, _evaluation) for path in sorted((workdir / "evaluation").glob("*.json"))]
+    evaluations = map(read_json, sorted((workdir / "evaluation").glob("*.json")))
     return {
         "name": workdir.resolve().name,
         "datasets": [recipe.config.data.source],
-        "training": {**training, "steps": step, "batch size": fields.batch_size, "seed": fields.seed},
-        "metrics": _read_whole(workdir / RESULTS, _rounded),
+        "training": {**training, "steps": step, "batch size": options.batch_size, "seed": options.seed},
+        "metrics": {name: round(value, 4) for name, value in read_json(workdir / RESULTS).items()},
         "samples": next((path for name in _SAMPLES if (path := workdir / "figures" / name).exists()), None),
-        "evaluations": list(filter(None, evaluations)),
+        "evaluations": [fields for fields in evaluations if {"protocol", "results"} <= fields.keys()],
     }
-
-
-def _rounded(results: Any) -> dict[str, float]:
-    return {str(name): float(np.round(float(value), 4)) for name, value in results.items()}
-
-
-def _evaluation(content: Any) -> dict[str, Any]:
-    """Returns an evaluation that launch.evaluate wrote, after checking its fields."""
-    if not (isinstance(content["protocol"], dict) and isinstance(content["results"], dict)):
-        raise TypeError("no protocol and results")
-    return content
-
-
-def _read_whole(path: epath.Path, read: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    """Returns `read` of a JSON file's content; {} if there is no file or, with a warning, if it is damaged."""
-    if not path.exists():
-        return {}
-    try:
-        return read(json.loads(path.read_bytes()))
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OSError) as error:
-        logger.warning("%s is damaged, and its figures are left out: %s", path, one_line(error))
-        return {}

@@ -1,4 +1,4 @@
-"""Computes log p, test loss and bits per dimension of noisy images, and log p of sequences."""
+"""Computes log p, test loss and bits per dimension of a data set's images or sequences, batch by batch."""
 
 import functools
 from typing import Any
@@ -8,14 +8,14 @@ import numpy as np
 
 from tarflow_jax import likelihood
 from tarflow_jax.data import ImageSource, Latents, SequenceSource
-from tarflow_jax.flow import TarFlowConfig
+from tarflow_jax.flow import Conditioning, TarFlowConfig
 from tarflow_jax.likelihood import LOG_2PI, bits_per_dim
 from tarflow_jax.noise import Noise
-from tarflow_jax.runtime import BatchRunner, LazyRows, device_flow, exact
+from tarflow_jax.runtime import BatchRunner, LazyBatch, device_flow, in_float32
 from tarflow_jax.runtime.batch_runner import forward_bytes
 
 
-def noisy_log_prob(
+def dataset_log_prob(
     runner: BatchRunner,
     config: TarFlowConfig,
     variables: dict[str, Any],
@@ -40,11 +40,12 @@ def noisy_log_prob(
         else:
             pixels, labels = jax.tree.map(lambda x: x[index], images)
         noise_std = None if levels is None else levels[index % len(levels)]
-        rows = {"images": pixels, "labels": labels, "index": index.astype(np.int32), "noise_std": noise_std}
-        return rows | {"images": pixels.mean, "condition": pixels.condition} if isinstance(pixels, Latents) else rows
+        pixels, condition = (pixels.mean, pixels.condition) if isinstance(pixels, Latents) else (pixels, None)
+        conditioning = Conditioning(labels, noise_std, condition)
+        return {"images": pixels, "index": index.astype(np.int32), "conditioning": conditioning}
 
-    rows = LazyRows(read, len(images) if isinstance(images, ImageSource) else len(images[0]))
-    function = functools.partial(likelihood.noisy_log_prob, device_flow(exact(config)), noise)
+    rows = LazyBatch(read, len(images) if isinstance(images, ImageSource) else len(images[0]))
+    function = functools.partial(likelihood.noisy_log_prob, device_flow(in_float32(config)), noise=noise)
     size = forward_bytes(config)
     return runner.run(function, variables, rows, bytes_per_image=size, description="log-likelihoods", key=key)
 
@@ -54,8 +55,8 @@ def sequence_log_prob(
 ) -> np.ndarray:
     """Returns log p(x | label, condition) of sequences in nats, float32 [N], at full matmul precision."""
     (x, condition, lengths), labels = source.arrays, source.labels
-    rows = {"images": x, "labels": labels, "condition": condition, "lengths": lengths}
-    function = functools.partial(likelihood.log_prob, device_flow(exact(config)))
+    rows = {"images": x, "conditioning": Conditioning(labels, condition=condition, lengths=lengths)}
+    function = functools.partial(likelihood.log_prob, device_flow(in_float32(config)))
     return runner.run(function, variables, rows, bytes_per_image=forward_bytes(config))
 
 
@@ -77,9 +78,9 @@ def image_bits_per_dim(
 
     In expectation over the noise, it is an upper bound. K draws give the tighter importance-weighted bound, from
     log 1/K Σ_k p(x + u_k); the paper uses one draw. Draw k uses fold_in(key, k). Other arguments are as in
-    `noisy_log_prob`.
+    `dataset_log_prob`.
     """
     keys = [jax.random.fold_in(key, draw) for draw in range(num_draws)]
-    draws = [noisy_log_prob(runner, config, variables, images, Noise("uniform"), key, levels) for key in keys]
+    draws = [dataset_log_prob(runner, config, variables, images, Noise("uniform"), key, levels) for key in keys]
     log_probs = np.logaddexp.reduce(np.asarray(draws, np.float64), axis=0) - np.log(num_draws)
     return bits_per_dim(log_probs, config.num_dims, config.image_bits)
