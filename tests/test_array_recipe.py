@@ -404,12 +404,7 @@ def test_commands_for_images_refuse_in_one_line(workdir, arguments, message):
 
 
 @pytest.mark.slow
-def test_the_report_and_the_model_card_are_of_sequences(workdir, tmp_path):
-    code, _, err = run("launch.report", f"--workdir={workdir}")
-    assert code == 0, err
-    page = (workdir / "report.html").read_text()
-    assert "4 x 2 arrays" in page
-    assert "nats per dimension, without the constant ½ log 2π.<" in page.replace("\n", "<")
+def test_the_model_card_is_of_sequences(workdir, tmp_path):
     TarFlowPipeline.from_pretrained(workdir).save_pretrained(tmp_path / "model")
     card = (tmp_path / "model" / "README.md").read_text()
     assert "| sequences | 4 x 2, in their own units |" in card
