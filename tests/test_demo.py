@@ -91,7 +91,7 @@ def test_an_upload_is_decoded_as_data_are_upright_and_over_white(model, tmp_path
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "empty file"),
+        (b"", "not an image"),
         (b"no image", "not an image of PNG"),
         (picture("RGB", (60, 40))[:50], "damaged image"),
         (picture("1", (MAX_UPLOAD_PIXELS // 4000 + 1, 4000)), f"more than the {MAX_UPLOAD_PIXELS} pixels allowed"),

@@ -44,6 +44,7 @@ def test_all_of_a_workdir_but_its_checkpoints_goes_to_the_object_store(store, bu
         "results.json",
         "starts.jsonl",
         "metrics.jsonl",
+        "tensorboard",
         "figures",
         "evaluation",
     }
