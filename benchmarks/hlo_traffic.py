@@ -3,8 +3,9 @@
     python -m benchmarks.hlo_traffic imagenet64_cond --topology=v5e:4x4 --config.mesh.data=1 --config.mesh.fsdp=16
     python -m benchmarks.hlo_traffic imagenet64_cond --topology=h100:8 --sampler
 
-For work on kernels: prints the bound on the program's time and the instructions that move most. Not checked on a
-device. The parser follows the HLO text of jax 0.10.2 for TPUs, GPUs and CPUs; other versions may need changes.
+For work on kernels and meshes: prints what collectives send, the bound on the program's time, and the instructions that
+move most. Not checked on a device. The parser follows the HLO text of jax 0.10.2 for TPUs, GPUs and CPUs; other versions
+may need changes.
 """
 
 import argparse
@@ -15,8 +16,8 @@ import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from benchmarks.collectives import collectives
 from tarflow_jax.planning import Topology, open_topology, prepare
-from tarflow_jax.planning.collectives import collectives
 from tarflow_jax.planning.flops import program_flops
 from tarflow_jax.planning.plan import trace
 from tarflow_jax.training import Recipe
@@ -271,6 +272,8 @@ def main() -> None:
     moved = traffic(text)
     bound = roofline(traced, text, topology)
     print(f"{sum(moved.values()) / 1e9:,.2f} GB moved")
+    for kind, collective in sorted(collectives(text, len(topology.devices), args.num_slices).items()):
+        print(f"{kind:<26} {collective.count:,} times, {collective.bytes / 1e6:,.1f} MB sent")
     print("ms at least:", ", ".join(f"{name} {seconds * 1e3:.4g}" for name, seconds in bound.items()))
     for name in sorted(moved, key=lambda name: -moved[name])[: args.top]:
         print(f"{moved[name] / 1e9:10.3f} GB  {name}")

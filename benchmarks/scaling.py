@@ -12,7 +12,7 @@ from typing import Any
 
 MFU = 0.4
 COLUMNS = (
-    "recipe", "devices", "options", "images per step", "state GiB", "temporaries GiB", "of memory", "TFLOP", "GB sent",
+    "recipe", "devices", "options", "images per step", "state GiB", "temporaries GiB", "of memory", "TFLOP",
     f"hours at {MFU:.0%} MFU", "device-hours",
 )  # fmt: skip
 
@@ -47,7 +47,6 @@ def row(plan: dict[str, Any]) -> list[str]:
         "does not fit" if math.isnan(temporary) else f"{temporary / 2**30:.2f}",
         "" if math.isnan(used) else f"{used:.0%}",
         f"{plan['flops'] / 1e12:.2f}",
-        f"{sum(found['bytes'] for found in plan['collectives'].values()) / 1e9:.2f}",
         "" if math.isnan(hours) else f"{hours:,.1f}",
         "" if math.isnan(hours) else f"{hours * math.prod(plan['mesh'].values()):,.0f}",
     ]

@@ -1,4 +1,4 @@
-"""Compiles a recipe for devices that need not exist: does it fit, how long will it take, what do collectives send?
+"""Compiles a recipe for devices that need not exist: does it fit, and how long will it take?
 
 python -m launch.plan --config=configs/imagenet64_cond.py --topology=v5e:16x16 --mesh=32,1,8
 python -m launch.plan --config=configs/imagenet64_uncond.py --topology=v5e:16x16 --num_slices=2 --mesh=256,1,2

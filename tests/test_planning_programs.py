@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from benchmarks.collectives import Collective, collectives
 from benchmarks.hlo_traffic import traffic
-from tarflow_jax.planning.collectives import Collective, collectives
 from tarflow_jax.planning.flops import program_flops
 from tarflow_jax.runtime import make_mesh
 from tarflow_jax.runtime.kernels import splash

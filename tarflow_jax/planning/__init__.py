@@ -1,4 +1,4 @@
-"""Compiles a recipe for devices that need not be present: a step's memory, matmuls and collectives."""
+"""Compiles a recipe for devices that need not be present: the memory and the matmuls of a step or a sampler."""
 
 from tarflow_jax.planning.flops import forward_flops
 from tarflow_jax.planning.plan import Plan, make_plan

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from tarflow_jax.data import Latents
 from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.flow import Conditioning
-from tarflow_jax.planning.collectives import Collective, collectives
 from tarflow_jax.planning.flops import forward_flops, program_flops
 from tarflow_jax.planning.topology import Topology
 from tarflow_jax.runtime import batch_sharding, device_flow, replicated, use_mesh
@@ -22,7 +21,7 @@ from tarflow_jax.training.step import abstract_state, jitted_step
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a compiled program needs; bytes, FLOPs and collectives are per device and step."""
+    """What a compiled program needs; bytes and FLOPs are per device and step."""
 
     topology: str
     num_slices: int
@@ -37,7 +36,6 @@ class Plan:
     problem: str = ""  # XLA's message if it ran out of device memory when compiling
     temporary_bytes: float = math.nan  # activations, gradients, results
     code_bytes: float = math.nan
-    collectives: dict[str, Collective] = dataclasses.field(default_factory=dict)
 
     @property
     def total_bytes(self) -> float:
@@ -56,8 +54,6 @@ class Plan:
         used = self.problem or f"{self.total_bytes / 2**20:,.1f} of {self.device_memory / 2**20:,.0f} MiB"
         rows["memory"] = f"{used}: {'fits' if self.fits else 'does not fit'}"
         rows["matmuls"] = f"{self.flops / 1e12:,.3f} TFLOP per step"
-        for kind, collective in sorted(self.collectives.items()):
-            rows[kind] = f"{collective.count:,} per step, {collective.bytes / 1e6:,.1f} MB sent"
         if self.device_flops and self.num_steps:
             seconds = self.model_flops / (self.device_flops * mfu)
             hours = seconds * self.num_steps / 3600
@@ -98,7 +94,6 @@ def make_plan(recipe: Recipe, topology: Topology, sampler: bool = False) -> Plan
         plan,
         temporary_bytes=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
         code_bytes=memory.generated_code_size_in_bytes,
-        collectives=collectives(compiled.as_text(), mesh.size, topology.num_slices),
     )
 
 
