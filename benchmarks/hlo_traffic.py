@@ -4,8 +4,8 @@
     python -m benchmarks.hlo_traffic imagenet64_cond --topology=h100:8 --sampler
 
 For work on kernels and meshes: prints what collectives send, the bound on the program's time, and the instructions that
-move most. Not checked on a device. The parser follows the HLO text of jax 0.10.2 for TPUs, GPUs and CPUs; other versions
-may need changes.
+move most. Not checked on a device. The parser follows the HLO text of jax 0.10.2 for TPUs, GPUs and CPUs; that of
+other versions may differ.
 """
 
 import argparse
