@@ -1,7 +1,6 @@
-"""Likelihood of an image by patch, its class and its latents; interpolation between two images."""
+"""Likelihood of an image by patch, its class and its latents."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +13,6 @@ from tarflow_jax.evaluation.classification import class_log_probs
 from tarflow_jax.likelihood import bits_per_dim
 from tarflow_jax.noise import to_float
 from tarflow_jax.pipeline import TarFlowPipeline
-
-Progress = Callable[[float, str], Any]  # called with the share done and a description of the next step
 
 
 class Inspection(NamedTuple):
@@ -65,7 +62,6 @@ def inspect(
     key: jax.Array,
     label: int = -1,
     noise_std: float | None = None,
-    progress: Progress = lambda share, what: None,
 ) -> Inspection:
     """Evaluates a flow at one image [H, W, K] of the model's bit depth.
 
@@ -76,7 +72,6 @@ def inspect(
     Args:
       label: the class y of log p(x | y), of the patches and of the latents; -1 for no class.
       noise_std: σ, only for a noise-conditional flow.
-      progress: called before each step.
 
     Raises:
       ValueError: a shape, label or noise level that does not fit the model, or log p is not finite.
@@ -86,20 +81,14 @@ def inspect(
     if image.dtype != expected or image.shape != pipe.config.image_shape:
         raise UserError(f"the image is {image.dtype} {image.shape}; expected {expected} {pipe.config.image_shape}")
     num_classes, labels = pipe.config.num_classes, np.array([label], np.int32)
-    steps = num_classes + 3
-
-    progress(0, "log p, patch by patch")
     noisy = with_noise(pipe, image[None], key, noise_std)
     shares = np.asarray(pipe.patch_log_prob(noisy, labels, noise_std), np.float64)[0]
     if not np.isfinite(shares).all():
         raise UserError("log p(x) is not finite: the model has diverged, or the image is too far from its data")
-    progress(1 / steps, "latents")
     latents, _ = pipe.encode(noisy, labels, noise_std)
-    progress(2 / steps, "back from the latents")
     reconstruction = pipe.decode(latents, labels, noise_std=noise_std)
 
     def log_prob(images: jax.Array, labels: jax.Array) -> jax.Array:
-        progress((3 + int(labels[0])) / steps, "log p under each class")
         return pipe.log_prob(images, labels, noise_std)
 
     return Inspection(
@@ -111,65 +100,3 @@ def inspect(
         reconstruction=np.asarray(reconstruction[0]),
         class_log_probs=class_log_probs(log_prob, noisy, num_classes)[0] if num_classes else None,
     )
-
-
-def interpolate(
-    pipe: TarFlowPipeline,
-    images_uint8: np.ndarray,
-    key: jax.Array,
-    count: int,
-    label: int = -1,
-    noise_std: float | None = None,
-    progress: Progress = lambda share, what: None,
-) -> np.ndarray:
-    """Interpolates between two images by `spherical` interpolation of their latents.
-
-    Both get noise as in `inspect`; decoded images are denoised if the noise is Gaussian. So the first and last results
-    are the images themselves, up to the noise that one denoising step leaves.
-
-    Args:
-      images_uint8: [2, H, W, K].
-      key: for the noise.
-      count: N, the number of images from first to last.
-      label: class of all images, -1 for no class.
-      noise_std: see `inspect`.
-      progress: see `inspect`.
-
-    Returns:
-      float32 [N, H, W, K].
-    """
-    progress(0, "latents of both")
-    noisy = with_noise(pipe, images_uint8, key, noise_std)
-    (start, end), _ = pipe.encode(noisy, np.full(2, label, np.int32), noise_std)
-    latents = spherical(start, end, jnp.linspace(0, 1, count))
-    labels = np.full(count, label, np.int32)
-    progress(0.2, f"decoding {count} images")
-    images = pipe.decode(latents, labels, noise_std=noise_std)
-    if pipe.noise_std is not None:
-        progress(0.7, "denoising")
-        images = pipe.denoise(images, labels, noise_std)
-    return np.asarray(images)
-
-
-def spherical(start: jax.Array, end: jax.Array, shares: jax.Array) -> jax.Array:
-    """Computes (sin((1 - t) θ) a + sin(t θ) b) / sin θ with θ the angle between a and b (spherical interpolation).
-
-    Standard normal latents have about the same norm, √(H W K), unlike points on the straight line
-    between two of them. Parallel latents, where sin θ is 0, are interpolated linearly.
-
-    Args:
-      start: latents a, float32 [H, W, K].
-      end: latents b.
-      shares: t, float32 [N]; 0 is the start, 1 the end.
-
-    Returns:
-      float32 [N, H, W, K].
-    """
-    cosine = (start * end).sum() / (jnp.linalg.norm(start) * jnp.linalg.norm(end))
-    angle = jnp.arccos(jnp.clip(cosine, -1, 1))
-    parallel = jnp.sin(angle) < 1e-4
-    sine = jnp.where(parallel, 1, jnp.sin(angle))
-    of_start = jnp.where(parallel, 1 - shares, jnp.sin((1 - shares) * angle) / sine)
-    of_end = jnp.where(parallel, shares, jnp.sin(shares * angle) / sine)
-    of_both = jnp.stack([of_start, of_end], axis=1)  # [N, 2]
-    return jnp.einsum("NE,EHWK->NHWK", of_both, jnp.stack([start, end]), precision="highest")
