@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     pipe = cli.open_pipeline(name, None)
     options = (os.path.basename(os.path.abspath(name)), NUM_IMAGES.value, HOST.value, PORT.value)
     if pipe.config.image_bits == 0:
-        serve_captions(TextToImage.around(pipe, name), *options)
+        serve_captions(TextToImage.from_flow(pipe, name), *options)
     else:
         serve(pipe, *options)
 

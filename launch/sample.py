@@ -131,7 +131,7 @@ def main(argv: Sequence[str]) -> int:
     labels = chosen_labels(pipe.config.num_classes, pipe.label_names)
     out = epath.Path(cli.folder("out") if OUT.value else epath.Path(place) / "samples")
     if PROMPT.value:
-        draw_captions(TextToImage.around(pipe, name), decoder, out)
+        draw_captions(TextToImage.from_flow(pipe, name), decoder, out)
         return 0
 
     if pipe.config.is_sequence:
@@ -142,7 +142,7 @@ def main(argv: Sequence[str]) -> int:
     if pipe.config.image_bits == 0:
         if pipe.config.has_prefix:
             raise UserError('this flow draws from captions; give it one, --prompt="…"')
-        draw_captions(TextToImage.around(pipe, name), decoder, out)
+        draw_captions(TextToImage.from_flow(pipe, name), decoder, out)
         return 0
     latents = pipe.latents(jax.random.key(SEED.value), NUM_IMAGES.value)
     trace = pipe.decode_trace(latents, labels, guidance, decoder, pipe.sampling_noise_std)

@@ -68,10 +68,10 @@ class TextToImage:
         `options` and errors are those of `TarFlowPipeline.from_pretrained`.
         """
         root = name if _is_workdir(name) else interop.local_folder(name)
-        return cls.around(TarFlowPipeline.from_pretrained(root, **options), root)
+        return cls.from_flow(TarFlowPipeline.from_pretrained(root, **options), root)
 
     @classmethod
-    def around(cls, flow: TarFlowPipeline, name: epath.PathLike) -> Self:
+    def from_flow(cls, flow: TarFlowPipeline, name: epath.PathLike) -> Self:
         """Adds to a flow the autoencoder and text encoder stored under `name`. Raises as `from_pretrained`."""
         if _is_workdir(name):
             config = Recipe.from_workdir(name).config
