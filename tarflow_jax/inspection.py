@@ -42,20 +42,6 @@ class Inspection(NamedTuple):
         return scipy.special.softmax(self.class_log_probs / temperature)
 
 
-def with_noise(
-    pipe: TarFlowPipeline, images_uint8: np.ndarray, key: jax.Array, noise_std: float | None = None
-) -> jax.Array:
-    """Adds the training noise, if known, to images of 8 or 16 bits [B, H, W, K]; returns float32.
-
-    Image i gets the noise that it has in `pipe.bits_per_dim`. `noise_std` is the level, for "levels" noise.
-    """
-    if pipe.noise is None:
-        return to_float(images_uint8)
-    count = len(images_uint8)
-    levels = check_levels(pipe.config, noise_std, count)
-    return pipe.noise.of_numbered(jax.random.fold_in(key, 0), jnp.asarray(images_uint8), jnp.arange(count), levels)
-
-
 def inspect(
     pipe: TarFlowPipeline,
     image_uint8: np.ndarray,
@@ -65,9 +51,9 @@ def inspect(
 ) -> Inspection:
     """Evaluates a flow at one image [H, W, K] of the model's bit depth.
 
-    The flow is a density of images with noise, so `key` draws noise for this one. For uniform noise `bits_per_dim` is
-    the usual figure for this bit depth; for Gaussian noise it is that of the noisy image, comparable only under the
-    same noise.
+    The flow is a density of images with noise, so `key` draws noise for this one, as in `pipe.bits_per_dim`. For
+    uniform noise `bits_per_dim` is the usual figure for this bit depth; for Gaussian noise it is that of the noisy
+    image, comparable only under the same noise.
 
     Args:
       label: the class y of log p(x | y), of the patches and of the latents; -1 for no class.
@@ -81,16 +67,18 @@ def inspect(
     if image.dtype != expected or image.shape != pipe.config.image_shape:
         raise UserError(f"the image is {image.dtype} {image.shape}; expected {expected} {pipe.config.image_shape}")
     num_classes, labels = pipe.config.num_classes, np.array([label], np.int32)
-    noisy = with_noise(pipe, image[None], key, noise_std)
+    noisy = to_float(image[None])
+    if pipe.noise is not None:
+        levels, key = check_levels(pipe.config, noise_std, 1), jax.random.fold_in(key, 0)
+        noisy = pipe.noise.of_numbered(key, jnp.asarray(image[None]), jnp.arange(1), levels)
     shares = np.asarray(pipe.patch_log_prob(noisy, labels, noise_std), np.float64)[0]
     if not np.isfinite(shares).all():
         raise UserError("log p(x) is not finite: the model has diverged, or the image is too far from its data")
     latents, _ = pipe.encode(noisy, labels, noise_std)
     reconstruction = pipe.decode(latents, labels, noise_std=noise_std)
-
-    def log_prob(images: jax.Array, labels: jax.Array) -> jax.Array:
-        return pipe.log_prob(images, labels, noise_std)
-
+    by_class = None
+    if num_classes:
+        by_class = class_log_probs(lambda x, label: pipe.log_prob(x, label, noise_std), noisy, num_classes)[0]
     return Inspection(
         noisy=np.asarray(noisy[0]),
         log_prob=float(shares.sum()),
@@ -98,5 +86,5 @@ def inspect(
         patch_bits=bits_per_dim(shares, pipe.config.token_dim, pipe.config.image_bits),
         latents=np.asarray(latents[0]),
         reconstruction=np.asarray(reconstruction[0]),
-        class_log_probs=class_log_probs(log_prob, noisy, num_classes)[0] if num_classes else None,
+        class_log_probs=by_class,
     )

@@ -90,11 +90,11 @@ def test_posterior_is_bayes_rule_and_a_temperature_evens_it_out():
 
 
 def test_an_image_has_the_noise_of_the_level_that_a_flow_of_many_is_asked_at():
-    pipe, images = pipeline(CONDITIONAL, LEVELS), random_images(CONDITIONAL, 1)[0]
-    noise = inspection.with_noise(pipe, images, KEY, 0.4) - (images / 127.5 - 1)
+    pipe, (image, *_) = pipeline(CONDITIONAL, LEVELS), random_images(CONDITIONAL, 1)[0]
+    noise = inspection.inspect(pipe, image, KEY, noise_std=0.4).noisy - (image / 127.5 - 1)
     assert 0.3 < np.std(noise) < 0.5
     with pytest.raises(ValueError, match="many noise levels"):
-        inspection.with_noise(pipe, images, KEY)
+        inspection.inspect(pipe, image, KEY)
 
 
 def test_inspection_of_a_flow_without_classes_has_no_class():
