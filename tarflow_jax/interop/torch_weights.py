@@ -35,6 +35,7 @@ STARFLOW = {
     "scale_function": "softplus",
     "output_limit": 4.0,
 }
+# What else `save_torch` requires of a TarFlow, of a STARFlow, and of both.
 _TARFLOW = {
     "rotary": False,
     "position_embeddings": True,
@@ -45,7 +46,7 @@ _TARFLOW = {
     "orders": "alternate",
     "condition_dim": 0,
 }
-_STARFLOW_ONLY = {
+_NOT_STARFLOW = {
     "num_classes": 0,
     "volume_preserving": False,
     "noise_conditional": False,
@@ -238,7 +239,7 @@ def _depths(shapes: Mapping[str, Shape], layers: str) -> tuple[int, ...]:
 def _check_representable(config: TarFlowConfig) -> None:
     height, width = config.image_size
     if config.start_token:
-        required = _BOTH | _STARFLOW_ONLY | STARFLOW
+        required = _BOTH | _NOT_STARFLOW | STARFLOW
         if not config.rotary_base_size:
             raise UserError("the PyTorch reference has rotary embeddings by slot; this model's are by patch")
     else:
