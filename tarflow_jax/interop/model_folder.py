@@ -312,10 +312,9 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
         return models[name]
     if name in READY_MADE:
         return local_folder(f"{HUB_OWNER}/{name}")
-    is_hub_name = _HUB_NAME.fullmatch(name)
-    if folder.is_dir() and not is_hub_name:
-        return folder
-    if not is_hub_name:
+    if not _HUB_NAME.fullmatch(name):
+        if folder.is_dir():
+            return folder
         raise FileNotFoundError(
             f"no folder {name}; give a saved model's folder, owner/name on the hub, or one of {', '.join(READY_MADE)}"
         )
