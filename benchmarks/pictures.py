@@ -73,7 +73,7 @@ def ten_samples(name: str, guidance: Guidance) -> jax.Array:
     """A sample of each class or caption."""
     flow = TarFlowPipeline.from_pretrained(name)
     if flow.config.image_bits == 0:
-        return TextToImage.around(flow, name)(CAPTIONS, guidance=guidance)
+        return TextToImage.from_flow(flow, name)(CAPTIONS, guidance=guidance)
     labels = example_labels(flow.config.num_classes, MODEL_COLUMNS)
     return flow.sample(jax.random.key(0), MODEL_COLUMNS, labels, guidance)
 

@@ -29,7 +29,7 @@ RECORDED, PICTURE = Path("tests/data/ready_made.npz"), "samples.png"
 def save(name: str, workdir: Path, dtype: str, command: str) -> None:
     """Writes the folder, measures it, and writes it again with the figures."""
     flow, folder = TarFlowPipeline.from_pretrained(workdir), Path("models", name)
-    model = flow if flow.config.image_bits else TextToImage.around(flow, workdir)
+    model = flow if flow.config.image_bits else TextToImage.from_flow(flow, workdir)
     if isinstance(model, TextToImage) and isinstance(model.text, WordVectors):
         model.text = with_words_of(model.text, Recipe.from_workdir(workdir).source("train").captions)
     start = json.loads((workdir / "starts.jsonl").read_text().splitlines()[-1])

@@ -1,4 +1,4 @@
-"""A page to play with a trained model: draw, watch the images emerge, ask about an image, go from one to another.
+"""A page to play with a trained model: draw, watch the images emerge, ask about an image.
 
 python -m launch.demo --model=digits
 python -m launch.demo --workdir=runs/fashion_mnist
@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from absl import flags
 
 from launch import cli
-from launch.demo_model import DemoModel
 from tarflow_jax.errors import MissingPackageError, UserError
 from tarflow_jax.text_to_image import TextToImage
 
@@ -40,11 +39,11 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(message) from error
     name, _ = cli.model_name()
     pipe = cli.open_pipeline(name, None)
+    options = (os.path.basename(os.path.abspath(name)), NUM_IMAGES.value, HOST.value, PORT.value)
     if pipe.config.image_bits == 0:
-        whole = TextToImage.around(pipe, name)
-        serve_captions(whole, os.path.basename(os.path.abspath(name)), NUM_IMAGES.value, HOST.value, PORT.value)
+        serve_captions(TextToImage.from_flow(pipe, name), *options)
     else:
-        serve(DemoModel(pipe, name, NUM_IMAGES.value), HOST.value, PORT.value)
+        serve(pipe, *options)
 
 
 if __name__ == "__main__":

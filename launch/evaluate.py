@@ -93,7 +93,7 @@ class Evaluation:
         self.pipe = cli.open_pipeline(name, make_mesh(devices=jax.local_devices()), sequences=True)
         self.whole: TextToImage | None = None  # of a flow of latents, whose images are decoded
         if self.pipe.config.image_bits == 0:
-            self.whole = TextToImage.around(self.pipe, name)
+            self.whole = TextToImage.from_flow(self.pipe, name)
         self.data_dir = data_folder(self._trained_on.data_dir)
         self.out = epath.Path(cli.folder("out") if OUT.value else f"{place}/evaluation")
         self.data_set = DATA.value or self._trained_on.source

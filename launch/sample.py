@@ -130,19 +130,15 @@ def main(argv: Sequence[str]) -> int:
     pipe = cli.open_pipeline(name, make_mesh() if distributed else None, sequences=True)
     labels = chosen_labels(pipe.config.num_classes, pipe.label_names)
     out = epath.Path(cli.folder("out") if OUT.value else epath.Path(place) / "samples")
-    if PROMPT.value:
-        draw_captions(TextToImage.around(pipe, name), decoder, out)
+    if CONDITION.value and not pipe.config.is_sequence:
+        raise UserError("--condition is for a flow of sequences; this one is of images")
+    if PROMPT.value or pipe.config.image_bits == 0:
+        if pipe.config.has_prefix and not PROMPT.value:
+            raise UserError('this flow draws from captions; give it one, --prompt="…"')
+        draw_captions(TextToImage.from_flow(pipe, name), decoder, out)
         return 0
-
     if pipe.config.is_sequence:
         draw_sequences(pipe, labels, guidance, decoder, out / "samples.npz")
-        return 0
-    if CONDITION.value:
-        raise UserError("--condition is for a flow of sequences; this one is of images")
-    if pipe.config.image_bits == 0:
-        if pipe.config.has_prefix:
-            raise UserError('this flow draws from captions; give it one, --prompt="…"')
-        draw_captions(TextToImage.around(pipe, name), decoder, out)
         return 0
     latents = pipe.latents(jax.random.key(SEED.value), NUM_IMAGES.value)
     trace = pipe.decode_trace(latents, labels, guidance, decoder, pipe.sampling_noise_std)

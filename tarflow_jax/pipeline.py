@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import logging
-import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ from jax.sharding import Mesh
 from tarflow_jax import arguments, interop, likelihood, sampling
 from tarflow_jax.arguments import DecoderChoice, check_images, check_key, is_traced
 from tarflow_jax.errors import UserError
-from tarflow_jax.files import is_remote
 from tarflow_jax.flow import Conditioning, TarFlow, TarFlowConfig
 from tarflow_jax.interop import SavedModel
 from tarflow_jax.noise import Noise
@@ -224,15 +222,6 @@ class TarFlowPipeline:
         Args:
           card: fields to add to those of the run: its samples, and what launch.evaluate measured with these weights.
         """
-        if is_remote(interop.check_path(folder)):
-            with tempfile.TemporaryDirectory() as local:
-                interop.copy_model(folder, local)  # so that what is there is replaced, or refused, as on a disk
-                try:
-                    self.save_pretrained(local, dtype=dtype, card=card)
-                except UserError as error:
-                    raise UserError(str(error).replace(local, os.fspath(folder))) from error
-                interop.copy_model(local, folder)
-            return
         variables, ema_params = self.variables, None
         if self._raw_params is not None:
             variables, ema_params = {**variables, "params": self._raw_params}, variables["params"]

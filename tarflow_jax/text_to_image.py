@@ -5,6 +5,7 @@ images = pipe("a red heart", num_images=4)
 """
 
 import json
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -67,10 +68,10 @@ class TextToImage:
         `options` and errors are those of `TarFlowPipeline.from_pretrained`.
         """
         root = name if _is_workdir(name) else interop.local_folder(name)
-        return cls.around(TarFlowPipeline.from_pretrained(root, **options), root)
+        return cls.from_flow(TarFlowPipeline.from_pretrained(root, **options), root)
 
     @classmethod
-    def around(cls, flow: TarFlowPipeline, name: epath.PathLike) -> Self:
+    def from_flow(cls, flow: TarFlowPipeline, name: epath.PathLike) -> Self:
         """Adds to a flow the autoencoder and text encoder stored under `name`. Raises as `from_pretrained`."""
         if _is_workdir(name):
             config = Recipe.from_workdir(name).config
@@ -92,24 +93,25 @@ class TextToImage:
         text = open_text_encoder(root / "text") if flow.config.has_prefix else None
         return cls(flow, Autoencoder.from_pretrained(root / "autoencoder"), text, guidance)
 
-    def save_pretrained(self, folder: str | Path, **options: Any) -> None:
+    def save_pretrained(self, folder: str | os.PathLike[str], **options: Any) -> None:
         """Writes a folder of all parts, from which `TarFlowPipeline` can load the flow alone.
 
         `options` are those of `TarFlowPipeline.save_pretrained`.
         """
-        folder = Path(folder)
         config, weights = self.autoencoder.config, sum(leaf.size for leaf in jax.tree.leaves(self.autoencoder.params))
         sides = [str(side * config.factor) for side in self.flow.config.image_size]
         shape = " x ".join([*sides, str(config.image_channels)])
         parts = {"autoencoder": f"images {shape}, {weights / 1e6:.2f} million weights"}
         if self.text:
             parts["text encoder"] = f"{self.text.length} embeddings of {self.text.dim} a caption"
-        self.flow.save_pretrained(folder, **options | {"card": {"parts": parts, **(options.get("card") or {})}})
-        self.autoencoder.save_pretrained(folder / "autoencoder", dtype=options.get("dtype", "float32"))
-        if self.text:
-            self.text.save(folder / "text")
+        card = {"parts": parts, **(options.get("card") or {})}
         fields = {"format": FORMAT, "guidance": (self.guidance or Guidance()).to_dict()}
-        write_text(folder / interop.TEXT_TO_IMAGE, json.dumps(fields) + "\n")
+        with interop.local_target(folder) as target:
+            self.flow.save_pretrained(target, **options | {"card": card})
+            self.autoencoder.save_pretrained(target / "autoencoder", dtype=options.get("dtype", "float32"))
+            if self.text:
+                self.text.save(target / "text")
+            write_text(target / interop.TEXT_TO_IMAGE, json.dumps(fields) + "\n")
 
     def push_to_hub(self, name: str, *, private: bool = False, token: str | None = None, **options: Any) -> str:
         """Saves all parts to the Hugging Face hub; see `TarFlowPipeline.push_to_hub`."""

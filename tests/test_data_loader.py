@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from tarflow_jax import data
-from tarflow_jax.data.source import EncodedSource, Item, Options
+from tarflow_jax.data.source import EncodedSource, Item, OpenOptions
 
 NUM_IMAGES = 37
 BATCH_SIZE = 12
@@ -109,7 +109,7 @@ def test_cache_reads_once_and_stays_in_its_bound(tmp_path):
 
         return Item(str(index), index, read)
 
-    options = Options(tmp_path, cache_bytes=20 * pixels[0].size + 5)
+    options = OpenOptions(tmp_path, cache_bytes=20 * pixels[0].size + 5)
     names = list(map(str, range(NUM_IMAGES)))
     cached = EncodedSource(
         "png", NUM_IMAGES, item_at, options, content="", image_shape=pixels.shape[1:], label_names=names

@@ -1,4 +1,4 @@
-"""What a flow is asked of an image, and the way between two."""
+"""What a flow is asked of an image."""
 
 import dataclasses
 import functools
@@ -12,7 +12,6 @@ import pytest
 from runs import SMALL, random_images
 from tarflow_jax import Noise, TarFlowPipeline, inspection
 from tarflow_jax.flow import Conditioning, FlowBlock, block_orders, permute, to_tokens, unpermute
-from tarflow_jax.inspection import spherical
 from tarflow_jax.likelihood import LOG_2PI, bits_per_dim
 from tiny_models import images_of, random_variables
 
@@ -91,11 +90,11 @@ def test_posterior_is_bayes_rule_and_a_temperature_evens_it_out():
 
 
 def test_an_image_has_the_noise_of_the_level_that_a_flow_of_many_is_asked_at():
-    pipe, images = pipeline(CONDITIONAL, LEVELS), random_images(CONDITIONAL, 1)[0]
-    noise = inspection.with_noise(pipe, images, KEY, 0.4) - (images / 127.5 - 1)
+    pipe, (image, *_) = pipeline(CONDITIONAL, LEVELS), random_images(CONDITIONAL, 1)[0]
+    noise = inspection.inspect(pipe, image, KEY, noise_std=0.4).noisy - (image / 127.5 - 1)
     assert 0.3 < np.std(noise) < 0.5
     with pytest.raises(ValueError, match="many noise levels"):
-        inspection.with_noise(pipe, images, KEY)
+        inspection.inspect(pipe, image, KEY)
 
 
 def test_inspection_of_a_flow_without_classes_has_no_class():
@@ -113,36 +112,3 @@ def test_a_model_that_has_diverged_is_told_of():
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, random_variables(SMALL))
     with pytest.raises(ValueError, match="is not finite: the model has diverged"):
         inspection.inspect(TarFlowPipeline(SMALL, broken, GAUSSIAN), image, KEY)
-
-
-def test_progress_rises_from_0_and_ends_below_1():
-    told = []
-    (image, *_) = random_images(SMALL, 1)[0]
-    inspection.inspect(pipeline(SMALL, GAUSSIAN), image, KEY, progress=lambda share, what: told.append(share))
-    assert told == sorted(told)
-    assert told[0] == 0
-    assert told[-1] < 1
-
-
-def test_spherical_interpolation_keeps_the_norm_and_the_ends():
-    a, b = jax.random.normal(KEY, (2, 8, 8, 3))
-    b = b * jnp.linalg.norm(a) / jnp.linalg.norm(b)
-    between = spherical(a, b, jnp.linspace(0, 1, 5))
-    np.testing.assert_allclose(between[0], a, atol=1e-6)
-    np.testing.assert_allclose(between[-1], b, atol=1e-6)
-    np.testing.assert_allclose(jnp.linalg.norm(between.reshape(5, -1), axis=1), jnp.linalg.norm(a), rtol=1e-5)
-    np.testing.assert_allclose(between[2], (a + b) / jnp.sqrt(2 + 2 * (a * b).sum() / (a * a).sum()), atol=1e-5)
-    np.testing.assert_allclose(spherical(a, a, jnp.linspace(0, 1, 3)), jnp.stack([a, a, a]), atol=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("config", "noise"), [(SMALL, UNIFORM), (SMALL, GAUSSIAN), (CONDITIONAL, LEVELS)])
-def test_interpolation_goes_from_one_image_to_the_other(config, noise):
-    pipe, images = pipeline(config, noise), random_images(config, 2)[0]
-    level = 0.1 if noise is LEVELS else None
-    between = inspection.interpolate(pipe, images, KEY, 4, label=1, noise_std=level)
-    chex.assert_shape(between, (4, *config.image_shape))
-    ends = inspection.with_noise(pipe, images, KEY, level)
-    if noise is not UNIFORM:
-        ends = pipe.denoise(ends, np.array([1, 1]), level)
-    np.testing.assert_allclose(between[[0, -1]], ends, atol=1e-4)

@@ -159,12 +159,10 @@ def test_what_is_no_path_is_refused(tmp_path, monkeypatch, path):
             call(path)
 
 
-def test_saving_needs_a_local_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_file_is_no_folder_to_save_in(tmp_path):
     (tmp_path / "model").write_text("mine")
-    for path, message in {"model": "model is a file; choose", "gs://bucket/model": "is not on a local disk"}.items():
-        with pytest.raises(ValueError, match=message):
-            save_model(path, SavedModel(CONFIG, random_variables()))
+    with pytest.raises(ValueError, match="model is a file; choose"):
+        save_model(tmp_path / "model", SavedModel(CONFIG, random_variables()))
     assert contents(tmp_path) == {Path("model"): b"mine"}
 
 
@@ -248,9 +246,8 @@ def model_fields(**changes):
         ({"noise": ...}, "lacks fields of layout version 1"),
         ({"noise": {"kind": "pink", "std": 0.1}}, "noise.kind is 'pink'"),
         ({"noise": 3}, "config.json"),
-        ({"model": None}, "lacks fields of layout version 1"),
+        ({"model": None}, "model is None; expected an object"),
         ({"weights": {"ema": False}}, "lacks fields of layout version 1"),
-        (model_fields(num_blocks=10**12), "model of 1000000000000 blocks"),
         (model_fields(width="64"), "model.width is '64'"),
         (model_fields(widht=64), "unknown model field 'widht'; did you mean 'width'?"),
         (model_fields(width=128), r"has shape \[[0-9, ]+\]; expected"),

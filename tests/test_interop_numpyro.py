@@ -54,6 +54,15 @@ def test_log_prob_and_samples_are_the_pipelines():
     np.testing.assert_allclose(one, found[0, :, 0], atol=1e-4)
 
 
+def test_the_parameters_of_the_flow_are_leaves_of_the_distribution():
+    prior, x = FlowDistribution(gaussian()), jnp.zeros((3, 2))
+    np.testing.assert_allclose(jax.jit(FlowDistribution.log_prob)(prior, x), prior.log_prob(x), atol=1e-5)
+    gradient = jax.grad(lambda prior: prior.log_prob(x).sum())(prior)
+    leaves = jax.tree.leaves(gradient.flow.variables["params"])
+    assert all(np.isfinite(leaf).all() for leaf in leaves)
+    assert any(np.abs(leaf).max() > 0 for leaf in leaves)
+
+
 @pytest.mark.slow
 def test_classes_and_images_and_what_does_not_fit():
     flow = TarFlowPipeline(TINY, random_variables(TINY), Noise("gaussian", 0.1))

@@ -3,8 +3,6 @@
 import os
 import subprocess
 import sys
-import warnings
-import zipfile
 
 import numpy as np
 import pytest
@@ -86,45 +84,6 @@ class Payload:
         return print, ("pickled code ran",)
 
 
-class Call:
-    """Calls a function when it is unpickled."""
-
-    def __init__(self, function, *arguments):
-        self.function, self.arguments = function, arguments
-
-    def __reduce__(self):
-        return self.function, self.arguments
-
-
-def quantized():
-    return torch.quantize_per_tensor(torch.zeros(2), 1.0, 0, torch.qint8)
-
-
-def name_badly(state):
-    state["my\nname"] = torch.zeros(2)
-
-
-def remove_all(state):
-    state.clear()
-
-
-def multiply_blocks(state):
-    state.update({f"blocks.{k}.attn_blocks.0.x": state["blocks.0.proj_in.bias"] for k in range(20_000)})
-
-
-def widen_tokens(state):
-    state["blocks.0.pos_embed"] = torch.zeros(1 << 16, 64)
-    state["blocks.1.pos_embed"] = torch.zeros(1 << 16, 64)
-
-
-def share_layers(state):
-    state["shared_backbone.0.attention.norm.weight"] = torch.ones(64)
-
-
-def change_patches(state):
-    state["blocks.1.pos_embed"] = torch.cat([state["blocks.1.pos_embed"]] * 4)
-
-
 def drop(state):
     del state["blocks.1.attn_blocks.0.mlp.norm.bias"]
 
@@ -153,14 +112,6 @@ def use_doubles(state):
     state["blocks.0.proj_in.bias"] = torch.zeros(64, dtype=torch.float64)
 
 
-def repeat_without_end(state):
-    state["blocks.0.pos_embed"] = torch.zeros(1).expand(1 << 40, 64)
-
-
-def negate_without_end(state):
-    state["blocks.0.pos_embed"] = torch._neg_view(torch.zeros(1).expand(1 << 40, 64))
-
-
 def nest(state):
     state["model"] = dict(state)
 
@@ -175,16 +126,12 @@ def add_code(state):
         (drop, "lacks tensor blocks.1.attn_blocks.0.mlp.norm.bias"),
         (add, "has tensor blocks.0.extra, which no model of this shape has"),
         (reshape, r"blocks.1.proj_in.weight has shape \[64, 5\]; expected \[64, 4\]"),
-        (share_layers, "layers that its blocks share"),
-        (change_patches, r"blocks of \[4, 16\] tokens, so several patch_sizes"),
-        (unmask, "buffer blocks.1.attn_mask is not the causal mask"),
-        (vary, "buffer var is not all ones"),
+        (unmask, "buffer blocks.1.attn_mask has other values"),
+        (vary, "buffer var has other values"),
         (use_integers, "blocks.0.proj_in.bias is torch.int32"),
         (use_doubles, "blocks.0.proj_in.bias is torch.float64"),
-        (repeat_without_end, "claim more bytes than the file has"),
-        (negate_without_end, "claim more bytes than the file has"),
         (nest, "no state dict of tensors"),
-        (add_code, "holds more than tensors, and other objects are never loaded .__builtin__.print.; save"),
+        (add_code, "holds more than tensors, and other objects are never loaded; save"),
     ],
 )
 def test_malformed_state_is_refused(small_file, capsys, change, message):
@@ -205,65 +152,18 @@ def test_other_files_are_refused(tmp_path, content):
         load_torch(path, *SMALL_ARGUMENTS)
 
 
-def test_compressed_archive_is_refused(small_file, tmp_path):
-    bomb = tmp_path / "bomb.pth"
-    with zipfile.ZipFile(small_file) as source, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as target:
-        for entry in source.infolist():
-            target.writestr(entry.filename, source.read(entry))
-    with pytest.raises(ValueError, match="is compressed"):
-        load_torch(bomb, *SMALL_ARGUMENTS)
-
-
-def add_entry(path, name):
-    with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as archive:
-        warnings.simplefilter("ignore")  # of a second entry of that name
-        archive.writestr(name.replace("archive", archive.namelist()[0].split("/")[0]), b"x")
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("archive/DATA.pkl", "two entries have the same name"),
-        ("archive/data/0", "two entries have the same name"),
-        ("archive/data/x", r"entry \w+/data/x is no tensor's"),
-    ],
-)
-def test_entries_that_pytorch_could_read_again_and_again_are_refused(small_file, name, message):
-    add_entry(small_file, name)
-    with pytest.raises(ValueError, match=message):
-        load_torch(small_file, *SMALL_ARGUMENTS)
-
-
-def test_entries_with_the_names_of_other_folders_are_not_written(small_file, tmp_path):
-    add_entry(small_file, "../../outside.txt")
-    with pytest.raises(ValueError, match=r"file in archive is not in a subdirectory \w+/: ../../outside.txt"):
-        load_torch(small_file, *SMALL_ARGUMENTS)
-    assert [path.name for path in tmp_path.rglob("*")] == ["small.pth"]
-    assert not (tmp_path.parent.parent / "outside.txt").exists()
-
-
-@pytest.mark.parametrize("case", ["legacy", "protocol 4", "script", "module", "tensor", "list", "names", "cut"])
+@pytest.mark.parametrize("case", ["legacy", "module", "tensor", "list", "names", "cut"])
 def test_other_things_that_pytorch_writes_are_refused(small_file, tmp_path, case):
     path, state = tmp_path / "other.pth", read_state(small_file)
-    message = "is not an intact PyTorch state dict, as torch.save writes it since 1.6: "
     if case == "legacy":
         torch.save(state, path, _use_new_zipfile_serialization=False)
-        message += "File is not a zip file"
-    elif case == "protocol 4":
-        torch.save(state, path, pickle_protocol=4)
-        message += "its pickle protocol is 4; expected 2"
-    elif case == "script":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of its deprecation
-            torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
-        message += r"entry \S+ is compressed, which torch.save does not do"
+        message = "is not an intact PyTorch state dict, as torch.save writes it since 1.6: File is not a zip file"
     elif case == "module":
         torch.save(torch.nn.Linear(2, 2), path)
-        message += r"it holds more than tensors, .*\(torch.nn.modules.linear.Linear\); save `model.state_dict"
+        message = r"it holds more than tensors, .*; save `model.state_dict"
     else:
         others = {"tensor": torch.zeros(3), "list": [torch.zeros(3)], "names": {1: torch.zeros(3)}}
-        value = others.get(case, state)
-        torch.save(value, path)
+        torch.save(others.get(case, state), path)
         message = "holds no state dict of tensors; save `model.state_dict"
     if case == "cut":
         os.truncate(path, path.stat().st_size - 10)
@@ -274,28 +174,15 @@ def test_other_things_that_pytorch_writes_are_refused(small_file, tmp_path, case
     assert "weights_only" not in str(caught.value)
 
 
-def test_parameters_views_and_negated_tensors_are_read(small_file):
+def test_parameters_and_views_are_read(small_file):
     state, good = read_state(small_file), flatten(load_torch(small_file, *SMALL_ARGUMENTS)[1])
     for name, tensor in state.items():
         if tensor.ndim == 2 and "attn_mask" not in name:
             state[name] = tensor.T.contiguous().T  # other strides
-    bias = state["blocks.0.proj_in.bias"]
-    state["blocks.0.proj_in.bias"] = torch.complex(torch.zeros_like(bias), -bias).conj().imag  # PyTorch negates it late
     state["blocks.1.proj_in.bias"] = torch.nn.Parameter(state["blocks.1.proj_in.bias"])
-    assert state["blocks.0.proj_in.bias"].is_neg()
     torch.save(state, small_file)
     for name, array in flatten(load_torch(small_file, *SMALL_ARGUMENTS)[1]).items():
         np.testing.assert_array_equal(array, good[name])
-
-
-def test_entry_marked_as_a_directory_is_refused(small_file):
-    # PyTorch's reader leaves such a tensor's memory as it finds it, without an error.
-    content = bytearray(small_file.read_bytes())
-    first_entry = content.index(b"PK\x01\x02")
-    content[first_entry + 38] |= 0x10
-    small_file.write_bytes(content)
-    with pytest.raises(ValueError, match="is a directory"):
-        load_torch(small_file, *SMALL_ARGUMENTS)
 
 
 def test_a_full_disk_leaves_the_file_as_it_was(small_file):
@@ -336,9 +223,9 @@ def test_drawing_imports_neither_torch_nor_what_only_training_needs():
         (TarFlowConfig((4, 8), 1, 2, 64, 1, 1), "only square images"),
         (TarFlowConfig((4, 4), 1, 2, 64, 2, (1, 2)), "blocks of equal depth"),
         (TarFlowConfig((4, 4), 1, 2, 64, 1, 1, head_dim=32), "has head_dim 64"),
-        (TarFlowConfig((4, 4), 1, 2, 64, 1, 1, rotary=True), "has no rotary"),
-        (TarFlowConfig((4, 4), 1, 2, 64, 1, 1, input_limit=8), "has no input_limit; this model's is 8"),
-        (TarFlowConfig((4, 4), 1, 2, 64, 1, 1, triangular=True), "has no triangular"),
+        (TarFlowConfig((4, 4), 1, 2, 64, 1, 1, rotary=True), "has rotary False"),
+        (TarFlowConfig((4, 4), 1, 2, 64, 1, 1, input_limit=8), "has input_limit 0.0; this model's is 8"),
+        (TarFlowConfig((4, 4), 1, 2, 64, 1, 1, triangular=True), "has triangular False"),
     ],
 )
 def test_what_the_reference_cannot_hold_is_not_written(tmp_path, config, message):

@@ -16,7 +16,8 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 
 import commands
 from object_store import Object
-from tarflow_jax import Noise, TarFlowPipeline, files
+from tarflow_jax import Noise, TarFlowPipeline, TextToImage, files
+from tarflow_jax.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderKL
 from tarflow_jax.training import Checkpoints
 from tarflow_jax.training.metrics import MetricsWriter
 from tiny_models import TINY, random_variables
@@ -90,6 +91,17 @@ def test_what_another_process_wrote_is_seen(store, bucket):
     assert [path.name for path in (bucket / "a").iterdir()] == ["1.json", "2.json"]
     del store.objects["run/a/1.json"]
     assert not (bucket / "a" / "1.json").exists()
+
+
+def test_all_parts_of_text_to_image_are_saved_to_the_store(store, bucket):
+    shape = {"latent_channels": 3, "block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4}
+    config = AutoencoderConfig(**shape, mid_block_add_attention=False)
+    params = AutoencoderKL(config).init(jax.random.key(0), np.zeros((1, 4, 6, 3), np.float32))["params"]
+    pipe = TextToImage(TarFlowPipeline(TINY, random_variables(TINY)), Autoencoder(config, params))
+    pipe.save_pretrained(bucket / "model")
+    found = TextToImage.from_pretrained(bucket / "model")
+    chex.assert_trees_all_equal(found.flow.variables, pipe.flow.variables)
+    chex.assert_trees_all_equal(found.autoencoder.params, pipe.autoencoder.params)
 
 
 def test_a_model_is_saved_to_the_store_and_opened_from_it(store, bucket):

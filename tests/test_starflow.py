@@ -261,7 +261,7 @@ def turn(state):
     [
         (drop_mask, "not a TarFlow of the reference"),
         (add_denoiser, r"is a model of videos \(it has a learnable_self_denoiser\); expected one of images$"),
-        (turn, "buffer feat_rope.freqs_cos is not all zeros"),
+        (turn, "buffer feat_rope.freqs_cos has other values"),
         (lambda state: state.pop("blocks.1.sos_embed"), "lacks tensor blocks.1.sos_embed"),
         (lambda state: state.pop("blocks.2.proj_txt.bias"), "lacks tensor blocks.2.proj_txt.bias"),
         (lambda state: [state.pop(f"blocks.2.proj_txt.{kind}") for kind in ("weight", "bias")], "lacks tensor"),

@@ -7,8 +7,6 @@ from typing import ClassVar
 from tarflow_jax.errors import UserError
 from tarflow_jax.options import Options, option
 
-_MAX_LEVELS, _MAX_LAYERS, _MAX_CHANNELS = 8, 16, 1 << 14  # limits for untrusted configs
-
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig(Options):
@@ -35,12 +33,9 @@ class AutoencoderConfig(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        widths, depth = self.block_out_channels, self.layers_per_block
-        channels = max(*widths, self.patch_channels, self.latent_channels)
-        if not 1 <= len(widths) <= _MAX_LEVELS or depth > _MAX_LAYERS or channels > _MAX_CHANNELS:
-            found = f"{len(widths)} block_out_channels, {depth} layers_per_block and {channels} channels"
-            limits = f"1 to {_MAX_LEVELS}, at most {_MAX_LAYERS}, and at most {_MAX_CHANNELS}"
-            raise UserError(f"the autoencoder has {found}; expected {limits}")
+        widths = self.block_out_channels
+        if not widths:
+            raise UserError("autoencoder.block_out_channels is empty; expected channels of at least one resolution")
         if any(width % self.norm_num_groups for width in widths):
             raise UserError(f"norm_num_groups is {self.norm_num_groups}; expected a divisor of {widths}")
         if not self.scaling_factor:

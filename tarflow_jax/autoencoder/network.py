@@ -19,7 +19,7 @@ class AutoencoderKL(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        self.encoder, self.decoder = Half(config, "down"), Half(config, "up")
+        self.encoder, self.decoder = Tower(config, "down"), Tower(config, "up")
         if config.use_quant_conv:
             self.quant_conv = nn.Conv(2 * config.latent_channels, (1, 1), dtype=config.dtype)
         if config.use_post_quant_conv:
@@ -49,22 +49,22 @@ class AutoencoderKL(nn.Module):
         return unfold(self.decoder(latents).astype(jnp.float32), self.config.patch_size)
 
 
-class Half(nn.Module):
+class Tower(nn.Module):
     """The encoder ("down"), patches [B, H', W', D] to [B, h, w, 2Z], or the decoder ("up"), [B, h, w, Z] to patches."""
 
     config: AutoencoderConfig
-    way: str
+    direction: str
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        config, up = self.config, self.way == "up"
+        config, up = self.config, self.direction == "up"
         widths, coarsest = config.block_out_channels[:: -1 if up else 1], config.block_out_channels[-1]
         mid_block = Level(config, coarsest, 2, attention=config.mid_block_add_attention, name="mid_block")
         x = _conv(config, widths[0], "conv_in")(x)
         x = mid_block(x) if up else x
         for i, width in enumerate(widths):
-            resample = self.way if i + 1 < len(widths) else ""
-            x = Level(config, width, config.layers_per_block + up, resample, name=f"{self.way}_blocks_{i}")(x)
+            resample = self.direction if i + 1 < len(widths) else ""
+            x = Level(config, width, config.layers_per_block + up, resample, name=f"{self.direction}_blocks_{i}")(x)
         x = x if up else mid_block(x)
         channels = config.patch_channels if up else 2 * config.latent_channels
         return _conv(config, channels, "conv_out")(nn.silu(_norm(config, "conv_norm_out", x)))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tarflow_jax.data.source import MAX_CLASSES, ArraySource, Options, split_of
+from tarflow_jax.data.source import MAX_CLASSES, ArraySource, OpenOptions, split_of
 from tarflow_jax.errors import UserError
 from tarflow_jax.files import read_npz
 
@@ -17,7 +17,7 @@ FASHION_MNIST_LABELS = (
 )  # fmt: skip
 
 
-def open_digits(argument: str, split: str, options: Options) -> ArraySource:
+def open_digits(argument: str, split: str, options: OpenOptions) -> ArraySource:
     """Opens scikit-learn's 1,797 handwritten 8x8 digits; grey levels v from 0 to 16 become round(255 v / 16).
 
     In scikit-learn's order, "train" is the first 1,500 digits and "test" the last 297.
@@ -30,7 +30,7 @@ def open_digits(argument: str, split: str, options: Options) -> ArraySource:
     return ArraySource("digits", images[..., None], digits.target[rows], 10, list(map(str, range(10))))
 
 
-def open_npz(argument: str, split: str, options: Options) -> ArraySource:
+def open_npz(argument: str, split: str, options: OpenOptions) -> ArraySource:
     """Opens one split of an npz file with `images` and optional `labels`, or ADM's `arr_0` and `arr_1`.
 
     Images are uint8 or uint16, [N, H, W] or [N, H, W, K]. A hash of its index assigns each image to a split.
@@ -53,7 +53,7 @@ def open_npz(argument: str, split: str, options: Options) -> ArraySource:
     return ArraySource(name, *everything.read(rows), num_classes)
 
 
-def open_fashion_mnist(argument: str, split: str, options: Options) -> ArraySource:
+def open_fashion_mnist(argument: str, split: str, options: OpenOptions) -> ArraySource:
     """Opens Fashion-MNIST (60,000 training and 10,000 test images, 28x28x1, 10 classes) from gzip IDX files."""
     folder = Path(argument or "/usr/share/datasets/fashion-mnist").expanduser()  # where Debian's package puts it
     prefix = {"train": "train", "test": "t10k"}[split]

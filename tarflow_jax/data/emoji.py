@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tarflow_jax.data.packed import open_packed, pack, pack_as
-from tarflow_jax.data.source import MANIFEST, SPLITS, EncodedSource, Item, Options, split_of
+from tarflow_jax.data.source import MANIFEST, SPLITS, EncodedSource, Item, OpenOptions, split_of
 from tarflow_jax.errors import UserError
 
 HOW = "get it with: npm pack emoji-datasource-google@16.0.0"
@@ -24,7 +24,7 @@ _WANTED = re.compile(r"emoji\.json|img/\w+/64/[^/]+\.png|assets/[^/]+\.webp")
 _SKIN_TONES = {"1F3FB": "light", "1F3FC": "medium light", "1F3FD": "medium", "1F3FE": "medium dark", "1F3FF": "dark"}
 
 
-def open_emoji(argument: str, split: str, options: Options) -> EncodedSource:
+def open_emoji(argument: str, split: str, options: OpenOptions) -> EncodedSource:
     """Opens one split of the packed set; raises FileNotFoundError if it has not been packed."""
     folder = options.data_dir / "emoji64"
     if not (folder / MANIFEST).is_file():
@@ -35,7 +35,7 @@ def open_emoji(argument: str, split: str, options: Options) -> EncodedSource:
     return open_packed(str(folder), split, options, "emoji64")
 
 
-def prepare_emoji(argument: str, options: Options) -> str:
+def prepare_emoji(argument: str, options: OpenOptions) -> str:
     """Packs the set from the package at the path `argument`, if given. Returns the name to open it by."""
     if not argument:
         return "emoji64"
@@ -53,7 +53,7 @@ def prepare_emoji(argument: str, options: Options) -> str:
     return "emoji64"
 
 
-def prepare_emoji_text(argument: str, options: Options) -> str:
+def prepare_emoji_text(argument: str, options: OpenOptions) -> str:
     """Packs emoji and their names from the npm packages (tgz) in the folder `argument`.
 
     These are one or more emoji-datasource-VENDOR, at 64x64, and optionally lobehub-fluent-emoji-3d. Captions are the

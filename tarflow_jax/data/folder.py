@@ -12,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from tarflow_jax.data.images import decode_image, preprocess, read_file
-from tarflow_jax.data.source import NO_LABEL, EncodedSource, Item, Options, split_of
+from tarflow_jax.data.source import NO_LABEL, EncodedSource, Item, OpenOptions, split_of
 from tarflow_jax.errors import UserError
 from tarflow_jax.files import write_text
 
@@ -109,7 +109,7 @@ def _item(
     return Item(file.relative_to(root).as_posix(), label, lambda: read_file(file), stamp, texts)
 
 
-def open_folder(argument: str, split: str, options: Options) -> EncodedSource:
+def open_folder(argument: str, split: str, options: OpenOptions) -> EncodedSource:
     """Opens one split of an image folder, after checking that every file decodes.
 
     Caches the result of the check under the data folder until a file changes. Raises UserError with a list of the bad

@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from tarflow_jax.data.images import BACKGROUND
-from tarflow_jax.data.source import MANIFEST, ImageSource, Options, read_manifest
+from tarflow_jax.data.source import MANIFEST, ImageSource, OpenOptions, read_manifest
 from tarflow_jax.errors import UserError
 from tarflow_jax.figures import to_pil
 from tarflow_jax.files import replacing, sha256, write_text
@@ -88,7 +88,7 @@ class LatentSource(ImageSource):
         return self._rows[:, 2].tolist()
 
 
-def open_latents(argument: str, split: str, options: Options) -> LatentSource:
+def open_latents(argument: str, split: str, options: OpenOptions) -> LatentSource:
     """Opens one split of a folder; raises UserError if it is damaged, FileNotFoundError if it is incomplete."""
     folder, name = Path(argument).expanduser(), f"latents:{argument}"
     try:

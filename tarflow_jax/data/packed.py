@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from tarflow_jax.data.folder import hash_items, list_folder, refuse_bad
 from tarflow_jax.data.images import BACKGROUND, decode_image, preprocess
-from tarflow_jax.data.source import MANIFEST, NO_LABEL, SPLITS, EncodedSource, Item, Options, read_manifest
+from tarflow_jax.data.source import MANIFEST, NO_LABEL, SPLITS, EncodedSource, Item, OpenOptions, read_manifest
 from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.files import replacing, sha256, write_text
 
@@ -32,7 +32,7 @@ IMAGES_PER_SHARD = 1024
 LABEL = struct.Struct("<i")
 
 
-def prepare_folder(argument: str, options: Options) -> str:
+def prepare_folder(argument: str, options: OpenOptions) -> str:
     """Packs an image folder under the data folder. Returns the name to open it by."""
     root = Path(argument).expanduser()
     listings = {split: list_folder(root, split) for split in SPLITS}
@@ -41,7 +41,7 @@ def prepare_folder(argument: str, options: Options) -> str:
 
 
 def pack_as(
-    stem: str, name: str, splits: Mapping[str, list[Item]], label_names: tuple[str, ...], options: Options
+    stem: str, name: str, splits: Mapping[str, list[Item]], label_names: tuple[str, ...], options: OpenOptions
 ) -> str:
     """Packs images into data_dir/packed/STEM-SIZE-PREPROCESSING. Returns the name to open the set by."""
     size = "x".join(map(str, options.image_size or ()))
@@ -51,7 +51,7 @@ def pack_as(
 
 
 def pack(
-    name: str, splits: Mapping[str, list[Item]], label_names: tuple[str, ...], folder: Path, options: Options
+    name: str, splits: Mapping[str, list[Item]], label_names: tuple[str, ...], folder: Path, options: OpenOptions
 ) -> None:
     """Packs the images of every split into `folder`, as RGB of `options.image_size`, or resumes an interrupted packing.
 
@@ -164,7 +164,7 @@ def _check_packed(name: str, folder: Path, key: str) -> None:
                 raise UserError(f"{folder / shard['file']}: changed since it was packed; remove {folder}")
 
 
-def open_packed(argument: str, split: str, options: Options, name: str | None = None) -> EncodedSource:
+def open_packed(argument: str, split: str, options: OpenOptions, name: str | None = None) -> EncodedSource:
     """Opens one split of the packed set in the folder `argument`. On gs://, every image is a request.
 
     `name` appears in messages; None stands for "packed:FOLDER". Preprocessing "none" accepts the set as it was packed.

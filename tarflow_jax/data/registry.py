@@ -16,7 +16,7 @@ from tarflow_jax.data.images import PREPROCESSINGS
 from tarflow_jax.data.latents import open_latents
 from tarflow_jax.data.packed import open_packed, prepare_folder
 from tarflow_jax.data.sequences import KIND
-from tarflow_jax.data.source import SPLITS, ImageSource, Options
+from tarflow_jax.data.source import SPLITS, ImageSource, OpenOptions
 from tarflow_jax.data.tfds import open_tfds, prepare_tfds
 from tarflow_jax.data.webdataset import prepare_webdataset
 from tarflow_jax.errors import UserError
@@ -26,8 +26,8 @@ class Kind(NamedTuple):
     """A kind of data set: how its name is written, opened and, where necessary, prepared."""
 
     pattern: str
-    open: Callable[[str, str, Options], ImageSource] | None  # (argument, split, options); None: opened as packed:FOLDER
-    prepare: Callable[[str, Options], str] | None = None  # returns the name to open it by
+    open: Callable[[str, str, OpenOptions], ImageSource] | None  # of (argument, split, options); None: packed:FOLDER
+    prepare: Callable[[str, OpenOptions], str] | None = None  # returns the name to open it by
 
 
 # To add a set, add a line; see docs/howto/data.md.
@@ -79,7 +79,7 @@ def open_source(
     _, limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):  # macOS allows less than it reports
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-    options = Options(data_folder(data_dir), image_size, preprocessing, skip_bad, cache_bytes)
+    options = OpenOptions(data_folder(data_dir), image_size, preprocessing, skip_bad, cache_bytes)
     kind, argument = _find(name, options)
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r} of {name}; expected one of {', '.join(SPLITS)}")
@@ -99,12 +99,12 @@ def prepare_source(name: str, *, data_dir: epath.PathLike | None = None, **how: 
 
     Takes the keywords of `open_source` and raises the same errors. Returns the name to open the set by.
     """
-    options = Options(data_folder(data_dir), **how)
+    options = OpenOptions(data_folder(data_dir), **how)
     kind, argument = _find(name, options)
     return kind.prepare(argument, options) if kind.prepare else name
 
 
-def _find(name: str, options: Options) -> tuple[Kind, str]:
+def _find(name: str, options: OpenOptions) -> tuple[Kind, str]:
     """Splits a name into its kind and argument; checks both, and the preprocessing."""
     if name.startswith(KIND):
         raise UserError(f"{name} holds arrays; expected a data set of images")

@@ -54,7 +54,7 @@ def read_manifest(folder: epath.Path, expected_format: int | str) -> dict[str, A
 
 
 @dataclasses.dataclass(frozen=True)
-class Options:
+class OpenOptions:
     """How to open or prepare a set; see `registry.open_source`."""
 
     data_dir: Path
@@ -179,7 +179,7 @@ class EncodedSource(ImageSource):
         name: str,
         num_images: int,
         item_at: Callable[[int], Item],
-        options: Options,
+        options: OpenOptions,
         *,
         content: str,
         image_shape: tuple[int, int, int],

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from etils import epy
 
-from tarflow_jax.data.source import NO_LABEL, EncodedSource, Item, Options
+from tarflow_jax.data.source import NO_LABEL, EncodedSource, Item, OpenOptions
 from tarflow_jax.errors import UserError, one_line
 
 with epy.lazy_imports():  # importing them takes a second
@@ -27,7 +27,7 @@ def load_builder(argument: str, data_dir: Path) -> "tfds.core.DatasetBuilder":
         raise UserError(f"tfds:{argument}: {' '.join(str(error).split())[:300]}") from None
 
 
-def prepare_tfds(argument: str, options: Options) -> str:
+def prepare_tfds(argument: str, options: OpenOptions) -> str:
     """Downloads and prepares a set as array_record, unless that has been done. Returns the name to open it by.
 
     This is the only step for which most sets need TensorFlow, since TFDS encodes PNG with it.
@@ -63,7 +63,7 @@ def download_timeouts(seconds: float) -> Iterator[None]:
         requests.adapters.HTTPAdapter.send = send  # type: ignore[method-assign]
 
 
-def open_tfds(argument: str, split: str, options: Options) -> EncodedSource:
+def open_tfds(argument: str, split: str, options: OpenOptions) -> EncodedSource:
     """Opens one split of a prepared set with an `image` feature and, optionally, a `label`.
 
     "test" is the set's test split, or its validation split if it has no test split. Searches the data folder, then

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from tarflow_jax.data.folder import EXTENSIONS
 from tarflow_jax.data.packed import pack_as
-from tarflow_jax.data.source import MAX_CLASSES, NO_LABEL, SPLITS, Item, Options, split_of
+from tarflow_jax.data.source import MAX_CLASSES, NO_LABEL, SPLITS, Item, OpenOptions, split_of
 from tarflow_jax.errors import UserError
 
 MAX_MEMBER_BYTES = 16 * 2**20
 
 
-def prepare_webdataset(argument: str, options: Options) -> str:
+def prepare_webdataset(argument: str, options: OpenOptions) -> str:
     """Packs the webdataset tar files at the comma-separated paths in `argument`.
 
     Members that share a name up to the extension form a sample: an image and, optionally, a caption (txt, or `caption`

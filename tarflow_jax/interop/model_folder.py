@@ -41,7 +41,6 @@ FORMATS = {"model": "tarflow_jax", "student": "tarflow_jax student"}
 VERSION = 1
 CONFIG, WEIGHTS, CARD, STUDENT = "config.json", "model.safetensors", "README.md", "student"
 _DTYPES = ("float32", "bfloat16")
-_MAX_BLOCKS = 1 << 12
 READY_MADE = (
     "digits",
     "digits_likelihood",
@@ -75,48 +74,62 @@ class SavedModel:
 def save_model(
     folder: str | os.PathLike[str], model: SavedModel, *, dtype: str = "float32", student: TrainedStudent | None = None
 ) -> None:
-    """Writes a model folder: all of its files, or none if one cannot be written.
+    """Writes a model folder, on a disk or in an object store: all of its files, or none if one cannot be written.
 
     Replaces a saved model in the folder, with its student, but no other files. Parameters are
     saved as float32 (exact) or bfloat16 (half the size), a prior as float32. Evaluations and the student belong to the
     exact weights, so bfloat16 leaves them out.
 
     Raises ValueError: variables that do not fit the config, an unknown dtype or card field, an unreadable picture, a
-    path that is not a local folder, or a folder with other files that have a model file's name.
+    path that is a file, or a folder with other files that have a model file's name.
     """
     is_exact = dtype == "float32"
     if dtype not in _DTYPES:
         raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
-    if is_remote(check_path(folder)):
-        raise UserError(f"{folder} is not on a local disk; choose another folder, and copy it")
-    folder = Path(folder)
     card = {**model.card, "evaluations": _evaluations_of(model) if is_exact else []}
     text, picture = model_card(model.config, model.noise, card), _read_picture(card.get("samples"))
-    replaceable = _replaceable(folder, picture is not None)
     description = {
         "model": model.config.to_dict(),
         "noise": model.noise.to_dict() if model.noise else None,
         "label_names": list(model.label_names),
     }
     variables = {**model.variables, **({"ema": model.ema_params} if model.ema_params else {})}
-    folder.mkdir(parents=True, exist_ok=True)
-    with naming(folder), tempfile.TemporaryDirectory(prefix=".saving_", dir=folder) as temporary:
-        new = Path(temporary)
-        _write(new, "model", description, variables, _model_shapes(model.config, ema="ema" in variables), dtype)
-        (new / CARD).write_text(text)
-        if picture is not None:
-            to_pil(picture).save(new / PICTURE)
-        if student is not None and is_exact:
-            fields = {"student": student.config.to_dict(), "flow": student.flow}
-            _write(new / STUDENT, STUDENT, fields, student.variables, student_shapes(student.config), "float32")
-        for name in FILES:  # nothing can fail any more for lack of space
-            if (new / name).exists():
-                (folder / name).parent.mkdir(exist_ok=True)
-                (new / name).replace(folder / name)
-            elif name in replaceable:
-                (folder / name).unlink()
-    with contextlib.suppress(OSError):  # there is none, or it is not empty
-        (folder / STUDENT).rmdir()
+    shapes = _model_shapes(model.config, ema="ema" in variables)
+    with local_target(folder) as target:
+        replaceable = _replaceable(target, picture is not None)
+        target.mkdir(parents=True, exist_ok=True)
+        with naming(target), tempfile.TemporaryDirectory(prefix=".saving_", dir=target) as temporary:
+            new = Path(temporary)
+            _write(new, "model", description, variables, shapes, dtype)
+            (new / CARD).write_text(text)
+            if picture is not None:
+                to_pil(picture).save(new / PICTURE)
+            if student is not None and is_exact:
+                fields = {"student": student.config.to_dict(), "flow": student.flow}
+                _write(new / STUDENT, STUDENT, fields, student.variables, student_shapes(student.config), "float32")
+            for name in FILES:  # nothing can fail any more for lack of space
+                if (new / name).exists():
+                    (target / name).parent.mkdir(exist_ok=True)
+                    (new / name).replace(target / name)
+                elif name in replaceable:
+                    (target / name).unlink()
+        with contextlib.suppress(OSError):  # there is none, or it is not empty
+            (target / STUDENT).rmdir()
+
+
+@contextlib.contextmanager
+def local_target(folder: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a local folder to save a model in: `folder`, or a copy of one in an object store, uploaded at the end."""
+    if not is_remote(check_path(folder)):
+        yield Path(folder)
+        return
+    with tempfile.TemporaryDirectory() as local:
+        copy_model(folder, local)  # so that what is there is replaced, or refused, as on a disk
+        try:
+            yield Path(local)
+        except UserError as error:
+            raise UserError(str(error).replace(local, os.fspath(folder))) from error
+        copy_model(local, folder)
 
 
 def check_path(path: Any) -> Any:
@@ -231,7 +244,7 @@ def _write(
 
 
 def _read_config(folder: Path, what: str) -> dict[str, Any]:
-    """Reads config.json, and checks its format, its version, both checksums, and the number of blocks."""
+    """Reads config.json, and checks its format, its version and both checksums."""
     path, weights = folder / CONFIG, folder / WEIGHTS
     for file in (path, weights):
         if not file.is_file():
@@ -243,9 +256,6 @@ def _read_config(folder: Path, what: str) -> dict[str, Any]:
         raise UserError("it does not match its own checksum: it was damaged or edited; save the model again")
     if sha256(weights) != fields["weights"]["sha256"]:
         raise UserError(f"{WEIGHTS} does not match the checksum in it: one is damaged; copy the folder again")
-    num_blocks = (fields["model"] if what == "model" else fields["student"]["flow"])["num_blocks"]
-    if num_blocks > _MAX_BLOCKS:  # before the config allocates a tuple of that length
-        raise UserError(f"it describes a {what} of {num_blocks} blocks; expected at most {_MAX_BLOCKS}")
     return fields
 
 
@@ -302,10 +312,9 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
         return models[name]
     if name in READY_MADE:
         return local_folder(f"{HUB_OWNER}/{name}")
-    is_hub_name = _HUB_NAME.fullmatch(name)
-    if folder.is_dir() and not is_hub_name:
-        return folder
-    if not is_hub_name:
+    if not _HUB_NAME.fullmatch(name):
+        if folder.is_dir():
+            return folder
         raise FileNotFoundError(
             f"no folder {name}; give a saved model's folder, owner/name on the hub, or one of {', '.join(READY_MADE)}"
         )

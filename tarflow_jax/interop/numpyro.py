@@ -17,13 +17,12 @@ except ImportError:
 class FlowDistribution(Distribution):
     """A trained flow as a prior, as a guide, or to sample from.
 
-    Samples are not denoised, so that they follow the density of `log_prob`. A noise-conditional flow is evaluated at
-    its highest noise level.
+    It is a pytree whose leaves include the flow's parameters. Samples are not denoised, so that they follow the density
+    of `log_prob`. A noise-conditional flow is evaluated at its highest noise level.
     """
 
     arg_constraints: dict[str, Any] = {}  # noqa: RUF012 (NumPyro declares it so)
-    pytree_data_fields = ("condition", "labels")
-    pytree_aux_fields = ("flow",)
+    pytree_data_fields = ("flow", "condition", "labels")
 
     def __init__(self, flow: Any, condition: Any = None, labels: Any = None, *, validate_args: bool | None = None):
         """Wraps a flow whose event is one image [H, W, K] or one sequence, [T, D] or [T].

@@ -6,10 +6,8 @@ this package (row, column, channel), so the tensors that read or write tokens ar
 STARFlow has our order, but its rotary embeddings rotate neighbouring pairs, so its queries and keys are permuted.
 """
 
-import contextlib
 import math
 import os
-import pickletools
 import re
 import zipfile
 from collections import Counter
@@ -37,6 +35,7 @@ STARFLOW = {
     "scale_function": "softplus",
     "output_limit": 4.0,
 }
+# What else `save_torch` requires of a TarFlow, of a STARFlow, and of both.
 _TARFLOW = {
     "rotary": False,
     "position_embeddings": True,
@@ -47,14 +46,14 @@ _TARFLOW = {
     "orders": "alternate",
     "condition_dim": 0,
 }
-_NEITHER = ("input_limit", "image_limit", "triangular", "is_sequence")
-_NOT_STARFLOW = ("num_classes", "volume_preserving", "noise_conditional", "random_orders", "standardizes_condition")
-_DIRECTORY = 0x10  # a zip entry's attribute; PyTorch's reader treats such an entry as a directory and reads nothing
-# The functions that a state dict's pickle calls, and the dtypes of its tensors.
-_ALLOWED = re.compile(
-    r"collections OrderedDict|torch\._utils _rebuild_(tensor_v2|parameter)|torch (?!Untyped|Typed)\w+Storage"
-)
-_MAX_PICKLE_BYTES = 1 << 22  # it takes 150 bytes per tensor
+_NOT_STARFLOW = {
+    "num_classes": 0,
+    "volume_preserving": False,
+    "noise_conditional": False,
+    "random_orders": False,
+    "standardizes_condition": False,
+}
+_BOTH = {"head_dim": HEAD_DIM, "input_limit": 0.0, "image_limit": 0.0, "triangular": False, "is_sequence": False}
 
 
 def load_torch(
@@ -97,14 +96,7 @@ def load_torch(
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     if any(name.startswith("learnable_self_denoiser.") for name in shapes):
         raise UserError(f"{path} is a model of videos (it has a learnable_self_denoiser); expected one of images")
-    if "blocks.0.sos_embed" in shapes:
-        fields = _starflow_fields(path, shapes, base_size, orders)
-    elif base_size or orders:
-        raise UserError(f"{path} is no STARFlow; leave base_size and orders out")
-    else:
-        fields = _tarflow_fields(path, shapes)
-    images = {"image_size": image_size, "image_channels": image_channels, "patch_size": patch_size}
-    config = _read_config(path, shapes, {**images, **fields})
+    config = _read_config(path, shapes, (image_size, image_channels, patch_size), base_size, orders)
     trained = shapes["var"][0] if config.start_token else config.num_tokens
     buffers, tensors = _buffers(config, trained), list(_tensors(config))
     expected = {name: row.torch_shape(config) for _, row, names in tensors for name in names}
@@ -112,9 +104,7 @@ def load_torch(
     check_tensors(str(path), shapes, expected)
     for name, buffer in buffers.items():
         if not np.array_equal(state[name].float().numpy(), buffer):
-            values = {"attn_mask": "the causal mask", "var": "all ones in an NVP model"}
-            value = values.get(name.rpartition(".")[2], "all zeros")
-            raise UserError(f"{path}: buffer {name} is not {value}, so this is not a TarFlow of the reference")
+            raise UserError(f"{path}: buffer {name} has other values than a reference's, so this is not its TarFlow")
     variables: dict[str, Any] = {}
     for name, row, torch_names in progress(tensors, f"reading {path.name}"):
         # Popped, so that the file's copy of a tensor is freed as soon as it is converted.
@@ -152,180 +142,115 @@ def save_torch(path: str | os.PathLike[str], config: TarFlowConfig, variables: M
 
 
 def _read_state_dict(path: Path) -> dict[str, Any]:
-    """Reads named, dense floating-point tensors, which together take no more memory than the file."""
+    """Reads named floating-point tensors from an intact file."""
     if not path.is_file():
         raise FileNotFoundError(f"no PyTorch checkpoint at {path}")
-    _check_archive(path)
-    state = load_tensors(path, mapped=True)
-    for name, tensor in state.items():
-        if not tensor.is_floating_point() or tensor.element_size() > 4:
-            raise UserError(f"{path}: tensor {name} is {tensor.dtype}; expected float32")
-    # A strided view can repeat the same few bytes endlessly; the tensors of a state dict each own their bytes.
-    if sum(tensor.nelement() * tensor.element_size() for tensor in state.values()) > path.stat().st_size:
-        raise UserError(f"{path}: the tensors claim more bytes than the file has")
-    state = {name: tensor.detach().resolve_neg() for name, tensor in state.items()}  # as NumPy needs them
-    wrapped = all(name.startswith("module.") for name in state)  # by DistributedDataParallel
-    return {name.removeprefix("module.") if wrapped else name: tensor for name, tensor in state.items()}
-
-
-def _check_archive(path: Path) -> None:
-    """Verifies the zip archive's checksums, which PyTorch ignores, and that reading takes no more memory than the file.
-
-    Uncompressed entries cannot expand. PyTorch ignores case in names, so names that differ in case alone could make it
-    read one entry many times: tensors must have numbers for names.
-    """
     try:
         with zipfile.ZipFile(path) as archive:
-            names = [name.lower() for name in archive.namelist()]
-            if len(set(names)) < len(names):
-                raise UserError("two entries have the same name")
-            for entry in archive.infolist():
-                if entry.is_dir() or entry.external_attr & _DIRECTORY:
-                    raise UserError(f"entry {entry.filename} is a directory")
-                if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
-                    raise UserError(f"entry {entry.filename} is compressed, which torch.save does not do")
-                if "/data/" in entry.filename.lower() and not entry.filename.rpartition("/")[2].isdecimal():
-                    raise UserError(f"entry {entry.filename} is no tensor's")
-            if damaged := archive.testzip():
+            if damaged := archive.testzip():  # PyTorch ignores the checksums
                 raise UserError(f"entry {damaged} fails its checksum")
-            for entry in archive.infolist():
-                if entry.filename.lower().endswith("data.pkl"):
-                    _check_pickle(archive.read(entry))
     except Exception as error:  # damaged bytes can raise anything in the zip reader
         raise UserError(
             f"{path} is not an intact PyTorch state dict, as torch.save writes it since 1.6: {one_line(error)}"
         ) from error
+    state = load_tensors(path, mapped=True)
+    for name, tensor in state.items():
+        if not tensor.is_floating_point() or tensor.element_size() > 4:
+            raise UserError(f"{path}: tensor {name} is {tensor.dtype}; expected float32")
+    wrapped = all(name.startswith("module.") for name in state)  # by DistributedDataParallel
+    return {name.removeprefix("module.") if wrapped else name: tensor.detach() for name, tensor in state.items()}
 
 
-def _check_pickle(content: bytes) -> None:
-    """Raises UserError unless the pickle holds plain tensors alone.
-
-    `torch.load(weights_only=True)` is not enough: a pickle can make it allocate any number of bytes.
-    """
-    if len(content) > _MAX_PICKLE_BYTES:
-        raise UserError(f"its data.pkl has {len(content)} bytes; expected at most {_MAX_PICKLE_BYTES}")
-    for opcode, argument, _ in pickletools.genops(content):
-        if opcode.name == "PROTO" and argument != 2:
-            raise UserError(f"its pickle protocol is {argument}; expected 2, the default of torch.save")
-        if opcode.name == "GLOBAL" and not _ALLOWED.fullmatch(str(argument)):
-            found = str(argument).replace(" ", ".")
-            raise UserError(
-                f"it holds more than tensors, and other objects are never loaded ({found}); "
-                "save `model.state_dict()` alone"
-            )
-
-
-def _tarflow_fields(path: Path, shapes: Mapping[str, Shape]) -> dict[str, Any]:
-    """Infers config fields from the shapes in a file of TarFlow or iTARFlow."""
-    if any("shared_backbone" in name for name in shapes):
-        raise UserError(f"{path} has layers that its blocks share (shared_backbone_layers); expected none")
-    with _foreign(path):
-        num_tokens, _ = shapes["blocks.0.pos_embed"]
-        num_classes, *_ = shapes.get("blocks.0.class_embed", (0,))
-        if shapes["blocks.0.attn_mask"] != (num_tokens, num_tokens):
-            raise ValueError("no mask of all tokens")  # `_buffers` would allocate one of any size
-        tokens = {shape[0] for name, shape in shapes.items() if re.fullmatch(r"blocks\.\d+\.pos_embed", name)}
-        (outputs, _), (_, token_dim) = shapes["blocks.0.proj_out.weight"], shapes["blocks.0.proj_in.weight"]
-    if len(tokens) > 1:
-        raise UserError(
-            f"{path} has blocks of {sorted(tokens)} tokens, so several patch_sizes; expected one for all blocks"
-        )
-    noise_conditional = "blocks.0.time_embed.mlp.0.weight" in shapes
-    return {
-        "num_classes": num_classes,
-        "volume_preserving": outputs == token_dim,
-        "noise_conditional": noise_conditional,
-    }
-
-
-def _starflow_fields(
-    path: Path, shapes: Mapping[str, Shape], base_size: int | None, orders: str | None
-) -> dict[str, Any]:
-    """Infers config fields from the shapes in a file of STARFlow; `base_size` and `orders` are not in it."""
-    with _foreign(path):
-        trained, _ = shapes["var"]
-        slots, others = shapes["blocks.0.attn_mask"]
-        if slots != others or math.isqrt(trained) ** 2 != trained or not 0 < trained <= slots:
-            raise ValueError("no mask of a square of tokens")
-        prefixes = [shapes[name][1] for name in shapes if re.fullmatch(r"blocks\.\d+\.proj_txt\.weight", name)]
-    fields = {
-        **STARFLOW,
-        "image_bits": 0,  # its images are latents
-        "rotary_base_size": base_size or math.isqrt(trained),
-        "orders": orders or "alternate",
-    }
-    if prefixes:
-        fields |= {
-            "condition_kind": "prefix",
-            "condition_dim": prefixes[0],
-            "condition_length": slots - trained,
-            "condition_blocks": len(prefixes) if len(prefixes) < _num_blocks(shapes) else 0,
-            "orders": orders or "backwards_first",
-        }
-    return fields
-
-
-@contextlib.contextmanager
-def _foreign(path: Path) -> Iterator[None]:
-    """Turns a missing tensor, or one of another shape, into a UserError."""
+def _read_config(
+    path: Path, shapes: Mapping[str, Shape], images: tuple[Any, int, int], base_size: int | None, orders: str | None
+) -> TarFlowConfig:
+    """Infers the config from the shapes; `check_tensors` then verifies every tensor against it."""
+    is_starflow = "blocks.0.sos_embed" in shapes
+    if not is_starflow and (base_size or orders):
+        raise UserError(f"{path} is no STARFlow; leave base_size and orders out")
     try:
-        yield
+        fields = _starflow_fields(shapes, base_size, orders) if is_starflow else _tarflow_fields(shapes)
+        width, token_dim = shapes["blocks.0.proj_in.weight"]
+        depths = _depths(shapes, "head_blocks" if fields.get("noise_conditional") else "attn_blocks")
+        trained = None if is_starflow else shapes["blocks.0.pos_embed"][0]
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"{path} is not a TarFlow of the reference: its blocks lack tensors, or have others") from error
-
-
-def _num_blocks(shapes: Mapping[str, Shape]) -> int:
-    return len({match[1] for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))})
-
-
-def _read_config(path: Path, shapes: Mapping[str, Shape], fields: Mapping[str, Any]) -> TarFlowConfig:
-    """Infers what `fields` lack from the shapes; `check_tensors` then verifies every tensor against the config."""
-    with _foreign(path):
-        width, token_dim = shapes["blocks.0.proj_in.weight"]
-    layers = "head_blocks" if fields.get("noise_conditional") else "attn_blocks"
-    matches = (re.match(rf"blocks\.(\d+)\.{layers}\.(\d+)\.", name) for name in shapes)
-    depth_of = Counter(block for block, _ in {match.groups() for match in matches if match})
-    depths = tuple(depth_of[str(k)] for k in range(_num_blocks(shapes)))
     config = TarFlowConfig(
+        *images,
         **fields,
         width=width,
         layers_per_block=depths[0] if len(set(depths)) == 1 else depths,
         num_blocks=len(depths),
         head_dim=HEAD_DIM,
     )
-    patch_size = config.patch_size
-    num_tokens, _ = shapes.get("blocks.0.pos_embed", (config.num_tokens, 0))
-    if config.num_tokens != num_tokens:
+    if trained not in (None, config.num_tokens):
         raise UserError(
-            f"{path} has {num_tokens} tokens, but {config.num_tokens} patches of {patch_size} fill an image"
+            f"{path} has {trained} tokens, but {config.num_tokens} patches of {config.patch_size} fill an image"
             f" of {config.image_size[0]}x{config.image_size[1]}; check image_size and patch_size"
         )
     if config.token_dim != token_dim:
         raise UserError(
-            f"{path} has tokens of {token_dim} numbers, but patches of {patch_size} in {config.image_channels}"
+            f"{path} has tokens of {token_dim} numbers, but patches of {config.patch_size} in {config.image_channels}"
             f" channels have {config.token_dim}; check image_channels and patch_size"
         )
     return config
 
 
+def _tarflow_fields(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """Infers config fields from the shapes in a file of TarFlow or iTARFlow."""
+    (outputs, _), (_, token_dim) = shapes["blocks.0.proj_out.weight"], shapes["blocks.0.proj_in.weight"]
+    return {
+        "num_classes": shapes.get("blocks.0.class_embed", (0,))[0],
+        "volume_preserving": outputs == token_dim,
+        "noise_conditional": "blocks.0.time_embed.mlp.0.weight" in shapes,
+    }
+
+
+def _starflow_fields(shapes: Mapping[str, Shape], base_size: int | None, orders: str | None) -> dict[str, Any]:
+    """Infers config fields from the shapes in a file of STARFlow; `base_size` and `orders` are not in it."""
+    (trained, _), (slots, _) = shapes["var"], shapes["blocks.0.attn_mask"]
+    if math.isqrt(trained) ** 2 != trained or slots < trained:
+        raise ValueError("no mask of a square of tokens")
+    prefixes = [shapes[name][1] for name in shapes if re.fullmatch(r"blocks\.\d+\.proj_txt\.weight", name)]
+    fields = {
+        **STARFLOW,
+        "image_bits": 0,  # its images are latents
+        "rotary_base_size": base_size or math.isqrt(trained),
+        "orders": orders or ("backwards_first" if prefixes else "alternate"),
+    }
+    if prefixes:
+        fields |= {
+            "condition_kind": "prefix",
+            "condition_dim": prefixes[0],
+            "condition_length": slots - trained,
+            "condition_blocks": len(prefixes) if len(prefixes) < len(_depths(shapes, "attn_blocks")) else 0,
+        }
+    return fields
+
+
+def _depths(shapes: Mapping[str, Shape], layers: str) -> tuple[int, ...]:
+    """Returns the number of layers of each block; `layers` is their name in the file."""
+    num_blocks = len({match[1] for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))})
+    matches = (re.match(rf"blocks\.(\d+)\.{layers}\.(\d+)\.", name) for name in shapes)
+    depth_of = Counter(block for block, _ in {match.groups() for match in matches if match})
+    return tuple(depth_of[str(k)] for k in range(num_blocks))
+
+
 def _check_representable(config: TarFlowConfig) -> None:
     height, width = config.image_size
-    required: dict[str, Any] = dict.fromkeys(_NEITHER) | _TARFLOW
     if config.start_token:
-        required = dict.fromkeys((*_NEITHER, *_NOT_STARFLOW)) | STARFLOW
+        required = _BOTH | _NOT_STARFLOW | STARFLOW
         if not config.rotary_base_size:
             raise UserError("the PyTorch reference has rotary embeddings by slot; this model's are by patch")
-    elif height != width:
-        raise UserError(f"the PyTorch reference has only square images; this model's are {height}x{width}")
-    elif len(set(config.depths)) != 1 and not config.noise_conditional:
-        raise UserError(f"the PyTorch reference has blocks of equal depth; this model's are {config.depths}")
+    else:
+        required = _BOTH | _TARFLOW
+        if height != width:
+            raise UserError(f"the PyTorch reference has only square images; this model's are {height}x{width}")
+        if len(set(config.depths)) != 1 and not config.noise_conditional:
+            raise UserError(f"the PyTorch reference has blocks of equal depth; this model's are {config.depths}")
     for name, value in required.items():
-        found = getattr(config, name)
-        if found != (value or type(found)()):
-            has = f"{name} {value}" if value else f"no {name}"
-            raise UserError(f"the PyTorch reference has {has}; this model's is {found}")
-    if config.head_dim != HEAD_DIM:
-        raise UserError(f"the PyTorch reference has head_dim {HEAD_DIM}; this model's is {config.head_dim}")
+        if getattr(config, name) != value:
+            raise UserError(f"the PyTorch reference has {name} {value}; this model's is {getattr(config, name)}")
 
 
 def _tensors(config: TarFlowConfig) -> Iterator[tuple[str, Parameter, list[str]]]:
