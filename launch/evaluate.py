@@ -91,9 +91,9 @@ class Evaluation:
         if not workdir and DATA.value is None:
             raise UserError("a saved model does not say what data it was trained on; name it, --data=NAME")
         self.pipe = cli.open_pipeline(name, make_mesh(devices=jax.local_devices()), sequences=True)
-        self.whole: TextToImage | None = None  # of a flow of latents, whose images are decoded
+        self.text_to_image: TextToImage | None = None  # of a flow of latents, whose images are decoded
         if self.pipe.config.image_bits == 0:
-            self.whole = TextToImage.around(self.pipe, name)
+            self.text_to_image = TextToImage.around(self.pipe, name)
         self.data_dir = data_folder(self._trained_on.data_dir)
         self.out = epath.Path(cli.folder("out") if OUT.value else f"{place}/evaluation")
         self.data_set = DATA.value or self._trained_on.source
@@ -138,12 +138,12 @@ class Evaluation:
         source = open_source(
             self.data_set,
             split,
-            image_size=None if self.whole else self.pipe.config.image_size,
+            image_size=None if self.text_to_image else self.pipe.config.image_size,
             preprocessing=PREPROCESSING.value or self._trained_on.preprocessing,
             data_dir=self.data_dir,
             skip_bad=self._trained_on.skip_bad,
         )
-        if self.whole and source.bits:
+        if self.text_to_image and source.bits:
             return source  # to compare samples with
         if source.image_shape != self.pipe.config.image_shape:
             raise UserError(f"{source.name} has images {source.image_shape}, the model {self.pipe.config.image_shape}")
@@ -161,7 +161,7 @@ class Evaluation:
     @functools.cached_property
     def captions(self) -> list[str]:
         """The captions to draw in turn: --prompts, or those of the reference split, shuffled; [] without text."""
-        if not (self.whole and self.whole.text):
+        if not (self.text_to_image and self.text_to_image.text):
             return []
         if PROMPTS.value:
             lines = epath.Path(os.path.expanduser(PROMPTS.value)).read_text().splitlines()
@@ -173,7 +173,7 @@ class Evaluation:
     @property
     def denoises(self) -> bool:
         """Whether samples are denoised by default."""
-        return self.whole.denoises if self.whole else self.pipe.noise_std is not None
+        return self.text_to_image.denoises if self.text_to_image else self.pipe.noise_std is not None
 
     def outliers(self) -> ImageSource:
         return open_source(OUTLIERS.value, SPLIT.value, data_dir=self.data_dir)
@@ -186,14 +186,14 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
     if wrong := [metric for metric in metrics if (metric == "log_prob") != of_sequences]:
         kind = "images; log_prob is for sequences" if of_sequences else "sequences; bits_per_dim is for images"
         raise UserError(f"{wrong[0]} is for {kind}")
-    if evaluation.whole:
+    if evaluation.text_to_image:
         if wrong := set(metrics) & {"classification", "outliers"}:
             raise UserError(f"{min(wrong)} is for a flow of images; this one is of latents")
         if "bits_per_dim" in metrics and source.bits:
             raise UserError(
                 f"log p is of latents, and {source.name} has images; name the packed ones, --data=latents:…"
             )
-        if of_samples and evaluation.whole.text and not evaluation.captions:
+        if of_samples and evaluation.text_to_image.text and not evaluation.captions:
             raise UserError("there are no captions to draw; name a file with one a line, --prompts=FILE")
     if "bits_per_dim" in metrics and pipe.noise_std is not None and not ALLOW_NOISY.value:
         raise UserError(
@@ -261,7 +261,7 @@ def measure_likelihood(evaluation: Evaluation) -> dict[str, Any]:
     else:
         log_probs = dataset_log_prob(runner, pipe.config, variables, source, pipe.noise, key, levels)
         values = -log_probs.astype(np.float64) / pipe.config.num_dims
-        unit = f"nats/dim of noisy {'latents' if evaluation.whole else 'data'}"
+        unit = f"nats/dim of noisy {'latents' if evaluation.text_to_image else 'data'}"
         more = {} if level is None else {"noise level": level}
     if not np.isfinite(values).all():
         raise UserError("log p(x) is not finite for some images; their mean would be no number")
@@ -410,17 +410,17 @@ def draw(evaluation: Evaluation, guidance: Guidance, denoise: bool, counts: np.n
         **decoder_protocol(pipe),
     }
     captions = evaluation.captions
-    if evaluation.whole:
-        protocol |= {"captions": captions, "autoencoder": fingerprint(evaluation.whole.autoencoder.params)}
+    if evaluation.text_to_image:
+        protocol |= {"captions": captions, "autoencoder": fingerprint(evaluation.text_to_image.autoencoder.params)}
     folder = generation.chunk_folder(evaluation.out / "samples", protocol)
 
     def sample(key: jax.Array, number: int, labels: jax.Array | None) -> jax.Array:
-        if not evaluation.whole:
+        if not evaluation.text_to_image:
             return pipe.sample(key, number, labels, guidance, denoise, MULTIPLIER.value, cli.decoder())
         options = {"decoder": cli.decoder(), "denoise": denoise}
         if captions:
-            return evaluation.whole([captions[i] for i in labels], 1, guidance, key, **options)
-        return evaluation.whole(None, number, guidance, key, labels=labels, **options)
+            return evaluation.text_to_image([captions[i] for i in labels], 1, guidance, key, **options)
+        return evaluation.text_to_image(None, number, guidance, key, labels=labels, **options)
 
     generation.generate(sample, folder, NUM_SAMPLES.value, CHUNK_SIZE, counts, SEED.value)
     if jax.process_count() > 1:
