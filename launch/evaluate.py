@@ -6,7 +6,6 @@
 Prints tables, and writes them with their protocol to DIR/evaluation/. What each metric is: docs/howto/evaluate.md.
 """
 
-import dataclasses
 import functools
 import hashlib
 import itertools
@@ -23,7 +22,6 @@ import numpy as np
 from absl import flags
 from etils import epath
 from flax.traverse_util import flatten_dict
-from jax.experimental import multihost_utils
 
 from launch import cli, end_at_signals
 from tarflow_jax.arguments import check_levels, check_student_guidance
@@ -45,7 +43,6 @@ from tarflow_jax.training.recipe import DataOptions, same_data
 
 ALL_METRICS = ("bits_per_dim", *distances.METRICS, "classification", "outliers", "log_prob")
 NUM_CANDIDATES, TUNING_IMAGES = 8, 500  # to find the noise level that classifies best
-CHUNK_SIZE = 500  # samples in a file
 
 DATA = flags.DEFINE_string("data", None, "Data set; default: the one the run was trained on.")
 PREPROCESSING = flags.DEFINE_string("preprocessing", None, "Preprocessing of --data: none, tarflow or adm.")
@@ -343,8 +340,12 @@ def measure_samples(evaluation: Evaluation, metrics: list[str]) -> tuple[list[di
     counts, labels = label_counts(pipe.config.num_classes, source)
     if captions:
         counts, labels = np.ones(len(captions), np.int64), f"{len(captions)} captions in turn"
-    settings = sample_settings(evaluation.denoises)
-    folders = [draw(evaluation, guidance, denoise, counts) for guidance, denoise in settings]
+    settings, model = sample_settings(evaluation.denoises), evaluation.text_to_image or pipe
+    folders = []
+    for guidance, denoise in settings:
+        sampler = generation.Sampler(model, guidance, denoise, MULTIPLIER.value, cli.decoder(), captions)
+        root = evaluation.out / "samples"
+        folders.append(generation.draw_samples(sampler, root, NUM_SAMPLES.value, counts, SEED.value))
     if jax.process_index():
         return [], {}
     if INCEPTION.value:
@@ -357,7 +358,7 @@ def measure_samples(evaluation: Evaluation, metrics: list[str]) -> tuple[list[di
         reference = distances.data_set_reference(network, source, REFERENCE_SPLIT.value, cache_dir)
     rows = []
     for (guidance, denoise), folder in zip(settings, folders, strict=True):
-        samples = generation.read_chunks(folder, NUM_SAMPLES.value, CHUNK_SIZE, counts)
+        samples = generation.read_chunks(folder, NUM_SAMPLES.value, generation.CHUNK_SIZE, counts)
         row = {"guidance": guidance.weight, "denoised": denoise, "not finite": samples.num_not_finite}
         features = network(samples.images, f"features, guidance {guidance.weight:g}")
         rows.append(row | distances.sample_metrics(metrics, network.name, features, reference))
@@ -396,36 +397,6 @@ def decoder_protocol(pipe: TarFlowPipeline) -> dict[str, str]:
         return {"decoder": name}
     weights = fingerprint(pipe.require_student().variables)
     return {"decoder": f"student, polish {polish}" if polish else name, "student": weights}
-
-
-def draw(evaluation: Evaluation, guidance: Guidance, denoise: bool, counts: np.ndarray) -> epath.Path:
-    """Draws a setting's missing samples; returns their folder when all processes are done."""
-    pipe = evaluation.pipe
-    protocol = {
-        **{name: evaluation.protocol[name] for name in ("fingerprint", "seed", "compute")},
-        "guidance": dataclasses.asdict(guidance) if guidance.weight else None,
-        "denoise": MULTIPLIER.value if denoise else None,
-        "chunk_size": CHUNK_SIZE,
-        "class_counts": counts.tolist(),
-        **decoder_protocol(pipe),
-    }
-    captions = evaluation.captions
-    if evaluation.text_to_image:
-        protocol |= {"captions": captions, "autoencoder": fingerprint(evaluation.text_to_image.autoencoder.params)}
-    folder = generation.chunk_folder(evaluation.out / "samples", protocol)
-
-    def sample(key: jax.Array, number: int, labels: jax.Array | None) -> jax.Array:
-        if not evaluation.text_to_image:
-            return pipe.sample(key, number, labels, guidance, denoise, MULTIPLIER.value, cli.decoder())
-        options = {"decoder": cli.decoder(), "denoise": denoise}
-        if captions:
-            return evaluation.text_to_image([captions[i] for i in labels], 1, guidance, key, **options)
-        return evaluation.text_to_image(None, number, guidance, key, labels=labels, **options)
-
-    generation.generate(sample, folder, NUM_SAMPLES.value, CHUNK_SIZE, counts, SEED.value)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"samples in {folder}")
-    return folder
 
 
 MEASURES = {

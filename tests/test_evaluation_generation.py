@@ -1,9 +1,16 @@
+import dataclasses
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tarflow_jax import Guidance, Noise, TarFlowPipeline
 from tarflow_jax.evaluation import generation
+from tarflow_jax.evaluation.generation import Sampler
+from tarflow_jax.sampling import Jacobi, Sequential
+from tiny_models import TINY, random_variables
 
 PROTOCOL = {"seed": 3, "guidance": 1.0}
 EQUAL = np.array([5, 5])
@@ -86,6 +93,23 @@ def test_a_protocol_has_its_own_folder(tmp_path):
     first = generation.chunk_folder(tmp_path, PROTOCOL)
     assert generation.chunk_folder(tmp_path, dict(reversed(PROTOCOL.items()))) == first
     assert generation.chunk_folder(tmp_path, PROTOCOL | {"guidance": 2.0}) != first
+
+
+def test_models_of_equal_weights_that_differ_otherwise_share_no_samples():
+    gaussian, variables = Noise("gaussian", 0.1), random_variables(TINY)
+    sampler = Sampler(TarFlowPipeline(TINY, variables, gaussian), Guidance(1.0), True, 1.0, Sequential())
+    limited = dataclasses.replace(TINY, input_limit=3.0)
+    others = [
+        {"model": TarFlowPipeline(TINY, variables, Noise("gaussian", 0.2))},
+        {"model": TarFlowPipeline(limited, variables, gaussian)},
+        {"guidance": Guidance(2.0)},
+        {"denoise": False},
+        {"denoise_multiplier": 0.5},
+        {"decoder": Jacobi()},
+    ]
+    protocols = [dataclasses.replace(sampler, **other).protocol() for other in ({}, {}, *others)]
+    assert protocols[0] == protocols[1]
+    assert len(set(map(json.dumps, protocols))) == 1 + len(others)
 
 
 def test_eight_bit_values_are_the_nearest():

@@ -3,6 +3,7 @@
 Chunk i depends only on the key fold_in(key(seed), i), so any process can draw it at any time.
 """
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -13,13 +14,71 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from tarflow_jax.errors import UserError
 from tarflow_jax.figures import to_uint8
 from tarflow_jax.files import read_npz, write_npz, write_text
+from tarflow_jax.fingerprint import fingerprint
+from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import progress
+from tarflow_jax.sampling import DEFAULT_DENOISING, Decoder, Guidance, Student
+from tarflow_jax.text_to_image import TextToImage
 
+CHUNK_SIZE = 500  # samples in a file
 NOT_FINITE = 128  # grey, in place of a pixel that is NaN or infinite
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """Draws images of a model, always with the same settings.
+
+    Attributes:
+      model: a flow of images, or one of latents with its autoencoder.
+      guidance, denoise, decoder: see `TarFlowPipeline.sample`.
+      denoise_multiplier: the same; latents are denoised with 1.
+      captions: label i stands for caption i, if the model draws from captions.
+    """
+
+    model: TarFlowPipeline | TextToImage
+    guidance: Guidance
+    denoise: bool
+    denoise_multiplier: float
+    decoder: Decoder
+    captions: Sequence[str] = ()
+
+    def __call__(self, key: jax.Array, number: int, labels: Any) -> jax.Array:
+        """Returns float32 [number, H, W, K] in about [-1, 1]."""
+        if isinstance(self.model, TarFlowPipeline):
+            return self.model.sample(
+                key, number, labels, self.guidance, self.denoise, self.denoise_multiplier, self.decoder
+            )
+        prompts = None
+        if self.captions:
+            prompts, number, labels = [self.captions[i] for i in labels], 1, None
+        options = {"labels": labels, "decoder": self.decoder, "denoise": self.denoise}
+        return self.model(prompts, number, self.guidance, key, **options)
+
+    def protocol(self) -> dict[str, Any]:
+        """Returns all that the images depend on besides the key and the labels, for JSON."""
+        flow = self.model if isinstance(self.model, TarFlowPipeline) else self.model.flow
+        denoising = {"multiplier": self.denoise_multiplier, "method": DEFAULT_DENOISING.to_dict()}
+        protocol: dict[str, Any] = {
+            "fingerprint": fingerprint(flow.variables),
+            "config": flow.config.to_dict(),
+            "noise": flow.noise and flow.noise.to_dict(),
+            "guidance": self.guidance.to_dict() if self.guidance.weight else None,
+            "denoising": denoising if self.denoise else None,
+            "decoder": repr(self.decoder),
+        }
+        if isinstance(self.decoder, Student):
+            student = flow.require_student()
+            protocol["student"] = [fingerprint(student.variables), student.config.to_dict()]
+        if isinstance(self.model, TextToImage):
+            autoencoder, text = self.model.autoencoder, self.model.text
+            protocol["autoencoder"] = [fingerprint(autoencoder.params), autoencoder.config.to_dict()]
+            protocol |= {"text_encoder": text and text.fingerprint, "captions": self.captions}
+        return protocol
 
 
 class Samples(NamedTuple):
@@ -62,6 +121,19 @@ def chunk_folder(root: epath.PathLike, protocol: Mapping[str, Any]) -> epath.Pat
     text = json.dumps(dict(protocol), indent=2, sort_keys=True)
     folder = epath.Path(root) / hashlib.sha256(text.encode()).hexdigest()[:16]
     write_text(folder / "protocol.json", text)
+    return folder
+
+
+def draw_samples(
+    sampler: Sampler, root: epath.PathLike, num_images: int, class_counts: Sequence[int] | np.ndarray, seed: int
+) -> epath.Path:
+    """Draws the missing samples of a protocol in its folder below `root`; returns it when all processes are done."""
+    counts = np.asarray(class_counts, np.int64).tolist()
+    protocol = {"seed": seed, "chunk_size": CHUNK_SIZE, "class_counts": counts}
+    folder = chunk_folder(root, sampler.protocol() | protocol)
+    generate(sampler, folder, num_images, CHUNK_SIZE, class_counts, seed)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"samples in {folder}")
     return folder
 
 
