@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
@@ -30,19 +29,17 @@ from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation import classification, distances, generation
 from tarflow_jax.evaluation.classifier import classifier_network
 from tarflow_jax.evaluation.inception import inception_network
+from tarflow_jax.evaluation.likelihood import measure_likelihood
 from tarflow_jax.files import write_text
 from tarflow_jax.fingerprint import fingerprint
-from tarflow_jax.noise import to_float
-from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import BatchRunner, environment, make_mesh
 from tarflow_jax.sampling import Guidance
-from tarflow_jax.scoring import dataset_log_prob, image_bits_per_dim, sequence_log_prob
 from tarflow_jax.text_to_image import TextToImage
 from tarflow_jax.training import Recipe
 from tarflow_jax.training.recipe import DataOptions, same_data
 
 ALL_METRICS = ("bits_per_dim", *distances.METRICS, "classification", "outliers", "log_prob")
-NUM_CANDIDATES, TUNING_IMAGES = 8, 500  # to find the noise level that classifies best
+TUNING_IMAGES = 500  # to find the noise level that classifies best
 
 DATA = flags.DEFINE_string("data", None, "Data set; default: the one the run was trained on.")
 PREPROCESSING = flags.DEFINE_string("preprocessing", None, "Preprocessing of --data: none, tarflow or adm.")
@@ -235,84 +232,27 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
     (evaluation.out / ".writable").unlink(missing_ok=True)
 
 
-def noise_level(pipe: TarFlowPipeline) -> float | None:
-    """Returns σ for a noise-conditional flow, --noise_std or the lowest; None for other flows."""
-    if pipe.config.noise_conditional and NOISE_STD.value is None:
-        return pipe.noise.std_min
-    return NOISE_STD.value
-
-
-def measure_likelihood(evaluation: Evaluation) -> dict[str, Any]:
-    """Measures bits per dimension; nats per dimension of noisy data for Gaussian training noise; nats of sequences."""
-    runner = BatchRunner(make_mesh())  # over all processes, which share the split
-    pipe, source, level = evaluation.pipe, evaluation.source(SPLIT.value), noise_level(evaluation.pipe)
-    variables, key = runner.place(pipe.variables), jax.random.key(SEED.value)
-    levels = None if level is None else np.array([level], np.float32)
-    if pipe.config.is_sequence:
-        values, unit, more = sequence_log_prob(runner, pipe.config, variables, source), "log p, nats", {}
-    elif pipe.noise_std is None:
-        values = image_bits_per_dim(runner, pipe.config, variables, source, key, DRAWS.value, levels)
-        unit, more = "bits/dim", {"dequantisation draws": DRAWS.value, "precision": "float32, full matmul"}
-        if pipe.config.image_bits != 8:
-            more["levels"] = 2**pipe.config.image_bits
-    else:
-        log_probs = dataset_log_prob(runner, pipe.config, variables, source, pipe.noise, key, levels)
-        values = -log_probs.astype(np.float64) / pipe.config.num_dims
-        unit = f"nats/dim of noisy {'latents' if evaluation.text_to_image else 'data'}"
-        more = {} if level is None else {"noise level": level}
-    if not np.isfinite(values).all():
-        raise UserError("log p(x) is not finite for some images; their mean would be no number")
-    error = float(values.std(ddof=1) / np.sqrt(len(values)))
-    count = "sequences" if pipe.config.is_sequence else "images"
-    return {unit: float(values.mean()), "standard error": error, count: len(values)} | more
-
-
-def noisy_images(pipe: TarFlowPipeline, images: np.ndarray, key: jax.Array, level: float | None) -> jax.Array:
-    """Adds the training noise, at `level` for a noise-conditional flow, to 8-bit images: float32 [N, H, W, K]."""
-    if pipe.noise is None:
-        return to_float(jnp.asarray(images))
-    return pipe.noise(key, jnp.asarray(images), None if level is None else jnp.full(len(images), level))
-
-
-def mean_class_log_probs(pipe: TarFlowPipeline, images: np.ndarray, level: float | None, draws: int = 1) -> np.ndarray:
-    """Averages log p(x | y) of 8-bit images under every label over draws of noise: nats, float64 [N, C]."""
-    log_prob = functools.partial(pipe.log_prob, noise_std=level)
-    found = []
-    for draw in range(draws):
-        key = jax.random.key(SEED.value)
-        noisy = noisy_images(pipe, images, jax.random.fold_in(key, draw) if draw else key, level)
-        found.append(classification.class_log_probs(log_prob, noisy, pipe.config.num_classes))
-    return np.mean(found, axis=0)
-
-
-def best_level(evaluation: Evaluation) -> float:
-    """Returns the candidate noise level at which Bayes' rule classifies the most training images correctly."""
-    levels = [float(level) for level in evaluation.pipe.noise.quantiles(NUM_CANDIDATES)]
-    source = evaluation.source("train")
-    images, labels = source.read(np.arange(min(len(source), TUNING_IMAGES)))
-    correct = [(mean_class_log_probs(evaluation.pipe, images, level).argmax(1) == labels).sum() for level in levels]
-    return levels[int(np.argmax(correct))]
-
-
-def measure_classification(evaluation: Evaluation) -> dict[str, Any]:
-    """Classifies the split by Bayes' rule."""
-    source, level = evaluation.source(SPLIT.value), NOISE_STD.value
-    if level is None and evaluation.pipe.config.noise_conditional:
-        level = best_level(evaluation)
-    images, labels = source.read(np.arange(len(source)))
-    log_probs = mean_class_log_probs(evaluation.pipe, images, level, CLASSIFICATION_DRAWS.value)
-    found = classification.bayes_classification(log_probs, labels) | {"draws": CLASSIFICATION_DRAWS.value}
-    return found if level is None else found | {"noise_level": level}
-
-
-def measure_outliers(evaluation: Evaluation) -> dict[str, Any]:
-    """Compares unconditional log p of the split with that of the same split of --outliers."""
-    pipe, level = evaluation.pipe, noise_level(evaluation.pipe)
-    keys, log_probs = jax.random.split(jax.random.key(SEED.value)), []
-    for source, key in zip((evaluation.source(SPLIT.value), evaluation.outliers()), keys, strict=True):
-        images = classification.fit_images(source.read(np.arange(len(source)))[0], pipe.config.image_shape)
-        log_probs.append(np.asarray(pipe.log_prob(noisy_images(pipe, images, key, level), noise_std=level)))
-    return classification.outlier_scores(*log_probs, pipe.config.num_dims)
+def measure(evaluation: Evaluation, metric: str) -> dict[str, Any]:
+    """Measures what needs no samples."""
+    pipe, source, key = evaluation.pipe, evaluation.source(SPLIT.value), jax.random.key(SEED.value)
+    level = NOISE_STD.value
+    if metric == "classification":
+        if level is None and pipe.config.noise_conditional:
+            train = evaluation.source("train")
+            tuning = train.read(np.arange(min(len(train), TUNING_IMAGES)))
+            level = classification.best_noise_level(pipe, *tuning, key)
+        images, labels = source.read(np.arange(len(source)))
+        log_probs = classification.mean_class_log_probs(pipe, images, key, level, CLASSIFICATION_DRAWS.value)
+        result = classification.bayes_classification(log_probs, labels) | {"draws": CLASSIFICATION_DRAWS.value}
+        return result if level is None else result | {"noise_level": level}
+    if level is None and pipe.config.noise_conditional:
+        level = pipe.noise.std_min
+    if metric == "outliers":
+        outside = evaluation.outliers()
+        both = (each.read(np.arange(len(each)))[0] for each in (source, outside))
+        return classification.detect_outliers(pipe, *both, key, level)
+    # Over all processes, which share the split.
+    return measure_likelihood(pipe, source, key, level, DRAWS.value, BatchRunner(make_mesh()))
 
 
 def sample_settings(denoise: bool) -> list[tuple[Guidance, bool]]:
@@ -337,7 +277,7 @@ def measure_samples(evaluation: Evaluation, metrics: list[str]) -> tuple[list[di
     """Returns a row for each setting of guidance and denoising, and the protocol that the rows share."""
     pipe, cache_dir = evaluation.pipe, evaluation.data_dir / "evaluation"
     source, captions = evaluation.images(REFERENCE_SPLIT.value), evaluation.captions
-    counts, labels = label_counts(pipe.config.num_classes, source)
+    counts, labels = generation.class_counts(pipe.config.num_classes, None if REFERENCE.value else source)
     if captions:
         counts, labels = np.ones(len(captions), np.int64), f"{len(captions)} captions in turn"
     settings, model = sample_settings(evaluation.denoises), evaluation.text_to_image or pipe
@@ -364,47 +304,19 @@ def measure_samples(evaluation: Evaluation, metrics: list[str]) -> tuple[list[di
         rows.append(row | distances.sample_metrics(metrics, network.name, features, reference))
     if SAVE_SAMPLES.value:
         generation.write_samples(os.path.expanduser(SAVE_SAMPLES.value), samples.images, samples.labels)
+    decoder, polish = flags.FLAGS.decoder, flags.FLAGS.polish
+    student = {"student": fingerprint(pipe.require_student().variables)} if decoder == "student" else {}
     protocol = {
         "num_samples": NUM_SAMPLES.value,
         "labels": labels,
-        **decoder_protocol(pipe),
+        "decoder": f"{decoder}, polish {polish}" if polish else decoder,
+        **student,
         **{name: flags.FLAGS[name].value for name in cli.GUIDANCE_FLAGS},
         "denoise_multiplier": MULTIPLIER.value,
         "network": f"{network.name}, {network.identity}",
         "reference": reference.protocol,
     }
     return rows, protocol
-
-
-def label_counts(num_classes: int, reference: ImageSource) -> tuple[np.ndarray, str]:
-    """Returns how often samples have each label, as coprime integers [C], and the words for it in the protocol.
-
-    As often as in the reference split, if known: otherwise a distance would measure the labels, not the images.
-    """
-    if not num_classes:
-        return np.zeros(0, np.int64), "none"
-    if not REFERENCE.value:
-        counts = reference.class_counts()
-        if len(counts) == num_classes and counts.any():
-            return counts // np.gcd.reduce(counts), "as often as in the reference split"
-    return np.ones(num_classes, np.int64), "in turn"
-
-
-def decoder_protocol(pipe: TarFlowPipeline) -> dict[str, str]:
-    """Returns the protocol's entries for --decoder and --polish."""
-    name, polish = flags.FLAGS.decoder, flags.FLAGS.polish
-    if name != "student":
-        return {"decoder": name}
-    weights = fingerprint(pipe.require_student().variables)
-    return {"decoder": f"student, polish {polish}" if polish else name, "student": weights}
-
-
-MEASURES = {
-    "bits_per_dim": measure_likelihood,
-    "log_prob": measure_likelihood,
-    "classification": measure_classification,
-    "outliers": measure_outliers,
-}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -426,11 +338,11 @@ def main(argv: Sequence[str]) -> None:
     protocol = evaluation.protocol
     writes = jax.process_index() == 0
     for metric in metrics:
-        if metric in MEASURES:
-            results[metric] = MEASURES[metric](evaluation)
+        if metric not in distances.METRICS:
+            results[metric] = measure(evaluation, metric)
             row = {name: value for name, value in results[metric].items() if not isinstance(value, list)}
             if writes:
-                print(cli.format_table(results[metric].get("rows", [row])), flush=True)
+                print(cli.format_table([row]), flush=True)
     if of_samples := [metric for metric in metrics if metric in distances.METRICS]:
         results["samples"], more = measure_samples(evaluation, of_samples)
         protocol = protocol | more

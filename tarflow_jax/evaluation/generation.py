@@ -6,7 +6,6 @@ Chunk i depends only on the key fold_in(key(seed), i), so any process can draw i
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from tarflow_jax.data import ImageSource
 from tarflow_jax.errors import UserError
 from tarflow_jax.figures import to_uint8
 from tarflow_jax.files import read_npz, write_npz, write_text
@@ -111,6 +111,20 @@ def labels_in_proportion(class_counts: Sequence[int] | np.ndarray, num_images: i
         labels[i] = np.argmax(share * (i + 1) - total * drawn)
         drawn[labels[i]] += 1
     return labels
+
+
+def class_counts(num_classes: int, reference: ImageSource | None) -> tuple[np.ndarray, str]:
+    """Returns how often samples have each label, as coprime integers [C], and the words for it in a protocol.
+
+    As often as in the reference, if known: otherwise a distance would measure the labels, not the images.
+    """
+    if not num_classes:
+        return np.zeros(0, np.int64), "none"
+    if reference is not None:
+        counts = reference.class_counts()
+        if len(counts) == num_classes and counts.any():
+            return counts // np.gcd.reduce(counts), "as often as in the reference split"
+    return np.ones(num_classes, np.int64), "in turn"
 
 
 def chunk_folder(root: epath.PathLike, protocol: Mapping[str, Any]) -> epath.Path:
@@ -213,8 +227,3 @@ def read_samples(path: epath.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
 def as_colour(images: np.ndarray) -> np.ndarray:
     """Repeats grey images [N, H, W, 1] to [N, H, W, 3], which Inception and ADM's files expect."""
     return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
-
-
-def file_stem(name: str) -> str:
-    """Turns a name, such as the data set "folder:/data/cats", into letters, digits, dots and underscores."""
-    return re.sub(r"[^\w.]+", "_", name).strip("_")
