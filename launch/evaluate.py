@@ -252,7 +252,7 @@ def measure(evaluation: Evaluation, metric: str) -> dict[str, Any]:
         both = (each.read(np.arange(len(each)))[0] for each in (source, outside))
         return classification.detect_outliers(pipe, *both, key, level)
     # Over all processes, which share the split.
-    return measure_likelihood(pipe, source, key, level, DRAWS.value, BatchRunner(make_mesh()))
+    return measure_likelihood(pipe, source, key, level, DRAWS.value, BatchRunner(make_mesh(), cli.memory_bound()))
 
 
 def sample_settings(denoise: bool) -> list[tuple[Guidance, bool]]:
