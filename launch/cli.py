@@ -216,7 +216,7 @@ def define_checkpoint_flag() -> None:
 
 def memory_bound() -> int | None:
     """Returns --memory_bound in bytes; None if it is left out, or if the command does not have it."""
-    gibibytes = flags.FLAGS.get_flag_value("memory_bound", None)
+    gibibytes = flags.FLAGS.memory_bound if "memory_bound" in flags.FLAGS else None
     return None if gibibytes is None else int(gibibytes * 2**30)
 
 
