@@ -262,7 +262,7 @@ def measure_samples(evaluation: Evaluation, metrics: list[str]) -> tuple[list[di
     """Returns a row for each setting of guidance and denoising, and the protocol that the rows share."""
     pipe, captions, cache_dir = evaluation.pipe, evaluation.captions, evaluation.data_dir / "evaluation"
     source, file = evaluation.images(REFERENCE_SPLIT.value), REFERENCE.value and os.path.expanduser(REFERENCE.value)
-    counts, labels = generation.class_counts(pipe.config.num_classes, None if file else source)
+    counts, labels = generation.label_counts(pipe.config.num_classes, None if file else source)
     if captions:
         counts, labels = np.ones(len(captions), np.int64), f"{len(captions)} captions in turn"
     folders = {}
@@ -283,7 +283,7 @@ def measure_samples(evaluation: Evaluation, metrics: list[str]) -> tuple[list[di
         reference = distances.data_set_reference(network, source, REFERENCE_SPLIT.value, cache_dir)
     rows = []
     for (weight, denoise), folder in folders.items():
-        samples = generation.read_chunks(folder, NUM_SAMPLES.value, generation.CHUNK_SIZE, counts)
+        samples = generation.read_chunks(folder, NUM_SAMPLES.value, counts)
         features = network(samples.images, f"features, guidance {weight:g}")
         row = {"guidance": weight, "denoised": denoise, "not finite": samples.num_not_finite}
         rows.append(row | distances.sample_metrics(metrics, network.name, features, reference))

@@ -16,7 +16,6 @@ from configs import digits
 from tarflow_jax import data
 from tarflow_jax.evaluation import scores
 from tarflow_jax.evaluation.classifier import classifier_network
-from tarflow_jax.evaluation.generation import read_samples
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.noise import Noise
 from tarflow_jax.pipeline import TarFlowPipeline
@@ -110,7 +109,7 @@ def test_tables_and_file_state_the_protocol(model, tmp_path):
     named = f"classifier, judge digits, sha256 {judge['sha256']} (test accuracy {judge['accuracy']:.4f}; "
     assert content["protocol"]["network"].startswith(named)
     assert f"network: {named}" in out
-    images, labels = read_samples(tmp_path / "samples.npz")
+    images, labels = np.load(tmp_path / "samples.npz").values()
     assert images.shape == (200, 8, 8, 3)
     assert content["protocol"]["labels"] == "as often as in the reference split"
     real = data.open_source("digits", "train", data_dir=tmp_path / "data").labels

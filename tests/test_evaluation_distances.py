@@ -115,8 +115,6 @@ def test_what_a_network_or_a_reference_lacks_is_refused():
         distances.sample_metrics(["precision_recall"], "inception", features, bare)
     with pytest.raises(ValueError, match="--inception=FILE"):
         distances.check_metrics(["sfid"], "classifier", 5000)
-    with pytest.raises(ValueError, match="unknown metric 'fdi'"):
-        distances.check_metrics(["fdi"], "inception", 5000)
     with pytest.raises(ValueError, match="--num_samples is 2000; fid needs at least 2048"):
         distances.check_metrics(["fid"], "inception", 2000)
     with pytest.raises(ValueError, match="--num_samples is 999; kid needs at least 1000"):
@@ -170,7 +168,7 @@ def test_classifier_learns_is_cached_and_states_its_accuracy(tmp_path, monkeypat
         classifier.classifier_network(swapped, test, tmp_path)
 
     path.write_bytes(b"rubbish")
-    with pytest.raises(ValueError, match="delete it"):
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
         classifier.classifier_network(train, test, tmp_path)
     with pytest.raises(ValueError, match="no classes"):
         classifier.classifier_network(ArraySource("plain", images), test, tmp_path)

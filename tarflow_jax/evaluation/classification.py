@@ -65,8 +65,6 @@ def bayes_classification(log_probs: np.ndarray, labels: np.ndarray) -> dict[str,
       accuracy; temperature; negative_log_likelihood in nats and calibration_error, and both again as raw_…, at
       temperature 1.
     """
-    if log_probs.ndim != 2 or labels.shape != log_probs.shape[:1]:
-        raise UserError(f"expected log p [N, C] and N labels, got {log_probs.shape} and {labels.shape}")
     if not np.isfinite(log_probs).all():
         raise UserError("log p(x | y) is not finite for some images; the model cannot classify them")
 

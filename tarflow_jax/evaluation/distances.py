@@ -133,15 +133,13 @@ def file_reference(network: FeatureNetwork, path: str | Path, metrics: list[str]
     reference = read_reference(path)
     features, protocol = reference.features, {"file": Path(path).name, "sha256": sha256(path)} | reference.protocol
     if features is None and {"kid", "precision_recall"} & set(metrics):
-        features = network(as_colour(read_samples(path)[0]), "features of the reference").pooled
+        features = network(as_colour(read_samples(path)), "features of the reference").pooled
     return dataclasses.replace(reference, features=features, protocol=protocol)
 
 
 def check_metrics(metrics: list[str], network: str, num_samples: int, num_real: int | None = None) -> None:
-    """Raises UserError for a metric that is unknown, undefined for this network, or needs more images."""
+    """Raises UserError for a metric that is undefined for this network, or needs more images."""
     for metric in metrics:
-        if metric not in METRICS:
-            raise UserError(f"unknown metric {metric!r}; expected one of {', '.join(METRICS)}")
         if metric not in NAMES[network]:
             raise UserError(f"{metric} is defined by Inception's features alone; name their file, --inception=FILE")
         needed = MIN_IMAGES.get(metric, NUM_FEATURES[network])

@@ -6,7 +6,7 @@ Chunk i depends only on the key fold_in(key(seed), i), so any process can draw i
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -113,7 +113,7 @@ def labels_in_proportion(class_counts: Sequence[int] | np.ndarray, num_images: i
     return labels
 
 
-def class_counts(num_classes: int, reference: ImageSource | None) -> tuple[np.ndarray, str]:
+def label_counts(num_classes: int, reference: ImageSource | None) -> tuple[np.ndarray, str]:
     """Returns how often samples have each label, as coprime integers [C], and the words for it in a protocol.
 
     As often as in the reference, if known: otherwise a distance would measure the labels, not the images.
@@ -127,45 +127,27 @@ def class_counts(num_classes: int, reference: ImageSource | None) -> tuple[np.nd
     return np.ones(num_classes, np.int64), "in turn"
 
 
-def chunk_folder(root: epath.PathLike, protocol: Mapping[str, Any]) -> epath.Path:
-    """Returns the folder of a protocol's chunks, named by its hash; writes the protocol to protocol.json in it.
-
-    `protocol` must hold everything the samples depend on, so that a run with other guidance cannot continue this one.
-    """
-    text = json.dumps(dict(protocol), indent=2, sort_keys=True)
-    folder = epath.Path(root) / hashlib.sha256(text.encode()).hexdigest()[:16]
-    write_text(folder / "protocol.json", text)
-    return folder
-
-
 def draw_samples(
-    sampler: Sampler, root: epath.PathLike, num_images: int, class_counts: Sequence[int] | np.ndarray, seed: int
-) -> epath.Path:
-    """Draws the missing samples of a protocol in its folder below `root`; returns it when all processes are done."""
-    counts = np.asarray(class_counts, np.int64).tolist()
-    protocol = {"seed": seed, "chunk_size": CHUNK_SIZE, "class_counts": counts}
-    folder = chunk_folder(root, sampler.protocol() | protocol)
-    generate(sampler, folder, num_images, CHUNK_SIZE, class_counts, seed)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"samples in {folder}")
-    return folder
-
-
-def generate(
-    sample: Callable[[jax.Array, int, jax.Array | None], jax.Array],
-    folder: epath.PathLike,
+    sampler: Sampler,
+    root: epath.PathLike,
     num_images: int,
-    chunk_size: int,
     class_counts: Sequence[int] | np.ndarray,
     seed: int,
-) -> None:
-    """Draws the missing chunks of `num_images` samples in `folder`; each process draws its share.
+    chunk_size: int = CHUNK_SIZE,
+) -> epath.Path:
+    """Draws the missing chunks of `num_images` samples; returns their folder when all processes are done.
 
-    `sample(key, number, labels)` returns float images [number, H, W, K] in [-1, 1]; `labels_in_proportion` gives the
-    labels. Every chunk is drawn in full, so the first images do not depend on `num_images`.
+    The folder, in `root`, is named by the hash of all that the samples depend on, and holds that as protocol.json. Each
+    process draws its share, with the labels of `labels_in_proportion`. Every chunk is drawn in full, so the first
+    images do not depend on `num_images`.
     """
+    counts = np.asarray(class_counts, np.int64).tolist()
+    protocol = sampler.protocol() | {"seed": seed, "chunk_size": chunk_size, "class_counts": counts}
+    text = json.dumps(protocol, indent=2, sort_keys=True)
+    folder = epath.Path(root) / hashlib.sha256(text.encode()).hexdigest()[:16]
+    write_text(folder / "protocol.json", text)
     num_chunks = -(-num_images // chunk_size)
-    all_labels = labels_in_proportion(class_counts, num_chunks * chunk_size)
+    labels = labels_in_proportion(class_counts, num_chunks * chunk_size)
     mine = range(jax.process_index(), num_chunks, jax.process_count())
     for index in progress(mine, f"samples, {chunk_size} at a time"):
         path = _chunk_path(folder, index)
@@ -173,13 +155,16 @@ def generate(
             continue
         key = jax.random.fold_in(jax.random.key(seed), index)
         chosen = slice(index * chunk_size, (index + 1) * chunk_size)
-        drawn = sample(key, chunk_size, None if all_labels is None else jnp.asarray(all_labels[chosen]))
+        drawn = sampler(key, chunk_size, None if labels is None else jnp.asarray(labels[chosen]))
         images, not_finite = quantise(np.asarray(drawn))
         write_npz(path, images=images, not_finite=not_finite)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"samples in {folder}")
+    return folder
 
 
 def read_chunks(
-    folder: epath.PathLike, num_images: int, chunk_size: int, class_counts: Sequence[int] | np.ndarray
+    folder: epath.PathLike, num_images: int, class_counts: Sequence[int] | np.ndarray, chunk_size: int = CHUNK_SIZE
 ) -> Samples:
     """Reads the first `num_images` samples of a folder; raises FileNotFoundError if a chunk is missing."""
     images, not_finite = [], []
@@ -212,16 +197,13 @@ def write_samples(path: epath.PathLike, images: np.ndarray, labels: np.ndarray |
     write_npz(path, **arrays)
 
 
-def read_samples(path: epath.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
-    """Reads images uint8 [N, H, W, K] and labels [N] or None of an ADM sample file; raises UserError for others."""
-    arrays = read_npz(path, ("arr_0", "arr_1"))
-    images, labels = arrays.get("arr_0"), arrays.get("arr_1")
+def read_samples(path: epath.PathLike) -> np.ndarray:
+    """Reads the images uint8 [N, H, W, K] of an ADM sample file; raises UserError for others."""
+    images = read_npz(path, ("arr_0",)).get("arr_0")
     if images is None or images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
-        found = "nothing" if images is None else f"{images.dtype} {list(images.shape)}"
-        raise UserError(f"{path}: expected arr_0 as uint8 [N, H, W, 1 or 3], found {found}")
-    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
-        raise UserError(f"{path}: expected arr_1 as {len(images)} integer labels, found {list(labels.shape)}")
-    return images, labels
+        content = "nothing" if images is None else f"{images.dtype} {list(images.shape)}"
+        raise UserError(f"{path}: expected arr_0 as uint8 [N, H, W, 1 or 3], found {content}")
+    return images
 
 
 def as_colour(images: np.ndarray) -> np.ndarray:
