@@ -63,7 +63,9 @@ def test_reference_is_computed_once_for_each_set_of_images(tmp_path, monkeypatch
         with from_the_cache():
             again = distances.data_set_reference(PIXELS, ArraySource("noise", among.images), "train", tmp_path)
         np.testing.assert_array_equal(again.pooled.covariance, found.pooled.covariance)
+        np.testing.assert_array_equal(again.spatial.mean, found.spatial.mean)
         np.testing.assert_array_equal(again.features, found.features)
+        assert again.protocol == found.protocol
 
 
 def test_a_damaged_reference_is_computed_again(tmp_path, damage):
