@@ -189,12 +189,14 @@ def folder(name: str) -> str:
 
 
 def define_model_flags() -> None:
-    """Defines --workdir, --model and --checkpoint, which `model_name` and `open_pipeline` read."""
+    """Defines --workdir, --model, --checkpoint and --memory_bound, which `model_name` and `open_pipeline` read."""
     flags.DEFINE_string("workdir", None, "Run directory, saved model's folder, or hub name.")
     text = f"Ready-made model ({', '.join(READY_MADE)}), saved model's folder, or hub name; instead of --workdir."
     flags.DEFINE_string("model", None, text)
     flags.mark_flags_as_mutual_exclusive(["workdir", "model"])
     define_checkpoint_flag()
+    text = "GiB for a batch's activations, on all devices together; default: half of an accelerator's, 2 on CPUs."
+    define_number("memory_bound", None, text)
 
 
 def model_name() -> tuple[str, str]:
@@ -212,9 +214,16 @@ def define_checkpoint_flag() -> None:
     flags.DEFINE_enum("checkpoint", "last", ["last", "best"], text)
 
 
+def memory_bound() -> int | None:
+    """Returns --memory_bound in bytes; None if it is left out, or if the command does not have it."""
+    gibibytes = flags.FLAGS.memory_bound if "memory_bound" in flags.FLAGS else None
+    return None if gibibytes is None else int(gibibytes * 2**30)
+
+
 def open_pipeline(name: str, mesh: jax.sharding.Mesh | None, *, sequences: bool = False) -> TarFlowPipeline:
     """Opens a saved model, or the checkpoint of a workdir that --checkpoint selects; of sequences only where asked."""
-    pipe = TarFlowPipeline.from_pretrained(name, best=flags.FLAGS.checkpoint == "best", mesh=mesh)
+    best = flags.FLAGS.checkpoint == "best"
+    pipe = TarFlowPipeline.from_pretrained(name, best=best, mesh=mesh, memory_bound=memory_bound())
     if pipe.config.is_sequence and not sequences:
         raise UserError(f"{name} is a flow of sequences; this command is for images")
     return pipe

@@ -6,10 +6,8 @@
 Prints tables, and writes them with their protocol to DIR/evaluation/. What each metric is: docs/howto/evaluate.md.
 """
 
-import dataclasses
 import functools
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -18,12 +16,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from etils import epath
 from flax.traverse_util import flatten_dict
-from jax.experimental import multihost_utils
 
 from launch import cli, end_at_signals
 from tarflow_jax.arguments import check_levels, check_student_guidance
@@ -32,20 +28,17 @@ from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation import classification, distances, generation
 from tarflow_jax.evaluation.classifier import classifier_network
 from tarflow_jax.evaluation.inception import inception_network
+from tarflow_jax.evaluation.likelihood import measure_likelihood
 from tarflow_jax.files import write_text
 from tarflow_jax.fingerprint import fingerprint
-from tarflow_jax.noise import to_float
-from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import BatchRunner, environment, make_mesh
 from tarflow_jax.sampling import Guidance
-from tarflow_jax.scoring import dataset_log_prob, image_bits_per_dim, sequence_log_prob
 from tarflow_jax.text_to_image import TextToImage
 from tarflow_jax.training import Recipe
 from tarflow_jax.training.recipe import DataOptions, same_data
 
 ALL_METRICS = ("bits_per_dim", *distances.METRICS, "classification", "outliers", "log_prob")
-NUM_CANDIDATES, TUNING_IMAGES = 8, 500  # to find the noise level that classifies best
-CHUNK_SIZE = 500  # samples in a file
+TUNING_IMAGES = 500  # to find the noise level that classifies best
 
 DATA = flags.DEFINE_string("data", None, "Data set; default: the one the run was trained on.")
 PREPROCESSING = flags.DEFINE_string("preprocessing", None, "Preprocessing of --data: none, tarflow or adm.")
@@ -57,9 +50,7 @@ NOISE_STD = flags.DEFINE_float(
     "noise_std", None, "Noise level σ of a noise-conditional model; default: the lowest, the best for classification."
 )
 ALLOW_NOISY = flags.DEFINE_bool("allow_noisy", False, "Report nats/dim of noisy data for Gaussian training noise.")
-DRAWS = flags.DEFINE_integer(
-    "dequantisation_draws", 1, "Number of draws K in the importance-weighted bound.", lower_bound=1
-)
+DRAWS = flags.DEFINE_integer("dequantisation_draws", 1, "Draws K of the importance-weighted bound.", lower_bound=1)
 CLASSIFICATION_DRAWS = flags.DEFINE_integer(
     "classification_draws", 1, "Number of noise draws to average log p over.", lower_bound=1
 )
@@ -71,9 +62,7 @@ MULTIPLIER = cli.define_number("denoise_multiplier", 1.0, "Factor of the score i
 INCEPTION = flags.DEFINE_string("inception", None, "PyTorch file of FID's weights; default: a judge or a classifier.")
 REFERENCE = flags.DEFINE_string("reference", None, "File (npz) of reference statistics, instead of a split.")
 REFERENCE_SPLIT = flags.DEFINE_enum("reference_split", "train", ["train", "test"], "Split to compare samples with.")
-PROMPTS = flags.DEFINE_string(
-    "prompts", None, "File of captions to draw in turn, one a line; default: those of --reference_split."
-)
+PROMPTS = flags.DEFINE_string("prompts", None, "File of captions, one a line; default: those of --reference_split.")
 SAVE_SAMPLES = flags.DEFINE_string("save_samples", None, "File (npz, as ADM's) for the last setting's samples.")
 cli.define_guidance_flags()
 cli.define_decoder_flags()
@@ -82,7 +71,7 @@ cli.define_process_flags()
 
 
 class Evaluation:
-    """Opens what --workdir or --model, and --data, name; the model runs on the devices of this process."""
+    """The model, on the devices of this process, and the data that the flags name."""
 
     def __init__(self) -> None:
         name, place = cli.model_name()
@@ -90,110 +79,102 @@ class Evaluation:
         self._trained_on = Recipe.from_workdir(workdir).config.data if workdir else DataOptions()
         if not workdir and DATA.value is None:
             raise UserError("a saved model does not say what data it was trained on; name it, --data=NAME")
-        self.pipe = cli.open_pipeline(name, make_mesh(devices=jax.local_devices()), sequences=True)
-        self.whole: TextToImage | None = None  # of a flow of latents, whose images are decoded
-        if self.pipe.config.image_bits == 0:
-            self.whole = TextToImage.from_flow(self.pipe, name)
+        self.pipe = pipe = cli.open_pipeline(name, make_mesh(devices=jax.local_devices()), sequences=True)
+        self.text_to_image = None if pipe.config.image_bits else TextToImage.from_flow(pipe, name)
+        self.denoises = self.text_to_image.denoises if self.text_to_image else pipe.noise_std is not None
         self.data_dir = data_folder(self._trained_on.data_dir)
         self.out = epath.Path(cli.folder("out") if OUT.value else f"{place}/evaluation")
         self.data_set = DATA.value or self._trained_on.source
         if workdir:
             self._compare_data(workdir)
-        source = self.source(SPLIT.value)
+        self.source = self.open(SPLIT.value)
         self.protocol = {
             "model": name,
-            "fingerprint": fingerprint(self.pipe.variables),
-            "training_noise": "unknown" if self.pipe.noise is None else str(self.pipe.noise),
+            "fingerprint": fingerprint(pipe.variables),
+            "training_noise": "unknown" if pipe.noise is None else str(pipe.noise),
             "data_set": self.data_set,
-            "data_fingerprint": source.fingerprint[:16],
-            "preprocessing": source.preprocessing,
+            "data_fingerprint": self.source.fingerprint[:16],
+            "preprocessing": self.source.preprocessing,
             "split": SPLIT.value,
-            "compute": self.pipe.config.dtype,
+            "compute": pipe.config.dtype,
             "seed": SEED.value,
         }
         if OUTLIERS.value:
-            self.protocol |= {"outliers": OUTLIERS.value, "outliers_fingerprint": self.outliers().fingerprint[:16]}
+            self.outliers = open_source(OUTLIERS.value, SPLIT.value, data_dir=self.data_dir)
+            self.protocol |= {"outliers": OUTLIERS.value, "outliers_fingerprint": self.outliers.fingerprint[:16]}
 
     def _compare_data(self, workdir: str) -> None:
         """Raises UserError if the run's own data has changed; warns if flags ask for other data."""
-        asked = DATA.value or PREPROCESSING.value
+        other = DATA.value or PREPROCESSING.value
         try:
-            if same_data(workdir, self.source("train")):
+            if same_data(workdir, self.open("train")):
                 return
         except (UserError, FileNotFoundError):
-            if not asked:
+            if not other:
                 raise
         message = f"{self.data_set} is not what {workdir} was trained on"
-        if not asked:
+        if not other:
             raise UserError(
                 f"{message}: images, labels or their order have changed since; bring them back, or measure what is "
                 f"there now, --data={self.data_set}"
             )
         print(f"warning: {message}", file=sys.stderr)
 
-    def source(self, split: str) -> ImageSource | SequenceSource:
-        """Opens a split of the data set."""
-        if self.pipe.config.is_sequence:
-            return open_arrays(self.data_set, split, self.pipe.config)
+    def open(self, split: str) -> ImageSource | SequenceSource:
+        """Opens a split of the data set: what the flow models or, for a flow of latents, perhaps the images."""
+        config = self.pipe.config
+        if config.is_sequence:
+            return open_arrays(self.data_set, split, config)
         source = open_source(
             self.data_set,
             split,
-            image_size=None if self.whole else self.pipe.config.image_size,
+            image_size=None if self.text_to_image else config.image_size,
             preprocessing=PREPROCESSING.value or self._trained_on.preprocessing,
             data_dir=self.data_dir,
             skip_bad=self._trained_on.skip_bad,
         )
-        if self.whole and source.bits:
-            return source  # to compare samples with
-        if source.image_shape != self.pipe.config.image_shape:
-            raise UserError(f"{source.name} has images {source.image_shape}, the model {self.pipe.config.image_shape}")
-        if source.bits != self.pipe.config.image_bits:
-            raise UserError(f"{source.name} has images of {source.bits} bits, the model {self.pipe.config.image_bits}")
+        if not (self.text_to_image and source.bits):
+            if source.image_shape != config.image_shape:
+                raise UserError(f"{source.name} has images {source.image_shape}, the model {config.image_shape}")
+            if source.bits != config.image_bits:
+                raise UserError(f"{source.name} has images of {source.bits} bits, the model {config.image_bits}")
         return source
 
     def images(self, split: str) -> ImageSource:
         """Opens the images that samples are compared with: of packed latents those that were encoded."""
-        source = self.source(split)
+        source = self.open(split)
         if isinstance(source, LatentSource):
             return open_source(source.images_name, split, data_dir=self.data_dir)
         return source
 
     @functools.cached_property
     def captions(self) -> list[str]:
-        """The captions to draw in turn: --prompts, or those of the reference split, shuffled; [] without text."""
-        if not (self.whole and self.whole.text):
+        """The captions to draw in turn, shuffled; [] without text."""
+        if not (self.text_to_image and self.text_to_image.text):
             return []
         if PROMPTS.value:
             lines = epath.Path(os.path.expanduser(PROMPTS.value)).read_text().splitlines()
-            found = [line.strip() for line in lines if line.strip()]
+            captions = [line.strip() for line in lines if line.strip()]
         else:
-            found = [texts[0] for texts in self.images(REFERENCE_SPLIT.value).captions]
-        return [found[i] for i in np.random.default_rng(0).permutation(len(found))]
-
-    @property
-    def denoises(self) -> bool:
-        """Whether samples are denoised by default."""
-        return self.whole.denoises if self.whole else self.pipe.noise_std is not None
-
-    def outliers(self) -> ImageSource:
-        return open_source(OUTLIERS.value, SPLIT.value, data_dir=self.data_dir)
+            captions = [texts[0] for texts in self.images(REFERENCE_SPLIT.value).captions]
+        return [captions[i] for i in np.random.default_rng(0).permutation(len(captions))]
 
 
 def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
-    """Creates the folder of results, and raises UserError for what a metric would reject only after hours of work."""
-    pipe, of_samples = evaluation.pipe, [metric for metric in metrics if metric in distances.METRICS]
-    of_sequences, source = pipe.config.is_sequence, evaluation.source(SPLIT.value)
-    if wrong := [metric for metric in metrics if (metric == "log_prob") != of_sequences]:
-        kind = "images; log_prob is for sequences" if of_sequences else "sequences; bits_per_dim is for images"
+    """Raises UserError for what a metric would reject only after hours of work, OSError for the folder of results."""
+    pipe, source, config = evaluation.pipe, evaluation.source, evaluation.pipe.config
+    of_samples = [metric for metric in metrics if metric in distances.METRICS]
+    if wrong := [metric for metric in metrics if (metric == "log_prob") != config.is_sequence]:
+        kind = "images; log_prob is for sequences" if config.is_sequence else "sequences; bits_per_dim is for images"
         raise UserError(f"{wrong[0]} is for {kind}")
-    if evaluation.whole:
-        if wrong := set(metrics) & {"classification", "outliers"}:
-            raise UserError(f"{min(wrong)} is for a flow of images; this one is of latents")
+    if evaluation.text_to_image:
+        if wrong := [metric for metric in metrics if metric in ("classification", "outliers")]:
+            raise UserError(f"{wrong[0]} is for a flow of images; this one is of latents")
         if "bits_per_dim" in metrics and source.bits:
             raise UserError(
                 f"log p is of latents, and {source.name} has images; name the packed ones, --data=latents:…"
             )
-        if of_samples and evaluation.whole.text and not evaluation.captions:
+        if of_samples and evaluation.text_to_image.text and not evaluation.captions:
             raise UserError("there are no captions to draw; name a file with one a line, --prompts=FILE")
     if "bits_per_dim" in metrics and pipe.noise_std is not None and not ALLOW_NOISY.value:
         raise UserError(
@@ -201,121 +182,62 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
             "train with noise.kind=uniform, or pass --allow_noisy for nats/dim of noisy data"
         )
     if NOISE_STD.value is not None:
-        check_levels(pipe.config, NOISE_STD.value, 1)
-    if pipe.config.noise_conditional and pipe.noise is None and NOISE_STD.value is None:
+        check_levels(config, NOISE_STD.value, 1)
+    elif config.noise_conditional and pipe.noise is None:
         raise UserError("the noise levels of this model are not known; name one, --noise_std=σ")
-    if {"bits_per_dim", "classification"} & set(metrics) and source.num_classes > pipe.config.num_classes > 0:
-        raise UserError(f"{source.name} has {source.num_classes} classes, the model {pipe.config.num_classes}")
-    if {"bits_per_dim", "log_prob", "classification", "outliers"} & set(metrics) and len(source) < 2:
+    if {"bits_per_dim", "classification"} & set(metrics) and source.num_classes > config.num_classes > 0:
+        raise UserError(f"{source.name} has {source.num_classes} classes, the model {config.num_classes}")
+    if len(of_samples) < len(metrics) and len(source) < 2:
         raise UserError(f"the {SPLIT.value} split of {evaluation.data_set} has 1 image; expected several")
-    if "classification" in metrics and not pipe.config.num_classes:
+    if "classification" in metrics and not config.num_classes:
         raise UserError("classification needs a class-conditional model, this one has no classes")
     if "classification" in metrics and not source.num_classes:
         raise UserError(f"{source.name} has no labels; classification needs them")
     if "outliers" in metrics:
         if OUTLIERS.value is None:
             raise UserError("outliers needs a second data set, --outliers=NAME")
-        classification.fit_images(evaluation.outliers().read([0])[0], pipe.config.image_shape)
+        classification.fit_images(evaluation.outliers.read([0])[0], config.image_shape)
     if of_samples:
         if evaluation.images(SPLIT.value).bits != 8:
             raise UserError(f"{of_samples[0]} is of 8-bit images; choose bits_per_dim, classification or outliers")
-        network = "inception" if INCEPTION.value else "classifier"
         num_real = None if REFERENCE.value else len(evaluation.images(REFERENCE_SPLIT.value))
+        network = "inception" if INCEPTION.value else "classifier"
         distances.check_metrics(of_samples, network, NUM_SAMPLES.value, num_real)
         if INCEPTION.value:
             inception_network(os.path.expanduser(INCEPTION.value))
         if REFERENCE.value:
             distances.read_reference(os.path.expanduser(REFERENCE.value))
         for guidance, denoise in sample_settings(evaluation.denoises):
-            guidance = guidance.checked_for(pipe.config)
+            guidance = guidance.checked_for(config)
             if cli.draws_clean_images():
                 check_student_guidance(pipe.require_student().config, guidance)
             elif denoise and pipe.noise_std is None:
-                raise UserError(
-                    f"--denoise=true is for gaussian training noise, not {evaluation.protocol['training_noise']}"
-                )
-    write_text(evaluation.out / ".writable", "")  # raises OSError now rather than after the work
+                noise = evaluation.protocol["training_noise"]
+                raise UserError(f"--denoise=true is for gaussian training noise, not {noise}")
+    write_text(evaluation.out / ".writable", "")
     (evaluation.out / ".writable").unlink(missing_ok=True)
 
 
-def noise_level(pipe: TarFlowPipeline) -> float | None:
-    """Returns σ for a noise-conditional flow, --noise_std or the lowest; None for other flows."""
-    if pipe.config.noise_conditional and NOISE_STD.value is None:
-        return pipe.noise.std_min
-    return NOISE_STD.value
-
-
-def measure_likelihood(evaluation: Evaluation) -> dict[str, Any]:
-    """Measures bits per dimension; nats per dimension of noisy data for Gaussian training noise; nats of sequences."""
-    runner = BatchRunner(make_mesh())  # over all processes, which share the split
-    pipe, source, level = evaluation.pipe, evaluation.source(SPLIT.value), noise_level(evaluation.pipe)
-    variables, key = runner.place(pipe.variables), jax.random.key(SEED.value)
-    levels = None if level is None else np.array([level], np.float32)
-    if pipe.config.is_sequence:
-        values, unit, more = sequence_log_prob(runner, pipe.config, variables, source), "log p, nats", {}
-    elif pipe.noise_std is None:
-        values = image_bits_per_dim(runner, pipe.config, variables, source, key, DRAWS.value, levels)
-        unit, more = "bits/dim", {"dequantisation draws": DRAWS.value, "precision": "float32, full matmul"}
-        if pipe.config.image_bits != 8:
-            more["levels"] = 2**pipe.config.image_bits
-    else:
-        log_probs = dataset_log_prob(runner, pipe.config, variables, source, pipe.noise, key, levels)
-        values = -log_probs.astype(np.float64) / pipe.config.num_dims
-        unit = f"nats/dim of noisy {'latents' if evaluation.whole else 'data'}"
-        more = {} if level is None else {"noise level": level}
-    if not np.isfinite(values).all():
-        raise UserError("log p(x) is not finite for some images; their mean would be no number")
-    error = float(values.std(ddof=1) / np.sqrt(len(values)))
-    count = "sequences" if pipe.config.is_sequence else "images"
-    return {unit: float(values.mean()), "standard error": error, count: len(values)} | more
-
-
-def noisy_images(pipe: TarFlowPipeline, images: np.ndarray, key: jax.Array, level: float | None) -> jax.Array:
-    """Adds the training noise, at `level` for a noise-conditional flow, to 8-bit images: float32 [N, H, W, K]."""
-    if pipe.noise is None:
-        return to_float(jnp.asarray(images))
-    return pipe.noise(key, jnp.asarray(images), None if level is None else jnp.full(len(images), level))
-
-
-def mean_class_log_probs(pipe: TarFlowPipeline, images: np.ndarray, level: float | None, draws: int = 1) -> np.ndarray:
-    """Averages log p(x | y) of 8-bit images under every label over draws of noise: nats, float64 [N, C]."""
-    log_prob = functools.partial(pipe.log_prob, noise_std=level)
-    found = []
-    for draw in range(draws):
-        key = jax.random.key(SEED.value)
-        noisy = noisy_images(pipe, images, jax.random.fold_in(key, draw) if draw else key, level)
-        found.append(classification.class_log_probs(log_prob, noisy, pipe.config.num_classes))
-    return np.mean(found, axis=0)
-
-
-def best_level(evaluation: Evaluation) -> float:
-    """Returns the candidate noise level at which Bayes' rule classifies the most training images correctly."""
-    levels = [float(level) for level in evaluation.pipe.noise.quantiles(NUM_CANDIDATES)]
-    source = evaluation.source("train")
-    images, labels = source.read(np.arange(min(len(source), TUNING_IMAGES)))
-    correct = [(mean_class_log_probs(evaluation.pipe, images, level).argmax(1) == labels).sum() for level in levels]
-    return levels[int(np.argmax(correct))]
-
-
-def measure_classification(evaluation: Evaluation) -> dict[str, Any]:
-    """Classifies the split by Bayes' rule."""
-    source, level = evaluation.source(SPLIT.value), NOISE_STD.value
-    if level is None and evaluation.pipe.config.noise_conditional:
-        level = best_level(evaluation)
-    images, labels = source.read(np.arange(len(source)))
-    log_probs = mean_class_log_probs(evaluation.pipe, images, level, CLASSIFICATION_DRAWS.value)
-    found = classification.bayes_classification(log_probs, labels) | {"draws": CLASSIFICATION_DRAWS.value}
-    return found if level is None else found | {"noise_level": level}
-
-
-def measure_outliers(evaluation: Evaluation) -> dict[str, Any]:
-    """Compares unconditional log p of the split with that of the same split of --outliers."""
-    pipe, level = evaluation.pipe, noise_level(evaluation.pipe)
-    keys, log_probs = jax.random.split(jax.random.key(SEED.value)), []
-    for source, key in zip((evaluation.source(SPLIT.value), evaluation.outliers()), keys, strict=True):
-        images = classification.fit_images(source.read(np.arange(len(source)))[0], pipe.config.image_shape)
-        log_probs.append(np.asarray(pipe.log_prob(noisy_images(pipe, images, key, level), noise_std=level)))
-    return classification.outlier_scores(*log_probs, pipe.config.num_dims)
+def measure(evaluation: Evaluation, metric: str) -> dict[str, Any]:
+    """Measures what needs no samples."""
+    pipe, source, level = evaluation.pipe, evaluation.source, NOISE_STD.value
+    key = jax.random.key(SEED.value)
+    if metric == "classification":
+        if level is None and pipe.config.noise_conditional:
+            train = evaluation.open("train")
+            images, labels = train.read(np.arange(min(len(train), TUNING_IMAGES)))
+            level = classification.best_noise_level(pipe, images, labels, key)
+        images, labels = source.read(np.arange(len(source)))
+        log_probs = classification.mean_class_log_probs(pipe, images, key, level, CLASSIFICATION_DRAWS.value)
+        result = classification.bayes_classification(log_probs, labels) | {"draws": CLASSIFICATION_DRAWS.value}
+        return result if level is None else result | {"noise_level": level}
+    if level is None and pipe.config.noise_conditional:
+        level = pipe.noise.std_min
+    if metric == "outliers":
+        inside, outside = (each.read(np.arange(len(each)))[0] for each in (source, evaluation.outliers))
+        return classification.detect_outliers(pipe, inside, outside, key, level)
+    runner = BatchRunner(make_mesh(), cli.memory_bound())  # over all processes, which share the split
+    return measure_likelihood(pipe, source, key, level, DRAWS.value, runner)
 
 
 def sample_settings(denoise: bool) -> list[tuple[Guidance, bool]]:
@@ -333,107 +255,46 @@ def sample_settings(denoise: bool) -> list[tuple[Guidance, bool]]:
         weights = [float(weight) for weight in GUIDANCE.value or [""]]
     except ValueError:
         raise UserError(f"--guidance has {','.join(GUIDANCE.value)!r}; expected numbers") from None
-    return [(cli.guidance(weight), word == "true") for weight, word in itertools.product(weights, words)]
+    return [(cli.guidance(weight), word == "true") for weight in weights for word in words]
 
 
 def measure_samples(evaluation: Evaluation, metrics: list[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Returns a row for each setting of guidance and denoising, and the protocol that the rows share."""
-    pipe, cache_dir = evaluation.pipe, evaluation.data_dir / "evaluation"
-    source, captions = evaluation.images(REFERENCE_SPLIT.value), evaluation.captions
-    counts, labels = label_counts(pipe.config.num_classes, source)
+    pipe, captions, cache_dir = evaluation.pipe, evaluation.captions, evaluation.data_dir / "evaluation"
+    source, file = evaluation.images(REFERENCE_SPLIT.value), REFERENCE.value and os.path.expanduser(REFERENCE.value)
+    counts, labels = generation.label_counts(pipe.config.num_classes, None if file else source)
     if captions:
         counts, labels = np.ones(len(captions), np.int64), f"{len(captions)} captions in turn"
-    settings = sample_settings(evaluation.denoises)
-    folders = [draw(evaluation, guidance, denoise, counts) for guidance, denoise in settings]
+    folders = {}
+    for guidance, denoise in sample_settings(evaluation.denoises):
+        model, decoder = evaluation.text_to_image or pipe, cli.decoder()
+        sampler = generation.Sampler(model, guidance, denoise, MULTIPLIER.value, decoder, captions)
+        folder = generation.draw_samples(sampler, evaluation.out / "samples", NUM_SAMPLES.value, counts, SEED.value)
+        folders[guidance.weight, denoise] = folder
     if jax.process_index():
         return [], {}
     if INCEPTION.value:
         network = inception_network(os.path.expanduser(INCEPTION.value))
     else:
         network = classifier_network(evaluation.images("train"), evaluation.images("test"), cache_dir)
-    if REFERENCE.value:
-        reference = distances.file_reference(network, os.path.expanduser(REFERENCE.value), metrics)
+    if file:
+        reference = distances.file_reference(network, file, metrics)
     else:
         reference = distances.data_set_reference(network, source, REFERENCE_SPLIT.value, cache_dir)
     rows = []
-    for (guidance, denoise), folder in zip(settings, folders, strict=True):
-        samples = generation.read_chunks(folder, NUM_SAMPLES.value, CHUNK_SIZE, counts)
-        row = {"guidance": guidance.weight, "denoised": denoise, "not finite": samples.num_not_finite}
-        features = network(samples.images, f"features, guidance {guidance.weight:g}")
+    for (weight, denoise), folder in folders.items():
+        samples = generation.read_chunks(folder, NUM_SAMPLES.value, counts)
+        features = network(samples.images, f"features, guidance {weight:g}")
+        row = {"guidance": weight, "denoised": denoise, "not finite": samples.num_not_finite}
         rows.append(row | distances.sample_metrics(metrics, network.name, features, reference))
     if SAVE_SAMPLES.value:
         generation.write_samples(os.path.expanduser(SAVE_SAMPLES.value), samples.images, samples.labels)
-    protocol = {
-        "num_samples": NUM_SAMPLES.value,
-        "labels": labels,
-        **decoder_protocol(pipe),
-        **{name: flags.FLAGS[name].value for name in cli.GUIDANCE_FLAGS},
-        "denoise_multiplier": MULTIPLIER.value,
-        "network": f"{network.name}, {network.identity}",
-        "reference": reference.protocol,
-    }
-    return rows, protocol
-
-
-def label_counts(num_classes: int, reference: ImageSource) -> tuple[np.ndarray, str]:
-    """Returns how often samples have each label, as coprime integers [C], and the words for it in the protocol.
-
-    As often as in the reference split, if known: otherwise a distance would measure the labels, not the images.
-    """
-    if not num_classes:
-        return np.zeros(0, np.int64), "none"
-    if not REFERENCE.value:
-        counts = reference.class_counts()
-        if len(counts) == num_classes and counts.any():
-            return counts // np.gcd.reduce(counts), "as often as in the reference split"
-    return np.ones(num_classes, np.int64), "in turn"
-
-
-def decoder_protocol(pipe: TarFlowPipeline) -> dict[str, str]:
-    """Returns the protocol's entries for --decoder and --polish."""
-    name, polish = flags.FLAGS.decoder, flags.FLAGS.polish
-    if name != "student":
-        return {"decoder": name}
-    weights = fingerprint(pipe.require_student().variables)
-    return {"decoder": f"student, polish {polish}" if polish else name, "student": weights}
-
-
-def draw(evaluation: Evaluation, guidance: Guidance, denoise: bool, counts: np.ndarray) -> epath.Path:
-    """Draws a setting's missing samples; returns their folder when all processes are done."""
-    pipe = evaluation.pipe
-    protocol = {
-        **{name: evaluation.protocol[name] for name in ("fingerprint", "seed", "compute")},
-        "guidance": dataclasses.asdict(guidance) if guidance.weight else None,
-        "denoise": MULTIPLIER.value if denoise else None,
-        "chunk_size": CHUNK_SIZE,
-        "class_counts": counts.tolist(),
-        **decoder_protocol(pipe),
-    }
-    captions = evaluation.captions
-    if evaluation.whole:
-        protocol |= {"captions": captions, "autoencoder": fingerprint(evaluation.whole.autoencoder.params)}
-    folder = generation.chunk_folder(evaluation.out / "samples", protocol)
-
-    def sample(key: jax.Array, number: int, labels: jax.Array | None) -> jax.Array:
-        if not evaluation.whole:
-            return pipe.sample(key, number, labels, guidance, denoise, MULTIPLIER.value, cli.decoder())
-        options = {"decoder": cli.decoder(), "denoise": denoise}
-        if captions:
-            return evaluation.whole([captions[i] for i in labels], 1, guidance, key, **options)
-        return evaluation.whole(None, number, guidance, key, labels=labels, **options)
-
-    generation.generate(sample, folder, NUM_SAMPLES.value, CHUNK_SIZE, counts, SEED.value)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"samples in {folder}")
-    return folder
-
-
-MEASURES = {
-    "bits_per_dim": measure_likelihood,
-    "log_prob": measure_likelihood,
-    "classification": measure_classification,
-    "outliers": measure_outliers,
-}
+    protocol = {"num_samples": NUM_SAMPLES.value, "labels": labels}
+    protocol["decoder"] = flags.FLAGS.decoder + (f", polish {flags.FLAGS.polish}" if flags.FLAGS.polish else "")
+    if flags.FLAGS.decoder == "student":
+        protocol["student"] = fingerprint(pipe.require_student().variables)
+    protocol |= {name: flags.FLAGS[name].value for name in (*cli.GUIDANCE_FLAGS, "denoise_multiplier")}
+    return rows, protocol | {"network": f"{network.name}, {network.identity}", "reference": reference.protocol}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -452,28 +313,28 @@ def main(argv: Sequence[str]) -> None:
         metrics = ["log_prob"]
     check(evaluation, metrics)
     results: dict[str, Any] = {}
-    protocol = evaluation.protocol
-    writes = jax.process_index() == 0
+    protocol, writes = evaluation.protocol, jax.process_index() == 0
     for metric in metrics:
-        if metric in MEASURES:
-            results[metric] = MEASURES[metric](evaluation)
+        if metric not in distances.METRICS:
+            results[metric] = measure(evaluation, metric)
             row = {name: value for name, value in results[metric].items() if not isinstance(value, list)}
             if writes:
-                print(cli.format_table(results[metric].get("rows", [row])), flush=True)
+                print(cli.format_table([row]), flush=True)
     if of_samples := [metric for metric in metrics if metric in distances.METRICS]:
-        results["samples"], more = measure_samples(evaluation, of_samples)
-        protocol = protocol | more
+        results["samples"], sample_protocol = measure_samples(evaluation, of_samples)
+        protocol |= sample_protocol
         if writes:
             print(cli.format_table(results["samples"]))
-    if writes:
-        print("\n".join(f"{name}: {value}" for name, value in flatten_dict(protocol, sep=".").items()))
-        settings = [flag.value for flag in (GUIDANCE, DENOISE, NOISE_STD, DRAWS, CLASSIFICATION_DRAWS)]
-        name = hashlib.sha256(json.dumps([protocol, *settings]).encode()).hexdigest()[:8]
-        path = evaluation.out / f"{'+'.join(metrics)}-{SPLIT.value}-{name}.json"
-        finite = jax.tree.map(lambda x: x if not isinstance(x, float) or math.isfinite(x) else None, results)
-        content = {"protocol": protocol, "results": finite, "environment": environment()}
-        write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-        print(path)
+    if not writes:
+        return
+    print("\n".join(f"{name}: {value}" for name, value in flatten_dict(protocol, sep=".").items()))
+    settings = [flag.value for flag in (GUIDANCE, DENOISE, NOISE_STD, DRAWS, CLASSIFICATION_DRAWS)]
+    name = hashlib.sha256(json.dumps([protocol, *settings]).encode()).hexdigest()[:8]
+    path = evaluation.out / f"{'+'.join(metrics)}-{SPLIT.value}-{name}.json"
+    finite = jax.tree.map(lambda x: x if not isinstance(x, float) or math.isfinite(x) else None, results)
+    content = {"protocol": protocol, "results": finite, "environment": environment()}
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    print(path)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ interruption). Prints the number of images and classes of each split and the nam
 the training images. With --autoencoder, it then packs their latents and, with --text_encoder, their captions.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,6 @@ from launch import cli
 from tarflow_jax import data
 from tarflow_jax.autoencoder import Autoencoder
 from tarflow_jax.errors import UserError
-from tarflow_jax.evaluation.generation import file_stem
 from tarflow_jax.figures import grid, save_png, to_uint8
 from tarflow_jax.files import sole_user
 from tarflow_jax.fingerprint import fingerprint
@@ -43,6 +43,11 @@ COPIES = flags.DEFINE_integer(
 )
 OUT = flags.DEFINE_string("out", None, "Folder of the latents; default: in the data folder.")
 PREVIEW = flags.DEFINE_string("preview", None, "PNG file for a grid of training images; default: in the set's folder.")
+
+
+def file_stem(name: str) -> str:
+    """Turns a name, such as the data set "folder:/data/cats", into letters, digits, dots and underscores."""
+    return re.sub(r"[^\w.]+", "_", name).strip("_")
 
 
 def main(argv: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ def dataset_log_prob(
     runner: BatchRunner,
     config: TarFlowConfig,
     variables: dict[str, Any],
-    images: ImageSource | tuple[Any, Any],
+    source: ImageSource,
     noise: Noise,
     key: jax.Array,
     levels: np.ndarray | None = None,
@@ -29,22 +29,19 @@ def dataset_log_prob(
     Image i gets the noise of fold_in(key, i), so its value depends neither on the devices nor on the other images.
 
     Args:
-      images: a source (latents count by their means), or uint8 or uint16 [N, H, W, K] and labels int32 [N] or None.
+      source: the images, or latents, which count by their means.
       levels: noise levels σ, float32 [n], for a noise-conditional flow; image i is evaluated at level i mod n, and
         gets noise of that level if the noise is of kind "levels".
     """
 
     def read(index: np.ndarray) -> dict[str, Any]:
-        if isinstance(images, ImageSource):
-            pixels, labels = images.read(index)
-        else:
-            pixels, labels = jax.tree.map(lambda x: x[index], images)
+        images, labels = source.read(index)
         noise_std = None if levels is None else levels[index % len(levels)]
-        pixels, condition = (pixels.mean, pixels.condition) if isinstance(pixels, Latents) else (pixels, None)
+        images, condition = (images.mean, images.condition) if isinstance(images, Latents) else (images, None)
         conditioning = Conditioning(labels, noise_std, condition)
-        return {"images": pixels, "index": index.astype(np.int32), "conditioning": conditioning}
+        return {"images": images, "index": index.astype(np.int32), "conditioning": conditioning}
 
-    rows = LazyBatch(read, len(images) if isinstance(images, ImageSource) else len(images[0]))
+    rows = LazyBatch(read, len(source))
     function = functools.partial(likelihood.noisy_log_prob, device_flow(in_float32(config)), noise=noise)
     size = forward_bytes(config)
     return runner.run(function, variables, rows, bytes_per_image=size, description="log-likelihoods", key=key)
@@ -69,7 +66,7 @@ def image_bits_per_dim(
     runner: BatchRunner,
     config: TarFlowConfig,
     variables: dict[str, Any],
-    images: ImageSource | tuple[Any, Any],
+    source: ImageSource,
     key: jax.Array,
     num_draws: int = 1,
     levels: np.ndarray | None = None,
@@ -81,6 +78,6 @@ def image_bits_per_dim(
     `dataset_log_prob`.
     """
     keys = [jax.random.fold_in(key, draw) for draw in range(num_draws)]
-    draws = [dataset_log_prob(runner, config, variables, images, Noise("uniform"), key, levels) for key in keys]
+    draws = [dataset_log_prob(runner, config, variables, source, Noise("uniform"), key, levels) for key in keys]
     log_probs = np.logaddexp.reduce(np.asarray(draws, np.float64), axis=0) - np.log(num_draws)
     return bits_per_dim(log_probs, config.num_dims, config.image_bits)

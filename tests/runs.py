@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from tarflow_jax import Guidance, Noise, TarFlowPipeline
+from tarflow_jax.data import ArraySource
 from tarflow_jax.runtime import BatchRunner, LocalBatch, make_mesh, start_processes
 from tarflow_jax.scoring import image_bits_per_dim
 from tarflow_jax.training import FlowTask, TrainConfig
@@ -57,7 +58,8 @@ def bits_per_dim(mesh):
     """Of 21 images, which no number of devices divides."""
     runner = BatchRunner(mesh)
     variables = runner.place(random_variables(SMALL))
-    bits = image_bits_per_dim(runner, SMALL, variables, random_images(SMALL, 21), jax.random.key(0))
+    source = ArraySource("noise", *random_images(SMALL, 21), SMALL.num_classes)
+    bits = image_bits_per_dim(runner, SMALL, variables, source, jax.random.key(0))
     return float(bits.mean())
 
 

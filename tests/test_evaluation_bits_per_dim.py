@@ -59,9 +59,9 @@ def test_bits_per_dim_of_an_affine_flow(affine, num_samples):
 def test_result_does_not_depend_on_devices_or_batches(affine):
     variables, _ = affine
     images = np.random.default_rng(2).integers(0, 256, (21, 4, 4, 1), dtype=np.uint8)
-    rows, key = (images, None), jax.random.key(0)
+    source, key = ArraySource("noise", images), jax.random.key(0)
     runners = BatchRunner(make_mesh()), BatchRunner(None), BatchRunner(None, memory_bound=1)
-    results = [image_bits_per_dim(runner, CONFIG, variables, rows, key) for runner in runners]
+    results = [image_bits_per_dim(runner, CONFIG, variables, source, key) for runner in runners]
     assert results[0].dtype == np.float64
     for result in results[1:]:
         np.testing.assert_allclose(result, results[0], rtol=1e-6)

@@ -16,7 +16,6 @@ from configs import digits
 from tarflow_jax import data
 from tarflow_jax.evaluation import scores
 from tarflow_jax.evaluation.classifier import classifier_network
-from tarflow_jax.evaluation.generation import read_samples
 from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.noise import Noise
 from tarflow_jax.pipeline import TarFlowPipeline
@@ -110,7 +109,7 @@ def test_tables_and_file_state_the_protocol(model, tmp_path):
     named = f"classifier, judge digits, sha256 {judge['sha256']} (test accuracy {judge['accuracy']:.4f}; "
     assert content["protocol"]["network"].startswith(named)
     assert f"network: {named}" in out
-    images, labels = read_samples(tmp_path / "samples.npz")
+    images, labels = np.load(tmp_path / "samples.npz").values()
     assert images.shape == (200, 8, 8, 3)
     assert content["protocol"]["labels"] == "as often as in the reference split"
     real = data.open_source("digits", "train", data_dir=tmp_path / "data").labels
@@ -127,6 +126,32 @@ def test_bits_per_dim_of_a_gaussian_model_is_refused_in_one_line(model, tmp_path
     assert "--allow_noisy for nats/dim" in line
     assert "Traceback" not in err
     assert not (tmp_path / "evaluation").exists()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["launch.evaluate", "--data=digits", "--metrics=bits_per_dim,outliers", "--outliers=digits", "--allow_noisy"],
+        ["launch.sample", "--num_images=2"],
+    ],
+    ids=["evaluate", "sample"],
+)
+def test_the_memory_bound_reaches_every_batch(model, tmp_path, command):
+    program = (
+        "import runpy, sys\n"
+        "from tarflow_jax.runtime import BatchRunner\n"
+        "run = BatchRunner.run\n"
+        "def printing(self, *args, **options):\n"
+        "    print('memory bound', self.memory_bound)\n"
+        "    return run(self, *args, **options)\n"
+        "BatchRunner.run = printing\n"
+        "runpy.run_module(sys.argv.pop(1), run_name='__main__', alter_sys=True)\n"
+    )
+    folder = ("--memory_bound=0.25", f"--model={model}", f"--out={tmp_path}")
+    code, out, err = commands.run("-c", program, *command, *folder)
+    assert code == 0, err
+    bounds = {line for line in out.splitlines() if line.startswith("memory bound")}
+    assert bounds == {f"memory bound {2**28}"}
 
 
 def test_a_run_is_evaluated_on_its_data_as_it_was_trained_on_them(tmp_path):

@@ -105,23 +105,25 @@ def test_a_signal_ends_a_command_at_once_and_leaves_no_half_file(tmp_path, numbe
     )
     in_a_chunk = (
         "def sample(key, number, labels):\n"
-        "        if os.path.exists(folder + '/chunk_00000.npz'):\n"
+        "        if glob.glob(folder + '/*/chunk_00000.npz'):\n"
         f"            os.kill(os.getpid(), signal.{number})\n"
         "        return jax.numpy.zeros((number, 2, 2, 1))\n"
-        "    generation.generate(sample, folder, 12, 4, (), seed=0)\n"
+        "    sampler = mock.Mock(side_effect=sample, protocol=dict)\n"
+        "    generation.draw_samples(sampler, folder, 12, (), seed=0, chunk_size=4)\n"
     )
-    for i, (body, left) in enumerate(((in_a_file, []), (in_a_chunk, ["chunk_00000.npz"]))):
+    for i, (body, left) in enumerate(((in_a_file, []), (in_a_chunk, ["chunk_00000.npz", "protocol.json"]))):
         folder = tmp_path / str(i)
         folder.mkdir()
         program = (
-            "import os, signal, jax\nfrom launch import cli\nfrom tarflow_jax import files\n"
+            "import glob, os, signal, jax\nfrom unittest import mock\n"
+            "from launch import cli\nfrom tarflow_jax import files\n"
             f"from tarflow_jax.evaluation import generation\nfolder = {str(folder)!r}\n"
             f"def main(argv):\n    {body}\ncli.run(main)\n"
         )
         found, out, err = commands.run("-c", program)
         assert (found, out) == (code, ""), err
         assert err.splitlines()[-1] == "stopped: asked to stop; run the same command again"
-        assert [path.name for path in folder.iterdir()] == left
+        assert sorted(path.name for path in folder.rglob("*") if path.is_file()) == left
 
 
 class Poisoned(ArraySource):

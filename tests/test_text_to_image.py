@@ -19,7 +19,9 @@ from tarflow_jax.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderK
 from tarflow_jax.data import latents
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation import classifier
+from tarflow_jax.evaluation.generation import Sampler
 from tarflow_jax.noise import Noise
+from tarflow_jax.sampling import Sequential
 from tarflow_jax.text import WordVectors
 from tarflow_jax.text_to_image import TextToImage
 from tarflow_jax.training import Recipe, train, train_step
@@ -209,6 +211,17 @@ def test_latents_are_denoised_unless_the_decoder_removes_their_noise(trained, au
     expected, other = (pipe("cat 2", 2, Guidance(), denoise=value) for value in (denoise, not denoise))
     np.testing.assert_allclose(images, expected, atol=1e-5)
     assert np.abs(images - other).max() > 1e-3
+
+
+def test_samples_of_other_encoders_are_others(trained, autoencoder):
+    flow = TextToImage.from_pretrained(trained).flow
+    rescaled = Autoencoder(dataclasses.replace(SMALL, scaling_factor=1.0), autoencoder.params)
+    other_text = dataclasses.replace(TEXT, table=-TEXT.table)
+    models = [
+        TextToImage(flow, *others) for others in ((autoencoder, TEXT), (rescaled, TEXT), (autoencoder, other_text))
+    ]
+    samplers = [Sampler(model, Guidance(), False, 1.0, Sequential(), ("a cat",)) for model in models]
+    assert len({json.dumps(sampler.protocol()) for sampler in samplers}) == 3
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Classification by Bayes' rule and outlier detection, both with log p(x | y)."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -10,9 +11,37 @@ import scipy.special
 from sklearn.metrics import roc_auc_score
 
 from tarflow_jax.errors import UserError
+from tarflow_jax.noise import to_float
+from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import progress
 
-CALIBRATION_BINS, HISTOGRAM_BINS = 15, 50
+NUM_LEVELS, CALIBRATION_BINS, HISTOGRAM_BINS = 8, 15, 50
+
+
+def with_training_noise(
+    pipe: TarFlowPipeline, images: np.ndarray, key: jax.Array, noise_std: float | None = None
+) -> jax.Array:
+    """Adds the training noise, if known, to integer images: float32 [N, H, W, K]; `noise_std` is a level σ."""
+    if pipe.noise is None:
+        return to_float(images)
+    return pipe.noise(key, jnp.asarray(images), None if noise_std is None else jnp.full(len(images), noise_std))
+
+
+def mean_class_log_probs(
+    pipe: TarFlowPipeline, images: np.ndarray, key: jax.Array, noise_std: float | None = None, num_draws: int = 1
+) -> np.ndarray:
+    """Averages log p(x | y) of integer images under every label y over draws of noise: nats, float64 [N, C]."""
+    log_prob = functools.partial(pipe.log_prob, noise_std=noise_std)
+    keys = [key, *(jax.random.fold_in(key, draw) for draw in range(1, num_draws))]
+    noisy = (with_training_noise(pipe, images, each, noise_std) for each in keys)
+    return np.mean([class_log_probs(log_prob, each, pipe.config.num_classes) for each in noisy], axis=0)
+
+
+def best_noise_level(pipe: TarFlowPipeline, images: np.ndarray, labels: np.ndarray, key: jax.Array) -> float:
+    """Returns the noise level of training, among `NUM_LEVELS`, at which Bayes' rule classifies images best."""
+    levels = [float(level) for level in pipe.noise.quantiles(NUM_LEVELS)]
+    correct = [(mean_class_log_probs(pipe, images, key, level).argmax(1) == labels).sum() for level in levels]
+    return levels[int(np.argmax(correct))]
 
 
 def class_log_probs(
@@ -36,8 +65,6 @@ def bayes_classification(log_probs: np.ndarray, labels: np.ndarray) -> dict[str,
       accuracy; temperature; negative_log_likelihood in nats and calibration_error, and both again as raw_…, at
       temperature 1.
     """
-    if log_probs.ndim != 2 or labels.shape != log_probs.shape[:1]:
-        raise UserError(f"expected log p [N, C] and N labels, got {log_probs.shape} and {labels.shape}")
     if not np.isfinite(log_probs).all():
         raise UserError("log p(x | y) is not finite for some images; the model cannot classify them")
 
@@ -81,6 +108,19 @@ def fit_images(images: np.ndarray, image_shape: tuple[int, int, int]) -> np.ndar
     resized = jax.image.resize(images.astype(np.float32), (len(images), height, width, images.shape[-1]), "bilinear")
     rounded = np.clip(np.round(np.asarray(resized)), 0, np.iinfo(images.dtype).max).astype(images.dtype)
     return np.repeat(rounded, channels // images.shape[-1], axis=-1)
+
+
+def detect_outliers(
+    pipe: TarFlowPipeline, inside: np.ndarray, outside: np.ndarray, key: jax.Array, noise_std: float | None = None
+) -> dict[str, object]:
+    """Returns `outlier_scores` for integer images: log p without labels, of both in the shape and noise of training."""
+
+    def log_prob(images: np.ndarray, key: jax.Array) -> np.ndarray:
+        noisy = with_training_noise(pipe, fit_images(images, pipe.config.image_shape), key, noise_std)
+        return np.asarray(pipe.log_prob(noisy, noise_std=noise_std))
+
+    first, second = jax.random.split(key)
+    return outlier_scores(log_prob(inside, first), log_prob(outside, second), pipe.config.num_dims)
 
 
 def outlier_scores(inside: np.ndarray, outside: np.ndarray, num_dims: int) -> dict[str, object]:

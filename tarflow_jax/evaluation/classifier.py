@@ -7,6 +7,7 @@ models/judges/NAME/model.safetensors, with its hash and accuracy in judge.json. 
 the weights of a student's perceptual loss, which are not used for measurements.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -84,7 +85,7 @@ def train_classifier(source: ImageSource, model: nn.Module, steps: int, batch_si
 def classifier_network(train: ImageSource, test: ImageSource, cache_dir: str | Path) -> FeatureNetwork:
     """Returns a classifier as a feature network: the data set's judge, else one from `cache_dir`, else a new one.
 
-    Its `identity` gives its accuracy on `test`. Raises UserError for unlabelled images and damaged files.
+    Its `identity` gives its accuracy on `test`. Raises UserError for unlabelled images and a damaged judge.
     """
     if train.num_classes < 2:
         raise UserError(
@@ -97,10 +98,11 @@ def classifier_network(train: ImageSource, test: ImageSource, cache_dir: str | P
 
     if judge := read_judge(train):
         network, stated = judge
-        if abs((found := accuracy(network)) - stated) <= SAME_ACCURACY:
+        measured = accuracy(network)
+        if abs(measured - stated) <= SAME_ACCURACY:
             return network
         message = "the judge of %s gets %.4f of these test images right, not %.4f: they are others, it is not used"
-        logger.warning(message, train.name, found, stated)
+        logger.warning(message, train.name, measured, stated)
     model = Classifier(train.num_classes)
     params = _read_or_train(Path(cache_dir), "classifier", train, model, num_steps(train), BATCH_SIZE, seed=0)
     network = _network(train, params, "")
@@ -163,17 +165,14 @@ def perceptual_network_params(
 def _read_or_train(
     cache_dir: Path, kind: str, source: ImageSource, model: nn.Module, steps: int, batch_size: int, seed: int
 ) -> dict[str, Any]:
-    """Returns the cached parameters for these images and classes; trains and caches them if there are none."""
+    """Returns the cached parameters for these images and classes; trains them if the file is missing or damaged."""
     path = cache_dir / f"{kind}-{source.num_classes}-{source.fingerprint[:16]}.safetensors"
-    if not path.is_file():
-        params = train_classifier(source, model, steps, batch_size, seed)
-        with cache_errors_logged(), replacing(path) as file:
-            file.write(_file_content(params))
-        return params
-    try:
+    with contextlib.suppress(FileNotFoundError, UserError):
         return read_safetensors(path, _shapes(model, source))
-    except UserError as error:
-        raise UserError(f"{error}; delete it to train the network again") from error
+    params = train_classifier(source, model, steps, batch_size, seed)
+    with cache_errors_logged(), replacing(path) as file:
+        file.write(_file_content(params))
+    return params
 
 
 def _shapes(model: nn.Module, source: ImageSource) -> dict[str, Shape]:

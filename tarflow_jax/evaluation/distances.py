@@ -61,16 +61,6 @@ class Reference:
     protocol: dict[str, Any]  # what was measured and how; empty in other projects' files
 
 
-def write_reference(path: epath.PathLike, reference: Reference) -> None:
-    """Writes ADM's arrays of statistics (`mu`, `sigma`, `mu_s`, `sigma_s`), our `features`, and `protocol` as JSON."""
-    arrays = {"mu": reference.pooled.mean, "sigma": reference.pooled.covariance}
-    if reference.spatial is not None:
-        arrays |= {"mu_s": reference.spatial.mean, "sigma_s": reference.spatial.covariance}
-    if reference.features is not None:
-        arrays["features"] = reference.features
-    write_npz(path, **arrays, protocol=np.array(json.dumps(reference.protocol)))
-
-
 def read_reference(path: epath.PathLike) -> Reference:
     """Reads a reference file, ours or ADM's; raises FileNotFoundError if missing, UserError for other files."""
     names = ("mu", "sigma", "mu_s", "sigma_s", "features", "protocol")
@@ -96,7 +86,8 @@ def read_reference(path: epath.PathLike) -> Reference:
 def data_set_reference(network: FeatureNetwork, source: ImageSource, split: str, cache_dir: Path) -> Reference:
     """Returns the statistics of all images of a split, read from `cache_dir` or computed and cached.
 
-    The file is named by a hash of the protocol, which identifies the images and the network.
+    The file is named by a hash of the protocol, which identifies the images and the network. It has ADM's arrays of
+    statistics (`mu`, `sigma`, `mu_s`, `sigma_s`), our `features`, and the protocol as JSON.
     """
     protocol = {
         "data_set": source.name,
@@ -121,11 +112,14 @@ def data_set_reference(network: FeatureNetwork, source: ImageSource, split: str,
         kept.append(features.pooled[-start % stride :: stride])
         if features.spatial is not None:
             running_spatial.add(features.spatial)
-    spatial = running_spatial.result() if running_spatial.count else None
-    reference = Reference(running.result(), spatial, np.concatenate(kept), protocol)
+    pooled, spatial, kept_features = running.result(), None, np.concatenate(kept)
+    arrays = {"mu": pooled.mean, "sigma": pooled.covariance, "features": kept_features}
+    if running_spatial.count:
+        spatial = running_spatial.result()
+        arrays |= {"mu_s": spatial.mean, "sigma_s": spatial.covariance}
     with cache_errors_logged():
-        write_reference(path, reference)
-    return reference
+        write_npz(path, **arrays, protocol=np.array(json.dumps(protocol)))
+    return Reference(pooled, spatial, kept_features, protocol)
 
 
 def file_reference(network: FeatureNetwork, path: str | Path, metrics: list[str]) -> Reference:
@@ -133,15 +127,13 @@ def file_reference(network: FeatureNetwork, path: str | Path, metrics: list[str]
     reference = read_reference(path)
     features, protocol = reference.features, {"file": Path(path).name, "sha256": sha256(path)} | reference.protocol
     if features is None and {"kid", "precision_recall"} & set(metrics):
-        features = network(as_colour(read_samples(path)[0]), "features of the reference").pooled
+        features = network(as_colour(read_samples(path)), "features of the reference").pooled
     return dataclasses.replace(reference, features=features, protocol=protocol)
 
 
 def check_metrics(metrics: list[str], network: str, num_samples: int, num_real: int | None = None) -> None:
-    """Raises UserError for a metric that is unknown, undefined for this network, or needs more images."""
+    """Raises UserError for a metric that is undefined for this network, or needs more images."""
     for metric in metrics:
-        if metric not in METRICS:
-            raise UserError(f"unknown metric {metric!r}; expected one of {', '.join(METRICS)}")
         if metric not in NAMES[network]:
             raise UserError(f"{metric} is defined by Inception's features alone; name their file, --inception=FILE")
         needed = MIN_IMAGES.get(metric, NUM_FEATURES[network])

@@ -3,23 +3,82 @@
 Chunk i depends only on the key fold_in(key(seed), i), so any process can draw it at any time.
 """
 
+import dataclasses
 import hashlib
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
+from tarflow_jax.data import ImageSource
 from tarflow_jax.errors import UserError
 from tarflow_jax.figures import to_uint8
 from tarflow_jax.files import read_npz, write_npz, write_text
+from tarflow_jax.fingerprint import fingerprint
+from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.runtime import progress
+from tarflow_jax.sampling import DEFAULT_DENOISING, Decoder, Guidance, Student
+from tarflow_jax.text_to_image import TextToImage
 
+CHUNK_SIZE = 500  # samples in a file
 NOT_FINITE = 128  # grey, in place of a pixel that is NaN or infinite
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """Draws images of a model, always with the same settings.
+
+    Attributes:
+      model: a flow of images, or one of latents with its autoencoder.
+      guidance, denoise, decoder: see `TarFlowPipeline.sample`.
+      denoise_multiplier: the same; latents are denoised with 1.
+      captions: label i stands for caption i, if the model draws from captions.
+    """
+
+    model: TarFlowPipeline | TextToImage
+    guidance: Guidance
+    denoise: bool
+    denoise_multiplier: float
+    decoder: Decoder
+    captions: Sequence[str] = ()
+
+    def __call__(self, key: jax.Array, number: int, labels: Any) -> jax.Array:
+        """Returns float32 [number, H, W, K] in about [-1, 1]."""
+        if isinstance(self.model, TarFlowPipeline):
+            return self.model.sample(
+                key, number, labels, self.guidance, self.denoise, self.denoise_multiplier, self.decoder
+            )
+        prompts = None
+        if self.captions:
+            prompts, number, labels = [self.captions[i] for i in labels], 1, None
+        options = {"labels": labels, "decoder": self.decoder, "denoise": self.denoise}
+        return self.model(prompts, number, self.guidance, key, **options)
+
+    def protocol(self) -> dict[str, Any]:
+        """Returns all that the images depend on besides the key and the labels, for JSON."""
+        flow = self.model if isinstance(self.model, TarFlowPipeline) else self.model.flow
+        denoising = {"multiplier": self.denoise_multiplier, "method": DEFAULT_DENOISING.to_dict()}
+        protocol: dict[str, Any] = {
+            "fingerprint": fingerprint(flow.variables),
+            "config": flow.config.to_dict(),
+            "noise": flow.noise and flow.noise.to_dict(),
+            "guidance": self.guidance.to_dict() if self.guidance.weight else None,
+            "denoising": denoising if self.denoise else None,
+            "decoder": repr(self.decoder),
+        }
+        if isinstance(self.decoder, Student):
+            student = flow.require_student()
+            protocol["student"] = [fingerprint(student.variables), student.config.to_dict()]
+        if isinstance(self.model, TextToImage):
+            autoencoder, text = self.model.autoencoder, self.model.text
+            protocol["autoencoder"] = [fingerprint(autoencoder.params), autoencoder.config.to_dict()]
+            protocol |= {"text_encoder": text and text.fingerprint, "captions": self.captions}
+        return protocol
 
 
 class Samples(NamedTuple):
@@ -54,32 +113,41 @@ def labels_in_proportion(class_counts: Sequence[int] | np.ndarray, num_images: i
     return labels
 
 
-def chunk_folder(root: epath.PathLike, protocol: Mapping[str, Any]) -> epath.Path:
-    """Returns the folder of a protocol's chunks, named by its hash; writes the protocol to protocol.json in it.
+def label_counts(num_classes: int, reference: ImageSource | None) -> tuple[np.ndarray, str]:
+    """Returns how often samples have each label, as coprime integers [C], and the words for it in a protocol.
 
-    `protocol` must hold everything the samples depend on, so that a run with other guidance cannot continue this one.
+    As often as in the reference, if known: otherwise a distance would measure the labels, not the images.
     """
-    text = json.dumps(dict(protocol), indent=2, sort_keys=True)
-    folder = epath.Path(root) / hashlib.sha256(text.encode()).hexdigest()[:16]
-    write_text(folder / "protocol.json", text)
-    return folder
+    if not num_classes:
+        return np.zeros(0, np.int64), "none"
+    if reference is not None:
+        counts = reference.class_counts()
+        if len(counts) == num_classes and counts.any():
+            return counts // np.gcd.reduce(counts), "as often as in the reference split"
+    return np.ones(num_classes, np.int64), "in turn"
 
 
-def generate(
-    sample: Callable[[jax.Array, int, jax.Array | None], jax.Array],
-    folder: epath.PathLike,
+def draw_samples(
+    sampler: Sampler,
+    root: epath.PathLike,
     num_images: int,
-    chunk_size: int,
     class_counts: Sequence[int] | np.ndarray,
     seed: int,
-) -> None:
-    """Draws the missing chunks of `num_images` samples in `folder`; each process draws its share.
+    chunk_size: int = CHUNK_SIZE,
+) -> epath.Path:
+    """Draws the missing chunks of `num_images` samples; returns their folder when all processes are done.
 
-    `sample(key, number, labels)` returns float images [number, H, W, K] in [-1, 1]; `labels_in_proportion` gives the
-    labels. Every chunk is drawn in full, so the first images do not depend on `num_images`.
+    The folder, in `root`, is named by the hash of all that the samples depend on, and holds that as protocol.json. Each
+    process draws its share, with the labels of `labels_in_proportion`. Every chunk is drawn in full, so the first
+    images do not depend on `num_images`.
     """
+    counts = np.asarray(class_counts, np.int64).tolist()
+    protocol = sampler.protocol() | {"seed": seed, "chunk_size": chunk_size, "class_counts": counts}
+    text = json.dumps(protocol, indent=2, sort_keys=True)
+    folder = epath.Path(root) / hashlib.sha256(text.encode()).hexdigest()[:16]
+    write_text(folder / "protocol.json", text)
     num_chunks = -(-num_images // chunk_size)
-    all_labels = labels_in_proportion(class_counts, num_chunks * chunk_size)
+    labels = labels_in_proportion(class_counts, num_chunks * chunk_size)
     mine = range(jax.process_index(), num_chunks, jax.process_count())
     for index in progress(mine, f"samples, {chunk_size} at a time"):
         path = _chunk_path(folder, index)
@@ -87,13 +155,16 @@ def generate(
             continue
         key = jax.random.fold_in(jax.random.key(seed), index)
         chosen = slice(index * chunk_size, (index + 1) * chunk_size)
-        drawn = sample(key, chunk_size, None if all_labels is None else jnp.asarray(all_labels[chosen]))
+        drawn = sampler(key, chunk_size, None if labels is None else jnp.asarray(labels[chosen]))
         images, not_finite = quantise(np.asarray(drawn))
         write_npz(path, images=images, not_finite=not_finite)
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(f"samples in {folder}")
+    return folder
 
 
 def read_chunks(
-    folder: epath.PathLike, num_images: int, chunk_size: int, class_counts: Sequence[int] | np.ndarray
+    folder: epath.PathLike, num_images: int, class_counts: Sequence[int] | np.ndarray, chunk_size: int = CHUNK_SIZE
 ) -> Samples:
     """Reads the first `num_images` samples of a folder; raises FileNotFoundError if a chunk is missing."""
     images, not_finite = [], []
@@ -126,23 +197,15 @@ def write_samples(path: epath.PathLike, images: np.ndarray, labels: np.ndarray |
     write_npz(path, **arrays)
 
 
-def read_samples(path: epath.PathLike) -> tuple[np.ndarray, np.ndarray | None]:
-    """Reads images uint8 [N, H, W, K] and labels [N] or None of an ADM sample file; raises UserError for others."""
-    arrays = read_npz(path, ("arr_0", "arr_1"))
-    images, labels = arrays.get("arr_0"), arrays.get("arr_1")
+def read_samples(path: epath.PathLike) -> np.ndarray:
+    """Reads the images uint8 [N, H, W, K] of an ADM sample file; raises UserError for others."""
+    images = read_npz(path, ("arr_0",)).get("arr_0")
     if images is None or images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
-        found = "nothing" if images is None else f"{images.dtype} {list(images.shape)}"
-        raise UserError(f"{path}: expected arr_0 as uint8 [N, H, W, 1 or 3], found {found}")
-    if labels is not None and (labels.shape != (len(images),) or labels.dtype.kind not in "iu"):
-        raise UserError(f"{path}: expected arr_1 as {len(images)} integer labels, found {list(labels.shape)}")
-    return images, labels
+        content = "nothing" if images is None else f"{images.dtype} {list(images.shape)}"
+        raise UserError(f"{path}: expected arr_0 as uint8 [N, H, W, 1 or 3], found {content}")
+    return images
 
 
 def as_colour(images: np.ndarray) -> np.ndarray:
     """Repeats grey images [N, H, W, 1] to [N, H, W, 3], which Inception and ADM's files expect."""
     return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
-
-
-def file_stem(name: str) -> str:
-    """Turns a name, such as the data set "folder:/data/cats", into letters, digits, dots and underscores."""
-    return re.sub(r"[^\w.]+", "_", name).strip("_")
