@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import commands
-from launch.demo_model import IN_TURN, MAX_UPLOAD_PIXELS, DemoModel
+from launch.demo_model import IN_TURN, MAX_UPLOAD_PIXELS, calibration, class_names, draw, facts, read_upload
 from runs import SMALL
 from tarflow_jax import Noise, TarFlowPipeline, sampling
 from tarflow_jax.figures import COLOURS, enlarge, overlay
@@ -21,50 +21,47 @@ COUNT = 4
 
 
 @pytest.fixture(scope="module")
-def model():
-    pipe = TarFlowPipeline(SMALL, random_variables(SMALL), Noise("gaussian", 0.1))
-    return DemoModel(pipe, "models/tiny", COUNT)
+def pipe():
+    return TarFlowPipeline(SMALL, random_variables(SMALL), Noise("gaussian", 0.1))
 
 
-def test_a_draw_has_the_frames_from_latents_to_denoised_images_and_its_classes(model):
-    told = []
-    drawn = model.draw(guidance=1.0, progress=lambda share, what: told.append(share))
+def test_a_draw_has_the_frames_from_latents_to_denoised_images_and_its_classes(pipe):
+    drawn = draw(pipe, COUNT, guidance=1.0)
     chex.assert_shape(list(drawn.frames.values()), (COUNT, *SMALL.image_shape))
     assert [frame.dtype for frame in drawn.frames.values()] == [np.uint8] * 4
     assert list(drawn.frames) == ["latents", "1 of 2 blocks inverted", "2 of 2 blocks inverted", "denoised"]
     np.testing.assert_array_equal(drawn.labels, [0, 1, 2, 0])
-    assert told == sorted(told)
-    noisy = model.draw(guidance=1.0, denoise=False, decoder="Jacobi")
+    noisy = draw(pipe, COUNT, guidance=1.0, denoise=False)
     assert len(noisy.frames) == 3
     np.testing.assert_allclose(noisy.images.astype(int), drawn.frames["2 of 2 blocks inverted"], atol=1)
 
 
-def test_no_slider_compiles_anything(model):
-    model.draw(guidance=1.0)
+def test_no_slider_compiles_anything(pipe):
+    draw(pipe, COUNT, guidance=1.0)
     before = sampling.decode_trace._cache_size(), sampling.denoise._cache_size()
-    other = model.draw(label=2, guidance=2.5, attention_temperature=0.9, temperature=0.7, seed=5)
+    other = draw(pipe, COUNT, label=2, guidance=2.5, attention_temperature=0.9, temperature=0.7, seed=5)
     np.testing.assert_array_equal(other.labels, [2] * COUNT)
     assert (sampling.decode_trace._cache_size(), sampling.denoise._cache_size()) == before
 
 
-def test_images_far_outside_the_range_are_counted(model):
-    assert model.draw(guidance=1.0, temperature=1e4).num_bad == COUNT
-    assert model.draw(guidance=1.0, temperature=0.1).num_bad == 0
-
-
-@pytest.mark.parametrize("seed", [-1, 2**40])
-def test_a_seed_that_cannot_be_is_refused(model, seed):
-    with pytest.raises(ValueError, match=f"the seed is {seed}; expected a whole number"):
-        model.draw(seed=seed)
+def test_images_far_outside_the_range_are_counted(pipe):
+    assert draw(pipe, COUNT, guidance=1.0, temperature=1e4).num_bad == COUNT
+    assert draw(pipe, COUNT, guidance=1.0, temperature=0.1).num_bad == 0
 
 
 def test_a_model_without_classes_draws_none():
     config = dataclasses.replace(SMALL, num_classes=0)
-    model = DemoModel(TarFlowPipeline(config, random_variables(config), Noise("uniform")), "models/tiny", 2)
-    drawn = model.draw(label=IN_TURN)
+    pipe = TarFlowPipeline(config, random_variables(config), Noise("uniform"))
+    drawn = draw(pipe, 2, label=IN_TURN)
     np.testing.assert_array_equal(drawn.labels, [-1, -1])
     assert len(drawn.frames) == SMALL.num_blocks + 1  # uniform noise is not denoised
-    assert model.choices == [("no class", -1)]
+    assert class_names(pipe) == []
+
+
+def test_classes_of_one_name_are_told_apart(pipe):
+    named = TarFlowPipeline(SMALL, pipe.variables, label_names=("crane", "crane", "duck"))
+    assert class_names(named) == ["crane (0)", "crane (1)", "duck (2)"]
+    assert class_names(pipe) == ["0", "1", "2"]
 
 
 def picture(mode, size, kind="PNG", **options):
@@ -73,16 +70,16 @@ def picture(mode, size, kind="PNG", **options):
     return content.getvalue()
 
 
-def test_an_upload_is_decoded_as_data_are_upright_and_over_white(model, tmp_path):
+def test_an_upload_is_decoded_as_data_are_upright_and_over_white(pipe, tmp_path):
     path = tmp_path / "upload"
     path.write_bytes(picture("RGBA", (40, 30)))
-    np.testing.assert_array_equal(model.read_upload(path), np.full(SMALL.image_shape, 255))
+    np.testing.assert_array_equal(read_upload(pipe, path), np.full(SMALL.image_shape, 255))
     upright = Image.new("RGB", (60, 40))
     upright.paste((255, 0, 0), (0, 0, 60, 20))
     exif = Image.Exif()
     exif[274] = 8  # the camera lay on its side
     upright.rotate(-90, expand=True).save(path, "JPEG", exif=exif, quality=95)
-    upload = model.read_upload(path)
+    upload = read_upload(pipe, path)
     assert upload.shape == SMALL.image_shape
     assert upload[0, :, 0].min() > 200
     assert upload[-1].max() < 50
@@ -91,24 +88,24 @@ def test_an_upload_is_decoded_as_data_are_upright_and_over_white(model, tmp_path
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "not an image"),
+        (b"", "not an image of PNG"),
         (b"no image", "not an image of PNG"),
         (picture("RGB", (60, 40))[:50], "damaged image"),
         (picture("1", (MAX_UPLOAD_PIXELS // 4000 + 1, 4000)), f"more than the {MAX_UPLOAD_PIXELS} pixels allowed"),
     ],
     ids=["empty", "text", "cut", "large"],
 )
-def test_an_upload_that_is_no_image_is_refused_in_one_line(model, tmp_path, content, message):
+def test_an_upload_that_is_no_image_is_refused_in_one_line(pipe, tmp_path, content, message):
     path = tmp_path / "upload.png"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as refused:
-        model.read_upload(path)
+        read_upload(pipe, path)
     assert "\n" not in str(refused.value)
 
 
-def test_probabilities_are_calibrated_where_these_weights_were_evaluated(model):
-    assert model.temperature is None
-    weights = fingerprint(model.pipe.variables)
+def test_probabilities_are_calibrated_where_these_weights_were_evaluated(pipe):
+    assert calibration(pipe) is None
+    weights = fingerprint(pipe.variables)
     card = {
         "evaluations": [
             {"protocol": {"fingerprint": "others"}, "results": {"classification": {"temperature": 2.0, "draws": 1}}},
@@ -117,19 +114,15 @@ def test_probabilities_are_calibrated_where_these_weights_were_evaluated(model):
             {"protocol": {"fingerprint": weights}, "results": {"bits_per_dim": {}}},
         ]
     }
-    pipe = TarFlowPipeline(SMALL, model.pipe.variables, Noise("gaussian", 0.1), card=card)
-    assert DemoModel(pipe, "runs/tiny", COUNT).temperature == 3.5
+    assert calibration(TarFlowPipeline(SMALL, pipe.variables, card=card)) == 3.5
 
 
-def test_the_head_tells_what_is_known(model):
-    facts = model.facts()
-    assert facts["images"] == "4 × 6 × 3"
-    assert facts["training noise"] == "gaussian 0.1"
-    assert "steps" not in facts
-    card = {"datasets": ["digits"], "training": {"steps": 1200}, "metrics": {"test loss": -1.25}}
-    known = TarFlowPipeline(SMALL, model.pipe.variables, Noise("gaussian", 0.1), card=card)
-    facts = DemoModel(known, "runs/digits", COUNT).facts()
-    assert [facts[name] for name in ("data", "steps", "test loss")] == ["digits", "1,200", "-1.25"]
+def test_the_head_tells_what_is_known(pipe):
+    known = facts(pipe)
+    assert known["images"] == "4 × 6 × 3"
+    assert known["training noise"] == "gaussian 0.1"
+    assert "test loss" not in known
+    assert facts(TarFlowPipeline(SMALL, pipe.variables, card={"metrics": {"test loss": -1.25}}))["test loss"] == "-1.25"
 
 
 def refused(*arguments, program=("-m", "launch.demo")):
