@@ -301,15 +301,13 @@ class TarFlowPipeline:
         Raises:
           ValueError: a shape, dtype, label, noise level, condition or mask that does not fit the model.
         """
-        rows = self._validated(images, labels, noise_std, condition, mask)
-        return self._run(likelihood.encode, self.config, rows)
+        return self._density(likelihood.encode, self.config, images, labels, noise_std, condition, mask)
 
     def log_prob(
         self, images: Any, labels: Any = None, noise_std: Any = None, condition: Any = None, mask: Any = None
     ) -> jax.Array:
         """Returns log p(x | label, condition), float32 [B], nats; arguments and errors are those of `encode`."""
-        rows = self._validated(images, labels, noise_std, condition, mask)
-        return self._run(likelihood.log_prob, in_float32(self.config), rows)
+        return self._density(likelihood.log_prob, in_float32(self.config), images, labels, noise_std, condition, mask)
 
     def patch_log_prob(
         self, images: Any, labels: Any = None, noise_std: Any = None, condition: Any = None
@@ -319,8 +317,14 @@ class TarFlowPipeline:
         `likelihood.patch_log_prob` explains what a share means. Arguments and errors are those of `encode`.
         """
         self._require_images("patch_log_prob")
-        rows = self._validated(images, labels, noise_std, condition)
-        return self._run(likelihood.patch_log_prob, in_float32(self.config), rows)
+        return self._density(likelihood.patch_log_prob, in_float32(self.config), images, labels, noise_std, condition)
+
+    def _density(self, function: Any, config: TarFlowConfig, images: Any, *keywords: Any) -> Any:
+        """Calls a function of `likelihood`; warns about pixels. (What `denoise` gets may be samples, or latents.)"""
+        rows = self._validated(images, *keywords)
+        if not self.config.is_sequence:
+            arguments.warn_about_pixels(rows["images"])
+        return self._run(function, config, rows)
 
     def bits_per_dim(
         self, key: jax.Array, images_uint8: Any, labels: Any = None, noise_std: Any = None, condition: Any = None
@@ -587,8 +591,6 @@ class TarFlowPipeline:
     def _validated(self, images: Any, *keywords: Any, name: str = "images") -> dict[str, Any]:
         """Checks the arrays [B, …] of a call and returns them by argument name; `name` is that of the images."""
         images = check_images(self.config, images, name)
-        if name == "images" and not self.config.is_sequence:
-            arguments.warn_about_pixels(images)
         return {name: images, "conditioning": self._conditioning(len(images), *keywords)}
 
     def _run(

@@ -182,6 +182,12 @@ def test_images_of_another_range_are_told_of_once(pipe, caplog, method):
     assert warnings_of(caplog) == ["images reach far outside [-1, 1]"]
 
 
+def test_samples_that_are_denoised_are_not_told_to_be_pixels(pipe, caplog):
+    arguments.warn_once.cache_clear()
+    pipe.denoise(8 * np.abs(images_of(TINY)), LABELS, 0.1)
+    assert warnings_of(caplog) == []
+
+
 def test_results_that_are_not_finite_are_told_of(pipe, caplog):
     images = np.array(images_of(TINY))
     images[1, 0, 0] = np.nan
