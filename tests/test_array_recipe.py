@@ -79,7 +79,7 @@ def name(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def whole(name, tmp_path_factory, compiled_once):
+def whole(name, tmp_path_factory):
     """(workdir, final state) of an uninterrupted run on one device; steps 2 and 4 are saved."""
     workdir = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from launch.convert import in_a_file
+from lazy import Lazy
 from tarflow_jax import Guidance, TarFlowConfig, TarFlowPipeline
 from tarflow_jax.errors import UserError
 from tarflow_jax.flow import block_orders
@@ -30,6 +30,7 @@ from test_interop_convert import convert
 from test_interop_goldens import assert_close
 from tiny_models import TINY, random_variables
 
+torch = Lazy("torch")
 CASES = ("starflow_plain", "starflow_label", "starflow_text")
 QUICK = ("starflow_label", None)
 DECODERS = (None, Jacobi(tolerance=0), GaussSeidelJacobi(3, tolerance=0))

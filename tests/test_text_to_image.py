@@ -6,7 +6,6 @@ import importlib
 import json
 import socket
 
-import gradio_client
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -296,6 +295,8 @@ def test_the_demo_draws_from_a_caption(trained):
     server = commands.start("-m", "launch.demo", f"--workdir={trained}", f"--port={port}", "--num_images=2")
     try:
         assert server.stdout.readline() == f"http://127.0.0.1:{port}\n", server.communicate()[1]
+        import gradio_client
+
         client = gradio_client.Client(f"http://127.0.0.1:{port}", verbose=False)
         images = client.predict("cat 2", -1, 1.0, 0, api_name="/draw")
         assert len(images) == 2

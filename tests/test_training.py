@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
 
 import runs
 from configs import defaults, digits
@@ -179,6 +178,8 @@ def test_a_checkpoint_of_another_shape_is_refused(saved):
 
 def events_in(path):
     """The events in a file for TensorBoard: after each one's length are 4 bytes, after each event 4 more."""
+    from tensorboardX.proto.event_pb2 import Event
+
     content, events = path.read_bytes(), []
     while content:
         (length,) = struct.unpack_from("<Q", content)
