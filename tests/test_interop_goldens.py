@@ -71,7 +71,7 @@ QUICK = [("cond", "sample_cfg1.5_ab", Sequential()), ("vp", "sample_temp0.7_w1_a
 SLOW = [
     *(("cond", mode, Sequential()) for mode in GUIDED if mode != QUICK[0][1]),
     ("vp", "sample_temp1.4_w0.5", Sequential()),
-    *(case[:2] + (decoder,) for case in QUICK for decoder in (Jacobi(tolerance=0), GaussSeidelJacobi(3, tolerance=0))),
+    *((*case[:2], decoder) for case in QUICK for decoder in (Jacobi(tolerance=0), GaussSeidelJacobi(3, tolerance=0))),
 ]
 
 
