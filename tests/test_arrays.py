@@ -121,6 +121,7 @@ def test_a_condition_of_a_token_reaches_that_token_and_the_one_before_it_in_a_bl
     np.testing.assert_array_equal(changed[np.asarray(order)], [False, False, False, True, True])
 
 
+@pytest.mark.slow
 def test_no_condition_is_the_null_condition_and_guidance_leads_away_from_it():
     pipe, (x, condition) = pipeline(), arrays()
     null = jnp.full_like(condition, jnp.nan)
@@ -135,6 +136,7 @@ def test_no_condition_is_the_null_condition_and_guidance_leads_away_from_it():
     np.testing.assert_allclose(away, pipe.decode(latents), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_flow_that_has_seen_every_condition_is_not_used_without_one():
     rng = np.random.default_rng(0)
     x, condition = rng.normal(size=(64, 2)), rng.normal(size=(64, 1))
@@ -235,6 +237,7 @@ def test_a_column_is_fitted_behind_a_start_token(tmp_path):
     np.testing.assert_allclose([drawn.mean(), drawn.std()], [5, 0.5], atol=0.1)
 
 
+@pytest.mark.slow
 def test_fit_says_what_float32_costs(caplog):
     tarflow_jax.fit(TABLE + 1e5, num_steps=1, batch_size=4, num_blocks=1, width=8, head_dim=8)
     assert "float32 rounds column" in caplog.text

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tarflow_jax import TarFlow, TarFlowPipeline
@@ -31,6 +32,7 @@ def test_the_hessian_of_an_affine_flow_of_a_gaussian_has_the_closed_form():
     np.testing.assert_allclose(found, np.diag(expected), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_flow_works_on_a_mesh_of_other_axes():
     devices = np.array(jax.devices()[:8]).reshape(4, 2)
     mesh = Mesh(devices, ("rows", "columns"), axis_types=(AxisType.Auto,) * 2)

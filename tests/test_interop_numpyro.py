@@ -52,6 +52,7 @@ def test_log_prob_and_samples_are_the_pipelines():
     np.testing.assert_allclose(one, found[0, :, 0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_parameters_of_the_flow_are_leaves_of_the_distribution():
     prior, x = interop.FlowDistribution(gaussian()), jnp.zeros((3, 2))
     np.testing.assert_allclose(jax.jit(interop.FlowDistribution.log_prob)(prior, x), prior.log_prob(x), atol=1e-5)

@@ -212,6 +212,7 @@ def test_importing_needs_no_extra():
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "fine\n"
 
 
+@pytest.mark.slow
 def test_drawing_imports_neither_torch_nor_what_only_training_needs():
     unwanted = {"torch", "tensorflow", "tensorboardX", "grain"}
     code = f"import sys; from launch import sample; print({unwanted} & {{*sys.modules}})"

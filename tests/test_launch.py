@@ -45,6 +45,7 @@ def workdir(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_every_command_refuses_a_flag_it_does_not_know_in_one_line_and_names_the_nearest():
     given = dict.fromkeys(commands.COMMANDS, "--tracebak") | {"sample": "--guidence=1", "train": "--surplus=1"}
     # For speed: forked from a process that has most modules loaded, and ended without the interpreter's finalization.

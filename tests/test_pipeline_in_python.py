@@ -148,6 +148,7 @@ def test_samples_that_are_denoised_are_not_told_to_be_pixels(pipe, caplog):
     assert warnings_of(caplog) == []
 
 
+@pytest.mark.slow
 def test_results_that_are_not_finite_are_told_of(pipe, caplog):
     images = np.array(images_of(TINY))
     images[1, 0, 0] = np.nan

@@ -151,7 +151,8 @@ def test_every_option_gives_a_flow_that_all_decoders_invert(name):
         np.testing.assert_allclose(pipe.decode(short, mask=lengths, **given)[2, 0], x[2, 0], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["all", pytest.param("by token", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["all", "by token"])
 def test_guidance_leads_away_from_the_null_condition(name):
     pipe, latents, given = short_flow(name)
     null = np.full(pipe.config.condition_shape, 0.7, np.float32)
@@ -170,6 +171,7 @@ def test_guidance_leads_away_from_the_null_condition(name):
         pipe.decode(latents, null_condition=null[:, :2], **given)
 
 
+@pytest.mark.slow
 def test_a_model_s_own_null_prefix_stands_in_for_a_missing_one(tmp_path):
     pipe, x, given = short_flow("all")
     null = np.full((2, 3), 0.7, np.float32)

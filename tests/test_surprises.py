@@ -130,6 +130,7 @@ def test_two_do_not_train_in_one_workdir(tmp_path):
     assert not (tmp_path / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_its_folder_free(tmp_path):
     program = (
         "from tarflow_jax import files\n"
@@ -217,6 +218,7 @@ def test_a_full_disk_leaves_no_part_of_a_shard(tmp_path):
     assert not [path for path in (tmp_path / "data").rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 def test_two_do_not_prepare_into_one_folder(tmp_path):
     with files.sole_user(tmp_path):
         code, _, err = commands.run("-m", "launch.prepare_data", "--data=digits", f"--data_dir={tmp_path}")

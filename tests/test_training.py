@@ -169,6 +169,7 @@ def test_checkpoints_restore_bit_for_bit_and_pass_over_damaged_ones(saved, caplo
         restored(folder, state)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_shape_is_refused(saved):
     folder, state = saved
     other = state.replace(variables=jax.tree.map(lambda x: jnp.zeros((*x.shape, 2)), state.variables))
