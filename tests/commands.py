@@ -63,14 +63,6 @@ def _run_forked(kind, program, *arguments, cwd=ROOT, **variables):
     server = _server()
     with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder, name) for name in ("out", "err")]
-        for file in files:
-            file.touch()
-        request = {
-            "kind": kind,
-            "program": program,
-            "arguments": arguments,
-            "cwd": str(cwd),
-            "environment": environment(**variables),
-        }
-        print(json.dumps(request | {"out": str(files[0]), "err": str(files[1])}), file=server.stdin, flush=True)
+        request = (kind, program, arguments, str(cwd), environment(**variables), list(map(str, files)))
+        print(json.dumps(request), file=server.stdin, flush=True)
         return int(server.stdout.readline()), *(file.read_text() for file in files)

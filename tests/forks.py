@@ -31,25 +31,25 @@ def serve():
     return None
 
 
-def become(request):
-    """Takes over the environment, the folder and the output files of a program."""
+def become(kind, program, arguments, cwd, environment, outputs):
+    """Takes over the environment, the folder and the output files of a program, and runs it."""
     signal.alarm(TIMEOUT_S)
     os.environ.clear()
-    os.environ.update(request["environment"])
-    os.chdir(request["cwd"])
-    files = ((os.devnull, os.O_RDONLY), (request["out"], os.O_WRONLY), (request["err"], os.O_WRONLY))
-    for number, (path, mode) in enumerate(files):
-        os.dup2(os.open(path, mode), number)
-    sys.path[0] = request["cwd"]
-    sys.argv = ["-c", *request["arguments"]]
+    os.environ.update(environment)
+    os.chdir(cwd)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for number, path in enumerate(outputs, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.path[0] = cwd
+    sys.argv = ["-c", *arguments]
+    if kind == "-m":
+        runpy.run_module(program, run_name="__main__", alter_sys=True)
+    else:
+        sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(program, sys.modules["__main__"].__dict__)
 
 
 warnings.filterwarnings("ignore", ".*fork")
 gc.freeze()
-if (request := serve()) is not None:
-    become(request)
-    if request["kind"] == "-m":
-        runpy.run_module(request["program"], run_name="__main__", alter_sys=True)
-    else:
-        sys.modules["__main__"] = types.ModuleType("__main__")
-        exec(request["program"], sys.modules["__main__"].__dict__)
+if request := serve():
+    become(*request)
