@@ -54,7 +54,7 @@ def _server():
         [sys.executable, str(ROOT / "tests" / "forks.py")], cwd=ROOT, env=environment(), text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
-    atexit.register(server.kill)
+    atexit.register(server.communicate)  # which closes its stdin, and so ends it
     return server
 
 

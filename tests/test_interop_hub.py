@@ -22,7 +22,8 @@ from tarflow_jax.fingerprint import fingerprint
 from tarflow_jax.interop.tensors import unflatten
 from tarflow_jax.runtime.parameters import student_shapes
 from tarflow_jax.student import StudentConfig, TrainedStudent
-from test_text_to_image import autoencoder, trained  # noqa: F401 (fixtures)
+from tarflow_jax.training import Recipe
+from test_text_to_image import TEXT, autoencoder, small_recipe  # noqa: F401 (a fixture)
 from tiny_models import TINY, random_variables
 
 NAME = "owner/tiny"
@@ -177,7 +178,8 @@ def test_a_damaged_or_foreign_model_of_the_hub_is_refused_in_one_line(hub, elsew
 
 @pytest.mark.slow
 def test_commands_open_a_pushed_model_elsewhere_and_again_offline(hub, tmp_path, elsewhere):
-    TarFlowPipeline(SMALL, random_variables(SMALL), Noise("gaussian", 0.1)).push_to_hub(NAME, token="hf_token")
+    variables = random_variables(SMALL, scale=0.03)
+    TarFlowPipeline(SMALL, variables, Noise("gaussian", 0.1)).push_to_hub(NAME, token="hf_token")
     command = ("-m", "launch.sample", f"--workdir={NAME}", "--num_images=2")
     options = {"cwd": elsewhere, "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home")}
     for offline in "01":
@@ -190,8 +192,10 @@ def test_commands_open_a_pushed_model_elsewhere_and_again_offline(hub, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_run_over_latents_is_pushed_with_its_autoencoder_and_words(hub, trained):  # noqa: F811
-    TextToImage.from_pretrained(trained).push_to_hub(NAME, token="hf_token")
+def test_a_flow_of_latents_is_pushed_with_its_autoencoder_and_words(hub, autoencoder):  # noqa: F811
+    recipe = Recipe(small_recipe("latents:unused"))
+    flow = TarFlowPipeline(recipe.model, random_variables(recipe.model), recipe.noise)
+    TextToImage(flow, autoencoder, TEXT).push_to_hub(NAME, token="hf_token")
     parts = {"text_to_image.json", "autoencoder/config.json", "text/words.safetensors", "model.safetensors"}
     assert parts <= hub.files.keys()
 

@@ -8,7 +8,8 @@ from configs import digits
 from tarflow_jax import Noise, TarFlowPipeline
 from tarflow_jax.interop import load_model
 from tarflow_jax.interop.tensors import flatten
-from tarflow_jax.training import train
+from tarflow_jax.runtime import make_mesh
+from tarflow_jax.training import Recipe, train
 
 
 def assert_same(pipe, other):
@@ -20,7 +21,8 @@ def assert_same(pipe, other):
 
 
 @pytest.mark.slow
-def test_trained_run_saved_and_opened_samples_the_same(tmp_path):
+def test_trained_run_saved_and_opened_samples_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(Recipe, "mesh", lambda self: make_mesh(devices=jax.devices()[:1]))
     config = digits.get_config("smoke")
     config.train.num_steps = 2
     config.optimizer.ema_decay = 0.5

@@ -11,11 +11,9 @@ import pytest
 from PIL import Image
 
 import commands
-from configs import digits
 from launch import cli
 from tarflow_jax import Guidance, TarFlowPipeline
 from tarflow_jax.figures import grid, to_uint8
-from tarflow_jax.training import train
 
 FIGURES = ("samples_raw", "samples_denoised", "samples_guided", "trajectory")
 
@@ -78,9 +76,9 @@ def test_train_leaves_the_losses_of_an_undisturbed_run_and_figures_that_differ(w
     steps = [line["step"] for line in lines]
     assert steps == sorted(set(steps))
     assert steps[-1] == 20
-    undisturbed = digits.get_config("smoke")
-    undisturbed.train.log_every = 1
-    train(undisturbed, tmp_path)
+    fields = ("--config.train.log_every=1", "--config.train.sample_every=0")
+    code, _, err = run("launch.train", "--config=configs/digits.py:smoke", f"--workdir={tmp_path}", *fields)
+    assert code == 0, err
     expected = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     expected = {line["step"]: line["loss"] for line in expected}
     # Each loss is a difference of two float32 numbers near 1, and some are near 0.

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -12,19 +13,25 @@ from configs import digits
 from tarflow_jax import TarFlowPipeline
 from tarflow_jax.data import open_source
 from tarflow_jax.evaluation import classifier
-from tarflow_jax.training import train
+from tarflow_jax.runtime import make_mesh
+from tarflow_jax.training import Recipe, train
 
 
 def run(tmp_path, *arguments):
-    return commands.run("-m", *arguments, TARFLOW_DATA_DIR=str(tmp_path / "data"))
+    flags = "--xla_backend_optimization_level=1"  # it runs a network of convolutions
+    return commands.run("-m", *arguments, TARFLOW_DATA_DIR=str(tmp_path / "data"), XLA_FLAGS=flags)
 
 
 @pytest.mark.slow
-def test_a_student_is_trained_beside_its_flow_and_drawn_with(tmp_path):
+def test_a_student_is_trained_beside_its_flow_and_drawn_with(tmp_path, monkeypatch):
     workdir = tmp_path / "digits"
+    monkeypatch.setattr(Recipe, "mesh", lambda self: make_mesh(devices=jax.devices()[:1]))
     train(digits.get_config("smoke"), workdir)
     cached = tmp_path / "data" / "evaluation"  # where the command finds a perceptual network
-    classifier.perceptual_network_params(open_source("digits", "train"), cached, max_steps=25)
+    images = np.zeros((1, 8, 8, 1), np.uint8)
+    untrained = lambda source, network, *_: jax.jit(network.init)(jax.random.key(0), images)["params"]  # noqa: E731
+    monkeypatch.setattr(classifier, "train_classifier", untrained)
+    classifier.perceptual_network_params(open_source("digits", "train"), cached)
     command = ("launch.distill", f"--workdir={workdir}", "--config=configs/student/digits.py:smoke")
     code, out, err = run(tmp_path, *command, "--config.student.perceptual=1.0", "--config.train.log_every=10")
     assert code == 0, err

@@ -98,7 +98,7 @@ def test_what_another_process_wrote_is_seen(store, bucket):
 def test_all_parts_of_text_to_image_are_saved_to_the_store(store, bucket):
     shape = {"latent_channels": 3, "block_out_channels": (8,), "layers_per_block": 1, "norm_num_groups": 4}
     config = AutoencoderConfig(**shape, mid_block_add_attention=False)
-    params = AutoencoderKL(config).init(jax.random.key(0), np.zeros((1, 4, 6, 3), np.float32))["params"]
+    params = jax.jit(AutoencoderKL(config).init)(jax.random.key(0), np.zeros((1, 4, 6, 3), np.float32))["params"]
     pipe = TextToImage(TarFlowPipeline(TINY, random_variables(TINY)), Autoencoder(config, params))
     pipe.save_pretrained(bucket / "model")
     found = TextToImage.from_pretrained(bucket / "model")

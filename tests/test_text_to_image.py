@@ -38,7 +38,7 @@ TEXT = WordVectors(WORDS, np.random.default_rng(0).normal(size=(len(WORDS), 8)).
 
 @pytest.fixture(scope="module")
 def autoencoder():
-    params = AutoencoderKL(SMALL).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    params = jax.jit(AutoencoderKL(SMALL).init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
     return Autoencoder(SMALL, params)
 
 
@@ -199,7 +199,7 @@ def test_parts_that_do_not_fit_are_refused(trained, autoencoder):
     with pytest.raises(UserError, match=r"the text encoder makes 5 embeddings of 8"):
         TextToImage(pipe.flow, autoencoder, dataclasses.replace(TEXT, length=5))
     wider = dataclasses.replace(SMALL, latent_channels=8)
-    params = AutoencoderKL(wider).init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    params = jax.jit(AutoencoderKL(wider).init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
     with pytest.raises(UserError, match="the autoencoder's latents have 8 channels"):
         TextToImage(pipe.flow, Autoencoder(wider, params), TEXT)
 
