@@ -161,12 +161,14 @@ def test_the_defaults_are_stable_diffusions():
     assert mean.shape == log_variance.shape == (2, 8, 4, 4)
 
 
+@pytest.mark.slow
 def test_the_module_reconstructs(tiny):
     images = images_of(tiny.config)
     reconstructed = jax.jit(AutoencoderKL(tiny.config).apply)({"params": tiny.params}, images)
     np.testing.assert_allclose(reconstructed, tiny.decode(tiny.encode(images)), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_diffusers_opens_what_it_saves(dtype, tiny, folder, tmp_path):
     autoencoder = Autoencoder(dataclasses.replace(tiny.config, dtype=dtype), tiny.params, tile=64)
@@ -185,6 +187,7 @@ def test_diffusers_opens_what_it_saves(dtype, tiny, folder, tmp_path):
     autoencoder.save_pretrained(tmp_path / "new")  # over the older one
 
 
+@pytest.mark.slow
 def test_it_reads_the_old_names_of_attention(tmp_path):
     torch_model(**GREY).save_pretrained(tmp_path / "vae")
     expected = Autoencoder.from_pretrained(tmp_path).params
@@ -201,6 +204,7 @@ def test_it_reads_the_old_names_of_attention(tmp_path):
     chex.assert_trees_all_equal(Autoencoder.from_pretrained(tmp_path).params, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_it_reads_half_precision(dtype, tiny, copy):
     edit_tensors(
@@ -210,6 +214,7 @@ def test_it_reads_half_precision(dtype, tiny, copy):
     chex.assert_trees_all_equal(Autoencoder.from_pretrained(copy).params, rounded)
 
 
+@pytest.mark.slow
 def test_old_configs_lack_fields(tiny, copy):
     absent = ("sample_size", "force_upcast", "latents_mean", "latents_std", "shift_factor", "scaling_factor")
     edit(copy, **dict.fromkeys(absent, ...), _name_or_path="x")
@@ -219,6 +224,7 @@ def test_old_configs_lack_fields(tiny, copy):
     assert Autoencoder.from_pretrained(copy).config == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -257,6 +263,7 @@ def test_other_configs_are_refused_in_a_line(changes, message, copy):
 OTHER_JSON = ["[]", "null", "{", "[" * 100_000, "\xff", '{"_class_name": "AutoencoderKL"}', " " * (1 << 20) + "{}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", OTHER_JSON, ids=range(len(OTHER_JSON)))
 def test_other_json_is_refused_in_a_line(text, copy):
     (copy / CONFIG).write_text(text, encoding="latin-1")
@@ -265,6 +272,7 @@ def test_other_json_is_refused_in_a_line(text, copy):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -280,6 +288,7 @@ def test_other_tensors_are_refused(change, message, copy):
         Autoencoder.from_pretrained(copy)
 
 
+@pytest.mark.slow
 def test_damaged_files_are_refused_or_harmless(copy, damage):
     refused = []
     for name in (CONFIG, WEIGHTS):
@@ -292,6 +301,7 @@ def test_damaged_files_are_refused_or_harmless(copy, damage):
     assert not any("\n" in message for message in refused)
 
 
+@pytest.mark.slow
 def test_files_that_are_missing(copy):
     (copy / WEIGHTS).rename(copy / "diffusion_pytorch_model.bin")  # a pickle
     with pytest.raises(FileNotFoundError, match=f"no {WEIGHTS} in .*; expected"):
@@ -305,6 +315,7 @@ def test_files_that_are_missing(copy):
         Autoencoder.from_pretrained(None)
 
 
+@pytest.mark.slow
 def test_saving_replaces_no_other_model_and_fails_whole(tiny, tmp_path):
     (tmp_path / CONFIG).write_text('{"format": "tarflow_jax"}')
     with pytest.raises(UserError, match="_class_name is None"):
@@ -316,6 +327,7 @@ def test_saving_replaces_no_other_model_and_fails_whole(tiny, tmp_path):
     assert not list(other.iterdir())
 
 
+@pytest.mark.slow
 def test_a_ragged_batch_is_no_new_program(tiny, monkeypatch):
     monkeypatch.setattr("tarflow_jax.runtime.batch_runner.usable_cores", lambda: 2)
     images = images_of(tiny.config, 6, height=8, width=12)
@@ -327,6 +339,7 @@ def test_a_ragged_batch_is_no_new_program(tiny, monkeypatch):
     np.testing.assert_allclose(tiny.encode(images), latents, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close(tiny):
     half = Autoencoder(dataclasses.replace(tiny.config, dtype="bfloat16"), tiny.params)
     images, latents = images_of(tiny.config), latents_of(tiny.config)
@@ -337,6 +350,7 @@ def test_bfloat16_is_close(tiny):
         assert 1e-4 < error < 0.02
 
 
+@pytest.mark.slow
 def test_a_key_draws_from_the_posterior(tiny):
     images = images_of(tiny.config)
     mean, std = tiny.posterior(images)
@@ -347,7 +361,8 @@ def test_a_key_draws_from_the_posterior(tiny):
     assert np.abs(drawn[0] - drawn[1]).max() > 0.1
 
 
-@pytest.mark.parametrize("fields", [TINY, pytest.param(GREY, marks=pytest.mark.slow)], ids=["conv_out", "quant_conv"])
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [TINY, GREY], ids=["conv_out", "quant_conv"])
 def test_a_constant_variance_holds_in_diffusers_too(fields, tmp_path):
     torch_model(**fields).save_pretrained(tmp_path)
     learned = Autoencoder.from_pretrained(tmp_path)
@@ -363,6 +378,7 @@ def test_a_constant_variance_holds_in_diffusers_too(fields, tmp_path):
     np.testing.assert_allclose(posterior.std.detach().numpy(), 0.3, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_patches_are_channels_of_diffusers_network(tmp_path):
     torch_model(**TINY | {"in_channels": 12, "out_channels": 12}).save_pretrained(tmp_path)
     network = Autoencoder.from_pretrained(tmp_path)
@@ -397,6 +413,7 @@ def test_tiles_equal_diffusers(size, tiny, folder):
     assert np.abs(tiled.encode(images) - tiny.encode(images)).max() > 1e-3  # the tiles matter
 
 
+@pytest.mark.slow
 def test_small_images_are_one_tile(tiny):
     tiled = Autoencoder(tiny.config, tiny.params, tile=16)
     images, latents = images_of(tiny.config), latents_of(tiny.config)
@@ -404,6 +421,7 @@ def test_small_images_are_one_tile(tiny):
     np.testing.assert_array_equal(tiled.decode(latents), tiny.decode(latents))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("call", "message"),
     [
