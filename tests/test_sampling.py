@@ -59,7 +59,7 @@ def decode_by_recomputing(config, variables, latents, labels, guidance):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "temperature", "config"),
-    [("linear", 1.0, TINY), ("constant", 0.6, TINY), ("linear", 0.6, TRIANGULAR), ("constant", 1.0, TRIANGULAR)],
+    [("constant", 0.6, TINY), ("linear", 1.0, TRIANGULAR)],
     ids=lambda value: None if isinstance(value, str | float) else "triangular" if value.triangular else "diagonal",
 )
 def test_the_cached_inverse_equals_the_one_that_recomputes(schedule, temperature, config):
