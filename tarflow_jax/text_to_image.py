@@ -6,7 +6,6 @@ images = pipe("a red heart", num_images=4)
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -115,9 +114,7 @@ class TextToImage:
 
     def push_to_hub(self, name: str, *, private: bool = False, token: str | None = None, **options: Any) -> str:
         """Saves all parts to the Hugging Face hub; see `TarFlowPipeline.push_to_hub`."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **options | {"card": {"name": name, **(options.get("card") or {})}})
-            return interop.push_model(folder, name, private=private, token=token)
+        return interop.push_model(self.save_pretrained, name, private=private, token=token, **options)
 
     def __call__(
         self,

@@ -14,7 +14,7 @@ from tarflow_jax.flow.tokens import (
     unpermute,
     without_padding,
 )
-from tarflow_jax.flow.transformer import Kernels, KVCache, TransformerLayer, cast_kernels
+from tarflow_jax.flow.transformer import Kernels, cast_kernels
 
 __all__ = [
     "UNCONDITIONAL",
@@ -23,11 +23,9 @@ __all__ = [
     "Conditioning",
     "FlowBlock",
     "Inversion",
-    "KVCache",
     "Kernels",
     "TarFlow",
     "TarFlowConfig",
-    "TransformerLayer",
     "block_orders",
     "cast_kernels",
     "from_tokens",

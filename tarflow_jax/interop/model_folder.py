@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -344,29 +344,40 @@ def copy_model(source: epath.PathLike, target: epath.PathLike) -> None:
             (target / name).unlink(missing_ok=True)
 
 
-def push_model(folder: str | os.PathLike[str], name: str, *, private: bool = False, token: str | None = None) -> str:
-    """Uploads a model folder to the hub as "owner/name", in one commit, and returns the commit's URL.
+def push_model(
+    save: Callable[..., None], name: str, *, private: bool = False, token: str | None = None, **options: Any
+) -> str:
+    """Uploads a model to the hub as "owner/name", in one commit, and returns the commit's URL.
 
-    Creates the repository if it is missing, as private if asked. Without a token, that of `hf auth login` or of
-    HF_TOKEN is used. Raises ValueError: not a hub name, or the hub refused.
+    Args:
+      save: writes the model's folder, such as `TarFlowPipeline.save_pretrained`.
+      name: the repository, which is created if it is missing.
+      private: whether a new repository is private.
+      token: None is the one of `hf auth login` or HF_TOKEN.
+      options: of `save`, such as dtype and card.
+
+    Raises:
+      ValueError: an invalid name, or the hub refused.
     """
     if not _HUB_NAME.fullmatch(name):
         raise UserError(f"{name!r} is not the name of a model on the hub; expected owner/name")
     import huggingface_hub
 
-    try:
-        api = huggingface_hub.HfApi(token=token)
-        api.create_repo(name, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=name,
-            folder_path=str(folder),
-            allow_patterns=FILES,
-            delete_patterns=FILES,  # of an older model
-            commit_message="Upload by tarflow_jax",
-        )
-    except Exception as error:  # the hub's errors share no base class with those of its HTTP library
-        raise UserError(
-            f"the hub did not accept {name} ({one_line(error)}); check the network, and that `hf auth login` was given "
-            "a token with write access"
-        ) from error
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder, **options | {"card": {"name": name, **(options.get("card") or {})}})
+        try:
+            api = huggingface_hub.HfApi(token=token)
+            api.create_repo(name, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=name,
+                folder_path=folder,
+                allow_patterns=FILES,
+                delete_patterns=FILES,  # of an older model
+                commit_message="Upload by tarflow_jax",
+            )
+        except Exception as error:  # the hub's errors share no base class with those of its HTTP library
+            raise UserError(
+                f"the hub did not accept {name} ({one_line(error)}); check the network, and that `hf auth login` was "
+                "given a token with write access"
+            ) from error
     return str(commit.commit_url)

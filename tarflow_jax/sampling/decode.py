@@ -22,7 +22,6 @@ from tarflow_jax.flow import (
     without_padding,
 )
 from tarflow_jax.likelihood import Variables, prior_log_prob
-from tarflow_jax.runtime import device_flow
 from tarflow_jax.sampling.decoders import Block, Decoder, GaussSeidelJacobi, Jacobi, Sequential, with_derivatives
 from tarflow_jax.sampling.guidance import Guidance, GuidedBlock
 from tarflow_jax.student import Student, StudentConfig
@@ -101,12 +100,18 @@ def decode_log_prob(
     return decoded.images, decoded.log_det + prior_log_prob(flow.config, latents, lengths=conditioning.lengths)
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("flow", "config"))
 def decode_by_student(
-    config: StudentConfig, variables: Variables, latents: jax.Array, labels: jax.Array | None, weights: jax.Array
+    flow: TarFlow,
+    variables: Variables,
+    latents: jax.Array,
+    labels: jax.Array | None,
+    weights: jax.Array,
+    *,
+    config: StudentConfig,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the clean images and the trajectory of a student's network, see `student.Student`."""
-    return Student(config, device_flow(config.shape).kernels).apply(variables, latents, labels, weights)
+    """Returns the clean images and the trajectory of a student, see `student.Student`, with the kernels of `flow`."""
+    return Student(config, flow.kernels).apply(variables, latents, labels, weights)
 
 
 def guided_trajectory(
