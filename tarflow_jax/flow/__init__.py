@@ -8,7 +8,6 @@ from tarflow_jax.flow.tarflow import TarFlow, inverse, updated_prior
 from tarflow_jax.flow.tokens import (
     block_orders,
     from_tokens,
-    order_within,
     permute,
     to_tokens,
     unpermute,
@@ -30,7 +29,6 @@ __all__ = [
     "cast_kernels",
     "from_tokens",
     "inverse",
-    "order_within",
     "permute",
     "to_tokens",
     "unpermute",

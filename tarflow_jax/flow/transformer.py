@@ -4,6 +4,7 @@ Logical axes, which `flax.linen.logical_axis_rules` maps to mesh axes: "batch", 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -90,10 +91,9 @@ class KVCache(NamedTuple):
     def write(self, key: jax.Array, value: jax.Array, start: jax.Array | int) -> "KVCache":
         """Writes the keys and values [B, N, S, H] of positions start .. start + S - 1."""
 
-        def put(old: jax.Array, new: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=2)
-
-        return KVCache(put(self.key, key), put(self.value, value))
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=2)
+        dtype = self.key.dtype
+        return KVCache(put(self.key, key.astype(dtype)), put(self.value, value.astype(dtype)))
 
 
 @jax.custom_jvp
@@ -159,10 +159,11 @@ class TransformerLayer(nn.Module):
         Returns the new residual stream, and the cache with these tokens written.
         """
         config, dtype = self.config, self.config.compute_dtype
+        norm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32)
         # With sharded parameters, XLA would otherwise all-gather the batch, which is larger.
         x = nn.with_logical_constraint(x, ("batch", None, None))
 
-        h = self._norm("attention_norm")(x).astype(dtype)
+        h = norm(name="attention_norm")(x).astype(dtype)
         qkv = self._dense((3, config.num_heads, config.head_dim), "qkv", (None, None, "heads", None))(h)
         # The gradient of `split` is one concatenation; that of indexing would be a sum of three padded arrays.
         thirds = jax.lax.split(qkv, (1, 1, 1), axis=2)
@@ -178,13 +179,10 @@ class TransformerLayer(nn.Module):
         out = self._dense(config.width, "attention_out", ("heads", None, None), axis=(-2, -1))
         x = x + out(h.swapaxes(1, 2)).astype(jnp.float32)
 
-        h = self._norm("mlp_norm")(x).astype(dtype)
+        h = norm(name="mlp_norm")(x).astype(dtype)
         h = gelu(self._dense(MLP_EXPANSION * config.width, "mlp_in", (None, "hidden"))(h))
         h = self._dense(config.width, "mlp_out", ("hidden", None))(h)
         return x + h.astype(jnp.float32), cache
-
-    def _norm(self, name: str) -> nn.Module:
-        return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32, name=name)
 
     def _dense(
         self, features: int | tuple[int, ...], name: str, axes: tuple[str | None, ...], axis: int | tuple[int, ...] = -1

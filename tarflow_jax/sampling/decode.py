@@ -115,7 +115,11 @@ def decode_by_student(
 
 
 def guided_trajectory(
-    flow: TarFlow, variables: Variables, images: jax.Array, conditioning: Conditioning, weights: jax.Array
+    flow: TarFlow,
+    variables: Variables,
+    images: jax.Array,
+    conditioning: Conditioning,
+    weights: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Encodes images to the latents that `decode` maps back to them with `Guidance(weight)`.
 
@@ -127,7 +131,7 @@ def guided_trajectory(
       variables: its variables.
       images: float32 [B, H, W, K].
       conditioning: see `TarFlow`.
-      weights: guidance weights of the images, float32 [B].
+      weights: guidance weights of the images, float32 [B]; None without guidance.
 
     Returns (latents [B, H, W, K], trajectory [B, F, H, W, K]); the trajectory holds each block's input as an image.
     """
@@ -136,10 +140,12 @@ def guided_trajectory(
     for k, order in enumerate(jnp.asarray(block_orders(config, variables))[:, None]):
         read.append(from_tokens(config, tokens))
         x = permute(tokens, order)
-        block_module = FlowBlock(config, k, flow.kernels, parent=None)
-        block = BlockInverse.of(block_module, variables["params"][f"block_{k}"], order, conditioning)
-        guided = GuidedBlock.of(block, Guidance(weights), len(x))
-        affine, _ = guided.predict(block.prepend_start_token(x)[:, : x.shape[1]])
+        module = FlowBlock(config, k, flow.kernels, parent=None)
+        block: Block = BlockInverse.of(module, variables["params"][f"block_{k}"], order, conditioning)
+        known = block.prepend_start_token(x)[:, : x.shape[1]]
+        if weights is not None:
+            block = GuidedBlock.of(block, Guidance(weights), len(x))
+        affine, _ = block.predict(known)
         affine = affine if config.start_token else affine.shift_right()
         tokens = unpermute(affine.forward(x), order)
     if config.volume_preserving:

@@ -25,7 +25,7 @@ from tarflow_jax.runtime.batch_runner import forward_bytes
 from tarflow_jax.sampling import guided_trajectory
 from tarflow_jax.scoring import dataset_log_prob, loss_of, sequence_log_prob
 from tarflow_jax.student import Student, StudentConfig, distillation_loss
-from tarflow_jax.student.loss import flow_trajectory, perceptual_distance
+from tarflow_jax.student.loss import perceptual_distance
 
 Variables = dict[str, Any]
 Metrics = dict[str, jax.Array]
@@ -185,10 +185,8 @@ class StudentTask(Task):
         flow = device_flow(self.student.flow)
         student = Student(self.student, training_kernels(self.student.flow))
         clean, noisy, conditioning, weights = batch
-        if self.student.max_guidance:
-            path = guided_trajectory(flow, frozen.flow, noisy, conditioning, weights)
-        else:
-            path = flow_trajectory(flow, frozen.flow, noisy, conditioning)
+        guided = weights if self.student.max_guidance else None
+        path = guided_trajectory(flow, frozen.flow, noisy, conditioning, guided)
         labels, perception = conditioning.labels, frozen.perception
         loss, metrics = distillation_loss(student, variables, clean, *path, labels, weights, perception)
         return loss, (metrics, None)
@@ -221,7 +219,7 @@ def _image_errors(
     """Returns the mean squared error of each image, [B]; noise as in `Noise.of_numbered`."""
     levels = task._levels(len(images))
     noisy = task.noise.of_numbered(key, images, index, levels)
-    latents, _ = flow_trajectory(device_flow(task.student.flow), variables[0], noisy, Conditioning(labels, levels))
+    latents, _ = guided_trajectory(device_flow(task.student.flow), variables[0], noisy, Conditioning(labels, levels))
     student = Student(task.student, device_flow(task.student.shape).kernels)
     clean, _ = student.apply(variables[1], latents, labels, None)
     return jnp.square(clean - to_float(images)).mean((1, 2, 3))
