@@ -4,7 +4,7 @@ from tarflow_jax.flow.block import Affine, FlowBlock
 from tarflow_jax.flow.conditioning import UNCONDITIONAL, Conditioning
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.flow.inverse import BlockInverse, Inversion
-from tarflow_jax.flow.tarflow import TarFlow, inverse, updated_prior
+from tarflow_jax.flow.tarflow import TarFlow, inverse
 from tarflow_jax.flow.tokens import (
     block_orders,
     from_tokens,
@@ -32,6 +32,5 @@ __all__ = [
     "permute",
     "to_tokens",
     "unpermute",
-    "updated_prior",
     "without_padding",
 ]

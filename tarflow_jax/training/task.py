@@ -16,7 +16,7 @@ import numpy as np
 from tarflow_jax.autoencoder import AutoencoderConfig, AutoencoderKL
 from tarflow_jax.data import Arrays, ImageSource, Latents, SequenceSource
 from tarflow_jax.errors import UserError
-from tarflow_jax.flow import Conditioning, TarFlow, TarFlowConfig, updated_prior
+from tarflow_jax.flow import Conditioning, TarFlow, TarFlowConfig
 from tarflow_jax.likelihood import training_loss, unit_prior
 from tarflow_jax.noise import Noise, to_float
 from tarflow_jax.options import Options, option
@@ -31,6 +31,7 @@ Variables = dict[str, Any]
 Metrics = dict[str, jax.Array]
 Batch = tuple[Any, ...]  # trees of arrays [B, …]
 ENCODER = ("encoder", "quant_conv")  # parameters of an autoencoder that its decoder does not use
+PRIOR_RATE = 0.1  # of the running mean in `updated_prior`
 _TEST_LEVELS = 8  # noise levels in a test loss
 
 
@@ -131,6 +132,11 @@ class FlowTask(_LikelihoodTask):
         if levels is None:
             return loss_of(log_probs, num_dims)
         return float(np.mean(levels * [loss_of(log_probs[i::_TEST_LEVELS], num_dims) for i in range(_TEST_LEVELS)]))
+
+
+def updated_prior(variance: jax.Array, block_output: jax.Array) -> jax.Array:
+    """Updates the running mean of z² [T, D] with the last block's output [B, T, D] (VP mode)."""
+    return variance + PRIOR_RATE * (jnp.square(block_output).mean(0) - variance)
 
 
 @dataclasses.dataclass(frozen=True)
