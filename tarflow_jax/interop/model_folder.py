@@ -40,7 +40,6 @@ from tarflow_jax.student import StudentConfig, TrainedStudent
 FORMATS = {"model": "tarflow_jax", "student": "tarflow_jax student"}
 VERSION = 1
 CONFIG, WEIGHTS, CARD, STUDENT = "config.json", "model.safetensors", "README.md", "student"
-_DTYPES = ("float32", "bfloat16")
 READY_MADE = (
     "digits",
     "digits_likelihood",
@@ -84,8 +83,8 @@ def save_model(
     path that is a file, or a folder with other files that have a model file's name.
     """
     is_exact = dtype == "float32"
-    if dtype not in _DTYPES:
-        raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype is {dtype!r}; expected float32 or bfloat16")
     card = {**model.card, "evaluations": _evaluations_of(model) if is_exact else []}
     text, picture = model_card(model.config, model.noise, card), _read_picture(card.get("samples"))
     description = {
@@ -344,7 +343,7 @@ def copy_model(source: epath.PathLike, target: epath.PathLike) -> None:
             (target / name).unlink(missing_ok=True)
 
 
-def push_model(folder: str | os.PathLike[str], name: str, *, private: bool = False, token: str | None = None) -> str:
+def push_model(folder: str | Path, name: str, *, private: bool = False, token: str | None = None) -> str:
     """Uploads a model folder to the hub as "owner/name", in one commit, and returns the commit's URL.
 
     Creates the repository if it is missing, as private if asked. Without a token, that of `hf auth login` or of
@@ -357,13 +356,8 @@ def push_model(folder: str | os.PathLike[str], name: str, *, private: bool = Fal
     try:
         api = huggingface_hub.HfApi(token=token)
         api.create_repo(name, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=name,
-            folder_path=str(folder),
-            allow_patterns=FILES,
-            delete_patterns=FILES,  # of an older model
-            commit_message="Upload by tarflow_jax",
-        )
+        # Deletes the files of an older model.
+        commit = api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=FILES, delete_patterns=FILES)
     except Exception as error:  # the hub's errors share no base class with those of its HTTP library
         raise UserError(
             f"the hub did not accept {name} ({one_line(error)}); check the network, and that `hf auth login` was given "
