@@ -194,7 +194,8 @@ def define_model_flags() -> None:
     text = f"Ready-made model ({', '.join(READY_MADE)}), saved model's folder, or hub name; instead of --workdir."
     flags.DEFINE_string("model", None, text)
     flags.mark_flags_as_mutual_exclusive(["workdir", "model"])
-    define_checkpoint_flag()
+    text = "Checkpoint to open in a workdir; best: the lowest test loss."
+    flags.DEFINE_enum("checkpoint", "last", ["last", "best"], text)
     text = "GiB for a batch's activations, on all devices together; default: half of an accelerator's, 2 on CPUs."
     define_number("memory_bound", None, text)
 
@@ -208,16 +209,9 @@ def model_name() -> tuple[str, str]:
     return folder("model"), "."
 
 
-def define_checkpoint_flag() -> None:
-    """Defines --checkpoint, which `open_pipeline` reads."""
-    text = "Checkpoint to open in a workdir; best: the lowest test loss."
-    flags.DEFINE_enum("checkpoint", "last", ["last", "best"], text)
-
-
 def memory_bound() -> int | None:
-    """Returns --memory_bound in bytes; None if it is left out, or if the command does not have it."""
-    gibibytes = flags.FLAGS.memory_bound if "memory_bound" in flags.FLAGS else None
-    return None if gibibytes is None else int(gibibytes * 2**30)
+    """Returns --memory_bound in bytes; None if it is left out."""
+    return None if flags.FLAGS.memory_bound is None else int(flags.FLAGS.memory_bound * 2**30)
 
 
 def open_pipeline(name: str, mesh: jax.sharding.Mesh | None, *, sequences: bool = False) -> TarFlowPipeline:

@@ -37,7 +37,8 @@ def _page(name: str, about: str, known: dict[str, str]) -> gr.Blocks:
 
 
 def _serve(page: gr.Blocks, host: str, port: int) -> None:
-    theme = gr.themes.Default(primary_hue="indigo", neutral_hue="slate")
+    font = gr.themes.LocalFont("IBM Plex Sans", (400, 700))  # one of Gradio's own files
+    theme = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=(font, "sans-serif"))
     css = Path(__file__).with_name("demo_page.css")
     options = {"prevent_thread_lock": True, "quiet": True, "footer_links": [], "max_file_size": "16mb", "share": False}
     page.launch(server_name=host, server_port=port, theme=theme, css_paths=css, run_history=False, **options)
@@ -136,6 +137,7 @@ def _draw_tabs(pipe: TarFlowPipeline, num_images: int, page: gr.Blocks) -> Drawn
 def _controls(pipe: TarFlowPipeline) -> list[Any]:
     """Returns the controls of the arguments of `draw` from `label` to `denoise`."""
     has_classes = bool(pipe.config.num_classes)
+    label = _class(pipe, [("each class in turn", IN_TURN)])
     rule = f"a + w (a - a°) for shift and log-scale a, {'a° without class' if has_classes else 'of both passes'}"
     guidance = gr.Slider(0, 4, float(has_classes), step=0.1, label="Guidance weight w", info=rule)
     attention_temperature = gr.Slider(
@@ -143,7 +145,7 @@ def _controls(pipe: TarFlowPipeline) -> list[Any]:
     )
     temperature = gr.Slider(0, 1.5, 1.0, step=0.05, label="Temperature τ of the latents")
     denoise = gr.Checkbox(True, label="Denoise", info="x + σ² ∇ log p(x) (Tweedie)", visible=pipe.noise_std is not None)
-    return [_class(pipe, [("each class in turn", IN_TURN)]), guidance, attention_temperature, temperature, denoise]
+    return [label, guidance, attention_temperature, temperature, denoise]
 
 
 def _ask_tab(pipe: TarFlowPipeline, page: gr.Blocks, drawn: np.ndarray) -> None:
@@ -174,11 +176,8 @@ def _ask_tab(pipe: TarFlowPipeline, page: gr.Blocks, drawn: np.ndarray) -> None:
                 "reconstruction f⁻¹(z)": to_uint8(found.reconstruction),
             }
             captioned = [(*_pictures(picture[None]), title) for title, picture in shown.items()]
-            posterior = None
-            if found.class_log_probs is not None:
-                shares = found.posterior(temperature or 1.0).tolist()
-                posterior = dict(zip(class_names(pipe), shares, strict=True))
-            yield _figures(found), captioned, posterior
+            shares = [] if found.class_log_probs is None else found.posterior(temperature or 1.0).tolist()
+            yield _figures(found), captioned, dict(zip(class_names(pipe), shares, strict=True))
 
     def pick(event: gr.SelectData) -> Any:
         return to_pil(drawn[event.index])

@@ -82,6 +82,7 @@ class Evaluation:
         self.pipe = pipe = cli.open_pipeline(name, make_mesh(devices=jax.local_devices()), sequences=True)
         self.text_to_image = None if pipe.config.image_bits else TextToImage.from_flow(pipe, name)
         self.denoises = self.text_to_image.denoises if self.text_to_image else pipe.noise_std is not None
+        self.denoises |= cli.draws_clean_images()
         self.data_dir = data_folder(self._trained_on.data_dir)
         self.out = epath.Path(cli.folder("out") if OUT.value else f"{place}/evaluation")
         self.data_set = DATA.value or self._trained_on.source
@@ -148,6 +149,11 @@ class Evaluation:
         return source
 
     @functools.cached_property
+    def reference_images(self) -> ImageSource:
+        """The images of --reference_split."""
+        return self.images(REFERENCE_SPLIT.value)
+
+    @functools.cached_property
     def captions(self) -> list[str]:
         """The captions to draw in turn, shuffled; [] without text."""
         if not (self.text_to_image and self.text_to_image.text):
@@ -156,7 +162,7 @@ class Evaluation:
             lines = epath.Path(os.path.expanduser(PROMPTS.value)).read_text().splitlines()
             captions = [line.strip() for line in lines if line.strip()]
         else:
-            captions = [texts[0] for texts in self.images(REFERENCE_SPLIT.value).captions]
+            captions = [texts[0] for texts in self.reference_images.captions]
         return [captions[i] for i in np.random.default_rng(0).permutation(len(captions))]
 
 
@@ -198,9 +204,9 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
             raise UserError("outliers needs a second data set, --outliers=NAME")
         classification.fit_images(evaluation.outliers.read([0])[0], config.image_shape)
     if of_samples:
-        if evaluation.images(SPLIT.value).bits != 8:
+        if evaluation.reference_images.bits != 8:
             raise UserError(f"{of_samples[0]} is of 8-bit images; choose bits_per_dim, classification or outliers")
-        num_real = None if REFERENCE.value else len(evaluation.images(REFERENCE_SPLIT.value))
+        num_real = None if REFERENCE.value else len(evaluation.reference_images)
         network = "inception" if INCEPTION.value else "classifier"
         distances.check_metrics(of_samples, network, NUM_SAMPLES.value, num_real)
         if INCEPTION.value:
@@ -212,8 +218,7 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
             if cli.draws_clean_images():
                 check_student_guidance(pipe.require_student().config, guidance)
             elif denoise and pipe.noise_std is None:
-                noise = evaluation.protocol["training_noise"]
-                raise UserError(f"--denoise=true is for gaussian training noise, not {noise}")
+                raise UserError(f"--denoise=true is for gaussian training noise, not {pipe.noise or 'unknown'}")
     write_text(evaluation.out / ".writable", "")
     (evaluation.out / ".writable").unlink(missing_ok=True)
 
@@ -243,12 +248,6 @@ def measure(evaluation: Evaluation, metric: str) -> dict[str, Any]:
 def sample_settings(denoise: bool) -> list[tuple[Guidance, bool]]:
     """Returns every combination of --guidance and --denoise, whose default is `denoise`; UserError for wrong flags."""
     words = DENOISE.value or [str(denoise).lower()]
-    if cli.draws_clean_images():
-        if "false" in (DENOISE.value or ()):
-            raise UserError(
-                "--denoise=false is not for --decoder=student, whose images are clean; with --polish they are not"
-            )
-        words = ["true"]
     if set(words) - {"true", "false"}:
         raise UserError(f"--denoise has {','.join(words)!r}; expected true, false, or false,true")
     try:
@@ -261,7 +260,7 @@ def sample_settings(denoise: bool) -> list[tuple[Guidance, bool]]:
 def measure_samples(evaluation: Evaluation, metrics: list[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Returns a row for each setting of guidance and denoising, and the protocol that the rows share."""
     pipe, captions, cache_dir = evaluation.pipe, evaluation.captions, evaluation.data_dir / "evaluation"
-    source, file = evaluation.images(REFERENCE_SPLIT.value), REFERENCE.value and os.path.expanduser(REFERENCE.value)
+    source, file = evaluation.reference_images, REFERENCE.value and os.path.expanduser(REFERENCE.value)
     counts, labels = generation.label_counts(pipe.config.num_classes, None if file else source)
     if captions:
         counts, labels = np.ones(len(captions), np.int64), f"{len(captions)} captions in turn"
@@ -299,11 +298,9 @@ def measure_samples(evaluation: Evaluation, metrics: list[str]) -> tuple[list[di
 
 def main(argv: Sequence[str]) -> None:
     """Measures, prints, writes."""
-    metrics, known = list(dict.fromkeys(METRICS.value)), f"expected some of {', '.join(ALL_METRICS)}"
-    if unknown := [metric for metric in metrics if metric not in ALL_METRICS]:
-        raise UserError(f"unknown metric {unknown[0]!r}; {known}")
-    if not metrics:
-        raise UserError(f"--metrics is empty; {known}")
+    metrics = list(dict.fromkeys(METRICS.value))
+    if not metrics or set(metrics) - set(ALL_METRICS):
+        raise UserError(f"--metrics is {','.join(metrics) or 'empty'}; expected some of {', '.join(ALL_METRICS)}")
     sample_settings(True)  # refuses wrong flags before the model is opened
     cli.decoder()
     cli.join_processes()

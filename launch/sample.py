@@ -122,8 +122,6 @@ def draw_captions(pipe: TextToImage, decoder: Decoder, out: epath.Path) -> None:
 def main(argv: Sequence[str]) -> int:
     """Draws and writes; returns 1 if every image is bad."""
     guidance, decoder = cli.guidance(GUIDANCE.value or 0.0), cli.decoder()
-    if cli.draws_clean_images() and DENOISE.value is False:
-        raise UserError("--nodenoise is not for --decoder=student, whose images are clean; with --polish they are not")
     distributed = cli.join_processes()
     end_at_signals()  # JAX may have taken SIGTERM
     name, place = cli.model_name()
