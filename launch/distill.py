@@ -32,9 +32,7 @@ from tarflow_jax.training.loop import evaluate_loss
 from tarflow_jax.training.recipe import same_data
 from tarflow_jax.training.workdir import STUDENT, write_results
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Recipe of the student: configs/student/digits.py, or its variant, configs/student/digits.py:smoke."
-)
+CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/student/digits.py, or its ….py:smoke.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of the flow; the student is saved in its student/.")
 COLUMNS, POLISH = 10, 2  # of the figures
 CHECKPOINT = flags.DEFINE_enum(

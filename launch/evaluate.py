@@ -46,14 +46,10 @@ OUT = flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR
 METRICS = flags.DEFINE_list("metrics", ["bits_per_dim"], f"Metrics: {', '.join(ALL_METRICS)} (for sequences).")
 SPLIT = flags.DEFINE_string("split", "test", "Split for likelihood, classification and outliers.")
 SEED = cli.define_seed("Seed of the noise and the samples.")
-NOISE_STD = flags.DEFINE_float(
-    "noise_std", None, "Noise level σ of a noise-conditional model; default: the lowest, the best for classification."
-)
+NOISE_STD = flags.DEFINE_float("noise_std", None, "Noise level σ; default: the lowest, the best for classification.")
 ALLOW_NOISY = flags.DEFINE_bool("allow_noisy", False, "Report nats/dim of noisy data for Gaussian training noise.")
 DRAWS = flags.DEFINE_integer("dequantisation_draws", 1, "Draws K of the importance-weighted bound.", lower_bound=1)
-CLASSIFICATION_DRAWS = flags.DEFINE_integer(
-    "classification_draws", 1, "Number of noise draws to average log p over.", lower_bound=1
-)
+CLASSIFICATION_DRAWS = flags.DEFINE_integer("classification_draws", 1, "Noise draws to average.", lower_bound=1)
 OUTLIERS = flags.DEFINE_string("outliers", None, "Out-of-distribution data set.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 50_000, "Number of samples for each setting.", lower_bound=2)
 GUIDANCE = flags.DEFINE_list("guidance", ["0"], "Guidance weights w, one setting each.")
@@ -126,14 +122,10 @@ class Evaluation:
         config = self.pipe.config
         if config.is_sequence:
             return open_arrays(self.data_set, split, config)
-        source = open_source(
-            self.data_set,
-            split,
-            image_size=None if self.text_to_image else config.image_size,
-            preprocessing=PREPROCESSING.value or self._trained_on.preprocessing,
-            data_dir=self.data_dir,
-            skip_bad=self._trained_on.skip_bad,
-        )
+        options = {"data_dir": self.data_dir, "skip_bad": self._trained_on.skip_bad}
+        options["preprocessing"] = PREPROCESSING.value or self._trained_on.preprocessing
+        options["image_size"] = None if self.text_to_image else config.image_size
+        source = open_source(self.data_set, split, **options)
         if not (self.text_to_image and source.bits):
             if source.image_shape != config.image_shape:
                 raise UserError(f"{source.name} has images {source.image_shape}, the model {config.image_shape}")
@@ -314,9 +306,8 @@ def main(argv: Sequence[str]) -> None:
     for metric in metrics:
         if metric not in distances.METRICS:
             results[metric] = measure(evaluation, metric)
-            row = {name: value for name, value in results[metric].items() if not isinstance(value, list)}
             if writes:
-                print(cli.format_table([row]), flush=True)
+                print(cli.format_table([results[metric]]), flush=True)
     if of_samples := [metric for metric in metrics if metric in distances.METRICS]:
         results["samples"], sample_protocol = measure_samples(evaluation, of_samples)
         protocol |= sample_protocol
