@@ -161,14 +161,9 @@ def _read_config(
         trained = None if is_starflow else shapes["blocks.0.pos_embed"][0]
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"{path} is not a TarFlow of the reference: its blocks lack tensors, or have others") from error
-    config = TarFlowConfig(
-        *images,
-        **fields,
-        width=width,
-        layers_per_block=depths[0] if len(set(depths)) == 1 else depths,
-        num_blocks=len(depths),
-        head_dim=HEAD_DIM,
-    )
+    layers = depths[0] if len(set(depths)) == 1 else depths
+    fields |= {"width": width, "num_blocks": len(depths), "layers_per_block": layers, "head_dim": HEAD_DIM}
+    config = TarFlowConfig(*images, **fields)
     if trained not in (None, config.num_tokens):
         raise UserError(
             f"{path} has {trained} tokens, but {config.num_tokens} patches of {config.patch_size} fill an image"
@@ -230,17 +225,18 @@ def _check_representable(config: TarFlowConfig) -> None:
         value, expected = getattr(config, field.name), fixed.get(field.name, field.default)
         if field.name not in free and value != expected:
             raise UserError(f"the PyTorch reference has {field.name} {expected}; this model's is {value}")
-    if config.start_token and not config.rotary_base_size:
-        raise UserError("the PyTorch reference has rotary embeddings by slot; this model's are by patch")
     if config.random_orders or config.standardizes_condition:
         raise UserError("the PyTorch reference has no random orders, and no condition but a prefix")
-    if not config.start_token:
-        if not config.position_embeddings:
-            raise UserError("the PyTorch reference has position embeddings; this model has none")
-        if height != width:
-            raise UserError(f"the PyTorch reference has only square images; this model's are {height}x{width}")
-        if len(set(config.depths)) != 1 and not config.noise_conditional:
-            raise UserError(f"the PyTorch reference has blocks of equal depth; this model's are {config.depths}")
+    if config.start_token:
+        if not config.rotary_base_size:
+            raise UserError("the PyTorch reference has rotary embeddings by slot; this model's are by patch")
+        return
+    if not config.position_embeddings:
+        raise UserError("the PyTorch reference has position embeddings; this model has none")
+    if height != width:
+        raise UserError(f"the PyTorch reference has only square images; this model's are {height}x{width}")
+    if len(set(config.depths)) != 1 and not config.noise_conditional:
+        raise UserError(f"the PyTorch reference has blocks of equal depth; this model's are {config.depths}")
 
 
 def _tensors(config: TarFlowConfig) -> Iterator[tuple[str, Parameter, list[str]]]:
