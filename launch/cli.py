@@ -41,9 +41,7 @@ DECODERS = {
     "student": Student(),
 }
 
-COMPILATION_CACHE = flags.DEFINE_string(
-    "compilation_cache", None, 'Directory of the compilation cache; "none" disables it.'
-)
+COMPILATION_CACHE = flags.DEFINE_string("compilation_cache", None, 'Folder of compiled programs; "none" for no cache.')
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of every error.")
 flags.disclaim_key_flags()  # what functions below define are flags of the command that calls them
 
@@ -154,10 +152,8 @@ def define_guidance_flags() -> None:
 
 def define_decoder_flags() -> None:
     """Defines --decoder and --polish."""
-    text = "Block decoder; student: trained by launch.distill."
-    flags.DEFINE_enum("decoder", "sequential", list(DECODERS), text)
-    text = "Fixed-point updates per block that refine the images of a student."
-    flags.DEFINE_integer("polish", 0, text, lower_bound=0)
+    flags.DEFINE_enum("decoder", "sequential", list(DECODERS), "Block decoder; student: trained by launch.distill.")
+    flags.DEFINE_integer("polish", 0, "Fixed-point updates per block that refine a student's images.", lower_bound=0)
 
 
 def decoder() -> Decoder:
@@ -194,7 +190,7 @@ def define_model_flags() -> None:
     text = f"Ready-made model ({', '.join(READY_MADE)}), saved model's folder, or hub name; instead of --workdir."
     flags.DEFINE_string("model", None, text)
     flags.mark_flags_as_mutual_exclusive(["workdir", "model"])
-    define_checkpoint_flag()
+    flags.DEFINE_enum("checkpoint", "last", ["last", "best"], "Checkpoint of a workdir; best: lowest test loss.")
     text = "GiB for a batch's activations, on all devices together; default: half of an accelerator's, 2 on CPUs."
     define_number("memory_bound", None, text)
 
@@ -208,16 +204,9 @@ def model_name() -> tuple[str, str]:
     return folder("model"), "."
 
 
-def define_checkpoint_flag() -> None:
-    """Defines --checkpoint, which `open_pipeline` reads."""
-    text = "Checkpoint to open in a workdir; best: the lowest test loss."
-    flags.DEFINE_enum("checkpoint", "last", ["last", "best"], text)
-
-
 def memory_bound() -> int | None:
-    """Returns --memory_bound in bytes; None if it is left out, or if the command does not have it."""
-    gibibytes = flags.FLAGS.memory_bound if "memory_bound" in flags.FLAGS else None
-    return None if gibibytes is None else int(gibibytes * 2**30)
+    """Returns --memory_bound in bytes; None if it is left out."""
+    return None if flags.FLAGS.memory_bound is None else int(flags.FLAGS.memory_bound * 2**30)
 
 
 def open_pipeline(name: str, mesh: jax.sharding.Mesh | None, *, sequences: bool = False) -> TarFlowPipeline:
@@ -231,9 +220,7 @@ def open_pipeline(name: str, mesh: jax.sharding.Mesh | None, *, sequences: bool 
 
 def define_process_flags() -> None:
     """Defines the flags of `join_processes`."""
-    flags.DEFINE_bool(
-        "distributed", False, "Run as one of several processes, found from the cluster or from the next three flags."
-    )
+    flags.DEFINE_bool("distributed", False, "Run as one of several processes, found by the cluster or the next flags.")
     flags.DEFINE_string("coordinator_address", None, "Address of process 0, HOST:PORT.")
     flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
     flags.DEFINE_integer("process_id", None, "Index of this process, from 0.", lower_bound=0)

@@ -31,9 +31,7 @@ from tarflow_jax.training.workdir import write_results
 
 PREVIEW_IMAGES, FIGURE_IMAGES, TRAJECTORIES = 64, 100, 8
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Recipe to train: configs/digits.py, or a variant of it, configs/digits.py:smoke."
-)
+CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/digits.py, or its variant, ….py:smoke.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, local or gs://; created if it does not exist.")
 cli.define_process_flags()
 

@@ -28,7 +28,7 @@ from tarflow_jax.data import ImageSource
 from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.evaluation.features import FeatureNetwork, Features, cache_errors_logged
 from tarflow_jax.files import replacing, sha256
-from tarflow_jax.interop import shipped
+from tarflow_jax.interop.model_folder import shipped
 from tarflow_jax.interop.tensors import flatten, read_safetensors
 from tarflow_jax.runtime import progress
 from tarflow_jax.runtime.parameters import Shape

@@ -110,10 +110,8 @@ def kernel_distance(
     """Returns the squared MMD with kernel (x·y / D + 1)³: mean and standard deviation over random subsets.
 
     Features are [N, D] and [M, D]. With Inception's pool_3 this is KID (Bińkowski et al. 2018), unbiased at any number
-    of samples. Raises UserError if a set is smaller than a subset.
+    of samples. Raises ValueError if a set is smaller than a subset.
     """
-    if min(len(first), len(second)) < subset_size:
-        raise UserError(f"kernel distance takes subsets of {subset_size} images, got {len(first)} and {len(second)}")
     random = np.random.RandomState(SEED)
     distances = []
     for _ in progress(range(subsets), "kernel distance"):
@@ -129,10 +127,8 @@ def precision_recall(generated: np.ndarray, real: np.ndarray) -> tuple[float, fl
     """Returns improved precision and recall (Kynkäänniemi et al. 2019) of features [N, D] and [M, D].
 
     Precision is the fraction of generated images that lie within the distance of some real image to its third
-    nearest real neighbour. Recall swaps the two sets. Raises UserError if a set has no third neighbour.
+    nearest real neighbour. Recall swaps the two sets. Raises ValueError if a set has no third neighbour.
     """
-    if min(len(generated), len(real)) <= NEIGHBOURS:
-        raise UserError(f"precision and recall need more than {NEIGHBOURS} images in each set")
     # Centring changes no distance, and avoids cancellation in |x|² - 2 x·y + |y|².
     centre = np.mean(real, axis=0, dtype=np.float64)
     generated, real = generated - centre, real - centre

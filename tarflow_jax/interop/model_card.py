@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from tarflow_jax.errors import UserError
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.noise import Noise
@@ -56,13 +58,8 @@ def _evaluation(found: Mapping[str, Any]) -> dict[str, Any]:
         columns = list(dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, list)))
         if columns:
             tables[metric] = columns, [[row.get(k, "") for k in columns] for row in rows]
-    protocol: list[tuple[str, Any]] = []
-    for name, value in found["protocol"].items():
-        if isinstance(value, Mapping):
-            protocol += [(f"{name}, {inner}", leaf) for inner, leaf in value.items()]
-        elif name != _PRIVATE:
-            protocol.append((name, value))
-    return {"tables": tables, "protocol": protocol}
+    protocol = {name: value for name, value in found["protocol"].items() if name != _PRIVATE}
+    return {"tables": tables, "protocol": flatten_dict(protocol, sep=", ").items()}
 
 
 def _cell(value: Any) -> str:

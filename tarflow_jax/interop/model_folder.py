@@ -40,7 +40,6 @@ from tarflow_jax.student import StudentConfig, TrainedStudent
 FORMATS = {"model": "tarflow_jax", "student": "tarflow_jax student"}
 VERSION = 1
 CONFIG, WEIGHTS, CARD, STUDENT = "config.json", "model.safetensors", "README.md", "student"
-_DTYPES = ("float32", "bfloat16")
 READY_MADE = (
     "digits",
     "digits_likelihood",
@@ -84,15 +83,12 @@ def save_model(
     path that is a file, or a folder with other files that have a model file's name.
     """
     is_exact = dtype == "float32"
-    if dtype not in _DTYPES:
-        raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype is {dtype!r}; expected float32 or bfloat16")
     card = {**model.card, "evaluations": _evaluations_of(model) if is_exact else []}
     text, picture = model_card(model.config, model.noise, card), _read_picture(card.get("samples"))
-    description = {
-        "model": model.config.to_dict(),
-        "noise": model.noise.to_dict() if model.noise else None,
-        "label_names": list(model.label_names),
-    }
+    noise = model.noise.to_dict() if model.noise else None
+    fields = {"model": model.config.to_dict(), "noise": noise, "label_names": list(model.label_names)}
     variables = {**model.variables, **({"ema": model.ema_params} if model.ema_params else {})}
     shapes = _model_shapes(model.config, ema="ema" in variables)
     with local_target(folder) as target:
@@ -100,7 +96,7 @@ def save_model(
         target.mkdir(parents=True, exist_ok=True)
         with naming(target), tempfile.TemporaryDirectory(prefix=".saving_", dir=target) as temporary:
             new = Path(temporary)
-            _write(new, "model", description, variables, shapes, dtype)
+            _write(new, "model", fields, variables, shapes, dtype)
             (new / CARD).write_text(text)
             if picture is not None:
                 to_pil(picture).save(new / PICTURE)
@@ -212,14 +208,9 @@ def _read_picture(path: epath.PathLike | None) -> np.ndarray | None:
 
 
 def _write(
-    folder: Path,
-    what: str,
-    description: Mapping[str, Any],
-    variables: Mapping[str, Any],
-    shapes: Mapping[str, Shape],
-    dtype: str,
+    folder: Path, what: str, fields: dict[str, Any], variables: Mapping[str, Any], shapes: dict[str, Shape], dtype: str
 ) -> None:
-    """Writes config.json and model.safetensors into a new folder."""
+    """Writes config.json, with `fields`, and model.safetensors into a new folder."""
     tensors = flatten(variables)
     check_tensors(f"the {what}", {name: array.shape for name, array in tensors.items()}, shapes)
     arrays = {}
@@ -232,12 +223,8 @@ def _write(
         safetensors.numpy.save_file(arrays, weights)
     except safetensors.SafetensorError as error:
         raise UserError(f"{weights} cannot be written: {one_line(error)}") from error
-    fields = {
-        "format": FORMATS[what],
-        "format_version": VERSION,
-        **description,
-        "weights": {"dtype": dtype, "ema": "ema" in variables, "sha256": sha256(weights)},
-    }
+    fields = {"format": FORMATS[what], "format_version": VERSION, **fields}
+    fields["weights"] = {"dtype": dtype, "ema": "ema" in variables, "sha256": sha256(weights)}
     fields["sha256"] = checksum(fields)
     config.write_text(json.dumps(fields, indent=2) + "\n")
     weights.chmod(config.stat().st_mode)  # safetensors makes it private to its owner
@@ -368,13 +355,8 @@ def push_model(
         try:
             api = huggingface_hub.HfApi(token=token)
             api.create_repo(name, private=private, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=name,
-                folder_path=folder,
-                allow_patterns=FILES,
-                delete_patterns=FILES,  # of an older model
-                commit_message="Upload by tarflow_jax",
-            )
+            # Deletes the files of an older model.
+            commit = api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=FILES, delete_patterns=FILES)
         except Exception as error:  # the hub's errors share no base class with those of its HTTP library
             raise UserError(
                 f"the hub did not accept {name} ({one_line(error)}); check the network, and that `hf auth login` was "
