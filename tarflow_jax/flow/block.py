@@ -256,8 +256,7 @@ class FlowBlock(nn.Module):
         config = self.config
         assert conditioning.condition is not None
         h = self.condition_in(conditioning.condition.astype(config.compute_dtype)).astype(jnp.float32)
-        angles = jnp.asarray(rotary_angles(config)[None, : config.condition_length]) if config.rotary else None
-        return h, angles
+        return h, jnp.asarray(rotary_angles(config)[None, : config.condition_length]) if config.rotary else None
 
     def _project(self, h: jax.Array) -> Affine:
         """Projects the layers' output [B, S, C] to the affine maps of the next tokens."""

@@ -40,8 +40,8 @@ class BlockInverse(flax.struct.PyTreeNode):
     ) -> "BlockInverse":
         """Takes the parameters apart, layer by layer; all-gathers them and casts kernels to their matmuls' dtype."""
         params = block.kernels.gather(cast_kernels(params, block.config.compute_dtype))
-        depth = block.config.depths[block.index]
-        layers = [jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(depth)]
+        numbers = range(block.config.depths[block.index])
+        layers = [jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in numbers]
         return cls(block, params, layers, order, conditioning)
 
     def caches(self, batch_size: int, length: int) -> Caches:

@@ -47,10 +47,7 @@ def attend(
 
 
 def attend_whole(query: jax.Array, key: jax.Array, value: jax.Array, causal: bool) -> jax.Array:
-    """Attends over a whole sequence of queries, keys and values, each [B, N, T, H].
-
-    Without `causal`, every query sees every key.
-    """
+    """Attends over a whole sequence, each [B, N, T, H]; without `causal`, every query sees every key."""
     return attend(query, key, value, start=0 if causal else key.shape[2])
 
 
@@ -92,8 +89,7 @@ class KVCache(NamedTuple):
         """Writes the keys and values [B, N, S, H] of positions start .. start + S - 1."""
 
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=2)
-        dtype = self.key.dtype
-        return KVCache(put(self.key, key.astype(dtype)), put(self.value, value.astype(dtype)))
+        return KVCache(put(self.key, key.astype(self.key.dtype)), put(self.value, value.astype(self.key.dtype)))
 
 
 @jax.custom_jvp

@@ -101,8 +101,8 @@ def save_model(
             if picture is not None:
                 to_pil(picture).save(new / PICTURE)
             if student is not None and is_exact:
-                fields = {"student": student.config.to_dict(), "flow": student.flow}
-                _write(new / STUDENT, STUDENT, fields, student.variables, student_shapes(student.config), "float32")
+                of_student = {"student": student.config.to_dict(), "flow": student.flow}
+                _write(new / STUDENT, STUDENT, of_student, student.variables, student_shapes(student.config), "float32")
             for name in FILES:  # nothing can fail any more for lack of space
                 if (new / name).exists():
                     (target / name).parent.mkdir(exist_ok=True)
