@@ -206,13 +206,13 @@ def test_no_bits_are_lost_in_silence():
     floats = DEEP[..., :1].astype(np.float32)
     pages = encode(Image.new("L", (9, 9)), "tiff", save_all=True, append_images=[Image.new("L", (9, 9))])
     for content, message in (
-        (deep_png(DEEP[..., :2]), "16-bit .*A, which Pillow reads with 8; expected grey"),
-        (deep_png(DEEP), "16-bit RGBA, which Pillow reads with 8; expected grey"),
-        (deep_png(DEEP[..., :3]), "16-bit RGB, which Pillow reads with 8; expected grey"),
-        (deep_tiff(DEEP[..., :3], planar=True), "16-bit RGB, which Pillow reads with 8; expected grey"),
+        (deep_png(DEEP[..., :2]), "16 bits in mode .*A; expected unsigned grey"),
+        (deep_png(DEEP), "16 bits in mode RGBA; expected unsigned grey"),
+        (deep_png(DEEP[..., :3]), "16 bits in mode RGB; expected unsigned grey"),
+        (deep_tiff(DEEP[..., :3], planar=True), "16 bits in mode RGB; expected unsigned grey"),
         (deep_tiff(floats, bits=32, kind=3), "32 bits a number; expected 8 or 16"),
         (deep_tiff(DEEP[..., :1].astype(np.int32), bits=32, kind=2), "32 bits a number; expected 8 or 16"),
-        (deep_tiff(DEEP[..., :1].astype(np.int16), kind=2), "bits"),
+        (deep_tiff(DEEP[..., :1].astype(np.int16), kind=2), "16 bits in mode I; expected unsigned grey"),
         (pages, "a TIFF of several pages"),
     ):
         with pytest.raises(ValueError, match=message):

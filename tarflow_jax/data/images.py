@@ -65,7 +65,7 @@ def decode_image(
             ImageOps.exif_transpose(image, in_place=True)
             if depth == 16:
                 if not image.mode.startswith("I;16"):
-                    raise UserError(f"16-bit {image.mode}, which Pillow reads with 8; expected grey, or arrays in npz")
+                    raise UserError(f"16 bits in mode {image.mode}; expected unsigned grey, or arrays in npz")
                 return np.asarray(image).astype(np.uint16)[..., None].repeat(channels or 1, 2)
             opaque: Image.Image = image
             if image.has_transparency_data:
