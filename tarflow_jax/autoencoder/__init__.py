@@ -3,3 +3,5 @@
 from tarflow_jax.autoencoder.config import AutoencoderConfig
 from tarflow_jax.autoencoder.network import AutoencoderKL
 from tarflow_jax.autoencoder.trained import Autoencoder
+
+__all__ = ["Autoencoder", "AutoencoderConfig", "AutoencoderKL"]

@@ -9,3 +9,29 @@ from tarflow_jax.runtime.mesh import LocalBatch, batch_sharding, make_mesh, many
 from tarflow_jax.runtime.preemption import Preempted, PreemptionGuard, stop_if_requested
 from tarflow_jax.runtime.processes import start_processes
 from tarflow_jax.runtime.sharding import gathered, leaf_name, shardings
+
+__all__ = [
+    "BatchRunner",
+    "LazyBatch",
+    "LocalBatch",
+    "Preempted",
+    "PreemptionGuard",
+    "batch_sharding",
+    "device_flow",
+    "environment",
+    "gathered",
+    "in_float32",
+    "leaf_name",
+    "make_mesh",
+    "many_devices",
+    "progress",
+    "release",
+    "replicated",
+    "shardings",
+    "start_processes",
+    "stop_if_requested",
+    "training_kernels",
+    "use_compilation_cache",
+    "use_cores_as_devices",
+    "use_mesh",
+]

@@ -5,3 +5,15 @@ from tarflow_jax.training.loop import train
 from tarflow_jax.training.recipe import Recipe
 from tarflow_jax.training.step import TrainConfig, TrainState, train_step
 from tarflow_jax.training.task import FlowTask, Frozen, StudentTask
+
+__all__ = [
+    "Checkpoints",
+    "FlowTask",
+    "Frozen",
+    "Recipe",
+    "StudentTask",
+    "TrainConfig",
+    "TrainState",
+    "train",
+    "train_step",
+]
