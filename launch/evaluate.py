@@ -111,10 +111,8 @@ class Evaluation:
                 raise
         message = f"{self.data_set} is not what {workdir} was trained on"
         if not other:
-            raise UserError(
-                f"{message}: images, labels or their order have changed since; bring them back, or measure what is "
-                f"there now, --data={self.data_set}"
-            )
+            changed = "images, labels or their order have changed since"
+            raise UserError(f"{message}: {changed}; bring them back, or measure what is there, --data={self.data_set}")
         print(f"warning: {message}", file=sys.stderr)
 
     def open(self, split: str) -> ImageSource | SequenceSource:
@@ -169,16 +167,12 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
         if wrong := [metric for metric in metrics if metric in ("classification", "outliers")]:
             raise UserError(f"{wrong[0]} is for a flow of images; this one is of latents")
         if "bits_per_dim" in metrics and source.bits:
-            raise UserError(
-                f"log p is of latents, and {source.name} has images; name the packed ones, --data=latents:…"
-            )
+            raise UserError(f"log p is of latents, {source.name} has images; name the packed ones, --data=latents:…")
         if of_samples and evaluation.text_to_image.text and not evaluation.captions:
             raise UserError("there are no captions to draw; name a file with one a line, --prompts=FILE")
     if "bits_per_dim" in metrics and pipe.noise_std is not None and not ALLOW_NOISY.value:
-        raise UserError(
-            "bits/dim is defined for models trained with uniform noise, this one's was gaussian; "
-            "train with noise.kind=uniform, or pass --allow_noisy for nats/dim of noisy data"
-        )
+        advice = "train with noise.kind=uniform, or pass --allow_noisy for nats/dim of noisy data"
+        raise UserError(f"bits/dim is defined for models trained with uniform noise, this one's was gaussian; {advice}")
     if NOISE_STD.value is not None:
         check_levels(config, NOISE_STD.value, 1)
     elif config.noise_conditional and pipe.noise is None:

@@ -178,11 +178,9 @@ def read_chunks(
             raise UserError(f"{error}; delete it and run again") from error
         images.append(chunk["images"])
         not_finite.append(chunk["not_finite"])
-    return Samples(
-        np.concatenate(images)[:num_images],
-        labels_in_proportion(class_counts, num_images),
-        int(np.concatenate(not_finite)[:num_images].sum()),
-    )
+    num_not_finite = int(np.concatenate(not_finite)[:num_images].sum())
+    labels = labels_in_proportion(class_counts, num_images)
+    return Samples(np.concatenate(images)[:num_images], labels, num_not_finite)
 
 
 def _chunk_path(folder: epath.PathLike, index: int) -> epath.Path:

@@ -170,14 +170,9 @@ def inception_network(path: str | Path) -> FeatureNetwork:
     digest = sha256(path)
     published = digest[:8] in PUBLISHED_FILE  # its name ends in these digits
     note = f"the published {PUBLISHED_FILE}" if published else "NOT the published weights: no FID compares"
-    return FeatureNetwork(
-        name="inception",
-        identity=f"sha256 {digest} ({note})",
-        preprocessing="grey repeated to RGB, TensorFlow 1 bilinear resize to 299 x 299, (v - 128) / 128",
-        model=model,
-        params=params,
-        bytes_per_image=64 * 2**20,  # 299 x 299 pixels and the two widest layers
-    )
+    preprocessing = "grey repeated to RGB, TensorFlow 1 bilinear resize to 299 x 299, (v - 128) / 128"
+    activations = 64 * 2**20  # 299 x 299 pixels and the two widest layers
+    return FeatureNetwork("inception", f"sha256 {digest} ({note})", preprocessing, model, params, activations)
 
 
 def _fold_batch_norm(state: dict[str, np.ndarray], name: str) -> dict[str, Array]:

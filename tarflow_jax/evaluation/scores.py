@@ -73,10 +73,8 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
     a singular covariance needs no diagonal offset. Raises UserError if the numbers of features differ.
     """
     if first.mean.shape != second.mean.shape:
-        raise UserError(
-            f"statistics of {len(first.mean)} and of {len(second.mean)} features have no distance; "
-            "were they taken with the same network?"
-        )
+        sizes = f"{len(first.mean)} and of {len(second.mean)}"
+        raise UserError(f"statistics of {sizes} features have no distance; were they taken with the same network?")
     difference = first.mean - second.mean
     overlap = scipy.linalg.svdvals(_root(first.covariance).T @ _root(second.covariance)).sum()
     traces = np.trace(first.covariance) + np.trace(second.covariance)
