@@ -168,8 +168,6 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
             raise UserError(f"{wrong[0]} is for a flow of images; this one is of latents")
         if "bits_per_dim" in metrics and source.bits:
             raise UserError(f"log p is of latents, {source.name} has images; name the packed ones, --data=latents:…")
-        if of_samples and evaluation.text_to_image.text and not evaluation.captions:
-            raise UserError("there are no captions to draw; name a file with one a line, --prompts=FILE")
     if "bits_per_dim" in metrics and pipe.noise_std is not None and not ALLOW_NOISY.value:
         advice = "train with noise.kind=uniform, or pass --allow_noisy for nats/dim of noisy data"
         raise UserError(f"bits/dim is defined for models trained with uniform noise, this one's was gaussian; {advice}")
@@ -211,8 +209,7 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
 
 def measure(evaluation: Evaluation, metric: str) -> dict[str, Any]:
     """Measures what needs no samples."""
-    pipe, source, level = evaluation.pipe, evaluation.source, NOISE_STD.value
-    key = jax.random.key(SEED.value)
+    pipe, source, level, key = evaluation.pipe, evaluation.source, NOISE_STD.value, jax.random.key(SEED.value)
     if metric == "classification":
         if level is None and pipe.config.noise_conditional:
             train = evaluation.open("train")
