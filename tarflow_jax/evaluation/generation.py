@@ -27,6 +27,7 @@ from tarflow_jax.text_to_image import TextToImage
 
 CHUNK_SIZE = 500  # samples in a file
 NOT_FINITE = 128  # grey, in place of a pixel that is NaN or infinite
+Counts = Sequence[int] | np.ndarray  # [C], how often samples have each class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ def quantise(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(finite, values, np.uint8(NOT_FINITE)), ~finite.all((1, 2, 3))
 
 
-def labels_in_proportion(class_counts: Sequence[int] | np.ndarray, num_images: int) -> np.ndarray | None:
+def labels_in_proportion(class_counts: Counts, num_images: int) -> np.ndarray | None:
     """Returns labels int32 [num_images] in which every prefix has each class in proportion to `class_counts` [C].
 
     The next label is the class that is furthest behind, the lowest in a tie: 0, 1, 2 … in turn for equal counts.
@@ -131,7 +132,7 @@ def draw_samples(
     sampler: Sampler,
     root: epath.PathLike,
     num_images: int,
-    class_counts: Sequence[int] | np.ndarray,
+    class_counts: Counts,
     seed: int,
     chunk_size: int = CHUNK_SIZE,
 ) -> epath.Path:
@@ -163,9 +164,7 @@ def draw_samples(
     return folder
 
 
-def read_chunks(
-    folder: epath.PathLike, num_images: int, class_counts: Sequence[int] | np.ndarray, chunk_size: int = CHUNK_SIZE
-) -> Samples:
+def read_chunks(folder: epath.PathLike, num_images: int, class_counts: Counts, chunk_size: int = CHUNK_SIZE) -> Samples:
     """Reads the first `num_images` samples of a folder; raises FileNotFoundError if a chunk is missing."""
     images, not_finite = [], []
     for index in range(-(-num_images // chunk_size)):
@@ -199,8 +198,7 @@ def read_samples(path: epath.PathLike) -> np.ndarray:
     """Reads the images uint8 [N, H, W, K] of an ADM sample file; raises UserError for others."""
     images = read_npz(path, ("arr_0",)).get("arr_0")
     if images is None or images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
-        content = "nothing" if images is None else f"{images.dtype} {list(images.shape)}"
-        raise UserError(f"{path}: expected arr_0 as uint8 [N, H, W, 1 or 3], found {content}")
+        raise UserError(f"{path} has no samples: expected arr_0 as uint8 [N, H, W, 1 or 3]")
     return images
 
 

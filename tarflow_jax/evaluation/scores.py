@@ -27,10 +27,6 @@ class FeatureStatistics:
     covariance: np.ndarray
 
     def __post_init__(self) -> None:
-        shape = self.mean.shape
-        if len(shape) != 1 or self.covariance.shape != shape * 2:
-            shapes = f"{list(shape)} and {list(self.covariance.shape)}"
-            raise UserError(f"feature statistics have shapes {shapes}; expected a mean [D] and a covariance [D, D]")
         if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
             raise UserError("feature statistics hold numbers that are not finite")
 
