@@ -25,7 +25,7 @@ from tarflow_jax.runtime import progress
 from tarflow_jax.sampling import DEFAULT_DENOISING, Decoder, Guidance, Student
 from tarflow_jax.text_to_image import TextToImage
 
-CHUNK_SIZE = 500  # samples in a file
+CHUNK, CHUNK_SIZE = "chunk_{:05d}.npz", 500  # a file's name, and the samples in it
 NOT_FINITE = 128  # grey, in place of a pixel that is NaN or infinite
 Counts = Sequence[int] | np.ndarray  # [C], how often samples have each class
 
@@ -151,7 +151,7 @@ def draw_samples(
     labels = labels_in_proportion(class_counts, num_chunks * chunk_size)
     mine = range(jax.process_index(), num_chunks, jax.process_count())
     for index in progress(mine, f"samples, {chunk_size} at a time"):
-        path = _chunk_path(folder, index)
+        path = folder / CHUNK.format(index)
         if path.exists():
             continue
         key = jax.random.fold_in(jax.random.key(seed), index)
@@ -168,7 +168,7 @@ def read_chunks(folder: epath.PathLike, num_images: int, class_counts: Counts, c
     """Reads the first `num_images` samples of a folder; raises FileNotFoundError if a chunk is missing."""
     images, not_finite = [], []
     for index in range(-(-num_images // chunk_size)):
-        path = _chunk_path(folder, index)
+        path = epath.Path(folder) / CHUNK.format(index)
         try:
             chunk = read_npz(path, ("images", "not_finite"))
             if len(chunk) < 2 or len(chunk["images"]) != chunk_size:
@@ -180,10 +180,6 @@ def read_chunks(folder: epath.PathLike, num_images: int, class_counts: Counts, c
     num_not_finite = int(np.concatenate(not_finite)[:num_images].sum())
     labels = labels_in_proportion(class_counts, num_images)
     return Samples(np.concatenate(images)[:num_images], labels, num_not_finite)
-
-
-def _chunk_path(folder: epath.PathLike, index: int) -> epath.Path:
-    return epath.Path(folder) / f"chunk_{index:05d}.npz"
 
 
 def write_samples(path: epath.PathLike, images: np.ndarray, labels: np.ndarray | None = None) -> None:
