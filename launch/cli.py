@@ -30,16 +30,12 @@ from tarflow_jax.training.loop import NonFiniteError
 from tarflow_jax.training.recipe import AUTOENCODER_GROUPS, GROUPS, STUDENT_GROUPS, config_help
 
 EXIT_ERROR = 1
+AGAIN = "Start all of them again with the same command"
 PATIENCE_S = 10
 EXIT_TIMEOUT_S = 7 * 86_400  # the first process may measure a Fréchet distance for hours when the others have ended
 # The options of `Guidance` after its weight, in their order.
 GUIDANCE_FLAGS = ("guidance_target", "guidance_schedule", "attention_temperature", "guidance_rule", "guidance_blocks")
-DECODERS = {
-    "sequential": Sequential(),
-    "jacobi": Jacobi(),
-    "gs_jacobi": GaussSeidelJacobi(num_segments=8),
-    "student": Student(),
-}
+DECODERS = {"sequential": Sequential(), "jacobi": Jacobi(), "gs_jacobi": GaussSeidelJacobi(8), "student": Student()}
 
 COMPILATION_CACHE = flags.DEFINE_string("compilation_cache", None, 'Folder of compiled programs; "none" for no cache.')
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of every error.")
@@ -80,11 +76,8 @@ def run(main: Callable[[Sequence[str]], int | None], *required: str) -> None:
             several = jax.distributed.is_initialized()
             ours = isinstance(error, UserError | OSError | NonFiniteError)
             if isinstance(error, jax.errors.JaxRuntimeError) and several:
-                print(
-                    f"error: process {jax.process_index()} of {jax.process_count()}: {one_line(error)}; if another "
-                    "stopped before, its log says why. Start all of them again with the same command",
-                    file=sys.stderr,
-                )
+                message = f"process {jax.process_index()} of {jax.process_count()}: {one_line(error)}"
+                print(f"error: {message}; if another stopped before, its log says why. {AGAIN}", file=sys.stderr)
             elif (ours or storage_failed(error)) and not TRACEBACK.value:
                 message = _plain(error) if ours else f"the object store failed ({_plain(error)}); run it again"
                 print(f"error: {message}", file=sys.stderr)
@@ -122,11 +115,7 @@ def _end_alone(*, met: bool) -> None:
 def _on_abort(number: int) -> None:
     """Ends a process that JAX aborts, from a thread of its own in which a handler of Python's would not run."""
     remove_unfinished()
-    os.write(
-        2,
-        b"error: lost the other processes; the log of the one that failed first says why. "
-        b"Start all of them again with the same command\n",
-    )
+    os.write(2, f"error: lost the other processes; the log of the one that failed first says why. {AGAIN}\n".encode())
     os._exit(EXIT_ERROR)
 
 
@@ -191,8 +180,7 @@ def define_model_flags() -> None:
     flags.DEFINE_string("model", None, text)
     flags.mark_flags_as_mutual_exclusive(["workdir", "model"])
     flags.DEFINE_enum("checkpoint", "last", ["last", "best"], "Checkpoint of a workdir; best: lowest test loss.")
-    text = "GiB for a batch's activations, on all devices together; default: half of an accelerator's, 2 on CPUs."
-    define_number("memory_bound", None, text)
+    define_number("memory_bound", None, "GiB of activations on all devices; default: half of theirs, 2 on CPUs.")
 
 
 def model_name() -> tuple[str, str]:
@@ -311,8 +299,8 @@ def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     cells = [columns, *([_cell(row.get(name, "")) for name in columns] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-    lines = [f"| {line} |" for line in lines]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]
+    lines = [f"| {' | '.join(line)} |" for line in padded]
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     return "\n".join(lines)
 

@@ -18,12 +18,12 @@ from launch import cli
 from tarflow_jax.pipeline import TarFlowPipeline
 
 FROM_TORCH = flags.DEFINE_string("from_torch", None, "PyTorch file of the reference's state dict.")
-IMAGE_SIZE = flags.DEFINE_multi_integer("image_size", None, "Side of the images; given twice, height and width.")
+IMAGE_SIZE = flags.DEFINE_multi_integer("image_size", None, "Side of the images, in pixels; twice: height and width.")
 IMAGE_CHANNELS = flags.DEFINE_integer("image_channels", 3, "Channels of the images.")
 PATCH_SIZE = flags.DEFINE_integer("patch_size", None, "Height and width of a patch, in pixels.")
 NOISE_STD = flags.DEFINE_float("noise_std", None, "Training noise σ, in [-1, 1] units; denoising needs it.")
 NOISE_STD_MIN = flags.DEFINE_float("noise_std_min", None, "Lowest σ of an iTARFlow, where denoising ends.")
-BASE_SIZE = flags.DEFINE_integer("base_size", None, "STARFlow: side that positions scale to; default: as trained.")
+BASE_SIZE = flags.DEFINE_integer("base_size", None, "STARFlow: side in tokens of its positions; default: as trained.")
 ORDERS = flags.DEFINE_enum(
     "orders", None, ["alternate", "backwards_first"], "STARFlow: R2L or L2R; default: L2R with a prefix, else R2L."
 )

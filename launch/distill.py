@@ -35,9 +35,7 @@ from tarflow_jax.training.workdir import STUDENT, write_results
 CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/student/digits.py, or its ….py:smoke.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of the flow; the student is saved in its student/.")
 COLUMNS, POLISH = 10, 2  # of the figures
-CHECKPOINT = flags.DEFINE_enum(
-    "checkpoint", "last", ["last", "best"], "Checkpoint of the flow; best: lowest test loss."
-)
+CHECKPOINT = flags.DEFINE_enum("checkpoint", "last", ["last", "best"], "Checkpoint of the flow; best: lowest loss.")
 cli.define_process_flags()
 
 

@@ -49,7 +49,7 @@ SEED = cli.define_seed("Seed of the noise and the samples.")
 NOISE_STD = flags.DEFINE_float("noise_std", None, "Noise level σ; default: the lowest, the best for classification.")
 ALLOW_NOISY = flags.DEFINE_bool("allow_noisy", False, "Report nats/dim of noisy data for Gaussian training noise.")
 DRAWS = flags.DEFINE_integer("dequantisation_draws", 1, "Draws K of the importance-weighted bound.", lower_bound=1)
-CLASSIFICATION_DRAWS = flags.DEFINE_integer("classification_draws", 1, "Noise draws to average.", lower_bound=1)
+CLASSIFICATION_DRAWS = flags.DEFINE_integer("classification_draws", 1, "Draws to average log p over.", lower_bound=1)
 OUTLIERS = flags.DEFINE_string("outliers", None, "Out-of-distribution data set.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 50_000, "Number of samples for each setting.", lower_bound=2)
 GUIDANCE = flags.DEFINE_list("guidance", ["0"], "Guidance weights w, one setting each.")
@@ -111,10 +111,8 @@ class Evaluation:
                 raise
         message = f"{self.data_set} is not what {workdir} was trained on"
         if not other:
-            raise UserError(
-                f"{message}: images, labels or their order have changed since; bring them back, or measure what is "
-                f"there now, --data={self.data_set}"
-            )
+            changed = "images, labels or their order have changed since"
+            raise UserError(f"{message}: {changed}; bring them back, or measure what is there, --data={self.data_set}")
         print(f"warning: {message}", file=sys.stderr)
 
     def open(self, split: str) -> ImageSource | SequenceSource:
@@ -169,16 +167,10 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
         if wrong := [metric for metric in metrics if metric in ("classification", "outliers")]:
             raise UserError(f"{wrong[0]} is for a flow of images; this one is of latents")
         if "bits_per_dim" in metrics and source.bits:
-            raise UserError(
-                f"log p is of latents, and {source.name} has images; name the packed ones, --data=latents:…"
-            )
-        if of_samples and evaluation.text_to_image.text and not evaluation.captions:
-            raise UserError("there are no captions to draw; name a file with one a line, --prompts=FILE")
+            raise UserError(f"log p is of latents, {source.name} has images; name the packed ones, --data=latents:…")
     if "bits_per_dim" in metrics and pipe.noise_std is not None and not ALLOW_NOISY.value:
-        raise UserError(
-            "bits/dim is defined for models trained with uniform noise, this one's was gaussian; "
-            "train with noise.kind=uniform, or pass --allow_noisy for nats/dim of noisy data"
-        )
+        advice = "train with noise.kind=uniform, or pass --allow_noisy for nats/dim of noisy data"
+        raise UserError(f"bits/dim is defined for models trained with uniform noise, this one's was gaussian; {advice}")
     if NOISE_STD.value is not None:
         check_levels(config, NOISE_STD.value, 1)
     elif config.noise_conditional and pipe.noise is None:
@@ -217,8 +209,7 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
 
 def measure(evaluation: Evaluation, metric: str) -> dict[str, Any]:
     """Measures what needs no samples."""
-    pipe, source, level = evaluation.pipe, evaluation.source, NOISE_STD.value
-    key = jax.random.key(SEED.value)
+    pipe, source, level, key = evaluation.pipe, evaluation.source, NOISE_STD.value, jax.random.key(SEED.value)
     if metric == "classification":
         if level is None and pipe.config.noise_conditional:
             train = evaluation.open("train")

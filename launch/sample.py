@@ -139,8 +139,7 @@ def main(argv: Sequence[str]) -> int:
     save_png(out / "samples.png", class_columns(pixels, labels, pipe.label_names))
     save_gif(out / "trajectory.gif", [grid(to_uint8(frame)) for frame in frames])
     write_samples(out / "samples.npz", pixels, labels)
-    for name in ("samples.png", "samples.npz", "trajectory.gif"):
-        print(out / name)
+    print(*(out / name for name in ("samples.png", "samples.npz", "trajectory.gif")), sep="\n")
     if pipe.config.image_bits > 8:
         print("these files have 8 bits; TarFlowPipeline.sample returns floats", file=sys.stderr)
     if bad.any():

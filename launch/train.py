@@ -43,8 +43,7 @@ def main(argv: Sequence[str]) -> None:
     cli.join_processes()
     recipe = Recipe(config)
     guidance = Guidance(**config.sample.guidance)
-    # Reject before training what would be rejected after it.
-    guidance.checked_for(recipe.model)
+    guidance.checked_for(recipe.model)  # rejects before training what would be rejected after it
     autoencoder = None
     if isinstance(source := recipe.source("test"), LatentSource):
         autoencoder = Autoencoder.from_pretrained(source.folder / "autoencoder")

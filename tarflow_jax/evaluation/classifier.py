@@ -88,9 +88,7 @@ def classifier_network(train: ImageSource, test: ImageSource, cache_dir: str | P
     Its `identity` gives its accuracy on `test`. Raises UserError for unlabelled images and a damaged judge.
     """
     if train.num_classes < 2:
-        raise UserError(
-            f"{train.name} has no classes to train a classifier on; name Inception weights, --inception=FILE"
-        )
+        raise UserError(f"{train.name} has no classes for a classifier; name Inception weights, --inception=FILE")
     images, labels = test.read(np.arange(len(test)))
 
     def accuracy(network: FeatureNetwork) -> float:

@@ -53,8 +53,7 @@ class Reference:
 
 def read_reference(path: epath.PathLike) -> Reference:
     """Reads a reference file, ours or ADM's; raises FileNotFoundError if missing, UserError for other files."""
-    names = ("mu", "sigma", "mu_s", "sigma_s", "features", "protocol")
-    arrays = read_npz(path, names, MAX_STATISTICS_BYTES)
+    arrays = read_npz(path, ("mu", "sigma", "mu_s", "sigma_s", "features", "protocol"), MAX_STATISTICS_BYTES)
     if not {"mu", "sigma"} <= arrays.keys():
         raise UserError(f"{path} holds no reference statistics: expected arrays mu and sigma")
 

@@ -27,10 +27,6 @@ class FeatureStatistics:
     covariance: np.ndarray
 
     def __post_init__(self) -> None:
-        shape = self.mean.shape
-        if len(shape) != 1 or self.covariance.shape != shape * 2:
-            shapes = f"{list(shape)} and {list(self.covariance.shape)}"
-            raise UserError(f"feature statistics have shapes {shapes}; expected a mean [D] and a covariance [D, D]")
         if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
             raise UserError("feature statistics hold numbers that are not finite")
 
@@ -73,10 +69,8 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
     a singular covariance needs no diagonal offset. Raises UserError if the numbers of features differ.
     """
     if first.mean.shape != second.mean.shape:
-        raise UserError(
-            f"statistics of {len(first.mean)} and of {len(second.mean)} features have no distance; "
-            "were they taken with the same network?"
-        )
+        sizes = f"{len(first.mean)} and of {len(second.mean)}"
+        raise UserError(f"statistics of {sizes} features have no distance; were they taken with the same network?")
     difference = first.mean - second.mean
     overlap = scipy.linalg.svdvals(_root(first.covariance).T @ _root(second.covariance)).sum()
     traces = np.trace(first.covariance) + np.trace(second.covariance)

@@ -36,12 +36,9 @@ def model_card(config: TarFlowConfig, noise: Noise | None, card: Mapping[str, An
     task = "image-generation" if classes else "unconditional-image-generation"
     if "text encoder" in card.get("parts", ()):
         task = "text-to-image"
-    header = ModelCardData(
-        library_name="tarflow_jax",
-        pipeline_tag=None if config.is_sequence else task,
-        tags=["tarflow", "normalizing-flow", "jax", "flax", *(["class-conditional"] if classes else [])],
-        datasets=list(card.get("datasets", ())) or None,
-    )
+    tag, datasets = None if config.is_sequence else task, list(card.get("datasets", ())) or None
+    tags = ["tarflow", "normalizing-flow", "jax", "flax", *(["class-conditional"] if classes else [])]
+    header = ModelCardData(library_name="tarflow_jax", pipeline_tag=tag, tags=tags, datasets=datasets)
     evaluations = [found for found in map(_evaluation, card.get("evaluations", ())) if found["tables"]]
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters["cell"] = _cell

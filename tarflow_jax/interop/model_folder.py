@@ -88,7 +88,7 @@ def save_model(
     card = {**model.card, "evaluations": _evaluations_of(model) if is_exact else []}
     text, picture = model_card(model.config, model.noise, card), _read_picture(card.get("samples"))
     noise = model.noise.to_dict() if model.noise else None
-    fields = {"model": model.config.to_dict(), "noise": noise, "label_names": list(model.label_names)}
+    fields: dict[str, Any] = {"model": model.config.to_dict(), "noise": noise, "label_names": list(model.label_names)}
     variables = {**model.variables, **({"ema": model.ema_params} if model.ema_params else {})}
     shapes = _model_shapes(model.config, ema="ema" in variables)
     with local_target(folder) as target:
@@ -202,9 +202,8 @@ def _read_picture(path: epath.PathLike | None) -> np.ndarray | None:
     try:
         return np.asarray(decode_image(epath.Path(path).read_bytes()))
     except (UserError, OSError) as error:
-        raise UserError(
-            f"the card's samples, {path}: {one_line(error)}; give card={{'samples': FILE}}, or None for none"
-        ) from error
+        advice = "give card={'samples': FILE}, or None for none"
+        raise UserError(f"the card's samples, {path}: {one_line(error)}; {advice}") from error
 
 
 def _write(
@@ -254,10 +253,8 @@ def _config_errors(path: Path) -> Iterator[None]:
     except ValueError as error:
         raise UserError(f"{path}: {one_line(error)}") from error
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{path} lacks fields of layout version {VERSION}, or some have another type ({one_line(error)}); "
-            "save the model again"
-        ) from error
+        reason = f"lacks fields of layout version {VERSION}, or some have another type ({one_line(error)})"
+        raise UserError(f"{path} {reason}; save the model again") from error
 
 
 def checksum(fields: Mapping[str, Any]) -> str:
@@ -299,25 +296,21 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
         return models[name]
     if name in READY_MADE:
         return local_folder(f"{HUB_OWNER}/{name}")
-    if not _HUB_NAME.fullmatch(name):
-        if folder.is_dir():
-            return folder
-        raise FileNotFoundError(
-            f"no folder {name}; give a saved model's folder, owner/name on the hub, or one of {', '.join(READY_MADE)}"
-        )
-    import huggingface_hub
+    reason = f"; give a saved model's folder, owner/name on the hub, or one of {', '.join(READY_MADE)}"
+    if _HUB_NAME.fullmatch(name):
+        import huggingface_hub
 
-    try:
-        copy = Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES))
-    except Exception as error:  # the hub's errors share no base class with those of its HTTP library
-        if folder.is_dir():
-            return folder
-        raise FileNotFoundError(
-            f"no folder {name}, and the hub returned no model of that name (is there a network?): {one_line(error)}"
-        ) from error
-    if not (copy / CONFIG).exists():
-        raise FileNotFoundError(f"{name} on the hub has no {CONFIG}; expected a model that push_to_hub uploaded")
-    return copy
+        try:
+            copy = Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES))
+        except Exception as error:  # the hub's errors share no base class with those of its HTTP library
+            reason = f", and the hub returned no model of that name (is there a network?): {one_line(error)}"
+        else:
+            if not (copy / CONFIG).exists():
+                raise FileNotFoundError(f"{name} on the hub has no {CONFIG}; expected what push_to_hub uploaded")
+            return copy
+    if folder.is_dir():
+        return folder
+    raise FileNotFoundError(f"no folder {name}{reason}")
 
 
 def copy_model(source: epath.PathLike, target: epath.PathLike) -> None:
@@ -358,8 +351,6 @@ def push_model(
             # Deletes the files of an older model.
             commit = api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=FILES, delete_patterns=FILES)
         except Exception as error:  # the hub's errors share no base class with those of its HTTP library
-            raise UserError(
-                f"the hub did not accept {name} ({one_line(error)}); check the network, and that `hf auth login` was "
-                "given a token with write access"
-            ) from error
+            advice = "check the network, and that `hf auth login` was given a token with write access"
+            raise UserError(f"the hub did not accept {name} ({one_line(error)}); {advice}") from error
     return str(commit.commit_url)

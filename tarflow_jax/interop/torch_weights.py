@@ -136,9 +136,8 @@ def _read_state_dict(path: Path) -> dict[str, Any]:
             if damaged := archive.testzip():  # PyTorch ignores the checksums
                 raise UserError(f"entry {damaged} fails its checksum")
     except Exception as error:  # damaged bytes can raise anything in the zip reader
-        raise UserError(
-            f"{path} is not an intact PyTorch state dict, as torch.save writes it since 1.6: {one_line(error)}"
-        ) from error
+        reason = f"as torch.save writes it since 1.6: {one_line(error)}"
+        raise UserError(f"{path} is not an intact PyTorch state dict, {reason}") from error
     state = load_tensors(path, mapped=True)
     for name, tensor in state.items():
         if not tensor.is_floating_point() or tensor.element_size() > 4:
