@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags
+from tabulate import tabulate
 
 from launch import end_at_signals, exit_code, on_signals
 from tarflow_jax.data import data_folder
@@ -296,14 +297,4 @@ def class_number(text: str, names: Sequence[str], flag: str = "labels") -> int:
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table with one row a mapping, columns in the order they first appear, and floats to 5 digits."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [columns, *([_cell(row.get(name, "")) for name in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in cells]
-    lines = [f"| {' | '.join(line)} |" for line in padded]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    return tabulate(rows, headers="keys", tablefmt="github", floatfmt=".5g")

@@ -22,7 +22,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 
 from launch import cli, end_at_signals
-from tarflow_jax.arguments import check_levels, check_student_guidance
+from tarflow_jax.arguments import check_levels, check_sampling, check_student_guidance
 from tarflow_jax.data import ImageSource, LatentSource, SequenceSource, data_folder, open_arrays, open_source
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation import classification, distances, generation
@@ -201,8 +201,7 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
             guidance = guidance.checked_for(config)
             if cli.draws_clean_images():
                 check_student_guidance(pipe.require_student().config, guidance)
-            elif denoise and pipe.noise_std is None:
-                raise UserError(f"--denoise=true is for gaussian training noise, not {pipe.noise or 'unknown'}")
+            check_sampling(config, pipe.noise, cli.decoder(), denoise, MULTIPLIER.value, return_log_prob=False)
     write_text(evaluation.out / ".writable", "")
     (evaluation.out / ".writable").unlink(missing_ok=True)
 

@@ -3,9 +3,8 @@
 python -m launch.plan --config=configs/imagenet64_cond.py --topology=v5e:16x16 --mesh=32,1,8
 python -m launch.plan --config=configs/imagenet64_uncond.py --topology=v5e:16x16 --num_slices=2 --mesh=256,1,2
 
-TPUs need their compiler (pip install -r requirements-plan.txt), and so do NVIDIA GPUs (requirements-plan-gpu.txt;
-h100:8x4 is 4 hosts of 8); cpu:8 needs none. Exits with 2 if the recipe does not fit. docs/launching.md explains the
-output, and what to change so that a recipe fits.
+TPUs need their compiler (pip install -r requirements-plan.txt), NVIDIA GPUs another (requirements-plan-gpu.txt). Exits
+with 2 if the recipe does not fit. docs/launching.md explains the output, and what to change so that a recipe fits.
 """
 
 import dataclasses
@@ -40,9 +39,8 @@ def main(argv: Sequence[str]) -> int:
     plan = make_plan(Recipe(config), open_topology(TOPOLOGY.value, NUM_SLICES.value), SAMPLER.value)
     print(plan.table(MFU.value))
     if JSON.value:
-        figures = {"command": sys.argv[1:], **dataclasses.asdict(plan), "fits": plan.fits}
         with open(JSON.value, "a") as file:
-            file.write(json.dumps(figures) + "\n")
+            print(json.dumps({"command": sys.argv[1:], **dataclasses.asdict(plan), "fits": plan.fits}), file=file)
     return 0 if plan.fits else 2
 
 

@@ -30,6 +30,7 @@ from tarflow_jax.sampling import (
     Sequential,
     Student,
 )
+from tarflow_jax.sampling.decode import decode_by_student
 from tarflow_jax.student import StudentConfig, TrainedStudent
 from tarflow_jax.training.workdir import read_student, read_workdir
 
@@ -242,8 +243,6 @@ class TarFlowPipeline:
         """Noise level of a noise-conditional flow's samples, for `decode`; None for other flows."""
         return self.noise_std if self.config.noise_conditional else None
 
-    drawn_level = sampling_noise_std  # its name before
-
     @functools.cached_property
     def student(self) -> TrainedStudent | None:
         """The network of `Student()`, or None; raises ValueError if it was trained for other weights."""
@@ -379,8 +378,6 @@ class TarFlowPipeline:
             method = DEFAULT_DENOISING
         return self.denoise(images, labels, self.sampling_noise_std, multiplier, method, **options)
 
-    denoise_drawn = denoise_samples  # its name before
-
     # Sampling
 
     def decode(
@@ -472,7 +469,7 @@ class TarFlowPipeline:
         """Returns the student's clean images [B, H, W, K], and its trajectory [B, F, H, W, K] by block number."""
         student, labels = self.require_student(), arguments.check_labels(self.config, labels, len(latents))
         rows = {"latents": latents, "labels": labels, "weights": jnp.full(len(latents), weight, jnp.float32)}
-        function = functools.partial(sampling.decode_by_student, config=student.config)
+        function = functools.partial(decode_by_student, config=student.config)
         return self._runner.call(function, student.config.shape, student.variables, rows)
 
     def sample(

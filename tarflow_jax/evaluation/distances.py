@@ -66,7 +66,10 @@ def read_reference(path: epath.PathLike) -> Reference:
         protocol = json.loads(str(arrays["protocol"])) if "protocol" in arrays else {}
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
-    return Reference(pooled, spatial, arrays.get("features"), protocol)
+    features, size = arrays.get("features"), pooled.mean.shape
+    if pooled.covariance.shape != 2 * size or (features is not None and features.shape[1:] != size):
+        raise UserError(f"{path}: mu {list(size)} does not fit sigma {list(pooled.covariance.shape)} or the features")
+    return Reference(pooled, spatial, features, protocol)
 
 
 def data_set_reference(network: FeatureNetwork, source: ImageSource, split: str, cache_dir: Path) -> Reference:

@@ -32,26 +32,25 @@ class FeatureStatistics:
 
 
 class RunningStatistics:
-    """Accumulates the mean and covariance of a stream of features in one pass (Chan, Golub and LeVeque's update)."""
+    """Accumulates the mean and covariance of a stream of features in one pass."""
 
     def __init__(self) -> None:
-        self.count, self.mean, self.scatter = 0, np.zeros(()), np.zeros(())
+        self.count, self.origin, self.total, self.scatter = 0, np.zeros(()), np.zeros(()), np.zeros(())
 
     def add(self, features: np.ndarray) -> "RunningStatistics":
         """Adds features [N, D]; returns itself."""
-        batch = np.asarray(features, np.float64)
-        mean = batch.mean(0)
-        centred = batch - mean
-        total = self.count + len(batch)
-        shift = mean - self.mean
-        self.scatter = self.scatter + centred.T @ centred + np.outer(shift, shift) * (self.count * len(batch) / total)
-        self.mean = self.mean + shift * (len(batch) / total)
-        self.count = total
+        if not self.count:
+            self.origin = features.mean(0, dtype=np.float64)  # sums of squares around 0 would cancel
+        centred = features - self.origin
+        self.count += len(centred)
+        self.total, self.scatter = self.total + centred.sum(0), self.scatter + centred.T @ centred
         return self
 
     def result(self) -> FeatureStatistics:
         """Returns the statistics so far."""
-        return FeatureStatistics(self.mean, self.scatter / (self.count - 1))
+        mean = self.total / self.count
+        covariance = (self.scatter - self.count * np.outer(mean, mean)) / (self.count - 1)
+        return FeatureStatistics(self.origin + mean, covariance)
 
 
 def feature_statistics(features: np.ndarray) -> FeatureStatistics:

@@ -110,9 +110,8 @@ def trace(recipe: Recipe, mesh: Mesh, sampler: bool) -> tuple[Any, dict[str, Any
         with use_mesh(mesh), jax.default_matmul_precision("highest"):
             traced = decode.trace(device_flow(model), state.variables, latents, conditioning, guidance=guidance)
         return traced, {"parameters": state.variables, "batch": (latents, labels)}
-    images = Latents(latents, latents, condition)
-    if model.image_bits:
-        images = abstract(f"uint{model.image_bits}", *model.image_shape)
+    pixels = abstract(f"uint{model.image_bits}", *model.image_shape) if model.image_bits else None
+    images = Latents(latents, latents, condition) if pixels is None else pixels
     key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=replicated(mesh))
     with use_mesh(mesh):
         traced = jitted_step(recipe.train_config, mesh).trace(state, images, labels, key)

@@ -60,12 +60,11 @@ _WITHOUT_TPU = {
 
 
 class Topology(NamedTuple):
-    """Devices to compile for; several TPU slices are joined by a network."""
+    """Devices to compile for."""
 
     name: str
     devices: Sequence[Any]
     chip: Chip
-    num_slices: int = 1
 
 
 def known_chip(kind: str) -> Chip | None:
@@ -117,4 +116,4 @@ def open_topology(name: str, num_slices: int = 1) -> Topology:
     chip = known_chip(devices[0].device_kind)
     if chip is None:
         raise UserError(f"{devices[0].device_kind} is not a known chip; expected one of {', '.join(CHIPS)}")
-    return Topology(name, devices, chip, num_slices)
+    return Topology(name, devices, chip)
