@@ -76,7 +76,7 @@ def traffic(text: str) -> dict[str, float]:
     return moved
 
 
-def roofline(traced: Any, text: str, topology: Topology, num_slices: int) -> dict[str, float]:
+def roofline(traced: Any, text: str, topology: Topology, num_slices: int = 1) -> dict[str, float]:
     """Returns the seconds that matmuls, memory and links take at data-sheet rates; the longest bounds the program's."""
     kind, count = topology.devices[0].device_kind, len(topology.devices)
     memory_rate, link_rate = next(rates for name, rates in RATES.items() if kind.startswith(name))
