@@ -336,7 +336,8 @@ class TarFlowPipeline:
           method: the steps, for a noise-conditional flow; None is a single step.
           key: for the noise of a method of kind "sde".
           return_trajectory: also return the images before and after each of the method's N steps, [N + 1, B, H, W, K].
-          condition, mask: see `encode`.
+          condition: see `encode`.
+          mask: see `encode`.
 
         Raises:
           ValueError: the model was not trained with Gaussian noise, or has no noise levels for a method, or the method
@@ -401,7 +402,8 @@ class TarFlowPipeline:
             these for each block, by block number; and `Student()`, which makes clean images in one pass and is not the
             inverse.
           noise_std: see `encode`; samples are drawn at the highest level, `sampling_noise_std`.
-          condition, mask: see `encode`.
+          condition: see `encode`.
+          mask: see `encode`.
           null_condition: what guidance pushes away from instead of the model's own null condition, such as the
             embeddings of the empty text; shaped as `condition`, or without the batch axis.
 
@@ -497,7 +499,8 @@ class TarFlowPipeline:
             noise-conditional flow also takes the `IterativeDenoising` to use.
           denoise_multiplier: see `denoise`.
           decoder: see `decode`. The images of `Student()` are clean already.
-          condition, mask: see `encode`.
+          condition: see `encode`.
+          mask: see `encode`.
           return_log_prob: also return log q of each sample, guidance included; needs denoise=False and no student.
           null_condition: see `decode`.
 
