@@ -4,7 +4,6 @@ import contextlib
 import shutil
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 CHROMIUM = shutil.which("chromium")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium")
@@ -13,6 +12,8 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: a
 @contextlib.contextmanager
 def open_browser():
     """A Chromium; each test opens a page of its own in it."""
+    from playwright.sync_api import sync_playwright
+
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])  # root has none
         try:

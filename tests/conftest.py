@@ -5,12 +5,12 @@ import functools
 import gc
 import json
 import os
-import shutil
-import tempfile
+import time
+import zlib
 from pathlib import Path
 from typing import Any
 
-from commands import NOT_OPTIMISED
+from commands import COMPILED, NOT_OPTIMISED
 from object_store import BUCKET, NO_CREDENTIALS, ObjectStore
 
 # Before JAX is imported for the first time: it reads them only once. XLA_FLAGS="--xla_backend_optimization_level=3
@@ -23,12 +23,8 @@ os.environ["XLA_FLAGS"] = " ".join(
         "--xla_force_host_platform_device_count=8",
     ]
 )
-# What one test compiled, neither another one, in whatever process, nor a command that it starts compiles again.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = (
-    os.environ["JAX_COMPILATION_CACHE_DIR"]
-    if "PYTEST_XDIST_WORKER" in os.environ
-    else tempfile.mkdtemp(prefix="tarflow_jax_compiled_")
-)
+# What one test compiled, no other test, process or later run of the tests compiles again.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(COMPILED))
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ |= NO_CREDENTIALS
 
@@ -36,7 +32,6 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -45,9 +40,21 @@ jax.config.update("jax_default_matmul_precision", "highest")
 DATA = Path(__file__).parent / "data"
 
 
-def pytest_unconfigure():
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+def pytest_configure():
+    """Removes compiled programs that were not used for two weeks, or that a killed process wrote in part."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    COMPILED.mkdir(parents=True, exist_ok=True)
+    checked = COMPILED / "checked"
+    last = checked.stat().st_mtime if checked.exists() else 0
+    checked.touch()
+    for path in COMPILED.glob("*-cache"):
+        try:
+            unused = time.time() - path.stat().st_atime > 14 * 86_400
+            if unused or (path.stat().st_mtime >= last and not zlib.decompress(path.read_bytes())):
+                path.unlink()
+        except (zlib.error, FileNotFoundError):  # another run of the tests may be removing it
+            path.unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -126,20 +133,6 @@ def _load_golden(name: str) -> Golden:
 def load_golden():
     """A function: "cond" and so on, see tests/data/README.md -> Golden, the same object every time."""
     return _load_golden
-
-
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """A folder of compiled programs, for tests that train the same model again and again, as after a restart."""
-    folder = tmp_path_factory.mktemp("compiled")
-    settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: getattr(jax.config, name) for name in settings}
-    for values in (settings, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is settings:
-            yield folder
 
 
 @pytest.fixture

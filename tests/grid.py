@@ -177,7 +177,8 @@ HEADER = """# What works where
 
 Each method of a pipeline, for each kind of model, gives the same result eagerly, under `jax.jit`, `jax.grad`,
 `jax.vmap`, `jax.jvp` and `jax.disable_jit`, on a mesh of four devices, and with the pipeline as an argument of the
-transformed function. `tests/test_grid.py` checks each cell of this table, which `tests/grid.py` writes.
+transformed function. `tests/test_grid.py` checks each cell of this table, which `tests/grid.py` writes; under
+`jax.disable_jit`, one cell of each row and of each column.
 """
 
 if __name__ == "__main__":

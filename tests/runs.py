@@ -18,7 +18,7 @@ from tarflow_jax.scoring import image_bits_per_dim
 from tarflow_jax.training import FlowTask, TrainConfig
 from tarflow_jax.training.optimizer import Optimizer
 from tarflow_jax.training.step import compiled_step, jitted_step, new_state
-from tiny_models import TINY, new_variables
+from tiny_models import TINY, random_variables
 
 BATCH_SIZE = 16
 SMALL = dataclasses.replace(TINY, num_blocks=2, layers_per_block=1)
@@ -46,12 +46,6 @@ def run_steps(config, mesh, count, *, accumulation=1, ema_decay=0.0, **optimizer
     assert jitted_step(train_config, mesh)._cache_size() == 1
     assert set(metrics) == {"loss", "half_mean_z2", "log_det_per_dim", "block_norms", "grad_norm"}
     return losses, state
-
-
-def random_variables(config):
-    """Variables of a flow that is far from the identity."""
-    rng, shapes = np.random.default_rng(0), jax.eval_shape(lambda: new_variables(config))
-    return jax.tree.map(lambda leaf: rng.normal(0, 0.1, leaf.shape).astype(leaf.dtype), shapes)
 
 
 def bits_per_dim(mesh):

@@ -5,20 +5,20 @@ import functools
 import json
 
 import chex
-import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import torch
 
 from damage import full_disk
+from lazy import Lazy
 from tarflow_jax.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderKL, trained
 from tarflow_jax.autoencoder.weights import CONFIG, WEIGHTS, params_shapes
 from tarflow_jax.errors import UserError
 from tarflow_jax.interop.tensors import unflatten
 
+torch, diffusers = Lazy("torch"), Lazy("diffusers")
 STABLE_DIFFUSION = {  # at a quarter of its width
     "block_out_channels": (32, 64, 128, 128),
     "layers_per_block": 2,

@@ -1,5 +1,6 @@
 """Sources by name: what they hold, and the one clear line where they cannot be opened."""
 
+import functools
 import gzip
 import json
 import shutil
@@ -7,9 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from PIL import Image
-from sklearn.datasets import load_digits
 
 import commands
 from tarflow_jax import data
@@ -21,32 +20,41 @@ def data_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("data")
 
 
-class ColouredSquares(tfds.core.GeneratorBasedBuilder):
-    """A TFDS set as others write them: images of several sizes, a validation split, some labels missing."""
+@functools.cache
+def coloured_squares():
+    """Defines a TFDS set, which TFDS then finds by its name."""
+    import tensorflow_datasets as tfds
 
-    VERSION = tfds.core.Version("1.0.0")
-    code_path = None
+    class ColouredSquares(tfds.core.GeneratorBasedBuilder):
+        """A TFDS set as others write them: images of several sizes, a validation split, some labels missing."""
 
-    def _info(self):
-        features = {
-            "image": tfds.features.Image(shape=(None, None, 3)),
-            "label": tfds.features.ClassLabel(names=["red", "blue"]),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
-        )
+        VERSION = tfds.core.Version("1.0.0")
+        code_path = None
 
-    def _split_generators(self, dl_manager):
-        return {"train": self._generate_examples(9), "validation": self._generate_examples(4)}
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "label": tfds.features.ClassLabel(names=["red", "blue"]),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+            )
 
-    def _generate_examples(self, count=0):
-        for index in range(count):
-            file = self._data_dir_root + f"/{index}.png"
-            Image.new("RGB", (20 + index, 30), ("red", "blue")[index % 2]).save(file)
-            yield index, {"image": file, "label": -1 if index == 3 else index % 2}
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(9), "validation": self._generate_examples(4)}
+
+        def _generate_examples(self, count=0):
+            for index in range(count):
+                file = self._data_dir_root + f"/{index}.png"
+                Image.new("RGB", (20 + index, 30), ("red", "blue")[index % 2]).save(file)
+                yield index, {"image": file, "label": -1 if index == 3 else index % 2}
+
+    return ColouredSquares
 
 
 def test_digits_are_scikit_learns(data_dir):
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     for split, rows in {"train": slice(1500), "test": slice(1500, None)}.items():
         source = data.open_source("digits", split, data_dir=data_dir)
@@ -60,7 +68,7 @@ def test_digits_are_scikit_learns(data_dir):
 @pytest.mark.slow
 def test_tfds_sets_of_png_files_need_no_tensorflow(tmp_path):
     code = (
-        "import sys; from tarflow_jax import data; import test_data_sources; "
+        "import sys; from tarflow_jax import data; import test_data_sources; test_data_sources.coloured_squares(); "
         "assert 'tensorflow_datasets.core' in sys.modules; name = data.prepare_source('tfds:coloured_squares'); "
         "source = data.open_source(name, 'train', image_size=(16, 16), preprocessing='adm'); "
         "print(source.read([0])[0].shape, 'tensorflow' in sys.modules)"
@@ -136,6 +144,7 @@ def test_damaged_idx_files_are_refused(fashion, damage):
 
 def test_tfds_sets_by_name(data_dir):
     name = "tfds:coloured_squares"
+    coloured_squares()
     with pytest.raises(FileNotFoundError, match="prepare_data --data=tfds:coloured_squares"):
         data.open_source(name, "train", data_dir=data_dir)
     assert data.prepare_source(name, data_dir=data_dir) == name
@@ -154,7 +163,7 @@ def test_a_set_that_needs_tensorflow_to_prepare_says_so(data_dir, monkeypatch):
     def missing(self, **options):
         raise ModuleNotFoundError("No module named 'tensorflow'", name="tensorflow")
 
-    monkeypatch.setattr(ColouredSquares, "download_and_prepare", missing)
+    monkeypatch.setattr(coloured_squares(), "download_and_prepare", missing)
     with pytest.raises(ValueError, match=r"a package that is missing \(.*tensorflow'\), such as tensorflow-cpu"):
         data.prepare_source("tfds:coloured_squares", data_dir=data_dir)
 
@@ -163,6 +172,7 @@ def test_a_full_disk_leaves_no_part_of_a_tfds_set(tmp_path, monkeypatch):
     def close(self):
         raise RuntimeError("write() failed: No space left on device; at byte 36864")
 
+    coloured_squares()
     monkeypatch.setattr("array_record.python.array_record_module.ArrayRecordWriter.close", close, raising=True)
     with pytest.raises(ValueError, match=r"tfds:coloured_squares cannot be .*written to .*No space left on device"):
         data.prepare_source("tfds:coloured_squares", data_dir=tmp_path)

@@ -49,6 +49,7 @@ def test_images_far_outside_the_range_are_counted(pipe):
     assert draw(pipe, COUNT, guidance=1.0, temperature=0.1).num_bad == 0
 
 
+@pytest.mark.slow
 def test_a_model_without_classes_draws_none():
     config = dataclasses.replace(SMALL, num_classes=0)
     pipe = TarFlowPipeline(config, random_variables(config), Noise("uniform"))

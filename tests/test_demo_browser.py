@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 import requests
 from PIL import Image
-from playwright.sync_api import expect
 
 import browser
 import commands
+from lazy import Lazy
 from runs import SMALL
 from tarflow_jax import Noise, TarFlowPipeline
 from tarflow_jax.likelihood import bits_per_dim
 from tiny_models import random_variables
 
 pytestmark = [pytest.mark.slow, browser.needs_chromium]
+playwright = Lazy("playwright.sync_api")
 TIMEOUT_MS = 120_000
 
 
@@ -53,11 +54,11 @@ def page(chromium, address):
     """The demo's page, which asks no other host for anything."""
     page = chromium.new_page()
     page.set_default_timeout(TIMEOUT_MS)
-    expect.set_options(timeout=TIMEOUT_MS)
+    playwright.expect.set_options(timeout=TIMEOUT_MS)
     hosts = set()
     page.on("request", lambda request: hosts.add(request.url) if request.url.startswith("http") else None)
     page.goto(address)
-    expect(samples(page)).to_have_count(4)
+    playwright.expect(samples(page)).to_have_count(4)
     yield page
     page.close()
     assert {url for url in hosts if not url.startswith(address)} == set()
@@ -85,31 +86,31 @@ def png(seed=0):
 
 
 def test_the_page_tells_of_the_model_and_draws(page):
-    expect(page.locator("h1")).to_have_text("TarFlow tiny <b>flow")
-    expect(page.locator(".facts")).to_contain_text("4 × 6 × 3")
+    playwright.expect(page.locator("h1")).to_have_text("TarFlow tiny <b>flow")
+    playwright.expect(page.locator(".facts")).to_contain_text("4 × 6 × 3")
     before = sources(page)
     page.get_by_role("button", name="Next seed").click()
-    expect(page.get_by_label("Seed")).to_have_value("1")
-    expect(samples(page).first).not_to_have_attribute("src", before[0])
+    playwright.expect(page.get_by_label("Seed")).to_have_value("1")
+    playwright.expect(samples(page).first).not_to_have_attribute("src", before[0])
     assert len(sources(page)) == 4
     page.get_by_role("tab", name="Watch it emerge").click()
-    expect(samples(page)).to_have_count(SMALL.num_blocks + 2)  # latents, blocks, denoised
+    playwright.expect(samples(page)).to_have_count(SMALL.num_blocks + 2)  # latents, blocks, denoised
     assert page.locator(".film img").first.get_attribute("src").startswith("data:image/gif")
 
 
 def test_an_upload_gets_its_log_p_and_a_broken_file_a_message_of_one_line(page):
     upload(page, "Ask", ("photo.png", png()))
     figures = page.locator(".figures")
-    expect(figures).to_contain_text("log p(x)")
+    playwright.expect(figures).to_contain_text("log p(x)")
     log_prob, bits = (float(text.replace(",", "")) for text in figures.locator("b").all_inner_texts()[:2])
     np.testing.assert_allclose(bits, bits_per_dim(log_prob, SMALL.num_dims), atol=2e-3)
     page.get_by_label("Remove Image").or_(page.get_by_label("Clear")).first.click()
-    expect(figures).to_have_count(0)
+    playwright.expect(figures).to_have_count(0)
     upload(page, "Ask", ("broken.png", png()[:100]))
     message = page.get_by_test_id("toast-body")
-    expect(message).to_contain_text("damaged image")
+    playwright.expect(message).to_contain_text("damaged image")
     assert "Traceback" not in message.inner_text()
-    expect(figures).to_have_count(0)
+    playwright.expect(figures).to_have_count(0)
 
 
 def test_a_caller_of_the_api_reads_no_other_files_of_the_server(address):

@@ -9,36 +9,13 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tarflow_jax import Noise, TarFlow, TarFlowPipeline
+from tarflow_jax import TarFlow, TarFlowPipeline
 from tarflow_jax.flow import Conditioning, to_tokens
 from tarflow_jax.likelihood import log_prob
 from test_flow import affine_flow
-from tiny_models import LABELS, TINY, TRIANGULAR, images_of, random_variables
+from tiny_models import TINY, TRIANGULAR, images_of, random_variables
 
 SMALL = dataclasses.replace(TRIANGULAR, num_blocks=2, layers_per_block=1)
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    return TarFlowPipeline(SMALL, random_variables(SMALL, scale=0.05), Noise("gaussian", 0.1))
-
-
-def test_forward_mode_agrees_with_reverse_mode(pipe):
-    images = images_of(SMALL, 2)
-    image, direction = images[:1], images[1:]
-    of_image = lambda x: pipe.log_prob(x, LABELS[:1])[0]  # noqa: E731
-    score = jax.grad(of_image)(image)
-    value, slope = jax.jvp(of_image, (image,), (direction,))
-    np.testing.assert_allclose(slope, (score * direction).sum(), rtol=1e-5)
-    linear_value, linear = jax.linearize(of_image, image)
-    np.testing.assert_allclose([linear_value, linear(direction)], [value, slope], rtol=1e-6)
-    encode = lambda x: pipe.encode(x, LABELS[:1])[0]  # noqa: E731
-    forwards, backwards = jax.jacfwd(encode)(image), jax.jacrev(encode)(image)
-    np.testing.assert_allclose(forwards, backwards, atol=1e-5)
-    product = jax.jvp(jax.grad(of_image), (image,), (direction,))[1]
-    step = 1e-2
-    difference = jax.grad(of_image)(image + step * direction) - jax.grad(of_image)(image - step * direction)
-    np.testing.assert_allclose(product, difference / (2 * step), atol=0.05)
 
 
 def test_the_hessian_of_an_affine_flow_of_a_gaussian_has_the_closed_form():
@@ -55,6 +32,7 @@ def test_the_hessian_of_an_affine_flow_of_a_gaussian_has_the_closed_form():
     np.testing.assert_allclose(found, np.diag(expected), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_flow_works_on_a_mesh_of_other_axes():
     devices = np.array(jax.devices()[:8]).reshape(4, 2)
     mesh = Mesh(devices, ("rows", "columns"), axis_types=(AxisType.Auto,) * 2)

@@ -126,6 +126,7 @@ def test_what_a_network_or_a_reference_lacks_is_refused():
     distances.check_metrics(["fid", "precision_recall"], "classifier", 128, 4)
 
 
+@pytest.mark.slow
 def test_distances_of_classifier_features_are_not_called_fid():
     features = PIXELS(random_images(1000))
     reference = distances.Reference(FeatureStatistics(np.zeros(4), np.eye(4)), None, features.pooled, {})

@@ -44,6 +44,7 @@ def helps():
     return dict(part.split("\n", 1) for part in out.split("== ")[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", commands.COMMANDS)
 def test_help_has_an_example_and_a_sentence_for_every_flag(command, helps):
     out = helps[command]
@@ -57,6 +58,7 @@ def test_help_has_an_example_and_a_sentence_for_every_flag(command, helps):
     assert command != "evaluate" or all(re.search(rf"\b{metric}[,.]", out) for metric in distances.METRICS)
 
 
+@pytest.mark.slow
 def test_documents_name_flags_and_recipes_that_exist(helps):
     root, commands_found, unknown = Path(__file__).parent.parent, set(), []
     options = set(flatten_dict(default_config(GROUPS | AUTOENCODER_GROUPS).to_dict(), sep="."))

@@ -75,6 +75,7 @@ def test_inspection_reports_one_image_by_one_noise(noise):
     assert (np.abs(found.noisy - (image / 127.5 - 1)).max() > 1e-6) == (noise is not None)
 
 
+@pytest.mark.slow
 def test_bits_per_dim_of_an_inspection_are_those_of_the_pipeline():
     pipe, (image, *_) = pipeline(SMALL, UNIFORM), random_images(SMALL, 1)[0]
     found = inspection.inspect(pipe, image, KEY)
@@ -89,6 +90,7 @@ def test_posterior_is_bayes_rule_and_a_temperature_evens_it_out():
         found._replace(class_log_probs=None).posterior()
 
 
+@pytest.mark.slow
 def test_an_image_has_the_noise_of_the_level_that_a_flow_of_many_is_asked_at():
     pipe, (image, *_) = pipeline(CONDITIONAL, LEVELS), random_images(CONDITIONAL, 1)[0]
     noise = inspection.inspect(pipe, image, KEY, noise_std=0.4).noisy - (image / 127.5 - 1)
@@ -97,6 +99,7 @@ def test_an_image_has_the_noise_of_the_level_that_a_flow_of_many_is_asked_at():
         inspection.inspect(pipe, image, KEY)
 
 
+@pytest.mark.slow
 def test_inspection_of_a_flow_without_classes_has_no_class():
     (image, *_) = random_images(ONE_BLOCK, 1)[0]
     assert inspection.inspect(pipeline(ONE_BLOCK, GAUSSIAN), image, KEY).class_log_probs is None
@@ -107,6 +110,7 @@ def test_inspection_refuses_an_image_of_another_shape():
         inspection.inspect(pipeline(SMALL, GAUSSIAN), np.zeros((2, 2, 3), np.uint8), KEY)
 
 
+@pytest.mark.slow
 def test_a_model_that_has_diverged_is_told_of():
     (image, *_) = random_images(SMALL, 1)[0]
     broken = jax.tree.map(lambda leaf: leaf * jnp.nan, random_variables(SMALL))

@@ -54,8 +54,8 @@ def test_errors_are_one_line(load_golden, tmp_path):
     assert "16 tokens, but 64 patches of 1 fill an image of 8x8" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
-    done = convert(f"--from_torch={path}", "--out=", "--image_size=8", "--patch_size=2")
-    assert (done.returncode, done.stderr) == (1, "error: --out is empty; expected a folder\n")
+    code, _, err = commands.run("-m", "launch.convert", f"--from_torch={path}", "--out=", "--image_size=8")
+    assert (code, err) == (1, "error: --out is empty; expected a folder\n")
     (tmp_path / "README.md").write_text("mine")
     done = convert(f"--from_torch={path}", f"--out={tmp_path}", "--image_size=8", "--patch_size=2")
     message = f"error: {tmp_path} holds README.md, which is not a saved model's; choose another folder\n"

@@ -67,20 +67,18 @@ def test_decode(load_golden, name):
     assert_close(jnp.moveaxis(trajectory, 1, 0), golden.images("sample_sequence"))
 
 
+QUICK = [("cond", "sample_cfg1.5_ab", Sequential()), ("vp", "sample_temp0.7_w1_annealed", Sequential())]
+SLOW = [
+    *(("cond", mode, Sequential()) for mode in GUIDED if mode != QUICK[0][1]),
+    ("vp", "sample_temp1.4_w0.5", Sequential()),
+    *((*case[:2], decoder) for case in QUICK for decoder in (Jacobi(tolerance=0), GaussSeidelJacobi(3, tolerance=0))),
+]
+
+
 @pytest.mark.parametrize(
-    ("name", "mode"),
-    [("cond", "sample_cfg1.5_ab"), ("vp", "sample_temp0.7_w1_annealed")]
-    + [pytest.param("cond", mode, marks=pytest.mark.slow) for mode in GUIDED if mode != "sample_cfg1.5_ab"]
-    + [pytest.param("vp", "sample_temp1.4_w0.5", marks=pytest.mark.slow)],
-)
-@pytest.mark.parametrize(
-    "decoder",
-    [
-        Sequential(),
-        pytest.param(Jacobi(tolerance=0), marks=pytest.mark.slow),
-        pytest.param(GaussSeidelJacobi(3, tolerance=0), marks=pytest.mark.slow),
-    ],
-    ids=lambda d: type(d).__name__,
+    ("name", "mode", "decoder"),
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
 )
 def test_guided_decode(load_golden, name, mode, decoder):
     golden, guidance = load_golden(name), GUIDED[mode]

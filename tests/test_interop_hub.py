@@ -196,6 +196,7 @@ def test_a_run_over_latents_is_pushed_with_its_autoencoder_and_words(hub, traine
     assert parts <= hub.files.keys()
 
 
+@pytest.mark.slow
 def test_a_card_shows_samples_and_the_figures_of_these_weights_and_its_example_runs(tmp_path, capsys):
     variables = random_variables(SMALL)
     Image.new("L", (30, 20), 77).save(tmp_path / "grid.png")

@@ -212,6 +212,7 @@ def test_model_card(tmp_path):
         assert row in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "conditions"),
     [

@@ -6,15 +6,16 @@ import sys
 
 import numpy as np
 import pytest
-import torch
 
 from commands import ROOT
 from damage import full_disk
+from lazy import Lazy
 from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.interop import load_torch, save_torch
 from tarflow_jax.interop.tensors import flatten, unflatten
 from tarflow_jax.runtime.parameters import variables_shapes
 
+torch = Lazy("torch")
 SMALL = TarFlowConfig((4, 4), 1, 2, width=64, num_blocks=2, layers_per_block=1, num_classes=2)
 SMALL_ARGUMENTS = (4, 1, 2)
 
@@ -53,9 +54,9 @@ def test_reads_config_off_the_tensors(load_golden):
     assert load_golden("cond").config == TarFlowConfig((12, 12), 1, 3, 128, 4, 1, 5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_becomes_float32(small_file, dtype):
-    state = {name: tensor.to(dtype) for name, tensor in read_state(small_file).items()}
+    state = {name: tensor.to(getattr(torch, dtype)) for name, tensor in read_state(small_file).items()}
     torch.save(state, small_file)
     _, variables = load_torch(small_file, *SMALL_ARGUMENTS)
     bias = variables["params"]["block_0"]["layers"]["mlp_in"]["bias"]
@@ -211,6 +212,7 @@ def test_importing_needs_no_extra():
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "fine\n"
 
 
+@pytest.mark.slow
 def test_drawing_imports_neither_torch_nor_what_only_training_needs():
     unwanted = {"torch", "tensorflow", "tensorboardX", "grain"}
     code = f"import sys; from launch import sample; print({unwanted} & {{*sys.modules}})"

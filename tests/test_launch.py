@@ -21,7 +21,7 @@ FIGURES = ("samples_raw", "samples_denoised", "samples_guided", "trajectory")
 
 
 def run(*arguments):
-    return commands.run("-m", *arguments, PYTHONWARNINGS="default")
+    return commands.run("-m", *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -38,12 +38,14 @@ def workdir(tmp_path_factory):
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=240)
     assert process.returncode in (0, 75), err  # 0: it had finished before the signal
+    assert process.returncode == 0 or "its state is saved, run the same command to continue" in err
     code, out, err = run(*arguments)
     assert code == 0, err
     assert "test loss" in out
     return workdir
 
 
+@pytest.mark.slow
 def test_every_command_refuses_a_flag_it_does_not_know_in_one_line_and_names_the_nearest():
     given = dict.fromkeys(commands.COMMANDS, "--tracebak") | {"sample": "--guidence=1", "train": "--surplus=1"}
     # For speed: forked from a process that has most modules loaded, and ended without the interpreter's finalization.
@@ -191,6 +193,20 @@ def run_joined(main):
     return commands.run(
         "-c", program, "--distributed", "--coordinator_address=host:1", "--num_processes=2", "--process_id=1"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [("SIGTERM", 75), ("SIGINT", 130), ("SIGHUP", 129)])
+def test_training_that_a_signal_stopped_ends_in_one_line_and_its_code(number, code):
+    program = (
+        "import signal\nfrom launch import cli\nfrom tarflow_jax.runtime import Preempted, PreemptionGuard\n"
+        "def main(argv):\n"
+        "    with PreemptionGuard() as guard:\n"
+        f"        signal.raise_signal(signal.{number})\n"
+        "        raise Preempted('at step 3', guard.signal)\n"
+        "cli.run(main)\n"
+    )
+    assert commands.run("-c", program) == (code, "", "stopped: at step 3\n")
 
 
 @pytest.mark.slow

@@ -129,6 +129,7 @@ def said(home):
     return subprocess.check_output(["timeout", "60", "cat", str(home / "said")], text=True).splitlines()
 
 
+@pytest.mark.slow
 def test_tpu_pod_from_create_to_delete(homes, tmp_path, monkeypatch):
     def starts(subcommand, *arguments):
         command = [LAUNCH / "tpu_pod.sh", subcommand, *TPU, "--slices=2", *arguments]

@@ -10,24 +10,26 @@ from PIL import Image
 import commands
 from configs import digits
 from tarflow_jax import TarFlowPipeline
+from tarflow_jax.data import open_source
+from tarflow_jax.evaluation import classifier
 from tarflow_jax.training import train
 
 
 def run(tmp_path, *arguments):
-    flags = "--xla_backend_optimization_level=1"  # it trains a network of convolutions
-    code, out, err = commands.run("-m", *arguments, TARFLOW_DATA_DIR=str(tmp_path / "data"), XLA_FLAGS=flags)
-    return code, out, err
+    return commands.run("-m", *arguments, TARFLOW_DATA_DIR=str(tmp_path / "data"))
 
 
 @pytest.mark.slow
 def test_a_student_is_trained_beside_its_flow_and_drawn_with(tmp_path):
     workdir = tmp_path / "digits"
     train(digits.get_config("smoke"), workdir)
+    cached = tmp_path / "data" / "evaluation"  # where the command finds a perceptual network
+    classifier.perceptual_network_params(open_source("digits", "train"), cached, max_steps=25)
     command = ("launch.distill", f"--workdir={workdir}", "--config=configs/student/digits.py:smoke")
     code, out, err = run(tmp_path, *command, "--config.student.perceptual=1.0", "--config.train.log_every=10")
     assert code == 0, err
     assert "times the flow's" in out
-    (network,) = (tmp_path / "data" / "evaluation").iterdir()  # named by the fingerprint of the data
+    (network,) = cached.iterdir()  # named by the fingerprint of the data
     assert network.match("perception-10-????????????????.safetensors")
     lines = [json.loads(line) for line in (workdir / "student" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [10, 20]

@@ -1,4 +1,4 @@
-"""Sweeps: points, names of runs, the report, and the command itself on three runs of digits."""
+"""Sweeps: points, names of runs, the report, and the command itself on two runs of digits."""
 
 import csv
 import importlib
@@ -201,8 +201,8 @@ def command(tmp_path):
 
 
 @pytest.mark.slow
-def test_three_runs_stopped_in_the_middle_and_started_again(command, tmp_path):
-    recipe_file(tmp_path, "grid({'train.seed': range(3)})", TINY)
+def test_two_runs_stopped_in_the_middle_and_started_again(command, tmp_path):
+    recipe_file(tmp_path, "grid({'train.seed': range(2)})", TINY)
     runs = tmp_path / "runs"
     first = command()
     deadline = time.monotonic() + 600
@@ -218,10 +218,10 @@ def test_three_runs_stopped_in_the_middle_and_started_again(command, tmp_path):
     assert second.returncode == 0, err
     with (runs / "sweep.csv").open(encoding="utf-8") as file:
         found = {int(row["train.seed"]): row[LOSS] for row in csv.DictReader(file)}
-    assert list(found) == [0, 1, 2]
-    assert len(set(found.values())) == 3
+    assert list(found) == [0, 1]
+    assert len(set(found.values())) == 2
     assert (runs / "sweep.md").read_text() in out
-    assert f"--workdir={runs}/train.seed=2" in out
+    assert f"--workdir={runs}/train.seed=1" in out
     assert f"--workdir={runs}/train.seed=0" not in out  # it was finished
 
 

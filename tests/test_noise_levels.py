@@ -1,6 +1,7 @@
 """Flows of many noise levels: the reference's figures, guidance, iterative denoising, training."""
 
 import dataclasses
+import functools
 import json
 import re
 
@@ -15,7 +16,7 @@ from tarflow_jax.flow import Conditioning
 from tarflow_jax.interop import load_torch
 from tarflow_jax.likelihood import training_loss
 from tarflow_jax.noise import Levels
-from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi
+from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Sequential
 from tarflow_jax.sampling.guidance import product
 from tarflow_jax.training import FlowTask
 from tiny_models import LABELS, TINY, images_of, new_variables, random_variables
@@ -73,8 +74,7 @@ def test_the_reference_s_denoising(golden, pipe, given):
     "decoder",
     [
         None,
-        pytest.param(Jacobi(0), marks=pytest.mark.slow),
-        pytest.param(GaussSeidelJacobi(3, 0), marks=pytest.mark.slow),
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (Sequential(), Jacobi(0), GaussSeidelJacobi(3, 0))),
     ],
     ids=str,
 )
@@ -82,7 +82,7 @@ def test_the_reference_s_samples(golden, pipe, given, decoder):
     latents, labels = golden.latents("noise"), golden.labels("sample_y")
     names = [name for name in golden.arrays if name.startswith("sample") and name != "sample_y"]
     assert len(names) == 9
-    for name in names if decoder is None else names[::4]:
+    for name in names if decoder == Sequential() else names[::4]:
         guidance = None
         if name != "sample":
             rule, weight, temperature, schedule, blocks = re.fullmatch(
@@ -102,6 +102,7 @@ def test_the_reference_s_samples(golden, pipe, given, decoder):
             assert_close(images, golden.images(name))
 
 
+@pytest.mark.slow
 def test_the_reference_s_product_rule_mixes_images_and_is_ours_otherwise(golden, given, monkeypatch):
     def of_the_release(guided, unguided, weights):
         scale, _ = product(guided, unguided, weights)
@@ -128,6 +129,7 @@ def test_weights_go_to_pytorch_and_back_bit_for_bit(golden, pipe, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, variables, golden.variables)
 
 
+@functools.cache
 def gaussian_flow():
     """A flow whose density of noisy images is, at every level, N(0, s²) in all but the first token."""
     config = dataclasses.replace(
@@ -178,6 +180,7 @@ def test_a_trajectory_has_the_image_after_every_step():
     np.testing.assert_allclose(middle, last, atol=1e-6)  # the second level is between the first and the last
 
 
+@pytest.mark.slow
 def test_the_sde_draws_by_its_key():
     pipe, images = gaussian_flow(), images_of(CONDITIONAL)[..., :1]
     method = IterativeDenoising(4, kind="sde")
@@ -278,6 +281,7 @@ def test_what_cannot_be_is_refused_in_one_line(call, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_levels_far_outside_the_training_s_are_told_of_once(caplog):
     pipe, images = gaussian_flow(), images_of(CONDITIONAL)[..., :1]
     arguments.warn_once.cache_clear()
@@ -290,6 +294,7 @@ def test_levels_far_outside_the_training_s_are_told_of_once(caplog):
     assert [record.message for record in caplog.records] == [told]
 
 
+@pytest.mark.slow
 def test_one_step_may_begin_below_the_lowest_level():
     pipe, images = gaussian_flow(), images_of(CONDITIONAL)[..., :1]
     single = pipe.denoise(images, None, 0.005, method=IterativeDenoising(1))

@@ -102,7 +102,13 @@ def directions_on(mesh, depths, dtype="float32"):
 # Layers that the devices do not divide, fewer layers than devices, and every axis of the mesh.
 @pytest.mark.parametrize(
     ("depths", "sizes"),
-    [((5, 4), (8, 1, 1)), ((1, 2), (4, 1, 2)), ((1, 2), (2, 2, 2)), ((2,), (1, 8, 1))],
+    [
+        ((5, 4), (8, 1, 1)),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (((1, 2), (4, 1, 2)), ((1, 2), (2, 2, 2)), ((2,), (1, 8, 1)))
+        ),
+    ],
 )
 def test_directions_are_those_of_optax_for_each_matrix_on_every_mesh(depths, sizes):
     mesh = make_mesh(*sizes)

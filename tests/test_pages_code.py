@@ -60,8 +60,7 @@ def blocks(page, language):
 def test_python(page, tmp_path):
     found = blocks(page, "python")
     assert found
-    (tmp_path / "page.py").write_text("\n".join([BEFORE[page], *found]))
-    code, _, errors = run("page.py", cwd=tmp_path)
+    code, _, errors = run("-c", "\n".join([BEFORE[page], *found]), cwd=tmp_path)
     assert code == 0, errors
 
 

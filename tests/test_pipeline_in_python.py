@@ -20,36 +20,6 @@ def pipe():
     return TarFlowPipeline(TINY, random_variables(TINY, scale=0.03), Noise("gaussian", 0.1))
 
 
-@pytest.mark.slow
-def test_gradients_of_log_prob_are_the_score_time_and_again(pipe):
-    images = images_of(TINY)
-    score = jax.grad(lambda x: pipe.log_prob(x, LABELS).sum())
-    denoised = pipe.denoise(images, LABELS, noise_std=1.0)
-    for _ in range(2):
-        np.testing.assert_allclose(images + score(images), denoised, atol=1e-4)
-    np.testing.assert_allclose(jax.jit(score)(images), score(images), atol=1e-5)
-
-
-@pytest.mark.slow
-def test_methods_under_jit_and_vmap_give_what_they_give_outside(pipe):
-    images, labels = np.asarray(images_of(TINY)), jnp.asarray(LABELS)
-    expected = pipe.log_prob(images, labels)
-    np.testing.assert_allclose(jax.jit(pipe.log_prob)(images, labels), expected, rtol=1e-5)
-    one_by_one = jax.vmap(lambda x, y: pipe.log_prob(x[None], y[None])[0])(images, labels)
-    np.testing.assert_allclose(one_by_one, expected, rtol=1e-5)
-    latents, log_det = jax.jit(pipe.encode)(images, labels)
-    np.testing.assert_allclose(log_det, pipe.encode(images, labels)[1], rtol=1e-5, atol=1e-5)
-
-    @jax.jit
-    def draw(latents, labels):
-        return pipe.decode_trace(latents, labels, Guidance(1.0))
-
-    for found, wanted in zip(draw(latents, labels), pipe.decode_trace(latents, labels, Guidance(1.0)), strict=True):
-        np.testing.assert_allclose(found, wanted, atol=1e-4)
-    with pytest.raises(ValueError, match="labels are float32"):
-        jax.jit(pipe.log_prob)(images, labels.astype(jnp.float32))
-
-
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda pipe: pickle.loads(pickle.dumps(pipe))])
 def test_copies_compute_the_same(pipe, duplicate):
     images = images_of(TINY)
@@ -63,26 +33,16 @@ def test_it_says_what_it_is(pipe):
 
 
 @pytest.mark.slow
-def test_arrays_may_be_closed_over_where_others_are_traced(pipe):
-    images, labels = images_of(TINY), jnp.asarray(LABELS)
-    expected = pipe.log_prob(images, labels)
-    np.testing.assert_allclose(jax.jit(lambda y: pipe.log_prob(images, y))(labels), expected, rtol=1e-5)
-    np.testing.assert_allclose(jax.jit(lambda x: pipe.log_prob(x, LABELS))(images), expected, rtol=1e-5)
-    by_class = jax.lax.map(lambda y: pipe.log_prob(images, jnp.full(3, y)), jnp.arange(TINY.num_classes))
-    for y, found in enumerate(by_class):
-        np.testing.assert_allclose(found, pipe.log_prob(images, np.full(3, y)), rtol=1e-5)
+def test_labels_keys_and_guidance_may_be_traced(pipe):
+    def draw(key, labels, weight, temperature):
+        return pipe.sample(key, 3, labels, Guidance(weight, attention_temperature=temperature))
 
-
-@pytest.mark.slow
-def test_a_guidance_weight_may_be_traced(pipe):
-    latents = images_of(TINY)
-    draw = jax.jit(lambda weight: pipe.decode(latents, LABELS, Guidance(weight)))
-    weights = jnp.array([0.5, 1.5])
-    expected = jnp.stack([pipe.decode(latents, LABELS, Guidance(float(weight))) for weight in weights])
-    np.testing.assert_allclose(jnp.stack([draw(weight) for weight in weights]), expected, atol=1e-5)
-    np.testing.assert_allclose(jax.vmap(draw)(weights), expected, atol=1e-5)
-    temperature = lambda t: pipe.decode(latents, None, Guidance(1.0, attention_temperature=t))  # noqa: E731
-    np.testing.assert_allclose(jax.jit(temperature)(0.7), temperature(0.7), atol=1e-5)
+    points = [(jax.random.key(i), jnp.roll(LABELS, i), 0.5 + i, 0.7 + 0.2 * i) for i in range(2)]
+    expected = jnp.stack([draw(*point) for point in points])
+    stacked = jax.tree.map(lambda *leaves: jnp.stack([*map(jnp.asarray, leaves)]), *points)
+    np.testing.assert_allclose(jax.jit(jax.vmap(draw))(*stacked), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="labels are float32"):
+        jax.jit(pipe.log_prob)(images_of(TINY), jnp.zeros(3))
 
 
 @pytest.mark.slow
@@ -181,6 +141,7 @@ def test_samples_that_are_denoised_are_not_told_to_be_pixels(pipe, caplog):
     assert warnings_of(caplog) == []
 
 
+@pytest.mark.slow
 def test_results_that_are_not_finite_are_told_of(pipe, caplog):
     images = np.array(images_of(TINY))
     images[1, 0, 0] = np.nan

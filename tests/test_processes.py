@@ -114,7 +114,7 @@ def assert_ends_as(state, expected):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, compiled_once):
+def whole(tmp_path_factory):
     """(workdir, final variables) of an uninterrupted run on eight devices of this process; steps 4 and 8 are saved."""
     workdir = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:

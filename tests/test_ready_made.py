@@ -75,7 +75,9 @@ def test_a_config_that_names_another_number_of_classes_is_refused(package, tmp_p
         TarFlowPipeline.from_pretrained(tmp_path / "few")
 
 
-@pytest.mark.parametrize("name", READY_MADE)
+@pytest.mark.parametrize(
+    "name", [name if name == "digits" else pytest.param(name, marks=pytest.mark.slow) for name in READY_MADE]
+)
 def test_a_ready_made_model_draws_the_samples_and_has_the_log_prob_that_it_had(name):
     drawn = ready_made.draw(TarFlowPipeline.from_pretrained(name))
     recorded = np.load(DATA / "ready_made.npz")  # by benchmarks/ready_made.py

@@ -45,7 +45,7 @@ def one_device(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, compiled_once):
+def whole(tmp_path_factory):
     """The final state of an uninterrupted run."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Recipe, "mesh", lambda self: make_mesh(devices=jax.devices()[:1]))
@@ -139,7 +139,7 @@ class Poisoned(ArraySource):
 
 
 @pytest.mark.slow
-def test_a_nan_in_a_batch_stops_the_run_and_reaches_no_checkpoint(tmp_path, monkeypatch, compiled_once):
+def test_a_nan_in_a_batch_stops_the_run_and_reaches_no_checkpoint(tmp_path, monkeypatch):
     config = small_config(checkpoint_every=1)
     images = np.random.default_rng(0).integers(0, 256, (100, 8, 8, 1), np.uint8)
     numbered = ArraySource("numbered", images, np.arange(100), 100)
@@ -277,7 +277,7 @@ def test_the_best_checkpoint_stays_beside_the_last_ones(tmp_path):
     other.close()
 
 
-def test_a_workdir_is_read_by_its_best_checkpoint(tmp_path, compiled_once):
+def test_a_workdir_is_read_by_its_best_checkpoint(tmp_path):
     config = small_config(num_steps=4, checkpoint_every=1, evaluate_every=1)
     train(config, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -292,7 +292,7 @@ def test_a_workdir_is_read_by_its_best_checkpoint(tmp_path, compiled_once):
 
 
 @pytest.mark.slow
-def test_a_run_takes_damaged_steps_again_and_saves_them(whole, tmp_path, compiled_once, caplog):
+def test_a_run_takes_damaged_steps_again_and_saves_them(whole, tmp_path, caplog):
     train(small_config(), tmp_path)
     for step in (4, 6):
         cut_short(tmp_path / "checkpoints" / str(step))

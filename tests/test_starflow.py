@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
 
 from launch.convert import in_a_file
+from lazy import Lazy
 from tarflow_jax import Guidance, TarFlowConfig, TarFlowPipeline
 from tarflow_jax.errors import UserError
 from tarflow_jax.flow import block_orders
@@ -30,6 +30,7 @@ from test_interop_convert import convert
 from test_interop_goldens import assert_close
 from tiny_models import TINY, random_variables
 
+torch = Lazy("torch")
 CASES = ("starflow_plain", "starflow_label", "starflow_text")
 QUICK = ("starflow_label", None)
 DECODERS = (None, Jacobi(tolerance=0), GaussSeidelJacobi(3, tolerance=0))
@@ -150,7 +151,8 @@ def test_every_option_gives_a_flow_that_all_decoders_invert(name):
         np.testing.assert_allclose(pipe.decode(short, mask=lengths, **given)[2, 0], x[2, 0], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["all", pytest.param("by token", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["all", "by token"])
 def test_guidance_leads_away_from_the_null_condition(name):
     pipe, latents, given = short_flow(name)
     null = np.full(pipe.config.condition_shape, 0.7, np.float32)
@@ -169,6 +171,7 @@ def test_guidance_leads_away_from_the_null_condition(name):
         pipe.decode(latents, null_condition=null[:, :2], **given)
 
 
+@pytest.mark.slow
 def test_a_model_s_own_null_prefix_stands_in_for_a_missing_one(tmp_path):
     pipe, x, given = short_flow("all")
     null = np.full((2, 3), 0.7, np.float32)

@@ -95,7 +95,7 @@ def test_the_trajectory_is_what_the_blocks_read():
     np.testing.assert_allclose(trajectory, decoded[:, :0:-1], atol=1e-4)
 
 
-@pytest.mark.parametrize("perceptual", [0.0, 0.5])
+@pytest.mark.parametrize("perceptual", [0.5, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_loss_is_what_it_says(perceptual):
     config, variables = student_of(TINY)
     config = dataclasses.replace(config, perceptual=perceptual)
@@ -122,6 +122,7 @@ def test_loss_is_what_it_says(perceptual):
     np.testing.assert_allclose(metrics["block_errors"], errors[1], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_perceptual_distance_is_of_directions_of_features():
     params = Perception(4).init(jax.random.key(0), jnp.zeros((1, 8, 8, 1)))["params"]
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 1)).astype(np.uint8)

@@ -105,7 +105,7 @@ def test_losses_do_not_depend_on_the_mesh(sizes, accumulation):
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed_it_ends_bit_for_bit_the_same(tmp_path, monkeypatch, compiled_once):
+def test_stopped_and_resumed_it_ends_bit_for_bit_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(Recipe, "mesh", lambda self, devices=None: make_mesh(devices=jax.devices()[:1]))
     flow = digits.get_config("smoke")
     flow.model.num_blocks = 1

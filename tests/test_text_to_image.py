@@ -6,7 +6,6 @@ import importlib
 import json
 import socket
 
-import gradio_client
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -81,6 +80,7 @@ def test_packed_latents_are_those_of_the_images(captioned, autoencoder, tmp_path
         packed(tmp_path, captioned, autoencoder, copies=2)
 
 
+@pytest.mark.slow
 def test_packing_continues_where_it_stopped(captioned, autoencoder, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(latents, "IMAGES_AT_A_TIME", 8)
     _, name = packed(tmp_path / "whole", captioned, autoencoder)
@@ -157,6 +157,7 @@ def test_dropped_captions_are_the_empty_one_and_latents_get_both_noises():
     assert (condition[~dropped] == 1).all()
 
 
+@pytest.mark.slow
 def test_a_trained_flow_draws_from_captions(trained, tmp_path):
     pipe = TextToImage.from_pretrained(trained)
     images = pipe(["cat 2", "dog 3"], num_images=2)
@@ -190,6 +191,7 @@ def test_a_trained_flow_draws_from_captions(trained, tmp_path):
         TextToImage.from_pretrained(tmp_path / "saved")
 
 
+@pytest.mark.slow
 def test_parts_that_do_not_fit_are_refused(trained, autoencoder):
     pipe = TextToImage.from_pretrained(trained)
     with pytest.raises(UserError, match="prompts are None; this flow was trained with captions"):
@@ -202,6 +204,7 @@ def test_parts_that_do_not_fit_are_refused(trained, autoencoder):
         TextToImage(pipe.flow, Autoencoder(wider, params), TEXT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("removed", "denoise"), [(0.25, False), (0.2, True)])
 def test_latents_are_denoised_unless_the_decoder_removes_their_noise(trained, autoencoder, removed, denoise):
     pipe = TextToImage.from_pretrained(trained)
@@ -213,6 +216,7 @@ def test_latents_are_denoised_unless_the_decoder_removes_their_noise(trained, au
     assert np.abs(images - other).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_samples_of_other_encoders_are_others(trained, autoencoder):
     flow = TextToImage.from_pretrained(trained).flow
     rescaled = Autoencoder(dataclasses.replace(SMALL, scaling_factor=1.0), autoencoder.params)
@@ -269,6 +273,7 @@ def test_by_command_from_images_to_a_captioned_grid(captioned, tmp_path):  # noq
     assert "holds an autoencoder" in err
 
 
+@pytest.mark.slow
 def test_the_decoder_alone_is_trained(captioned, autoencoder, tmp_path):  # noqa: F811
     config = emoji64_autoencoder.get_config("smoke")
     config.autoencoder.update({**SMALL.to_dict(), "noise_std": 0.5})
@@ -296,6 +301,8 @@ def test_the_demo_draws_from_a_caption(trained):
     server = commands.start("-m", "launch.demo", f"--workdir={trained}", f"--port={port}", "--num_images=2")
     try:
         assert server.stdout.readline() == f"http://127.0.0.1:{port}\n", server.communicate()[1]
+        import gradio_client
+
         client = gradio_client.Client(f"http://127.0.0.1:{port}", verbose=False)
         images = client.predict("cat 2", -1, 1.0, 0, api_name="/draw")
         assert len(images) == 2
@@ -332,7 +339,12 @@ def test_samples_are_compared_with_the_images_that_were_packed(trained, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"), [("emoji64_text", 1.739), ("starflow_t2i256", 3858.3), ("starflow_imagenet256", 1422.5)]
+    ("name", "millions"),
+    [
+        ("emoji64_text", 1.739),
+        pytest.param("starflow_t2i256", 3858.3, marks=pytest.mark.slow),
+        pytest.param("starflow_imagenet256", 1422.5, marks=pytest.mark.slow),
+    ],
 )
 def test_recipes_of_latents_make_a_full_step(name, millions):
     recipe = Recipe(importlib.import_module(f"configs.{name}").get_config())

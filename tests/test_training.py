@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tensorboardX.proto.event_pb2 import Event
 
 import runs
 from configs import defaults, digits
@@ -169,6 +168,7 @@ def test_checkpoints_restore_bit_for_bit_and_pass_over_damaged_ones(saved, caplo
         restored(folder, state)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_shape_is_refused(saved):
     folder, state = saved
     other = state.replace(variables=jax.tree.map(lambda x: jnp.zeros((*x.shape, 2)), state.variables))
@@ -178,6 +178,8 @@ def test_a_checkpoint_of_another_shape_is_refused(saved):
 
 def events_in(path):
     """The events in a file for TensorBoard: after each one's length are 4 bytes, after each event 4 more."""
+    from tensorboardX.proto.event_pb2 import Event
+
     content, events = path.read_bytes(), []
     while content:
         (length,) = struct.unpack_from("<Q", content)

@@ -5,9 +5,7 @@ import os
 import sys
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
 from commands import ROOT, environment
 
@@ -18,6 +16,9 @@ MAX_BYTES = 1_000_000
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_at_smoke_size(path, tmp_path):
+    import nbformat
+    from nbclient import NotebookClient
+
     for folder in ("configs", "launch"):
         (tmp_path / folder).symlink_to(ROOT / folder)
     variables = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,9 @@ import numpy as np
 
 from tarflow_jax import TarFlow, TarFlowConfig, sampling
 from tarflow_jax.flow import Conditioning
+from tarflow_jax.flow.tokens import random_orders
+from tarflow_jax.interop.tensors import unflatten
+from tarflow_jax.runtime.parameters import row_of, variables_shapes
 
 TINY = TarFlowConfig(
     image_size=(4, 6), image_channels=3, patch_size=2, width=16, num_blocks=3, layers_per_block=(1, 2, 1),
@@ -31,34 +35,31 @@ def new_variables(config, seed=0):
     return _initialised(dataclasses.replace(config, dtype="float32", remat="none", attention="plain"), seed)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _normal(key, count):
-    return jax.random.normal(key, (count,))
-
-
-def _moved(variables, seed, scale):
-    leaves, structure = jax.tree.flatten(variables)
-    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-    moved = []
-    for key, leaf in zip(keys, leaves, strict=True):
-        # The first of a power of two: so all leaves of all flows share a few programs.
-        noise = np.asarray(_normal(key, 1 << max(leaf.size - 1, 4095).bit_length()))[: leaf.size]
-        moved.append(jnp.asarray(np.asarray(leaf) + np.float32(scale) * noise.reshape(leaf.shape)))
-    return jax.tree.unflatten(structure, moved)
+def _new(name, shape, rng):
+    """A variable as training begins with it, but by NumPy: to trace a flow's initialisation takes a second."""
+    row, last = row_of(name), name.rpartition("/")[2]
+    if row.input_axes and not name.endswith(("project_out/kernel", "project_lower/kernel")):
+        bound = math.prod(shape[axis] for axis in row.input_axes) ** -0.5
+        return rng.uniform(-bound, bound, shape)
+    if last in ("scale", "std", "condition_std", "variance"):
+        return np.ones(shape)
+    deviation = {"position_embedding": 0.01, "class_embedding": 0.01, "start_token": 1.0}.get(last, 0.0)
+    return rng.normal(0, deviation, shape)
 
 
 def random_variables(config, seed=0, scale=0.1):
     """Variables of a flow that is far from the identity."""
-    new = new_variables(config, seed)
-    variables = _moved({name: new[name] for name in new if name != "constants"}, seed, scale)
-    if "constants" in new:
-        variables["constants"] = new["constants"]
-    if config.volume_preserving:
-        variables["prior"] = jax.tree.map(jnp.exp, variables["prior"])
-    if config.triangular:  # random triangles of larger numbers are nearly singular
-        for block in variables["params"].values():
-            block["project_lower"] = jax.tree.map(lambda p: 0.3 * p, block["project_lower"])
-    return variables
+    rng, variables = np.random.default_rng(seed), {}
+    for name, shape in variables_shapes(config).items():
+        array = _new(name, shape, rng)
+        if name == "constants/orders":
+            array = random_orders(config)
+        elif not name.startswith("constants"):
+            array = array + scale * rng.normal(size=shape)
+        if "project_lower" in name:  # random triangles of larger numbers are nearly singular
+            array = 0.3 * array
+        variables[name] = jnp.asarray(np.exp(array) if name == "prior/variance" else array, jnp.float32)
+    return unflatten(variables)
 
 
 @functools.partial(jax.jit, static_argnums=0)
