@@ -76,11 +76,11 @@ def traffic(text: str) -> dict[str, float]:
     return moved
 
 
-def roofline(traced: Any, text: str, topology: Topology) -> dict[str, float]:
+def roofline(traced: Any, text: str, topology: Topology, num_slices: int = 1) -> dict[str, float]:
     """Returns the seconds that matmuls, memory and links take at data-sheet rates; the longest bounds the program's."""
     kind, count = topology.devices[0].device_kind, len(topology.devices)
     memory_rate, link_rate = next(rates for name, rates in RATES.items() if kind.startswith(name))
-    sent = collectives(text, count, topology.num_slices)
+    sent = collectives(text, count, num_slices)
     return {
         "matmuls": program_flops(traced.jaxpr) / count / topology.chip.flops,
         "memory": sum(traffic(text).values()) / memory_rate,
@@ -270,7 +270,7 @@ def main() -> None:
     topology = open_topology(args.topology, args.num_slices)
     traced, text = compiled_text(Recipe(config), topology, args.sampler)
     moved = traffic(text)
-    bound = roofline(traced, text, topology)
+    bound = roofline(traced, text, topology, args.num_slices)
     print(f"{sum(moved.values()) / 1e9:,.2f} GB moved")
     for kind, collective in sorted(collectives(text, len(topology.devices), args.num_slices).items()):
         print(f"{kind:<26} {collective.count:,} times, {collective.bytes / 1e6:,.1f} MB sent")

@@ -78,9 +78,9 @@ def training(recipe: Any) -> Iterator[dict[str, Any]]:
 
     from tarflow_jax.data import prefetch_to_device, train_batches
     from tarflow_jax.planning.flops import program_flops
-    from tarflow_jax.runtime import LocalBatch, use_cores_as_devices
+    from tarflow_jax.runtime import LocalBatch, use_cores_as_devices, use_mesh
     from tarflow_jax.training.loop import run_keys
-    from tarflow_jax.training.step import compiled_step, new_state
+    from tarflow_jax.training.step import compiled_step, jitted_step, new_state
 
     fields = recipe.config.train
     use_cores_as_devices(fields.batch_size // fields.accumulation)
@@ -95,7 +95,9 @@ def training(recipe: Any) -> Iterator[dict[str, Any]]:
     metrics: list[dict[str, jax.Array]] = []
     flops, began, number = 0.0, time.perf_counter(), 0
     for images, labels in prefetch_to_device(batches, lambda batch: (rows.put(batch.image), rows.put(batch.label))):
-        flops = flops or program_flops(step.trace(state, images, labels, key).jaxpr)
+        if not flops:
+            with use_mesh(mesh):
+                flops = program_flops(jitted_step(recipe.train_config, mesh).trace(state, images, labels, key).jaxpr)
         state, of_step = step(state, images, labels, key)
         metrics.append(of_step)
         number += 1

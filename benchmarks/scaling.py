@@ -32,7 +32,7 @@ def row(plan: dict[str, Any]) -> list[str]:
     known = ("--config=", "--topology=", "--num_slices=", "--json=")
     options = " ".join(f"`{flag}`" for flag in plan["command"] if not flag.startswith(known))
     (recipe,) = (Path(flag).stem for flag in plan["command"] if flag.startswith("--config="))
-    slices = f"{plan['num_slices']} x " if plan["num_slices"] > 1 else ""
+    slices = "".join(f"{flag.partition('=')[2]} x " for flag in plan["command"] if flag.startswith("--num_slices="))
     state, temporary = sum(plan["state_bytes"].values()), plan["temporary_bytes"]
     used = (state + temporary + plan["code_bytes"]) / plan["device_memory"]
     hours = math.nan

@@ -16,10 +16,10 @@ from tarflow_jax.flow import TarFlowConfig
 from tarflow_jax.flow.config import REMAT_POLICIES
 from tarflow_jax.noise import Noise
 from tarflow_jax.planning import forward_flops
-from tarflow_jax.runtime import batch_sharding, make_mesh, use_cores_as_devices
+from tarflow_jax.runtime import batch_sharding, make_mesh, use_cores_as_devices, use_mesh
 from tarflow_jax.training import FlowTask, TrainConfig
 from tarflow_jax.training.optimizer import Optimizer
-from tarflow_jax.training.step import compiled_step, new_state
+from tarflow_jax.training.step import compiled_step, jitted_step, new_state
 
 
 def our_step(
@@ -38,7 +38,9 @@ def our_step(
         return state[0], metrics
 
     def step_bytes() -> int:
-        memory = step.trace(state[0], images, labels, key).lower().compile().memory_analysis()
+        with use_mesh(mesh):
+            compiled = jitted_step(train_config, mesh).lower(state[0], images, labels, key).compile()
+        memory = compiled.memory_analysis()
         return memory.argument_size_in_bytes + memory.temp_size_in_bytes
 
     return run, step_bytes

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags
+from tabulate import tabulate
 
 from launch import end_at_signals, exit_code, on_signals
 from tarflow_jax.data import data_folder
@@ -30,20 +31,14 @@ from tarflow_jax.training.loop import NonFiniteError
 from tarflow_jax.training.recipe import AUTOENCODER_GROUPS, GROUPS, STUDENT_GROUPS, config_help
 
 EXIT_ERROR = 1
+AGAIN = "Start all of them again with the same command"
 PATIENCE_S = 10
 EXIT_TIMEOUT_S = 7 * 86_400  # the first process may measure a Fréchet distance for hours when the others have ended
 # The options of `Guidance` after its weight, in their order.
 GUIDANCE_FLAGS = ("guidance_target", "guidance_schedule", "attention_temperature", "guidance_rule", "guidance_blocks")
-DECODERS = {
-    "sequential": Sequential(),
-    "jacobi": Jacobi(),
-    "gs_jacobi": GaussSeidelJacobi(num_segments=8),
-    "student": Student(),
-}
+DECODERS = {"sequential": Sequential(), "jacobi": Jacobi(), "gs_jacobi": GaussSeidelJacobi(8), "student": Student()}
 
-COMPILATION_CACHE = flags.DEFINE_string(
-    "compilation_cache", None, 'Directory of the compilation cache; "none" disables it.'
-)
+COMPILATION_CACHE = flags.DEFINE_string("compilation_cache", None, 'Folder of compiled programs; "none" for no cache.')
 TRACEBACK = flags.DEFINE_bool("traceback", False, "Show the traceback of every error.")
 flags.disclaim_key_flags()  # what functions below define are flags of the command that calls them
 
@@ -82,11 +77,8 @@ def run(main: Callable[[Sequence[str]], int | None], *required: str) -> None:
             several = jax.distributed.is_initialized()
             ours = isinstance(error, UserError | OSError | NonFiniteError)
             if isinstance(error, jax.errors.JaxRuntimeError) and several:
-                print(
-                    f"error: process {jax.process_index()} of {jax.process_count()}: {one_line(error)}; if another "
-                    "stopped before, its log says why. Start all of them again with the same command",
-                    file=sys.stderr,
-                )
+                message = f"process {jax.process_index()} of {jax.process_count()}: {one_line(error)}"
+                print(f"error: {message}; if another stopped before, its log says why. {AGAIN}", file=sys.stderr)
             elif (ours or storage_failed(error)) and not TRACEBACK.value:
                 message = _plain(error) if ours else f"the object store failed ({_plain(error)}); run it again"
                 print(f"error: {message}", file=sys.stderr)
@@ -124,11 +116,7 @@ def _end_alone(*, met: bool) -> None:
 def _on_abort(number: int) -> None:
     """Ends a process that JAX aborts, from a thread of its own in which a handler of Python's would not run."""
     remove_unfinished()
-    os.write(
-        2,
-        b"error: lost the other processes; the log of the one that failed first says why. "
-        b"Start all of them again with the same command\n",
-    )
+    os.write(2, f"error: lost the other processes; the log of the one that failed first says why. {AGAIN}\n".encode())
     os._exit(EXIT_ERROR)
 
 
@@ -154,10 +142,8 @@ def define_guidance_flags() -> None:
 
 def define_decoder_flags() -> None:
     """Defines --decoder and --polish."""
-    text = "Block decoder; student: trained by launch.distill."
-    flags.DEFINE_enum("decoder", "sequential", list(DECODERS), text)
-    text = "Fixed-point updates per block that refine the images of a student."
-    flags.DEFINE_integer("polish", 0, text, lower_bound=0)
+    flags.DEFINE_enum("decoder", "sequential", list(DECODERS), "Block decoder; student: trained by launch.distill.")
+    flags.DEFINE_integer("polish", 0, "Fixed-point updates per block that refine a student's images.", lower_bound=0)
 
 
 def decoder() -> Decoder:
@@ -194,9 +180,8 @@ def define_model_flags() -> None:
     text = f"Ready-made model ({', '.join(READY_MADE)}), saved model's folder, or hub name; instead of --workdir."
     flags.DEFINE_string("model", None, text)
     flags.mark_flags_as_mutual_exclusive(["workdir", "model"])
-    define_checkpoint_flag()
-    text = "GiB for a batch's activations, on all devices together; default: half of an accelerator's, 2 on CPUs."
-    define_number("memory_bound", None, text)
+    flags.DEFINE_enum("checkpoint", "last", ["last", "best"], "Checkpoint of a workdir; best: lowest test loss.")
+    define_number("memory_bound", None, "GiB of activations on all devices; default: half of theirs, 2 on CPUs.")
 
 
 def model_name() -> tuple[str, str]:
@@ -208,16 +193,9 @@ def model_name() -> tuple[str, str]:
     return folder("model"), "."
 
 
-def define_checkpoint_flag() -> None:
-    """Defines --checkpoint, which `open_pipeline` reads."""
-    text = "Checkpoint to open in a workdir; best: the lowest test loss."
-    flags.DEFINE_enum("checkpoint", "last", ["last", "best"], text)
-
-
 def memory_bound() -> int | None:
-    """Returns --memory_bound in bytes; None if it is left out, or if the command does not have it."""
-    gibibytes = flags.FLAGS.memory_bound if "memory_bound" in flags.FLAGS else None
-    return None if gibibytes is None else int(gibibytes * 2**30)
+    """Returns --memory_bound in bytes; None if it is left out."""
+    return None if flags.FLAGS.memory_bound is None else int(flags.FLAGS.memory_bound * 2**30)
 
 
 def open_pipeline(name: str, mesh: jax.sharding.Mesh | None, *, sequences: bool = False) -> TarFlowPipeline:
@@ -231,9 +209,7 @@ def open_pipeline(name: str, mesh: jax.sharding.Mesh | None, *, sequences: bool 
 
 def define_process_flags() -> None:
     """Defines the flags of `join_processes`."""
-    flags.DEFINE_bool(
-        "distributed", False, "Run as one of several processes, found from the cluster or from the next three flags."
-    )
+    flags.DEFINE_bool("distributed", False, "Run as one of several processes, found by the cluster or the next flags.")
     flags.DEFINE_string("coordinator_address", None, "Address of process 0, HOST:PORT.")
     flags.DEFINE_integer("num_processes", None, "Number of processes.", lower_bound=1)
     flags.DEFINE_integer("process_id", None, "Index of this process, from 0.", lower_bound=0)
@@ -321,14 +297,4 @@ def class_number(text: str, names: Sequence[str], flag: str = "labels") -> int:
 
 def format_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table with one row a mapping, columns in the order they first appear, and floats to 5 digits."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    cells = [columns, *([_cell(row.get(name, "")) for name in columns] for row in rows)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-    lines = [f"| {line} |" for line in lines]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    return f"{value:.5g}" if isinstance(value, float) else str(value)
+    return tabulate(rows, headers="keys", tablefmt="github", floatfmt=".5g")

@@ -18,25 +18,14 @@ from launch import cli
 from tarflow_jax.pipeline import TarFlowPipeline
 
 FROM_TORCH = flags.DEFINE_string("from_torch", None, "PyTorch file of the reference's state dict.")
-IMAGE_SIZE = flags.DEFINE_multi_integer(
-    "image_size", None, "Height and width of the images, in pixels; given once for squares, otherwise twice."
-)
+IMAGE_SIZE = flags.DEFINE_multi_integer("image_size", None, "Side of the images, in pixels; twice: height and width.")
 IMAGE_CHANNELS = flags.DEFINE_integer("image_channels", 3, "Channels of the images.")
 PATCH_SIZE = flags.DEFINE_integer("patch_size", None, "Height and width of a patch, in pixels.")
-NOISE_STD = flags.DEFINE_float(
-    "noise_std", None, "Training noise σ, in [-1, 1] units, if it is known; denoising needs it."
-)
-NOISE_STD_MIN = flags.DEFINE_float(
-    "noise_std_min", None, "Lowest σ of an iTARFlow, if it is known; denoising ends there."
-)
-BASE_SIZE = flags.DEFINE_integer(
-    "base_size", None, "STARFlow: side, in tokens, to which positions are scaled; default: that of its training."
-)
+NOISE_STD = flags.DEFINE_float("noise_std", None, "Training noise σ, in [-1, 1] units; denoising needs it.")
+NOISE_STD_MIN = flags.DEFINE_float("noise_std_min", None, "Lowest σ of an iTARFlow, where denoising ends.")
+BASE_SIZE = flags.DEFINE_integer("base_size", None, "STARFlow: side in tokens of its positions; default: as trained.")
 ORDERS = flags.DEFINE_enum(
-    "orders",
-    None,
-    ["alternate", "backwards_first"],
-    "STARFlow: alternate for seq_order R2L, backwards_first for L2R; default: L2R with a prefix, else R2L.",
+    "orders", None, ["alternate", "backwards_first"], "STARFlow: R2L or L2R; default: L2R with a prefix, else R2L."
 )
 DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Save the parameters in this dtype.")
 flags.DEFINE_string("out", None, "Folder to save the model in; created if it is missing.")
@@ -47,17 +36,10 @@ def main(argv: Sequence[str]) -> None:
     jax.config.update("jax_platforms", "cpu")  # whose arrays may be files
     path, out = Path(FROM_TORCH.value).expanduser(), cli.folder("out")
     near = next((str(parent) for parent in Path(out).absolute().parents if parent.is_dir()), None)
-    pipe = TarFlowPipeline.from_torch(
-        path,
-        tuple(IMAGE_SIZE.value),
-        IMAGE_CHANNELS.value,
-        PATCH_SIZE.value,
-        NOISE_STD.value,
-        BASE_SIZE.value,
-        ORDERS.value,
-        place=functools.partial(jax.tree.map, functools.partial(in_a_file, near)),
-        noise_std_min=NOISE_STD_MIN.value,
-    )
+    place = functools.partial(jax.tree.map, functools.partial(in_a_file, near))
+    shape = tuple(IMAGE_SIZE.value), IMAGE_CHANNELS.value, PATCH_SIZE.value
+    options = {"base_size": BASE_SIZE.value, "orders": ORDERS.value, "noise_std_min": NOISE_STD_MIN.value}
+    pipe = TarFlowPipeline.from_torch(path, *shape, NOISE_STD.value, place=place, **options)
     pipe.save_pretrained(out, dtype=DTYPE.value)
     print(f"saved {pipe.config} in {out}")
 

@@ -5,7 +5,6 @@ python -m launch.demo --workdir=runs/fashion_mnist
 """
 
 import importlib.util
-import logging
 import os
 import socket
 from collections.abc import Sequence
@@ -30,13 +29,11 @@ def main(argv: Sequence[str]) -> None:
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
     from launch.demo_page import serve, serve_captions
 
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # Gradio requests its own address
     try:  # before a model is read
         family, *_, address = socket.getaddrinfo(HOST.value, PORT.value, type=socket.SOCK_STREAM)[0]
         socket.create_server(address[:2], family=family).close()
     except OSError as error:
-        message = f"--host={HOST.value} --port={PORT.value}: {error.strerror}; choose another port or address"
-        raise UserError(message) from error
+        raise UserError(f"--host={HOST.value} --port={PORT.value}: {error.strerror}; choose another") from error
     name, _ = cli.model_name()
     pipe = cli.open_pipeline(name, None)
     options = (os.path.basename(os.path.abspath(name)), NUM_IMAGES.value, HOST.value, PORT.value)

@@ -41,13 +41,10 @@ def draw(
     denoise: bool = True,
     seed: int | None = 0,
 ) -> Drawn:
-    """Draws images. Other numbers compile nothing; denoising, or guidance at all, does so once.
+    """Draws images with guidance weight w; denoising, or guidance at all, compiles once, and other numbers nothing.
 
-    Args:
-      guidance: weight w.
-      attention_temperature: of the unguided pass.
-      temperature: standard deviation τ of the latents.
-      seed: None, an empty field, is 0.
+    `attention_temperature` is of the unguided pass, `temperature` the standard deviation τ of the latents. A `seed` of
+    None, an empty field, is 0.
     """
     labels = np.full(count, NO_CLASS if label == IN_TURN else label, np.int32)
     if label == IN_TURN and pipe.config.num_classes:
@@ -60,7 +57,7 @@ def draw(
     frames |= {f"{k} of {blocks} blocks inverted": trajectory[:, k] for k in range(1, blocks + 1)}
     if denoise and pipe.noise_std is not None:
         frames["denoised"] = np.asarray(pipe.denoise_samples(trace.images, labels))
-    last = list(frames.values())[-1]
+    *_, last = frames.values()
     bad = quantise(last)[1] | (np.abs(np.nan_to_num(last)) > PIXEL_WARN_LIMIT).any((1, 2, 3))
     return Drawn(labels, {title: quantise(frame)[0] for title, frame in frames.items()}, int(bad.sum()))
 

@@ -3,7 +3,6 @@
 import base64
 import contextlib
 import dataclasses
-import math
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
@@ -14,11 +13,10 @@ import jax
 import numpy as np
 
 from launch.demo_model import IN_TURN, NO_CLASS, Drawn, calibration, class_names, draw, facts, read_upload
-from tarflow_jax.errors import UserError, one_line
+from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation.generation import quantise
 from tarflow_jax.figures import COLOURS, encode_gif, enlarge, grid, overlay, to_pil, to_uint8
 from tarflow_jax.inspection import Inspection, inspect
-from tarflow_jax.options import checked
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance
 from tarflow_jax.text_to_image import TextToImage
@@ -26,39 +24,26 @@ from tarflow_jax.text_to_image import TextToImage
 SIDE = 224  # pixels, of a picture in a gallery
 NUM_EXAMPLES = 6  # images that the Ask tab offers
 SEED_LIMIT = 2**31 - 1
-KINDS = {gr.Slider: float, gr.Dropdown: int, gr.Checkbox: bool, gr.Number: float | None}  # of values
 EVENT: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model"}  # one model: one event at a time
 
 
-class _Page(gr.Blocks):
-    """A page that refuses in one line what only a caller of its API can send."""
+def _page(name: str, about: str, known: dict[str, str]) -> gr.Blocks:
+    """Returns a page with a head: the model's name, a sentence and facts."""
+    shown = "".join(f"<div><span>{escape(fact)}</span> {escape(value)}</div>" for fact, value in known.items())
+    title = f"<h1>TarFlow <span>{escape(name)}</span></h1><p>{escape(about)}</p>"
+    with gr.Blocks(title=f"TarFlow: {name}", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
+        gr.HTML(f"{title}<div class='facts'>{shown}</div>", elem_classes="head")
+    return page
 
-    def __init__(self, name: str, about: str, known: dict[str, str]) -> None:
-        super().__init__(title=f"TarFlow: {name}", analytics_enabled=False, delete_cache=(3600, 86400))
-        shown = "".join(f"<div><span>{escape(fact)}</span> {escape(value)}</div>" for fact, value in known.items())
-        title = f"<h1>TarFlow <span>{escape(name)}</span></h1><p>{escape(about)}</p>"
-        with self:
-            gr.HTML(f"{title}<div class='facts'>{shown}</div>", elem_classes="head")
 
-    async def preprocess_data(self, block_fn: Any, inputs: list[Any], *args: Any, **options: Any) -> list[Any]:
-        with _errors_as_messages():
-            for control, value in zip(block_fn.inputs, inputs, strict=False):
-                if kind := KINDS.get(type(control)):
-                    checked(control.label, value, kind, low=-math.inf)
-            try:
-                return await super().preprocess_data(block_fn, inputs, *args, **options)
-            except Exception as error:  # whatever a component makes of it
-                raise UserError(one_line(error.__cause__ or error)) from None
-
-    def serve(self, host: str, port: int) -> None:
-        font = gr.themes.LocalFont("IBM Plex Sans", (400, 700))  # one of Gradio's own files
-        theme = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=(font, "sans-serif"))
-        css = Path(__file__).with_name("demo_page.css")
-        private = {"share": False, "ssr_mode": False, "mcp_server": False, "run_history": False}
-        options = {"prevent_thread_lock": True, "quiet": True, "footer_links": [], "max_file_size": "16mb"}
-        self.launch(server_name=host, server_port=port, theme=theme, css_paths=css, **private, **options)
-        print(f"http://{host}:{port}", flush=True)
-        self.block_thread()
+def _serve(page: gr.Blocks, host: str, port: int) -> None:
+    font = gr.themes.LocalFont("IBM Plex Sans", (400, 700))  # one of Gradio's own files
+    theme = gr.themes.Default(primary_hue="indigo", neutral_hue="slate", font=(font, "sans-serif"))
+    css = Path(__file__).with_name("demo_page.css")
+    options = {"prevent_thread_lock": True, "quiet": True, "footer_links": [], "max_file_size": "16mb", "share": False}
+    page.launch(server_name=host, server_port=port, theme=theme, css_paths=css, run_history=False, **options)
+    print(f"http://{host}:{port}", flush=True)
+    page.block_thread()
 
 
 def serve(pipe: TarFlowPipeline, name: str, num_images: int, host: str, port: int) -> None:
@@ -67,17 +52,17 @@ def serve(pipe: TarFlowPipeline, name: str, num_images: int, host: str, port: in
         raise UserError(f"the demo shows images of 1 or 3 channels, this model's have {pipe.config.image_channels}")
     print(f"drawing the first {num_images} images", flush=True)
     about = "An invertible map z = f(x) from images to Gaussian noise: exact likelihoods, exact latents."
-    with _Page(name, about, facts(pipe)) as page, gr.Tabs(overflow_behavior="wrap"):
+    with _page(name, about, facts(pipe)) as page, gr.Tabs(overflow_behavior="wrap"):
         first = _draw_tabs(pipe, num_images, page)
         with gr.Tab("Ask"):
             _ask_tab(pipe, page, first.images)
-    page.serve(host, port)
+    _serve(page, host, port)
 
 
 def serve_captions(pipe: TextToImage, name: str, num_images: int, host: str, port: int) -> None:
     """Serves a page that draws from captions, or from classes, until the process is stopped."""
     flow, default = pipe.flow, pipe.guidance or Guidance()
-    with _Page(name, f"{flow.config.summary} over latents", {}) as page, gr.Tabs(), gr.Tab("Draw"), gr.Row():
+    with _page(name, f"{flow.config.summary} over latents", {}) as page, gr.Tabs(), gr.Tab("Draw"), gr.Row():
         with gr.Column(scale=2, min_width=280):
             prompt = gr.Textbox("a red heart", label="Caption", max_length=1000, visible=pipe.text is not None)
             label = _class(flow, [])
@@ -97,7 +82,7 @@ def serve_captions(pipe: TextToImage, name: str, num_images: int, host: str, por
 
         controls, options = [prompt, label, guidance, seed], {"api_name": "draw", "show_progress_on": images, **EVENT}
         gr.on([button.click, prompt.submit], draw_captions, controls, images, **options)
-    page.serve(host, port)
+    _serve(page, host, port)
 
 
 def _draw_tabs(pipe: TarFlowPipeline, num_images: int, page: gr.Blocks) -> Drawn:
@@ -159,8 +144,7 @@ def _controls(pipe: TarFlowPipeline) -> list[Any]:
         0.2, 1, 1.0 if has_classes else 0.7, step=0.05, label="Attention temperature of a°", visible=not has_classes
     )
     temperature = gr.Slider(0, 1.5, 1.0, step=0.05, label="Temperature τ of the latents")
-    tweedie = "x + σ² ∇ log p(x), Tweedie's formula"
-    denoise = gr.Checkbox(True, label="Denoise", info=tweedie, visible=pipe.noise_std is not None)
+    denoise = gr.Checkbox(True, label="Denoise", info="x + σ² ∇ log p(x) (Tweedie)", visible=pipe.noise_std is not None)
     return [label, guidance, attention_temperature, temperature, denoise]
 
 
@@ -192,11 +176,8 @@ def _ask_tab(pipe: TarFlowPipeline, page: gr.Blocks, drawn: np.ndarray) -> None:
                 "reconstruction f⁻¹(z)": to_uint8(found.reconstruction),
             }
             captioned = [(*_pictures(picture[None]), title) for title, picture in shown.items()]
-            posterior = None
-            if found.class_log_probs is not None:
-                shares = found.posterior(temperature or 1.0).tolist()
-                posterior = dict(zip(class_names(pipe), shares, strict=True))
-            yield _figures(found), captioned, posterior
+            shares = [] if found.class_log_probs is None else found.posterior(temperature or 1.0).tolist()
+            yield _figures(found), captioned, dict(zip(class_names(pipe), shares, strict=True))
 
     def pick(event: gr.SelectData) -> Any:
         return to_pil(drawn[event.index])
@@ -252,7 +233,7 @@ def _upload() -> gr.Image:
     def uploaded(payload: Any) -> str | None:
         # Gradio checks the path only where the caller says that it is a file.
         if payload and not Path(payload.path or "").resolve().is_relative_to(Path(image.GRADIO_CACHE).resolve()):
-            raise UserError("expected an uploaded image")
+            raise gr.Error("expected an uploaded image", print_exception=False)
         return payload and payload.path
 
     image.preprocess = uploaded

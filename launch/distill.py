@@ -32,12 +32,10 @@ from tarflow_jax.training.loop import evaluate_loss
 from tarflow_jax.training.recipe import same_data
 from tarflow_jax.training.workdir import STUDENT, write_results
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Recipe of the student: configs/student/digits.py, or its variant, configs/student/digits.py:smoke."
-)
+CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/student/digits.py, or its ….py:smoke.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory of the flow; the student is saved in its student/.")
 COLUMNS, POLISH = 10, 2  # of the figures
-cli.define_checkpoint_flag()
+CHECKPOINT = flags.DEFINE_enum("checkpoint", "last", ["last", "best"], "Checkpoint of the flow; best: lowest loss.")
 cli.define_process_flags()
 
 
@@ -51,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     if config.mesh.data == -1:
         use_cores_as_devices(config.train.batch_size // config.train.accumulation)
     recipe = Recipe(config)
-    pipe = cli.open_pipeline(workdir, recipe.mesh())
+    pipe = TarFlowPipeline.from_pretrained(workdir, best=CHECKPOINT.value == "best", mesh=recipe.mesh())
     config.student.flow = fingerprint(pipe.variables)
     if (folder / "config.json").exists() and Recipe.from_workdir(folder).config.student.flow != config.student.flow:
         raise UserError(f"{folder} holds a student of other weights of the flow; remove it to train another")
@@ -89,20 +87,15 @@ def main(argv: Sequence[str]) -> None:
 
 
 def compare(pipe: TarFlowPipeline) -> np.ndarray:
-    """Decodes the same latents in every way, one row each with its seconds; uint8."""
-    latents, level = pipe.latents(jax.random.key(0), COLUMNS), pipe.sampling_noise_std
-    labels = cli.example_labels(pipe.config.num_classes, COLUMNS)
-    tweedie = "" if pipe.noise_std is None else ", denoised"
-    ways = {"exact": (None, ""), f"exact{tweedie}": (None, tweedie), "student": (Student(), "")}
-    ways |= {f"polished by {POLISH}{tweedie}": (Student(POLISH), tweedie)}
-    rows = []
-    for name, (decoder, denoise) in ways.items():
-        for _ in range(2):  # the first time compiles
-            begin = time.perf_counter()
-            images = pipe.decode(latents, labels, decoder=decoder, noise_std=level)
-            images = jax.block_until_ready(pipe.denoise_samples(images, labels) if denoise else images)
-        rows.append((f"{name}, {time.perf_counter() - begin:.3f} s", images))
-    return grid(np.concatenate([to_uint8(images) for _, images in rows]), COLUMNS, [name for name, _ in rows])
+    """Decodes the same latents exactly, by the student and polished, one row each, denoised; uint8."""
+    latents, labels = pipe.latents(jax.random.key(0), COLUMNS), cli.example_labels(pipe.config.num_classes, COLUMNS)
+    rows = {}
+    for name, decoder in (("exact", None), ("student", Student()), (f"polished by {POLISH}", Student(POLISH))):
+        images = pipe.decode(latents, labels, decoder=decoder, noise_std=pipe.sampling_noise_std)
+        if decoder != Student() and pipe.noise_std is not None:
+            images = pipe.denoise_samples(images, labels)
+        rows[name] = to_uint8(images)
+    return grid(np.concatenate(list(rows.values())), COLUMNS, list(rows))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from etils import epath
 from flax.traverse_util import flatten_dict
 
 from launch import cli, end_at_signals
-from tarflow_jax.arguments import check_levels, check_student_guidance
+from tarflow_jax.arguments import check_levels, check_sampling, check_student_guidance
 from tarflow_jax.data import ImageSource, LatentSource, SequenceSource, data_folder, open_arrays, open_source
 from tarflow_jax.errors import UserError
 from tarflow_jax.evaluation import classification, distances, generation
@@ -46,14 +46,10 @@ OUT = flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR
 METRICS = flags.DEFINE_list("metrics", ["bits_per_dim"], f"Metrics: {', '.join(ALL_METRICS)} (for sequences).")
 SPLIT = flags.DEFINE_string("split", "test", "Split for likelihood, classification and outliers.")
 SEED = cli.define_seed("Seed of the noise and the samples.")
-NOISE_STD = flags.DEFINE_float(
-    "noise_std", None, "Noise level σ of a noise-conditional model; default: the lowest, the best for classification."
-)
+NOISE_STD = flags.DEFINE_float("noise_std", None, "Noise level σ; default: the lowest, the best for classification.")
 ALLOW_NOISY = flags.DEFINE_bool("allow_noisy", False, "Report nats/dim of noisy data for Gaussian training noise.")
 DRAWS = flags.DEFINE_integer("dequantisation_draws", 1, "Draws K of the importance-weighted bound.", lower_bound=1)
-CLASSIFICATION_DRAWS = flags.DEFINE_integer(
-    "classification_draws", 1, "Number of noise draws to average log p over.", lower_bound=1
-)
+CLASSIFICATION_DRAWS = flags.DEFINE_integer("classification_draws", 1, "Draws to average log p over.", lower_bound=1)
 OUTLIERS = flags.DEFINE_string("outliers", None, "Out-of-distribution data set.")
 NUM_SAMPLES = flags.DEFINE_integer("num_samples", 50_000, "Number of samples for each setting.", lower_bound=2)
 GUIDANCE = flags.DEFINE_list("guidance", ["0"], "Guidance weights w, one setting each.")
@@ -82,6 +78,7 @@ class Evaluation:
         self.pipe = pipe = cli.open_pipeline(name, make_mesh(devices=jax.local_devices()), sequences=True)
         self.text_to_image = None if pipe.config.image_bits else TextToImage.from_flow(pipe, name)
         self.denoises = self.text_to_image.denoises if self.text_to_image else pipe.noise_std is not None
+        self.denoises |= cli.draws_clean_images()
         self.data_dir = data_folder(self._trained_on.data_dir)
         self.out = epath.Path(cli.folder("out") if OUT.value else f"{place}/evaluation")
         self.data_set = DATA.value or self._trained_on.source
@@ -114,10 +111,8 @@ class Evaluation:
                 raise
         message = f"{self.data_set} is not what {workdir} was trained on"
         if not other:
-            raise UserError(
-                f"{message}: images, labels or their order have changed since; bring them back, or measure what is "
-                f"there now, --data={self.data_set}"
-            )
+            changed = "images, labels or their order have changed since"
+            raise UserError(f"{message}: {changed}; bring them back, or measure what is there, --data={self.data_set}")
         print(f"warning: {message}", file=sys.stderr)
 
     def open(self, split: str) -> ImageSource | SequenceSource:
@@ -125,14 +120,10 @@ class Evaluation:
         config = self.pipe.config
         if config.is_sequence:
             return open_arrays(self.data_set, split, config)
-        source = open_source(
-            self.data_set,
-            split,
-            image_size=None if self.text_to_image else config.image_size,
-            preprocessing=PREPROCESSING.value or self._trained_on.preprocessing,
-            data_dir=self.data_dir,
-            skip_bad=self._trained_on.skip_bad,
-        )
+        options = {"data_dir": self.data_dir, "skip_bad": self._trained_on.skip_bad}
+        options["preprocessing"] = PREPROCESSING.value or self._trained_on.preprocessing
+        options["image_size"] = None if self.text_to_image else config.image_size
+        source = open_source(self.data_set, split, **options)
         if not (self.text_to_image and source.bits):
             if source.image_shape != config.image_shape:
                 raise UserError(f"{source.name} has images {source.image_shape}, the model {config.image_shape}")
@@ -148,6 +139,11 @@ class Evaluation:
         return source
 
     @functools.cached_property
+    def reference_images(self) -> ImageSource:
+        """The images of --reference_split."""
+        return self.images(REFERENCE_SPLIT.value)
+
+    @functools.cached_property
     def captions(self) -> list[str]:
         """The captions to draw in turn, shuffled; [] without text."""
         if not (self.text_to_image and self.text_to_image.text):
@@ -156,7 +152,7 @@ class Evaluation:
             lines = epath.Path(os.path.expanduser(PROMPTS.value)).read_text().splitlines()
             captions = [line.strip() for line in lines if line.strip()]
         else:
-            captions = [texts[0] for texts in self.images(REFERENCE_SPLIT.value).captions]
+            captions = [texts[0] for texts in self.reference_images.captions]
         return [captions[i] for i in np.random.default_rng(0).permutation(len(captions))]
 
 
@@ -171,16 +167,10 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
         if wrong := [metric for metric in metrics if metric in ("classification", "outliers")]:
             raise UserError(f"{wrong[0]} is for a flow of images; this one is of latents")
         if "bits_per_dim" in metrics and source.bits:
-            raise UserError(
-                f"log p is of latents, and {source.name} has images; name the packed ones, --data=latents:…"
-            )
-        if of_samples and evaluation.text_to_image.text and not evaluation.captions:
-            raise UserError("there are no captions to draw; name a file with one a line, --prompts=FILE")
+            raise UserError(f"log p is of latents, {source.name} has images; name the packed ones, --data=latents:…")
     if "bits_per_dim" in metrics and pipe.noise_std is not None and not ALLOW_NOISY.value:
-        raise UserError(
-            "bits/dim is defined for models trained with uniform noise, this one's was gaussian; "
-            "train with noise.kind=uniform, or pass --allow_noisy for nats/dim of noisy data"
-        )
+        advice = "train with noise.kind=uniform, or pass --allow_noisy for nats/dim of noisy data"
+        raise UserError(f"bits/dim is defined for models trained with uniform noise, this one's was gaussian; {advice}")
     if NOISE_STD.value is not None:
         check_levels(config, NOISE_STD.value, 1)
     elif config.noise_conditional and pipe.noise is None:
@@ -198,9 +188,9 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
             raise UserError("outliers needs a second data set, --outliers=NAME")
         classification.fit_images(evaluation.outliers.read([0])[0], config.image_shape)
     if of_samples:
-        if evaluation.images(SPLIT.value).bits != 8:
+        if evaluation.reference_images.bits != 8:
             raise UserError(f"{of_samples[0]} is of 8-bit images; choose bits_per_dim, classification or outliers")
-        num_real = None if REFERENCE.value else len(evaluation.images(REFERENCE_SPLIT.value))
+        num_real = None if REFERENCE.value else len(evaluation.reference_images)
         network = "inception" if INCEPTION.value else "classifier"
         distances.check_metrics(of_samples, network, NUM_SAMPLES.value, num_real)
         if INCEPTION.value:
@@ -211,17 +201,14 @@ def check(evaluation: Evaluation, metrics: Sequence[str]) -> None:
             guidance = guidance.checked_for(config)
             if cli.draws_clean_images():
                 check_student_guidance(pipe.require_student().config, guidance)
-            elif denoise and pipe.noise_std is None:
-                noise = evaluation.protocol["training_noise"]
-                raise UserError(f"--denoise=true is for gaussian training noise, not {noise}")
+            check_sampling(config, pipe.noise, cli.decoder(), denoise, MULTIPLIER.value, return_log_prob=False)
     write_text(evaluation.out / ".writable", "")
     (evaluation.out / ".writable").unlink(missing_ok=True)
 
 
 def measure(evaluation: Evaluation, metric: str) -> dict[str, Any]:
     """Measures what needs no samples."""
-    pipe, source, level = evaluation.pipe, evaluation.source, NOISE_STD.value
-    key = jax.random.key(SEED.value)
+    pipe, source, level, key = evaluation.pipe, evaluation.source, NOISE_STD.value, jax.random.key(SEED.value)
     if metric == "classification":
         if level is None and pipe.config.noise_conditional:
             train = evaluation.open("train")
@@ -243,12 +230,6 @@ def measure(evaluation: Evaluation, metric: str) -> dict[str, Any]:
 def sample_settings(denoise: bool) -> list[tuple[Guidance, bool]]:
     """Returns every combination of --guidance and --denoise, whose default is `denoise`; UserError for wrong flags."""
     words = DENOISE.value or [str(denoise).lower()]
-    if cli.draws_clean_images():
-        if "false" in (DENOISE.value or ()):
-            raise UserError(
-                "--denoise=false is not for --decoder=student, whose images are clean; with --polish they are not"
-            )
-        words = ["true"]
     if set(words) - {"true", "false"}:
         raise UserError(f"--denoise has {','.join(words)!r}; expected true, false, or false,true")
     try:
@@ -261,7 +242,7 @@ def sample_settings(denoise: bool) -> list[tuple[Guidance, bool]]:
 def measure_samples(evaluation: Evaluation, metrics: list[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Returns a row for each setting of guidance and denoising, and the protocol that the rows share."""
     pipe, captions, cache_dir = evaluation.pipe, evaluation.captions, evaluation.data_dir / "evaluation"
-    source, file = evaluation.images(REFERENCE_SPLIT.value), REFERENCE.value and os.path.expanduser(REFERENCE.value)
+    source, file = evaluation.reference_images, REFERENCE.value and os.path.expanduser(REFERENCE.value)
     counts, labels = generation.label_counts(pipe.config.num_classes, None if file else source)
     if captions:
         counts, labels = np.ones(len(captions), np.int64), f"{len(captions)} captions in turn"
@@ -299,11 +280,9 @@ def measure_samples(evaluation: Evaluation, metrics: list[str]) -> tuple[list[di
 
 def main(argv: Sequence[str]) -> None:
     """Measures, prints, writes."""
-    metrics, known = list(dict.fromkeys(METRICS.value)), f"expected some of {', '.join(ALL_METRICS)}"
-    if unknown := [metric for metric in metrics if metric not in ALL_METRICS]:
-        raise UserError(f"unknown metric {unknown[0]!r}; {known}")
-    if not metrics:
-        raise UserError(f"--metrics is empty; {known}")
+    metrics = list(dict.fromkeys(METRICS.value))
+    if not metrics or set(metrics) - set(ALL_METRICS):
+        raise UserError(f"--metrics is {','.join(metrics) or 'empty'}; expected some of {', '.join(ALL_METRICS)}")
     sample_settings(True)  # refuses wrong flags before the model is opened
     cli.decoder()
     cli.join_processes()
@@ -317,9 +296,8 @@ def main(argv: Sequence[str]) -> None:
     for metric in metrics:
         if metric not in distances.METRICS:
             results[metric] = measure(evaluation, metric)
-            row = {name: value for name, value in results[metric].items() if not isinstance(value, list)}
             if writes:
-                print(cli.format_table([row]), flush=True)
+                print(cli.format_table([results[metric]]), flush=True)
     if of_samples := [metric for metric in metrics if metric in distances.METRICS]:
         results["samples"], sample_protocol = measure_samples(evaluation, of_samples)
         protocol |= sample_protocol

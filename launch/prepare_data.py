@@ -27,20 +27,14 @@ from tarflow_jax.noise import to_float
 from tarflow_jax.text import T5Encoder, WordVectors
 
 DATA = flags.DEFINE_string("data", None, "Data set to prepare; docs/howto/data.md lists the names.")
-DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "Folder of prepared sets; default: $TARFLOW_DATA_DIR or ~/.cache/tarflow_jax."
-)
+DATA_DIR = flags.DEFINE_string("data_dir", None, "Prepared sets; default: $TARFLOW_DATA_DIR or ~/.cache/tarflow_jax.")
 IMAGE_SIZE = flags.DEFINE_list("image_size", None, "Size to pack images at: one number, or height,width.")
 PREPROCESSING = flags.DEFINE_string("preprocessing", "none", "Crop and resize images: none, tarflow or adm.")
 SKIP_BAD = flags.DEFINE_bool("skip_bad", False, "Leave out files that cannot be used instead of rejecting the set.")
 AUTOENCODER = flags.DEFINE_string("autoencoder", None, "Folder of an autoencoder, to pack latents of the images.")
-TEXT_ENCODER = flags.DEFINE_string(
-    "text_encoder", None, "Encoder of the captions packed with the latents: words (package wordllama) or t5:NAME."
-)
+TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Encoder of the captions: words (wordllama) or t5:NAME.")
 TEXT_LENGTH = flags.DEFINE_integer("text_length", None, "Words or tokens per caption; default: 12, for T5 128.")
-COPIES = flags.DEFINE_integer(
-    "copies", 0, "Number of shifted and scaled copies of each training image to pack as well.", lower_bound=0
-)
+COPIES = flags.DEFINE_integer("copies", 0, "Shifted and scaled copies to pack of a training image.", lower_bound=0)
 OUT = flags.DEFINE_string("out", None, "Folder of the latents; default: in the data folder.")
 PREVIEW = flags.DEFINE_string("preview", None, "PNG file for a grid of training images; default: in the set's folder.")
 
@@ -56,12 +50,8 @@ def main(argv: Sequence[str]) -> None:
     sizes = IMAGE_SIZE.value or ()
     if len(sizes) > 2 or not all(size.isdecimal() and int(size) > 0 for size in sizes):
         raise UserError(f"--image_size is {','.join(sizes)!r}; expected a positive number, or height,width")
-    options = {
-        "image_size": (int(sizes[0]), int(sizes[-1])) if sizes else None,
-        "preprocessing": PREPROCESSING.value,
-        "data_dir": data_dir,
-        "skip_bad": SKIP_BAD.value,
-    }
+    options = {"preprocessing": PREPROCESSING.value, "data_dir": data_dir, "skip_bad": SKIP_BAD.value}
+    options["image_size"] = (int(sizes[0]), int(sizes[-1])) if sizes else None
     with sole_user(data_dir):
         name = data.prepare_source(DATA.value, **options)
     kind, _, argument = name.partition(":")
@@ -95,14 +85,8 @@ def encode(sources: dict[str, data.ImageSource], out: Path) -> None:
             text = T5Encoder(kind.removeprefix("t5:"), TEXT_LENGTH.value or 128)
         else:
             raise UserError(f"--text_encoder is {kind!r}; expected words or t5:NAME")
-    data.pack_latents(
-        out,
-        sources,
-        autoencoder.posterior,
-        text,
-        " ".join([fingerprint(autoencoder.params), text.fingerprint if text else ""]),
-        COPIES.value,
-    )
+    encoders = " ".join([fingerprint(autoencoder.params), text.fingerprint if text else ""])
+    data.pack_latents(out, sources, autoencoder.posterior, text, encoders, COPIES.value)
     autoencoder.save_pretrained(out / "autoencoder")
     if text:
         text.save(out / "text")

@@ -33,20 +33,14 @@ OUT = flags.DEFINE_string("out", None, "Folder for the results; default: WORKDIR
 NUM_IMAGES = flags.DEFINE_integer("num_images", 64, "Number of images.", lower_bound=1)
 LABELS = flags.DEFINE_list("labels", None, "Classes to draw in turn, by number or name; -1 is no class. Default: all.")
 LABEL = flags.DEFINE_string("label", None, "The only class to draw, by number or name.")
-CONDITION = flags.DEFINE_string(
-    "condition", None, "File (npz) with `condition` or `mask` for a flow of sequences; its rows are used in turn."
-)
+CONDITION = flags.DEFINE_string("condition", None, "File (npz) of `condition` or `mask` of sequences, used in turn.")
 PROMPT = flags.DEFINE_multi_string("prompt", None, "Caption to draw --num_images images of; may be repeated.")
 SEED = cli.define_seed("Seed of the latents.")
-GUIDANCE = cli.define_number(
-    "guidance", None, "Guidance weight w, 0 for none; default: 0, or with --prompt the model's own."
-)
+GUIDANCE = cli.define_number("guidance", None, "Guidance weight w; default: 0 (none), or the model's with --prompt.")
 cli.define_guidance_flags()
 DENOISE = flags.DEFINE_bool("denoise", None, "Denoise; default: for Gaussian noise that no decoder removes.")
 MULTIPLIER = cli.define_number("denoise_multiplier", 1.0, "Factor of the score in denoising.")
-STEPS = flags.DEFINE_integer(
-    "denoise_steps", None, "Number of denoising steps, evenly spaced in log σ; noise-conditional models.", lower_bound=1
-)
+STEPS = flags.DEFINE_integer("denoise_steps", None, "Denoising steps, for noise-conditional models.", lower_bound=1)
 cli.define_decoder_flags()
 cli.define_model_flags()
 cli.define_process_flags()
@@ -97,15 +91,8 @@ def draw_captions(pipe: TextToImage, decoder: Decoder, out: epath.Path) -> None:
     labels, names = chosen_labels(pipe.flow.config.num_classes, pipe.flow.label_names), pipe.flow.label_names
     if PROMPT.value and labels is not None:
         labels = np.repeat(labels[: len(PROMPT.value)], NUM_IMAGES.value) if LABELS.value or LABEL.value else None
-    images = pipe(
-        PROMPT.value,
-        NUM_IMAGES.value,
-        guidance,
-        jax.random.key(SEED.value),
-        labels=labels,
-        decoder=decoder,
-        denoise=DENOISE.value,
-    )
+    key = jax.random.key(SEED.value)
+    images = pipe(PROMPT.value, NUM_IMAGES.value, guidance, key, labels=labels, decoder=decoder, denoise=DENOISE.value)
     if jax.process_index():
         return
     pixels, _ = quantise(np.asarray(images))
@@ -122,8 +109,6 @@ def draw_captions(pipe: TextToImage, decoder: Decoder, out: epath.Path) -> None:
 def main(argv: Sequence[str]) -> int:
     """Draws and writes; returns 1 if every image is bad."""
     guidance, decoder = cli.guidance(GUIDANCE.value or 0.0), cli.decoder()
-    if cli.draws_clean_images() and DENOISE.value is False:
-        raise UserError("--nodenoise is not for --decoder=student, whose images are clean; with --polish they are not")
     distributed = cli.join_processes()
     end_at_signals()  # JAX may have taken SIGTERM
     name, place = cli.model_name()
@@ -154,8 +139,7 @@ def main(argv: Sequence[str]) -> int:
     save_png(out / "samples.png", class_columns(pixels, labels, pipe.label_names))
     save_gif(out / "trajectory.gif", [grid(to_uint8(frame)) for frame in frames])
     write_samples(out / "samples.npz", pixels, labels)
-    for name in ("samples.png", "samples.npz", "trajectory.gif"):
-        print(out / name)
+    print(*(out / name for name in ("samples.png", "samples.npz", "trajectory.gif")), sep="\n")
     if pipe.config.image_bits > 8:
         print("these files have 8 bits; TarFlowPipeline.sample returns floats", file=sys.stderr)
     if bad.any():

@@ -31,9 +31,7 @@ from tarflow_jax.training.workdir import write_results
 
 PREVIEW_IMAGES, FIGURE_IMAGES, TRAJECTORIES = 64, 100, 8
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Recipe to train: configs/digits.py, or a variant of it, configs/digits.py:smoke."
-)
+CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/digits.py, or its variant, ….py:smoke.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, local or gs://; created if it does not exist.")
 cli.define_process_flags()
 
@@ -45,8 +43,7 @@ def main(argv: Sequence[str]) -> None:
     cli.join_processes()
     recipe = Recipe(config)
     guidance = Guidance(**config.sample.guidance)
-    # Reject before training what would be rejected after it.
-    guidance.checked_for(recipe.model)
+    guidance.checked_for(recipe.model)  # rejects before training what would be rejected after it
     autoencoder = None
     if isinstance(source := recipe.source("test"), LatentSource):
         autoencoder = Autoencoder.from_pretrained(source.folder / "autoencoder")

@@ -30,9 +30,7 @@ from tarflow_jax.training.loop import evaluate_loss
 from tarflow_jax.training.task import ENCODER, Frozen
 from tarflow_jax.training.workdir import write_results
 
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Recipe to train: configs/emoji64_autoencoder.py, or a variant of it, ….py:smoke."
-)
+CONFIG = config_flags.DEFINE_config_file("config", None, "Recipe: configs/emoji64_autoencoder.py, or its ….py:smoke.")
 WORKDIR = flags.DEFINE_string("workdir", None, "Run directory, local or gs://; created if it does not exist.")
 SHOWN, SCALED_BY = 8, 1024  # test images in the figure; training images that decide the scale of the latents
 cli.define_process_flags()

@@ -20,6 +20,7 @@ from tarflow_jax.errors import UserError
 from tarflow_jax.flow import Conditioning, TarFlowConfig
 from tarflow_jax.noise import Noise, to_float
 from tarflow_jax.options import checked, shown
+from tarflow_jax.runtime.batch_runner import is_traced
 from tarflow_jax.runtime.parameters import variables_shapes
 from tarflow_jax.sampling import (
     Decoder,
@@ -82,8 +83,15 @@ def condition_required(config: TarFlowConfig, variables: Any) -> bool:
     return not any(np.any(np.asarray(block["null_condition"])) for block in blocks if "null_condition" in block)
 
 
+def require_images(config: TarFlowConfig, method: str) -> None:
+    """Raises ValueError for a flow of sequences."""
+    if config.is_sequence:
+        raise UserError(f"{method} is of images, and this model of sequences; use log_prob")
+
+
 def check_pixels(config: TarFlowConfig, images: Any) -> Any:
     """Returns integer images [B, H, W, K] of the flow's bit depth."""
+    require_images(config, "bits_per_dim")
     if not config.image_bits:
         raise UserError("bits_per_dim needs pixels; this is a flow of latents")
     images = images if is_traced(images) else np.asarray(images)
@@ -133,6 +141,32 @@ def check_denoising(
     return check_number("noise_std", noise_std, low=1e-6)
 
 
+def check_sampling(
+    config: TarFlowConfig, noise: Noise | None, decoder: Any, denoise: Any, multiplier: Any, return_log_prob: bool
+) -> bool | IterativeDenoising:
+    """Returns how `TarFlowPipeline.sample` denoises; by default it does so after Gaussian noise."""
+    checked("denoise", denoise, bool | IterativeDenoising | None)
+    noisy = noise is not None and noise.kind != "uniform"
+    if return_log_prob and (isinstance(decoder, Student) or denoise or (denoise is None and noisy)):
+        raise UserError("return_log_prob=True requires denoise=False and an exact decoder")
+    if decoder == Student():
+        if denoise not in (None, True) or multiplier != 1:
+            raise UserError("Student() gives clean images by itself; leave denoise out, or polish")
+        return False
+    if denoise and not noisy:
+        check_denoising(config, noise, None, 1.0, None, False)  # raises, with the reason
+    return noisy if denoise is None else denoise
+
+
+def check_guidance(config: TarFlowConfig, guidance: Guidance | None, without_null: bool) -> Guidance | None:
+    """Returns None for weight 0. `without_null`: the flow did not learn to do without a condition, nor is one given."""
+    guidance = checked("guidance", guidance, Guidance | None)
+    guidance = guidance and guidance.checked_for(config)
+    if guidance and without_null:
+        raise UserError("guidance needs a flow fitted with drop_condition, or a null_condition")
+    return guidance
+
+
 def check_decoders(config: TarFlowConfig, decoder: DecoderChoice) -> tuple[Decoder, ...] | None:
     """Returns one decoder per block; None if all are sequential."""
     if decoder is None or decoder == Sequential():
@@ -165,11 +199,6 @@ def check_student_guidance(config: StudentConfig, guidance: Guidance | None) -> 
             "(student.max_guidance)"
         )
     return guidance.weight
-
-
-def is_traced(tree: Any) -> bool:
-    """Whether any array of a pytree is a tracer of `jax.jit`, `jax.grad` or `jax.vmap`, which has no values yet."""
-    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
 
 
 def check_variables(config: TarFlowConfig, variables: Any) -> dict[str, Any]:
@@ -216,13 +245,6 @@ def check_images(config: TarFlowConfig, images: Any, name: str = "images") -> ja
             f"{', '.join(map(str, config.data_shape))}] with B >= 1"
         )
     return array.astype(jnp.float32)
-
-
-def check_finite(name: str, results: np.ndarray) -> None:
-    """Warns about results [B, …] that are NaN or infinite."""
-    if bad := int((~np.isfinite(results).reshape(len(results), -1).all(1)).sum()):
-        message = "%s: %d of %d results are not finite; the images or the weights are not, or guidance is too strong"
-        logger.warning(message, name, bad, len(results))
 
 
 def warn_about_pixels(images: jax.Array) -> None:

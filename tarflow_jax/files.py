@@ -4,28 +4,21 @@ import contextlib
 import errno
 import hashlib
 import io
-import json
-import logging
 import math
 import os
 import socket
-import threading
-import time
 import uuid
 import zipfile
 from collections.abc import Iterator
-from typing import IO, TypeVar
+from typing import IO
 
 import filelock
 import fsspec
 import numpy as np
-import tensorstore
 from etils import epath
 
 from tarflow_jax.errors import UserError, one_line
 
-LEASE_S = 20  # less than the 30 s that gloo waits for the first process
-REQUEST_S = 180
 MAX_ARRAY_BYTES = 64 * 2**30  # 50,000 images of 512x512 take 37 GiB
 _MAX_DEFLATED = 1032  # bytes that one byte can unpack to, see zlib's technical details
 
@@ -35,8 +28,6 @@ fsspec.config.conf.setdefault("gcs", {}).update(use_listings_cache=False, reques
 os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "30")
 os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
 _FAILED = ("ABORTED:", "DEADLINE_EXCEEDED:", "PERMISSION_DENIED:", "UNAVAILABLE:")  # prefixes of TensorStore's errors
-logger = logging.getLogger(__name__)
-T = TypeVar("T")
 _unfinished: set[epath.Path] = set()
 
 
@@ -80,80 +71,26 @@ def remove_unfinished() -> None:
 
 @contextlib.contextmanager
 def sole_user(folder: epath.PathLike) -> Iterator[None]:
-    """Locks a folder for this process, and creates it if it does not exist.
+    """Locks a folder for this process, and creates it if it does not exist. Object stores have no locks.
 
-    On a disk, even one that several hosts share, the lock is released however the process ends. In an object store it
-    is a lease: after a kill, the next process waits `LEASE_S` seconds. A process that was suspended for longer, and
-    finds that another has taken the lease, exits with code 1. Raises UserError if another process holds the lock.
+    On a disk, even one that several hosts share, the lock is released however the process ends. Raises UserError if
+    another process holds it.
     """
-    folder, me = epath.Path(folder), f"process {os.getpid()} on {socket.gethostname()}"
+    folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if is_remote(folder):
-        with _lease(folder / "lease.json", me):
-            yield
+        yield
         return
     owner = folder / ".owner"
     lock = filelock.FileLock(folder / ".lock", blocking=False)
     try:
         lock.acquire()
     except filelock.Timeout:
-        raise _taken(folder, owner.read_text() if owner.exists() else None) from None
+        holder = owner.read_text() if owner.exists() else "another process"
+        raise UserError(f"{holder} works in {folder}; wait for it, or stop it") from None
     with lock:
-        owner.write_text(me)
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
-
-
-@contextlib.contextmanager
-def _lease(path: epath.Path, me: str) -> Iterator[None]:
-    """Holds a lease by an object's generation, which every write changes, so that no clocks of hosts are compared."""
-    content = json.dumps({"owner": me, "id": uuid.uuid4().hex}).encode()
-
-    def done(future: tensorstore.Future[T]) -> T:
-        try:
-            return future.result(REQUEST_S)
-        except (ValueError, TimeoutError) as error:
-            raise OSError(f"could not lock {path.parent}: {one_line(error)}") from error
-
-    def write(generation: bytes) -> bytes:
-        """Replaces this generation and returns the new one. Raises UserError if another process replaced it first."""
-        if written := done(store.write("", content, if_equal=generation)).generation:
-            return written
-        stored = done(store.read(""))
-        if stored.value != content:
-            raise _taken(path.parent, json.loads(stored.value)["owner"] if stored.value else None)
-        return stored.stamp.generation  # a response was lost, and TensorStore retried the write
-
-    store = done(tensorstore.KvStore.open(os.fspath(path)))
-    stored = done(store.read(""))
-    if stored.value:
-        logger.info("%s is locked; waiting %d s, in case its process was killed", path.parent, LEASE_S)
-        time.sleep(LEASE_S)  # a living owner writes another generation meanwhile
-    generation, ended = write(stored.stamp.generation), threading.Event()
-
-    def renew() -> None:
-        nonlocal generation
-        while not ended.wait(LEASE_S / 6):
-            try:
-                generation = write(generation)
-            except UserError as error:
-                os.write(2, f"error: this process did not renew its lock in time: {error}\n".encode())
-                os._exit(1)  # before it overwrites the other process's files
-            except OSError as error:
-                logger.warning("%s", error)
-
-    thread = threading.Thread(target=renew, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
-        with contextlib.suppress(OSError):
-            done(store.write("", None, if_equal=generation))
-
-
-def _taken(folder: epath.Path, owner: str | None) -> UserError:
-    return UserError(f"{owner or 'another process'} works in {folder}; wait for it, or stop it")
 
 
 def storage_failed(error: BaseException) -> bool:

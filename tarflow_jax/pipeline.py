@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import logging
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -15,14 +14,14 @@ from etils import epath
 from jax.sharding import Mesh
 
 from tarflow_jax import arguments, interop, likelihood, sampling
-from tarflow_jax.arguments import DecoderChoice, check_images, check_key, is_traced
+from tarflow_jax.arguments import DecoderChoice, check_images, check_key
 from tarflow_jax.errors import UserError
-from tarflow_jax.flow import Conditioning, TarFlow, TarFlowConfig
+from tarflow_jax.flow import Conditioning, TarFlowConfig
 from tarflow_jax.interop import SavedModel
 from tarflow_jax.noise import Noise
 from tarflow_jax.options import checked
-from tarflow_jax.runtime import BatchRunner, device_flow, in_float32
-from tarflow_jax.runtime.batch_runner import backward_bytes, decoding_bytes, forward_bytes, gradient_config
+from tarflow_jax.runtime import BatchRunner, in_float32
+from tarflow_jax.runtime.batch_runner import backward_bytes, decoding_bytes, gradient_config, is_traced
 from tarflow_jax.sampling import (
     DEFAULT_DENOISING,
     Decoded,
@@ -31,6 +30,7 @@ from tarflow_jax.sampling import (
     Sequential,
     Student,
 )
+from tarflow_jax.sampling.decode import decode_by_student
 from tarflow_jax.student import StudentConfig, TrainedStudent
 from tarflow_jax.training.workdir import read_student, read_workdir
 
@@ -82,15 +82,10 @@ class TarFlowPipeline:
         mesh: Mesh | None = None,
         memory_bound: int | None = None,
     ) -> None:
-        """Wraps variables.
+        """Wraps variables of the shape of `config`; see the attributes.
 
         Args:
-          config: the model's shape.
-          variables: of that shape.
-          noise: the training noise.
           ema_params: averaged parameters, used instead of the raw ones; `save_pretrained` keeps both.
-          card: fields of the model card, see `interop.model_card`.
-          label_names: names of the classes.
           student: for the decoder `Student()`.
           mesh: devices to run on (`tarflow_jax.runtime.make_mesh`); None is the default device.
           memory_bound: bytes that a batch's activations may take, on all devices together; None is half of what an
@@ -122,11 +117,6 @@ class TarFlowPipeline:
             f"{type(self).__name__}({shape}, {config.num_classes or 'no'} classes, noise {noise}, "
             f"{number:,} parameters on {where})"
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        if self._runner.mesh is not None:
-            raise UserError("a pipeline on a mesh is not copied or pickled; save_pretrained, and open it again")
-        return self.__dict__
 
     def _flatten(self) -> tuple[Any, _Static]:
         student = self._student
@@ -187,9 +177,7 @@ class TarFlowPipeline:
         noise_std_min: float | None = None,
         **options: Any,
     ) -> Self:
-        """Loads a state dict of a PyTorch reference: TarFlow, iTARFlow or STARFlow.
-
-        See `interop.load_torch` for other arguments and errors.
+        """Loads a state dict of a PyTorch reference, TarFlow, iTARFlow or STARFlow; see `interop.load_torch`.
 
         Args:
           noise_std: σ of the training noise, an iTARFlow's highest; None if unknown.
@@ -235,22 +223,11 @@ class TarFlowPipeline:
         interop.save_model(folder, saved, dtype=dtype, student=student)
 
     def push_to_hub(self, name: str, *, private: bool = False, token: str | None = None, **options: Any) -> str:
-        """Saves the model to the Hugging Face hub as "owner/name", which is created if it is missing.
+        """Saves the model to the Hugging Face hub as "owner/name"; see `interop.push_model`.
 
-        Args:
-          private: whether a new repository is private.
-          token: None is the one of `hf auth login` or HF_TOKEN.
-          options: `dtype` and `card`, see `save_pretrained`.
-
-        Returns:
-          The commit's URL.
-
-        Raises:
-          ValueError: an invalid name, or the hub refused.
+        `options` are those of `save_pretrained`. Returns the commit's URL.
         """
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **options | {"card": {"name": name, **(options.get("card") or {})}})
-            return interop.push_model(folder, name, private=private, token=token)
+        return interop.push_model(self.save_pretrained, name, private=private, token=token, **options)
 
     # Noise and student
 
@@ -265,8 +242,6 @@ class TarFlowPipeline:
     def sampling_noise_std(self) -> float | None:
         """Noise level of a noise-conditional flow's samples, for `decode`; None for other flows."""
         return self.noise_std if self.config.noise_conditional else None
-
-    drawn_level = sampling_noise_std  # its name before
 
     @functools.cached_property
     def student(self) -> TrainedStudent | None:
@@ -301,13 +276,15 @@ class TarFlowPipeline:
         Raises:
           ValueError: a shape, dtype, label, noise level, condition or mask that does not fit the model.
         """
-        return self._density(likelihood.encode, self.config, images, labels, noise_std, condition, mask)
+        rows = self._rows(images, labels, noise_std, condition, mask)
+        return self._runner.call(likelihood.encode, self.config, self.variables, rows)
 
     def log_prob(
         self, images: Any, labels: Any = None, noise_std: Any = None, condition: Any = None, mask: Any = None
     ) -> jax.Array:
         """Returns log p(x | label, condition), float32 [B], nats; arguments and errors are those of `encode`."""
-        return self._density(likelihood.log_prob, in_float32(self.config), images, labels, noise_std, condition, mask)
+        rows = self._rows(images, labels, noise_std, condition, mask)
+        return self._runner.call(likelihood.log_prob, in_float32(self.config), self.variables, rows)
 
     def patch_log_prob(
         self, images: Any, labels: Any = None, noise_std: Any = None, condition: Any = None
@@ -316,15 +293,9 @@ class TarFlowPipeline:
 
         `likelihood.patch_log_prob` explains what a share means. Arguments and errors are those of `encode`.
         """
-        self._require_images("patch_log_prob")
-        return self._density(likelihood.patch_log_prob, in_float32(self.config), images, labels, noise_std, condition)
-
-    def _density(self, function: Any, config: TarFlowConfig, images: Any, *keywords: Any) -> Any:
-        """Calls a function of `likelihood`; warns about pixels. (What `denoise` gets may be samples, or latents.)"""
-        rows = self._validated(images, *keywords)
-        if not self.config.is_sequence:
-            arguments.warn_about_pixels(rows["images"])
-        return self._run(function, config, rows)
+        arguments.require_images(self.config, "patch_log_prob")
+        rows = self._rows(images, labels, noise_std, condition)
+        return self._runner.call(likelihood.patch_log_prob, in_float32(self.config), self.variables, rows)
 
     def bits_per_dim(
         self, key: jax.Array, images_uint8: Any, labels: Any = None, noise_std: Any = None, condition: Any = None
@@ -334,12 +305,11 @@ class TarFlowPipeline:
         This is an upper bound in expectation over the noise that `key` draws. Other arguments and errors are those of
         `encode`.
         """
-        self._require_images("bits_per_dim")
         images = arguments.check_pixels(self.config, images_uint8)
         rows = {"images": images, "index": jnp.arange(len(images))}
         rows["conditioning"] = self._conditioning(len(images), labels, noise_std, condition)
         key = jax.random.fold_in(check_key(key), 0)
-        return self._run(likelihood.image_bits_per_dim, in_float32(self.config), rows, key=key)
+        return self._runner.call(likelihood.image_bits_per_dim, in_float32(self.config), self.variables, rows, key=key)
 
     # Denoising
 
@@ -374,24 +344,23 @@ class TarFlowPipeline:
             starts below its lowest level; or as in `encode`.
         """
         std = arguments.check_denoising(self.config, self.noise, noise_std, multiplier, method, return_trajectory)
-        rows = self._validated(images, labels, std if self.config.noise_conditional else None, condition, mask)
-        variables = self.variables
-        config = self.config if is_traced(variables) else gradient_config(self.config, self._runner, variables)
-        run = functools.partial(self._run, config=config, rows=rows, bytes_per_image=backward_bytes(config))
+        level, images = std if self.config.noise_conditional else None, check_images(self.config, images)
+        rows = {"images": images, "conditioning": self._conditioning(len(images), labels, level, condition, mask)}
+        config = gradient_config(self.config, self._runner, self.variables)
+        options: dict[str, Any] = {"rows": rows, "bytes_per_image": backward_bytes(config)}
+        run: Any = functools.partial(self._runner.call, config=config, variables=self.variables, **options)
         if method is None:
-            rows["noise_std"] = jnp.broadcast_to(jnp.asarray(std, jnp.float32), len(rows["images"]))
+            rows["noise_std"] = jnp.broadcast_to(jnp.asarray(std, jnp.float32), len(images))
             return run(sampling.denoise, multiplier=arguments.check_number("multiplier", multiplier))
         if method.kind == "sde":
-            if key is None:
-                raise UserError("a method of kind 'sde' draws noise; give denoise a key")
-            rows["key_data"] = jax.random.key_data(jax.random.split(check_key(key), len(rows["images"])))
+            rows["key_data"] = jax.random.key_data(jax.random.split(check_key(key), len(images)))
         # The lowest level is traced, so that another one does not recompile.
         std_min = jnp.float32(method.std_min or (self.noise and self.noise.std_min))
         method = dataclasses.replace(method, std_min=None)
         result = run(functools.partial(sampling.iterate, method=method, trajectory=return_trajectory), std_min=std_min)
         if not return_trajectory:
             return result
-        path = jnp.concatenate([rows["images"][None], jnp.moveaxis(result, 1, 0)])
+        path = jnp.concatenate([images[None], jnp.moveaxis(result, 1, 0)])
         return path[-1], path
 
     def denoise_samples(
@@ -409,8 +378,6 @@ class TarFlowPipeline:
         if method is None and self.config.noise_conditional and self.config.image_bits:
             method = DEFAULT_DENOISING
         return self.denoise(images, labels, self.sampling_noise_std, multiplier, method, **options)
-
-    denoise_drawn = denoise_samples  # its name before
 
     # Sampling
 
@@ -447,9 +414,8 @@ class TarFlowPipeline:
           ValueError: a shape, dtype or label that does not fit the model, class guidance of an unconditional one, not
             one decoder per block, or no student of these weights.
         """
-        return self._decode(
-            sampling.decode, latents, labels, guidance, decoder, noise_std, condition, mask, null_condition
-        )
+        keywords = noise_std, condition, mask, null_condition
+        return self._decode(sampling.decode, latents, labels, guidance, decoder, *keywords)
 
     def decode_trace(
         self,
@@ -467,34 +433,33 @@ class TarFlowPipeline:
         The clean images of `Student()` are not an inverse, so they have no log_det, updates or residuals; their
         trajectory ends with the noisy images.
         """
-        return self._decode(
-            sampling.decode_trace, latents, labels, guidance, decoder, noise_std, condition, mask, null_condition
-        )
+        keywords = noise_std, condition, mask, null_condition
+        return self._decode(sampling.decode_trace, latents, labels, guidance, decoder, *keywords)
 
     def _decode(
         self, function: Any, latents: Any, labels: Any, guidance: Any, decoder: DecoderChoice, *keywords: Any
     ) -> Any:
         """Calls `sampling.decode`, `decode_trace` or `decode_log_prob`."""
-        guidance = checked("guidance", guidance, Guidance | None)
-        guidance = guidance and guidance.checked_for(self.config)
-        if guidance and self._condition_required and keywords[-1] is None:
-            raise UserError("guidance needs a flow fitted with drop_condition, or a null_condition")
+        without_null = self._condition_required and keywords[-1] is None
+        guidance = arguments.check_guidance(self.config, guidance, without_null)
+        latents = check_images(self.config, latents, "latents")
         if isinstance(decoder, Student) and not decoder.polish:
             weight = arguments.check_student_guidance(self.require_student().config, guidance)
             images, path = self._by_student(latents, labels, weight)
             if function is sampling.decode:
                 return images
-            trajectory = jnp.concatenate([jnp.asarray(latents)[:, None], jnp.flip(path, 1)], axis=1)
+            trajectory = jnp.concatenate([latents[:, None], jnp.flip(path, 1)], axis=1)
             return Decoded(images, None, trajectory, None, None)
-        rows = self._validated(latents, labels, *keywords, name="latents")
+        rows = {"latents": latents, "conditioning": self._conditioning(len(latents), labels, *keywords)}
         decoders = arguments.check_decoders(self.config, decoder)
         if decoders and any(isinstance(one, Student) or getattr(one, "init", "") == "student" for one in decoders):
             most = self.require_student().config.max_guidance
             weight = jnp.clip(guidance.weight, 0, most) if guidance else 0.0
             _, rows["guess"] = self._by_student(latents, labels, weight)
-        return self._run(
+        return self._runner.call(
             functools.partial(function, decoders=decoders),
             self.config,
+            self.variables,
             rows,
             bytes_per_image=decoding_bytes(self.config, at_once=decoders is not None) * (1 if guidance is None else 2),
             # For one image, XLA on CPU copies the caches at every token; for two it does not.
@@ -504,11 +469,10 @@ class TarFlowPipeline:
 
     def _by_student(self, latents: Any, labels: Any, weight: Any) -> tuple[jax.Array, jax.Array]:
         """Returns the student's clean images [B, H, W, K], and its trajectory [B, F, H, W, K] by block number."""
-        student, latents = self.require_student(), check_images(self.config, latents, "latents")
-        labels = arguments.check_labels(self.config, labels, len(latents))
+        student, labels = self.require_student(), arguments.check_labels(self.config, labels, len(latents))
         rows = {"latents": latents, "labels": labels, "weights": jnp.full(len(latents), weight, jnp.float32)}
-        size, function = forward_bytes(student.config.shape), sampling.decode_by_student
-        return self._run(function, student.config, rows, variables=student.variables, bytes_per_image=size)
+        function = functools.partial(decode_by_student, config=student.config)
+        return self._runner.call(function, student.config.shape, student.variables, rows)
 
     def sample(
         self,
@@ -547,26 +511,16 @@ class TarFlowPipeline:
         Raises:
           ValueError: as in `decode` and `denoise`.
         """
-        checked("denoise", denoise, bool | IterativeDenoising | None)
-        if return_log_prob and (isinstance(decoder, Student) or denoise or (denoise is None and self.noise_std)):
-            raise UserError("return_log_prob=True requires denoise=False and an exact decoder")
-        if decoder == Student():
-            if denoise not in (None, True) or denoise_multiplier != 1:
-                raise UserError("Student() gives clean images by itself; leave denoise out, or polish")
-            return self.decode(self.latents(key, num_images), labels, guidance, decoder)
-        if denoise is None:
-            denoise = self.noise_std is not None
-        if denoise and self.noise_std is None:
-            self.denoise(jnp.zeros((1, *self.config.data_shape)))  # raises, with the reason
+        asked = decoder, denoise, denoise_multiplier, return_log_prob
+        denoise = arguments.check_sampling(self.config, self.noise, *asked)
         latents = self.latents(key, num_images)
         function = sampling.decode_log_prob if return_log_prob else sampling.decode
         keywords = self.sampling_noise_std, condition, mask, null_condition
         images = self._decode(function, latents, labels, guidance, decoder, *keywords)
         if not denoise:
             return images
-        method = denoise if isinstance(denoise, IterativeDenoising) else None
-        options = {"key": jax.random.fold_in(key, 1), "condition": condition, "mask": mask}
-        return self.denoise_samples(images, labels, denoise_multiplier, method, **options)
+        method, key = denoise if isinstance(denoise, IterativeDenoising) else None, jax.random.fold_in(key, 1)
+        return self.denoise_samples(images, labels, denoise_multiplier, method, key=key, condition=condition, mask=mask)
 
     def latents(self, key: jax.Array, num_images: int) -> jax.Array:
         """Draws the standard normal latents of `sample`, shaped as the model's images or sequences."""
@@ -579,64 +533,17 @@ class TarFlowPipeline:
     def _condition_required(self) -> bool:
         return arguments.condition_required(self.config, self.variables)
 
-    def _require_images(self, method: str) -> None:
-        if self.config.is_sequence:
-            raise UserError(f"{method} is of images, and this model of sequences; use log_prob")
-
     def _conditioning(self, batch_size: int, *keywords: Any) -> Conditioning:
         """Checks keywords in the order of `arguments.check_conditioning`."""
         required = self._condition_required
         return arguments.check_conditioning(self.config, batch_size, *keywords, noise=self.noise, required=required)
 
-    def _validated(self, images: Any, *keywords: Any, name: str = "images") -> dict[str, Any]:
-        """Checks the arrays [B, …] of a call and returns them by argument name; `name` is that of the images."""
-        images = check_images(self.config, images, name)
-        return {name: images, "conditioning": self._conditioning(len(images), *keywords)}
-
-    def _run(
-        self,
-        function: Any,
-        config: TarFlowConfig | StudentConfig,
-        rows: Mapping[str, Any],
-        *,
-        variables: Any = None,
-        bytes_per_image: int = 0,
-        smallest: int = 1,
-        **shared: Any,
-    ) -> Any:
-        """Calls a pure function, in batches, or at once if anything is traced.
-
-        Args:
-          function: called with (flow, variables, **rows, **shared); a student's gets its config instead of the flow.
-          config: of the flow or the student.
-          rows: trees of arrays [B, …] by argument name.
-          variables: None is the flow's.
-          bytes_per_image: of activations; 0 is those of a forward pass.
-          smallest: see `BatchRunner.run`.
-        """
-        variables = self.variables if variables is None else variables
-        variables = jax.tree.map(
-            lambda leaf: leaf if leaf.dtype == jnp.float32 else leaf.astype(jnp.float32), variables
-        )
-        if is_traced((rows, shared, variables)):
-            static = TarFlow(config) if isinstance(config, TarFlowConfig) else config  # differentiable in every mode
-            variables = jax.lax.stop_gradient(variables) | {"params": variables["params"]}
-            with jax.default_matmul_precision("highest"):
-                return function(static, variables, **rows, **shared)
-        static = device_flow(config) if isinstance(config, TarFlowConfig) else config
-        name = getattr(function, "func", function).__name__
-        results = self._runner.run(
-            functools.partial(function, static),
-            variables,
-            rows,
-            bytes_per_image=bytes_per_image or forward_bytes(self.config),
-            smallest=smallest,
-            description=name,
-            **shared,
-        )
-        arguments.check_finite(name, jax.tree.leaves(results)[0])
-        with jax.default_device(self._runner.device(variables)):
-            return jax.tree.map(jnp.asarray, results)
+    def _rows(self, images: Any, *keywords: Any) -> dict[str, Any]:
+        """Checks the arrays [B, …] of a call and returns them by argument name; warns about unscaled pixels."""
+        images = check_images(self.config, images)
+        if not self.config.is_sequence:
+            arguments.warn_about_pixels(images)
+        return {"images": images, "conditioning": self._conditioning(len(images), *keywords)}
 
 
 jax.tree_util.register_pytree_with_keys(TarFlowPipeline, TarFlowPipeline._flatten, TarFlowPipeline._unflatten)

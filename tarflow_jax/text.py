@@ -17,8 +17,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import safetensors.numpy
 
-from tarflow_jax import interop
-from tarflow_jax.errors import UserError, one_line
+from tarflow_jax.errors import MissingPackageError, UserError, one_line
 from tarflow_jax.files import replacing, write_text
 from tarflow_jax.fingerprint import fingerprint
 
@@ -127,15 +126,29 @@ class T5Encoder:
 
     def __init__(self, name: str, length: int = 128) -> None:
         """Loads a folder or a model of the hub; raises UserError if that fails or a package is missing."""
-        self.name, self.length = name, length
-        self._network, self._tokenizer, self.dim = interop.load_t5(name)
+        try:
+            import transformers
+        except ImportError as error:
+            message = "a T5 needs transformers and PyTorch; pip install transformers sentencepiece torch"
+            raise MissingPackageError(message) from error
+        try:
+            self._network = transformers.T5EncoderModel.from_pretrained(name, use_safetensors=True).eval()
+            self._tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        except Exception as error:  # transformers raises nearly anything
+            raise UserError(f"{name} is no T5 that transformers can load: {one_line(error)}") from error
+        self._network.requires_grad_(False)
+        self.name, self.length, self.dim = name, length, self._network.config.d_model
 
     @property
     def fingerprint(self) -> str:
         return f"{self.name} {self.length}"
 
     def __call__(self, captions: Sequence[str]) -> np.ndarray:
-        return interop.t5_embeddings(self._network, self._tokenizer, captions, self.length)
+        tokens = self._tokenizer(
+            list(captions), max_length=self.length, padding="max_length", truncation=True, return_tensors="pt"
+        )
+        found = self._network(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        return (found * tokens.attention_mask[:, :, None]).float().numpy()  # zeros after the token that marks the end
 
     def save(self, folder: Path) -> None:
         write_text(folder / ENCODER, json.dumps({"kind": "t5", "name": self.name, "length": self.length}) + "\n")

@@ -6,7 +6,6 @@ images = pipe("a red heart", num_images=4)
 
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +18,7 @@ from tarflow_jax import interop
 from tarflow_jax.autoencoder import Autoencoder
 from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.files import write_text
+from tarflow_jax.interop.model_folder import TEXT_TO_IMAGE, local_target
 from tarflow_jax.options import shown
 from tarflow_jax.pipeline import TarFlowPipeline
 from tarflow_jax.sampling import Guidance
@@ -82,14 +82,14 @@ class TextToImage:
         else:
             root = interop.local_folder(name)
             try:
-                fields = json.loads((root / interop.TEXT_TO_IMAGE).read_bytes())
+                fields = json.loads((root / TEXT_TO_IMAGE).read_bytes())
                 if fields["format"] != FORMAT:
                     raise UserError(f"its format is {fields['format']}; expected {FORMAT}")
                 guidance = Guidance.from_dict(fields["guidance"])
             except FileNotFoundError:
                 raise UserError(f"{name} is a flow alone, without autoencoder and text encoder") from None
             except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{root / interop.TEXT_TO_IMAGE}: {one_line(error)}") from None
+                raise UserError(f"{root / TEXT_TO_IMAGE}: {one_line(error)}") from None
         text = open_text_encoder(root / "text") if flow.config.has_prefix else None
         return cls(flow, Autoencoder.from_pretrained(root / "autoencoder"), text, guidance)
 
@@ -106,18 +106,16 @@ class TextToImage:
             parts["text encoder"] = f"{self.text.length} embeddings of {self.text.dim} a caption"
         card = {"parts": parts, **(options.get("card") or {})}
         fields = {"format": FORMAT, "guidance": (self.guidance or Guidance()).to_dict()}
-        with interop.local_target(folder) as target:
+        with local_target(folder) as target:
             self.flow.save_pretrained(target, **options | {"card": card})
             self.autoencoder.save_pretrained(target / "autoencoder", dtype=options.get("dtype", "float32"))
             if self.text:
                 self.text.save(target / "text")
-            write_text(target / interop.TEXT_TO_IMAGE, json.dumps(fields) + "\n")
+            write_text(target / TEXT_TO_IMAGE, json.dumps(fields) + "\n")
 
     def push_to_hub(self, name: str, *, private: bool = False, token: str | None = None, **options: Any) -> str:
         """Saves all parts to the Hugging Face hub; see `TarFlowPipeline.push_to_hub`."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **options | {"card": {"name": name, **(options.get("card") or {})}})
-            return interop.push_model(folder, name, private=private, token=token)
+        return interop.push_model(self.save_pretrained, name, private=private, token=token, **options)
 
     def __call__(
         self,

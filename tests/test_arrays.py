@@ -11,7 +11,8 @@ import pytest
 
 import tarflow_jax
 from tarflow_jax import Guidance, IterativeDenoising, Noise, TarFlow, TarFlowConfig, TarFlowPipeline
-from tarflow_jax.flow import Conditioning, block_orders, order_within
+from tarflow_jax.flow import Conditioning, block_orders
+from tarflow_jax.flow.tokens import order_within
 from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi
 from tiny_models import new_variables, random_variables
 

@@ -1,4 +1,4 @@
-"""The autoencoder against diffusers' AutoencoderKL with random weights, its files, and its tiles."""
+"""The autoencoder against diffusers' AutoencoderKL with random weights, and its files."""
 
 import dataclasses
 import functools
@@ -171,7 +171,7 @@ def test_the_module_reconstructs(tiny):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_diffusers_opens_what_it_saves(dtype, tiny, folder, tmp_path):
-    autoencoder = Autoencoder(dataclasses.replace(tiny.config, dtype=dtype), tiny.params, tile=64)
+    autoencoder = Autoencoder(dataclasses.replace(tiny.config, dtype=dtype), tiny.params)
     autoencoder.save_pretrained(tmp_path / "new")
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == [CONFIG, WEIGHTS]
     model = diffusers.AutoencoderKL.from_pretrained(tmp_path / "new")
@@ -179,7 +179,7 @@ def test_diffusers_opens_what_it_saves(dtype, tiny, folder, tmp_path):
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     old, new = (json.loads((path / CONFIG).read_text()) for path in (folder, tmp_path / "new"))
-    assert new["sample_size"] == model.config.sample_size == 64  # its tiles are ours
+    assert new["sample_size"] == model.config.sample_size == 512
     assert [name for name in old if name[:1] != "_" and old[name] != new.get(name)] == ["force_upcast", "sample_size"]
     again = Autoencoder.from_pretrained(tmp_path / "new", dtype=dtype)
     assert again.config == autoencoder.config
@@ -383,7 +383,7 @@ def test_patches_are_channels_of_diffusers_network(tmp_path):
     torch_model(**TINY | {"in_channels": 12, "out_channels": 12}).save_pretrained(tmp_path)
     network = Autoencoder.from_pretrained(tmp_path)
     config = dataclasses.replace(network.config, image_channels=3, patch_size=2)
-    Autoencoder(config, network.params, tile=32).save_pretrained(tmp_path)
+    Autoencoder(config, network.params).save_pretrained(tmp_path)
     again = Autoencoder.from_pretrained(tmp_path)
     assert again.config == config
     assert config.factor == 4
@@ -398,27 +398,6 @@ def test_patches_are_channels_of_diffusers_network(tmp_path):
     np.testing.assert_allclose(decoded[:, 1::2, 0::2], unfolded[..., 6:9], atol=1e-5)
     model = diffusers.AutoencoderKL.from_pretrained(tmp_path)
     assert model.config.in_channels == model.config.out_channels == 12
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [(40, 28), (16, 30)])
-def test_tiles_equal_diffusers(size, tiny, folder):
-    model = diffusers.AutoencoderKL.from_pretrained(folder).requires_grad_(False)
-    model.enable_tiling()
-    model.tile_sample_min_size, model.tile_latent_min_size = 16, 8
-    tiled = Autoencoder(tiny.config, tiny.params, tile=16)
-    images = images_of(tiny.config, 2, *size)
-    latents = latents_of(tiny.config, 2, size[0] // 2, size[1] // 2)
-    assert_equal_to(model, tiled, images, latents)
-    assert np.abs(tiled.encode(images) - tiny.encode(images)).max() > 1e-3  # the tiles matter
-
-
-@pytest.mark.slow
-def test_small_images_are_one_tile(tiny):
-    tiled = Autoencoder(tiny.config, tiny.params, tile=16)
-    images, latents = images_of(tiny.config), latents_of(tiny.config)
-    np.testing.assert_array_equal(tiled.encode(images), tiny.encode(images))
-    np.testing.assert_array_equal(tiled.decode(latents), tiny.decode(latents))
 
 
 @pytest.mark.slow
@@ -438,7 +417,6 @@ def test_small_images_are_one_tile(tiny):
         (lambda x: Autoencoder(x.config, {}), "params lacks tensor decoder"),
         (lambda x: Autoencoder(x.config, None), "params is None"),
         (lambda x: Autoencoder("sd", x.params), "config is 'sd'"),
-        (lambda x: Autoencoder(x.config, x.params, tile=20), "tile is 20; expected a multiple of 8"),
     ],
 )
 def test_errors_are_one_line(call, message, tiny):

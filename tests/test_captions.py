@@ -65,31 +65,6 @@ def test_metadata_of_another_kind_is_refused(captioned, tmp_path):
         data.open_source(f"folder:{captioned}", "train", data_dir=tmp_path / "data")
 
 
-def test_webdataset_tars(tmp_path):
-    for number in range(2):
-        with tarfile.open(tmp_path / f"{number}.tar", "w") as archive:
-            for index in range(20):
-                caption = json.dumps({"caption": f"thing {index}"}).encode()
-                members = {"png": png(index), "cls": str(index % 3).encode(), "json": caption}
-                for ending, content in members.items():
-                    member = tarfile.TarInfo(f"a/{index:04d}.{ending}")
-                    member.size = len(content)
-                    archive.addfile(member, io.BytesIO(content))
-    files = ",".join(str(tmp_path / f"{number}.tar") for number in range(2))
-    options = {"data_dir": tmp_path / "data", "image_size": (16, 16)}
-    name = data.prepare_source(f"webdataset:{files}", **options)
-    sources = [data.open_source(name, split, **options) for split in ("train", "test")]
-    assert sum(map(len, sources)) == 40
-    for source in sources:
-        images, labels = source.read(range(len(source)))
-        indices = images[:, 0, 0, 0]
-        np.testing.assert_array_equal(labels, indices % 3)
-        assert list(source.captions) == [(f"thing {index}",) for index in indices]
-    (tmp_path / "0.tar").write_bytes((tmp_path / "0.tar").read_bytes()[:3000])
-    with pytest.raises(UserError, match=r"webdataset:.*not a complete"):
-        data.prepare_source(f"webdataset:{files}", **options | {"data_dir": tmp_path / "other"})
-
-
 def test_emoji_of_two_vendors_share_names_and_splits(tmp_path):
     entries = [
         {

@@ -14,7 +14,7 @@ from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Sequential
 from tiny_models import LABELS, TINY, VP, decode, encode, images_of, random_variables
 
-EXACT = [Jacobi(tolerance=0), GaussSeidelJacobi(3, tolerance=0, init="zeros")]
+EXACT = [Jacobi(tolerance=0), GaussSeidelJacobi(3, tolerance=0)]
 LONGER = dataclasses.replace(TINY, image_size=(8, 10))  # 20 tokens
 NOISE = Noise("gaussian", 0.1)
 

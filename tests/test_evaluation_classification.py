@@ -87,8 +87,6 @@ def test_outlier_scores():
     # Pairs won: 1 > 0, 2 > 0, 3 > 0, 3 > 2, and the tie 2 = 2 for a half.
     assert scores["auroc"] == pytest.approx(4.5 / 6)
     assert scores["mean_inside"] == pytest.approx(1.0)
-    assert sum(scores["histogram_inside"]) == 3
-    assert sum(scores["histogram_outside"]) == 2
     with pytest.raises(ValueError, match="not finite"):
         outlier_scores(np.array([np.inf]), np.array([0.0]), num_dims=2)
 

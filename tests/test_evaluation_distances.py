@@ -88,7 +88,7 @@ def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, caplog):
 
 def test_metrics_of_a_set_against_itself(monkeypatch):
     few = functools.partial(scores.kernel_distance, subsets=3)
-    monkeypatch.setattr(distances, "kernel_distance", few)
+    monkeypatch.setattr(scores, "kernel_distance", few)
     images = random_images(1200)
     features = PIXELS(images)
     flat = features.pooled.astype(np.float64)

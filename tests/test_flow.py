@@ -19,11 +19,11 @@ from tarflow_jax.flow import (
     permute,
     to_tokens,
     unpermute,
-    updated_prior,
 )
 from tarflow_jax.flow.block import Affine, solve_unit_lower
 from tarflow_jax.likelihood import bits_per_dim, log_prob, training_loss
 from tarflow_jax.sampling import denoise
+from tarflow_jax.training.task import updated_prior
 from tiny_models import LABELS, TINY, TRIANGULAR, VP, decode, encode, images_of, new_variables, random_variables
 
 

@@ -9,9 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tarflow_jax.flow.attention import attend
 from tarflow_jax.flow.block import rotary_angles
-from tarflow_jax.flow.transformer import gelu, rotate
+from tarflow_jax.flow.transformer import attend, gelu, rotate
 from tarflow_jax.runtime import make_mesh, use_mesh
 from tarflow_jax.runtime.kernels import dot_general_of_training, splash
 from tiny_models import TINY, new_variables

@@ -187,7 +187,7 @@ def test_the_sde_draws_by_its_key():
     drawn = [pipe.denoise(images, None, 0.3, method=method, key=jax.random.key(seed)) for seed in (0, 0, 1)]
     np.testing.assert_array_equal(drawn[0], drawn[1])
     assert float(jnp.abs(drawn[0] - drawn[2]).max()) > 0.01
-    with pytest.raises(ValueError, match="give denoise a key"):
+    with pytest.raises(ValueError, match="key is None; expected one key"):
         pipe.denoise(images, None, 0.3, method=method)
 
 

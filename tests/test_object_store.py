@@ -1,10 +1,9 @@
-"""What is kept in an object store, gs://: locks, and what happens when the store fails."""
+"""What is kept in an object store, gs://, and what happens when the store fails."""
 
 import asyncio
 import itertools
 import random
 import re
-import signal
 import time
 
 import chex
@@ -34,55 +33,6 @@ def impatient(monkeypatch):
     monkeypatch.setattr(gcsfs.retry.asyncio, "sleep", lambda seconds: sleep(seconds / 100))
     retries = {"max_retries": 8, "initial_delay": "10ms", "max_delay": "100ms"}
     monkeypatch.setitem(tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT, "gcs_request_retries", retries)
-
-
-@pytest.fixture
-def short_lease(monkeypatch):
-    monkeypatch.setattr(files, "LEASE_S", 0.6)
-
-
-def test_a_lease_refuses_others_while_it_is_renewed_and_ends_with_its_owner(store, bucket, short_lease):
-    with files.sole_user(bucket):
-        lease = store.objects["run/lease.json"]
-        with (
-            pytest.raises(ValueError, match=r"process \d+ on \S+ works in gs://bucket/run; wait"),
-            files.sole_user(bucket),
-        ):
-            pass
-        assert store.objects["run/lease.json"].generation > lease.generation
-    assert not store.objects
-    store.objects["run/lease.json"] = lease  # the process was killed
-    begin = time.monotonic()
-    with files.sole_user(bucket):
-        assert time.monotonic() - begin > files.LEASE_S
-
-
-def test_a_lease_whose_answers_are_lost_is_ours(store, bucket, short_lease):
-    writes = []
-
-    def lose_every_second(request):
-        writes.extend([request] if request.method == "POST" else [])
-        return "lost" if request.method == "POST" and len(writes) % 2 else None
-
-    store.fault = lose_every_second
-    with files.sole_user(bucket):
-        first = store.objects["run/lease.json"].generation
-        deadline = time.monotonic() + 60
-        while len(writes) < 6 and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert store.objects["run/lease.json"].generation > first + 1
-    assert not store.objects
-    assert len(store.injected) >= 3
-
-
-def test_a_lock_that_the_store_refuses_or_delays_is_one_line(store, bucket, monkeypatch):
-    store.fault = lambda request: 403
-    with pytest.raises(OSError, match=r"could not lock gs://bucket/run: PERMISSION_DENIED: injected"):
-        files._lease(bucket / "lease.json", "a process").__enter__()
-    store.fault = lambda request: 503
-    monkeypatch.setattr(files, "REQUEST_S", 1)
-    with pytest.raises(OSError, match=r"could not lock gs://bucket/run: TimeoutError"):
-        files._lease(bucket / "lease.json", "a process").__enter__()
 
 
 def test_what_another_process_wrote_is_seen(store, bucket):
@@ -123,40 +73,10 @@ def test_a_model_is_saved_to_the_store_and_opened_from_it(store, bucket):
 
 
 @pytest.mark.slow
-def test_of_several_that_start_at_once_one_has_the_lock():
-    code, out, err = commands.run("tests/races.py", 4)
-    assert (code, out) == (0, "4 races of 4 processes: one winner in each\n"), err
-
-
-@pytest.mark.slow
 def test_ended_at_any_request_a_run_goes_on_to_the_same_parameters(tmp_path):
     code, out, err = commands.run("tests/object_store_kills.py", tmp_path, 3)
     assert code == 0, err
     assert "the same parameters, bit for bit" in out
-
-
-@pytest.mark.slow
-def test_a_process_that_slept_while_another_took_its_lock_ends(store, bucket, monkeypatch):
-    program = (
-        "from tarflow_jax import files\n"
-        "files.LEASE_S = 1\n"
-        f"with files.sole_user({str(bucket)!r}):\n"
-        "    print('in', flush=True)\n"
-        "    import time\n"
-        "    time.sleep(60)"
-    )
-    monkeypatch.setattr(files, "LEASE_S", 1)
-    process = commands.start("-c", program)
-    assert process.stdout.readline() == "in\n"
-    process.send_signal(signal.SIGSTOP)
-    with files.sole_user(bucket):
-        process.send_signal(signal.SIGCONT)
-        out, err = process.communicate(timeout=60)
-        assert (process.returncode, out) == (1, "")
-        assert re.search(
-            r"\nerror: this process did not renew its lock in time: process \d+ on \S+ works in gs://", err
-        )
-    assert not store.objects
 
 
 @pytest.mark.slow
@@ -168,7 +88,6 @@ def test_a_command_says_in_one_line_that_the_store_refuses(store, bucket):
     assert code == 1
     assert re.fullmatch("error: could not write a checkpoint in gs://bucket/run/checkpoints: .*", err.splitlines()[-1])
     assert "Traceback" not in err
-    assert "run/lease.json" not in store.objects
     store.fault = lambda request: 403
     code, _, err = commands.run("-m", "launch.sample", f"--workdir={bucket}")
     assert (code, err.splitlines()[-1]) == (1, "error: Forbidden: b/bucket/o injected")
@@ -189,7 +108,6 @@ def test_every_command_finds_its_files_in_the_store(store, bucket):
         assert code == 0, err
     written = {name.removeprefix("run/").split("/")[0] for name in store.objects}
     assert written >= {"checkpoints", "evaluation", "metrics.jsonl", "samples", "student", "tensorboard"}
-    assert "run/lease.json" not in store.objects
     pipe = TarFlowPipeline.from_pretrained(bucket)
     assert pipe.student is not None
     assert pipe.sample(jax.random.key(0), 2).shape == (2, 8, 8, 1)

@@ -11,7 +11,6 @@ import pytest
 from runs import SMALL
 from tarflow_jax import Guidance, IterativeDenoising, Noise, TarFlowPipeline, arguments
 from tarflow_jax.errors import UserError
-from tarflow_jax.runtime import make_mesh
 from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Student
 from tiny_models import LABELS, TINY, VP, images_of, random_variables
 
@@ -25,12 +24,6 @@ def pipe():
 def test_copies_compute_the_same(pipe, duplicate):
     images = images_of(TINY)
     np.testing.assert_array_equal(duplicate(pipe).log_prob(images, LABELS), pipe.log_prob(images, LABELS))
-
-
-def test_a_pipeline_on_a_mesh_says_what_to_do_instead_of_being_copied(pipe):
-    sharded = TarFlowPipeline(TINY, pipe.variables, pipe.noise, mesh=make_mesh())
-    with pytest.raises(ValueError, match="on a mesh is not copied or pickled; save_pretrained"):
-        copy.deepcopy(sharded)
 
 
 def test_it_says_what_it_is(pipe):

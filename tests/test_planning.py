@@ -82,7 +82,6 @@ def test_a_sampler_gathers_sharded_parameters_once():
 
 PLAN = Plan(
     topology="v5e:2x4",
-    num_slices=1,
     device_memory=1000,
     device_flops=10.0,
     mesh={"data": 8, "fsdp": 1, "tensor": 1},

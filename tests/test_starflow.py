@@ -263,7 +263,7 @@ def turn(state):
     ("spoil", "message"),
     [
         (drop_mask, "not a TarFlow of the reference"),
-        (add_denoiser, r"is a model of videos \(it has a learnable_self_denoiser\); expected one of images$"),
+        (add_denoiser, "has tensor learnable_self_denoiser.proj_in.weight, which no model"),
         (turn, "buffer feat_rope.freqs_cos has other values"),
         (lambda state: state.pop("blocks.1.sos_embed"), "lacks tensor blocks.1.sos_embed"),
         (lambda state: state.pop("blocks.2.proj_txt.bias"), "lacks tensor blocks.2.proj_txt.bias"),

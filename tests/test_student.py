@@ -18,10 +18,10 @@ from tarflow_jax.interop import load_student
 from tarflow_jax.interop.model_folder import checksum as fields_fingerprint
 from tarflow_jax.interop.tensors import flatten
 from tarflow_jax.runtime.parameters import row_of, student_shapes
-from tarflow_jax.sampling import GaussSeidelJacobi, Jacobi, Sequential
+from tarflow_jax.sampling import Jacobi, Sequential, guided_trajectory
 from tarflow_jax.sampling import Student as ByStudent
 from tarflow_jax.student import Perception, Student, StudentConfig, TrainedStudent, distillation_loss
-from tarflow_jax.student.loss import flow_trajectory, perceptual_distance
+from tarflow_jax.student.loss import perceptual_distance
 from tiny_models import LABELS, TINY, TRIANGULAR, VP, images_of, random_variables
 
 GAUSSIAN = Noise("gaussian", 0.1)
@@ -86,7 +86,7 @@ def test_it_sees_every_token_the_label_and_the_weight():
 
 def test_the_trajectory_is_what_the_blocks_read():
     variables, images, labels = random_variables(TRIANGULAR), images_of(TRIANGULAR), jnp.asarray(LABELS)
-    latents, trajectory = jax.jit(functools.partial(flow_trajectory, TarFlow(TRIANGULAR)))(
+    latents, trajectory = jax.jit(functools.partial(guided_trajectory, TarFlow(TRIANGULAR)))(
         variables, images, Conditioning(labels)
     )
     flow = TarFlowPipeline(TRIANGULAR, variables, GAUSSIAN)
@@ -169,7 +169,7 @@ def test_the_parallel_inverse_that_begins_at_it_is_exact(pipe):
 @pytest.mark.slow
 def test_a_perfect_guess_takes_one_update(pipe):
     images = images_of(TINY)
-    latents, trajectory = jax.jit(functools.partial(flow_trajectory, TarFlow(TINY)))(
+    latents, trajectory = jax.jit(functools.partial(guided_trajectory, TarFlow(TINY)))(
         pipe.variables, images, Conditioning(LABELS)
     )
 
@@ -219,7 +219,6 @@ def test_sampling_by_it_is_one_pass_and_clean(pipe):
             lambda pipe, z: pipe.sample(jax.random.key(0), 1, decoder=ByStudent(), denoise=False),
             "clean images by itself",
         ),
-        (lambda pipe, z: pipe.decode(z, decoder=GaussSeidelJacobi(2, init="student")), "init is 'student'; expected"),
         (lambda pipe, z: TarFlowPipeline(TINY, pipe.variables).decode(z, decoder=ByStudent()), "has no student"),
         (lambda pipe, z: StudentConfig(TINY, layers_per_block=(1, 2)), "lists 2 blocks; expected 4, one for each"),
         (lambda pipe, z: StudentConfig(TINY, perceptual=-1.0), "perceptual is -1.0; expected"),

@@ -6,7 +6,6 @@ import gzip
 import json
 import math
 import struct
-import types
 
 import chex
 import jax
@@ -22,7 +21,7 @@ from tarflow_jax.flow import cast_kernels
 from tarflow_jax.likelihood import training_loss
 from tarflow_jax.runtime import make_mesh, replicated, shardings
 from tarflow_jax.scoring import loss_of
-from tarflow_jax.training import Checkpoints, FlowTask, Recipe, TrainConfig, metrics, train
+from tarflow_jax.training import Checkpoints, FlowTask, Recipe, TrainConfig, train
 from tarflow_jax.training.loop import evaluate_loss, run_keys
 from tarflow_jax.training.metrics import MetricsWriter
 from tarflow_jax.training.optimizer import Optimizer
@@ -254,29 +253,6 @@ def test_profile_of_some_steps(tmp_path):
     config.train.profile_steps = (3, 2)
     with pytest.raises(ValueError, match=r"train.profile_steps is \(3, 2\); expected \(first, last\)"):
         train(config, tmp_path / "other")
-
-
-def test_the_clock_counts_steps_alone(monkeypatch):
-    now = [0.0]
-    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
-    steps = metrics.StepClock()
-
-    def after(seconds, *, pause=0.0):
-        now[0] += seconds
-        steps.step_done()
-        if pause:
-            now[0] += pause
-            steps.pause()
-
-    after(30.0)  # compiled
-    after(0.5)
-    after(0.5, pause=100.0)
-    after(7.0)  # the devices were idle before it
-    after(0.5)
-    assert steps.rate() == pytest.approx(2.0)
-    after(0.25)
-    assert steps.rate() == pytest.approx(4.0)
-    assert steps.rate() == pytest.approx(4.0)  # nothing new
 
 
 @pytest.mark.slow

@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -24,29 +25,25 @@ from tarflow_jax.runtime import BatchRunner
 class Autoencoder:
     """Encodes images [B, H, W, K] in [-1, 1] as latents [B, h, w, Z], and decodes latents.
 
-    Latents are scaled: (z - config.shift_factor) * config.scaling_factor. Images larger than `tile` are processed in
-    tiles that overlap by a quarter and blend into each other, as in diffusers. That bounds memory but changes the
-    result, since norms and attention see one tile at a time. Attributes: config, params (on the device), tile.
+    Latents are scaled: (z - config.shift_factor) * config.scaling_factor. Attributes: config, params (on the device).
     """
 
-    def __init__(self, config: AutoencoderConfig, params: Mapping[str, Any], *, tile: int = 512) -> None:
-        """Wraps float32 parameters; raises UserError unless they fit the config and `tile` is 4n latents."""
+    def __init__(self, config: AutoencoderConfig, params: Mapping[str, Any]) -> None:
+        """Wraps float32 parameters; raises UserError unless they fit the config."""
         config, leaves = checked("config", config, AutoencoderConfig), flatten(checked("params", params, Mapping))
         check_tensors("params", {name: np.shape(leaf) for name, leaf in leaves.items()}, params_shapes(config))
-        self.config, self.tile, self._runner = config, checked("tile", tile, int, low=1), BatchRunner(mesh=None)
-        if tile % (4 * config.factor):
-            raise UserError(f"tile is {tile}; expected a multiple of {4 * config.factor} pixels, 4 latents")
+        self.config, self._runner = config, BatchRunner(mesh=None)
         self.params = self._runner.place(params)
 
     @classmethod
-    def from_pretrained(cls, folder: epath.PathLike, *, dtype: str = "float32", **options: Any) -> Self:
+    def from_pretrained(cls, folder: epath.PathLike, *, dtype: str = "float32") -> Self:
         """Loads a folder in diffusers' format, or its subfolder vae/.
 
-        `dtype` sets config.dtype; `options` are the constructor's. Raises FileNotFoundError for a missing file,
-        UserError for a damaged file or another network.
+        `dtype` sets config.dtype. Raises FileNotFoundError for a missing file, UserError for a damaged file or another
+        network.
         """
         config, params = read_folder(Path(checked("folder", folder, str | os.PathLike)))
-        return cls(dataclasses.replace(config, dtype=dtype), params, **options)
+        return cls(dataclasses.replace(config, dtype=dtype), params)
 
     def save_pretrained(self, folder: epath.PathLike, *, dtype: str = "float32") -> None:
         """Writes a folder that diffusers' AutoencoderKL.from_pretrained can load: both files, or none.
@@ -54,7 +51,7 @@ class Autoencoder:
         `dtype` is that of the saved weights, float32 or bfloat16.
         """
         folder = epath.Path(checked("folder", folder, str | os.PathLike))
-        write_folder(folder, self.config, self.params, self.tile, dtype)
+        write_folder(folder, self.config, self.params, dtype)
 
     def encode(self, images: Any, key: jax.Array | None = None) -> jax.Array:
         """Returns latents, float32 [B, h, w, Z]: the posterior's mean, or a sample drawn with a key of `jax.random`.
@@ -66,55 +63,29 @@ class Autoencoder:
 
     def posterior(self, images: Any) -> tuple[jax.Array, jax.Array]:
         """Returns mean and standard deviation of the latents, float32 [B, h, w, Z]; see `encode`."""
-        shift, scale, factor = self.config.shift_factor, self.config.scaling_factor, self.config.factor
-        images = _checked("images", images, self.config.image_channels, factor)
-        mean, log_variance = jnp.split(self._run("encode", images, self.tile, self.tile // factor), 2, axis=3)
-        return (mean - shift) * scale, jnp.exp(log_variance / 2) * scale
+        config = self.config
+        images = _checked("images", images, config.image_channels, config.factor)
+        mean, log_variance = jnp.split(self._run("encode", images, math.prod(images.shape[1:3])), 2, axis=3)
+        return (mean - config.shift_factor) * config.scaling_factor, jnp.exp(log_variance / 2) * config.scaling_factor
 
     def decode(self, latents: Any) -> jax.Array:
         """Returns images, float32 [B, H, W, K], not clipped; raises UserError unless given floats [B, h, w, Z]."""
         latents = _checked("latents", latents, self.config.latent_channels, 1)
         z = latents / self.config.scaling_factor + self.config.shift_factor
-        return self._run("decode", z, self.tile // self.config.factor, self.tile)
+        return self._run("decode", z, math.prod(z.shape[1:3]) * self.config.factor**2)
 
-    def _run(self, method: str, x: np.ndarray, tile: int, out_tile: int) -> jax.Array:
-        """Applies the network in batches, to tiles of side `tile` that become tiles of side `out_tile`."""
-        pixels = min(x.shape[1], tile) * min(x.shape[2], tile) * self.tile**2 // tile**2
+    def _run(self, method: str, x: np.ndarray, pixels: int) -> jax.Array:
+        """Applies the network in batches, to images of so many pixels or to their latents."""
         # Roughly four activations and twice the attention logits.
         size = 16 * pixels * max(self.config.block_out_channels[:2]) + 8 * (pixels // self.config.factor**2) ** 2
         program = functools.partial(_apply, self.config, method)
-
-        def run(x: np.ndarray) -> np.ndarray:
-            return self._runner.run(program, self.params, {"x": x}, bytes_per_image=size, description=method)
-
-        return jnp.asarray(_tiled(run, x, tile, out_tile) if max(x.shape[1:3]) > tile else run(x))
+        return jnp.asarray(self._runner.run(program, self.params, {"x": x}, bytes_per_image=size, description=method))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _apply(config: AutoencoderConfig, method: str, params: Any, x: jax.Array) -> jax.Array:
     result = AutoencoderKL(config).apply({"params": params}, x, method=method)
     return jnp.concatenate(result, axis=3) if method == "encode" else result
-
-
-def _tiled(function: Callable[[np.ndarray], np.ndarray], x: np.ndarray, tile: int, out_tile: int) -> np.ndarray:
-    step, blend, tiles = tile - tile // 4, out_tile // 4, {}
-    for i in (rows := range(0, x.shape[1], step)):
-        for j in (columns := range(0, x.shape[2], step)):
-            tiles[i, j] = np.array(function(x[:, i : i + tile, j : j + tile]))
-            if i:
-                _fade(tiles[i - step, j], tiles[i, j], blend, axis=1)
-            if j:
-                _fade(tiles[i, j - step], tiles[i, j], blend, axis=2)
-    kept = {at: y[:, : out_tile - blend, : out_tile - blend] for at, y in tiles.items()}
-    return np.concatenate([np.concatenate([kept[i, j] for j in columns], axis=2) for i in rows], axis=1)
-
-
-def _fade(before: np.ndarray, after: np.ndarray, extent: int, axis: int) -> None:
-    """Blends the end of `before` into the start of `after`, in place."""
-    extent = min(extent, before.shape[axis], after.shape[axis])
-    end, start = np.moveaxis(before, axis, 0)[-extent:], np.moveaxis(after, axis, 0)[:extent]
-    share = (np.arange(extent, dtype=np.float32) / extent).reshape(-1, 1, 1, 1)
-    start[...] = end * (1 - share) + start * share
 
 
 def _checked(name: str, array: Any, channels: int, multiple: int) -> np.ndarray:

@@ -46,17 +46,15 @@ def read_folder(folder: Path) -> tuple[AutoencoderConfig, dict[str, Any]]:
     return config, _read_params(folder / WEIGHTS, config)
 
 
-def write_folder(
-    folder: epath.Path, config: AutoencoderConfig, params: Any, sample_size: int, dtype: str = "float32"
-) -> None:
-    """Writes both files, or none; `sample_size` is the side of diffusers' tiles in pixels."""
+def write_folder(folder: epath.Path, config: AutoencoderConfig, params: Any, dtype: str = "float32") -> None:
+    """Writes both files, or none."""
     if (folder / CONFIG).exists():
         _read_config(folder / CONFIG)  # UserError if it is another model's
     # Fields unknown to diffusers, which reads a network of patches as one of images with more channels.
     ours = {"dtype": config.dtype, "latent_std": 0.0, "noise_std": 0.0, "patch_size": 1}
     fields = {name: value for name, value in config.to_dict().items() if value != ours.get(name)}
     del fields["image_channels"]
-    fields |= {"sample_size": sample_size, **_constant(config)}
+    fields |= {"sample_size": 512, **_constant(config)}  # the side of diffusers' tiles, in pixels
     flat = {name: np.array(array, np.float32) for name, array in flatten(params).items()}
     if config.latent_std:  # unknown to diffusers, so the weights produce it too
         last = "quant_conv" if config.use_quant_conv else "encoder/conv_out"

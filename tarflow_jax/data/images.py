@@ -5,9 +5,7 @@ Files are untrusted: an unusable one raises a UserError that says why.
 
 import io
 import stat
-import sys
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -41,8 +39,8 @@ def decode_image(
 ) -> Image.Image | np.ndarray:
     """Decodes a PNG, JPEG, WebP, TIFF or GIF (first frame) with 8 or 16 `bits` per channel; None accepts both.
 
-    Returns an 8-bit Pillow image, RGB or, for one channel, L. Pillow has no 16-bit colour, so 16-bit files become
-    uint16 [H, W, K], with the file's own channels if `channels` is None.
+    Returns an 8-bit Pillow image, RGB or, for one channel, L. Files of 16 bits have to be grey, because Pillow lacks
+    16-bit colour, and become uint16 [H, W, channels or 1].
 
     Applies the EXIF orientation and composites transparency over white. Raises UserError unless the image is intact,
     has the given bits, 8x8 to `max_pixels` pixels, and an aspect ratio of at most 32.
@@ -66,7 +64,9 @@ def decode_image(
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
             if depth == 16:
-                return _all_16_bits(content, image, channels)
+                if not image.mode.startswith("I;16"):
+                    raise UserError(f"16 bits in mode {image.mode}; expected unsigned grey, or arrays in npz")
+                return np.asarray(image).astype(np.uint16)[..., None].repeat(channels or 1, 2)
             opaque: Image.Image = image
             if image.has_transparency_data:
                 background = Image.new("RGBA", image.size, (BACKGROUND,) * 4)
@@ -78,27 +78,6 @@ def decode_image(
         raise UserError(f"not an image of {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise UserError(f"damaged image ({error})") from None
-
-
-def _all_16_bits(content: bytes, image: Image.Image, channels: int | None) -> np.ndarray:
-    """Returns uint16 [H, W, K] of a loaded image; restores the low bytes of 16-bit colour, which Pillow drops."""
-    if image.mode.startswith("I;16"):
-        return np.asarray(image).astype(np.uint16)[..., None].repeat(channels or 1, 2)
-    low = Image.open(io.BytesIO(content), formats=FORMATS)
-    unpacked = str(low.tile[0].args)
-    if image.mode != "RGB" or ";16" not in unpacked or "transparency" in image.info or channels == 1:
-        raise UserError(f"16 bits of kind {unpacked}; expected {'grey' if channels == 1 else 'grey or RGB'}")
-    low.tile = [tile._replace(args=_in_other_order(tile.args)) for tile in low.tile]
-    low.load()
-    ImageOps.exif_transpose(low, in_place=True)
-    return np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
-
-
-def _in_other_order(args: Any) -> tuple[Any, ...]:
-    """Swaps the byte order of a raw mode, so that Pillow keeps the low bytes of 16-bit colour, not the high ones."""
-    kind, *rest = args if isinstance(args, tuple) else (args,)
-    little = kind[-1] == "L" or (kind[-1] == "N" and sys.byteorder == "little")  # N is native
-    return kind[:-1] + ("B" if little else "L"), *rest
 
 
 def preprocess(image: Image.Image | np.ndarray, preprocessing: str, image_size: tuple[int, int]) -> np.ndarray:

@@ -18,7 +18,6 @@ from tarflow_jax.data.packed import open_packed, prepare_folder
 from tarflow_jax.data.sequences import KIND
 from tarflow_jax.data.source import SPLITS, ImageSource, OpenOptions
 from tarflow_jax.data.tfds import open_tfds, prepare_tfds
-from tarflow_jax.data.webdataset import prepare_webdataset
 from tarflow_jax.errors import UserError
 
 
@@ -41,7 +40,6 @@ KINDS = {
     "npz": Kind("npz:FILE", open_npz),
     "packed": Kind("packed:FOLDER", open_packed),
     "tfds": Kind("tfds:NAME[/CONFIG][:VERSION]", open_tfds, prepare_tfds),
-    "webdataset": Kind("webdataset:FILE,FILE", None, prepare_webdataset),
 }
 
 

@@ -1,9 +1,6 @@
 """Reads image sets of TensorFlow Datasets from array_record, without TensorFlow."""
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from etils import epy
@@ -34,8 +31,7 @@ def prepare_tfds(argument: str, options: OpenOptions) -> str:
     """
     folder = options.data_dir / "tfds"
     try:
-        with download_timeouts(seconds=25):
-            load_builder(argument, folder).download_and_prepare()
+        load_builder(argument, folder).download_and_prepare()
     except ImportError as error:
         raise UserError(
             f"tfds:{argument}: preparing it needs a package that is missing ({one_line(error)}), such as "
@@ -46,21 +42,6 @@ def prepare_tfds(argument: str, options: OpenOptions) -> str:
     except (requests.RequestException, RuntimeError) as error:  # the latter from array_record, if the disk is full
         raise UserError(f"tfds:{argument} cannot be downloaded or written to {folder}: {one_line(error)}") from error
     return f"tfds:{argument}"
-
-
-@contextlib.contextmanager
-def download_timeouts(seconds: float) -> Iterator[None]:
-    """Makes requests raise when a host does not answer for `seconds`; TFDS itself would wait forever."""
-    send = requests.adapters.HTTPAdapter.send
-
-    def send_in_time(self: Any, request: Any, *args: Any, **options: Any) -> Any:
-        return send(self, request, *args, **options | {"timeout": options.get("timeout") or seconds})
-
-    requests.adapters.HTTPAdapter.send = send_in_time  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        requests.adapters.HTTPAdapter.send = send  # type: ignore[method-assign]
 
 
 def open_tfds(argument: str, split: str, options: OpenOptions) -> EncodedSource:

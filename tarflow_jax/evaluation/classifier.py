@@ -28,7 +28,7 @@ from tarflow_jax.data import ImageSource
 from tarflow_jax.errors import UserError, one_line
 from tarflow_jax.evaluation.features import FeatureNetwork, Features, cache_errors_logged
 from tarflow_jax.files import replacing, sha256
-from tarflow_jax.interop import shipped
+from tarflow_jax.interop.model_folder import shipped
 from tarflow_jax.interop.tensors import flatten, read_safetensors
 from tarflow_jax.runtime import progress
 from tarflow_jax.runtime.parameters import Shape
@@ -88,9 +88,7 @@ def classifier_network(train: ImageSource, test: ImageSource, cache_dir: str | P
     Its `identity` gives its accuracy on `test`. Raises UserError for unlabelled images and a damaged judge.
     """
     if train.num_classes < 2:
-        raise UserError(
-            f"{train.name} has no classes to train a classifier on; name Inception weights, --inception=FILE"
-        )
+        raise UserError(f"{train.name} has no classes for a classifier; name Inception weights, --inception=FILE")
     images, labels = test.read(np.arange(len(test)))
 
     def accuracy(network: FeatureNetwork) -> float:

@@ -12,20 +12,10 @@ from etils import epath
 
 from tarflow_jax.data import ImageSource
 from tarflow_jax.errors import UserError
+from tarflow_jax.evaluation import scores
 from tarflow_jax.evaluation.features import FeatureNetwork, Features, cache_errors_logged
 from tarflow_jax.evaluation.generation import as_colour, read_samples
-from tarflow_jax.evaluation.scores import (
-    NEIGHBOURS,
-    NUM_SPLITS,
-    SUBSET_SIZE,
-    FeatureStatistics,
-    RunningStatistics,
-    feature_statistics,
-    frechet_distance,
-    inception_score,
-    kernel_distance,
-    precision_recall,
-)
+from tarflow_jax.evaluation.scores import NEIGHBOURS, NUM_SPLITS, SUBSET_SIZE, FeatureStatistics, RunningStatistics
 from tarflow_jax.files import read_npz, sha256, write_npz
 
 NUM_REAL_FEATURES = 10_000  # for precision, recall and the kernel distance; as many as images in ADM's files
@@ -63,8 +53,7 @@ class Reference:
 
 def read_reference(path: epath.PathLike) -> Reference:
     """Reads a reference file, ours or ADM's; raises FileNotFoundError if missing, UserError for other files."""
-    names = ("mu", "sigma", "mu_s", "sigma_s", "features", "protocol")
-    arrays = read_npz(path, names, MAX_STATISTICS_BYTES)
+    arrays = read_npz(path, ("mu", "sigma", "mu_s", "sigma_s", "features", "protocol"), MAX_STATISTICS_BYTES)
     if not {"mu", "sigma"} <= arrays.keys():
         raise UserError(f"{path} holds no reference statistics: expected arrays mu and sigma")
 
@@ -77,9 +66,9 @@ def read_reference(path: epath.PathLike) -> Reference:
         protocol = json.loads(str(arrays["protocol"])) if "protocol" in arrays else {}
     except (TypeError, ValueError) as error:
         raise UserError(f"{path}: {error}") from error
-    features = arrays.get("features")
-    if features is not None and features.shape[1:] != pooled.mean.shape:
-        raise UserError(f"{path}: features {list(features.shape)} do not fit mu {list(pooled.mean.shape)}")
+    features, size = arrays.get("features"), pooled.mean.shape
+    if pooled.covariance.shape != 2 * size or (features is not None and features.shape[1:] != size):
+        raise UserError(f"{path}: mu {list(size)} does not fit sigma {list(pooled.covariance.shape)} or the features")
     return Reference(pooled, spatial, features, protocol)
 
 
@@ -153,18 +142,18 @@ def sample_metrics(metrics: list[str], network: str, features: Features, referen
     for metric in metrics:
         name = names[metric]
         if metric == "fid":
-            results[name] = frechet_distance(feature_statistics(features.pooled), reference.pooled)
+            results[name] = scores.frechet_distance(scores.feature_statistics(features.pooled), reference.pooled)
         elif metric == "sfid":
             if reference.spatial is None:
                 raise UserError("the reference has no spatial statistics (mu_s, sigma_s), which sFID needs")
-            results[name] = frechet_distance(feature_statistics(features.spatial), reference.spatial)
+            results[name] = scores.frechet_distance(scores.feature_statistics(features.spatial), reference.spatial)
         elif metric == "inception_score":
-            results[name], results[f"{name} (std)"] = inception_score(features.logits)
+            results[name], results[f"{name} (std)"] = scores.inception_score(features.logits)
         elif reference.features is None:
             raise UserError("the reference has no images, which the kernel distance, precision and recall need")
         elif metric == "kid":
-            results[name], results[f"{name} (std)"] = kernel_distance(features.pooled, reference.features)
+            results[name], results[f"{name} (std)"] = scores.kernel_distance(features.pooled, reference.features)
         else:
-            precision, recall = precision_recall(features.pooled, reference.features)
+            precision, recall = scores.precision_recall(features.pooled, reference.features)
             results |= {name.format("precision"): precision, name.format("recall"): recall}
     return results

@@ -39,12 +39,9 @@ class FeatureNetwork:
     def __call__(self, images: np.ndarray, description: str = "features") -> Features:
         """Returns NumPy features of uint8 images [N, H, W, K], computed on all devices of this process."""
         mesh = make_mesh(devices=jax.local_devices())
+        function, params = functools.partial(_features, self.model), jax.device_put(self.params, replicated(mesh))
         return BatchRunner(mesh).run(
-            functools.partial(_features, self.model),
-            jax.device_put(self.params, replicated(mesh)),
-            {"images": images},
-            bytes_per_image=self.bytes_per_image,
-            description=description,
+            function, params, {"images": images}, bytes_per_image=self.bytes_per_image, description=description
         )
 
 

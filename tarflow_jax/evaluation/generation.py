@@ -25,8 +25,9 @@ from tarflow_jax.runtime import progress
 from tarflow_jax.sampling import DEFAULT_DENOISING, Decoder, Guidance, Student
 from tarflow_jax.text_to_image import TextToImage
 
-CHUNK_SIZE = 500  # samples in a file
+CHUNK, CHUNK_SIZE = "chunk_{:05d}.npz", 500  # a file's name, and the samples in it
 NOT_FINITE = 128  # grey, in place of a pixel that is NaN or infinite
+Counts = Sequence[int] | np.ndarray  # [C], how often samples have each class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ def quantise(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(finite, values, np.uint8(NOT_FINITE)), ~finite.all((1, 2, 3))
 
 
-def labels_in_proportion(class_counts: Sequence[int] | np.ndarray, num_images: int) -> np.ndarray | None:
+def labels_in_proportion(class_counts: Counts, num_images: int) -> np.ndarray | None:
     """Returns labels int32 [num_images] in which every prefix has each class in proportion to `class_counts` [C].
 
     The next label is the class that is furthest behind, the lowest in a tie: 0, 1, 2 … in turn for equal counts.
@@ -131,7 +132,7 @@ def draw_samples(
     sampler: Sampler,
     root: epath.PathLike,
     num_images: int,
-    class_counts: Sequence[int] | np.ndarray,
+    class_counts: Counts,
     seed: int,
     chunk_size: int = CHUNK_SIZE,
 ) -> epath.Path:
@@ -150,7 +151,7 @@ def draw_samples(
     labels = labels_in_proportion(class_counts, num_chunks * chunk_size)
     mine = range(jax.process_index(), num_chunks, jax.process_count())
     for index in progress(mine, f"samples, {chunk_size} at a time"):
-        path = _chunk_path(folder, index)
+        path = folder / CHUNK.format(index)
         if path.exists():
             continue
         key = jax.random.fold_in(jax.random.key(seed), index)
@@ -163,13 +164,11 @@ def draw_samples(
     return folder
 
 
-def read_chunks(
-    folder: epath.PathLike, num_images: int, class_counts: Sequence[int] | np.ndarray, chunk_size: int = CHUNK_SIZE
-) -> Samples:
+def read_chunks(folder: epath.PathLike, num_images: int, class_counts: Counts, chunk_size: int = CHUNK_SIZE) -> Samples:
     """Reads the first `num_images` samples of a folder; raises FileNotFoundError if a chunk is missing."""
     images, not_finite = [], []
     for index in range(-(-num_images // chunk_size)):
-        path = _chunk_path(folder, index)
+        path = epath.Path(folder) / CHUNK.format(index)
         try:
             chunk = read_npz(path, ("images", "not_finite"))
             if len(chunk) < 2 or len(chunk["images"]) != chunk_size:
@@ -178,15 +177,9 @@ def read_chunks(
             raise UserError(f"{error}; delete it and run again") from error
         images.append(chunk["images"])
         not_finite.append(chunk["not_finite"])
-    return Samples(
-        np.concatenate(images)[:num_images],
-        labels_in_proportion(class_counts, num_images),
-        int(np.concatenate(not_finite)[:num_images].sum()),
-    )
-
-
-def _chunk_path(folder: epath.PathLike, index: int) -> epath.Path:
-    return epath.Path(folder) / f"chunk_{index:05d}.npz"
+    num_not_finite = int(np.concatenate(not_finite)[:num_images].sum())
+    labels = labels_in_proportion(class_counts, num_images)
+    return Samples(np.concatenate(images)[:num_images], labels, num_not_finite)
 
 
 def write_samples(path: epath.PathLike, images: np.ndarray, labels: np.ndarray | None = None) -> None:
@@ -201,8 +194,7 @@ def read_samples(path: epath.PathLike) -> np.ndarray:
     """Reads the images uint8 [N, H, W, K] of an ADM sample file; raises UserError for others."""
     images = read_npz(path, ("arr_0",)).get("arr_0")
     if images is None or images.ndim != 4 or images.dtype != np.uint8 or images.shape[-1] not in (1, 3):
-        content = "nothing" if images is None else f"{images.dtype} {list(images.shape)}"
-        raise UserError(f"{path}: expected arr_0 as uint8 [N, H, W, 1 or 3], found {content}")
+        raise UserError(f"{path} has no samples: expected arr_0 as uint8 [N, H, W, 1 or 3]")
     return images
 
 

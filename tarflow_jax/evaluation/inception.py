@@ -21,15 +21,12 @@ from tarflow_jax.evaluation.features import FeatureNetwork, Features
 from tarflow_jax.files import sha256
 from tarflow_jax.interop.tensors import load_tensors
 
-Array = jax.Array
-
-IMAGE_SIZE = 299
 SPATIAL_CHANNELS = 7  # of mixed_6/conv:0, for sFID
 BATCH_NORM_EPSILON = 1e-3
 PUBLISHED_FILE = "pt_inception-2015-12-05-6726825d.pth"
 
 
-def resize_like_tensorflow1(images: Array, size: int = IMAGE_SIZE) -> Array:
+def resize_like_tensorflow1(images: jax.Array, size: int = 299) -> jax.Array:
     """Resizes float images [B, H, W, K] to [B, size, size, K] by TensorFlow 1's bilinear rule.
 
     Output pixel i reads input coordinate i * H / size: pixel corners, not centres, are aligned, without antialiasing.
@@ -52,8 +49,8 @@ average_pool = functools.partial(nn.avg_pool, window_shape=(3, 3), padding="SAME
 
 
 def convolution(
-    x: Array, features: int, rows: int = 1, columns: int = 1, strides: int = 1, same: bool = True, *, name: str
-) -> Array:
+    x: jax.Array, features: int, rows: int = 1, columns: int = 1, strides: int = 1, same: bool = True, *, name: str
+) -> jax.Array:
     """Applies a convolution with a bias, then ReLU; `same` keeps the image's size at stride 1."""
     padding = "SAME" if same and strides == 1 else "VALID"
     return nn.relu(nn.Conv(features, (rows, columns), strides, padding, name=name)(x))
@@ -92,12 +89,12 @@ class Block(nn.Module):
     """Concatenates parallel branches and a pool; `strides` is that of their last convolutions and of the pool."""
 
     branches: Branches
-    pool: Callable[[Array], Array]
+    pool: Callable[[jax.Array], jax.Array]
     pool_features: int = 0  # of the convolution after the pool; 0 for none
     strides: int = 1
 
     @nn.compact
-    def __call__(self, x: Array) -> Array:
+    def __call__(self, x: jax.Array) -> jax.Array:
         outputs = []
         for branch, layers in self.branches.items():
             y = x
@@ -124,7 +121,7 @@ class InceptionV3(nn.Module):
     """
 
     @nn.compact
-    def __call__(self, images: Array) -> Features:
+    def __call__(self, images: jax.Array) -> Features:
         images = jnp.broadcast_to(images, (*images.shape[:-1], 3)).astype(jnp.float32)
         x = (resize_like_tensorflow1(images) - 128.0) / 128.0  # [B, 299, 299, 3]
         x = convolution(x, 32, 3, 3, strides=2, name="Conv2d_1a_3x3")
@@ -170,17 +167,12 @@ def inception_network(path: str | Path) -> FeatureNetwork:
     digest = sha256(path)
     published = digest[:8] in PUBLISHED_FILE  # its name ends in these digits
     note = f"the published {PUBLISHED_FILE}" if published else "NOT the published weights: no FID compares"
-    return FeatureNetwork(
-        name="inception",
-        identity=f"sha256 {digest} ({note})",
-        preprocessing="grey repeated to RGB, TensorFlow 1 bilinear resize to 299 x 299, (v - 128) / 128",
-        model=model,
-        params=params,
-        bytes_per_image=64 * 2**20,  # 299 x 299 pixels and the two widest layers
-    )
+    preprocessing = "grey repeated to RGB, TensorFlow 1 bilinear resize to 299 x 299, (v - 128) / 128"
+    activations = 64 * 2**20  # 299 x 299 pixels and the two widest layers
+    return FeatureNetwork("inception", f"sha256 {digest} ({note})", preprocessing, model, params, activations)
 
 
-def _fold_batch_norm(state: dict[str, np.ndarray], name: str) -> dict[str, Array]:
+def _fold_batch_norm(state: dict[str, np.ndarray], name: str) -> dict[str, jax.Array]:
     """Folds batch normalisation into the convolution before it; returns a kernel [h, w, I, O] and a bias, float32."""
     bias, mean, variance = (state[f"{name}.bn.{part}"] for part in ("bias", "running_mean", "running_var"))
     scale = state[f"{name}.bn.weight"] / np.sqrt(variance + BATCH_NORM_EPSILON)

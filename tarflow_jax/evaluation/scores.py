@@ -27,35 +27,30 @@ class FeatureStatistics:
     covariance: np.ndarray
 
     def __post_init__(self) -> None:
-        shape = self.mean.shape
-        if len(shape) != 1 or self.covariance.shape != shape * 2:
-            shapes = f"{list(shape)} and {list(self.covariance.shape)}"
-            raise UserError(f"feature statistics have shapes {shapes}; expected a mean [D] and a covariance [D, D]")
         if not (np.isfinite(self.mean).all() and np.isfinite(self.covariance).all()):
             raise UserError("feature statistics hold numbers that are not finite")
 
 
 class RunningStatistics:
-    """Accumulates the mean and covariance of a stream of features in one pass (Chan, Golub and LeVeque's update)."""
+    """Accumulates the mean and covariance of a stream of features in one pass."""
 
     def __init__(self) -> None:
-        self.count, self.mean, self.scatter = 0, np.zeros(()), np.zeros(())
+        self.count, self.origin, self.total, self.scatter = 0, np.zeros(()), np.zeros(()), np.zeros(())
 
     def add(self, features: np.ndarray) -> "RunningStatistics":
         """Adds features [N, D]; returns itself."""
-        batch = np.asarray(features, np.float64)
-        mean = batch.mean(0)
-        centred = batch - mean
-        total = self.count + len(batch)
-        shift = mean - self.mean
-        self.scatter = self.scatter + centred.T @ centred + np.outer(shift, shift) * (self.count * len(batch) / total)
-        self.mean = self.mean + shift * (len(batch) / total)
-        self.count = total
+        if not self.count:
+            self.origin = features.mean(0, dtype=np.float64)  # sums of squares around 0 would cancel
+        centred = features - self.origin
+        self.count += len(centred)
+        self.total, self.scatter = self.total + centred.sum(0), self.scatter + centred.T @ centred
         return self
 
     def result(self) -> FeatureStatistics:
         """Returns the statistics so far."""
-        return FeatureStatistics(self.mean, self.scatter / (self.count - 1))
+        mean = self.total / self.count
+        covariance = (self.scatter - self.count * np.outer(mean, mean)) / (self.count - 1)
+        return FeatureStatistics(self.origin + mean, covariance)
 
 
 def feature_statistics(features: np.ndarray) -> FeatureStatistics:
@@ -73,10 +68,8 @@ def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> flo
     a singular covariance needs no diagonal offset. Raises UserError if the numbers of features differ.
     """
     if first.mean.shape != second.mean.shape:
-        raise UserError(
-            f"statistics of {len(first.mean)} and of {len(second.mean)} features have no distance; "
-            "were they taken with the same network?"
-        )
+        sizes = f"{len(first.mean)} and of {len(second.mean)}"
+        raise UserError(f"statistics of {sizes} features have no distance; were they taken with the same network?")
     difference = first.mean - second.mean
     overlap = scipy.linalg.svdvals(_root(first.covariance).T @ _root(second.covariance)).sum()
     traces = np.trace(first.covariance) + np.trace(second.covariance)
@@ -110,10 +103,8 @@ def kernel_distance(
     """Returns the squared MMD with kernel (x·y / D + 1)³: mean and standard deviation over random subsets.
 
     Features are [N, D] and [M, D]. With Inception's pool_3 this is KID (Bińkowski et al. 2018), unbiased at any number
-    of samples. Raises UserError if a set is smaller than a subset.
+    of samples. Raises ValueError if a set is smaller than a subset.
     """
-    if min(len(first), len(second)) < subset_size:
-        raise UserError(f"kernel distance takes subsets of {subset_size} images, got {len(first)} and {len(second)}")
     random = np.random.RandomState(SEED)
     distances = []
     for _ in progress(range(subsets), "kernel distance"):
@@ -129,10 +120,8 @@ def precision_recall(generated: np.ndarray, real: np.ndarray) -> tuple[float, fl
     """Returns improved precision and recall (Kynkäänniemi et al. 2019) of features [N, D] and [M, D].
 
     Precision is the fraction of generated images that lie within the distance of some real image to its third
-    nearest real neighbour. Recall swaps the two sets. Raises UserError if a set has no third neighbour.
+    nearest real neighbour. Recall swaps the two sets. Raises ValueError if a set has no third neighbour.
     """
-    if min(len(generated), len(real)) <= NEIGHBOURS:
-        raise UserError(f"precision and recall need more than {NEIGHBOURS} images in each set")
     # Centring changes no distance, and avoids cancellation in |x|² - 2 x·y + |y|².
     centre = np.mean(real, axis=0, dtype=np.float64)
     generated, real = generated - centre, real - centre

@@ -4,17 +4,16 @@ from tarflow_jax.flow.block import Affine, FlowBlock
 from tarflow_jax.flow.conditioning import UNCONDITIONAL, Conditioning
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.flow.inverse import BlockInverse, Inversion
-from tarflow_jax.flow.tarflow import TarFlow, inverse, updated_prior
+from tarflow_jax.flow.tarflow import TarFlow, inverse
 from tarflow_jax.flow.tokens import (
     block_orders,
     from_tokens,
-    order_within,
     permute,
     to_tokens,
     unpermute,
     without_padding,
 )
-from tarflow_jax.flow.transformer import Kernels, KVCache, TransformerLayer, cast_kernels
+from tarflow_jax.flow.transformer import Kernels, cast_kernels
 
 __all__ = [
     "UNCONDITIONAL",
@@ -23,19 +22,15 @@ __all__ = [
     "Conditioning",
     "FlowBlock",
     "Inversion",
-    "KVCache",
     "Kernels",
     "TarFlow",
     "TarFlowConfig",
-    "TransformerLayer",
     "block_orders",
     "cast_kernels",
     "from_tokens",
     "inverse",
-    "order_within",
     "permute",
     "to_tokens",
     "unpermute",
-    "updated_prior",
     "without_padding",
 ]

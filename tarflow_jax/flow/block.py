@@ -86,20 +86,19 @@ def solve_unit_lower(lower: jax.Array | None, z: jax.Array) -> jax.Array:
         return z
     size = z.shape[2]
     matrix = jnp.zeros((*z.shape, size), z.dtype).at[..., *np.tril_indices(size, -1)].set(lower)
-    return jax.lax.platform_dependent(matrix, z, cpu=_substitute, default=_solve)
-
-
-def _solve(matrix: jax.Array, z: jax.Array) -> jax.Array:
-    solved = jax.lax.linalg.triangular_solve(matrix, z[..., None], left_side=True, lower=True, unit_diagonal=True)
-    return solved.squeeze(3)
+    solve = functools.partial(jax.lax.linalg.triangular_solve, left_side=True, lower=True, unit_diagonal=True)
+    return jax.lax.platform_dependent(matrix, z[..., None], cpu=_substitute, default=solve).squeeze(3)
 
 
 def _substitute(matrix: jax.Array, z: jax.Array) -> jax.Array:
-    """Solves by forward substitution in D - 1 steps. On CPU, XLA's triangular solve calls LAPACK on the same threads
-    that wait for it, so that two concurrent programs can deadlock."""
+    """Solves for [B, S, D, 1] by forward substitution in D - 1 steps.
+
+    On CPU, XLA's triangular solve calls LAPACK on the same threads that wait for it, so that two concurrent programs
+    can deadlock.
+    """
 
     def step(i: int, u: jax.Array) -> jax.Array:
-        return u - matrix[..., i] * u[..., i, None]  # [B, S, D]; column i of L is 0 in rows 0 … i
+        return u - matrix[..., i, None] * u[..., i, None, :]  # column i of L is 0 in rows 0 … i
 
     return jax.lax.fori_loop(0, z.shape[2] - 1, step, z)
 
@@ -257,8 +256,7 @@ class FlowBlock(nn.Module):
         config = self.config
         assert conditioning.condition is not None
         h = self.condition_in(conditioning.condition.astype(config.compute_dtype)).astype(jnp.float32)
-        angles = jnp.asarray(rotary_angles(config)[None, : config.condition_length]) if config.rotary else None
-        return h, angles
+        return h, jnp.asarray(rotary_angles(config)[None, : config.condition_length]) if config.rotary else None
 
     def _project(self, h: jax.Array) -> Affine:
         """Projects the layers' output [B, S, C] to the affine maps of the next tokens."""

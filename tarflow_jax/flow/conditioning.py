@@ -26,9 +26,8 @@ class Conditioning(flax.struct.PyTreeNode):
         if (stored := constants.get("null_prefix")) is not None:
             stored = jnp.broadcast_to(stored[None], (batch_size, *stored.shape))
             condition = stored if condition is None else jnp.where(jnp.isnan(condition), stored, condition)
-            return self.replace(
-                condition=condition, null_condition=stored if null_condition is None else null_condition
-            )
+            null_condition = stored if null_condition is None else null_condition
+            return self.replace(condition=condition, null_condition=null_condition)
         if condition is None and null_condition is not None:
             condition = jnp.full_like(null_condition, jnp.nan)
 

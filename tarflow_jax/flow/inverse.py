@@ -40,24 +40,22 @@ class BlockInverse(flax.struct.PyTreeNode):
     ) -> "BlockInverse":
         """Takes the parameters apart, layer by layer; all-gathers them and casts kernels to their matmuls' dtype."""
         params = block.kernels.gather(cast_kernels(params, block.config.compute_dtype))
-        depth = block.config.depths[block.index]
-        layers = [jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(depth)]
+        numbers = range(block.config.depths[block.index])
+        layers = [jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in numbers]
         return cls(block, params, layers, order, conditioning)
-
-    @property
-    def prefix_length(self) -> int:
-        return self.block.config.prefix_length(self.block.index)
 
     def caches(self, batch_size: int, length: int) -> Caches:
         """Allocates caches for `length` tokens after the prefix, and writes the prefix if there is one."""
-        empty = tuple(KVCache.zeros(self.block.config, batch_size, self.prefix_length + length) for _ in self.layers)
-        if not self.prefix_length:
+        config, prefix_length = self.block.config, self.block.config.prefix_length(self.block.index)
+        empty = tuple(KVCache.zeros(config, batch_size, prefix_length + length) for _ in self.layers)
+        if not prefix_length:
             return empty
         return self._apply(self.conditioning, self.temperature, self.layers, empty, method="write_prefix")
 
     def grow(self, caches: Caches, length: int) -> Caches:
         """Pads caches to `length` tokens after the prefix."""
-        return tuple(cache.grow(self.prefix_length + length) for cache in caches)
+        prefix_length = self.block.config.prefix_length(self.block.index)
+        return tuple(cache.grow(prefix_length + length) for cache in caches)
 
     def prepend_start_token(self, x: jax.Array) -> jax.Array:
         """Prepends the start token, as `FlowBlock` does. Decoders take tokens with it, so they know the first one."""

@@ -28,7 +28,6 @@ from tarflow_jax.flow.tokens import (
 from tarflow_jax.flow.transformer import Kernels, cast_kernels
 
 InvertBlock = Callable[[Any, BlockInverse, jax.Array, jax.Array | None], Inversion]
-PRIOR_RATE = 0.1
 
 
 class TarFlow(nn.Module):
@@ -169,8 +168,3 @@ def standardizer(variables: Mapping[str, Any], conditioning: Conditioning) -> Af
     constants = variables["constants"]
     exists = conditioning.exists(jnp.arange(len(constants["mean"])))
     return Affine(constants["std"][None], constants["mean"][None]).masked(exists)
-
-
-def updated_prior(variance: jax.Array, block_output: jax.Array) -> jax.Array:
-    """Updates the running mean of z² [T, D] with the last block's output [B, T, D] (VP mode)."""
-    return variance + PRIOR_RATE * (jnp.square(block_output).mean(0) - variance)

@@ -4,6 +4,7 @@ Logical axes, which `flax.linen.logical_axis_rules` maps to mesh axes: "batch", 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,13 +12,43 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tarflow_jax.flow.attention import attend, attend_whole
 from tarflow_jax.flow.config import TarFlowConfig
 
 MLP_EXPANSION = 4
 
 # U(-1/√fan_in, 1/√fan_in), as in the reference. DenseGeneral flattens a kernel before initialising it.
 kernel_init = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+# Finite, because a fully masked row must give 0 * finite, never NaN, in the backward pass.
+_MASKED = -1e30
+
+
+def attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, start: jax.Array | int = 0, temperature: jax.Array | None = None
+) -> jax.Array:
+    """Computes softmax(q kᵀ / (temperature √H)) v, where query s sees the keys at positions <= start + s.
+
+    Args:
+      query: [B, N, S, H], at positions start .. start + S - 1.
+      key, value: [B, N, R, H], at positions 0 .. R - 1.
+      start: position of the first query.
+      temperature: [B], divides the logits of each example (attention-temperature guidance), or None for 1.
+
+    Returns [B, N, S, H], in the dtype of `query`. Logits and softmax are float32.
+    """
+    scale = jnp.full((query.shape[0],), query.shape[-1] ** -0.5, jnp.float32)
+    if temperature is not None:
+        scale = scale / temperature
+    logits = jnp.einsum("BNSH,BNRH->BNSR", query, key, preferred_element_type=jnp.float32)
+    logits = logits * scale[:, None, None, None]
+    visible = jnp.arange(key.shape[2])[None, :] <= start + jnp.arange(query.shape[2])[:, None]  # [S, R]
+    logits = jnp.where(visible[None, None], logits, _MASKED)
+    weights = jax.nn.softmax(logits, axis=-1).astype(query.dtype)
+    return jnp.einsum("BNSR,BNRH->BNSH", weights, value)
+
+
+def attend_whole(query: jax.Array, key: jax.Array, value: jax.Array, causal: bool) -> jax.Array:
+    """Attends over a whole sequence, each [B, N, T, H]; without `causal`, every query sees every key."""
+    return attend(query, key, value, start=0 if causal else key.shape[2])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,10 +88,8 @@ class KVCache(NamedTuple):
     def write(self, key: jax.Array, value: jax.Array, start: jax.Array | int) -> "KVCache":
         """Writes the keys and values [B, N, S, H] of positions start .. start + S - 1."""
 
-        def put(old: jax.Array, new: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), start, axis=2)
-
-        return KVCache(put(self.key, key), put(self.value, value))
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=2)
+        return KVCache(put(self.key, key.astype(self.key.dtype)), put(self.value, value.astype(self.key.dtype)))
 
 
 @jax.custom_jvp
@@ -126,10 +155,11 @@ class TransformerLayer(nn.Module):
         Returns the new residual stream, and the cache with these tokens written.
         """
         config, dtype = self.config, self.config.compute_dtype
+        norm = functools.partial(nn.LayerNorm, epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32)
         # With sharded parameters, XLA would otherwise all-gather the batch, which is larger.
         x = nn.with_logical_constraint(x, ("batch", None, None))
 
-        h = self._norm("attention_norm")(x).astype(dtype)
+        h = norm(name="attention_norm")(x).astype(dtype)
         qkv = self._dense((3, config.num_heads, config.head_dim), "qkv", (None, None, "heads", None))(h)
         # The gradient of `split` is one concatenation; that of indexing would be a sum of three padded arrays.
         thirds = jax.lax.split(qkv, (1, 1, 1), axis=2)
@@ -145,13 +175,10 @@ class TransformerLayer(nn.Module):
         out = self._dense(config.width, "attention_out", ("heads", None, None), axis=(-2, -1))
         x = x + out(h.swapaxes(1, 2)).astype(jnp.float32)
 
-        h = self._norm("mlp_norm")(x).astype(dtype)
+        h = norm(name="mlp_norm")(x).astype(dtype)
         h = gelu(self._dense(MLP_EXPANSION * config.width, "mlp_in", (None, "hidden"))(h))
         h = self._dense(config.width, "mlp_out", ("hidden", None))(h)
         return x + h.astype(jnp.float32), cache
-
-    def _norm(self, name: str) -> nn.Module:
-        return nn.LayerNorm(epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32, name=name)
 
     def _dense(
         self, features: int | tuple[int, ...], name: str, axes: tuple[str | None, ...], axis: int | tuple[int, ...] = -1

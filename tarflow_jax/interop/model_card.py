@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from flax.traverse_util import flatten_dict
+
 from tarflow_jax.errors import UserError
 from tarflow_jax.flow.config import TarFlowConfig
 from tarflow_jax.noise import Noise
@@ -34,12 +36,9 @@ def model_card(config: TarFlowConfig, noise: Noise | None, card: Mapping[str, An
     task = "image-generation" if classes else "unconditional-image-generation"
     if "text encoder" in card.get("parts", ()):
         task = "text-to-image"
-    header = ModelCardData(
-        library_name="tarflow_jax",
-        pipeline_tag=None if config.is_sequence else task,
-        tags=["tarflow", "normalizing-flow", "jax", "flax", *(["class-conditional"] if classes else [])],
-        datasets=list(card.get("datasets", ())) or None,
-    )
+    tag, datasets = None if config.is_sequence else task, list(card.get("datasets", ())) or None
+    tags = ["tarflow", "normalizing-flow", "jax", "flax", *(["class-conditional"] if classes else [])]
+    header = ModelCardData(library_name="tarflow_jax", pipeline_tag=tag, tags=tags, datasets=datasets)
     evaluations = [found for found in map(_evaluation, card.get("evaluations", ())) if found["tables"]]
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
     environment.filters["cell"] = _cell
@@ -56,13 +55,8 @@ def _evaluation(found: Mapping[str, Any]) -> dict[str, Any]:
         columns = list(dict.fromkeys(k for row in rows for k, v in row.items() if not isinstance(v, list)))
         if columns:
             tables[metric] = columns, [[row.get(k, "") for k in columns] for row in rows]
-    protocol: list[tuple[str, Any]] = []
-    for name, value in found["protocol"].items():
-        if isinstance(value, Mapping):
-            protocol += [(f"{name}, {inner}", leaf) for inner, leaf in value.items()]
-        elif name != _PRIVATE:
-            protocol.append((name, value))
-    return {"tables": tables, "protocol": protocol}
+    protocol = {name: value for name, value in found["protocol"].items() if name != _PRIVATE}
+    return {"tables": tables, "protocol": flatten_dict(protocol, sep=", ").items()}
 
 
 def _cell(value: Any) -> str:

@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,6 @@ from tarflow_jax.student import StudentConfig, TrainedStudent
 FORMATS = {"model": "tarflow_jax", "student": "tarflow_jax student"}
 VERSION = 1
 CONFIG, WEIGHTS, CARD, STUDENT = "config.json", "model.safetensors", "README.md", "student"
-_DTYPES = ("float32", "bfloat16")
 READY_MADE = (
     "digits",
     "digits_likelihood",
@@ -84,15 +83,12 @@ def save_model(
     path that is a file, or a folder with other files that have a model file's name.
     """
     is_exact = dtype == "float32"
-    if dtype not in _DTYPES:
-        raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(_DTYPES)}")
+    if dtype not in ("float32", "bfloat16"):
+        raise UserError(f"dtype is {dtype!r}; expected float32 or bfloat16")
     card = {**model.card, "evaluations": _evaluations_of(model) if is_exact else []}
     text, picture = model_card(model.config, model.noise, card), _read_picture(card.get("samples"))
-    description = {
-        "model": model.config.to_dict(),
-        "noise": model.noise.to_dict() if model.noise else None,
-        "label_names": list(model.label_names),
-    }
+    noise = model.noise.to_dict() if model.noise else None
+    fields: dict[str, Any] = {"model": model.config.to_dict(), "noise": noise, "label_names": list(model.label_names)}
     variables = {**model.variables, **({"ema": model.ema_params} if model.ema_params else {})}
     shapes = _model_shapes(model.config, ema="ema" in variables)
     with local_target(folder) as target:
@@ -100,13 +96,13 @@ def save_model(
         target.mkdir(parents=True, exist_ok=True)
         with naming(target), tempfile.TemporaryDirectory(prefix=".saving_", dir=target) as temporary:
             new = Path(temporary)
-            _write(new, "model", description, variables, shapes, dtype)
+            _write(new, "model", fields, variables, shapes, dtype)
             (new / CARD).write_text(text)
             if picture is not None:
                 to_pil(picture).save(new / PICTURE)
             if student is not None and is_exact:
-                fields = {"student": student.config.to_dict(), "flow": student.flow}
-                _write(new / STUDENT, STUDENT, fields, student.variables, student_shapes(student.config), "float32")
+                of_student = {"student": student.config.to_dict(), "flow": student.flow}
+                _write(new / STUDENT, STUDENT, of_student, student.variables, student_shapes(student.config), "float32")
             for name in FILES:  # nothing can fail any more for lack of space
                 if (new / name).exists():
                     (target / name).parent.mkdir(exist_ok=True)
@@ -206,20 +202,14 @@ def _read_picture(path: epath.PathLike | None) -> np.ndarray | None:
     try:
         return np.asarray(decode_image(epath.Path(path).read_bytes()))
     except (UserError, OSError) as error:
-        raise UserError(
-            f"the card's samples, {path}: {one_line(error)}; give card={{'samples': FILE}}, or None for none"
-        ) from error
+        advice = "give card={'samples': FILE}, or None for none"
+        raise UserError(f"the card's samples, {path}: {one_line(error)}; {advice}") from error
 
 
 def _write(
-    folder: Path,
-    what: str,
-    description: Mapping[str, Any],
-    variables: Mapping[str, Any],
-    shapes: Mapping[str, Shape],
-    dtype: str,
+    folder: Path, what: str, fields: dict[str, Any], variables: Mapping[str, Any], shapes: dict[str, Shape], dtype: str
 ) -> None:
-    """Writes config.json and model.safetensors into a new folder."""
+    """Writes config.json, with `fields`, and model.safetensors into a new folder."""
     tensors = flatten(variables)
     check_tensors(f"the {what}", {name: array.shape for name, array in tensors.items()}, shapes)
     arrays = {}
@@ -232,12 +222,8 @@ def _write(
         safetensors.numpy.save_file(arrays, weights)
     except safetensors.SafetensorError as error:
         raise UserError(f"{weights} cannot be written: {one_line(error)}") from error
-    fields = {
-        "format": FORMATS[what],
-        "format_version": VERSION,
-        **description,
-        "weights": {"dtype": dtype, "ema": "ema" in variables, "sha256": sha256(weights)},
-    }
+    fields = {"format": FORMATS[what], "format_version": VERSION, **fields}
+    fields["weights"] = {"dtype": dtype, "ema": "ema" in variables, "sha256": sha256(weights)}
     fields["sha256"] = checksum(fields)
     config.write_text(json.dumps(fields, indent=2) + "\n")
     weights.chmod(config.stat().st_mode)  # safetensors makes it private to its owner
@@ -267,10 +253,8 @@ def _config_errors(path: Path) -> Iterator[None]:
     except ValueError as error:
         raise UserError(f"{path}: {one_line(error)}") from error
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(
-            f"{path} lacks fields of layout version {VERSION}, or some have another type ({one_line(error)}); "
-            "save the model again"
-        ) from error
+        reason = f"lacks fields of layout version {VERSION}, or some have another type ({one_line(error)})"
+        raise UserError(f"{path} {reason}; save the model again") from error
 
 
 def checksum(fields: Mapping[str, Any]) -> str:
@@ -312,25 +296,21 @@ def local_folder(name: str | os.PathLike[str]) -> Path:
         return models[name]
     if name in READY_MADE:
         return local_folder(f"{HUB_OWNER}/{name}")
-    if not _HUB_NAME.fullmatch(name):
-        if folder.is_dir():
-            return folder
-        raise FileNotFoundError(
-            f"no folder {name}; give a saved model's folder, owner/name on the hub, or one of {', '.join(READY_MADE)}"
-        )
-    import huggingface_hub
+    reason = f"; give a saved model's folder, owner/name on the hub, or one of {', '.join(READY_MADE)}"
+    if _HUB_NAME.fullmatch(name):
+        import huggingface_hub
 
-    try:
-        copy = Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES))
-    except Exception as error:  # the hub's errors share no base class with those of its HTTP library
-        if folder.is_dir():
-            return folder
-        raise FileNotFoundError(
-            f"no folder {name}, and the hub returned no model of that name (is there a network?): {one_line(error)}"
-        ) from error
-    if not (copy / CONFIG).exists():
-        raise FileNotFoundError(f"{name} on the hub has no {CONFIG}; expected a model that push_to_hub uploaded")
-    return copy
+        try:
+            copy = Path(huggingface_hub.snapshot_download(name, allow_patterns=FILES))
+        except Exception as error:  # the hub's errors share no base class with those of its HTTP library
+            reason = f", and the hub returned no model of that name (is there a network?): {one_line(error)}"
+        else:
+            if not (copy / CONFIG).exists():
+                raise FileNotFoundError(f"{name} on the hub has no {CONFIG}; expected what push_to_hub uploaded")
+            return copy
+    if folder.is_dir():
+        return folder
+    raise FileNotFoundError(f"no folder {name}{reason}")
 
 
 def copy_model(source: epath.PathLike, target: epath.PathLike) -> None:
@@ -344,29 +324,33 @@ def copy_model(source: epath.PathLike, target: epath.PathLike) -> None:
             (target / name).unlink(missing_ok=True)
 
 
-def push_model(folder: str | os.PathLike[str], name: str, *, private: bool = False, token: str | None = None) -> str:
-    """Uploads a model folder to the hub as "owner/name", in one commit, and returns the commit's URL.
+def push_model(
+    save: Callable[..., None], name: str, *, private: bool = False, token: str | None = None, **options: Any
+) -> str:
+    """Uploads a model to the hub as "owner/name", in one commit, and returns the commit's URL.
 
-    Creates the repository if it is missing, as private if asked. Without a token, that of `hf auth login` or of
-    HF_TOKEN is used. Raises ValueError: not a hub name, or the hub refused.
+    Args:
+      save: writes the model's folder, such as `TarFlowPipeline.save_pretrained`.
+      name: the repository, which is created if it is missing.
+      private: whether a new repository is private.
+      token: None is the one of `hf auth login` or HF_TOKEN.
+      options: of `save`, such as dtype and card.
+
+    Raises:
+      ValueError: an invalid name, or the hub refused.
     """
     if not _HUB_NAME.fullmatch(name):
         raise UserError(f"{name!r} is not the name of a model on the hub; expected owner/name")
     import huggingface_hub
 
-    try:
-        api = huggingface_hub.HfApi(token=token)
-        api.create_repo(name, private=private, exist_ok=True)
-        commit = api.upload_folder(
-            repo_id=name,
-            folder_path=str(folder),
-            allow_patterns=FILES,
-            delete_patterns=FILES,  # of an older model
-            commit_message="Upload by tarflow_jax",
-        )
-    except Exception as error:  # the hub's errors share no base class with those of its HTTP library
-        raise UserError(
-            f"the hub did not accept {name} ({one_line(error)}); check the network, and that `hf auth login` was given "
-            "a token with write access"
-        ) from error
+    with tempfile.TemporaryDirectory() as folder:
+        save(folder, **options | {"card": {"name": name, **(options.get("card") or {})}})
+        try:
+            api = huggingface_hub.HfApi(token=token)
+            api.create_repo(name, private=private, exist_ok=True)
+            # Deletes the files of an older model.
+            commit = api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=FILES, delete_patterns=FILES)
+        except Exception as error:  # the hub's errors share no base class with those of its HTTP library
+            advice = "check the network, and that `hf auth login` was given a token with write access"
+            raise UserError(f"the hub did not accept {name} ({one_line(error)}); {advice}") from error
     return str(commit.commit_url)

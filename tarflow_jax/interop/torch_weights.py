@@ -6,6 +6,7 @@ this package (row, column, channel), so the tensors that read or write tokens ar
 STARFlow has our order, but its rotary embeddings rotate neighbouring pairs, so its queries and keys are permuted.
 """
 
+import dataclasses
 import math
 import os
 import re
@@ -35,25 +36,12 @@ STARFLOW = {
     "scale_function": "softplus",
     "output_limit": 4.0,
 }
-# What else `save_torch` requires of a TarFlow, of a STARFlow, and of both.
-_TARFLOW = {
-    "rotary": False,
-    "position_embeddings": True,
-    "start_token": False,
-    "final_norm": False,
-    "scale_function": "exp",
-    "output_limit": 0.0,
-    "orders": "alternate",
-    "condition_dim": 0,
-}
-_NOT_STARFLOW = {
-    "num_classes": 0,
-    "volume_preserving": False,
-    "noise_conditional": False,
-    "random_orders": False,
-    "standardizes_condition": False,
-}
-_BOTH = {"head_dim": HEAD_DIM, "input_limit": 0.0, "image_limit": 0.0, "triangular": False, "is_sequence": False}
+# Fields in which the models of a reference differ; all others have their defaults or, for STARFlow, those above.
+_FREE = {"image_size", "image_channels", "patch_size", "width", "num_blocks", "layers_per_block", "image_bits"}
+_FREE |= {"dtype", "remat", "attention"}
+_FREE_TARFLOW = _FREE | {"num_classes", "volume_preserving", "noise_conditional", "position_init"}
+_FREE_STARFLOW = _FREE | {f"condition_{part}" for part in ("kind", "dim", "length", "blocks")}
+_FREE_STARFLOW |= {"orders", "rotary_base_size"}
 
 
 def load_torch(
@@ -94,8 +82,6 @@ def load_torch(
     if any(".time_embed." in name for name in state):  # early files of ml-itarflow use ml-tarflow's names
         state = {name.replace(".attn_blocks.", ".head_blocks."): tensor for name, tensor in state.items()}
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    if any(name.startswith("learnable_self_denoiser.") for name in shapes):
-        raise UserError(f"{path} is a model of videos (it has a learnable_self_denoiser); expected one of images")
     config = _read_config(path, shapes, (image_size, image_channels, patch_size), base_size, orders)
     trained = shapes["var"][0] if config.start_token else config.num_tokens
     buffers, tensors = _buffers(config, trained), list(_tensors(config))
@@ -150,9 +136,8 @@ def _read_state_dict(path: Path) -> dict[str, Any]:
             if damaged := archive.testzip():  # PyTorch ignores the checksums
                 raise UserError(f"entry {damaged} fails its checksum")
     except Exception as error:  # damaged bytes can raise anything in the zip reader
-        raise UserError(
-            f"{path} is not an intact PyTorch state dict, as torch.save writes it since 1.6: {one_line(error)}"
-        ) from error
+        reason = f"as torch.save writes it since 1.6: {one_line(error)}"
+        raise UserError(f"{path} is not an intact PyTorch state dict, {reason}") from error
     state = load_tensors(path, mapped=True)
     for name, tensor in state.items():
         if not tensor.is_floating_point() or tensor.element_size() > 4:
@@ -175,14 +160,9 @@ def _read_config(
         trained = None if is_starflow else shapes["blocks.0.pos_embed"][0]
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(f"{path} is not a TarFlow of the reference: its blocks lack tensors, or have others") from error
-    config = TarFlowConfig(
-        *images,
-        **fields,
-        width=width,
-        layers_per_block=depths[0] if len(set(depths)) == 1 else depths,
-        num_blocks=len(depths),
-        head_dim=HEAD_DIM,
-    )
+    layers = depths[0] if len(set(depths)) == 1 else depths
+    fields |= {"width": width, "num_blocks": len(depths), "layers_per_block": layers, "head_dim": HEAD_DIM}
+    config = TarFlowConfig(*images, **fields)
     if trained not in (None, config.num_tokens):
         raise UserError(
             f"{path} has {trained} tokens, but {config.num_tokens} patches of {config.patch_size} fill an image"
@@ -237,20 +217,25 @@ def _depths(shapes: Mapping[str, Shape], layers: str) -> tuple[int, ...]:
 
 
 def _check_representable(config: TarFlowConfig) -> None:
+    """Raises UserError if the reference has no model of this config."""
     height, width = config.image_size
+    free, fixed = (_FREE_STARFLOW, STARFLOW) if config.start_token else (_FREE_TARFLOW, {})
+    for field in dataclasses.fields(config):
+        value, expected = getattr(config, field.name), fixed.get(field.name, field.default)
+        if field.name not in free and value != expected:
+            raise UserError(f"the PyTorch reference has {field.name} {expected}; this model's is {value}")
+    if config.random_orders or config.standardizes_condition:
+        raise UserError("the PyTorch reference has no random orders, and no condition but a prefix")
     if config.start_token:
-        required = _BOTH | _NOT_STARFLOW | STARFLOW
         if not config.rotary_base_size:
             raise UserError("the PyTorch reference has rotary embeddings by slot; this model's are by patch")
-    else:
-        required = _BOTH | _TARFLOW
-        if height != width:
-            raise UserError(f"the PyTorch reference has only square images; this model's are {height}x{width}")
-        if len(set(config.depths)) != 1 and not config.noise_conditional:
-            raise UserError(f"the PyTorch reference has blocks of equal depth; this model's are {config.depths}")
-    for name, value in required.items():
-        if getattr(config, name) != value:
-            raise UserError(f"the PyTorch reference has {name} {value}; this model's is {getattr(config, name)}")
+        return
+    if not config.position_embeddings:
+        raise UserError("the PyTorch reference has position embeddings; this model has none")
+    if height != width:
+        raise UserError(f"the PyTorch reference has only square images; this model's are {height}x{width}")
+    if len(set(config.depths)) != 1 and not config.noise_conditional:
+        raise UserError(f"the PyTorch reference has blocks of equal depth; this model's are {config.depths}")
 
 
 def _tensors(config: TarFlowConfig) -> Iterator[tuple[str, Parameter, list[str]]]:

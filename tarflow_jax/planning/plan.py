@@ -24,7 +24,6 @@ class Plan:
     """What a compiled program needs; bytes and FLOPs are per device and step."""
 
     topology: str
-    num_slices: int
     device_memory: int  # bytes
     device_flops: float  # peak FLOP/s; 0 if unknown
     mesh: dict[str, int]  # sizes by axis
@@ -71,9 +70,17 @@ def make_plan(recipe: Recipe, topology: Topology, sampler: bool = False) -> Plan
         raise UserError("a plan is for a flow of images; this one is of sequences")
     mesh, fields = recipe.mesh(topology.devices), recipe.config.train
     traced, arguments = trace(recipe, mesh, sampler)
-    plan = Plan(
+    measured: dict[str, Any]
+    try:
+        memory = traced.lower().compile().memory_analysis()
+        temporary = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+        measured = {"temporary_bytes": temporary, "code_bytes": memory.generated_code_size_in_bytes}
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        measured = {"problem": one_line(error)}
+    return Plan(
         topology=topology.name,
-        num_slices=topology.num_slices,
         device_memory=topology.chip.memory,
         device_flops=topology.chip.flops,
         mesh=dict(mesh.shape),
@@ -82,18 +89,7 @@ def make_plan(recipe: Recipe, topology: Topology, sampler: bool = False) -> Plan
         state_bytes={name: _device_bytes(argument) for name, argument in arguments.items()},
         flops=program_flops(traced.jaxpr) / mesh.size,
         model_flops=0 if sampler else 3 * forward_flops(recipe.model) * fields.batch_size / mesh.size,
-    )
-    try:
-        compiled = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        return dataclasses.replace(plan, problem=one_line(error))
-    memory = compiled.memory_analysis()
-    return dataclasses.replace(
-        plan,
-        temporary_bytes=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        code_bytes=memory.generated_code_size_in_bytes,
+        **measured,
     )
 
 
@@ -114,15 +110,13 @@ def trace(recipe: Recipe, mesh: Mesh, sampler: bool) -> tuple[Any, dict[str, Any
         with use_mesh(mesh), jax.default_matmul_precision("highest"):
             traced = decode.trace(device_flow(model), state.variables, latents, conditioning, guidance=guidance)
         return traced, {"parameters": state.variables, "batch": (latents, labels)}
-    images = Latents(latents, latents, condition)
-    if model.image_bits:
-        images = abstract(f"uint{model.image_bits}", *model.image_shape)
-    batch = images, labels
+    pixels = abstract(f"uint{model.image_bits}", *model.image_shape) if model.image_bits else None
+    images = Latents(latents, latents, condition) if pixels is None else pixels
     key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=replicated(mesh))
     with use_mesh(mesh):
-        traced = jitted_step(recipe.train_config, mesh).trace(state, *batch, key)
-    arguments = {"parameters": state.variables, "batch": batch, "optimizer": state.opt_state, "EMA": state.ema_params}
-    return traced, arguments
+        traced = jitted_step(recipe.train_config, mesh).trace(state, images, labels, key)
+    arguments = {"parameters": state.variables, "batch": (images, labels)}
+    return traced, arguments | {"optimizer": state.opt_state, "EMA": state.ema_params}
 
 
 def _device_bytes(tree: Any) -> int:

@@ -60,12 +60,11 @@ _WITHOUT_TPU = {
 
 
 class Topology(NamedTuple):
-    """Devices to compile for; several TPU slices are joined by a network."""
+    """Devices to compile for."""
 
     name: str
     devices: Sequence[Any]
     chip: Chip
-    num_slices: int = 1
 
 
 def known_chip(kind: str) -> Chip | None:
@@ -108,16 +107,13 @@ def open_topology(name: str, num_slices: int = 1) -> Topology:
         options: dict[str, Any] = {"platform": "cuda", "target_config": config, "topology": topology}
     else:
         options = {"platform": "tpu", "topology_name": name, "num_slices": num_slices}
-        for variable, value in _WITHOUT_TPU.items():
-            os.environ.setdefault(variable, value)
+        os.environ |= _WITHOUT_TPU | dict(os.environ)  # a value that is set already stays
     try:
         devices: Any = topologies.get_topology_desc(**options).devices
     except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"no topology {name!r} ({one_line(error)}); expected one such as v5e:16x16, h100:8 or h100:8x4, and "
-            "requirements-plan.txt (TPUs) or requirements-plan-gpu.txt (GPUs) installed"
-        ) from error
+        expected = "one such as v5e:16x16, h100:8 or h100:8x4, and requirements-plan.txt or requirements-plan-gpu.txt"
+        raise UserError(f"no topology {name!r} ({one_line(error)}); expected {expected} installed") from error
     chip = known_chip(devices[0].device_kind)
     if chip is None:
         raise UserError(f"{devices[0].device_kind} is not a known chip; expected one of {', '.join(CHIPS)}")
-    return Topology(name, devices, chip, num_slices)
+    return Topology(name, devices, chip)

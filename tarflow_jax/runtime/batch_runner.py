@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -14,9 +15,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, SingleDeviceSharding
 from tqdm import tqdm
 
-from tarflow_jax.flow import TarFlowConfig
+from tarflow_jax.flow import TarFlow, TarFlowConfig
 from tarflow_jax.runtime.compilation import use_mesh
 from tarflow_jax.runtime.cores import CPU_BATCH, usable_cores
+from tarflow_jax.runtime.kernels import device_flow
 from tarflow_jax.runtime.mesh import LocalBatch, batch_sharding, default_device
 from tarflow_jax.runtime.preemption import stop_if_requested
 from tarflow_jax.runtime.sharding import shardings
@@ -25,6 +27,7 @@ CPU_MEMORY_BOUND = 2 * 2**30
 _PROGRESS_DELAY_S = 3  # shorter work shows no bar
 
 _compiled: set[Any] = set()  # programs that this process has compiled
+logger = logging.getLogger("tarflow_jax.pipeline")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +149,53 @@ class BatchRunner:
                 bar.update(min(size, total - bar.n))
         return jax.tree.map(lambda *leaves: np.concatenate(leaves)[:total], *results)
 
+    def call(
+        self,
+        function: Callable[..., Any],
+        config: TarFlowConfig,
+        variables: Any,
+        rows: Mapping[str, Any],
+        *,
+        bytes_per_image: int = 0,
+        smallest: int = 1,
+        **shared: Any,
+    ) -> Any:
+        """Calls a pure function of a flow: by `run`, or at once and differentiable in every mode if anything is traced.
+
+        Args:
+          function: called with (flow, variables, **rows, **shared).
+          config: of the flow.
+          variables: as in `run`; cast to float32.
+          rows: as in `run`.
+          bytes_per_image: as in `run`; 0 is those of a forward pass.
+          smallest: as in `run`.
+          shared: as in `run`.
+
+        Returns:
+          A pytree of JAX arrays [B, …], on the device of the variables. Warns if some are not finite.
+        """
+        variables = jax.tree.map(lambda x: x if x.dtype == jnp.float32 else x.astype(jnp.float32), variables)
+        if is_traced((rows, shared, variables)):
+            variables = jax.lax.stop_gradient(variables) | {"params": variables["params"]}
+            with jax.default_matmul_precision("highest"):
+                return function(TarFlow(config), variables, **rows, **shared)
+        name = getattr(function, "func", function).__name__
+        results = self.run(
+            functools.partial(function, device_flow(config)),
+            variables,
+            rows,
+            bytes_per_image=bytes_per_image or forward_bytes(config),
+            smallest=smallest,
+            description=name,
+            **shared,
+        )
+        first = jax.tree.leaves(results)[0]
+        if bad := int((~np.isfinite(first).reshape(len(first), -1).all(1)).sum()):
+            reason = "the images or the weights are not, or guidance is too strong"
+            logger.warning("%s: %d of %d results are not finite; %s", name, bad, len(first), reason)
+        with jax.default_device(self.device(variables)):
+            return jax.tree.map(jnp.asarray, results)
+
     @property
     def _many_processes(self) -> bool:
         return self.mesh is not None and self.mesh.is_multi_process
@@ -199,6 +249,11 @@ class BatchRunner:
         return jax.tree.map(padded, values)
 
 
+def is_traced(tree: Any) -> bool:
+    """Whether any array of a pytree is a tracer of `jax.jit`, `jax.grad` or `jax.vmap`, which has no values yet."""
+    return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(tree))
+
+
 def _first_alone(
     run_batch: Callable[[int], Any], starts: range, threads: ThreadPoolExecutor, key: Any
 ) -> Iterator[Any]:
@@ -233,6 +288,8 @@ def decoding_bytes(config: TarFlowConfig, at_once: bool) -> int:
 
 def gradient_config(config: TarFlowConfig, runner: BatchRunner, variables: Any) -> TarFlowConfig:
     """Returns the config with the remat that suits gradients of log p in the data."""
+    if is_traced(variables):
+        return config
     # On a CPU, recomputing activations is faster than keeping them.
     keep_all = dataclasses.replace(config, remat="none")
     recompute = runner.on_cores(variables) or backward_bytes(keep_all) > runner.bound(variables) // 8

@@ -7,27 +7,12 @@ Measured in docs/lab/performance.md.
 
 import contextlib
 import os
-from pathlib import Path
 
 import jax
+from joblib import cpu_count as usable_cores  # by the affinity and the CPU limit of its container
 
 CPU_ROWS = 8  # a core's smallest share of a training batch
 CPU_BATCH = 25  # a core's batch elsewhere: its activations fit into the caches
-_CGROUP = Path("/sys/fs/cgroup")
-
-
-def usable_cores(cgroup: Path = _CGROUP) -> int:
-    """Returns the number of cores that this process may use, by its affinity and its container's CPU limit."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:  # control groups, version 2, then version 1
-        if (cgroup / "cpu.max").exists():
-            quota, period = (cgroup / "cpu.max").read_text().split()
-        else:
-            quota, period = ((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        limit = int(quota) / int(period)
-    except (OSError, ValueError):  # no such files, or "max": no limit
-        return cores
-    return max(1, min(cores, int(limit))) if limit > 0 else cores
 
 
 def use_cores_as_devices(batch_size: int) -> None:

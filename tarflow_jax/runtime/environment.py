@@ -15,16 +15,12 @@ from tarflow_jax.version import __version__
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def release() -> dict[str, str | None]:
-    """Returns the package's version, and its commit or, outside a clone, None. Initialises no device."""
-    return {"tarflow_jax": __version__, "commit": commit_of(Path(__file__).parents[2])}
-
-
 def environment() -> dict[str, Any]:
-    """Returns `release`, versions, machine and devices, as strings and numbers by name."""
+    """Returns versions, the commit (None outside a clone), machine and devices, as strings and numbers by name."""
     devices = jax.devices()
     return {
-        **release(),
+        "tarflow_jax": __version__,
+        "commit": commit_of(Path(__file__).parents[2]),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in _PACKAGES},
         "system": platform.platform(),

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from tarflow_jax.errors import UserError
 from tarflow_jax.flow import Kernels, TarFlow, TarFlowConfig
-from tarflow_jax.flow.attention import attend_whole
+from tarflow_jax.flow.transformer import attend_whole
 from tarflow_jax.runtime.mesh import BATCH_AXES, default_device, many_devices
 from tarflow_jax.runtime.sharding import gathered
 

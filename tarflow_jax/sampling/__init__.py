@@ -1,13 +1,6 @@
 """Sampling: decoders that invert the flow, guidance, and denoising."""
 
-from tarflow_jax.sampling.decode import (
-    Decoded,
-    decode,
-    decode_by_student,
-    decode_log_prob,
-    decode_trace,
-    guided_trajectory,
-)
+from tarflow_jax.sampling.decode import Decoded, decode, decode_log_prob, decode_trace, guided_trajectory
 from tarflow_jax.sampling.decoders import Decoder, GaussSeidelJacobi, Jacobi, Sequential, StudentDecoder
 from tarflow_jax.sampling.denoise import DEFAULT_DENOISING, IterativeDenoising, denoise, iterate
 from tarflow_jax.sampling.guidance import Guidance
@@ -26,7 +19,6 @@ __all__ = [
     "Student",
     "StudentDecoder",
     "decode",
-    "decode_by_student",
     "decode_log_prob",
     "decode_trace",
     "denoise",

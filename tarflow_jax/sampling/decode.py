@@ -22,7 +22,6 @@ from tarflow_jax.flow import (
     without_padding,
 )
 from tarflow_jax.likelihood import Variables, prior_log_prob
-from tarflow_jax.runtime import device_flow
 from tarflow_jax.sampling.decoders import Block, Decoder, GaussSeidelJacobi, Jacobi, Sequential, with_derivatives
 from tarflow_jax.sampling.guidance import Guidance, GuidedBlock
 from tarflow_jax.student import Student, StudentConfig
@@ -101,16 +100,26 @@ def decode_log_prob(
     return decoded.images, decoded.log_det + prior_log_prob(flow.config, latents, lengths=conditioning.lengths)
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("flow", "config"))
 def decode_by_student(
-    config: StudentConfig, variables: Variables, latents: jax.Array, labels: jax.Array | None, weights: jax.Array
+    flow: TarFlow,
+    variables: Variables,
+    latents: jax.Array,
+    labels: jax.Array | None,
+    weights: jax.Array,
+    *,
+    config: StudentConfig,
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns the clean images and the trajectory of a student's network, see `student.Student`."""
-    return Student(config, device_flow(config.shape).kernels).apply(variables, latents, labels, weights)
+    """Returns the clean images and the trajectory of a student, see `student.Student`, with the kernels of `flow`."""
+    return Student(config, flow.kernels).apply(variables, latents, labels, weights)
 
 
 def guided_trajectory(
-    flow: TarFlow, variables: Variables, images: jax.Array, conditioning: Conditioning, weights: jax.Array
+    flow: TarFlow,
+    variables: Variables,
+    images: jax.Array,
+    conditioning: Conditioning,
+    weights: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Encodes images to the latents that `decode` maps back to them with `Guidance(weight)`.
 
@@ -122,7 +131,7 @@ def guided_trajectory(
       variables: its variables.
       images: float32 [B, H, W, K].
       conditioning: see `TarFlow`.
-      weights: guidance weights of the images, float32 [B].
+      weights: guidance weights of the images, float32 [B]; None without guidance.
 
     Returns (latents [B, H, W, K], trajectory [B, F, H, W, K]); the trajectory holds each block's input as an image.
     """
@@ -131,10 +140,12 @@ def guided_trajectory(
     for k, order in enumerate(jnp.asarray(block_orders(config, variables))[:, None]):
         read.append(from_tokens(config, tokens))
         x = permute(tokens, order)
-        block_module = FlowBlock(config, k, flow.kernels, parent=None)
-        block = BlockInverse.of(block_module, variables["params"][f"block_{k}"], order, conditioning)
-        guided = GuidedBlock.of(block, Guidance(weights), len(x))
-        affine, _ = guided.predict(block.prepend_start_token(x)[:, : x.shape[1]])
+        module = FlowBlock(config, k, flow.kernels, parent=None)
+        block: Block = BlockInverse.of(module, variables["params"][f"block_{k}"], order, conditioning)
+        known = block.prepend_start_token(x)[:, : x.shape[1]]
+        if weights is not None:
+            block = GuidedBlock.of(block, Guidance(weights), len(x))
+        affine, _ = block.predict(known)
         affine = affine if config.start_token else affine.shift_right()
         tokens = unpermute(affine.forward(x), order)
     if config.volume_preserving:

@@ -23,7 +23,6 @@ from tarflow_jax.flow.inverse import cache_growth, invert
 from tarflow_jax.options import Options, option
 from tarflow_jax.sampling.guidance import GuidedBlock
 
-INITS = ("latents", "zeros")
 DEFAULT_TOLERANCE = 1e-4
 _LARGEST = 1e4  # absolute value to which tokens are clipped between updates
 Block = BlockInverse | GuidedBlock
@@ -46,7 +45,7 @@ class Jacobi(Options):
       tolerance: largest change of a value, in [-1, 1] units, at which an image counts as converged; 0 runs until
         nothing changes, which gives the sequential result up to rounding.
       max_iterations: updates after which `Sequential` takes over; None is T - 1, which makes every token exact.
-      init: initial guess: the block's input z ("latents"), "zeros", or the "student"'s trajectory.
+      init: initial guess: the block's input z ("latents"), or the "student"'s trajectory.
 
     Raises ValueError: one line naming the field.
     """
@@ -55,14 +54,14 @@ class Jacobi(Options):
 
     tolerance: float = DEFAULT_TOLERANCE
     max_iterations: int | None = option(None, low=1)
-    init: str = option("latents", choices=(*INITS, "student"))
+    init: str = option("latents", choices=("latents", "student"))
 
     def invert(self, block: Block, z: jax.Array, guess: jax.Array | None = None) -> Inversion:
         """Inverts a block for z [B, T, D] in block order; init "student" starts from `guess` [B, T, D]."""
         if z.shape[1] == 1:
             return Inversion.begin(z)
         first, rest = z[:, :1], z[:, 1:]
-        begin = guess[:, 1:] if self.init == "student" and guess is not None else initial_guess(self.init, rest)
+        begin = guess[:, 1:] if self.init == "student" and guess is not None else rest
         result = _converge(self, block, first, rest, begin)
         return _or_sequential(result.replace(x=jnp.concatenate([first, result.x], axis=1)), block, z)
 
@@ -73,7 +72,7 @@ class GaussSeidelJacobi(Options):
 
     Attributes:
       num_segments: maximum number of segments, of equal length but for the first. Shorter ones need fewer updates.
-      tolerance, max_iterations, init: as in `Jacobi`, for each segment; init cannot be "student".
+      tolerance, max_iterations: as in `Jacobi`, for each segment.
 
     Raises ValueError: one line naming the field.
     """
@@ -83,7 +82,6 @@ class GaussSeidelJacobi(Options):
     num_segments: int = option(dataclasses.MISSING, low=1)
     tolerance: float = DEFAULT_TOLERANCE
     max_iterations: int | None = option(None, low=1)
-    init: str = option("latents", choices=INITS)
 
     def invert(self, block: Block, z: jax.Array, guess: jax.Array | None = None) -> Inversion:
         """Inverts a block for z [B, T, D] in block order; updates are summed over the segments."""
@@ -96,8 +94,7 @@ class GaussSeidelJacobi(Options):
             """Computes tokens start + 1 … start + size."""
             before = jax.lax.dynamic_slice_in_dim(state.x, start, 1, axis=1)
             z_segment = jax.lax.dynamic_slice_in_dim(z, start + 1, size, axis=1)
-            begin = initial_guess(self.init, z_segment)
-            segment = _converge(self, block, before, z_segment, begin, state.caches, start)
+            segment = _converge(self, block, before, z_segment, z_segment, state.caches, start)
             return Inversion(
                 jax.lax.dynamic_update_slice_in_dim(state.x, segment.x, start + 1, axis=1),
                 state.log_det + segment.log_det,
@@ -156,11 +153,6 @@ class StudentDecoder(Options):
 
 
 Decoder = Sequential | Jacobi | GaussSeidelJacobi | StudentDecoder
-
-
-def initial_guess(init: str, z: jax.Array) -> jax.Array:
-    """Returns the tokens before the first update."""
-    return z if init == "latents" else jnp.zeros_like(z)
 
 
 def update(

@@ -6,21 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from tarflow_jax.flow import Conditioning, TarFlow, from_tokens
 from tarflow_jax.noise import to_float
 from tarflow_jax.student.network import Student
 
 _SOFTENING = 0.01  # c
-
-
-def flow_trajectory(
-    flow: TarFlow, variables: Any, noisy: jax.Array, conditioning: Conditioning
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the latents [B, H, W, K] and each block's input as images [B, F, H, W, K], without gradients."""
-    (latents, _), sown = flow.apply(variables, noisy, conditioning, mutable=["intermediates"])
-    outputs = sown["intermediates"]["block_outputs"][:-1]
-    trajectory = jnp.stack([noisy, *(from_tokens(flow.config, tokens) for tokens in outputs)], axis=1)
-    return jax.lax.stop_gradient((latents, trajectory))
 
 
 def distillation_loss(

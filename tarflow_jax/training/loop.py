@@ -3,8 +3,9 @@
 import itertools
 import json
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ from tarflow_jax.runtime import (
     use_cores_as_devices,
 )
 from tarflow_jax.training.checkpoint import Checkpoints
-from tarflow_jax.training.metrics import MetricsWriter, StepClock
+from tarflow_jax.training.metrics import MetricsWriter
 from tarflow_jax.training.recipe import Recipe
 from tarflow_jax.training.step import TrainState, abstract_state, compiled_step, new_state
 from tarflow_jax.training.task import Metrics
@@ -80,8 +81,8 @@ def train(
             test_loss = None
             try:
                 if preview and run.is_due(fields.sample_every):
-                    with run.paused():
-                        preview(run.step, run.state.sampling_variables)
+                    run.complete_step()
+                    preview(run.step, run.state.sampling_variables)
                 if run.is_due(fields.evaluate_every):
                     test_loss = run.evaluate()
                 stop = guard.requested()
@@ -137,7 +138,8 @@ class _Run:
         self.profile_folder, self.profile = workdir / "profile", resources.enter_context(ExitStack())
         bar = tqdm(total=fields.num_steps, initial=self.step, unit="step", disable=self.metrics is None, smoothing=0.05)
         self.bar = resources.enter_context(bar)
-        self.clock = StepClock()
+        self.step_seconds: list[float] = []  # of the steps since metrics were logged
+        self.completed_at: float | None = None  # when the last step was
         self.in_flight: Metrics | None = None  # metrics of the running step
         self.last_metrics: dict[str, np.ndarray] = {}  # of the last completed step
 
@@ -174,7 +176,10 @@ class _Run:
         if self.in_flight is None:
             return
         self.last_metrics, self.in_flight = jax.device_get(self.in_flight), None
-        self.clock.step_done()
+        now = time.perf_counter()
+        if self.completed_at is not None:  # the first step compiles
+            self.step_seconds.append(now - self.completed_at)
+        self.completed_at = now
         if self.step >= self.fields.profile_steps[1]:
             self.profile.close()
         for name in ("loss", "grad_norm"):
@@ -184,37 +189,32 @@ class _Run:
                     "Lower optimizer.learning_rate or set optimizer.clip_norm"
                 )
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Excludes the time of other work from the step rate."""
-        self.complete_step()
-        yield
-        self.clock.pause()
-
     def is_due(self, every: int) -> bool:
         """Returns whether the step is a multiple of `every`; never for 0."""
         return every > 0 and self.step % every == 0
 
     def log(self) -> None:
         self.complete_step()
-        images_per_second = self.clock.rate() * self.fields.batch_size
+        # The median leaves out the evaluations and previews between steps.
+        images_per_second = self.fields.batch_size / np.median(self.step_seconds) if self.step_seconds else 0.0
+        self.step_seconds.clear()
         self.bar.set_postfix_str(f"loss {self.last_metrics['loss']:.4f}, {images_per_second:.0f} images/s")
         if self.metrics:
             rates = {"learning_rate": self.learning_rate(self.step - 1), "images_per_second": images_per_second}
             self.metrics.write(self.step, {**self.last_metrics, **rates})
 
     def evaluate(self) -> float:
-        with self.paused():
-            test_loss = evaluate_loss(self.recipe, self.state.sampling_variables, self.frozen)
+        self.complete_step()
+        test_loss = evaluate_loss(self.recipe, self.state.sampling_variables, self.frozen)
         if self.metrics:
             self.metrics.write(self.step, {"test_loss": test_loss})
         return test_loss
 
     def save(self, test_loss: float | None) -> None:
-        with self.paused():
-            self.checkpoints.save(self.step, self.state, json.loads(self.recipe.to_json()), test_loss)
-            if self.metrics:
-                self.metrics.flush()
+        self.complete_step()
+        self.checkpoints.save(self.step, self.state, json.loads(self.recipe.to_json()), test_loss)
+        if self.metrics:
+            self.metrics.flush()
 
 
 def _on_mesh(mesh: Mesh, tree: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Writes a run's metrics as JSON lines and TensorBoard events, and measures its steps per second."""
+"""Writes a run's metrics as JSON lines and TensorBoard events."""
 
 import contextlib
 import json
@@ -98,29 +98,3 @@ def _step_of(line: str) -> float:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return math.inf  # a crash cut the line short
-
-
-class StepClock:
-    """Measures steps per second, excluding the first step, which compiles, and any step that follows a pause."""
-
-    def __init__(self) -> None:
-        self._last: float | None = None  # when the last step ended, unless other work followed it
-        self._seconds, self._steps, self._rate = 0.0, 0, 0.0
-
-    def step_done(self) -> None:
-        """Call when a step's results are on the host."""
-        now = time.perf_counter()
-        if self._last is not None:
-            self._seconds, self._steps = self._seconds + now - self._last, self._steps + 1
-        self._last = now
-
-    def pause(self) -> None:
-        """Call after work between steps, such as an evaluation."""
-        self._last = None
-
-    def rate(self) -> float:
-        """Returns steps per second since the last call; without new steps, the previous rate (initially 0)."""
-        if self._steps:
-            self._rate = self._steps / self._seconds
-        self._seconds, self._steps = 0.0, 0
-        return self._rate

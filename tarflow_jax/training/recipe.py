@@ -200,21 +200,27 @@ class Recipe:
 
     def source(self, split: str) -> ImageSource | SequenceSource:
         """Opens the "train" or "test" split of the data; raises UserError unless it fits the model."""
-        fields, model = self.config.data, None if self.autoencoder else self.model
-        if model and model.is_sequence:
-            return open_arrays(fields.source, split, model)
+        fields, autoencoder = self.config.data, self.autoencoder
+        if not autoencoder and self.model.is_sequence:
+            return open_arrays(fields.source, split, self.model)
         source = open_source(
             fields.source,
             split,
             data_dir=fields.data_dir or None,
-            image_size=model.image_size if model else None,
+            image_size=None if autoencoder else self.model.image_size,
             preprocessing=fields.preprocessing,
             skip_bad=fields.skip_bad,
             cache_bytes=fields.cache_bytes,
         )
-        if model is None:
-            self._check_autoencoded(source)
+        if autoencoder:
+            channels, factor = autoencoder.image_channels, autoencoder.factor
+            if source.bits != 8 or source.image_shape[2] != channels or any(n % factor for n in source.image_shape[:2]):
+                raise UserError(
+                    f"{source.name} has images {source.image_shape} of {source.bits} bits; this autoencoder is for "
+                    f"8 bits, {channels} channels and sides that are multiples of {factor}"
+                )
             return source
+        model = self.model
         if source.bits == 0 and fields.flip:
             raise UserError("data.flip is for images; leave it False with latents")
         condition_shape = model.condition_shape if model.condition_dim else ()
@@ -228,15 +234,6 @@ class Recipe:
                 has = text.format(there)
                 raise UserError(f"{source.name} has {has}, the model {here}; set model.{options} to {there}")
         return source
-
-    def _check_autoencoded(self, source: ImageSource) -> None:
-        assert self.autoencoder is not None
-        channels, factor = self.autoencoder.image_channels, self.autoencoder.factor
-        if source.bits != 8 or source.image_shape[2] != channels or any(n % factor for n in source.image_shape[:2]):
-            raise UserError(
-                f"{source.name} has images {source.image_shape} of {source.bits} bits; this autoencoder is for 8 bits, "
-                f"{channels} channels and sides that are multiples of {factor}"
-            )
 
     def write_to(self, workdir: epath.PathLike, source: ImageSource | SequenceSource | None = None) -> None:
         """Writes workdir/config.json and, for a training split, data.json.

@@ -16,7 +16,7 @@ import numpy as np
 from tarflow_jax.autoencoder import AutoencoderConfig, AutoencoderKL
 from tarflow_jax.data import Arrays, ImageSource, Latents, SequenceSource
 from tarflow_jax.errors import UserError
-from tarflow_jax.flow import Conditioning, TarFlow, TarFlowConfig, updated_prior
+from tarflow_jax.flow import Conditioning, TarFlow, TarFlowConfig
 from tarflow_jax.likelihood import training_loss, unit_prior
 from tarflow_jax.noise import Noise, to_float
 from tarflow_jax.options import Options, option
@@ -25,12 +25,13 @@ from tarflow_jax.runtime.batch_runner import forward_bytes
 from tarflow_jax.sampling import guided_trajectory
 from tarflow_jax.scoring import dataset_log_prob, loss_of, sequence_log_prob
 from tarflow_jax.student import Student, StudentConfig, distillation_loss
-from tarflow_jax.student.loss import flow_trajectory, perceptual_distance
+from tarflow_jax.student.loss import perceptual_distance
 
 Variables = dict[str, Any]
 Metrics = dict[str, jax.Array]
 Batch = tuple[Any, ...]  # trees of arrays [B, …]
 ENCODER = ("encoder", "quant_conv")  # parameters of an autoencoder that its decoder does not use
+PRIOR_RATE = 0.1  # of the running mean in `updated_prior`
 _TEST_LEVELS = 8  # noise levels in a test loss
 
 
@@ -133,6 +134,11 @@ class FlowTask(_LikelihoodTask):
         return float(np.mean(levels * [loss_of(log_probs[i::_TEST_LEVELS], num_dims) for i in range(_TEST_LEVELS)]))
 
 
+def updated_prior(variance: jax.Array, block_output: jax.Array) -> jax.Array:
+    """Updates the running mean of z² [T, D] with the last block's output [B, T, D] (VP mode)."""
+    return variance + PRIOR_RATE * (jnp.square(block_output).mean(0) - variance)
+
+
 @dataclasses.dataclass(frozen=True)
 class ArrayTask(_LikelihoodTask):
     """Maximum likelihood of sequences: batches are `Arrays`, splits `SequenceSource`s."""
@@ -185,10 +191,8 @@ class StudentTask(Task):
         flow = device_flow(self.student.flow)
         student = Student(self.student, training_kernels(self.student.flow))
         clean, noisy, conditioning, weights = batch
-        if self.student.max_guidance:
-            path = guided_trajectory(flow, frozen.flow, noisy, conditioning, weights)
-        else:
-            path = flow_trajectory(flow, frozen.flow, noisy, conditioning)
+        guided = weights if self.student.max_guidance else None
+        path = guided_trajectory(flow, frozen.flow, noisy, conditioning, guided)
         labels, perception = conditioning.labels, frozen.perception
         loss, metrics = distillation_loss(student, variables, clean, *path, labels, weights, perception)
         return loss, (metrics, None)
@@ -221,7 +225,7 @@ def _image_errors(
     """Returns the mean squared error of each image, [B]; noise as in `Noise.of_numbered`."""
     levels = task._levels(len(images))
     noisy = task.noise.of_numbered(key, images, index, levels)
-    latents, _ = flow_trajectory(device_flow(task.student.flow), variables[0], noisy, Conditioning(labels, levels))
+    latents, _ = guided_trajectory(device_flow(task.student.flow), variables[0], noisy, Conditioning(labels, levels))
     student = Student(task.student, device_flow(task.student.shape).kernels)
     clean, _ = student.apply(variables[1], latents, labels, None)
     return jnp.square(clean - to_float(images)).mean((1, 2, 3))
