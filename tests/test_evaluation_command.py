@@ -104,7 +104,7 @@ def test_tables_and_file_state_the_protocol(model, tmp_path):
     assert results["outliers"]["auroc"] == pytest.approx(auroc, abs=1e-4)  # float32 has ties
     settings = [(row["guidance"], row["denoised"], row["not finite"]) for row in results["samples"]]
     assert settings == [(0, False, 0), (0, True, 0)]
-    assert "| guidance | denoised |" in out
+    assert "|   guidance | denoised   |" in out
     judge = json.loads((commands.ROOT / "models/judges/digits/judge.json").read_text())
     named = f"classifier, judge digits, sha256 {judge['sha256']} (test accuracy {judge['accuracy']:.4f}; "
     assert content["protocol"]["network"].startswith(named)
